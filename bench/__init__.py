@@ -1,0 +1,1 @@
+"""Benchmarks of cute_kernels against its peers; run `python -m bench.forward` in the root."""

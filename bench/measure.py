@@ -1,0 +1,142 @@
+"""One cell, all candidates: make the data, check every output, capture, time in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from bench.cells import Cell
+from bench.check import Reference
+from bench.providers import Provider
+from bench.timing import CapturedCall, Spread, interleaved_gpu_times, interleaved_host_times
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Results = dict[str, dict[str, Any]]
+
+
+class WrongResult(Exception):
+    """An output outside the tolerance."""
+
+
+def random_inputs(cell: Cell, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v ~ N(0, 1); never zeros, which a GPU multiplies at less power and so faster."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    shape = (cell.batch, cell.seqlen, cell.heads, cell.head_dim)
+    options = {"generator": generator, "device": "cuda", "dtype": TORCH_DTYPES[cell.dtype]}
+    return tuple(torch.randn(shape, **options) for _ in range(3))
+
+
+def _poison_free_memory(like: torch.Tensor) -> None:
+    """Fill the blocks that the next outputs get with NaN, so that an unwritten element shows."""
+    blocks = [torch.full_like(like, float("nan")) for _ in range(4)]
+    del blocks
+
+
+def check_provider(
+    provider: Provider, cell: Cell, inputs, reference: Reference
+) -> tuple[Callable[[], object], float]:
+    """The provider's call on these inputs, after its output has passed; its error with it."""
+    call = provider.bind(cell, *inputs)
+    _poison_free_memory(inputs[0])
+    with provider.context():
+        error = reference.error(provider.output(call()))
+    if error > reference.tolerance:
+        raise WrongResult(f"error {error:.3g} is above the tolerance {reference.tolerance:.3g}")
+    return call, error
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    lines = str(error).strip().splitlines()
+    return {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]}
+
+
+def check_cell(cell: Cell, providers: Iterable[Provider]) -> Results:
+    """Every provider's error on this cell, nothing timed."""
+    results: Results = {}
+    with torch.no_grad():
+        inputs = random_inputs(cell)
+        reference = Reference(cell, *inputs)
+        for provider in providers:
+            try:
+                _, error = check_provider(provider, cell, inputs, reference)
+                results[provider.name] = {"max_error": error, "tolerance": reference.tolerance}
+            except Exception as failure:
+                results[provider.name] = _failure(failure)
+    return results
+
+
+def time_cell(cell: Cell, providers: Iterable[Provider], rounds: int, target_ms: float) -> Results:
+    """GPU time of every provider that takes the cell; one that fails is recorded, not timed."""
+    results: Results = {}
+    captured: dict[str, CapturedCall] = {}
+    with torch.no_grad():
+        inputs = random_inputs(cell)
+        reference = Reference(cell, *inputs)
+        for provider in providers:
+            if not provider.takes(cell):
+                continue
+            try:
+                call, error = check_provider(provider, cell, inputs, reference)
+                with provider.context():
+                    captured[provider.name] = CapturedCall(call, target_ms)
+                results[provider.name] = {"max_error": error, "tolerance": reference.tolerance}
+            except Exception as failure:
+                results[provider.name] = _failure(failure)
+        if captured:
+            for name, spread in interleaved_gpu_times(captured, rounds).items():
+                results[name] |= _milliseconds(cell, spread)
+                results[name]["calls_per_graph"] = captured[name].calls
+    return results
+
+
+def _milliseconds(cell: Cell, spread: Spread) -> dict[str, Any]:
+    return {
+        "median_ms": spread.median,
+        "quartiles_ms": [spread.lower, spread.upper],
+        "rounds": spread.count,
+        "tflops": cell.tflops(spread.median),
+    }
+
+
+def time_host(cell: Cell, providers: Iterable[Provider], rounds: int) -> Results:
+    """Host time of one small call of every provider, no graph, nothing waited for."""
+    results: Results = {}
+    calls = {}
+    with torch.no_grad():
+        inputs = random_inputs(cell)
+        reference = Reference(cell, *inputs)
+        for provider in providers:
+            try:
+                call, _ = check_provider(provider, cell, inputs, reference)
+                calls[provider.name] = (call, provider.context)
+            except Exception as failure:
+                results[provider.name] = _failure(failure)
+        if calls:
+            for name, spread in interleaved_host_times(calls, rounds).items():
+                results[name] = {
+                    "median_us": spread.median,
+                    "quartiles_us": [spread.lower, spread.upper],
+                    "batches": spread.count,
+                }
+    return results
+
+
+def time_cublas(query: Callable[[], dict[str, str]], rounds: int = 15) -> dict[str, Any]:
+    """A yardstick for the card and its power state: bf16 8192^3; `query` runs under its load."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    captured = CapturedCall(lambda: a @ b)
+    spread = interleaved_gpu_times({"cublas": captured}, rounds)["cublas"]
+    for _ in range(250):  # about a second of work in the queue
+        captured.replay()
+    under_load = query()
+    torch.cuda.synchronize()
+    return {
+        "shape": [size, size, size],
+        "median_ms": spread.median,
+        "quartiles_ms": [spread.lower, spread.upper],
+        "tflops": 2 * size**3 / spread.median / 1e9,
+        "nvidia_smi": under_load,
+    }

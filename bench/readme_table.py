@@ -1,0 +1,134 @@
+"""Writes the measured tables into README.md, between the markers, from the results files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench import ablation, report
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN = "<!-- benchmark: begin (written by python -m bench.readme_table) -->"
+END = "<!-- benchmark: end -->"
+
+
+def replace_block(text: str, block: str) -> str:
+    """The text with everything between the markers replaced."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the markers {BEGIN!r} and {END!r} are not there")
+    return f"{before}{BEGIN}\n{block.strip()}\n{END}{after}"
+
+
+def provenance(data: dict[str, Any]) -> str:
+    machine = data["machine"]
+    clocks = machine.get("cublas_bf16", {})
+    parts = [
+        machine["gpu"],
+        f"driver {machine.get('nvidia_smi_idle', {}).get('driver_version', 'unknown')}",
+        f"torch {machine['torch']}",
+        f"CUDA {machine['cuda']}",
+        f"commit {data['commit'] or 'unknown'}",
+        data["date"],
+    ]
+    if "tflops" in clocks:
+        parts.append(f"cuBLAS bf16 8192³ on the same card {clocks['tflops']:.0f} TFLOP/s")
+    return ", ".join(parts) + "."
+
+
+def forward_section(path: Path, root: Path) -> str:
+    """Tables of one forward results file: each cell, the means, host time, and the plot."""
+    data = report.load(path)
+    peers = report.peers_of(data)
+    timed = [p for p in peers if any(report.tflops(cell, p) for cell in data["cells"])]
+    dtype = data["settings"]["dtype"]
+    lines = [f"**Forward, {dtype}**: {provenance(data)}", ""]
+    plot = path.with_suffix(".svg")
+    if plot.exists():
+        relative = plot.relative_to(root).as_posix()
+        lines += [f"![Forward, {dtype}, TFLOP/s by sequence length]({relative})", ""]
+    header = ["head dim, mask", "S", "cute_kernels", *timed, "ours / best peer"]
+    rows = []
+    for cell in data["cells"]:
+        ratio = report.ratio(cell, peers)
+        rows.append(
+            [
+                f"{cell['head_dim']} {cell['mask']}",
+                str(cell["seqlen"]),
+                report.show(report.tflops(cell, report.OURS)),
+                *(report.show(report.tflops(cell, peer)) for peer in timed),
+                report.show(ratio, 2),
+            ]
+        )
+    means = ", ".join(
+        f"{key} {report.show(mean, 2)}" for key, mean in report.forward_means(data) if mean
+    )
+    table = report.markdown_table(header, rows)
+    lines += [
+        f"Geometric mean of ours / best peer: {means}.",
+        "",
+        "<details><summary>TFLOP/s of every cell</summary>",
+        "",
+        table,
+        "",
+        "</details>",
+    ]
+    if "host" in data:
+        names, rows = report.host_row(data)
+        shown = ", ".join(f"{name} {us} µs" for name, us in zip(names, rows[0], strict=True))
+        lines += ["", f"Host time of one small call (1, 128, 16, 128): {shown}."]
+    return "\n".join(lines)
+
+
+def ablation_section(path: Path) -> str:
+    data = report.load(path)
+    header, rows = ablation.table(data)
+    dtype = data["settings"]["dtype"]
+    return "\n".join(
+        [
+            f"**What the switches are worth**, TFLOP/s, forward, {dtype}, head dim "
+            f"{data['settings']['head_dim']} (columns: mask, batch x sequence length): "
+            f"{provenance(data)}",
+            "",
+            report.markdown_table(header, rows),
+        ]
+    )
+
+
+def block(results: Iterable[Path], root: Path) -> str:
+    """What stands between the markers for these results files."""
+    sections = []
+    for path in sorted(results):
+        kind = report.load(path).get("kind")
+        if kind == "forward":
+            sections.insert(0, forward_section(path, root))
+        elif kind == "ablation":
+            sections.append(ablation_section(path))
+    return "\n\n".join(sections)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.readme_table", description=__doc__)
+    parser.add_argument(
+        "results",
+        type=Path,
+        nargs="*",
+        help="results files (default: all in bench/results)",
+    )
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    chosen = parser.parse_args()
+    files = chosen.results or sorted((ROOT / "bench" / "results").glob("*.json"))
+    written = block([path.resolve() for path in files], ROOT)
+    if not written:
+        print("bench: no forward or ablation results to write", file=sys.stderr)
+        return 2
+    chosen.readme.write_text(replace_block(chosen.readme.read_text(), written))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""From recorded results to ratios and tables: no GPU and no torch needed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+OURS = "ours"
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(Path(path).read_text())
+
+
+def tflops(entry: dict[str, Any], provider: str) -> float | None:
+    """A provider's TFLOP/s in a cell's entry; None where it was not timed."""
+    return entry["results"].get(provider, {}).get("tflops")
+
+
+def peers_of(data: dict[str, Any]) -> list[str]:
+    return [name for name in data["providers"] if not name.startswith(OURS)]
+
+
+def best_peer(entry: dict[str, Any], peers: Iterable[str]) -> tuple[str, float] | None:
+    timed = [(name, speed) for name in peers if (speed := tflops(entry, name)) is not None]
+    return max(timed, key=lambda pair: pair[1], default=None)
+
+
+def ratio(entry: dict[str, Any], peers: Iterable[str], candidate: str = OURS) -> float | None:
+    """The candidate's speed over the best peer's in the same cell."""
+    mine, best = tflops(entry, candidate), best_peer(entry, peers)
+    return None if mine is None or best is None else mine / best[1]
+
+
+def geometric_mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return math.exp(sum(math.log(value) for value in known) / len(known))
+
+
+def show(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def text_table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns aligned for a terminal; the first to the left, the others to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *("--:" for _ in header[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
+
+
+def forward_rows(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """One line a cell: TFLOP/s of every provider timed anywhere, and ours over the best peer."""
+    peers = peers_of(data)
+    timed = [
+        name
+        for name in data["providers"]
+        if any(tflops(entry, name) is not None for entry in data["cells"])
+    ]
+    header = ["cell", *timed, "ours/best"]
+    rows = [
+        [
+            f"D={entry['head_dim']} {entry['mask']} S={entry['seqlen']}",
+            *(_shown(entry, name) for name in timed),
+            show(ratio(entry, peers), 2),
+        ]
+        for entry in data["cells"]
+    ]
+    return header, rows
+
+
+def _shown(entry: dict[str, Any], provider: str) -> str:
+    if "error" in entry["results"].get(provider, {}):
+        return "failed"
+    return show(tflops(entry, provider))
+
+
+def forward_means(data: dict[str, Any]) -> list[tuple[str, float | None]]:
+    """Geometric means of the ratio: of each head dim and mask, then of all cells."""
+    peers = peers_of(data)
+    groups: dict[str, list[float | None]] = {}
+    for entry in data["cells"]:
+        key = f"D={entry['head_dim']} {entry['mask']}"
+        groups.setdefault(key, []).append(ratio(entry, peers))
+    means = [(key, geometric_mean(values)) for key, values in groups.items()]
+    return [*means, ("all", geometric_mean(ratio(entry, peers) for entry in data["cells"]))]
+
+
+def host_row(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Host time in microseconds of every provider that was timed."""
+    timed = data["host"]["results"]
+    names = [name for name in data["providers"] if "median_us" in timed.get(name, {})]
+    return names, [[show(timed[name]["median_us"], 1) for name in names]]
+
+
+def failures(data: dict[str, Any]) -> list[str]:
+    """One line for every provider and kind of error: the first message of each kind."""
+    seen: dict[tuple[str, str], list[str]] = {}
+    messages: dict[tuple[str, str], str] = {}
+
+    def note(name: str, message: str, where: str) -> None:
+        key = (name, re.sub(r"[0-9.e+-]+", "#", message))
+        messages.setdefault(key, message)
+        seen.setdefault(key, []).append(where)
+
+    for name, provider in data.get("providers", {}).items():
+        if "missing" in provider:
+            note(name, provider["missing"], "not run")
+    for entry in data["cells"]:
+        for name, result in entry["results"].items():
+            if "error" in result:
+                cell = f"D={entry['head_dim']} {entry['mask']} S={entry['seqlen']}"
+                note(name, result["error"], cell)
+    for name, result in data.get("host", {}).get("results", {}).items():
+        if "error" in result:
+            note(name, result["error"], "host time")
+    lines = []
+    for key, cells in seen.items():
+        where = ", ".join(cells[:3]) + (f" and {len(cells) - 3} more" if len(cells) > 3 else "")
+        lines.append(f"{key[0]} [{where}]: {messages[key]}")
+    return lines

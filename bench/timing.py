@@ -1,0 +1,113 @@
+"""GPU time by CUDA-graph replay, host time by a wall clock; always several candidates in turn.
+
+The candidates of a comparison take turns (A B C, B C A, ...), because a GPU under load changes its
+clock: what runs in one block of time is not comparable with what runs in another.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+Call = Callable[[], object]
+ContextFactory = Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a sample."""
+
+    median: float
+    lower: float
+    upper: float
+    count: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0], 1)
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, lower, upper, len(values))
+
+
+class CapturedCall:
+    """`call`, recorded so often into one CUDA graph that a replay takes about `target_ms`."""
+
+    WARM_UP_CALLS = 3
+    MOST_CALLS = 64
+
+    def __init__(self, call: Call, target_ms: float = 4.0):
+        import torch
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()  # compiles what is compiled at run time
+            torch.cuda.synchronize()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(self.WARM_UP_CALLS):
+                call()
+            end.record()
+        torch.cuda.synchronize()
+        estimate = max(begin.elapsed_time(end) / self.WARM_UP_CALLS, 1e-3)
+        self.calls = max(1, min(self.MOST_CALLS, round(target_ms / estimate)))
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for _ in range(self.calls):
+                call()
+        self._graph.replay()
+        torch.cuda.synchronize()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+def interleaved_gpu_times(captured: Mapping[str, CapturedCall], rounds: int) -> dict[str, Spread]:
+    """Milliseconds of one call of each candidate."""
+    import torch
+
+    names = list(captured)
+    events: dict[str, list] = {name: [] for name in names}
+    for name in names:  # bring the clock to what this load leaves it
+        captured[name].replay()
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            captured[name].replay()
+            end.record()
+            events[name].append((begin, end))
+    torch.cuda.synchronize()
+    return {
+        name: Spread.of([b.elapsed_time(e) / captured[name].calls for b, e in pairs])
+        for name, pairs in events.items()
+    }
+
+
+def interleaved_host_times(
+    calls: Mapping[str, tuple[Call, ContextFactory]], rounds: int, calls_per_batch: int = 100
+) -> dict[str, Spread]:
+    """Microseconds of host time of one call, from batches of calls with no wait between them."""
+    import torch
+
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-1, rounds):  # turn -1 warms up
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            call, context = calls[name]
+            torch.cuda.synchronize()
+            with context():
+                begin = time.perf_counter()
+                for _ in range(calls_per_batch):
+                    call()
+                elapsed = time.perf_counter() - begin
+            if turn >= 0:
+                samples[name].append(elapsed / calls_per_batch * 1e6)
+    torch.cuda.synchronize()
+    return {name: Spread.of(values) for name, values in samples.items()}

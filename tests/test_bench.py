@@ -1,0 +1,174 @@
+"""The benchmarks' own arithmetic: counts, ratios, tables. Nothing here needs a GPU."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # bench/ is no part of the installed package
+
+from bench import ablation, readme_table, report, search  # noqa: E402
+from bench.cells import Cell, paper_cell, paper_grid  # noqa: E402
+from bench.check import Reference  # noqa: E402
+from bench.timing import Spread  # noqa: E402
+
+
+def entry(ours, head_dim=128, mask="full", seqlen=2048, **peers):
+    results = {"ours": ours, **{name.replace("_", "-"): speed for name, speed in peers.items()}}
+    return {
+        "head_dim": head_dim,
+        "mask": mask,
+        "seqlen": seqlen,
+        "batch": 8,
+        "results": {
+            name: {"error": "RuntimeError: no"} if speed is None else {"tflops": speed}
+            for name, speed in results.items()
+        },
+    }
+
+
+def test_flops_of_the_papers_own_example():
+    full = Cell(dtype="bf16", mask="full", batch=4, seqlen=8448, heads=16, head_dim=128)
+    causal = Cell(dtype="bf16", mask="causal", batch=4, seqlen=8448, heads=16, head_dim=128)
+    assert full.flops == 4 * 4 * 16 * 8448**2 * 128
+    assert causal.flops * 2 == full.flops
+    # FlashAttention-3's paper: 3.538 ms is 661 TFLOP/s
+    assert full.tflops(3.538) == pytest.approx(661, abs=1)
+
+
+def test_paper_grid_keeps_tokens_and_hidden_size():
+    grid = paper_grid("bf16")
+    assert len(grid) == 36 == len(set(grid))
+    assert {cell.batch * cell.seqlen for cell in grid} == {16384}
+    assert {cell.heads * cell.head_dim for cell in grid} == {2048}
+
+
+def test_spread():
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0, 1)
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 100.0]) == Spread(3.0, 2.0, 4.0, 5)
+
+
+def test_ratio_is_to_the_fastest_peer_that_was_timed():
+    peers = ["sdpa-cudnn", "fa3-fwd", "fa4"]
+    cell = entry(600.0, sdpa_cudnn=500.0, fa3_fwd=None)
+    assert report.best_peer(cell, peers) == ("sdpa-cudnn", 500.0)
+    assert report.ratio(cell, peers) == pytest.approx(1.2)
+    assert report.ratio(entry(None, sdpa_cudnn=500.0), peers) is None
+    assert report.ratio(entry(600.0, fa3_fwd=None), peers) is None
+
+
+def forward_data():
+    return {
+        "kind": "forward",
+        "commit": "abc",
+        "date": "today",
+        "machine": {"gpu": "a GPU", "torch": "2", "cuda": "13", "cublas_bf16": {"tflops": 790.0}},
+        "settings": {"dtype": "bf16"},
+        "providers": {
+            "ours": {"label": "cute_kernels"},
+            "ours:row": {"label": "row"},
+            "sdpa-cudnn": {"label": "SDPA cuDNN"},
+            "fa4": {"label": "fa4", "missing": "not installed"},
+        },
+        "cells": [
+            entry(600.0, sdpa_cudnn=500.0),
+            entry(400.0, mask="causal", sdpa_cudnn=500.0),
+            entry(500.0, mask="causal", seqlen=4096, sdpa_cudnn=None),
+        ],
+        "host": {"results": {"sdpa-cudnn": {"median_us": 30.0}, "ours": {"median_us": 20.0}}},
+    }
+
+
+def test_forward_report():
+    data = forward_data()
+    header, rows = report.forward_rows(data)
+    assert header == ["cell", "ours", "sdpa-cudnn", "ours/best"]
+    assert rows[0] == ["D=128 full S=2048", "600", "500", "1.20"]
+    assert rows[2] == ["D=128 causal S=4096", "500", "failed", "-"]
+    means = dict(report.forward_means(data))
+    assert means["D=128 causal"] == pytest.approx(0.8)
+    assert means["all"] == pytest.approx(math.sqrt(1.2 * 0.8))
+    assert report.host_row(data) == (["ours", "sdpa-cudnn"], [["20.0", "30.0"]])
+    assert report.failures(data) == [
+        "fa4 [not run]: not installed",
+        "sdpa-cudnn [D=128 causal S=4096]: RuntimeError: no",
+    ]
+
+
+def test_text_table_lines_up():
+    lines = report.text_table(["a", "long"], [["longer", "1"], ["b", "22"]]).splitlines()
+    assert lines == ["a       long", "longer     1", "b         22"]
+
+
+def test_search_ranks_rows_timed_everywhere():
+    cells = [entry(500.0, a=550.0, b=400.0), entry(500.0, seqlen=4096, a=450.0, b=None)]
+    (group,) = search.rank(cells)
+    assert [c["name"] for c in group["candidates"]] == ["ours", "a"]
+    assert group["candidates"][1]["gain"] == pytest.approx(math.sqrt(1.1 * 0.9))
+    assert group["best_by_seqlen"] == {"2048": "a", "4096": "a"}
+
+
+def test_ablation_names_the_switches_and_holds_the_papers_cell():
+    assert ablation.variant({"pingpong": True, "overlap": True}) == "pingpong + overlap"
+    assert ablation.variant({"pingpong": False, "overlap": False}) == "neither"
+    cells = ablation.ablation_cells("bf16", 128, [16384], ["full"])
+    assert [(c.batch, c.seqlen) for c in cells] == [(1, 16384), (4, 8448)]
+    assert len(ablation.ablation_cells("bf16", 64, [16384], ["full"])) == 1
+
+
+def test_readme_block_is_replaced_and_nothing_else():
+    text = f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n"
+    new = readme_table.replace_block(text, "new")
+    assert new == f"before\n{readme_table.BEGIN}\nnew\n{readme_table.END}\nafter\n"
+    assert readme_table.replace_block(new, "new") == new
+    with pytest.raises(ValueError, match="markers"):
+        readme_table.replace_block("no markers", "new")
+
+
+def test_readme_has_the_markers():
+    text = (ROOT / "README.md").read_text()
+    assert text.count(readme_table.BEGIN) == 1 == text.count(readme_table.END)
+
+
+def test_readme_section_of_a_results_file(tmp_path):
+    import json
+
+    path = tmp_path / "forward_bf16.json"
+    path.write_text(json.dumps(forward_data()))
+    block = readme_table.block([path], tmp_path)
+    assert "| 128 full | 2048 | 600 | 500 | 1.20 |" in block
+    assert "abc" in block and "a GPU" in block and "20.0 µs" in block
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_check_accepts_attention_and_refuses_what_is_not(mask):
+    cell = Cell(dtype="bf16", mask=mask, batch=2, seqlen=96, heads=3, head_dim=64)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 96, 3, 64, generator=generator).bfloat16()
+    reference = Reference(cell, q, k, v)
+    q_, k_, v_ = (t.transpose(1, 2).double() for t in (q, k, v))
+    right = torch.nn.functional.scaled_dot_product_attention(q_, k_, v_, is_causal=cell.causal)
+    right = right.transpose(1, 2).bfloat16()
+    assert reference.error(right) <= reference.tolerance
+    assert reference.error(right * 1.1) > reference.tolerance
+    unwritten = right.clone()
+    unwritten[1, 41, 2, 5] = float("nan")
+    assert reference.error(unwritten) == float("inf")
+
+
+def test_paper_cell_of_a_length_beyond_the_grid():
+    assert paper_cell("fp16", 64, "full", 32768).batch == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize("script", ["forward", "ablation", "search"])
+def test_scripts_say_that_they_need_a_gpu(script):
+    done = subprocess.run(
+        [sys.executable, "-m", f"bench.{script}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "Hopper" in done.stderr
