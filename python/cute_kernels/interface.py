@@ -1,0 +1,121 @@
+"""The public function, thin: on a GPU a small call is host time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cute_kernels.operators import flash_attn_forward
+from cute_kernels.tiles import AUTOMATIC, tile_index
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+
+# FlashAttention-3's arguments whose feature is not there yet, with the values that ask for nothing.
+_LATER: dict[str, tuple[object, ...]] = {
+    "qv": (None,),
+    "q_descale": (None,),
+    "k_descale": (None,),
+    "v_descale": (None,),
+    "window_size": ((-1, -1), [-1, -1], (None, None)),
+    "attention_chunk": (0,),
+    "softcap": (0.0,),
+    "num_splits": (1, 0),
+    "pack_gqa": (None, False),
+    "sm_margin": (0,),
+}
+_LATER_DEFAULTS = tuple(values[0] for values in _LATER.values())
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+    *,
+    return_lse: bool = False,
+    tile_config: str | int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention, ``softmax(softmax_scale * q @ k^T) @ v`` for every head.
+
+    Names and order of the arguments are those of FlashAttention-3's function of this name. The
+    algorithm is that paper's, arXiv 2407.08608, section 3 and algorithms 1 and 2.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim). On a GPU of compute capability 9.0 float16 or
+            bfloat16, on the CPU also float32 and float64. head_dim is a multiple of 8 up to 256.
+            Any strides with a contiguous last dimension, here and in k and v.
+        k: (batch, seqlen_k, key heads, head_dim), dtype and device of q. The number of query heads
+            is a multiple of that of key heads (MHA, GQA, MQA).
+        v: shape, dtype and device of k.
+        softmax_scale: finite, greater than 0; ``head_dim ** -0.5`` if None.
+        causal: query i sees key j only if ``j <= i + seqlen_k - seqlen_q`` (bottom-right aligned).
+        qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits,
+            pack_gqa, sm_margin: not there yet; anything that would change the call raises
+            NotImplementedError.
+        deterministic: no effect; on one GPU model and build the result is always the same bits.
+        return_attn_probs: FlashAttention-3's name for ``return_lse``.
+        return_lse: also return the LSE.
+        tile_config: name or index of a row of ``cute_kernels.tile_configs()`` to run, instead of
+            the automatic choice. Has no effect on the CPU.
+
+    Returns:
+        The output, like q but always contiguous, and if asked for the LSE: (batch, heads,
+        seqlen_q), float32 (float64 for float64 inputs), the natural logarithm of the softmax's
+        denominator. A query that sees no key gets 0 and -inf. On the CPU both have gradients; on
+        CUDA backward() raises NotImplementedError.
+
+    Raises:
+        ValueError, TypeError: an argument on the CPU is not as described.
+        RuntimeError: the same on CUDA, or the GPU is not of compute capability 9.0.
+        NotImplementedError: an argument whose feature is not there yet.
+    """
+    later = (
+        qv,
+        q_descale,
+        k_descale,
+        v_descale,
+        window_size,
+        attention_chunk,
+        softcap,
+        num_splits,
+        pack_gqa,
+        sm_margin,
+    )
+    if later != _LATER_DEFAULTS:
+        _refuse_unless_harmless(later)
+    index = AUTOMATIC if tile_config is None else tile_index(tile_config)
+    try:
+        if softmax_scale is None:
+            softmax_scale = q.shape[-1] ** -0.5
+        needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    except (AttributeError, IndexError, ZeroDivisionError):
+        # Something is wrong with q, k or v, and the operator says what.
+        softmax_scale, needs_grad = 1.0, True
+    if needs_grad or _is_compiling():
+        out, lse = flash_attn_forward(q, k, v, softmax_scale, causal, index)
+    else:
+        # The operator's autograd is written in Python, which would cost a small call microseconds.
+        with _below_autograd():
+            out, lse = flash_attn_forward(q, k, v, softmax_scale, causal, index)
+    return (out, lse) if return_lse or return_attn_probs else out
+
+
+def _refuse_unless_harmless(later: tuple[object, ...]) -> None:
+    for (name, harmless), value in zip(_LATER.items(), later, strict=True):
+        if isinstance(value, Tensor) or value not in harmless:
+            raise NotImplementedError(f"flash_attn_func: {name} is not there yet")

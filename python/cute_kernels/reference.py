@@ -1,0 +1,173 @@
+"""Blocked attention with online softmax in PyTorch operations: the CPU path.
+
+The algorithm, masks and results are those of the GPU kernels (forward: FlashAttention-3, arXiv
+2407.08608, section 2.3 and algorithm 1; backward: FlashAttention-2, arXiv 2307.08691, algorithm 2).
+Products and sums are in fp32, for fp64 inputs in fp64. Nothing of the size of all scores is ever
+stored: a block of queries walks over the blocks of keys that it sees.
+
+Inside, tensors are (batch, key heads, rows, head_dim), where the rows of a query block are its
+queries once for each query head of the key head; so GQA needs no copies of K and V.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+QUERY_BLOCK = 128
+KEY_BLOCK = 256
+
+
+class _Blocks:
+    """The geometry of one problem: which queries meet which keys, and how heads become rows."""
+
+    def __init__(self, q: Tensor, k: Tensor, softmax_scale: float, causal: bool):
+        self.seqlen_q, self.heads = q.shape[1], q.shape[2]
+        self.seqlen_k, self.key_heads = k.shape[1], k.shape[2]
+        self.group = self.heads // self.key_heads
+        self.softmax_scale = softmax_scale
+        self.causal = causal
+        self.dtype = accumulator_dtype(q.dtype)
+
+    def queries(self) -> Iterator[slice]:
+        for start in range(0, self.seqlen_q, QUERY_BLOCK):
+            yield slice(start, min(start + QUERY_BLOCK, self.seqlen_q))
+
+    def keys(self, queries: slice) -> Iterator[tuple[slice, Tensor | None]]:
+        """The key blocks that some query sees, and where a query does not see a key of a block."""
+        last_seen_by_first = queries.start + self.seqlen_k - self.seqlen_q  # bottom-right aligned
+        end = self.seqlen_k
+        if self.causal:
+            end = min(end, queries.stop + self.seqlen_k - self.seqlen_q)
+        for start in range(0, end, KEY_BLOCK):
+            stop = min(start + KEY_BLOCK, end)
+            hidden = None
+            if self.causal and stop - 1 > last_seen_by_first:
+                seen = torch.arange(queries.stop - queries.start) + last_seen_by_first
+                hidden = torch.arange(start, stop) > seen[:, None]
+            yield slice(start, stop), hidden
+
+    def rows(self, x: Tensor, queries: slice) -> Tensor:
+        """A block of a (batch, seqlen, heads, d) tensor as (batch, key heads, rows, d)."""
+        block = x[:, queries].to(self.dtype)
+        batch, count, _, size = block.shape
+        grouped = block.reshape(batch, count, self.key_heads, self.group, size)
+        return grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of `rows`: (batch, key heads, rows, d) as (batch, seqlen, heads, d)."""
+        batch, _, _, size = rows.shape
+        grouped = rows.view(batch, self.key_heads, self.group, -1, size)
+        return grouped.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def row_values(self, x: Tensor, queries: slice) -> Tensor:
+        """A block of a (batch, heads, seqlen) tensor as (batch, key heads, rows, 1)."""
+        block = x[:, :, queries].to(self.dtype)
+        return block.reshape(block.shape[0], self.key_heads, -1, 1)
+
+    def all_keys(self, x: Tensor) -> Tensor:
+        """(batch, seqlen, key heads, d) as (batch, key heads, seqlen, d)."""
+        return x.to(self.dtype).transpose(1, 2)
+
+    def scores(self, q_rows: Tensor, k_block: Tensor, hidden: Tensor | None) -> Tensor:
+        """softmax_scale Q K^T of a block, -inf where a query does not see a key."""
+        scores = (q_rows @ k_block.mT).mul_(self.softmax_scale)
+        if hidden is not None:
+            batch, key_heads, _, count = scores.shape
+            by_head = scores.view(batch, key_heads, self.group, -1, count)
+            by_head.masked_fill_(hidden, -math.inf)
+        return scores
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of products, sums and of the LSE."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and the LSE as every implementation allocates them: dense."""
+    batch, seqlen, heads, head_dim = q.shape
+    out = q.new_empty((batch, seqlen, heads, head_dim))
+    lse = q.new_empty((batch, heads, seqlen), dtype=accumulator_dtype(q.dtype))
+    return out, lse
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """softmax(softmax_scale q k^T) v and the natural logarithm of the softmax's denominator.
+
+    Rows that see no key get 0 and -inf. Shapes as in `flash_attn_func`.
+    """
+    out, lse = empty_outputs(q)
+    if out.numel() == 0:
+        return out, lse
+    if k.numel() == 0:
+        return out.zero_(), lse.fill_(-math.inf)
+    blocks = _Blocks(q, k, softmax_scale, causal)
+    all_k, all_v = blocks.all_keys(k), blocks.all_keys(v)
+    for queries in blocks.queries():
+        q_rows = blocks.rows(q, queries)
+        accumulator = torch.zeros_like(q_rows)
+        maximum = q_rows.new_full((*q_rows.shape[:3], 1), -math.inf)
+        total = torch.zeros_like(maximum)
+        for keys, hidden in blocks.keys(queries):
+            scores = blocks.scores(q_rows, all_k[:, :, keys], hidden)
+            new_maximum = torch.maximum(maximum, scores.amax(-1, keepdim=True))
+            # -inf - -inf would be NaN: a row that has seen no key yet measures from 0.
+            origin = new_maximum.masked_fill(new_maximum == -math.inf, 0.0)
+            rescale = torch.exp(maximum - origin)
+            probabilities = scores.sub_(origin).exp_()
+            total = total * rescale + probabilities.sum(-1, keepdim=True)
+            accumulator = accumulator * rescale + probabilities @ all_v[:, :, keys]
+            maximum = new_maximum
+        accumulator /= total.masked_fill(total == 0, 1.0)
+        out[:, queries] = blocks.from_rows(accumulator)
+        lse[:, :, queries] = (maximum + total.log()).view(q.shape[0], blocks.heads, -1)
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, from those of the output and the LSE."""
+    grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    if q.numel() == 0 or k.numel() == 0:
+        return grad_q, torch.zeros_like(k), torch.zeros_like(v)
+    blocks = _Blocks(q, k, softmax_scale, causal)
+    all_k, all_v = blocks.all_keys(k), blocks.all_keys(v)
+    grad_k, grad_v = torch.zeros_like(all_k), torch.zeros_like(all_v)
+    # P = exp(S - LSE) must be 0, not NaN, in rows that see no key.
+    lse = lse.masked_fill(lse == -math.inf, math.inf)
+    for queries in blocks.queries():
+        q_rows, grad_rows = blocks.rows(q, queries), blocks.rows(grad_out, queries)
+        delta = (grad_rows * blocks.rows(out, queries)).sum(-1, keepdim=True)
+        delta -= blocks.row_values(grad_lse, queries)  # dLSE / dS = P
+        lse_rows = blocks.row_values(lse, queries)
+        grad_q_rows = torch.zeros_like(q_rows)
+        for keys, hidden in blocks.keys(queries):
+            k_block, v_block = all_k[:, :, keys], all_v[:, :, keys]
+            probabilities = blocks.scores(q_rows, k_block, hidden).sub_(lse_rows).exp_()
+            grad_v[:, :, keys] += probabilities.mT @ grad_rows
+            grad_scores = (grad_rows @ v_block.mT).sub_(delta).mul_(probabilities)
+            grad_scores.mul_(softmax_scale)
+            grad_q_rows += grad_scores @ k_block
+            grad_k[:, :, keys] += grad_scores.mT @ q_rows
+        grad_q[:, queries] = blocks.from_rows(grad_q_rows)
+    dense = torch.contiguous_format
+    return (
+        grad_q,
+        grad_k.transpose(1, 2).to(k.dtype, memory_format=dense),
+        grad_v.transpose(1, 2).to(v.dtype, memory_format=dense),
+    )
