@@ -1,0 +1,25 @@
+# The job pool "cuda": as many kernels at a time as cores and memory allow.
+
+set(_megabytes_per_kernel 4096)
+cmake_host_system_information(RESULT _memory QUERY AVAILABLE_PHYSICAL_MEMORY) # megabytes
+if(EXISTS /sys/fs/cgroup/memory.max) # a container's limit
+  file(READ /sys/fs/cgroup/memory.max _limit)
+  string(STRIP "${_limit}" _limit)
+  if(_limit MATCHES "^[0-9]+$")
+    math(EXPR _limit "${_limit} / 1048576")
+    if(_limit LESS _memory)
+      set(_memory ${_limit})
+    endif()
+  endif()
+endif()
+include(ProcessorCount)
+ProcessorCount(_jobs)
+math(EXPR _fitting "${_memory} / ${_megabytes_per_kernel}")
+if(_fitting LESS _jobs OR _jobs EQUAL 0)
+  set(_jobs ${_fitting})
+endif()
+if(_jobs LESS 1)
+  set(_jobs 1)
+endif()
+set_property(GLOBAL APPEND PROPERTY JOB_POOLS cuda=${_jobs})
+message(STATUS "${_jobs} kernels compiled at a time (${_memory} MB of memory, ${_megabytes_per_kernel} MB each)")

@@ -1,0 +1,25 @@
+# cute_kernels::libtorch, PyTorch's stable ABI: its header-only part and C shims. The CPU build of PyTorch serves as well as
+# the CUDA one.
+
+set(CUTE_KERNELS_TORCH_FLOOR 2.10)
+
+python_package_dir(_torch torch)
+if(NOT _torch)
+  message(FATAL_ERROR "PyTorch is not installed for ${Python_EXECUTABLE}: `python -m pip install torch` first.")
+endif()
+file(READ "${_torch}/version.py" _version)
+string(REGEX MATCH "__version__ = '([0-9]+\\.[0-9]+)" _ "${_version}")
+if(NOT CMAKE_MATCH_1 OR CMAKE_MATCH_1 VERSION_LESS CUTE_KERNELS_TORCH_FLOOR)
+  message(FATAL_ERROR "PyTorch ${CMAKE_MATCH_1} in ${_torch} is too old: its stable ABI is needed as of "
+                      "${CUTE_KERNELS_TORCH_FLOOR}.")
+endif()
+message(STATUS "PyTorch ${CMAKE_MATCH_1}: ${_torch}")
+
+add_library(cute_kernels_libtorch INTERFACE)
+add_library(cute_kernels::libtorch ALIAS cute_kernels_libtorch)
+target_include_directories(cute_kernels_libtorch SYSTEM INTERFACE "${_torch}/include")
+# 2.10: a call of anything newer does not compile, so that the extension runs under every PyTorch from there on.
+target_compile_definitions(cute_kernels_libtorch INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
+# libtorch.so alone names every other library of a PyTorch, with or without CUDA; it defines nothing itself, so the linker
+# would drop it.
+target_link_options(cute_kernels_libtorch INTERFACE "LINKER:--no-as-needed,${_torch}/lib/libtorch.so,--as-needed")

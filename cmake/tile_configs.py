@@ -1,0 +1,345 @@
+"""Turns the table of tiles into kernels to compile: one .cu per kernel, a registry, a JSON copy.
+
+    python cmake/tile_configs.py --table FILE --out FOLDER [--head-dims "64;128"] [--dtypes bf16]
+
+Prints the written sources, separated by semicolons. A row that cannot fit ends it with status 1 and
+the arithmetic on stderr. CMake runs this when it configures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Row = dict[str, Any]
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Field:
+    """A column of the table, and the constant of the C++ Tile that carries it (None: it has none)."""
+
+    name: str
+    type: type
+    default: Any = REQUIRED
+    constant: str | None = None
+
+
+# A new column is a new line here and a constant that ForwardTraits reads.
+FIELDS = (
+    Field("name", str),
+    Field("dtypes", list),
+    Field("head_dim", int, REQUIRED, "kHeadDim"),
+    Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
+    Field("mask", str, "any"),
+    Field("tile_m", int),
+    Field("tile_n", int, REQUIRED, "kTileN"),
+    Field("stages", int, 2, "kStages"),
+    Field("pingpong", bool, True, "kPingpong"),
+    Field("overlap", bool, True, "kOverlap"),
+    Field("separate_output", bool, False, "kSeparateOutput"),
+    Field("why", str),
+)
+DERIVED = (Field("consumer_warpgroups", int, REQUIRED, "kConsumerWarpgroups"),)
+
+DTYPES = {  # name: (C++ element, registry's enumerator)
+    "bf16": ("cutlass::bfloat16_t", "kBFloat16"),
+    "fp16": ("cutlass::half_t", "kFloat16"),
+}
+MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal"}
+
+ELEMENT_BYTES = 2
+WARPGROUP_M = 64
+WARPGROUP_THREADS = 128
+SHARED_BYTES = 227 * 1024  # what a block of sm_90 can have
+SWIZZLE_BYTES = 1024  # every buffer, and so the whole, is aligned to the 128-byte swizzle's period
+# What setmaxnreg leaves a consumer thread (forward/traits.hpp); one consumer warpgroup keeps the compiler's limit.
+CONSUMER_REGISTERS = {1: 255, 2: 240, 3: 160}
+# Row maxima and sums, addresses, barrier phases, loop counters: what no kernel does without.
+WORKING_REGISTERS = 16
+
+
+class TableError(ValueError):
+    """A row, or the table, cannot become kernels; the message says why."""
+
+
+def shared_memory(row: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of shared memory by part, as ForwardTraits::SharedStorage lays them out."""
+    stages, consumers = row["stages"], row["consumer_warpgroups"]
+    k = stages * row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
+    v = stages * row["tile_n"] * row["head_dim_v"] * ELEMENT_BYTES
+    q = consumers * WARPGROUP_M * row["head_dim"] * ELEMENT_BYTES
+    o = consumers * WARPGROUP_M * row["head_dim_v"] * ELEMENT_BYTES if row["separate_output"] else 0
+    # full and empty, 8 bytes each: for every stage of K and V, and for every warpgroup's Q
+    barriers = 2 * 8 * (2 * stages + consumers)
+    barriers = -(-barriers // SWIZZLE_BYTES) * SWIZZLE_BYTES
+    return {"K": k, "V": v, "Q": q, "O": o, "barriers": barriers}
+
+
+def registers(row: Mapping[str, Any]) -> dict[str, int]:
+    """32-bit registers of a consumer thread by use."""
+    scores = WARPGROUP_M * row["tile_n"] // WARPGROUP_THREADS
+    return {
+        "scores": scores,
+        "output": WARPGROUP_M * row["head_dim_v"] // WARPGROUP_THREADS,
+        "packed P": scores * ELEMENT_BYTES // 4,
+        "working": WORKING_REGISTERS,
+    }
+
+
+def sum_of(parts: Mapping[str, int]) -> str:
+    terms = " + ".join(f"{count} {name}" for name, count in parts.items() if count)
+    return f"{terms} = {sum(parts.values())}"
+
+
+def complete(raw: Mapping[str, Any], number: int) -> Row:
+    """A row with its defaults filled in and the types of its fields checked."""
+    where = f"forward row {number} ({raw.get('name', 'no name')})"
+    known = {field.name for field in FIELDS}
+    unknown = sorted(set(raw) - known)
+    if unknown:
+        raise TableError(
+            f"{where}: unknown field {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
+    row: Row = {}
+    for field in FIELDS:
+        if field.name not in raw:
+            if field.default is REQUIRED:
+                raise TableError(f"{where}: {field.name} is missing")
+            row[field.name] = field.default
+            continue
+        value = raw[field.name]
+        if type(value) is not field.type:  # bool is an int to isinstance
+            raise TableError(
+                f"{where}: {field.name} is {value!r}, expected {field.type.__name__}"
+            )
+        row[field.name] = value
+    if row["head_dim_v"] is None:
+        row["head_dim_v"] = row["head_dim"]
+    row["consumer_warpgroups"] = row["tile_m"] // WARPGROUP_M
+    return row
+
+
+def problems(row: Mapping[str, Any]) -> list[str]:
+    """Why the row cannot become a kernel; empty if it can."""
+    found = []
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", row["name"]):
+        found.append(f"name {row['name']!r} must be lower case letters, digits and _")
+    if not row["dtypes"] or len(set(row["dtypes"])) != len(row["dtypes"]):
+        found.append(f"dtypes {row['dtypes']} must name each dtype once, and at least one")
+    for dtype in row["dtypes"]:
+        if dtype not in DTYPES:
+            found.append(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if row["mask"] not in MASKS:
+        found.append(f"mask {row['mask']!r} is none of {', '.join(MASKS)}")
+    if not row["why"].strip():
+        found.append("why is empty: say what was measured")
+    for name in ("head_dim", "head_dim_v"):
+        if row[name] % 64 or not 64 <= row[name] <= 256:
+            found.append(
+                f"{name} = {row[name]} must be a multiple of 64 up to 256: the 128-byte swizzle is 64 "
+                f"elements wide, WGMMA's N at most 256"
+            )
+    if row["head_dim_v"] > row["head_dim"] and not row["separate_output"]:
+        found.append(
+            f"head_dim_v = {row['head_dim_v']} > head_dim = {row['head_dim']}: O does not fit in Q's "
+            f"shared memory; set separate_output = true"
+        )
+    if row["tile_n"] % 16 or not 16 <= row["tile_n"] <= 256:
+        found.append(
+            f"tile_n = {row['tile_n']} must be a multiple of 16 up to 256: it is N of the WGMMA "
+            f"Q K^T (at most 256) and K of P V (steps of 16)"
+        )
+    if row["stages"] < 1:
+        found.append(f"stages = {row['stages']} must be at least 1")
+    consumers = row["consumer_warpgroups"]
+    if row["tile_m"] % WARPGROUP_M or not 1 <= consumers <= 3:
+        found.append(
+            f"tile_m = {row['tile_m']} must be 64, 128 or 192: WGMMA's M is 64 for each of one to "
+            f"three consumer warpgroups"
+        )
+    elif consumers == 1 and row["pingpong"]:
+        found.append(
+            f"pingpong needs two or three consumer warpgroups to take turns; tile_m = {row['tile_m']} "
+            f"has one"
+        )
+    if found:  # the sums below would only repeat it
+        return found
+    budget, parts = CONSUMER_REGISTERS[consumers], registers(row)
+    if sum(parts.values()) > budget:
+        found.append(
+            f"registers of a consumer thread: {sum_of(parts)} > {budget} with {consumers} consumer "
+            f"warpgroups"
+        )
+    bytes_by_part = shared_memory(row)
+    if sum(bytes_by_part.values()) > SHARED_BYTES:
+        found.append(f"shared memory: {sum_of(bytes_by_part)} > {SHARED_BYTES} bytes")
+    return found
+
+
+def read_table(text: str) -> list[Row]:
+    """The rows of a table, one for each kernel, all checked. Raises TableError with every reason."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise TableError(f"not TOML: {error}") from error
+    unknown = sorted(set(table) - {"forward"})
+    if unknown:
+        raise TableError(f"unknown table {', '.join(unknown)}; known is forward")
+    rows = [complete(raw, number) for number, raw in enumerate(table.get("forward", []), 1)]
+    found = [f"forward row {row['name']}: {problem}" for row in rows for problem in problems(row)]
+    names = [row["name"] for row in rows]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        found.append(f"forward row {name}: the name stands {names.count(name)} times")
+    if found:
+        raise TableError("\n".join(found))
+    return [kernel_row(row, dtype) for row in rows for dtype in row["dtypes"]]
+
+
+def kernel_row(row: Mapping[str, Any], dtype: str) -> Row:
+    """The row of one dtype, as tile_configs.json shows it."""
+    rest = {key: value for key, value in row.items() if key not in ("name", "dtypes")}
+    return {"name": f"{dtype}_{row['name']}", "pass": "forward", "dtype": dtype, **rest}
+
+
+def select(rows: Iterable[Row], head_dims: Iterable[int], dtypes: Iterable[str]) -> list[Row]:
+    """The rows of a build that was asked for these head dims and dtypes; empty means all."""
+    rows, head_dims, dtypes = list(rows), list(head_dims), list(dtypes)
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise TableError(f"CUTE_KERNELS_DTYPES: {dtype!r} is none of {', '.join(DTYPES)}")
+    for head_dim in head_dims:
+        if all(row["head_dim"] != head_dim for row in rows):
+            there = sorted({row["head_dim"] for row in rows})
+            raise TableError(
+                f"CUTE_KERNELS_HEAD_DIMS: no row has head_dim {head_dim}; the table has {there}"
+            )
+    chosen = [
+        row
+        for row in rows
+        if (not head_dims or row["head_dim"] in head_dims)
+        and (not dtypes or row["dtype"] in dtypes)
+    ]
+    if not chosen:
+        raise TableError("no row is left to compile")
+    return chosen
+
+
+def literal(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def kernel_source(row: Row) -> str:
+    constants = "\n".join(
+        f"  static constexpr {field.type.__name__} {field.constant} = {literal(row[field.name])};"
+        for field in (*FIELDS, *DERIVED)
+        if field.constant
+    )
+    return f"""\
+// Written by cmake/tile_configs.py from row {row["name"]}.
+#include <cutlass/numeric_types.h>
+
+#include "cute_kernels/attention/forward/launch.hpp"
+
+namespace cute_kernels::attention::tiles::{row["name"]} {{
+
+struct Tile {{
+  using Element = {DTYPES[row["dtype"]][0]};
+{constants}
+}};
+
+cudaError_t launch(ForwardProblem const& problem, cudaStream_t stream) {{
+  return launch_forward<Tile>(problem, stream);
+}}
+
+}}  // namespace cute_kernels::attention::tiles::{row["name"]}
+"""
+
+
+def registry_source(rows: list[Row]) -> str:
+    declarations = "\n".join(
+        f"namespace {row['name']} {{ cudaError_t launch(ForwardProblem const&, cudaStream_t); }}"
+        for row in rows
+    )
+    entries = "\n".join(
+        f'    {{{{"{row["name"]}", ElementType::{DTYPES[row["dtype"]][1]}, {row["head_dim"]}, '
+        f"{row['head_dim_v']}, MaskClass::{MASKS[row['mask']]}, {row['tile_m']}}}, "
+        f"tiles::{row['name']}::launch}},"
+        for row in rows
+    )
+    return f"""\
+// Written by cmake/tile_configs.py.
+#include "cute_kernels/attention/tile_config.hpp"
+
+namespace cute_kernels::attention {{
+
+namespace tiles {{
+{declarations}
+}}  // namespace tiles
+
+namespace {{
+ForwardKernel const kKernels[] = {{
+{entries}
+}};
+}}  // namespace
+
+ForwardRegistry const kForwardRegistry{{kKernels, {len(rows)}}};
+
+}}  // namespace cute_kernels::attention
+"""
+
+
+def write_sources(rows: list[Row], out: Path) -> list[Path]:
+    """Writes all files, touching none that is right already, so that only what changed is compiled."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = {out / f"{row['name']}.cu": kernel_source(row) for row in rows}
+    files[out / "registry.cpp"] = registry_source(rows)
+    sources = list(files)
+    files[out / "tile_configs.json"] = json.dumps(rows, indent=1) + "\n"
+    for path in out.glob("*.cu"):
+        if path not in files:
+            path.unlink()
+    for path, text in files.items():
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+    return sources
+
+
+def split_list(text: str) -> list[str]:
+    return [item for item in re.split(r"[;,\s]+", text) if item]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--table", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--head-dims", default="", help="only these, as in 64;128")
+    parser.add_argument("--dtypes", default="", help="only these, as in bf16;fp16")
+    options = parser.parse_args(arguments)
+    try:
+        head_dims = split_list(options.head_dims)
+        if not all(item.isdecimal() for item in head_dims):
+            raise TableError(f"CUTE_KERNELS_HEAD_DIMS: {options.head_dims!r} is no list of numbers")
+        rows = read_table(options.table.read_text(encoding="utf-8"))
+        rows = select(rows, map(int, head_dims), split_list(options.dtypes))
+    except (TableError, OSError) as error:
+        print(f"{options.table}: {error}", file=sys.stderr)
+        return 1
+    print(";".join(path.as_posix() for path in write_sources(rows, options.out)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+#include "cute_kernels/torch/device.hpp"
+
+#include <array>
+#include <mutex>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "cute_kernels/torch/require.hpp"
+
+// Only a CUDA build of libtorch has it. Weak, so that the same binary imports beside a CPU build.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** stream);
+
+namespace cute_kernels::binding {
+namespace {
+
+constexpr int kMaxDevices = 128;
+
+struct DeviceFacts {
+  std::once_flag once;
+  int major;
+  int minor;
+  attention::Device device;
+};
+
+int attribute(cudaDeviceAttr which, int index) {
+  int value = 0;
+  require_success(cudaDeviceGetAttribute(&value, which, index), "cudaDeviceGetAttribute");
+  return value;
+}
+
+}  // namespace
+
+attention::Device const& hopper(int index) {
+  static std::array<DeviceFacts, kMaxDevices> all_facts;
+  require(index >= 0 && index < kMaxDevices, "cuda:", index, " is beyond the ", kMaxDevices, " devices supported");
+  DeviceFacts& facts = all_facts[index];
+  std::call_once(facts.once, [&] {
+    facts.major = attribute(cudaDevAttrComputeCapabilityMajor, index);
+    facts.minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
+    facts.device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+    facts.device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
+  });
+  require(facts.major == 9 && facts.minor == 0,
+          "flash_attn_forward needs a Hopper GPU (compute capability 9.0: H100, H200), but cuda:", index, " has ",
+          facts.major, ".", facts.minor);
+  return facts.device;
+}
+
+cudaStream_t current_stream(int index) {
+  require(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch was built without CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void require_success(cudaError_t status, char const* what) {
+  require(status == cudaSuccess, what, ": ", cudaGetErrorString(status), " (", cudaGetErrorName(status), ")");
+}
+
+}  // namespace cute_kernels::binding

@@ -1,0 +1,18 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cute_kernels/attention/problem.hpp"
+
+namespace cute_kernels::binding {
+
+/// The facts about GPU `index`, asked from the driver once. Throws if it has another compute capability than 9.0.
+attention::Device const& hopper(int index);
+
+/// PyTorch's current stream on GPU `index`.
+cudaStream_t current_stream(int index);
+
+/// Throws if `status` is an error, saying what failed.
+void require_success(cudaError_t status, char const* what);
+
+}  // namespace cute_kernels::binding
