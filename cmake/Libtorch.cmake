@@ -20,6 +20,7 @@ add_library(cute_kernels::libtorch ALIAS cute_kernels_libtorch)
 target_include_directories(cute_kernels_libtorch SYSTEM INTERFACE "${_torch}/include")
 # 2.10: a call of anything newer does not compile, so that the extension runs under every PyTorch from there on.
 target_compile_definitions(cute_kernels_libtorch INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
+target_compile_options(cute_kernels_libtorch INTERFACE "-ffile-prefix-map=${_torch}/=") # its checks hold __FILE__
 # libtorch.so alone names every other library of a PyTorch, with or without CUDA; it defines nothing itself, so the linker
 # would drop it.
 target_link_options(cute_kernels_libtorch INTERFACE "LINKER:--no-as-needed,${_torch}/lib/libtorch.so,--as-needed")

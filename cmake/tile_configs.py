@@ -50,6 +50,7 @@ FIELDS = (
     Field("pingpong", bool, True, "kPingpong"),
     Field("overlap", bool, True, "kOverlap"),
     Field("separate_output", bool, False, "kSeparateOutput"),
+    Field("polynomial_period", int, 0, "kPolynomialPeriod"),
     Field("why", str),
 )
 DERIVED = (Field("consumer_warpgroups", int, REQUIRED, "kConsumerWarpgroups"),)
@@ -164,6 +165,8 @@ def problems(row: Mapping[str, Any]) -> list[str]:
         )
     if row["stages"] < 1:
         found.append(f"stages = {row['stages']} must be at least 1")
+    if row["polynomial_period"] < 0:
+        found.append(f"polynomial_period = {row['polynomial_period']} must be 0 (never) or more")
     consumers = row["consumer_warpgroups"]
     if row["tile_m"] % WARPGROUP_M or not 1 <= consumers <= 3:
         found.append(
