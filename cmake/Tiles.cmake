@@ -1,4 +1,5 @@
-# Runs tile_configs.py. Sets CUTE_KERNELS_TILE_SOURCES (.cu), CUTE_KERNELS_REGISTRY_SOURCE and CUTE_KERNELS_TILE_JSON.
+# Runs tile_configs.py. Sets CUTE_KERNELS_TILE_SOURCES (.cu), CUTE_KERNELS_REGISTRY_SOURCE and
+# CUTE_KERNELS_TILE_JSON.
 
 set(_generator "${CMAKE_CURRENT_LIST_DIR}/tile_configs.py")
 set(_table "${CUTE_KERNELS_TILE_CONFIGS}")
@@ -15,7 +16,8 @@ execute_process(
   OUTPUT_VARIABLE CUTE_KERNELS_TILE_SOURCES
   ERROR_VARIABLE _error)
 if(NOT _status EQUAL 0)
-  string(REPLACE "\n" "\n  " _error "${_error}") # indented lines are printed as they are, not refilled
+  # Indented lines are printed as they are, not refilled.
+  string(REPLACE "\n" "\n  " _error "${_error}")
   message(FATAL_ERROR "The table of tiles was refused.\n  ${_error}")
 endif()
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${_generator}" "${_table}")

@@ -29,7 +29,7 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Field:
-    """A column of the table, and the constant of the C++ Tile that carries it (None: it has none)."""
+    """A column of the table, and the constant of the C++ Tile that carries it, if any does."""
 
     name: str
     type: type
@@ -66,7 +66,8 @@ WARPGROUP_M = 64
 WARPGROUP_THREADS = 128
 SHARED_BYTES = 227 * 1024  # what a block of sm_90 can have
 SWIZZLE_BYTES = 1024  # every buffer, and so the whole, is aligned to the 128-byte swizzle's period
-# What setmaxnreg leaves a consumer thread (forward/traits.hpp); one consumer warpgroup keeps the compiler's limit.
+# What setmaxnreg leaves a consumer thread (forward/traits.hpp); one consumer warpgroup keeps the
+# compiler's limit.
 CONSUMER_REGISTERS = {1: 255, 2: 240, 3: 160}
 # Row maxima and sums, addresses, barrier phases, loop counters: what no kernel does without.
 WORKING_REGISTERS = 16
@@ -123,9 +124,7 @@ def complete(raw: Mapping[str, Any], number: int) -> Row:
             continue
         value = raw[field.name]
         if type(value) is not field.type:  # bool is an int to isinstance
-            raise TableError(
-                f"{where}: {field.name} is {value!r}, expected {field.type.__name__}"
-            )
+            raise TableError(f"{where}: {field.name} is {value!r}, expected {field.type.__name__}")
         row[field.name] = value
     if row["head_dim_v"] is None:
         row["head_dim_v"] = row["head_dim"]
@@ -150,13 +149,13 @@ def problems(row: Mapping[str, Any]) -> list[str]:
     for name in ("head_dim", "head_dim_v"):
         if row[name] % 64 or not 64 <= row[name] <= 256:
             found.append(
-                f"{name} = {row[name]} must be a multiple of 64 up to 256: the 128-byte swizzle is 64 "
-                f"elements wide, WGMMA's N at most 256"
+                f"{name} = {row[name]} must be a multiple of 64 up to 256: the 128-byte swizzle is "
+                f"64 elements wide, WGMMA's N at most 256"
             )
     if row["head_dim_v"] > row["head_dim"] and not row["separate_output"]:
         found.append(
-            f"head_dim_v = {row['head_dim_v']} > head_dim = {row['head_dim']}: O does not fit in Q's "
-            f"shared memory; set separate_output = true"
+            f"head_dim_v = {row['head_dim_v']} > head_dim = {row['head_dim']}: O does not fit in "
+            f"Q's shared memory; set separate_output = true"
         )
     if row["tile_n"] % 16 or not 16 <= row["tile_n"] <= 256:
         found.append(
@@ -175,8 +174,8 @@ def problems(row: Mapping[str, Any]) -> list[str]:
         )
     elif consumers == 1 and row["pingpong"]:
         found.append(
-            f"pingpong needs two or three consumer warpgroups to take turns; tile_m = {row['tile_m']} "
-            f"has one"
+            f"pingpong needs two or three consumer warpgroups to take turns; "
+            f"tile_m = {row['tile_m']} has one"
         )
     if found:  # the sums below would only repeat it
         return found
@@ -193,7 +192,7 @@ def problems(row: Mapping[str, Any]) -> list[str]:
 
 
 def read_table(text: str) -> list[Row]:
-    """The rows of a table, one for each kernel, all checked. Raises TableError with every reason."""
+    """The rows of a table, one for each kernel, checked. Raises TableError with every reason."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -305,7 +304,7 @@ ForwardRegistry const kForwardRegistry{{kKernels, {len(rows)}}};
 
 
 def write_sources(rows: list[Row], out: Path) -> list[Path]:
-    """Writes all files, touching none that is right already, so that only what changed is compiled."""
+    """Writes all files but those that are right already: only what changed is compiled again."""
     out.mkdir(parents=True, exist_ok=True)
     files = {out / f"{row['name']}.cu": kernel_source(row) for row in rows}
     files[out / "registry.cpp"] = registry_source(rows)

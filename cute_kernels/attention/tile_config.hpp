@@ -4,22 +4,24 @@
 
 #include "cute_kernels/attention/problem.hpp"
 
-// What the dispatcher knows of the compiled kernels. Filled by cmake/tile_configs.py from tile_configs.toml.
+// What the dispatcher knows of the compiled kernels. Filled by cmake/tile_configs.py from
+// tile_configs.toml.
 namespace cute_kernels::attention {
 
 enum class ElementType { kFloat16, kBFloat16 };
 
-/// Which calls the automatic choice may give to a kernel; each kernel answers every mask when asked for by index.
+/// Which calls the automatic choice may give to a kernel; each kernel answers every mask when asked
+/// for by index.
 enum class MaskClass { kAny, kFull, kCausal };
 
 /// The columns of a row that decide whether a kernel can take a call.
 struct TileConfig {
   char const* name;
   ElementType dtype;
-  int head_dim;    // the kernel takes head dims up to this one
+  int head_dim;  // the kernel takes head dims up to this one
   int head_dim_v;
   MaskClass mask;
-  int tile_m;      // queries of one CTA
+  int tile_m;  // queries of one CTA
 };
 
 struct ForwardKernel {
@@ -38,7 +40,8 @@ struct ForwardRegistry {
 
 extern ForwardRegistry const kForwardRegistry;
 
-/// The first of the smallest fitting head dim whose mask class allows the call; null where there is none.
+/// The first of the smallest fitting head dim whose mask class allows the call; null where there is
+/// none.
 inline ForwardKernel const* choose_forward(ElementType dtype, int head_dim, bool causal) {
   MaskClass const wanted = causal ? MaskClass::kCausal : MaskClass::kFull;
   ForwardKernel const* best = nullptr;

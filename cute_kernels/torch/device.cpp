@@ -8,8 +8,8 @@
 #include "cute_kernels/torch/require.hpp"
 
 // Only a CUDA build of libtorch has it. Weak, so that the same binary imports beside a CPU build.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace cute_kernels::binding {
 namespace {
@@ -33,7 +33,8 @@ int attribute(cudaDeviceAttr which, int index) {
 
 attention::Device const& hopper(int index) {
   static std::array<DeviceFacts, kMaxDevices> all_facts;
-  require(index >= 0 && index < kMaxDevices, "cuda:", index, " is beyond the ", kMaxDevices, " devices supported");
+  require(index >= 0 && index < kMaxDevices, "cuda:", index, " is beyond the ", kMaxDevices,
+          " devices supported");
   DeviceFacts& facts = all_facts[index];
   std::call_once(facts.once, [&] {
     facts.major = attribute(cudaDevAttrComputeCapabilityMajor, index);
@@ -42,8 +43,8 @@ attention::Device const& hopper(int index) {
     facts.device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
   });
   require(facts.major == 9 && facts.minor == 0,
-          "flash_attn_forward needs a Hopper GPU (compute capability 9.0: H100, H200), but cuda:", index, " has ",
-          facts.major, ".", facts.minor);
+          "flash_attn_forward needs a Hopper GPU (compute capability 9.0: H100, H200), but cuda:",
+          index, " has ", facts.major, ".", facts.minor);
   return facts.device;
 }
 
@@ -55,7 +56,8 @@ cudaStream_t current_stream(int index) {
 }
 
 void require_success(cudaError_t status, char const* what) {
-  require(status == cudaSuccess, what, ": ", cudaGetErrorString(status), " (", cudaGetErrorName(status), ")");
+  require(status == cudaSuccess, what, ": ", cudaGetErrorString(status), " (",
+          cudaGetErrorName(status), ")");
 }
 
 }  // namespace cute_kernels::binding

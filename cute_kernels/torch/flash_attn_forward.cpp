@@ -39,8 +39,8 @@ struct Call {
 void check_alone(Argument const& a) {
   require(a.sizes.size() == 4, a.name, " has shape ", Shape{a.sizes},
           ", must have 4 dimensions: (batch, seqlen, heads, head_dim)");
-  require(a.dtype == ScalarType::Half || a.dtype == ScalarType::BFloat16, a.name, " has dtype ", a.dtype,
-          ", must be float16 or bfloat16 on CUDA");
+  require(a.dtype == ScalarType::Half || a.dtype == ScalarType::BFloat16, a.name, " has dtype ",
+          DtypeOf{a.dtype}, ", must be float16 or bfloat16 on CUDA");
   for (int64_t size : a.sizes) {
     require(size <= std::numeric_limits<int>::max(), a.name, " has shape ", Shape{a.sizes},
             ", each size must be below 2^31");
@@ -50,30 +50,41 @@ void check_alone(Argument const& a) {
 }
 
 void check_like(Argument const& a, Argument const& q) {
-  require(a.is_cuda && a.device == q.device, a.name, " is on ", DeviceOf{a}, ", must be on ", DeviceOf{q}, " like q");
-  require(a.dtype == q.dtype, a.name, " has dtype ", a.dtype, ", must be ", q.dtype, " like q");
+  require(a.is_cuda && a.device == q.device, a.name, " is on ", DeviceOf{a}, ", must be on ",
+          DeviceOf{q}, " like q");
+  require(a.dtype == q.dtype, a.name, " has dtype ", DtypeOf{a.dtype}, ", must be ",
+          DtypeOf{q.dtype}, " like q");
 }
 
 Call check(Argument const& q, Argument const& k, Argument const& v, double softmax_scale) {
-  require(q.is_cuda, "q is on ", DeviceOf{q}, ", must be on a CUDA device like the other arguments");
+  require(q.is_cuda, "q is on ", DeviceOf{q},
+          ", must be on a CUDA device like the other arguments");
   check_alone(q);
   for (Argument const* a : {&k, &v}) {
     check_like(*a, q);
     check_alone(*a);
   }
   Call const call{q.dtype == ScalarType::BFloat16 ? ElementType::kBFloat16 : ElementType::kFloat16,
-                  q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3)};
-  require(call.head_dim >= 8 && call.head_dim <= kMaxHeadDim && call.head_dim % 8 == 0, "q has head_dim ",
-          call.head_dim, ", must be a multiple of 8 from 8 to ", kMaxHeadDim);
+                  q.size(0),
+                  q.size(1),
+                  k.size(1),
+                  q.size(2),
+                  k.size(2),
+                  q.size(3)};
+  require(call.head_dim >= 8 && call.head_dim <= kMaxHeadDim && call.head_dim % 8 == 0,
+          "q has head_dim ", call.head_dim, ", must be a multiple of 8 from 8 to ", kMaxHeadDim);
   for (Argument const* a : {&k, &v}) {
-    require(a->size(0) == call.batch, a->name, " has batch ", a->size(0), ", must be ", call.batch, " like q");
-    require(a->size(3) == call.head_dim, a->name, " has head_dim ", a->size(3), ", must be ", call.head_dim,
+    require(a->size(0) == call.batch, a->name, " has batch ", a->size(0), ", must be ", call.batch,
             " like q");
+    require(a->size(3) == call.head_dim, a->name, " has head_dim ", a->size(3), ", must be ",
+            call.head_dim, " like q");
   }
-  require(v.size(1) == call.seqlen_k, "v has seqlen ", v.size(1), ", must be ", call.seqlen_k, " like k");
-  require(v.size(2) == call.heads_kv, "v has ", v.size(2), " heads, must have ", call.heads_kv, " like k");
-  require(call.heads_q == 0 || (call.heads_kv > 0 && call.heads_q % call.heads_kv == 0), "q has ", call.heads_q,
-          " heads, must be a multiple of k's ", call.heads_kv);
+  require(v.size(1) == call.seqlen_k, "v has seqlen ", v.size(1), ", must be ", call.seqlen_k,
+          " like k");
+  require(v.size(2) == call.heads_kv, "v has ", v.size(2), " heads, must have ", call.heads_kv,
+          " like k");
+  require(call.heads_q == 0 || (call.heads_kv > 0 && call.heads_q % call.heads_kv == 0), "q has ",
+          call.heads_q, " heads, must be a multiple of k's ", call.heads_kv);
   float const scale = static_cast<float>(softmax_scale);
   require(std::isfinite(scale) && scale > 0.0f, "softmax_scale is ", softmax_scale,
           ", must be finite and greater than 0");
@@ -83,22 +94,24 @@ Call check(Argument const& q, Argument const& k, Argument const& v, double softm
 [[noreturn]] void fail_no_kernel(Call const& call, bool causal) {
   std::ostringstream there;
   for (ForwardKernel const& kernel : kForwardRegistry) there << ' ' << kernel.config.name;
-  fail("no kernel for ", name_of(call.dtype), ", head_dim ", call.head_dim, ", ", causal ? "causal" : "full",
-       " in this build, which has", there.str());
+  fail("no kernel for ", name_of(call.dtype), ", head_dim ", call.head_dim, ", ",
+       causal ? "causal" : "full", " in this build, which has", there.str());
 }
 
 ForwardKernel const& kernel_for(Call const& call, bool causal, int64_t tile_config) {
   if (tile_config == -1) {
-    ForwardKernel const* chosen = attention::choose_forward(call.dtype, static_cast<int>(call.head_dim), causal);
+    ForwardKernel const* chosen =
+        attention::choose_forward(call.dtype, static_cast<int>(call.head_dim), causal);
     if (chosen == nullptr) fail_no_kernel(call, causal);
     return *chosen;
   }
   require(tile_config >= 0 && tile_config < kForwardRegistry.count, "tile_config is ", tile_config,
           ", must be -1 (automatic) or an index below ", kForwardRegistry.count);
   ForwardKernel const& kernel = kForwardRegistry.kernels[tile_config];
-  require(kernel.config.dtype == call.dtype && kernel.config.head_dim >= call.head_dim, "tile_config ", tile_config,
-          " (", kernel.config.name, ") takes ", name_of(kernel.config.dtype), " with head_dim up to ",
-          kernel.config.head_dim, ", but q is ", name_of(call.dtype), " with head_dim ", call.head_dim);
+  require(kernel.config.dtype == call.dtype && kernel.config.head_dim >= call.head_dim,
+          "tile_config ", tile_config, " (", kernel.config.name, ") takes ",
+          name_of(kernel.config.dtype), " with head_dim up to ", kernel.config.head_dim,
+          ", but q is ", name_of(call.dtype), " with head_dim ", call.head_dim);
   return kernel;
 }
 
@@ -128,24 +141,27 @@ Tensor empty(int rank, int64_t const* sizes, ScalarType dtype, int device) {
   int64_t stride = 1;
   for (int dim = rank - 1; dim >= 0; --dim) {
     strides[dim] = stride;
-    stride *= sizes[dim] > 1 ? sizes[dim] : 1;  // as PyTorch's own contiguous strides of empty tensors
+    stride *=
+        sizes[dim] > 1 ? sizes[dim] : 1;  // as PyTorch's own contiguous strides of empty tensors
   }
   int32_t const type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(rank, sizes, strides, type, aoti_torch_device_type_cuda(), device, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      rank, sizes, strides, type, aoti_torch_device_type_cuda(), device, &handle));
   return Tensor(handle);
 }
 
-std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor,
-                                              double softmax_scale, bool causal, int64_t tile_config) {
+std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor const& k_tensor,
+                                              Tensor const& v_tensor, double softmax_scale,
+                                              bool causal, int64_t tile_config) {
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   Call const call = check(q, k, v, softmax_scale);
   attention::Device const& device = hopper(q.device);
   ForwardKernel const& kernel = kernel_for(call, causal, tile_config);
   int64_t const query_blocks = (call.seqlen_q + kernel.config.tile_m - 1) / kernel.config.tile_m;
-  require(static_cast<double>(call.batch) * call.heads_q * query_blocks < double{1 << 30}, "q has shape ",
-          Shape{q.sizes}, ", batch * heads * blocks of ", kernel.config.tile_m, " queries must be below 2^30");
+  require(static_cast<double>(call.batch) * call.heads_q * query_blocks < double{1 << 30},
+          "q has shape ", Shape{q.sizes}, ", batch * heads * blocks of ", kernel.config.tile_m,
+          " queries must be below 2^30");
 
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor out = empty(4, q.sizes.data(), q.dtype, q.device);
@@ -153,10 +169,12 @@ std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor con
   Tensor lse = empty(3, lse_sizes, ScalarType::Float, q.device);
   if (call.batch == 0 || call.heads_q == 0 || call.seqlen_q == 0) return {out, lse};
 
-  // The copies, if any, live until the launch is enqueued: the allocator reuses memory in stream order.
+  // The copies, if any, live until the launch is enqueued: the allocator reuses memory in stream
+  // order.
   bool const has_keys = call.seqlen_k > 0;
   Tensor const q_readable = tma_readable(q);
-  Tensor const k_readable = has_keys ? tma_readable(k) : out;  // without keys nothing is read, but an address is needed
+  Tensor const k_readable =
+      has_keys ? tma_readable(k) : out;  // without keys nothing is read, but an address is needed
   Tensor const v_readable = has_keys ? tma_readable(v) : out;
   ForwardProblem const problem{static_cast<int>(call.batch),
                                static_cast<int>(call.seqlen_q),
@@ -181,7 +199,8 @@ std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor con
 
 STABLE_TORCH_LIBRARY(cute_kernels, library) {
   library.def(
-      "flash_attn_forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int tile_config) -> "
+      "flash_attn_forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int "
+      "tile_config) -> "
       "(Tensor out, Tensor lse)");
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
 
@@ -7,8 +8,8 @@
 
 namespace cute_kernels::binding {
 
-/// Throws std::runtime_error, a Python RuntimeError, with the message's parts joined. Unlike STD_TORCH_CHECK it puts no
-/// C++ file and line before what the caller should read.
+/// Throws std::runtime_error, a Python RuntimeError, with the message's parts joined. Unlike
+/// STD_TORCH_CHECK it puts no C++ file and line before what the caller should read.
 template <class... Parts>
 [[noreturn]] __attribute__((noinline, cold)) void fail(Parts const&... parts) {
   std::ostringstream message;
@@ -21,7 +22,8 @@ inline void require(bool condition, Parts const&... parts) {
   if (__builtin_expect(!condition, 0)) fail(parts...);
 }
 
-/// What a check needs to know of a tensor argument, read once: every question to a stable Tensor is a call into libtorch.
+/// What a check needs to know of a tensor argument, read once: every question to a stable Tensor is
+/// a call into libtorch.
 struct Argument {
   char const* name;
   torch::stable::Tensor const& tensor;
@@ -53,6 +55,27 @@ inline std::ostream& operator<<(std::ostream& out, Shape const& shape) {
   out << '(';
   for (size_t i = 0; i < shape.sizes.size(); ++i) out << (i == 0 ? "" : ", ") << shape.sizes[i];
   return out << ')';
+}
+
+/// Prints torch.float16, as Python does.
+struct DtypeOf {
+  torch::headeronly::ScalarType dtype;
+};
+
+inline std::ostream& operator<<(std::ostream& out, DtypeOf const& dtype) {
+  using torch::headeronly::ScalarType;
+  switch (dtype.dtype) {
+    case ScalarType::Half:
+      return out << "torch.float16";
+    case ScalarType::BFloat16:
+      return out << "torch.bfloat16";
+    case ScalarType::Float:
+      return out << "torch.float32";
+    case ScalarType::Double:
+      return out << "torch.float64";
+    default:
+      return out << dtype.dtype;  // C++'s name
+  }
 }
 
 /// Prints cuda:0.

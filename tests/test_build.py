@@ -1,0 +1,178 @@
+"""What was built and installed: its machine code, its binary interface, its headers. No GPU."""
+
+import importlib.machinery
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cute_kernels
+from cute_kernels import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTENSION = Path(_C.__file__)
+INCLUDE = Path(cute_kernels.get_include())
+KERNELS = [row["name"] for row in cute_kernels.tile_configs()]
+
+
+def cuda_tools() -> str:
+    """PATH with the folders of NVIDIA's wheels before the toolkit's."""
+    spec = importlib.util.find_spec("nvidia")
+    wheels = [f"{path}/cu13/bin" for path in spec.submodule_search_locations] if spec else []
+    return os.pathsep.join([*wheels, os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+
+
+@pytest.fixture(scope="module")
+def sass() -> dict[str, str]:
+    """The machine code of every function in the extension, by mangled name."""
+    path = cuda_tools()
+    for tool in ("cuobjdump", "nvdisasm"):
+        if shutil.which(tool, path=path) is None:
+            pytest.skip(f"needs {tool}: python -m pip install --group test")
+    done = subprocess.run(
+        [shutil.which("cuobjdump", path=path), "-sass", EXTENSION],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PATH": path},
+    )
+    assert set(re.findall(r"arch = (\w+)", done.stdout)) == {"sm_90a"}
+    parts = re.split(r"^\s*Function : (\S+)$", done.stdout, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def of_kernel(sass: dict[str, str], name: str) -> str:
+    mangled = f"{len(name)}{name}"  # the row's name is the namespace of its Tile
+    found = [code for function, code in sass.items() if mangled in function]
+    assert len(found) == 1, f"{len(found)} functions for {name} among {list(sass)}"
+    return found[0]
+
+
+def instructions(code: str, pattern: str) -> list[str]:
+    return re.findall(rf"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?({pattern}\S*)", code, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_uses_hoppers_own_instructions(sass, name):
+    code = of_kernel(sass, name)
+    dtype = "F32.BF16" if name.startswith("bf16") else "F32"
+    products = instructions(code, "HGMMA")
+    assert products
+    assert all(product.endswith(dtype) for product in products), set(products)
+    assert instructions(code, "UTMALDG"), "TMA loads"
+    assert instructions(code, "UTMASTG"), "TMA stores"
+    assert instructions(code, "MUFU.EX2"), "exponentials in base 2"
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_keeps_everything_in_registers(sass, name):
+    code = of_kernel(sass, name)
+    assert instructions(code, ".*"), "no instruction was read"
+    assert instructions(code, "(?:STL|LDL)") == [], "registers spilled to local memory"
+
+
+def test_every_kernel_is_a_row(sass):
+    forward = [function for function in sass if "forward_kernel" in function]
+    assert len(forward) == len(KERNELS)
+
+
+def test_extension_serves_many_pythons():
+    assert EXTENSION.name == "_C.abi3.so"
+    assert ".abi3.so" in importlib.machinery.EXTENSION_SUFFIXES
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf (binutils)")
+def test_extension_needs_no_cuda_library_and_no_fixed_path():
+    text = subprocess.run(
+        ["readelf", "--dynamic", "--wide", EXTENSION], capture_output=True, text=True, check=True
+    ).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", text)
+    assert "libtorch.so" in needed
+    assert [name for name in needed if re.match(r"lib(cu|nv|python|c10|torch_)", name)] == []
+    assert "RPATH" not in text
+    assert "RUNPATH" not in text
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+def test_extension_shows_nothing_but_its_init_function():
+    text = subprocess.run(
+        ["nm", "--dynamic", "--defined-only", EXTENSION], capture_output=True, text=True, check=True
+    ).stdout
+    symbols = {line.split()[-1] for line in text.splitlines()}
+    assert "PyInit__C" in symbols
+    # Another CUDA runtime in the process must not meet the one that is linked in.
+    assert [symbol for symbol in symbols if re.match(r"(__)?cu(da|Tensor)|_ZN12cute", symbol)] == []
+
+
+def test_extension_names_no_path_of_the_machine_that_built_it():
+    data = EXTENSION.read_bytes()
+    assert b"site-packages" not in data
+    assert str(ROOT).encode() not in data
+
+
+def test_package_has_the_headers():
+    shipped = {path.relative_to(INCLUDE) for path in INCLUDE.rglob("*.hpp")}
+    assert Path("cute_kernels/attention/forward/launch.hpp") in shipped
+    sources = {
+        path.relative_to(ROOT)
+        for path in (ROOT / "cute_kernels").rglob("*.hpp")
+        if path.parent.name != "torch"  # the binding is of no use to users' kernels
+    }
+    assert shipped == sources
+
+
+def test_headers_include_only_headers_of_the_package():
+    for header in INCLUDE.rglob("*.hpp"):
+        for included in re.findall(r'#include "(.*)"', header.read_text()):
+            assert (INCLUDE / included).is_file(), f"{header} includes {included}"
+
+
+def test_package_holds_nothing_unexpected():
+    folder = EXTENSION.parent
+    suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert suffixes <= {".py", ".pyc", ".so", ".json", ".hpp", ".typed"}
+
+
+needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake on PATH")
+
+
+def configure(build: Path, nvcc: Path) -> str:
+    """Stderr of a CMake run that is expected to fail."""
+    done = subprocess.run(
+        [
+            "cmake",
+            "-S",
+            ROOT,
+            "-B",
+            build,
+            f"-DCMAKE_CUDA_COMPILER={nvcc}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    return done.stderr
+
+
+@needs_cmake
+def test_an_old_compiler_is_refused_in_words(tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.3, V12.3.107'\n")
+    nvcc.chmod(0o755)
+    message = configure(tmp_path / "build", nvcc)
+    assert "is of CUDA 12.3: too old" in message
+    assert "CUDA 12.4 or newer" in message
+    assert "pip install --group build" in message
+
+
+@needs_cmake
+def test_a_missing_compiler_is_named(tmp_path):
+    message = configure(tmp_path / "build", tmp_path / "nowhere" / "nvcc")
+    assert "nowhere/nvcc does not run" in message
+    assert "CUDACXX" in message

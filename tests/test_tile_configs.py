@@ -1,0 +1,263 @@
+"""From the table of tiles to the kernels of a build. Nothing here needs a GPU or a compiler."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cute_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+GENERATOR = ROOT / "cmake" / "tile_configs.py"
+TABLE = ROOT / "cute_kernels" / "attention" / "tile_configs.toml"
+
+_spec = importlib.util.spec_from_file_location("tile_configs_generator", GENERATOR)
+generator = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = generator  # its dataclasses look themselves up there
+_spec.loader.exec_module(generator)
+
+GOOD = {
+    "name": "d128_m128n176",
+    "dtypes": ["bf16", "fp16"],
+    "head_dim": 128,
+    "tile_m": 128,
+    "tile_n": 176,
+    "why": "measured",
+}
+
+
+def table(*rows: dict) -> str:
+    text = ""
+    for row in rows:
+        text += "[[forward]]\n"
+        text += "".join(f"{key} = {json.dumps(value)}\n" for key, value in row.items())
+    return text
+
+
+def good(**changes) -> dict:
+    return {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
+
+
+def refusal(*rows: dict) -> str:
+    with pytest.raises(generator.TableError) as error:
+        generator.read_table(table(*rows))
+    return str(error.value)
+
+
+def test_a_row_becomes_one_kernel_per_dtype_with_defaults_filled_in():
+    rows = generator.read_table(table(GOOD))
+    assert [row["name"] for row in rows] == ["bf16_d128_m128n176", "fp16_d128_m128n176"]
+    assert rows[0] == {
+        "name": "bf16_d128_m128n176",
+        "pass": "forward",
+        "dtype": "bf16",
+        "head_dim": 128,
+        "head_dim_v": 128,
+        "mask": "any",
+        "tile_m": 128,
+        "tile_n": 176,
+        "stages": 2,
+        "consumer_warpgroups": 2,
+        "pingpong": True,
+        "overlap": True,
+        "separate_output": False,
+        "polynomial_period": 0,
+        "why": "measured",
+    }
+
+
+def test_order_of_the_table_is_kept():
+    rows = [good(name=name, dtypes=["fp16"]) for name in ("z", "a", "m")]
+    names = [row["name"] for row in generator.read_table(table(*rows))]
+    assert names == ["fp16_z", "fp16_a", "fp16_m"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reasons"),
+    [
+        ({"stagse": 2}, ["row 1 (d128_m128n176)", "unknown field stagse", "stages"]),
+        ({"tile_n": None}, ["tile_n is missing"]),
+        ({"why": None}, ["why is missing"]),
+        ({"why": " "}, ["why is empty"]),
+        ({"stages": True}, ["stages is True, expected int"]),
+        ({"pingpong": 1}, ["pingpong is 1, expected bool"]),
+        ({"name": "D 128"}, ["'D 128' must be lower case"]),
+        ({"dtypes": []}, ["at least one"]),
+        ({"dtypes": ["bf16", "bf16"]}, ["once"]),
+        ({"dtypes": ["fp8"]}, ["'fp8' is none of bf16, fp16"]),
+        ({"mask": "window"}, ["'window' is none of any, full, causal"]),
+        ({"head_dim": 96}, ["head_dim = 96 must be a multiple of 64"]),
+        ({"head_dim": 320}, ["head_dim = 320", "at most 256"]),
+        ({"head_dim_v": 256}, ["head_dim_v = 256 > head_dim = 128", "separate_output"]),
+        ({"tile_n": 136}, ["tile_n = 136 must be a multiple of 16", "K of P V"]),
+        ({"tile_n": 272}, ["tile_n = 272", "at most 256"]),
+        ({"tile_m": 96}, ["tile_m = 96 must be 64, 128 or 192"]),
+        ({"tile_m": 256}, ["tile_m = 256 must be 64, 128 or 192"]),
+        ({"tile_m": 64}, ["pingpong needs two or three", "has one"]),
+        ({"stages": 0}, ["stages = 0"]),
+        ({"polynomial_period": -1}, ["polynomial_period = -1"]),
+    ],
+)
+def test_a_row_that_makes_no_kernel_is_refused(changes, reasons):
+    message = refusal(good(**changes))
+    for reason in reasons:
+        assert reason in message
+
+
+def test_one_consumer_warpgroup_without_pingpong_is_a_row():
+    assert generator.read_table(table(good(tile_m=64, pingpong=False)))
+
+
+def test_shared_memory_is_refused_with_its_sum():
+    # K and V: 3 stages of 176 * 128 elements of 2 bytes; Q: 128 * 128 of them
+    message = refusal(good(stages=3))
+    assert (
+        "shared memory: 135168 K + 135168 V + 32768 Q + 1024 barriers = 304128 > 232448 bytes"
+        in message
+    )
+    message = refusal(good(separate_output=True))
+    assert "+ 32768 Q + 32768 O + 1024 barriers = 246784 > 232448 bytes" in message
+
+
+def test_registers_are_refused_with_their_sum():
+    # 64 * 256 scores and 64 * 128 outputs over 128 threads, the scores once more as packed halves
+    message = refusal(good(tile_n=256, stages=1))
+    assert (
+        "registers of a consumer thread: 128 scores + 64 output + 64 packed P + 16 working = 272 "
+        "> 240 with 2 consumer warpgroups" in message
+    )
+    # What fits two warpgroups need not fit three
+    row = {"head_dim": 64, "tile_n": 176, "stages": 1}
+    assert generator.read_table(table(good(**row)))
+    assert "> 160 with 3 consumer warpgroups" in refusal(good(tile_m=192, **row))
+
+
+def test_every_wrong_row_is_named_at_once():
+    message = refusal(good(name="first", tile_n=8), good(), good(name="third", mask="none"))
+    assert "row first" in message
+    assert "row third" in message
+
+
+def test_names_are_unique():
+    assert "row d128_m128n176: the name stands 2 times" in refusal(good(), good(tile_n=128))
+
+
+def test_other_passes_and_broken_files_are_refused():
+    with pytest.raises(generator.TableError, match="unknown table backward"):
+        generator.read_table("[[backward]]\nname = 'x'\n")
+    with pytest.raises(generator.TableError, match="not TOML"):
+        generator.read_table("[[forward]\n")
+
+
+def test_selection_by_head_dim_and_dtype():
+    rows = generator.read_table(table(good(), good(name="d64", head_dim=64)))
+    chosen = generator.select(rows, [64], ["bf16"])
+    assert [row["name"] for row in chosen] == ["bf16_d64"]
+    assert generator.select(rows, [], []) == rows
+    with pytest.raises(generator.TableError, match="no row has head_dim 256"):
+        generator.select(rows, [256], [])
+    with pytest.raises(generator.TableError, match="'float' is none of bf16, fp16"):
+        generator.select(rows, [], ["float"])
+
+
+def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_path):
+    rows = generator.read_table(table(good(), good(name="d64", head_dim=64)))
+    sources = generator.write_sources(rows, tmp_path)
+    assert [path.name for path in sources] == [f"{row['name']}.cu" for row in rows] + [
+        "registry.cpp"
+    ]
+    text = (tmp_path / "fp16_d128_m128n176.cu").read_text()
+    assert "using Element = cutlass::half_t;" in text
+    for constant, value in {
+        "int kHeadDim": 128,
+        "int kHeadDimV": 128,
+        "int kTileN": 176,
+        "int kStages": 2,
+        "int kConsumerWarpgroups": 2,
+        "bool kPingpong": "true",
+        "bool kOverlap": "true",
+        "bool kSeparateOutput": "false",
+        "int kPolynomialPeriod": 0,
+    }.items():
+        assert f"static constexpr {constant} = {value};" in text
+    assert json.loads((tmp_path / "tile_configs.json").read_text()) == rows
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    rows[0]["why"] = "measured again"
+    generator.write_sources(rows[:3], tmp_path)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert {path.name for path in before if path not in after} == {"fp16_d64.cu"}
+    changed = {path.name for path in after if after[path] != before[path]}
+    assert changed == {"tile_configs.json", "registry.cpp"}  # no kernel is compiled again
+
+
+def test_traits_read_the_constants_that_the_generator_writes():
+    traits = (ROOT / "cute_kernels" / "attention" / "forward" / "traits.hpp").read_text()
+    written = {field.constant for field in (*generator.FIELDS, *generator.DERIVED)} - {None}
+    assert set(re.findall(r"Tile::(k\w+)", traits)) == written
+
+
+def test_the_projects_own_table_is_right_and_serves_every_call():
+    rows = generator.read_table(TABLE.read_text())
+    for dtype in generator.DTYPES:
+        for mask in ("full", "causal"):
+            fitting = [
+                row for row in rows if row["dtype"] == dtype and row["mask"] in ("any", mask)
+            ]
+            assert {64, 128, 256} <= {row["head_dim"] for row in fitting}
+
+
+def test_tile_configs_are_copies_of_the_rows_built():
+    built = cute_kernels.tile_configs()
+    assert built
+    names = [row["name"] for row in built]
+    assert len(set(names)) == len(names)
+    fields = {"pass", "dtype", "consumer_warpgroups"} | {f.name for f in generator.FIELDS}
+    assert set(built[0]) == fields - {"dtypes"}
+    built[0]["tile_n"] = -1
+    assert cute_kernels.tile_configs()[0]["tile_n"] != -1
+
+
+def run_generator(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, GENERATOR, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_command_line(tmp_path):
+    out = tmp_path / "out"
+    done = run_generator(
+        "--table", TABLE, "--out", out, "--head-dims", "64,128", "--dtypes", "bf16"
+    )
+    assert done.returncode == 0, done.stderr
+    sources = [Path(source) for source in done.stdout.split(";")]
+    assert all(source.exists() for source in sources)
+    assert {source.name[:8] for source in sources} == {"bf16_d64", "bf16_d12", "registry"}
+
+    done = run_generator("--table", TABLE, "--out", out, "--head-dims", "big")
+    assert done.returncode == 1
+    assert "CUTE_KERNELS_HEAD_DIMS" in done.stderr
+
+    done = run_generator("--table", str(tmp_path / "none.toml"), "--out", out)
+    assert done.returncode == 1
+    assert "none.toml" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake on PATH")
+def test_cmake_stops_with_the_arithmetic(tmp_path):
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text(table(good(stages=3)))
+    done = subprocess.run(
+        ["cmake", "-S", ROOT, "-B", tmp_path / "build", f"-DCUTE_KERNELS_TILE_CONFIGS={wrong}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "304128 > 232448 bytes" in done.stderr
