@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cute_kernels import extension, reference
+import cute_kernels.extension  # noqa: F401  defines the forward operator
+from cute_kernels import reference
 from cute_kernels.checks import check_forward
 
 NAMESPACE = "cute_kernels"
 FORWARD = f"{NAMESPACE}::flash_attn_forward"
 BACKWARD = f"{NAMESPACE}::flash_attn_backward"
-
-assert extension.FOLDER  # loaded: the forward's schema is there
 
 torch.library.define(
     BACKWARD,
@@ -36,7 +35,6 @@ def _forward_cpu(
         return reference.attention_forward(q, k, v, softmax_scale, causal)
 
 
-@torch.library.register_fake(FORWARD)
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, tile_config: int
 ) -> tuple[Tensor, Tensor]:
@@ -58,7 +56,6 @@ def _backward_cuda(*_: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.register_fake(BACKWARD)
 def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,6 +78,8 @@ def _backward_of_backward(ctx: Any, *_: Tensor) -> None:
     raise NotImplementedError("flash_attn_func has no second derivative")
 
 
+torch.library.register_fake(FORWARD, _forward_fake)
+torch.library.register_fake(BACKWARD, _backward_fake)
 torch.library.register_autograd(FORWARD, _backward, setup_context=_save_for_backward)
 torch.library.register_autograd(BACKWARD, _backward_of_backward)
 

@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+import cute_kernels
+
+# From the repository's root an uninstalled package imports silently: as the C++ folder's empty
+# namespace.
+if getattr(cute_kernels, "__file__", None) is None:
+    raise pytest.UsageError(
+        "cute_kernels is not installed: python -m pip install . (see README.md)"
+    )
+
+
+def no_hopper() -> str | None:
+    """Why this machine cannot run the kernels, or None."""
+    if not torch.cuda.is_available():
+        return "needs a Hopper GPU: PyTorch sees no GPU here"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        return f"needs a Hopper GPU (compute capability 9.0): this one has {major}.{minor}"
+    return None
+
+
+@pytest.fixture
+def hopper() -> str:
+    """The GPU that the kernels run on; the test is skipped where there is none."""
+    reason = no_hopper()
+    if reason is not None:
+        pytest.skip(reason)
+    return "cuda"
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> str:
+    """Both devices that the operator runs on."""
+    return request.getfixturevalue("hopper") if request.param == "cuda" else "cpu"

@@ -1,0 +1,113 @@
+"""What the right result is, and how far from it a result may be."""
+
+import math
+
+import pytest
+import torch
+
+from cute_kernels import flash_attn_func, tile_configs
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LSE_TOLERANCE = 1e-4
+
+
+def random_qkv(
+    device,
+    dtype,
+    batch=2,
+    seqlen_q=128,
+    seqlen_k=128,
+    heads=4,
+    key_heads=None,
+    head_dim=64,
+    seed=0,
+):
+    """q, k and v of N(0, 1) in (batch, seqlen, heads, head_dim)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    key_heads = heads if key_heads is None else key_heads
+
+    def normal(seqlen, heads):
+        shape = (batch, seqlen, heads, head_dim)
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+    return normal(seqlen_q, heads), normal(seqlen_k, key_heads), normal(seqlen_k, key_heads)
+
+
+def plain_attention(q, k, v, softmax_scale, causal, dtype, first_query=0, seqlen_q=None):
+    """Attention as its definition, all of it in `dtype`: output and LSE.
+
+    q may hold only some rows of a longer tensor: those from first_query on, of seqlen_q.
+    """
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+    scores = (q @ k.mT) * softmax_scale
+    if causal:
+        seqlen_q = q.shape[2] if seqlen_q is None else seqlen_q
+        query = torch.arange(first_query, first_query + q.shape[2], device=q.device)
+        key = torch.arange(k.shape[2], device=q.device)
+        scores.masked_fill_(key > query[:, None] + k.shape[2] - seqlen_q, -math.inf)
+    lse = torch.logsumexp(scores, -1)
+    probabilities = torch.softmax(scores, -1).masked_fill((lse == -math.inf)[..., None], 0.0)
+    return (probabilities @ v).transpose(1, 2), lse
+
+
+def assert_right(out, lse, q, k, v, softmax_scale, causal, **rows):
+    """The field's rule: the largest error against fp32 is at most twice that of plain attention in
+    the same dtype, plus one rounding of the result's magnitude."""
+    wide = torch.float64 if q.dtype == torch.float32 else torch.float32
+    exact, exact_lse = plain_attention(q, k, v, softmax_scale, causal, wide, **rows)
+    plain, _ = plain_attention(q, k, v, softmax_scale, causal, q.dtype, **rows)
+    plain_error = (plain.to(wide) - exact).abs().max().item()
+    allowed = 2 * plain_error + exact.abs().max().item() * torch.finfo(q.dtype).eps
+    error = (out.to(wide) - exact).abs().max().item()  # NaN if any element is NaN
+    assert error <= allowed
+    unseen = exact_lse == -math.inf
+    assert torch.equal(lse == -math.inf, unseen)
+    lse_error = (lse.to(wide) - exact_lse).masked_fill(unseen, 0.0).abs().max().item()
+    assert lse_error <= LSE_TOLERANCE
+    assert not out.transpose(1, 2)[unseen].any()  # exactly 0 where nothing is seen
+
+
+def poison(q):
+    """Leaves NaN in the freed memory that a call's outputs will be allocated from."""
+    batch, seqlen, heads, head_dim = q.shape
+    out = torch.full((batch, seqlen, heads, head_dim), math.nan, dtype=q.dtype, device=q.device)
+    lse = torch.full((batch, heads, seqlen), math.nan, device=q.device)
+    del out, lse
+
+
+def run(q, k, v, causal=False, **arguments):
+    """flash_attn_func on poisoned memory, with what is promised of the outputs' form checked."""
+    poison(q)
+    out, lse = flash_attn_func(q, k, v, causal=causal, return_lse=True, **arguments)
+    batch, seqlen, heads, _ = q.shape
+    assert out.shape == q.shape
+    assert out.dtype == q.dtype
+    assert out.device == q.device == lse.device
+    assert lse.shape == (batch, heads, seqlen)
+    assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
+    return out, lse
+
+
+def check(q, k, v, causal=False, softmax_scale=None, **arguments):
+    """Runs a call and compares its output and LSE with the definition."""
+    out, lse = run(q, k, v, causal, softmax_scale=softmax_scale, **arguments)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    assert_right(out, lse, q, k, v, scale, causal)
+    return out, lse
+
+
+def skip_unless_built(dtype, head_dim, causal):
+    """Builds may hold only some dtypes and head dims."""
+    mask = "causal" if causal else "full"
+    for row in tile_configs():
+        if (
+            DTYPES[row["dtype"]] == dtype
+            and row["head_dim"] >= head_dim
+            and row["mask"] in ("any", mask)
+        ):
+            return
+    pytest.skip(f"this build has no kernel for {dtype}, head dim {head_dim}, {mask}")

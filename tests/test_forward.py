@@ -1,0 +1,215 @@
+"""Outputs and LSE against the definition of attention: dtypes, head dims, heads, lengths."""
+
+import pytest
+import torch
+from parity import DTYPES, assert_right, check, poison, random_qkv, run, skip_unless_built
+
+import cute_kernels
+
+SEQLENS = [(1, 1), (1, 8192), (113, 203), (799, 3), (1023, 1024), (4224, 4224)]
+HEAD_DIMS = [64, 128, 256, 40, 72, 96, 136]
+HEADS = [(4, 4), (6, 2), (4, 1)]  # MHA, GQA, MQA
+MASKS = {"full": False, "causal": True}
+
+
+def grid():
+    """Everything on the GPU; less on the CPU, which has no kernels to choose from."""
+    for device in ("cpu", "cuda"):
+        for seqlens in SEQLENS:
+            for head_dim in HEAD_DIMS if device == "cuda" else (40, 128):
+                for heads in HEADS:
+                    if (
+                        device == "cpu"
+                        and seqlens == SEQLENS[-1]
+                        and (head_dim, heads) != (40, HEADS[-1])
+                    ):
+                        continue
+                    name = f"{device}-{seqlens[0]}x{seqlens[1]}-d{head_dim}-h{heads[0]}:{heads[1]}"
+                    yield pytest.param(device, seqlens, head_dim, heads, id=name)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("device", "seqlens", "head_dim", "heads"), list(grid()))
+def test_matches_the_definition(request, device, seqlens, head_dim, heads, dtype, mask):
+    if device == "cuda":
+        request.getfixturevalue("hopper")
+        skip_unless_built(DTYPES[dtype], head_dim, MASKS[mask])
+    seqlen_q, seqlen_k = seqlens
+    batch = 1 if max(seqlens) > 4000 else 2
+    q, k, v = random_qkv(
+        device, DTYPES[dtype], batch, seqlen_q, seqlen_k, *heads, head_dim=head_dim
+    )
+    check(q, k, v, MASKS[mask])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_more_tiles_than_multiprocessors(hopper, head_dim, mask):
+    """Every CTA of the persistent grid walks over several tiles, of several heads."""
+    skip_unless_built(torch.bfloat16, head_dim, MASKS[mask])
+    q, k, v = random_qkv(
+        hopper, torch.bfloat16, 6, 700, 900, heads=16, key_heads=4, head_dim=head_dim
+    )
+    check(q, k, v, MASKS[mask])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("heads", "key_heads"), [(5, 5), (9, 3)])
+def test_keys_and_values_beyond_the_cache(hopper, heads, key_heads, mask):
+    """The scheduler's groups of heads: two key heads fit in half of L2, so the last group is
+    smaller than the others."""
+    head_dim, l2_bytes = 128, torch.cuda.get_device_properties(0).L2_cache_size
+    skip_unless_built(torch.bfloat16, head_dim, MASKS[mask])
+    seqlen_k = l2_bytes // 2 // (5 * head_dim * 2) + 13
+    q, k, v = random_qkv(
+        hopper, torch.bfloat16, 1, 520, seqlen_k, heads, key_heads, head_dim=head_dim
+    )
+    check(q, k, v, MASKS[mask])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("seqlen_k", [1, 15, 64, 80, 81, 128, 129, 176, 177, 353, 512])
+def test_lengths_around_the_blocks(device, seqlen_k, mask):
+    head_dim = 128 if seqlen_k % 2 else 64
+    if device == "cuda":
+        skip_unless_built(torch.float16, head_dim, MASKS[mask])
+    for seqlen_q in (1, 63, 64, 65, 128, 191, 193, 257):
+        q, k, v = random_qkv(
+            device, torch.float16, 1, seqlen_q, seqlen_k, 2, 1, head_dim=head_dim, seed=seqlen_q
+        )
+        check(q, k, v, MASKS[mask])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_every_head_dim(device, head_dim, mask):
+    if device == "cuda":
+        skip_unless_built(torch.bfloat16, head_dim, MASKS[mask])
+    q, k, v = random_qkv(device, torch.bfloat16, 1, 130, 190, 2, 1, head_dim=head_dim)
+    check(q, k, v, MASKS[mask])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("softmax_scale", [0.02, 0.3, 1.0, 4])
+def test_softmax_scale(device, softmax_scale, mask):
+    """From nearly uniform weights to nearly one-hot ones."""
+    if device == "cuda":
+        skip_unless_built(torch.bfloat16, 64, MASKS[mask])
+    q, k, v = random_qkv(device, torch.bfloat16, 2, 200, 300, 4, 2)
+    check(q, k, v, MASKS[mask], softmax_scale=softmax_scale)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_scores_that_grow_and_fall_along_the_keys(device, mask):
+    """The running maximum changes in every block, in both directions of the walk."""
+    if device == "cuda":
+        skip_unless_built(torch.bfloat16, 64, MASKS[mask])
+    q, k, v = random_qkv(device, torch.bfloat16, 1, 600, 1100, 2, 2)
+    size = torch.linspace(0.1, 3.0, k.shape[1], device=device)[:, None, None]
+    check(q, (k * size).bfloat16(), v, MASKS[mask])
+    check(q, (k * size.flip(0)).bfloat16(), v, MASKS[mask])
+
+
+def test_rows_that_see_no_key(device):
+    """Causal and bottom-right aligned: the first seqlen_q - seqlen_k queries see nothing."""
+    for dtype in DTYPES.values():
+        for seqlen_q, seqlen_k in [(300, 1), (300, 100), (1000, 437), (130, 129)]:
+            if device == "cuda":
+                skip_unless_built(dtype, 64, causal=True)
+            q, k, v = random_qkv(device, dtype, 2, seqlen_q, seqlen_k, 4, 2)
+            out, lse = check(q, k, v, causal=True)
+            unseen = seqlen_q - seqlen_k
+            assert (lse[:, :, :unseen] == -torch.inf).all()
+            assert (out[:, :unseen] == 0).all()
+            assert lse[:, :, unseen:].isfinite().all()
+
+
+def test_what_is_returned(device):
+    if device == "cuda":
+        skip_unless_built(torch.float16, 64, causal=False)
+    q, k, v = random_qkv(device, torch.float16)
+    out = cute_kernels.flash_attn_func(q, k, v)
+    with_lse = cute_kernels.flash_attn_func(q, k, v, return_lse=True)
+    with_probs = cute_kernels.flash_attn_func(q, k, v, return_attn_probs=True)
+    assert isinstance(out, torch.Tensor)
+    assert len(with_lse) == len(with_probs) == 2
+    for other, lse in (with_lse, with_probs):
+        assert torch.equal(out, other)
+        assert torch.equal(lse, with_lse[1])
+
+
+def test_poison_reaches_the_outputs(hopper):
+    """Otherwise the other tests could not see an element that no kernel wrote."""
+    q, _, _ = random_qkv(hopper, torch.bfloat16, 3, 799, 3, 7)
+    poison(q)
+    out = torch.empty_like(q)
+    lse = torch.empty(3, 7, 799, device=hopper)
+    assert out.isnan().all()
+    assert lse.isnan().all()
+
+
+ROWS = [pytest.param(row, id=row["name"]) for row in cute_kernels.tile_configs()]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_of_the_build(hopper, row):
+    masks = MASKS.values() if row["mask"] == "any" else [MASKS[row["mask"]]]
+    index = cute_kernels.tile_configs().index(row)
+    for causal in masks:
+        for head_dim in (row["head_dim"], row["head_dim"] - 24):
+            for seqlen_q, seqlen_k in [(1, 1), (113, 203), (300, 64), (64, 1111), (1023, 1024)]:
+                q, k, v = random_qkv(
+                    hopper, DTYPES[row["dtype"]], 2, seqlen_q, seqlen_k, 4, 2, head_dim
+                )
+                out, lse = check(q, k, v, causal, tile_config=row["name"])
+                by_index = run(q, k, v, causal, tile_config=index)
+                assert torch.equal(out, by_index[0])
+                assert torch.equal(lse, by_index[1])
+
+
+def need_memory(gigabytes):
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GB of GPU memory, {free:.0f} are free")
+
+
+def many_elements(device, seqlen, heads, head_dim, seed):
+    """More than 2^31 random elements, without a temporary of another dtype."""
+    x = torch.empty(1, seqlen, heads, head_dim, device=device, dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    return x.normal_(generator=torch.Generator(device).manual_seed(seed))
+
+
+@pytest.fixture
+def all_memory():
+    """Gives what the cache of the allocator holds back, before and after."""
+    torch.cuda.empty_cache()
+    yield
+    torch.cuda.empty_cache()
+
+
+def test_more_than_2_31_elements_of_queries(hopper, all_memory):
+    skip_unless_built(torch.bfloat16, 128, causal=False)
+    need_memory(14)
+    seqlen_q = 2**20 + 200
+    q = many_elements(hopper, seqlen_q, 16, 128, seed=0)
+    _, k, v = random_qkv(hopper, torch.bfloat16, 1, 1, 130, 2, head_dim=128)
+    out, lse = run(q, k, v)
+    for first in (0, 2**19, seqlen_q - 300):
+        rows = slice(first, first + 300)
+        assert_right(out[:, rows], lse[:, :, rows], q[:, rows], k, v, 128**-0.5, False)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_more_than_2_31_elements_of_keys(hopper, all_memory, mask):
+    skip_unless_built(torch.bfloat16, 128, MASKS[mask])
+    need_memory(14)
+    seqlen_k = 2**20 + 200
+    k = many_elements(hopper, seqlen_k, 16, 128, seed=0)
+    v = many_elements(hopper, seqlen_k, 16, 128, seed=1)
+    q, _, _ = random_qkv(hopper, torch.bfloat16, 1, 70, 1, 16, head_dim=128)
+    out, lse = run(q, k, v, MASKS[mask])
+    for heads in (slice(0, 1), slice(15, 16)):
+        part = (q[:, :, heads], k[:, :, heads], v[:, :, heads])
+        assert_right(out[:, :, heads], lse[:, heads], *part, 128**-0.5, MASKS[mask])
