@@ -9,16 +9,16 @@ constants and the rates of an H100 SM. docs/pipeline.md says the same in words.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "cmake"))
+
+from tile_configs import read_table  # noqa: E402
+
 TABLE = ROOT / "cute_kernels" / "attention" / "tile_configs.toml"
 
 KEY_BLOCKS = 4  # key blocks of the drawn tile
@@ -73,12 +73,11 @@ class Timeline:
 
 
 def load_row(name: str | None, table: Path = TABLE) -> dict:
-    """The named row, or the first one of head dim 128 with pingpong and overlap."""
-    rows = tomllib.loads(table.read_text())["forward"]
-    for row in rows:
-        if name is not None and row.get("name") == name:
+    """The named kernel, or the first one of head dim 128 with pingpong and overlap."""
+    for row in read_table(table.read_text(encoding="utf-8")):
+        if name is not None and row["name"] == name:
             return row
-        if name is None and row["head_dim"] == 128 and row.get("pingpong") and row.get("overlap"):
+        if name is None and row["head_dim"] == 128 and row["pingpong"] and row["overlap"]:
             return row
     raise SystemExit(f"{table} has no such row")
 
@@ -134,12 +133,12 @@ class Simulation:
         self.load_order = [("K", 0)]
         for block in range(blocks):
             self.load_order += [("K", block + 1)] * (block + 1 < blocks) + [("V", block)]
+        self.ensure_loaded("K", 0)
+        ready = []
         for wg in range(self.consumers):
-            self.bar(
-                "tma", self.producer_free, self.producer_free + self.load_q, "loadQ", f"Q{sub(wg)}"
-            )
-            self.producer_free += self.load_q
-        ready = [self.ensure_loaded("K", 0)] * self.consumers
+            start, self.producer_free = self.producer_free, self.producer_free + self.load_q
+            self.bar("tma", start, self.producer_free, "loadQ", f"Q{sub(wg)}")
+            ready.append(self.producer_free)
         turn = 0.0
         for step in range(blocks + 1):
             turn = self._step(step, blocks, ready, turn)
@@ -245,7 +244,7 @@ STYLE = {  # kind -> (fill, stroke)
 }
 ARROWS = {"full": "#23756c", "empty": "#b3541e", "turn": "#3a4a9f"}
 UNIT = 50.0  # pixels a unit of time
-LEFT, TOP, ROW, BAR = 196, 92, 34, 26
+LEFT, TOP, ROW, BAR = 240, 92, 34, 26
 GAP_AFTER = 16  # between groups of lanes
 
 
@@ -384,7 +383,7 @@ def legend(canvas: Canvas, y: float) -> float:
     swatches = [
         ("fillK", "TMA fills the stage"),
         ("wait", "waits for its turn"),
-        ("rescale", "rescales O"),
+        ("rescale", "rescales O if it must"),
     ]
     line, x = y + 62, 22.0
     for kind, note in swatches:
@@ -479,7 +478,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--row", metavar="NAME", help="row of the table (default: bf16, head dim 128)"
+        "--row", metavar="NAME", help="kernel of the table (default: the first of head dim 128)"
     )
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "pipeline.svg")
