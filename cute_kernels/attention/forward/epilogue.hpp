@@ -1,0 +1,87 @@
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/tile_scheduler.hpp"
+#include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/warpgroup_gemm.hpp"
+
+namespace cute_kernels::attention {
+
+/// Writes one warpgroup's 64 rows: O through shared memory by TMA, which clips rows and columns
+/// outside the tensor, and LSE straight from registers.
+template <class Traits>
+class ForwardEpilogue {
+  using Element = typename Traits::Element;
+  using SharedStorage = typename Traits::SharedStorage;
+
+ public:
+  /// `out` is normalised. Returns with the store in flight where O has memory of its own, otherwise
+  /// when TMA has read that memory; only then may warpgroup's next queries be loaded, which q_empty
+  /// tells the producer.
+  template <class Params, class Softmax, class Output>
+  CUTLASS_DEVICE static void store(Params const& params, SharedStorage& shared,
+                                   TileCoord const& coord, int warpgroup, Softmax const& softmax,
+                                   Output const& out) {
+    using namespace cute;
+    int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
+    bool const leader = thread == 0;
+
+    auto rounded = make_tensor<Element>(out.layout());
+    sm90::convert_fragment<Element>(out, rounded);
+
+    auto shared_o =
+        make_tensor(make_smem_ptr(buffer(shared, warpgroup)), typename Traits::LayoutO{});
+    auto tiled_copy =
+        make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaPv{});
+    auto slice = tiled_copy.get_thread_slice(thread);
+
+    if constexpr (Traits::kSeparateOutput) {
+      if (leader) tma_store_wait<0>();  // TMA has read the tile before
+    }
+    // Where O overwrites Q: all four warps are done with their products.
+    sm90::barrier_sync(sm90::NamedBarrier::kOutputReady, warpgroup,
+                       cutlass::NumThreadsPerWarpGroup);
+    copy(tiled_copy, slice.retile_S(rounded), slice.partition_D(shared_o));
+    tma_store_fence();
+    sm90::barrier_sync(sm90::NamedBarrier::kOutputReady, warpgroup,
+                       cutlass::NumThreadsPerWarpGroup);
+    if (leader) {
+      auto o = params.tma_o.get_tma_tensor(params.shape_o)(_, _, coord.head, coord.batch);
+      auto block = local_tile(o, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDimV>>{},
+                              make_coord(coord.m_block * Traits::kConsumers + warpgroup, _0{}));
+      auto store = params.tma_o.get_slice(_0{});
+      copy(params.tma_o, store.partition_S(shared_o), store.partition_D(block));
+      tma_store_arrive();
+      if constexpr (!Traits::kSeparateOutput) {
+        tma_store_wait<0>();
+        shared.q_empty[warpgroup].arrive();
+      }
+    }
+
+    int const row = coord.m_block * Traits::kTileM + warpgroup * Traits::kWarpgroupM +
+                    thread / 32 * 16 + thread % 32 / 4;
+    if (thread % 4 == 0) {
+      int64_t const base =
+          (static_cast<int64_t>(coord.batch) * params.heads + coord.head) * params.mask.seqlen_q;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        if (row + 8 * i < params.mask.seqlen_q) params.lse[base + row + 8 * i] = softmax.lse(i);
+      }
+    }
+  }
+
+  /// Shared memory must outlive the last store's reads.
+  CUTLASS_DEVICE static void drain() { cute::tma_store_wait<0>(); }
+
+ private:
+  CUTLASS_DEVICE static Element* buffer(SharedStorage& shared, int warpgroup) {
+    if constexpr (Traits::kSeparateOutput) {
+      return shared.o[warpgroup].data();
+    } else {
+      return shared.q[warpgroup].data();
+    }
+  }
+};
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cute_kernels/attention/forward/kernel.hpp"
+#include "cute_kernels/attention/problem.hpp"
+
+namespace cute_kernels::attention {
+
+/// Starts the forward kernel of a tile on `stream`: TMA descriptors, grid, launch. Asynchronous.
+template <class Tile>
+cudaError_t launch_forward(ForwardProblem const& problem, cudaStream_t stream) {
+  using namespace cute;
+  using Traits = ForwardTraits<Tile>;
+  using Element = typename Traits::Element;
+
+  auto tensor = [](TensorView const& view, int seqlen, int head_dim, int heads, int batch) {
+    return make_tensor(make_gmem_ptr(static_cast<Element*>(view.data)),
+                       make_shape(seqlen, head_dim, heads, batch),
+                       make_stride(view.seqlen_stride, _1{}, view.head_stride, view.batch_stride));
+  };
+  // A descriptor of no keys is not allowed; with seqlen_k = 0 nothing is loaded through it.
+  int const keys = problem.seqlen_k > 0 ? problem.seqlen_k : 1;
+  auto q = tensor(problem.q, problem.seqlen_q, problem.head_dim, problem.heads_q, problem.batch);
+  auto k = tensor(problem.k, keys, problem.head_dim, problem.heads_kv, problem.batch);
+  auto v = tensor(problem.v, keys, problem.head_dim, problem.heads_kv, problem.batch);
+  auto o = tensor(problem.out, problem.seqlen_q, problem.head_dim, problem.heads_q, problem.batch);
+  auto tma_q = make_tma_copy(SM90_TMA_LOAD{}, q, typename Traits::LayoutQ{});
+  auto tma_k = make_tma_copy(SM90_TMA_LOAD{}, k, take<0, 2>(typename Traits::LayoutK{}));
+  auto tma_v = make_tma_copy(SM90_TMA_LOAD{}, v, take<0, 2>(typename Traits::LayoutV{}));
+  auto tma_o = make_tma_copy(SM90_TMA_STORE{}, o, typename Traits::LayoutO{});
+
+  int const heads_per_kv = problem.heads_q / problem.heads_kv;
+  int const m_blocks = (problem.seqlen_q + Traits::kTileM - 1) / Traits::kTileM;
+  using Params =
+      ForwardParams<Traits, decltype(tma_q), decltype(tma_k), decltype(tma_v), decltype(tma_o)>;
+  Params const params{
+      tma_q,
+      tma_k,
+      tma_v,
+      tma_o,
+      q.shape(),
+      k.shape(),
+      v.shape(),
+      o.shape(),
+      problem.lse,
+      problem.softmax_scale * sm90::kLog2e,
+      problem.heads_q,
+      cutlass::FastDivmod(heads_per_kv),
+      Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
+      TileScheduler::make_params(m_blocks, problem.heads_q, problem.batch, problem.causal)};
+
+  auto kernel = forward_kernel<Traits, Params>;
+  constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
+  static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KB of shared memory");
+  // Cheap (well under a microsecond) and per device; remembering it would need a table of devices.
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (status != cudaSuccess) return status;
+  int const grid = min(params.scheduler.tiles, problem.device.multiprocessors);
+  kernel<<<grid, Traits::kThreads, kSharedBytes, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace cute_kernels::attention

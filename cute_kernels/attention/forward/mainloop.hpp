@@ -1,0 +1,241 @@
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/forward/softmax.hpp"
+#include "cute_kernels/attention/mask.hpp"
+#include "cute_kernels/attention/tile_scheduler.hpp"
+#include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/warpgroup_gemm.hpp"
+
+namespace cute_kernels::attention {
+
+/// Loads and products of one tile of queries (FlashAttention-3, arXiv 2407.08608, section 3,
+/// algorithms 1 and 2).
+///
+/// Who waits for whom:
+///   k, v pipelines   full: consumers wait for the producer's TMA; empty: the producer waits for
+///   every consumer warp. q_full[i]        warpgroup i waits for its 64 queries. q_empty[i] the
+///   producer waits until warpgroup i no longer needs the memory of its last queries. kTurn + i
+///   warpgroup i waits until warpgroup i-1 has issued its products (pingpong).
+template <class Traits>
+class ForwardMainloop {
+  using Element = typename Traits::Element;
+  using SharedStorage = typename Traits::SharedStorage;
+  using Pipeline = typename Traits::Pipeline;
+  using PipelineState = typename Traits::PipelineState;
+
+  static constexpr int kConsumers = Traits::kConsumers;
+  static constexpr int kTileN = Traits::kTileN;
+
+ public:
+  using Softmax = OnlineSoftmax<2, Traits::kPolynomialPeriod>;
+
+  /// Issues every load of one tile. Called by one thread.
+  template <class Params>
+  CUTLASS_DEVICE static void load(Params const& params, SharedStorage& shared, Pipeline& pipeline_k,
+                                  Pipeline& pipeline_v, PipelineState& write_k,
+                                  PipelineState& write_v, uint32_t q_phase,
+                                  TileCoord const& coord) {
+    using namespace cute;
+    int const kv_head = params.heads_per_kv.div(coord.head);
+    auto q = params.tma_q.get_tma_tensor(params.shape_q)(_, _, coord.head, coord.batch);
+    auto k = params.tma_k.get_tma_tensor(params.shape_k)(_, _, kv_head, coord.batch);
+    auto v = params.tma_v.get_tma_tensor(params.shape_v)(_, _, kv_head, coord.batch);
+    auto blocks_q = local_tile(q, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDim>>{},
+                               make_coord(_, _0{}));
+    auto blocks_k = local_tile(k, Shape<Int<kTileN>, Int<Traits::kHeadDim>>{}, make_coord(_, _0{}));
+    auto blocks_v =
+        local_tile(v, Shape<Int<kTileN>, Int<Traits::kHeadDimV>>{}, make_coord(_, _0{}));
+    auto stages_k = make_tensor(make_smem_ptr(shared.k.data()), typename Traits::LayoutK{});
+    auto stages_v = make_tensor(make_smem_ptr(shared.v.data()), typename Traits::LayoutV{});
+    auto route_k = tma_partition(params.tma_k, _0{}, Layout<_1>{}, group_modes<0, 2>(stages_k),
+                                 group_modes<0, 2>(blocks_k));
+    auto route_v = tma_partition(params.tma_v, _0{}, Layout<_1>{}, group_modes<0, 2>(stages_v),
+                                 group_modes<0, 2>(blocks_v));
+
+    auto load_k = [&](int block) {
+      pipeline_k.producer_acquire(write_k);
+      copy(params.tma_k.with(*pipeline_k.producer_get_barrier(write_k)), get<0>(route_k)(_, block),
+           get<1>(route_k)(_, write_k.index()));
+      ++write_k;
+    };
+    auto load_v = [&](int block) {
+      pipeline_v.producer_acquire(write_v);
+      copy(params.tma_v.with(*pipeline_v.producer_get_barrier(write_v)), get<0>(route_v)(_, block),
+           get<1>(route_v)(_, write_v.index()));
+      ++write_v;
+    };
+
+    int block =
+        params.mask.key_blocks(coord.m_block * Traits::kTileM, Traits::kTileM, kTileN).visited - 1;
+    if (block >= 0) load_k(block);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kConsumers; ++i) {
+      shared.q_empty[i].wait(q_phase ^ 1);
+      shared.q_full[i].arrive_and_expect_tx(Traits::kBytesQ);
+      auto stage_q = make_tensor(make_smem_ptr(shared.q[i].data()), typename Traits::LayoutQ{});
+      auto [from_q, to_q] = tma_partition(params.tma_q, _0{}, Layout<_1>{},
+                                          group_modes<0, 2>(stage_q), group_modes<0, 2>(blocks_q));
+      copy(params.tma_q.with(reinterpret_cast<uint64_t&>(shared.q_full[i])),
+           from_q(_, coord.m_block * kConsumers + i), to_q);
+    }
+    // K runs one block ahead of V, as the consumers use them.
+    for (; block > 0; --block) {
+      load_k(block - 1);
+      load_v(block);
+    }
+    if (block == 0) load_v(0);
+  }
+
+  /// Pingpong's opening: the last warpgroup lets the first one begin.
+  CUTLASS_DEVICE static void start_turns(int warpgroup) {
+    if (warpgroup == kConsumers - 1) pass_turn(warpgroup);
+  }
+
+  /// Computes softmax(scale Q K^T) V, not yet divided by the row sums, of 64 queries into `out`.
+  template <class Params, class Output>
+  CUTLASS_DEVICE static void compute(Params const& params, SharedStorage& shared,
+                                     Pipeline& pipeline_k, Pipeline& pipeline_v,
+                                     PipelineState& read_k, PipelineState& read_v, uint32_t q_phase,
+                                     TileCoord const& coord, int warpgroup, Softmax& softmax,
+                                     Output& out) {
+    using namespace cute;
+    int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
+    typename Traits::MmaQk mma_qk;
+    typename Traits::MmaPv mma_pv;
+    auto slice_qk = mma_qk.get_thread_slice(thread);
+    auto slice_pv = mma_pv.get_thread_slice(thread);
+    auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(
+        make_tensor(make_smem_ptr(shared.q[warpgroup].data()), typename Traits::LayoutQ{})));
+    auto operand_k = slice_qk.make_fragment_B(slice_qk.partition_B(
+        make_tensor(make_smem_ptr(shared.k.data()), typename Traits::LayoutK{})));
+    auto operand_v = slice_pv.make_fragment_B(slice_pv.partition_B(
+        make_tensor(make_smem_ptr(shared.v.data()), typename Traits::LayoutVt{})));
+
+    auto new_scores = [&] {
+      return partition_fragment_C(mma_qk, Shape<Int<Traits::kWarpgroupM>, Int<kTileN>>{});
+    };
+    auto probabilities =
+        make_tensor<Element>(sm90::accumulator_as_operand_a(new_scores().layout()));
+    auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
+
+    int const first_query = coord.m_block * Traits::kTileM;
+    int const own_query = first_query + warpgroup * Traits::kWarpgroupM;
+    // What the producer loads for the CTA, and what of it this warpgroup's queries see.
+    BlockRange const loaded = params.mask.key_blocks(first_query, Traits::kTileM, kTileN);
+    BlockRange const own = params.mask.key_blocks(own_query, Traits::kWarpgroupM, kTileN);
+    int const row = own_query + thread / 32 * 16 + thread % 32 / 4;
+    int const column = thread % 4 * 2;
+
+    // Scores -> P in place. True where O must be rescaled.
+    auto softmax_block = [&](auto& scores, int block) {
+      auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
+      if (block >= own.full) params.mask.apply(rows, row, block * kTileN + column);
+      return softmax.update(rows);
+    };
+    auto round_probabilities = [&](auto const& scores) {
+      auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
+      sm90::convert_fragment<Element>(p, probabilities);
+    };
+
+    shared.q_full[warpgroup].wait(q_phase);
+    int block = loaded.visited - 1;
+    // Blocks that only other warpgroups' queries see: nothing to compute, but stages and turns go
+    // round.
+    for (; block >= own.visited; --block) {
+      pipeline_k.consumer_wait(read_k);
+      release(pipeline_k, read_k);
+      pipeline_v.consumer_wait(read_v);
+      release(pipeline_v, read_v);
+      if (block > 0) {
+        wait_turn(warpgroup);
+        pass_turn(warpgroup);
+      }
+    }
+    if (block < 0) {  // no visible key: O stays 0
+      release_query(shared, warpgroup);
+      return;
+    }
+
+    // Prologue: the first block's scores, nothing to overlap with yet.
+    {
+      auto scores = new_scores();
+      pipeline_k.consumer_wait(read_k);
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
+                                              scores);
+      warpgroup_wait<0>();
+      release(pipeline_k, read_k);
+      if (block == 0) release_query(shared, warpgroup);
+      softmax_block(scores, block);
+      round_probabilities(scores);
+    }
+
+    // Steady state: this step's Q K^T and the last step's P V are issued back to back; the softmax
+    // of the new scores runs while P V is in flight.
+    while (block > 0) {
+      --block;
+      auto scores = new_scores();
+      pipeline_k.consumer_wait(read_k);
+      wait_turn(warpgroup);
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
+                                              scores);
+      pipeline_v.consumer_wait(read_v);
+      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
+                                               operand_v(_, _, _, read_v.index()), out);
+      pass_turn(warpgroup);
+      warpgroup_wait<Traits::kOverlap ? 1 : 0>();
+      release(pipeline_k, read_k);
+      if (block == 0) release_query(shared, warpgroup);
+      bool const origins_moved = softmax_block(scores, block);
+      // Two waits on purpose: without a branch here the compiler moves most of the exponentials
+      // behind the wait.
+      if (origins_moved) {
+        warpgroup_wait<0>();
+        softmax.rescale(out_rows);
+      } else {
+        sm90::warpgroup_wait_all();
+      }
+      release(pipeline_v, read_v);
+      round_probabilities(scores);
+    }
+
+    // Tail: the last block's P V.
+    pipeline_v.consumer_wait(read_v);
+    sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
+                                             operand_v(_, _, _, read_v.index()), out);
+    warpgroup_wait<0>();
+    release(pipeline_v, read_v);
+  }
+
+ private:
+  static constexpr int kTurnThreads = 2 * cutlass::NumThreadsPerWarpGroup;
+
+  CUTLASS_DEVICE static void wait_turn(int warpgroup) {
+    if constexpr (Traits::kPingpong)
+      sm90::barrier_sync(sm90::NamedBarrier::kTurn, warpgroup, kTurnThreads);
+  }
+
+  CUTLASS_DEVICE static void pass_turn(int warpgroup) {
+    if constexpr (Traits::kPingpong) {
+      int const next = warpgroup + 1 == kConsumers ? 0 : warpgroup + 1;
+      sm90::barrier_arrive(sm90::NamedBarrier::kTurn, next, kTurnThreads);
+    }
+  }
+
+  /// Lets the producer load the warpgroup's next queries, unless the epilogue needs their memory
+  /// first.
+  CUTLASS_DEVICE static void release_query(SharedStorage& shared, int warpgroup) {
+    if constexpr (Traits::kSeparateOutput) {
+      if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) shared.q_empty[warpgroup].arrive();
+    }
+  }
+
+  /// One arrival a warp: a warp's own WGMMA wait says nothing of the other warps' reads.
+  CUTLASS_DEVICE static void release(Pipeline& pipeline, PipelineState& state) {
+    if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) pipeline.consumer_release(state);
+    ++state;
+  }
+};
+
+}  // namespace cute_kernels::attention

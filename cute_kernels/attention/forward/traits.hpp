@@ -1,0 +1,108 @@
+#pragma once
+
+#include <type_traits>
+
+#include <cutlass/arch/barrier.h>
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/tensor.hpp>
+#include <cutlass/pipeline/pipeline.hpp>
+
+namespace cute_kernels::attention {
+
+/// Everything about a forward kernel that is known when it is compiled, from one row of
+/// tile_configs.toml.
+///
+/// The unit of work is a consumer warpgroup with 64 queries: its own slice of Q and O in shared
+/// memory, its own accumulators. K and V blocks are shared by all consumer warpgroups of the CTA.
+template <class Tile_>
+struct ForwardTraits {
+  using Tile = Tile_;
+  using Element = typename Tile::Element;
+
+  static constexpr int kHeadDim = Tile::kHeadDim;
+  static constexpr int kHeadDimV = Tile::kHeadDimV;
+  static constexpr int kTileN = Tile::kTileN;
+  static constexpr int kStages = Tile::kStages;
+  static constexpr int kConsumers = Tile::kConsumerWarpgroups;
+  static constexpr bool kOverlap = Tile::kOverlap;
+  static constexpr bool kPingpong = Tile::kPingpong;
+  static constexpr bool kSeparateOutput = Tile::kSeparateOutput;
+  static constexpr int kPolynomialPeriod = Tile::kPolynomialPeriod;
+
+  static constexpr int kWarpgroupM = 64;
+  static constexpr int kTileM = kWarpgroupM * kConsumers;
+  static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup * (1 + kConsumers);
+
+  // Registers a thread after the producer warpgroup has given its share away: 64K in all, multiples
+  // of 8.
+  static constexpr bool kReconfigureRegisters = kConsumers > 1;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+
+  static_assert(kConsumers >= 1 && kConsumers <= 3);
+  static_assert(!kPingpong || kConsumers > 1, "pingpong needs two or three consumer warpgroups");
+  static_assert(kTileN % 16 == 0 && kTileN <= 256, "tile_n is N of Q K^T and K of P V");
+  static_assert(kHeadDim % 64 == 0 && kHeadDimV % 64 == 0,
+                "the 128-byte swizzle is 64 elements wide");
+  static_assert(kSeparateOutput || kHeadDimV <= kHeadDim, "O shares Q's memory");
+
+  // WGMMA atoms, one warpgroup wide: S = Q K^T from shared memory, O += P V with P in registers.
+  using MmaQk = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<
+          Element, Element, float,
+          cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kTileN>, cute::Int<kHeadDim>>>()));
+  using MmaPv = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<
+          Element, Element, float,
+          cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDimV>, cute::Int<kTileN>>,
+          cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+
+  // Shared-memory layouts: 128-byte swizzled, as TMA writes and WGMMA reads them.
+  using SwizzleAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
+  using LayoutQ = decltype(cute::tile_to_shape(
+      SwizzleAtom{}, cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDim>>{}));
+  using LayoutO = decltype(cute::tile_to_shape(
+      SwizzleAtom{}, cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDimV>>{}));
+  using LayoutK = decltype(cute::tile_to_shape(
+      SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
+  using LayoutV = decltype(cute::tile_to_shape(
+      SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDimV>, cute::Int<kStages>>{}));
+  // V seen as the B operand (head_dim_v, keys): the same memory, transposed by the WGMMA
+  // descriptor.
+  using LayoutVt = decltype(cute::composition(
+      LayoutV{}, cute::make_layout(
+                     cute::Shape<cute::Int<kHeadDimV>, cute::Int<kTileN>, cute::Int<kStages>>{},
+                     cute::Stride<cute::Int<kTileN>, cute::_1, cute::Int<kTileN * kHeadDimV>>{})));
+
+  static constexpr int kBytesQ = kWarpgroupM * kHeadDim * sizeof(Element);
+  static constexpr int kBytesK = kTileN * kHeadDim * sizeof(Element);
+  static constexpr int kBytesV = kTileN * kHeadDimV * sizeof(Element);
+
+  // Who tells that Q's memory is free: each warp after its last product with Q, or one thread after
+  // O's store.
+  static constexpr int kQueryReleases = kSeparateOutput ? cutlass::NumWarpsPerWarpGroup : 1;
+
+  using Pipeline = cutlass::PipelineTmaAsync<kStages>;
+  using PipelineState = typename Pipeline::PipelineState;
+
+  struct SharedStorage {
+    // 1024 bytes is the period of the 128-byte swizzle.
+    alignas(1024) cute::array<Element, cute::cosize_v<LayoutK>> k;
+    alignas(1024) cute::array<Element, cute::cosize_v<LayoutV>> v;
+    struct alignas(1024) QueryBuffer : cute::array<Element, cute::cosize_v<LayoutQ>> {
+    } q[kConsumers];
+    struct alignas(1024) OutputBuffer : cute::array<Element, cute::cosize_v<LayoutO>> {};
+    struct NoOutputBuffer {};
+    std::conditional_t<kSeparateOutput, cute::array<OutputBuffer, kConsumers>, NoOutputBuffer> o;
+
+    // Full: the producer's TMA bytes have landed. Empty: every consumer warp is done reading.
+    typename Pipeline::SharedStorage pipeline_k;
+    typename Pipeline::SharedStorage pipeline_v;
+    cutlass::arch::ClusterTransactionBarrier q_full[kConsumers];
+    // Empty: every warp of warpgroup i has read Q for the last time; where O shares its memory, TMA
+    // has read O.
+    cutlass::arch::ClusterBarrier q_empty[kConsumers];
+  };
+};
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,43 @@
+#pragma once
+
+#include <cstdint>
+
+// Plain structs that the framework binding fills and the launch code reads. Nothing here needs a
+// CUDA compiler.
+namespace cute_kernels::attention {
+
+/// A (batch, seqlen, heads, head_dim) tensor in device memory. Strides count elements; the last
+/// dimension is contiguous.
+struct TensorView {
+  void* data;
+  int64_t batch_stride;
+  int64_t seqlen_stride;
+  int64_t head_stride;
+};
+
+/// The facts about a GPU that shape a launch.
+struct Device {
+  int multiprocessors;
+  int l2_bytes;
+};
+
+/// One call of exact attention, forward. Requires heads_q % heads_kv == 0, every pointer and byte
+/// stride a multiple of 16, batch, heads and seqlen_q at least 1; seqlen_k may be 0.
+struct ForwardProblem {
+  int batch;
+  int seqlen_q;
+  int seqlen_k;
+  int heads_q;
+  int heads_kv;
+  int head_dim;
+  bool causal;          // bottom-right aligned: query i sees keys j <= i + seqlen_k - seqlen_q
+  float softmax_scale;  // finite, > 0
+  TensorView q;
+  TensorView k;
+  TensorView v;
+  TensorView out;
+  float* lse;  // (batch, heads_q, seqlen_q), natural logarithm
+  Device device;
+};
+
+}  // namespace cute_kernels::attention

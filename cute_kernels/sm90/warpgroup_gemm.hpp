@@ -1,0 +1,75 @@
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+#include <cute/tensor.hpp>
+
+// Helpers around WGMMA for one warpgroup: issue without waiting, and the register layouts of its
+// fragments.
+namespace cute_kernels::sm90 {
+
+enum class Accumulate : bool { kNo = false, kYes = true };
+
+/// Issues C (+)= A * B as one committed group of asynchronous WGMMAs over all k-blocks of the
+/// fragments. The caller waits with cute::warpgroup_wait<N>() before it touches C, or A when A
+/// lives in registers.
+template <Accumulate kAccumulate, class TiledMma, class FragmentA, class FragmentB, class FragmentC>
+CUTLASS_DEVICE void issue_gemm(TiledMma mma, FragmentA const& a, FragmentB const& b, FragmentC& c) {
+  constexpr bool kAInRegisters =
+      !cute::is_base_of<cute::GMMA::DescriptorIterator, typename TiledMma::FrgTypeA>::value;
+  if constexpr (kAInRegisters) {
+    cute::warpgroup_fence_operand(const_cast<FragmentA&>(a));
+  }
+  cute::warpgroup_fence_operand(c);
+  cute::warpgroup_arrive();
+  mma.accumulate_ =
+      kAccumulate == Accumulate::kYes ? cute::GMMA::ScaleOut::One : cute::GMMA::ScaleOut::Zero;
+  CUTLASS_PRAGMA_UNROLL
+  for (int k = 0; k < cute::size<2>(a); ++k) {
+    cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), c);
+    mma.accumulate_ = cute::GMMA::ScaleOut::One;
+  }
+  cute::warpgroup_commit_batch();
+  cute::warpgroup_fence_operand(c);
+  if constexpr (kAInRegisters) {
+    cute::warpgroup_fence_operand(const_cast<FragmentA&>(a));
+  }
+}
+
+/// cute::warpgroup_wait<0>() in other words, which the compiler cannot merge with one on another
+/// path.
+CUTLASS_DEVICE void warpgroup_wait_all() {
+  asm volatile("wgmma.wait_group.sync.aligned 0; // nothing to rescale" ::: "memory");
+}
+
+/// Views a 64 x N accumulator fragment ((2, 2, N/8), 1, 1) as (row, column): each thread owns 2
+/// rows, 8 apart, and pairs of adjacent columns every 8.
+template <class Layout>
+CUTLASS_DEVICE constexpr auto accumulator_rows_cols(Layout const& layout) {
+  using namespace cute;
+  static_assert(rank(Layout{}) == 3 && rank(get<0>(Layout{})) == 3);
+  return make_layout(make_layout(get<0, 1>(layout), get<1>(layout)),
+                     make_layout(get<0, 0>(layout), get<0, 2>(layout), get<2>(layout)));
+}
+
+/// Views a 64 x N accumulator fragment as the A operand of a 16-bit WGMMA whose k is that N: 16
+/// columns, which are two runs of 8 in the accumulator, make one k-block.
+template <class Layout>
+CUTLASS_DEVICE constexpr auto accumulator_as_operand_a(Layout const& layout) {
+  using namespace cute;
+  static_assert(rank(Layout{}) == 3 && rank(get<0>(Layout{})) == 3);
+  auto halves = logical_divide(get<0, 2>(layout), _2{});  // (2, N/16)
+  return make_layout(make_layout(get<0, 0>(layout), get<0, 1>(layout), get<0>(halves)),
+                     get<1>(layout), make_layout(get<1>(halves), get<2>(layout)));
+}
+
+/// Rounds a fragment of floats to `To`, keeping the order of its registers.
+template <class To, class FragmentIn, class FragmentOut>
+CUTLASS_DEVICE void convert_fragment(FragmentIn const& in, FragmentOut& out) {
+  constexpr int kCount = decltype(cute::size(in))::value;
+  static_assert(decltype(cute::size(out))::value == kCount);
+  cutlass::NumericArrayConverter<To, typename FragmentIn::value_type, kCount> convert;
+  *reinterpret_cast<cutlass::Array<To, kCount>*>(out.data()) = convert(
+      *reinterpret_cast<cutlass::Array<typename FragmentIn::value_type, kCount> const*>(in.data()));
+}
+
+}  // namespace cute_kernels::sm90
