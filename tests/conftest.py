@@ -10,6 +10,9 @@ if getattr(cute_kernels, "__file__", None) is None:
         "cute_kernels is not installed: python -m pip install . (see README.md)"
     )
 
+# The CPU's problems are small: a second thread costs more than it gives, most of all beside others.
+torch.set_num_threads(1)
+
 
 def no_hopper() -> str | None:
     """Why this machine cannot run the kernels, or None."""
