@@ -54,19 +54,15 @@ def test_more_tiles_than_multiprocessors(hopper, head_dim, mask):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("heads", "key_heads"), [(5, 5), (9, 3)])
-@pytest.mark.parametrize("fitting", [2.5, 0.4])
-def test_keys_and_values_beyond_the_cache(hopper, fitting, heads, key_heads, mask):
-    """The scheduler's groups: of the heads whose K and V fit in half of L2, at least one key head.
-    The last group may be smaller than the others."""
-    head_dim, l2_bytes = 128, torch.cuda.get_device_properties(0).L2_cache_size
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_every_number_of_query_blocks(hopper, head_dim, mask):
+    """The scheduler's bands of query blocks: short and long sequences, last bands of every width."""
     skip_unless_built(torch.bfloat16, head_dim, MASKS[mask])
-    bytes_a_key = 2 * head_dim * 2
-    seqlen_k = int(l2_bytes / 2 / fitting / bytes_a_key)
-    q, k, v = random_qkv(
-        hopper, torch.bfloat16, 1, 260, seqlen_k, heads, key_heads, head_dim=head_dim
-    )
-    check(q, k, v, MASKS[mask])
+    for seqlen_q in range(1900, 4200, 190):
+        q, k, v = random_qkv(
+            hopper, torch.bfloat16, 2, seqlen_q, seqlen_q + 77, 3, 1, head_dim=head_dim
+        )
+        check(q, k, v, MASKS[mask])
 
 
 @pytest.mark.parametrize("mask", MASKS)
