@@ -56,7 +56,7 @@ def test_more_tiles_than_multiprocessors(hopper, head_dim, mask):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_every_number_of_query_blocks(hopper, head_dim, mask):
-    """The scheduler's bands of query blocks: short and long sequences, last bands of every width."""
+    """The scheduler's bands: short and long sequences, last bands of every width."""
     skip_unless_built(torch.bfloat16, head_dim, MASKS[mask])
     for seqlen_q in range(1900, 4200, 190):
         q, k, v = random_qkv(
