@@ -262,6 +262,9 @@ struct Tile {{
 {constants}
 }};
 
+static_assert(sizeof(ForwardTraits<Tile>::SharedStorage) == {sum(shared_memory(row).values())},
+              "shared_memory() in cmake/tile_configs.py must count what SharedStorage has");
+
 cudaError_t launch(ForwardProblem const& problem, cudaStream_t stream) {{
   return launch_forward<Tile>(problem, stream);
 }}
