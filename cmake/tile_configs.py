@@ -50,7 +50,8 @@ FIELDS = (
     Field("pingpong", bool, True, "kPingpong"),
     Field("overlap", bool, True, "kOverlap"),
     Field("separate_output", bool, False, "kSeparateOutput"),
-    Field("polynomial_period", int, 0, "kPolynomialPeriod"),
+    Field("speed", float, 1.0),
+    Field("overhead", int, 0),
     Field("why", str),
 )
 DERIVED = (Field("consumer_warpgroups", int, REQUIRED, "kConsumerWarpgroups"),)
@@ -68,7 +69,7 @@ SHARED_BYTES = 227 * 1024  # what a block of sm_90 can have
 SWIZZLE_BYTES = 1024  # every buffer, and so the whole, is aligned to the 128-byte swizzle's period
 # What setmaxnreg leaves a consumer thread (forward/traits.hpp); one consumer warpgroup keeps the
 # compiler's limit.
-CONSUMER_REGISTERS = {1: 255, 2: 240, 3: 160}
+CONSUMER_REGISTERS = {1: 255, 2: 240, 3: 160, 4: 112}
 # Row maxima and sums, addresses, barrier phases, loop counters: what no kernel does without.
 WORKING_REGISTERS = 16
 
@@ -164,17 +165,19 @@ def problems(row: Mapping[str, Any]) -> list[str]:
         )
     if row["stages"] < 1:
         found.append(f"stages = {row['stages']} must be at least 1")
-    if row["polynomial_period"] < 0:
-        found.append(f"polynomial_period = {row['polynomial_period']} must be 0 (never) or more")
-    consumers = row["consumer_warpgroups"]
-    if row["tile_m"] % WARPGROUP_M or not 1 <= consumers <= 3:
+    if row["speed"] <= 0 or row["overhead"] < 0:
         found.append(
-            f"tile_m = {row['tile_m']} must be 64, 128 or 192: WGMMA's M is 64 for each of one to "
-            f"three consumer warpgroups"
+            f"speed = {row['speed']} must be above 0, overhead = {row['overhead']} at least 0"
+        )
+    consumers = row["consumer_warpgroups"]
+    if row["tile_m"] % WARPGROUP_M or not 1 <= consumers <= 4:
+        found.append(
+            f"tile_m = {row['tile_m']} must be 64, 128, 192 or 256: WGMMA's M is 64 for each of "
+            f"one to four consumer warpgroups"
         )
     elif consumers == 1 and row["pingpong"]:
         found.append(
-            f"pingpong needs two or three consumer warpgroups to take turns; "
+            f"pingpong needs two or more consumer warpgroups to take turns; "
             f"tile_m = {row['tile_m']} has one"
         )
     if found:  # the sums below would only repeat it
@@ -280,8 +283,8 @@ def registry_source(rows: list[Row]) -> str:
     )
     entries = "\n".join(
         f'    {{{{"{row["name"]}", ElementType::{DTYPES[row["dtype"]][1]}, {row["head_dim"]}, '
-        f"{row['head_dim_v']}, MaskClass::{MASKS[row['mask']]}, {row['tile_m']}}}, "
-        f"tiles::{row['name']}::launch}},"
+        f"{row['head_dim_v']}, MaskClass::{MASKS[row['mask']]}, {row['tile_m']}, "
+        f"{row['speed']}, {row['overhead']}}}, tiles::{row['name']}::launch}},"
         for row in rows
     )
     return f"""\

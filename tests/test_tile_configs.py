@@ -66,7 +66,8 @@ def test_a_row_becomes_one_kernel_per_dtype_with_defaults_filled_in():
         "pingpong": True,
         "overlap": True,
         "separate_output": False,
-        "polynomial_period": 0,
+        "speed": 1.0,
+        "overhead": 0,
         "why": "measured",
     }
 
@@ -96,11 +97,13 @@ def test_order_of_the_table_is_kept():
         ({"head_dim_v": 256}, ["head_dim_v = 256 > head_dim = 128", "separate_output"]),
         ({"tile_n": 136}, ["tile_n = 136 must be a multiple of 16", "K of P V"]),
         ({"tile_n": 272}, ["tile_n = 272", "at most 256"]),
-        ({"tile_m": 96}, ["tile_m = 96 must be 64, 128 or 192"]),
-        ({"tile_m": 256}, ["tile_m = 256 must be 64, 128 or 192"]),
-        ({"tile_m": 64}, ["pingpong needs two or three", "has one"]),
+        ({"tile_m": 96}, ["tile_m = 96 must be 64, 128, 192 or 256"]),
+        ({"tile_m": 320}, ["tile_m = 320 must be 64, 128, 192 or 256"]),
+        ({"tile_m": 64}, ["pingpong needs two or more", "has one"]),
         ({"stages": 0}, ["stages = 0"]),
-        ({"polynomial_period": -1}, ["polynomial_period = -1"]),
+        ({"speed": 0.0}, ["speed = 0.0 must be above 0"]),
+        ({"speed": 1}, ["speed is 1, expected float"]),
+        ({"overhead": -1}, ["overhead = -1", "at least 0"]),
     ],
 )
 def test_a_row_that_makes_no_kernel_is_refused(changes, reasons):
@@ -135,6 +138,9 @@ def test_registers_are_refused_with_their_sum():
     row = {"head_dim": 64, "tile_n": 176, "stages": 1}
     assert generator.read_table(table(good(**row)))
     assert "> 160 with 3 consumer warpgroups" in refusal(good(tile_m=192, **row))
+    row = {"head_dim": 64, "tile_n": 96, "stages": 1}
+    assert generator.read_table(table(good(tile_m=192, **row)))
+    assert "> 112 with 4 consumer warpgroups" in refusal(good(tile_m=256, **row))
 
 
 def test_every_wrong_row_is_named_at_once():
@@ -182,7 +188,6 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
         "bool kPingpong": "true",
         "bool kOverlap": "true",
         "bool kSeparateOutput": "false",
-        "int kPolynomialPeriod": 0,
     }.items():
         assert f"static constexpr {constant} = {value};" in text
     assert json.loads((tmp_path / "tile_configs.json").read_text()) == rows

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <cmath>
+#include <cstdint>
+
 #include <cuda_runtime_api.h>
 
 #include "cute_kernels/attention/problem.hpp"
@@ -14,14 +17,27 @@ enum class ElementType { kFloat16, kBFloat16 };
 /// for by index.
 enum class MaskClass { kAny, kFull, kCausal };
 
-/// The columns of a row that decide whether a kernel can take a call.
+/// The columns of a row that decide whether a kernel can take a call, and how well.
 struct TileConfig {
   char const* name;
   ElementType dtype;
   int head_dim;  // the kernel takes head dims up to this one
   int head_dim_v;
   MaskClass mask;
-  int tile_m;  // queries of one CTA
+  int tile_m;    // queries of one CTA
+  double speed;  // throughput on long sequences, relative to the other rows of the head dim
+  int overhead;  // what a tile costs beside its keys, in keys
+};
+
+/// What the automatic choice looks at.
+struct ForwardShape {
+  ElementType dtype;
+  int64_t batch;
+  int64_t seqlen_q;
+  int64_t seqlen_k;
+  int64_t heads_q;
+  int64_t head_dim;
+  bool causal;
 };
 
 struct ForwardKernel {
@@ -40,16 +56,40 @@ struct ForwardRegistry {
 
 extern ForwardRegistry const kForwardRegistry;
 
-/// The first of the smallest fitting head dim whose mask class allows the call; null where there is
-/// none.
-inline ForwardKernel const* choose_forward(ElementType dtype, int head_dim, bool causal) {
-  MaskClass const wanted = causal ? MaskClass::kCausal : MaskClass::kFull;
+/// Time of a call in arbitrary units: rounds of tiles over the multiprocessors, each as long as its
+/// queries and keys. A causal mask has short tiles to fill the last round with; what its diagonal
+/// wastes grows with tile_m.
+inline double estimate_forward(TileConfig const& config, ForwardShape const& shape,
+                               int multiprocessors) {
+  double const seqlen_q = static_cast<double>(shape.seqlen_q);
+  double const seqlen_k = static_cast<double>(shape.seqlen_k);
+  double const tiles = std::ceil(seqlen_q / config.tile_m) * shape.batch * shape.heads_q;
+  double rounds = tiles / multiprocessors;
+  double keys = seqlen_k;
+  if (!shape.causal || rounds < 1) rounds = std::ceil(rounds);
+  if (shape.causal) {
+    keys = seqlen_k >= seqlen_q ? seqlen_k - seqlen_q / 2 : seqlen_k * seqlen_k / (2 * seqlen_q);
+    keys += config.tile_m / 2;
+  }
+  return rounds * config.tile_m * (keys + config.overhead) / config.speed;
+}
+
+/// Of the kernels with the smallest fitting head dim whose mask class allows the call, the one with
+/// the shortest estimate, the first of equals; null where there is none.
+inline ForwardKernel const* choose_forward(ForwardShape const& shape, int multiprocessors) {
+  MaskClass const wanted = shape.causal ? MaskClass::kCausal : MaskClass::kFull;
   ForwardKernel const* best = nullptr;
+  double best_time = 0;
   for (ForwardKernel const& kernel : kForwardRegistry) {
     TileConfig const& config = kernel.config;
-    if (config.dtype != dtype || config.head_dim < head_dim) continue;
+    if (config.dtype != shape.dtype || config.head_dim < shape.head_dim) continue;
     if (config.mask != MaskClass::kAny && config.mask != wanted) continue;
-    if (best == nullptr || config.head_dim < best->config.head_dim) best = &kernel;
+    if (best != nullptr && config.head_dim > best->config.head_dim) continue;
+    double const time = estimate_forward(config, shape, multiprocessors);
+    if (best == nullptr || config.head_dim < best->config.head_dim || time < best_time) {
+      best = &kernel;
+      best_time = time;
+    }
   }
   return best;
 }

@@ -15,7 +15,7 @@ enum class NamedBarrier : int {
   /// Epilogue. The 128 threads of warpgroup i meet here when their part of O stands in shared
   /// memory, before one of
   /// them starts the TMA store.
-  kOutputReady = 3,
+  kOutputReady = 4,
 };
 
 CUTLASS_DEVICE void barrier_arrive(NamedBarrier barrier, int warpgroup, int threads) {

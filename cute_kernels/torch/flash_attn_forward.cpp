@@ -31,9 +31,8 @@ constexpr int kMaxHeadDim = 256;
 char const* name_of(ElementType dtype) { return dtype == ElementType::kBFloat16 ? "bf16" : "fp16"; }
 
 /// q, k and v as the caller gave them, checked.
-struct Call {
-  ElementType dtype;
-  int64_t batch, seqlen_q, seqlen_k, heads_q, heads_kv, head_dim;
+struct Call : attention::ForwardShape {
+  int64_t heads_kv;
 };
 
 void check_alone(Argument const& a) {
@@ -56,7 +55,8 @@ void check_like(Argument const& a, Argument const& q) {
           DtypeOf{q.dtype}, " like q");
 }
 
-Call check(Argument const& q, Argument const& k, Argument const& v, double softmax_scale) {
+Call check(Argument const& q, Argument const& k, Argument const& v, double softmax_scale,
+           bool causal) {
   require(q.is_cuda, "q is on ", DeviceOf{q},
           ", must be on a CUDA device like the other arguments");
   check_alone(q);
@@ -64,13 +64,10 @@ Call check(Argument const& q, Argument const& k, Argument const& v, double softm
     check_like(*a, q);
     check_alone(*a);
   }
-  Call const call{q.dtype == ScalarType::BFloat16 ? ElementType::kBFloat16 : ElementType::kFloat16,
-                  q.size(0),
-                  q.size(1),
-                  k.size(1),
-                  q.size(2),
-                  k.size(2),
-                  q.size(3)};
+  auto const dtype =
+      q.dtype == ScalarType::BFloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
+  Call const call{{dtype, q.size(0), q.size(1), k.size(1), q.size(2), q.size(3), causal},
+                  k.size(2)};
   require(call.head_dim >= 8 && call.head_dim <= kMaxHeadDim && call.head_dim % 8 == 0,
           "q has head_dim ", call.head_dim, ", must be a multiple of 8 from 8 to ", kMaxHeadDim);
   for (Argument const* a : {&k, &v}) {
@@ -91,18 +88,17 @@ Call check(Argument const& q, Argument const& k, Argument const& v, double softm
   return call;
 }
 
-[[noreturn]] void fail_no_kernel(Call const& call, bool causal) {
+[[noreturn]] void fail_no_kernel(Call const& call) {
   std::ostringstream there;
   for (ForwardKernel const& kernel : kForwardRegistry) there << ' ' << kernel.config.name;
   fail("no kernel for ", name_of(call.dtype), ", head_dim ", call.head_dim, ", ",
-       causal ? "causal" : "full", " in this build, which has", there.str());
+       call.causal ? "causal" : "full", " in this build, which has", there.str());
 }
 
-ForwardKernel const& kernel_for(Call const& call, bool causal, int64_t tile_config) {
+ForwardKernel const& kernel_for(Call const& call, int64_t tile_config, int multiprocessors) {
   if (tile_config == -1) {
-    ForwardKernel const* chosen =
-        attention::choose_forward(call.dtype, static_cast<int>(call.head_dim), causal);
-    if (chosen == nullptr) fail_no_kernel(call, causal);
+    ForwardKernel const* chosen = attention::choose_forward(call, multiprocessors);
+    if (chosen == nullptr) fail_no_kernel(call);
     return *chosen;
   }
   require(tile_config >= 0 && tile_config < kForwardRegistry.count, "tile_config is ", tile_config,
@@ -155,9 +151,9 @@ std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor con
                                               Tensor const& v_tensor, double softmax_scale,
                                               bool causal, int64_t tile_config) {
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
-  Call const call = check(q, k, v, softmax_scale);
+  Call const call = check(q, k, v, softmax_scale, causal);
   attention::Device const& device = hopper(q.device);
-  ForwardKernel const& kernel = kernel_for(call, causal, tile_config);
+  ForwardKernel const& kernel = kernel_for(call, tile_config, device.multiprocessors);
   int64_t const query_blocks = (call.seqlen_q + kernel.config.tile_m - 1) / kernel.config.tile_m;
   require(static_cast<double>(call.batch) * call.heads_q * query_blocks < double{1 << 30},
           "q has shape ", Shape{q.sizes}, ", batch * heads * blocks of ", kernel.config.tile_m,
@@ -194,6 +190,19 @@ std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor con
   return {out, lse};
 }
 
+/// The automatic choice, for those who want to know it: an index into the registry.
+int64_t choose_tile_config(ScalarType dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+                           int64_t heads, int64_t head_dim, bool causal, int64_t multiprocessors) {
+  require(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "dtype is ", DtypeOf{dtype},
+          ", must be float16 or bfloat16");
+  require(seqlen_q > 0 && multiprocessors > 0, "seqlen_q is ", seqlen_q, " and multiprocessors is ",
+          multiprocessors, ", both must be above 0");
+  auto const element =
+      dtype == ScalarType::BFloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
+  Call const call{{element, batch, seqlen_q, seqlen_k, heads, head_dim, causal}, heads};
+  return &kernel_for(call, -1, static_cast<int>(multiprocessors)) - kForwardRegistry.begin();
+}
+
 }  // namespace
 }  // namespace cute_kernels::binding
 
@@ -202,8 +211,15 @@ STABLE_TORCH_LIBRARY(cute_kernels, library) {
       "flash_attn_forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int "
       "tile_config) -> "
       "(Tensor out, Tensor lse)");
+  library.def(
+      "choose_tile_config(ScalarType dtype, int batch, int seqlen_q, int seqlen_k, int heads, int "
+      "head_dim, bool causal, int multiprocessors) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   library.impl("flash_attn_forward", TORCH_BOX(&cute_kernels::binding::flash_attn_forward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CompositeExplicitAutograd, library) {
+  library.impl("choose_tile_config", TORCH_BOX(&cute_kernels::binding::choose_tile_config));
 }

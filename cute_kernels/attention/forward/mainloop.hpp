@@ -29,7 +29,7 @@ class ForwardMainloop {
   static constexpr int kTileN = Traits::kTileN;
 
  public:
-  using Softmax = OnlineSoftmax<2, Traits::kPolynomialPeriod>;
+  using Softmax = OnlineSoftmax<2>;
 
   /// Issues every load of one tile. Called by one thread.
   template <class Params>
@@ -106,8 +106,9 @@ class ForwardMainloop {
     typename Traits::MmaPv mma_pv;
     auto slice_qk = mma_qk.get_thread_slice(thread);
     auto slice_pv = mma_pv.get_thread_slice(thread);
-    auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(
-        make_tensor(make_smem_ptr(shared.q[warpgroup].data()), typename Traits::LayoutQ{})));
+    auto shared_q =
+        make_tensor(make_smem_ptr(shared.q[warpgroup].data()), typename Traits::LayoutQ{});
+    auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(shared_q));
     auto operand_k = slice_qk.make_fragment_B(slice_qk.partition_B(
         make_tensor(make_smem_ptr(shared.k.data()), typename Traits::LayoutK{})));
     auto operand_v = slice_pv.make_fragment_B(slice_pv.partition_B(
@@ -173,10 +174,11 @@ class ForwardMainloop {
 
     // Steady state: this step's Q K^T and the last step's P V are issued back to back; the softmax
     // of the new scores runs while P V is in flight.
+    auto k_token = pipeline_k.consumer_test_wait(read_k);
     while (block > 0) {
       --block;
       auto scores = new_scores();
-      pipeline_k.consumer_wait(read_k);
+      pipeline_k.consumer_wait(read_k, k_token);
       wait_turn(warpgroup);
       sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
                                               scores);
@@ -197,6 +199,8 @@ class ForwardMainloop {
         sm90::warpgroup_wait_all();
       }
       release(pipeline_v, read_v);
+      if (block > 0)
+        k_token = pipeline_k.consumer_test_wait(read_k);  // answered while P is rounded
       round_probabilities(scores);
     }
 

@@ -14,10 +14,7 @@ namespace cute_kernels::attention {
 /// talks to its quad, and O needs no rescaling. The result is the same softmax: the origin cancels
 /// when O is divided by the row sum. The row sum stays one partial sum a thread and is reduced
 /// once, in finalize().
-///
-/// kPolynomialPeriod: every how many-th pair of exponentials runs on the FMA pipes instead of the
-/// special function unit; 0 for none.
-template <int kRows, int kPolynomialPeriod>
+template <int kRows>
 class OnlineSoftmax {
  public:
   /// scale_log2 = softmax_scale * log2(e): exp(scale * s) = 2^(scale_log2 * s).
@@ -55,7 +52,7 @@ class OnlineSoftmax {
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
         float const exponent = scores(row, col) * scale_log2_ - offset_[row];
-        scores(row, col) = on_fma_pipes(col) ? sm90::exp2_fma(exponent) : sm90::exp2_mufu(exponent);
+        scores(row, col) = sm90::exp2_mufu(exponent);
         sum_[row] += scores(row, col);
       }
     }
@@ -90,11 +87,6 @@ class OnlineSoftmax {
   static constexpr float kMinusInf = -INFINITY;
   static constexpr float kSlack =
       8.f;  // 2^8 is far from the largest fp16, and P's rounding error is relative
-
-  CUTLASS_DEVICE static constexpr bool on_fma_pipes(int col) {
-    return kPolynomialPeriod > 0 &&
-           col / 2 % (kPolynomialPeriod + (kPolynomialPeriod == 0)) == kPolynomialPeriod - 1;
-  }
 
   CUTLASS_DEVICE void move_origins(float const (&block_max)[kRows]) {
     CUTLASS_PRAGMA_UNROLL

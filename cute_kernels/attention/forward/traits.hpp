@@ -27,20 +27,22 @@ struct ForwardTraits {
   static constexpr bool kOverlap = Tile::kOverlap;
   static constexpr bool kPingpong = Tile::kPingpong;
   static constexpr bool kSeparateOutput = Tile::kSeparateOutput;
-  static constexpr int kPolynomialPeriod = Tile::kPolynomialPeriod;
 
   static constexpr int kWarpgroupM = 64;
   static constexpr int kTileM = kWarpgroupM * kConsumers;
   static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup * (1 + kConsumers);
 
-  // Registers a thread after the producer warpgroup has given its share away: 64K in all, multiples
-  // of 8.
+  // Registers of a thread after setmaxnreg, multiples of 8. A block's pool is what it starts with,
+  // kThreads times kLaunchRegisters; asking for more would wait forever.
   static constexpr bool kReconfigureRegisters = kConsumers > 1;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : kConsumers == 3 ? 160 : 112;
+  static_assert(!kReconfigureRegisters || kProducerRegisters + kConsumers * kConsumerRegisters <=
+                                              (1 + kConsumers) * kLaunchRegisters);
 
-  static_assert(kConsumers >= 1 && kConsumers <= 3);
-  static_assert(!kPingpong || kConsumers > 1, "pingpong needs two or three consumer warpgroups");
+  static_assert(kConsumers >= 1 && kConsumers <= 4);
+  static_assert(!kPingpong || kConsumers > 1, "pingpong needs two consumer warpgroups or more");
   static_assert(kTileN % 16 == 0 && kTileN <= 256, "tile_n is N of Q K^T and K of P V");
   static_assert(kHeadDim % 64 == 0 && kHeadDimV % 64 == 0,
                 "the 128-byte swizzle is 64 elements wide");

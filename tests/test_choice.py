@@ -1,0 +1,73 @@
+"""Which row the automatic choice takes. Nothing here needs a GPU."""
+
+import pytest
+import torch
+
+from cute_kernels import tile_configs
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+ROWS = tile_configs()
+BUILT = sorted({(row["dtype"], row["head_dim"]) for row in ROWS})
+MULTIPROCESSORS = 132
+
+
+def choose(dtype, head_dim, batch=1, seqlen_q=1024, seqlen_k=None, heads=16, causal=False):
+    seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+    operator = torch.ops.cute_kernels.choose_tile_config
+    index = operator(
+        DTYPES[dtype], batch, seqlen_q, seqlen_k, heads, head_dim, causal, MULTIPROCESSORS
+    )
+    return ROWS[index]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dtype", "built"), BUILT)
+def test_the_smallest_head_dim_that_fits(dtype, built, causal):
+    smaller = max((d for t, d in BUILT if t == dtype and d < built), default=0)
+    for head_dim in (smaller + 8, built):
+        row = choose(dtype, head_dim, causal=causal)
+        assert (row["dtype"], row["head_dim"]) == (dtype, built)
+        assert row["mask"] in ("any", "causal" if causal else "full")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dtype", "head_dim"), BUILT)
+def test_small_grids_get_tiles_no_larger_than_large_ones(dtype, head_dim, causal):
+    large = choose(dtype, head_dim, batch=16, seqlen_q=16384, causal=causal)
+    small = choose(dtype, head_dim, seqlen_q=64, causal=causal)
+    assert small["tile_m"] <= large["tile_m"]
+    smallest = min(
+        row["tile_m"] for row in ROWS if (row["dtype"], row["head_dim"]) == (dtype, head_dim)
+    )
+    assert small["tile_m"] == smallest
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "seqlen", "causal", "name"),
+    [
+        (64, 512, False, "d64_m256n64"),
+        (64, 512, True, "d64_m256n64"),
+        (64, 16384, False, "d64_m192n128"),
+        (128, 512, False, "d128_m128n128"),
+        (128, 1024, True, "d128_m128n128"),
+        (128, 2048, False, "d128_m192n64"),
+        (128, 16384, True, "d128_m192n64"),
+    ],
+)
+def test_what_was_fastest_on_the_papers_grid_is_chosen(head_dim, seqlen, causal, name):
+    """16k tokens in all, heads * head_dim = 2048; the winners of bench/results/search_bf16.json."""
+    if ("bf16", head_dim) not in BUILT:
+        pytest.skip(f"this build has no bf16 kernel for head_dim {head_dim}")
+    shape = {"batch": 16384 // seqlen, "heads": 2048 // head_dim}
+    row = choose("bf16", head_dim, seqlen_q=seqlen, causal=causal, **shape)
+    assert row["name"] == f"bf16_{name}"
+
+
+def test_a_head_dim_without_a_kernel_is_an_error():
+    with pytest.raises(RuntimeError, match=r"no kernel for bf16, head_dim 320, full in this build"):
+        choose("bf16", 320)
+
+
+def test_nonsense_is_an_error():
+    with pytest.raises(RuntimeError, match="seqlen_q is 0"):
+        choose("bf16", 64, seqlen_q=0)
