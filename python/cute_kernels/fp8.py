@@ -1,0 +1,387 @@
+"""FP8 attention: quantisation, and the CPU path of the FP8 kernel's arithmetic.
+
+Quantisation follows FlashAttention-3 (arXiv 2407.08608, section 3.3): one scale for each block of
+rows of a head, and incoherent processing: Q and K are multiplied by the same random orthogonal
+matrix M before they are rounded, which leaves Q K^T as it is and spreads outliers over channels.
+
+M = H diag(signs) / sqrt(d), with H a Hadamard matrix where d is a power of two. Other d = m 2^n
+(m odd) take the Kronecker product of the reflection I - (2/m) J of order m and a Hadamard matrix.
+
+Every input has a defined result: what is beyond +-SATURATION counts as +-SATURATION, NaN stays NaN
+(in its whole row after incoherent processing; in int8, which has none, in its block by the scale),
+and a block of zeros has a finite scale.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cute_kernels.reference import _Blocks
+
+ROW_BLOCK = 64  # rows of Q and K that share a scale
+HEAD_DIM_MULTIPLE = 16
+MAX_HEAD_DIM = 256
+SATURATION = 2.0**48  # the scores of saturated inputs are still finite in fp32
+SMALLEST_MAXIMUM = 2.0**-60  # so that scales, their inverses and their products are finite
+
+# P is rounded to e4m3 as 2^(score - origin + P_SHIFT), where the origin follows the row's maximum
+# once it is passed by more than P_SLACK: at most 2^(P_SHIFT + P_SLACK), below e4m3's 448.
+P_SHIFT = 4.0
+P_SLACK = 4.0
+
+KEY_SAMPLES = 256  # rows of K, evenly spaced, whose mean stands for the mean of all
+
+_INPUTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+_U64 = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class FP8Tensor:
+    """A quantised tensor: `data` times `scale` is what it stands for, times M if there is a seed,
+    less `shift` if there is one.
+
+    Attributes:
+        data: (batch, seqlen, heads, head_dim), float8_e4m3fn (or int8).
+        scale: float32, (batch, heads, blocks) with one for every `block` rows, or
+            (batch, heads, 1, head_dim) with one for every channel, if `block` is None.
+        block: rows that share a scale; None for scales of channels.
+        seed: of the signs of incoherent processing; None without.
+        shift: float32, (batch, heads, head_dim), what was subtracted from every row; None without.
+    """
+
+    data: Tensor
+    scale: Tensor
+    block: int | None = ROW_BLOCK
+    seed: int | None = None
+    shift: Tensor | None = None
+
+    def row_scales(self) -> Tensor:
+        """The scales, to be broadcast to data's shape."""
+        if self.block is None:
+            return self.scale.permute(0, 2, 1, 3)
+        rows = self.scale.repeat_interleave(self.block, dim=2)[:, :, : self.data.shape[1]]
+        return rows.transpose(1, 2).unsqueeze(-1)
+
+    def dequantize(self) -> Tensor:
+        """The float32 tensor that this stands for, with M and the shift undone."""
+        x = self.data.float() * self.row_scales()
+        if self.seed is not None:
+            x = rotate_back(x, self.seed)
+        return x if self.shift is None else x + self.shift.unsqueeze(1)
+
+
+def random_signs(head_dim: int, seed: int) -> list[int]:
+    """+1 or -1 for every channel: the top bit of SplitMix64's output number `channel`.
+
+    A function of seed and channel alone, which the CUDA kernel computes in the same bits.
+    """
+    signs = []
+    for channel in range(head_dim):
+        z = (seed + (channel + 1) * 0x9E3779B97F4A7C15) & _U64
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _U64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _U64
+        z ^= z >> 31
+        signs.append(-1 if z >> 63 else 1)
+    return signs
+
+
+@functools.lru_cache(maxsize=64)
+def _signs_tensor(head_dim: int, seed: int, device: torch.device) -> Tensor:
+    return torch.tensor(random_signs(head_dim, seed), dtype=torch.float32, device=device)
+
+
+def _orthogonal(x: Tensor) -> Tensor:
+    """x H / sqrt(d) over the last dimension, in fp32: butterflies of stride 1, 2, 4, ..., as the
+    CUDA kernel's, then the reflection of order m over the d / m runs. Its own inverse."""
+    head_dim = x.shape[-1]
+    power = head_dim & -head_dim
+    odd = head_dim // power
+    stride = 1
+    while stride < power:
+        pairs = x.reshape(*x.shape[:-1], head_dim // (2 * stride), 2, stride)
+        a, b = pairs.unbind(-2)
+        x = torch.stack((a + b, a - b), dim=-2).reshape(x.shape)
+        stride *= 2
+    if odd > 1:
+        runs = x.reshape(*x.shape[:-1], odd, power)
+        x = (runs - runs.sum(-2, keepdim=True) * (2 / odd)).view(x.shape)
+    return x * float(power**-0.5)
+
+
+def rotate(x: Tensor, seed: int) -> Tensor:
+    """M x for every row, in float32."""
+    return _orthogonal(x.float() * _signs_tensor(x.shape[-1], seed, x.device))
+
+
+def rotate_back(x: Tensor, seed: int) -> Tensor:
+    """M^T x for every row, in float32."""
+    return _orthogonal(x.float()) * _signs_tensor(x.shape[-1], seed, x.device)
+
+
+def _round(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, within the range of dtype, rounded to nearest even; NaN stays NaN, or is 0 in int8."""
+    if dtype == torch.int8:
+        return x.nan_to_num(0.0).round().to(torch.int8)
+    return x.to(dtype)
+
+
+def quantize_fp8(
+    x: Tensor,
+    *,
+    incoherent: bool = False,
+    seed: int = 0,
+    block: int | None = ROW_BLOCK,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    smooth: bool = False,
+) -> FP8Tensor:
+    """Quantises q or k (scales of row blocks) or v (``block=None``: scales of channels).
+
+    Args:
+        x: (batch, seqlen, heads, head_dim), float16, bfloat16, float32 or float64; head_dim is a
+            multiple of 16 up to 256.
+        incoherent: multiply every row by M first; the same seed for q and k.
+        seed: of M's signs, 0 <= seed < 2**64.
+        block: rows that share a scale, or None for one scale for each channel.
+        dtype: float8_e4m3fn, or int8 for q and k: as fast in the tensor cores, and after incoherent
+            processing, which leaves no outliers, about three times more precise.
+        smooth: for k, subtract a row first: the mean of KEY_SAMPLES of its rows. Softmax does not
+            see it, and the constant part of large channels is gone before it is spread.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+    """
+    if x.dim() != 4:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, must have 4 dimensions: "
+            "(batch, seqlen, heads, head_dim)"
+        )
+    if x.dtype not in _INPUTS:
+        names = ", ".join(str(d).removeprefix("torch.") for d in _INPUTS)
+        raise TypeError(f"x has dtype {x.dtype}, must be one of {names}")
+    if dtype not in _LARGEST:
+        raise TypeError(f"dtype is {dtype}, must be torch.float8_e4m3fn or torch.int8")
+    _check_head_dim("x", x.shape[3])
+    if block is not None and block < 1:
+        raise ValueError(f"block is {block}, must be at least 1, or None")
+    if not 0 <= seed <= _U64:
+        raise ValueError(f"seed is {seed}, must be at least 0 and below 2**64")
+    rows = x.float().clamp(-SATURATION, SATURATION)
+    shift = None
+    if smooth:
+        shift = _sampled_mean(rows)
+        rows = rows - shift.unsqueeze(1)
+    if incoherent:
+        rows = rotate(rows, seed)
+    batch, seqlen, heads, head_dim = x.shape
+    by_head = rows.transpose(1, 2)
+    if block is None:
+        maximum = _maximum(by_head, (2,), dtype)
+        factor, scale = _factor_and_scale(maximum, dtype)
+    else:
+        blocks = -(-seqlen // block)
+        padded = torch.nn.functional.pad(by_head, (0, 0, 0, blocks * block - seqlen))
+        maximum = _maximum(padded.reshape(batch, heads, blocks, block, head_dim), (3, 4), dtype)
+        factor, scale = _factor_and_scale(maximum, dtype)
+        factor = factor.flatten(2, 3).repeat_interleave(block, dim=2)[:, :, :seqlen]
+        scale = scale.view(batch, heads, blocks)
+    # Rounding of the product may pass the largest value by one bit of fp32.
+    scaled = (by_head * factor).clamp(-_LARGEST[dtype], _LARGEST[dtype])
+    data = _round(scaled, dtype).transpose(1, 2).contiguous()
+    return FP8Tensor(data, scale, block, seed if incoherent else None, shift)
+
+
+def _sampled_mean(x: Tensor) -> Tensor:
+    """The mean of some rows of every head: (batch, heads, head_dim). NaN and saturated elements
+    count as 0, so that one of them does not cost all rows their precision."""
+    step = max(1, x.shape[1] // KEY_SAMPLES)
+    samples = x[:, ::step]
+    samples = torch.where(samples.abs() < SATURATION, samples, 0.0)
+    return samples.sum(1) / max(1, samples.shape[1])
+
+
+def _maximum(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The largest finite magnitude; NaN if there is one and dtype cannot hold it."""
+    if 0 in (x.shape[dim] for dim in dims):
+        return x.new_full([1 if d in dims else n for d, n in enumerate(x.shape)], SMALLEST_MAXIMUM)
+    magnitudes = x.abs()
+    if dtype != torch.int8:
+        magnitudes = magnitudes.nan_to_num(0.0)
+    return magnitudes.amax(dims, keepdim=True).clamp_min(SMALLEST_MAXIMUM)
+
+
+def _factor_and_scale(maximum: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What elements are multiplied by before they are rounded, and what undoes it."""
+    largest = torch.full_like(maximum, _LARGEST[dtype])  # number / tensor would be a product
+    return largest / maximum, maximum / largest
+
+
+def flash_attn_fp8_func(
+    q: Tensor | FP8Tensor,
+    k: Tensor | FP8Tensor,
+    v: Tensor | FP8Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    *,
+    incoherent: bool = True,
+    seed: int = 0,
+    smooth_k: bool = True,
+    qk_dtype: torch.dtype = torch.float8_e4m3fn,
+    out_dtype: torch.dtype | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in FP8, from tensors of any float dtype or from tensors quantised before.
+
+    Q and K are quantised in blocks of rows, V by channels; P is rounded to e4m3. Sums are in
+    float32.
+
+    Args:
+        q, k, v: (batch, seqlen, heads, head_dim) as in `flash_attn_func`, or the results of
+            `quantize_fp8`: q and k with the same seed and dtype, v without incoherent processing.
+        softmax_scale: finite, greater than 0; ``head_dim ** -0.5`` if None.
+        causal: query i sees key j only if ``j <= i + seqlen_k - seqlen_q``.
+        incoherent, seed, smooth_k, qk_dtype: of the quantisation of q and k that come as they are;
+            see `quantize_fp8`.
+        out_dtype: float16 or bfloat16 (float32 on the CPU); q's dtype if None, bfloat16 if q comes
+            quantised.
+        return_lse: also return the natural logarithm of the softmax's denominator, (batch, heads,
+            seqlen_q), float32.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+        NotImplementedError: a tensor is on a GPU.
+    """
+    if out_dtype is None:
+        out_dtype = torch.bfloat16 if isinstance(q, FP8Tensor) else q.dtype
+    if out_dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"out_dtype is {out_dtype}, must be float16, bfloat16 or float32")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        device = (x.data if isinstance(x, FP8Tensor) else x).device
+        if device.type != "cpu":
+            raise NotImplementedError(f"{name} is on {device}: FP8 on a GPU is not there yet")
+    original_q = q.dequantize() if isinstance(q, FP8Tensor) else q
+    if not isinstance(q, FP8Tensor):
+        q = quantize_fp8(q, incoherent=incoherent, seed=seed, dtype=qk_dtype)
+    if not isinstance(k, FP8Tensor):
+        k = quantize_fp8(
+            k,
+            incoherent=q.seed is not None,
+            seed=q.seed or 0,
+            dtype=q.data.dtype,
+            smooth=smooth_k,
+        )
+    if not isinstance(v, FP8Tensor):
+        v = quantize_fp8(v, block=None)
+    _check_call(q, k, v)
+    if softmax_scale is None:
+        softmax_scale = q.data.shape[-1] ** -0.5
+    if not 0 < softmax_scale < math.inf:
+        raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and greater than 0")
+    with torch.autocast("cpu", enabled=False):
+        out, lse = _attention(q, k, v, softmax_scale, causal)
+        if return_lse and k.shift is not None:
+            group = original_q.shape[2] // max(1, k.shift.shape[1])
+            shift = k.shift.repeat_interleave(group, dim=1).unsqueeze(1)
+            rows = original_q.float().clamp(-SATURATION, SATURATION)
+            lse += softmax_scale * (rows * shift).sum(-1).transpose(1, 2)
+    out = out.to(out_dtype)
+    return (out, lse) if return_lse else out
+
+
+def _check_head_dim(name: str, head_dim: int) -> None:
+    if head_dim % HEAD_DIM_MULTIPLE != 0 or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{name} has head_dim {head_dim}, must be a multiple of {HEAD_DIM_MULTIPLE} "
+            f"from {HEAD_DIM_MULTIPLE} to {MAX_HEAD_DIM}"
+        )
+
+
+def _check_call(q: FP8Tensor, k: FP8Tensor, v: FP8Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.data.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.data.shape)}, must have 4 dimensions")
+        batch, seqlen, heads, head_dim = x.data.shape
+        _check_head_dim(name, head_dim)
+        expected: tuple[int, ...] = (batch, heads, 1, head_dim)
+        if x.block is not None:
+            expected = (batch, heads, -(-seqlen // x.block))
+        if tuple(x.scale.shape) != expected:
+            raise ValueError(
+                f"{name}'s scale has shape {tuple(x.scale.shape)}, must be {expected} "
+                f"for block {x.block}"
+            )
+    if q.block is None or k.block is None:
+        raise ValueError("q and k need scales of row blocks, not of channels (block=None)")
+    if v.block is not None and v.scale.shape[2] > 1:
+        raise ValueError("v needs one scale for a head or for each channel (block=None)")
+    if q.seed != k.seed:
+        raise ValueError(f"k has seed {k.seed}, must be {q.seed} like q")
+    for name, x in (("q", q), ("v", v)):
+        if x.shift is not None:
+            raise ValueError(f"{name} has a shift, which only k may have")
+    if v.seed is not None:
+        raise ValueError(f"v has seed {v.seed}, must be quantised without incoherent processing")
+    if k.data.dtype != q.data.dtype:
+        raise TypeError(f"k has dtype {k.data.dtype}, must be {q.data.dtype} like q")
+    if v.data.dtype != torch.float8_e4m3fn:
+        raise TypeError(f"v has dtype {v.data.dtype}, must be torch.float8_e4m3fn")
+    batch, _, heads, head_dim = q.data.shape
+    for name, x in (("k", k), ("v", v)):
+        if x.data.shape[0] != batch:
+            raise ValueError(f"{name} has batch {x.data.shape[0]}, must be {batch} like q")
+        if x.data.shape[3] != head_dim:
+            raise ValueError(f"{name} has head_dim {x.data.shape[3]}, must be {head_dim} like q")
+    if v.data.shape[1:3] != k.data.shape[1:3]:
+        raise ValueError(
+            f"v has seqlen and heads {tuple(v.data.shape[1:3])}, must be "
+            f"{tuple(k.data.shape[1:3])} like k"
+        )
+    if heads and (k.data.shape[2] == 0 or heads % k.data.shape[2]):
+        raise ValueError(f"q has {heads} heads, must be a multiple of k's {k.data.shape[2]}")
+
+
+def _attention(
+    q: FP8Tensor, k: FP8Tensor, v: FP8Tensor, softmax_scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The kernel's arithmetic, in units of powers of two: exact products of 8-bit numbers, scaled;
+    a lazily moving origin; P in e4m3, the row sum of P before rounding; V's scale at the end."""
+    batch, seqlen, heads, _ = q.data.shape
+    out = torch.zeros(q.data.shape, dtype=torch.float32)
+    lse = torch.full((batch, heads, seqlen), -math.inf)
+    if out.numel() == 0 or k.data.numel() == 0:
+        return out, lse
+    to_log2 = softmax_scale * math.log2(math.e)
+    blocks = _Blocks(q.data, k.data, 1.0, causal)
+    all_k, all_v = blocks.all_keys(k.data), blocks.all_keys(v.data)
+    q_scales = q.row_scales() * to_log2
+    k_scales = k.row_scales().permute(0, 2, 3, 1)  # (batch, key heads, 1, seqlen_k)
+    for queries in blocks.queries():
+        q_rows, q_scale = blocks.rows(q.data, queries), blocks.rows(q_scales, queries)
+        accumulator = torch.zeros_like(q_rows)
+        origin = q_rows.new_full((*q_rows.shape[:3], 1), -math.inf)
+        total = torch.zeros_like(origin)
+        for keys, hidden in blocks.keys(queries):
+            products = blocks.scores(q_rows, all_k[:, :, keys], hidden)
+            scores = products * (q_scale * k_scales[..., keys])
+            maximum = scores.amax(-1, keepdim=True)
+            new_origin = torch.where(maximum > origin + P_SLACK, maximum, origin)
+            finite = new_origin.masked_fill(new_origin == -math.inf, 0.0)
+            rescale = torch.exp2(origin - finite)
+            origin = new_origin
+            p = torch.exp2(scores - (finite - P_SHIFT))
+            total = total * rescale + p.sum(-1, keepdim=True)
+            rounded = p.to(torch.float8_e4m3fn).float()
+            accumulator = accumulator * rescale + rounded @ all_v[:, :, keys]
+        accumulator /= total.masked_fill(total == 0, 1.0)
+        out[:, queries] = blocks.from_rows(accumulator)
+        log2_sum = (origin - P_SHIFT + total.log2()).masked_fill(total == 0, -math.inf)
+        lse[:, :, queries] = (log2_sum * math.log(2)).view(batch, heads, -1)
+    v_scale = v.row_scales().repeat_interleave(blocks.group, dim=2)
+    if v.block is not None:
+        v_scale = v_scale[:, :1]
+    return out * v_scale, lse
