@@ -1,6 +1,6 @@
 """A few small calls of every kernel of the build, to run under compute-sanitizer on a Hopper GPU:
 
-    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py
+compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py
 """
 
 import sys
