@@ -11,11 +11,14 @@ PAPER_HEAD_DIMS = (64, 128, 256)
 PAPER_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 PAPER_TOKENS = 16384
 PAPER_HIDDEN = 2048
+LATENCY_SEQLENS = (128, 256, 512, 1024, 2048)
+LLAMA_SEQLENS = (2048, 4096, 8192, 16384, 32768)
+PREFILL_CHUNKS = (512, 2048)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Self-attention with as many key heads as query heads and seqlen_q == seqlen_k."""
+    """`seqlen` queries; where nothing else is said, as many keys, and a key head for each head."""
 
     dtype: str
     mask: str
@@ -23,6 +26,12 @@ class Cell:
     seqlen: int
     heads: int
     head_dim: int
+    seqlen_k: int = 0
+    heads_kv: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "seqlen_k", self.seqlen_k or self.seqlen)
+        object.__setattr__(self, "heads_kv", self.heads_kv or self.heads)
 
     @property
     def causal(self) -> bool:
@@ -30,9 +39,12 @@ class Cell:
 
     @property
     def flops(self) -> int:
-        """The field's count: two matrix products over the scores, half of it under causal."""
-        full = 4 * self.batch * self.heads * self.seqlen * self.seqlen * self.head_dim
-        return full // 2 if self.causal else full
+        """The field's count: two matrix products over the scores; under a causal mask of the last
+        queries on all keys, the triangle above the diagonal off."""
+        scores = self.seqlen * self.seqlen_k
+        if self.causal:
+            scores -= self.seqlen * self.seqlen // 2
+        return 4 * self.batch * self.heads * self.head_dim * scores
 
     def tflops(self, milliseconds: float) -> float:
         return self.flops / milliseconds / 1e9
@@ -41,7 +53,17 @@ class Cell:
         return {**asdict(self), "flops": self.flops}
 
     def __str__(self) -> str:
-        return f"{self.dtype} D={self.head_dim} {self.mask} S={self.seqlen}"
+        return f"{self.dtype} {cell_name(asdict(self))}"
+
+
+def cell_name(cell: dict) -> str:
+    """Short and unique within a grid; takes a recorded cell too."""
+    name = f"D={cell['head_dim']} {cell['mask']} S={cell['seqlen']}"
+    if cell.get("seqlen_k", cell["seqlen"]) != cell["seqlen"]:
+        name += f" on {cell['seqlen_k']} keys"
+    if cell.get("heads_kv", cell.get("heads")) != cell.get("heads"):
+        name += f" {cell['heads']}/{cell['heads_kv']} heads"
+    return name
 
 
 def paper_cell(dtype: str, head_dim: int, mask: str, seqlen: int) -> Cell:
@@ -65,3 +87,31 @@ def paper_grid(
     seqlens = tuple(seqlens)
     masks = tuple(masks)
     return [paper_cell(dtype, d, mask, s) for d in head_dims for mask in masks for s in seqlens]
+
+
+def latency_grid(dtype: str, head_dims: Iterable[int], masks: Iterable[str]) -> list[Cell]:
+    """One sequence, 16 heads: a few tiles, fewer than multiprocessors."""
+    masks = tuple(masks)
+    return [
+        Cell(dtype=dtype, mask=mask, batch=1, seqlen=seqlen, heads=16, head_dim=head_dim)
+        for head_dim in head_dims
+        for mask in masks
+        for seqlen in LATENCY_SEQLENS
+    ]
+
+
+def llama_grid(dtype: str, masks: Iterable[str]) -> list[Cell]:
+    """64 query and 8 key heads of 128 (Llama-3-70B): whole sequences, then chunked prefill."""
+    shape = {"dtype": dtype, "heads": 64, "heads_kv": 8, "head_dim": 128}
+    masks = tuple(masks)
+    whole = [
+        Cell(mask=mask, batch=max(1, PAPER_TOKENS // seqlen), seqlen=seqlen, **shape)
+        for mask in masks
+        for seqlen in LLAMA_SEQLENS
+    ]
+    chunks = [
+        Cell(mask=mask, batch=1, seqlen=seqlen, seqlen_k=LLAMA_SEQLENS[-1], **shape)
+        for mask in masks
+        for seqlen in PREFILL_CHUNKS
+    ]
+    return whole + chunks

@@ -12,12 +12,13 @@ SAMPLED_ROWS = 64
 def _attention_rows(q, k, v, rows, cell: Cell, dtype: torch.dtype) -> torch.Tensor:
     """Plain attention of the query rows `rows` of every head, all arithmetic in `dtype`."""
     q_rows = q[:, rows].transpose(1, 2).to(dtype)
-    keys = k.transpose(1, 2).to(dtype)
-    values = v.transpose(1, 2).to(dtype)
+    group = cell.heads // cell.heads_kv
+    keys, values = (t.transpose(1, 2).to(dtype).repeat_interleave(group, 1) for t in (k, v))
     scores = (q_rows @ keys.transpose(-1, -2)) * cell.head_dim**-0.5
     if cell.causal:
-        columns = torch.arange(cell.seqlen, device=q.device)
-        scores.masked_fill_(columns[None, :] > rows[:, None], float("-inf"))
+        columns = torch.arange(cell.seqlen_k, device=q.device)
+        last = rows + cell.seqlen_k - cell.seqlen
+        scores.masked_fill_(columns[None, :] > last[:, None], float("-inf"))
     return (torch.softmax(scores, dim=-1) @ values).transpose(1, 2)
 
 

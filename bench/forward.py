@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from bench import report, session
-from bench.cells import Cell, paper_grid
+from bench.cells import Cell, latency_grid, llama_grid, paper_grid
 
 PEER_NAMES = ("sdpa-cudnn", "sdpa-flash", "fa3-fwd", "fa3", "fa4")
 QUICK = {"head_dims": [128], "seqlens": [2048, 16384]}
@@ -19,6 +19,12 @@ def host_cell(dtype: str) -> Cell:
 def parse(arguments: list[str] | None = None):
     parser = session.parser(__doc__, "forward")
     session.add_grid_options(parser)
+    parser.add_argument(
+        "--grid",
+        choices=["paper", "latency", "llama"],
+        default="paper",
+        help="the paper's; one sequence of 16 heads; 64/8 heads of 128 with chunked prefill",
+    )
     parser.add_argument("--peers", nargs="*", choices=PEER_NAMES, default=list(PEER_NAMES))
     parser.add_argument(
         "--tile-config",
@@ -74,11 +80,22 @@ def progress(number: int, total: int, entry: dict[str, Any], cell: Cell, peers: 
     )
 
 
+def cells(arguments) -> list[Cell]:
+    if arguments.only_host:
+        return []
+    if arguments.grid == "latency":
+        return latency_grid(arguments.dtype, arguments.head_dims, arguments.masks)
+    if arguments.grid == "llama":
+        return llama_grid(arguments.dtype, arguments.masks)
+    return paper_grid(arguments.dtype, arguments.head_dims, arguments.masks, arguments.seqlens)
+
+
 def run(arguments) -> dict[str, Any]:
     from bench import measure
 
     providers, described = load_providers(arguments)
-    name = f"forward_{arguments.dtype}.json"
+    suffix = "" if arguments.grid == "paper" else f"_{arguments.grid}"
+    name = f"forward_{arguments.dtype}{suffix}.json"
     record = session.Record("forward", arguments.out / name, arguments)
     data = record.data
     data["providers"] = described
@@ -90,8 +107,8 @@ def run(arguments) -> dict[str, Any]:
         timed = measure.time_host(cell, providers, arguments.host_batches)
         data["host"] = {**cell.as_dict(), "results": timed}
         record.save()
-    grid = paper_grid(arguments.dtype, arguments.head_dims, arguments.masks, arguments.seqlens)
-    for number, cell in enumerate([] if arguments.only_host else grid, start=1):
+    grid = cells(arguments)
+    for number, cell in enumerate(grid, start=1):
         timed = measure.time_cell(cell, providers, arguments.rounds, arguments.target_ms)
         entry = {**cell.as_dict(), "results": timed}
         data["cells"].append(entry)

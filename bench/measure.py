@@ -23,9 +23,10 @@ class WrongResult(Exception):
 def random_inputs(cell: Cell, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v ~ N(0, 1); never zeros, which a GPU multiplies at less power and so faster."""
     generator = torch.Generator(device="cuda").manual_seed(seed)
-    shape = (cell.batch, cell.seqlen, cell.heads, cell.head_dim)
+    queries = (cell.batch, cell.seqlen, cell.heads, cell.head_dim)
+    keys = (cell.batch, cell.seqlen_k, cell.heads_kv, cell.head_dim)
     options = {"generator": generator, "device": "cuda", "dtype": TORCH_DTYPES[cell.dtype]}
-    return tuple(torch.randn(shape, **options) for _ in range(3))
+    return tuple(torch.randn(shape, **options) for shape in (queries, keys, keys))
 
 
 def _poison_free_memory(like: torch.Tensor) -> None:

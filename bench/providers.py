@@ -112,7 +112,8 @@ def _sdpa(name: str, label: str, backend_name: str) -> Provider:
     def bind(cell, q, k, v):
         function, causal = torch.nn.functional.scaled_dot_product_attention, cell.causal
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return lambda: function(q, k, v, is_causal=causal)
+        grouped = cell.heads_kv != cell.heads
+        return lambda: function(q, k, v, is_causal=causal, enable_gqa=grouped)
 
     return Provider(
         name=name,
@@ -121,6 +122,8 @@ def _sdpa(name: str, label: str, backend_name: str) -> Provider:
         bind=bind,
         output=lambda result: result.transpose(1, 2),
         context=lambda: sdpa_kernel(backend),
+        # is_causal aligns the mask to the first key, not to the last
+        takes=lambda cell: not cell.causal or cell.seqlen == cell.seqlen_k,
     )
 
 

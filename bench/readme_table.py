@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import ablation, report
+from bench.cells import cell_name
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- benchmark: begin (written by python -m bench.readme_table) -->"
@@ -40,25 +41,32 @@ def provenance(data: dict[str, Any]) -> str:
     return ", ".join(parts) + "."
 
 
+GRIDS = {
+    "paper": "the paper's grid",
+    "latency": "one sequence of 16 heads",
+    "llama": "64 query and 8 key heads of 128",
+}
+
+
 def forward_section(path: Path, root: Path) -> str:
     """Tables of one forward results file: each cell, the means, host time, and the plot."""
     data = report.load(path)
     peers = report.peers_of(data)
     timed = [p for p in peers if any(report.tflops(cell, p) for cell in data["cells"])]
     dtype = data["settings"]["dtype"]
-    lines = [f"**Forward, {dtype}**: {provenance(data)}", ""]
+    what = GRIDS[data["settings"].get("grid", "paper")]
+    lines = [f"**Forward, {dtype}, {what}**: {provenance(data)}", ""]
     plot = path.with_suffix(".svg")
     if plot.exists():
         relative = plot.relative_to(root).as_posix()
         lines += [f"![Forward, {dtype}, TFLOP/s by sequence length]({relative})", ""]
-    header = ["head dim, mask", "S", "cute_kernels", *timed, "ours / best peer"]
+    header = ["cell", "cute_kernels", *timed, "ours / best peer"]
     rows = []
     for cell in data["cells"]:
         ratio = report.ratio(cell, peers)
         rows.append(
             [
-                f"{cell['head_dim']} {cell['mask']}",
-                str(cell["seqlen"]),
+                cell_name(cell),
                 report.show(report.tflops(cell, report.OURS)),
                 *(report.show(report.tflops(cell, peer)) for peer in timed),
                 report.show(ratio, 2),

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.cells import cell_name
+
 OURS = "ours"
 
 
@@ -76,7 +78,7 @@ def forward_rows(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     header = ["cell", *timed, "ours/best"]
     rows = [
         [
-            f"D={entry['head_dim']} {entry['mask']} S={entry['seqlen']}",
+            cell_name(entry),
             *(_shown(entry, name) for name in timed),
             show(ratio(entry, peers), 2),
         ]
@@ -125,8 +127,7 @@ def failures(data: dict[str, Any]) -> list[str]:
     for entry in data["cells"]:
         for name, result in entry["results"].items():
             if "error" in result:
-                cell = f"D={entry['head_dim']} {entry['mask']} S={entry['seqlen']}"
-                note(name, result["error"], cell)
+                note(name, result["error"], cell_name(entry))
     for name, result in data.get("host", {}).get("results", {}).items():
         if "error" in result:
             note(name, result["error"], "host time")

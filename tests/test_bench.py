@@ -12,7 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # bench/ is no part of the installed package
 
 from bench import ablation, readme_table, report, search  # noqa: E402
-from bench.cells import Cell, paper_cell, paper_grid  # noqa: E402
+from bench.cells import (  # noqa: E402
+    Cell,
+    latency_grid,
+    llama_grid,
+    paper_cell,
+    paper_grid,
+)
 from bench.check import Reference  # noqa: E402
 from bench.timing import Spread  # noqa: E402
 
@@ -45,6 +51,25 @@ def test_paper_grid_keeps_tokens_and_hidden_size():
     assert len(grid) == 36 == len(set(grid))
     assert {cell.batch * cell.seqlen for cell in grid} == {16384}
     assert {cell.heads * cell.head_dim for cell in grid} == {2048}
+
+
+def test_flops_of_chunked_prefill_count_what_the_mask_shows():
+    shape = {"dtype": "bf16", "batch": 1, "seqlen": 512, "seqlen_k": 32768, "heads": 64}
+    full = Cell(mask="full", heads_kv=8, head_dim=128, **shape)
+    causal = Cell(mask="causal", heads_kv=8, head_dim=128, **shape)
+    assert full.flops == 4 * 64 * 128 * 512 * 32768
+    assert causal.flops == 4 * 64 * 128 * (512 * 32768 - 512 * 512 // 2)
+    assert str(causal) == "bf16 D=128 causal S=512 on 32768 keys 64/8 heads"
+
+
+def test_other_grids_are_what_they_say():
+    latency = latency_grid("bf16", [64, 128], ["full"])
+    assert len(latency) == 10 == len(set(latency))
+    assert {(cell.batch, cell.heads) for cell in latency} == {(1, 16)}
+    llama = llama_grid("bf16", ["full", "causal"])
+    assert len(llama) == 14 == len(set(map(str, llama)))
+    assert {(cell.heads, cell.heads_kv, cell.head_dim) for cell in llama} == {(64, 8, 128)}
+    assert [c.seqlen for c in llama if c.seqlen_k != c.seqlen] == [512, 2048, 512, 2048]
 
 
 def test_spread():
@@ -140,7 +165,7 @@ def test_readme_section_of_a_results_file(tmp_path):
     path = tmp_path / "forward_bf16.json"
     path.write_text(json.dumps(forward_data()))
     block = readme_table.block([path], tmp_path)
-    assert "| 128 full | 2048 | 600 | 500 | 1.20 |" in block
+    assert "| D=128 full S=2048 | 600 | 500 | 1.20 |" in block
     assert "abc" in block and "a GPU" in block and "20.0 µs" in block
 
 
