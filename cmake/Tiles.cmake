@@ -1,5 +1,5 @@
-# Runs tile_configs.py. Sets CUTE_KERNELS_TILE_SOURCES (.cu), CUTE_KERNELS_REGISTRY_SOURCE and
-# CUTE_KERNELS_TILE_JSON.
+# Runs tile_configs.py. Sets CUTE_KERNELS_TILE_SOURCES (.cu), CUTE_KERNELS_REGISTRY_SOURCE,
+# CUTE_KERNELS_FP8_REGISTRY_SOURCE and CUTE_KERNELS_TILE_JSON.
 
 set(_generator "${CMAKE_CURRENT_LIST_DIR}/tile_configs.py")
 set(_table "${CUTE_KERNELS_TILE_CONFIGS}")
@@ -9,9 +9,13 @@ endif()
 cmake_path(ABSOLUTE_PATH _table BASE_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}" NORMALIZE)
 set(_out "${CMAKE_CURRENT_BINARY_DIR}/tiles")
 
+set(_passes forward)
+if(CUTE_KERNELS_FP8)
+  list(APPEND _passes forward_fp8)
+endif()
 execute_process(
   COMMAND "${Python_EXECUTABLE}" "${_generator}" --table "${_table}" --out "${_out}" --head-dims
-          "${CUTE_KERNELS_HEAD_DIMS}" --dtypes "${CUTE_KERNELS_DTYPES}"
+          "${CUTE_KERNELS_HEAD_DIMS}" --dtypes "${CUTE_KERNELS_DTYPES}" --passes "${_passes}"
   RESULT_VARIABLE _status
   OUTPUT_VARIABLE CUTE_KERNELS_TILE_SOURCES
   ERROR_VARIABLE _error)
@@ -23,7 +27,9 @@ endif()
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${_generator}" "${_table}")
 
 set(CUTE_KERNELS_REGISTRY_SOURCE "${_out}/registry.cpp")
+set(CUTE_KERNELS_FP8_REGISTRY_SOURCE "${_out}/fp8_registry.cpp")
 set(CUTE_KERNELS_TILE_JSON "${_out}/tile_configs.json")
-list(REMOVE_ITEM CUTE_KERNELS_TILE_SOURCES "${CUTE_KERNELS_REGISTRY_SOURCE}")
+list(REMOVE_ITEM CUTE_KERNELS_TILE_SOURCES "${CUTE_KERNELS_REGISTRY_SOURCE}"
+     "${CUTE_KERNELS_FP8_REGISTRY_SOURCE}")
 list(LENGTH CUTE_KERNELS_TILE_SOURCES _count)
 message(STATUS "${_count} kernels from ${_table}")

@@ -77,8 +77,18 @@ def test_kernel_keeps_everything_in_registers(sass, name):
 
 
 def test_every_kernel_is_a_row(sass):
-    forward = [function for function in sass if "forward_kernel" in function]
+    forward = [f for f in sass if "forward_kernel" in f and "fp8_forward_kernel" not in f]
     assert len(forward) == len(KERNELS)
+
+
+def test_fp8_kernels_multiply_bytes_and_keep_everything_in_registers(sass):
+    for function, code in sass.items():
+        if "fp8_forward_kernel" not in function:
+            continue
+        products = instructions(code, "[QI]GMMA")
+        assert any(".E4M3.E4M3" in product for product in products), "P V"
+        assert instructions(code, "F2FP.SATFINITE.E4M3"), "P is packed"
+        assert instructions(code, "(?:STL|LDL)") == [], "registers spilled to local memory"
 
 
 def test_extension_serves_many_pythons():

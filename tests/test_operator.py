@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from cute_kernels.operators import BACKWARD, flash_attn_backward, flash_attn_forward
 from parity import check, random_qkv, run, skip_unless_built
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from cute_kernels import flash_attn_func
+from cute_kernels.operators import BACKWARD, flash_attn_backward, flash_attn_forward
 
 OPCHECK = (
     "test_schema",

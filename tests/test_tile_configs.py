@@ -174,8 +174,10 @@ def test_selection_by_head_dim_and_dtype():
 def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_path):
     rows = generator.read_table(table(good(), good(name="d64", head_dim=64)))
     sources = generator.write_sources(rows, tmp_path)
-    assert [path.name for path in sources] == [f"{row['name']}.cu" for row in rows] + [
-        "registry.cpp"
+    assert [path.name for path in sources] == [
+        *(f"{row['name']}.cu" for row in rows),
+        "registry.cpp",
+        "fp8_registry.cpp",
     ]
     text = (tmp_path / "fp16_d128_m128n176.cu").read_text()
     assert "using Element = cutlass::half_t;" in text
@@ -242,7 +244,12 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     sources = [Path(source) for source in done.stdout.split(";")]
     assert all(source.exists() for source in sources)
-    assert {source.name[:8] for source in sources} == {"bf16_d64", "bf16_d12", "registry"}
+    kinds = {"bf16_d64", "bf16_d12", "registry", "fp8_regi"}
+    assert {source.name[:8] for source in sources} == kinds
+
+    passes = ("--passes", "forward;forward_fp8")
+    done = run_generator("--table", TABLE, "--out", out, "--dtypes", "bf16", *passes)
+    assert {"e4m3_bf1", "int8_bf1"} < {Path(s).name[:8] for s in done.stdout.split(";")}
 
     done = run_generator("--table", TABLE, "--out", out, "--head-dims", "big")
     assert done.returncode == 1
@@ -259,3 +266,47 @@ def test_cmake_stops_with_the_arithmetic(tmp_path):
     wrong.write_text(table(good(stages=3)))
     message = failing_configure(tmp_path / "build", CUTE_KERNELS_TILE_CONFIGS=wrong)
     assert "304128 > 232448 bytes" in message
+
+
+FP8_ROW = """
+[[forward_fp8]]
+name = "fp8"
+dtypes = ["e4m3", "int8"]
+head_dim = 128
+tile_m = {tile_m}
+tile_n = {tile_n}
+sum_by_mma = {sum_by_mma}
+why = "measured"
+"""
+
+
+def fp8_table(tile_m=128, tile_n=128, sum_by_mma="false"):
+    return table(good()) + FP8_ROW.format(tile_m=tile_m, tile_n=tile_n, sum_by_mma=sum_by_mma)
+
+
+def test_fp8_rows_become_kernels(tmp_path):
+    rows = generator.read_table(fp8_table(sum_by_mma="true"))
+    names = [row["name"] for row in rows if row["pass"] == "forward_fp8"]
+    assert names == ["e4m3_bf16_fp8", "e4m3_fp16_fp8", "int8_bf16_fp8", "int8_fp16_fp8"]
+    assert len(generator.select(rows, [128], ["bf16"])) == 3
+    generator.write_sources(rows, tmp_path)
+    text = (tmp_path / "int8_fp16_fp8.cu").read_text()
+    assert "using ElementQk = int8_t;" in text and "using Output = cutlass::half_t;" in text
+    assert "static constexpr bool kSumByMma = true;" in text
+    for row in json.loads((tmp_path / "tile_configs.json").read_text()):
+        assert row["pass"] == "forward"
+    assert (tmp_path / "fp8_registry.cpp").read_text().count("::launch}") == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tile_n": 96}, "multiple of 64"),
+        ({"tile_n": 192, "sum_by_mma": "true"}, "sum_by_mma needs tile_n of 64 or 128"),
+        ({"tile_m": 256}, "registers of a consumer thread: 64 scores [+] 64 output"),
+        ({"tile_m": 100}, "tile_m = 100"),
+    ],
+)
+def test_fp8_rows_that_cannot_fit_are_refused(change, message):
+    with pytest.raises(generator.TableError, match=message):
+        generator.read_table(fp8_table(**change))

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import cute_kernels.extension  # noqa: F401  defines the operators
 from cute_kernels.reference import _Blocks
 
 ROW_BLOCK = 64  # rows of Q and K that share a scale
@@ -34,9 +35,15 @@ SMALLEST_MAXIMUM = 2.0**-60  # so that scales, their inverses and their products
 P_SHIFT = 4.0
 P_SLACK = 4.0
 
+# Position p of 16 keys of a transposed v holds key KEY_ORDER[p]: value_key_order in fp8_traits.hpp.
+KEY_ORDER = [p % 4 // 2 * 8 + p // 4 * 2 + p % 2 for p in range(16)]
+GPU_ROTATIONS = (64, 128, 256)  # head dims that the fused kernel takes
+# Experimental: -C cmake.define.CUTE_KERNELS_FP8=ON
+GPU_BUILT = hasattr(torch.ops.cute_kernels, "flash_attn_fp8_forward")
 KEY_SAMPLES = 256  # rows of K, evenly spaced, whose mean stands for the mean of all
 
 _INPUTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_GPU_INPUTS = (torch.float16, torch.bfloat16)
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 _U64 = 2**64 - 1
 
@@ -53,6 +60,8 @@ class FP8Tensor:
         block: rows that share a scale; None for scales of channels.
         seed: of the signs of incoherent processing; None without.
         shift: float32, (batch, heads, head_dim), what was subtracted from every row; None without.
+        keys: None, or for a v that was quantised on a GPU its seqlen: there `data` is (batch,
+            heads, head_dim, padded keys) in the key order that the kernel reads.
     """
 
     data: Tensor
@@ -60,17 +69,36 @@ class FP8Tensor:
     block: int | None = ROW_BLOCK
     seed: int | None = None
     shift: Tensor | None = None
+    keys: int | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """(batch, seqlen, heads, head_dim)."""
+        if self.keys is None:
+            return self.data.shape
+        batch, heads, head_dim, _ = self.data.shape
+        return torch.Size((batch, self.keys, heads, head_dim))
+
+    def rows(self) -> Tensor:
+        """`data` as (batch, seqlen, heads, head_dim)."""
+        if self.keys is None:
+            return self.data
+        inverse = sorted(range(16), key=KEY_ORDER.__getitem__)
+        batch, heads, head_dim, padded = self.data.shape
+        bits = self.data.view(torch.uint8).reshape(batch, heads, head_dim, padded // 16, 16)
+        ordered = bits[..., inverse].reshape(batch, heads, head_dim, padded)[..., : self.keys]
+        return ordered.permute(0, 3, 1, 2).contiguous().view(self.data.dtype)
 
     def row_scales(self) -> Tensor:
         """The scales, to be broadcast to data's shape."""
         if self.block is None:
             return self.scale.permute(0, 2, 1, 3)
-        rows = self.scale.repeat_interleave(self.block, dim=2)[:, :, : self.data.shape[1]]
+        rows = self.scale.repeat_interleave(self.block, dim=2)[:, :, : self.shape[1]]
         return rows.transpose(1, 2).unsqueeze(-1)
 
     def dequantize(self) -> Tensor:
         """The float32 tensor that this stands for, with M and the shift undone."""
-        x = self.data.float() * self.row_scales()
+        x = self.rows().float() * self.row_scales()
         if self.seed is not None:
             x = rotate_back(x, self.seed)
         return x if self.shift is None else x + self.shift.unsqueeze(1)
@@ -171,6 +199,10 @@ def quantize_fp8(
         raise ValueError(f"block is {block}, must be at least 1, or None")
     if not 0 <= seed <= _U64:
         raise ValueError(f"seed is {seed}, must be at least 0 and below 2**64")
+    if GPU_BUILT and x.is_cuda and x.dtype in _GPU_INPUTS:
+        fused = _quantize_cuda(x, incoherent, seed, block, dtype, smooth)
+        if fused is not None:
+            return fused
     rows = x.float().clamp(-SATURATION, SATURATION)
     shift = None
     if smooth:
@@ -194,6 +226,52 @@ def quantize_fp8(
     scaled = (by_head * factor).clamp(-_LARGEST[dtype], _LARGEST[dtype])
     data = _round(scaled, dtype).transpose(1, 2).contiguous()
     return FP8Tensor(data, scale, block, seed if incoherent else None, shift)
+
+
+def _quantize_cuda(
+    x: Tensor, incoherent: bool, seed: int, block: int | None, dtype: torch.dtype, smooth: bool
+) -> FP8Tensor | None:
+    """The fused kernels, which read x once; None for what they do not do."""
+    ops = torch.ops.cute_kernels
+    if block is None and dtype == torch.float8_e4m3fn and not incoherent and not smooth:
+        data, scale = ops.quantize_fp8_values(x)
+        return FP8Tensor(data, scale.unsqueeze(2), None, keys=x.shape[1])
+    if block != ROW_BLOCK or x.shape[3] not in GPU_ROTATIONS:
+        return None
+    shift = ops.fp8_key_mean(x) if smooth else None
+    signed_seed = seed - 2**64 if seed >= 2**63 else seed  # operators have no unsigned numbers
+    data, scale = ops.quantize_fp8_rows(x, shift, incoherent, signed_seed, dtype == torch.int8)
+    return FP8Tensor(data, scale, block, seed if incoherent else None, shift)
+
+
+def _attention_cuda(
+    q: FP8Tensor,
+    k: FP8Tensor,
+    v: FP8Tensor,
+    softmax_scale: float,
+    causal: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    ops = torch.ops.cute_kernels
+    for name, x in (("q", q), ("k", k)):
+        if x.block != ROW_BLOCK and x.scale.shape[2] > 1:
+            raise ValueError(
+                f"{name} has scales of {x.block} rows, must be {ROW_BLOCK} or all rows on CUDA"
+            )
+    v_data = ops.quantize_fp8_values(v.data)[0] if v.keys is None else v.data
+    v_scale = v.scale if v.block is not None else v.scale.squeeze(2)
+    out, lse = ops.flash_attn_fp8_forward(
+        q.data,
+        k.data,
+        v_data,
+        q.scale,
+        k.scale,
+        v_scale,
+        softmax_scale,
+        causal,
+        out_dtype == torch.float16,
+    )
+    return out, lse
 
 
 def _sampled_mean(x: Tensor) -> Tensor:
@@ -254,17 +332,27 @@ def flash_attn_fp8_func(
 
     Raises:
         ValueError, TypeError: an argument is not as described.
-        NotImplementedError: a tensor is on a GPU.
+        NotImplementedError: a tensor is on a GPU, and the build has no FP8 kernels.
+        RuntimeError: the GPU is not of compute capability 9.0, or an argument on CUDA is not as
+            described.
     """
     if out_dtype is None:
         out_dtype = torch.bfloat16 if isinstance(q, FP8Tensor) else q.dtype
     if out_dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"out_dtype is {out_dtype}, must be float16, bfloat16 or float32")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        device = (x.data if isinstance(x, FP8Tensor) else x).device
-        if device.type != "cpu":
-            raise NotImplementedError(f"{name} is on {device}: FP8 on a GPU is not there yet")
-    original_q = q.dequantize() if isinstance(q, FP8Tensor) else q
+    device = (q.data if isinstance(q, FP8Tensor) else q).device
+    for name, x in (("k", k), ("v", v)):
+        found = (x.data if isinstance(x, FP8Tensor) else x).device
+        if found != device:
+            raise ValueError(f"{name} is on {found}, must be on {device} like q")
+    if device.type == "cuda" and not GPU_BUILT:
+        raise NotImplementedError(
+            f"q is on {device}: FP8 on a GPU is experimental and not in this build "
+            "(-C cmake.define.CUTE_KERNELS_FP8=ON)"
+        )
+    if device.type == "cuda" and out_dtype == torch.float32:
+        raise TypeError("out_dtype is torch.float32, must be float16 or bfloat16 on CUDA")
+    original_q = q
     if not isinstance(q, FP8Tensor):
         q = quantize_fp8(q, incoherent=incoherent, seed=seed, dtype=qk_dtype)
     if not isinstance(k, FP8Tensor):
@@ -282,15 +370,23 @@ def flash_attn_fp8_func(
         softmax_scale = q.data.shape[-1] ** -0.5
     if not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and greater than 0")
-    with torch.autocast("cpu", enabled=False):
-        out, lse = _attention(q, k, v, softmax_scale, causal)
+    with torch.autocast(device.type, enabled=False):
+        if device.type == "cuda":
+            out, lse = _attention_cuda(q, k, v, softmax_scale, causal, out_dtype)
+        else:
+            out, lse = _attention(q, k, v, softmax_scale, causal)
         if return_lse and k.shift is not None:
-            group = original_q.shape[2] // max(1, k.shift.shape[1])
-            shift = k.shift.repeat_interleave(group, dim=1).unsqueeze(1)
-            rows = original_q.float().clamp(-SATURATION, SATURATION)
-            lse += softmax_scale * (rows * shift).sum(-1).transpose(1, 2)
+            lse = lse + _lse_of_shift(original_q, k.shift, softmax_scale)
     out = out.to(out_dtype)
     return (out, lse) if return_lse else out
+
+
+def _lse_of_shift(q: Tensor | FP8Tensor, shift: Tensor, softmax_scale: float) -> Tensor:
+    """What the row that was subtracted from k adds to a query's scores, and so to its LSE."""
+    rows = q.dequantize() if isinstance(q, FP8Tensor) else q.float()
+    rows = rows.clamp(-SATURATION, SATURATION)
+    shift = shift.repeat_interleave(rows.shape[2] // max(1, shift.shape[1]), dim=1)
+    return softmax_scale * (rows * shift.unsqueeze(1)).sum(-1).transpose(1, 2)
 
 
 def _check_head_dim(name: str, head_dim: int) -> None:
@@ -305,7 +401,7 @@ def _check_call(q: FP8Tensor, k: FP8Tensor, v: FP8Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.data.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(x.data.shape)}, must have 4 dimensions")
-        batch, seqlen, heads, head_dim = x.data.shape
+        batch, seqlen, heads, head_dim = x.shape
         _check_head_dim(name, head_dim)
         expected: tuple[int, ...] = (batch, heads, 1, head_dim)
         if x.block is not None:
@@ -330,19 +426,18 @@ def _check_call(q: FP8Tensor, k: FP8Tensor, v: FP8Tensor) -> None:
         raise TypeError(f"k has dtype {k.data.dtype}, must be {q.data.dtype} like q")
     if v.data.dtype != torch.float8_e4m3fn:
         raise TypeError(f"v has dtype {v.data.dtype}, must be torch.float8_e4m3fn")
-    batch, _, heads, head_dim = q.data.shape
+    batch, _, heads, head_dim = q.shape
     for name, x in (("k", k), ("v", v)):
-        if x.data.shape[0] != batch:
-            raise ValueError(f"{name} has batch {x.data.shape[0]}, must be {batch} like q")
-        if x.data.shape[3] != head_dim:
-            raise ValueError(f"{name} has head_dim {x.data.shape[3]}, must be {head_dim} like q")
-    if v.data.shape[1:3] != k.data.shape[1:3]:
+        if x.shape[0] != batch:
+            raise ValueError(f"{name} has batch {x.shape[0]}, must be {batch} like q")
+        if x.shape[3] != head_dim:
+            raise ValueError(f"{name} has head_dim {x.shape[3]}, must be {head_dim} like q")
+    if v.shape[1:3] != k.shape[1:3]:
         raise ValueError(
-            f"v has seqlen and heads {tuple(v.data.shape[1:3])}, must be "
-            f"{tuple(k.data.shape[1:3])} like k"
+            f"v has seqlen and heads {tuple(v.shape[1:3])}, must be {tuple(k.shape[1:3])} like k"
         )
-    if heads and (k.data.shape[2] == 0 or heads % k.data.shape[2]):
-        raise ValueError(f"q has {heads} heads, must be a multiple of k's {k.data.shape[2]}")
+    if heads and (k.shape[2] == 0 or heads % k.shape[2]):
+        raise ValueError(f"q has {heads} heads, must be a multiple of k's {k.shape[2]}")
 
 
 def _attention(
@@ -357,7 +452,7 @@ def _attention(
         return out, lse
     to_log2 = softmax_scale * math.log2(math.e)
     blocks = _Blocks(q.data, k.data, 1.0, causal)
-    all_k, all_v = blocks.all_keys(k.data), blocks.all_keys(v.data)
+    all_k, all_v = blocks.all_keys(k.data), blocks.all_keys(v.rows())
     q_scales = q.row_scales() * to_log2
     k_scales = k.row_scales().permute(0, 2, 3, 1)  # (batch, key heads, 1, seqlen_k)
     for queries in blocks.queries():
@@ -385,3 +480,48 @@ def _attention(
     if v.block is not None:
         v_scale = v_scale[:, :1]
     return out * v_scale, lse
+
+
+def _quantize_rows_fake(
+    x: Tensor, shift: Tensor | None, incoherent: bool, seed: int, to_int8: bool
+) -> tuple[Tensor, Tensor]:
+    batch, seqlen, heads, _ = x.shape
+    data = x.new_empty(x.shape, dtype=torch.int8 if to_int8 else torch.float8_e4m3fn)
+    blocks = (seqlen + ROW_BLOCK - 1) // ROW_BLOCK
+    return data, x.new_empty((batch, heads, blocks), dtype=torch.float32)
+
+
+def _quantize_values_fake(v: Tensor) -> tuple[Tensor, Tensor]:
+    batch, seqlen, heads, head_dim = v.shape
+    padded = (seqlen + 15) // 16 * 16
+    data = v.new_empty((batch, heads, head_dim, padded), dtype=torch.float8_e4m3fn)
+    channels = 0 if v.dtype == torch.float8_e4m3fn else head_dim
+    return data, v.new_empty((batch, heads, channels), dtype=torch.float32)
+
+
+def _key_mean_fake(x: Tensor) -> Tensor:
+    batch, _, heads, head_dim = x.shape
+    return x.new_empty((batch, heads, head_dim), dtype=torch.float32)
+
+
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    out_float16: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, seqlen, heads, _ = q.shape
+    out = q.new_empty(q.shape, dtype=torch.float16 if out_float16 else torch.bfloat16)
+    return out, q.new_empty((batch, heads, seqlen), dtype=torch.float32)
+
+
+if GPU_BUILT:
+    torch.library.register_fake("cute_kernels::quantize_fp8_rows", _quantize_rows_fake)
+    torch.library.register_fake("cute_kernels::quantize_fp8_values", _quantize_values_fake)
+    torch.library.register_fake("cute_kernels::fp8_key_mean", _key_mean_fake)
+    torch.library.register_fake("cute_kernels::flash_attn_fp8_forward", _forward_fake)

@@ -1,0 +1,360 @@
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/forward/fp8_softmax.hpp"
+#include "cute_kernels/attention/forward/fp8_traits.hpp"
+#include "cute_kernels/attention/mask.hpp"
+#include "cute_kernels/attention/tile_scheduler.hpp"
+#include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/warpgroup_gemm.hpp"
+
+namespace cute_kernels::attention {
+
+/// ForwardMainloop for 8-bit operands: the same steps and barriers (see there who waits for whom).
+/// What differs: V stands transposed, scales of Q and K enter the softmax, P is packed to e4m3.
+template <class Traits>
+class Fp8ForwardMainloop {
+  using SharedStorage = typename Traits::SharedStorage;
+  using Pipeline = typename Traits::Pipeline;
+  using PipelineState = typename Traits::PipelineState;
+
+  static constexpr int kConsumers = Traits::kConsumers;
+  static constexpr int kTileN = Traits::kTileN;
+  static constexpr int kGroups = Traits::kScaleGroups;
+
+ public:
+  using Softmax = ScaledSoftmax<2, kGroups, !Traits::kSumByMma>;
+
+  /// Issues every load of one tile. Called by one thread.
+  template <class Params>
+  CUTLASS_DEVICE static void load(Params const& params, SharedStorage& shared, Pipeline& pipeline_k,
+                                  Pipeline& pipeline_v, PipelineState& write_k,
+                                  PipelineState& write_v, uint32_t q_phase,
+                                  TileCoord const& coord) {
+    using namespace cute;
+    int const kv_head = params.heads_per_kv.div(coord.head);
+    auto q = params.tma_q.get_tma_tensor(params.shape_q)(_, _, coord.head, coord.batch);
+    auto k = params.tma_k.get_tma_tensor(params.shape_k)(_, _, kv_head, coord.batch);
+    auto v = params.tma_v.get_tma_tensor(params.shape_v)(_, _, kv_head, coord.batch);
+    auto blocks_q = local_tile(q, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDim>>{},
+                               make_coord(_, _0{}));
+    auto blocks_k = local_tile(k, Shape<Int<kTileN>, Int<Traits::kHeadDim>>{}, make_coord(_, _0{}));
+    auto blocks_v = local_tile(v, Shape<Int<Traits::kHeadDim>, Int<kTileN>>{}, make_coord(_0{}, _));
+    auto stages_k = make_tensor(make_smem_ptr(shared.k.data()), typename Traits::LayoutK{});
+    auto route_k = tma_partition(params.tma_k, _0{}, Layout<_1>{}, group_modes<0, 2>(stages_k),
+                                 group_modes<0, 2>(blocks_k));
+
+    auto load_k = [&](int block) {
+      pipeline_k.producer_acquire(write_k);
+      copy(params.tma_k.with(*pipeline_k.producer_get_barrier(write_k)), get<0>(route_k)(_, block),
+           get<1>(route_k)(_, write_k.index()));
+      ++write_k;
+    };
+    auto load_v = [&](int block) {
+      pipeline_v.producer_acquire(write_v);
+      auto stage_v = make_tensor(
+          make_smem_ptr(shared.v.data() + write_v.index() * Traits::kValueChannels * kTileN),
+          typename Traits::LayoutValueLoad{});
+      auto [from_v, to_v] = tma_partition(params.tma_v, _0{}, Layout<_1>{},
+                                          group_modes<0, 2>(stage_v), group_modes<0, 2>(blocks_v));
+      copy(params.tma_v.with(*pipeline_v.producer_get_barrier(write_v)), from_v(_, block), to_v);
+      ++write_v;
+    };
+
+    int block =
+        params.mask.key_blocks(coord.m_block * Traits::kTileM, Traits::kTileM, kTileN).visited - 1;
+    if (block >= 0) load_k(block);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kConsumers; ++i) {
+      shared.q_empty[i].wait(q_phase ^ 1);
+      shared.q_full[i].arrive_and_expect_tx(Traits::kBytesQ);
+      auto stage_q = make_tensor(make_smem_ptr(shared.q[i].data()), typename Traits::LayoutQ{});
+      auto [from_q, to_q] = tma_partition(params.tma_q, _0{}, Layout<_1>{},
+                                          group_modes<0, 2>(stage_q), group_modes<0, 2>(blocks_q));
+      copy(params.tma_q.with(reinterpret_cast<uint64_t&>(shared.q_full[i])),
+           from_q(_, coord.m_block * kConsumers + i), to_q);
+    }
+    // K runs one block ahead of V, as the consumers use them.
+    for (; block > 0; --block) {
+      load_k(block - 1);
+      load_v(block);
+    }
+    if (block == 0) load_v(0);
+  }
+
+  /// Pingpong's opening: the last warpgroup lets the first one begin.
+  CUTLASS_DEVICE static void start_turns(int warpgroup) {
+    if (warpgroup == kConsumers - 1) pass_turn(warpgroup);
+  }
+
+  /// Computes P V of 64 queries into `out`, not yet divided by the row sums nor scaled by V's
+  /// scale.
+  template <class Params, class Output>
+  CUTLASS_DEVICE static void compute(Params const& params, SharedStorage& shared,
+                                     Pipeline& pipeline_k, Pipeline& pipeline_v,
+                                     PipelineState& read_k, PipelineState& read_v, uint32_t q_phase,
+                                     TileCoord const& coord, int warpgroup, Softmax& softmax,
+                                     Output& out) {
+    using namespace cute;
+    int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
+    typename Traits::MmaQk mma_qk;
+    typename Traits::MmaPv mma_pv;
+    auto slice_qk = mma_qk.get_thread_slice(thread);
+    auto slice_pv = mma_pv.get_thread_slice(thread);
+    auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(
+        make_tensor(make_smem_ptr(shared.q[warpgroup].data()), typename Traits::LayoutQ{})));
+    auto operand_k = slice_qk.make_fragment_B(slice_qk.partition_B(
+        make_tensor(make_smem_ptr(shared.k.data()), typename Traits::LayoutK{})));
+    auto operand_v = slice_pv.make_fragment_B(slice_pv.partition_B(
+        make_tensor(make_smem_ptr(shared.v.data()), typename Traits::LayoutV{})));
+
+    auto new_products = [&] {
+      return partition_fragment_C(mma_qk, Shape<Int<Traits::kWarpgroupM>, Int<kTileN>>{});
+    };
+    auto probabilities = make_tensor<typename Traits::ElementPv>(
+        Layout<Shape<Shape<_4, _2, _2>, _1, Int<kTileN / 32>>>{});
+    auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
+
+    int const first_query = coord.m_block * Traits::kTileM;
+    int const own_query = first_query + warpgroup * Traits::kWarpgroupM;
+    BlockRange const loaded = params.mask.key_blocks(first_query, Traits::kTileM, kTileN);
+    BlockRange const own = params.mask.key_blocks(own_query, Traits::kWarpgroupM, kTileN);
+    int const row = own_query + thread / 32 * 16 + thread % 32 / 4;
+    int const column = thread % 4 * 2;
+
+    int const last_scale = (params.mask.seqlen_k - 1) / kScaleRows;
+    float const* const k_scales = params.k_scale.data + coord.batch * params.k_scale.batch_stride +
+                                  params.heads_per_kv.div(coord.head) * params.k_scale.head_stride;
+    float const q_scale =
+        own.visited == 0 ? 0.f
+                         : params.scale_log2 *
+                               params.q_scale.data[coord.batch * params.q_scale.batch_stride +
+                                                   coord.head * params.q_scale.head_stride +
+                                                   own_query / kScaleRows * params.q_scale.stride];
+    float scale[kGroups];
+    // Read before the wait for the products, needed after it.
+    auto load_scales = [&](int block) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int group = 0; group < kGroups; ++group) {
+        int const index = min(block * kGroups + group, last_scale);
+        scale[group] = k_scales[index * params.k_scale.stride];
+      }
+    };
+
+    // Products -> P in place. True where O must be rescaled.
+    auto softmax_block = [&](auto& scores, int block) {
+      auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
+      if (block >= own.full) params.mask.apply(rows, row, block * kTileN + column);
+      CUTLASS_PRAGMA_UNROLL
+      for (int group = 0; group < kGroups; ++group) scale[group] *= q_scale;
+      return softmax.update(rows, scale);
+    };
+
+    shared.q_full[warpgroup].wait(q_phase);
+    int block = loaded.visited - 1;
+    // Blocks that only other warpgroups' queries see: nothing to compute, but stages and turns go
+    // round.
+    for (; block >= own.visited; --block) {
+      pipeline_k.consumer_wait(read_k);
+      release(pipeline_k, read_k);
+      pipeline_v.consumer_wait(read_v);
+      release(pipeline_v, read_v);
+      if (block > 0) {
+        wait_turn(warpgroup);
+        pass_turn(warpgroup);
+      }
+    }
+    if (block < 0) {  // no visible key: O stays 0
+      release_query(shared, warpgroup);
+      return;
+    }
+
+    if constexpr (!Traits::kOverlap) {
+      // One step after the other, so that scores and P never need registers at the same time: the
+      // other warpgroups keep the tensor cores busy.
+      for (; block >= 0; --block) {
+        auto products = new_products();
+        load_scales(block);
+        pipeline_k.consumer_wait(read_k);
+        if (block + 1 < own.visited) wait_turn(warpgroup);
+        sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q,
+                                                operand_k(_, _, _, read_k.index()), products);
+        if (block + 1 < own.visited) pass_turn(warpgroup);
+        warpgroup_wait<0>();
+        release(pipeline_k, read_k);
+        if (block == 0) release_query(shared, warpgroup);
+        auto scores = as_float(products);
+        if (softmax_block(scores, block)) softmax.rescale(out_rows);
+        pack_probabilities(scores, probabilities);
+        pipeline_v.consumer_wait(read_v);
+        sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
+                                                 operand_v(_, _, _, read_v.index()), out);
+        warpgroup_wait<0>();
+        release(pipeline_v, read_v);
+      }
+      return;
+    }
+
+    // Prologue: the first block's scores, nothing to overlap with yet.
+    {
+      auto products = new_products();
+      load_scales(block);
+      pipeline_k.consumer_wait(read_k);
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
+                                              products);
+      warpgroup_wait<0>();
+      release(pipeline_k, read_k);
+      if (block == 0) release_query(shared, warpgroup);
+      auto scores = as_float(products);
+      softmax_block(scores, block);
+      pack_probabilities(scores, probabilities);
+    }
+
+    // Steady state: this step's Q K^T and the last step's P V are issued back to back; the softmax
+    // of the new scores runs while P V is in flight.
+    auto k_token = pipeline_k.consumer_test_wait(read_k);
+    while (block > 0) {
+      --block;
+      auto products = new_products();
+      load_scales(block);
+      pipeline_k.consumer_wait(read_k, k_token);
+      wait_turn(warpgroup);
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
+                                              products);
+      pipeline_v.consumer_wait(read_v);
+      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
+                                               operand_v(_, _, _, read_v.index()), out);
+      pass_turn(warpgroup);
+      warpgroup_wait<1>();
+      release(pipeline_k, read_k);
+      if (block == 0) release_query(shared, warpgroup);
+      auto scores = as_float(products);
+      bool const origins_moved = softmax_block(scores, block);
+      // Two waits on purpose: without a branch here the compiler moves most of the exponentials
+      // behind the wait.
+      if (origins_moved) {
+        warpgroup_wait<0>();
+        softmax.rescale(out_rows);
+      } else {
+        sm90::warpgroup_wait_all();
+      }
+      release(pipeline_v, read_v);
+      if (block > 0) k_token = pipeline_k.consumer_test_wait(read_k);
+      pack_probabilities(scores, probabilities);
+    }
+
+    // Tail: the last block's P V.
+    pipeline_v.consumer_wait(read_v);
+    sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
+                                             operand_v(_, _, _, read_v.index()), out);
+    warpgroup_wait<0>();
+    release(pipeline_v, read_v);
+  }
+
+  /// Writes the channels of V that are all ones, for good: TMA never touches them.
+  CUTLASS_DEVICE static void write_ones(SharedStorage& shared) {
+    if constexpr (Traits::kSumByMma) {
+      constexpr int kStage = Traits::kValueChannels * kTileN;
+      constexpr int kOnes = Traits::kSumChannels * kTileN;
+      for (int i = threadIdx.x; i < Traits::kStages * kOnes; i += Traits::kThreads) {
+        shared.v[i / kOnes * kStage + Traits::kHeadDim * kTileN + i % kOnes] =
+            typename Traits::ElementPv(1.f);
+      }
+      cutlass::arch::fence_view_async_shared();
+    }
+  }
+
+  /// The thread's part of O as the accumulator of a product without the channels of ones.
+  template <class Output>
+  CUTLASS_DEVICE static auto without_ones(Output& out) {
+    using namespace cute;
+    using Mma = typename Traits::Epilogue::MmaPv;
+    auto layout =
+        partition_fragment_C(Mma{}, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDim>>{})
+            .layout();
+    return make_tensor(out.data(), layout);
+  }
+
+  /// Tells the softmax the row sums that stand in the channels of ones.
+  template <class Output>
+  CUTLASS_DEVICE static void take_sums(Output const& out, Softmax& softmax) {
+    if constexpr (Traits::kSumByMma) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < 2; ++row) {
+        softmax.set_sum(row, out(Traits::kHeadDim / 2 + 2 * row));  // a column pair a row
+      }
+    }
+  }
+
+  /// Multiplies the columns of the thread's part of O by V's scales.
+  template <class Params, class Output>
+  CUTLASS_DEVICE static void scale_values(Params const& params, TileCoord const& coord,
+                                          Output& out) {
+    using namespace cute;
+    float const* const scales = params.v_scale.data + coord.batch * params.v_scale.batch_stride +
+                                params.heads_per_kv.div(coord.head) * params.v_scale.head_stride;
+    CUTLASS_PRAGMA_UNROLL
+    for (int col = 0; col < size<1>(out); ++col) {
+      int const channel = 8 * (col / 2) + threadIdx.x % 4 * 2 + col % 2;
+      float const scale = channel < params.head_dim ? scales[channel * params.v_scale.stride] : 0.f;
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < size<0>(out); ++row) out(row, col) *= scale;
+    }
+  }
+
+ private:
+  static constexpr int kTurnThreads = 2 * cutlass::NumThreadsPerWarpGroup;
+
+  template <class Products>
+  CUTLASS_DEVICE static auto as_float(Products const& products) {
+    using namespace cute;
+    auto scores = make_tensor<float>(products.layout());
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(products); ++i) scores(i) = static_cast<float>(products(i));
+    return scores;
+  }
+
+  /// Rounds P to e4m3 into the A operand's registers. Registers of 4 keys each: first the row, then
+  /// the half of 32 keys; V's key order fits to it (value_key_order).
+  template <class Scores, class Probabilities>
+  CUTLASS_DEVICE static void pack_probabilities(Scores const& scores,
+                                                Probabilities& probabilities) {
+    using namespace cute;
+    using Element = typename Traits::ElementPv;
+    cutlass::NumericArrayConverter<Element, float, 4> convert;
+    auto* words = reinterpret_cast<cutlass::Array<Element, 4>*>(probabilities.data());
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kTileN / 8; ++i) {
+      int const pair = i / 2 * 2;  // a run of 16 keys is two runs of 8 in the accumulator
+      int const row = i % 2;
+      words[i] = convert(cutlass::Array<float, 4>{
+          scores(4 * pair + 2 * row), scores(4 * pair + 2 * row + 1),
+          scores(4 * pair + 4 + 2 * row), scores(4 * pair + 4 + 2 * row + 1)});
+    }
+  }
+
+  CUTLASS_DEVICE static void wait_turn(int warpgroup) {
+    if constexpr (Traits::kPingpong)
+      sm90::barrier_sync(sm90::NamedBarrier::kTurn, warpgroup, kTurnThreads);
+  }
+
+  CUTLASS_DEVICE static void pass_turn(int warpgroup) {
+    if constexpr (Traits::kPingpong) {
+      int const next = warpgroup + 1 == kConsumers ? 0 : warpgroup + 1;
+      sm90::barrier_arrive(sm90::NamedBarrier::kTurn, next, kTurnThreads);
+    }
+  }
+
+  CUTLASS_DEVICE static void release_query(SharedStorage& shared, int warpgroup) {
+    if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) shared.q_empty[warpgroup].arrive();
+  }
+
+  /// One arrival a warp: a warp's own WGMMA wait says nothing of the other warps' reads.
+  CUTLASS_DEVICE static void release(Pipeline& pipeline, PipelineState& state) {
+    if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) pipeline.consumer_release(state);
+    ++state;
+  }
+};
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,133 @@
+#pragma once
+
+#include <type_traits>
+
+#include <cutlass/arch/barrier.h>
+#include <cutlass/numeric_types.h>
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/tensor.hpp>
+#include <cutlass/pipeline/pipeline.hpp>
+
+namespace cute_kernels::attention {
+
+/// Rows of Q and K that share a scale.
+inline constexpr int kScaleRows = 64;
+
+/// The order in which the transposed V holds its keys: position p of a run of 16 holds key
+/// value_key_order(p). An accumulator thread has the columns 2c, 2c+1, 8+2c, 8+2c+1 of 16 (c =
+/// lane % 4), the A operand of an 8-bit WGMMA wants 4c to 4c+3 there. Keys are summed over, so that
+/// moving V's keys spares moving P between threads.
+CUTLASS_HOST_DEVICE constexpr int value_key_order(int position) {
+  return position % 4 / 2 * 8 + position / 4 * 2 + position % 2;
+}
+
+/// Everything about an FP8 forward kernel that is known when it is compiled. As ForwardTraits, with
+/// 8-bit operands, all K-major: V comes transposed.
+template <class Tile_>
+struct Fp8ForwardTraits {
+  using Tile = Tile_;
+  using ElementQk = typename Tile::ElementQk;  // e4m3 or int8
+  using ElementPv = cutlass::float_e4m3_t;
+  using Output = typename Tile::Output;
+  static constexpr bool kIntegerScores = std::is_same_v<ElementQk, int8_t>;
+  using Score = std::conditional_t<kIntegerScores, int32_t, float>;
+
+  static constexpr int kHeadDim = Tile::kHeadDim;
+  static constexpr int kTileN = Tile::kTileN;
+  static constexpr int kStages = Tile::kStages;
+  static constexpr int kConsumers = Tile::kConsumerWarpgroups;
+  static constexpr bool kOverlap = Tile::kOverlap;
+  static constexpr bool kPingpong = Tile::kPingpong;
+  static constexpr int kScaleGroups = kTileN / kScaleRows;
+  // Row sums of P from the tensor cores: 8 more channels of V, all ones, instead of an addition an
+  // element.
+  static constexpr bool kSumByMma = Tile::kSumByMma;
+  static constexpr int kSumChannels = kSumByMma ? 8 : 0;
+  static constexpr int kValueChannels = kHeadDim + kSumChannels;
+
+  static constexpr int kWarpgroupM = 64;
+  static constexpr int kTileM = kWarpgroupM * kConsumers;
+  static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup * (1 + kConsumers);
+
+  // Registers of a thread after setmaxnreg; see ForwardTraits.
+  static constexpr bool kReconfigureRegisters = kConsumers > 1;
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : kConsumers == 3 ? 160 : 112;
+  static_assert(!kReconfigureRegisters || kProducerRegisters + kConsumers * kConsumerRegisters <=
+                                              (1 + kConsumers) * kLaunchRegisters);
+
+  static_assert(kConsumers >= 1 && kConsumers <= 4);
+  static_assert(!kPingpong || kConsumers > 1, "pingpong needs two consumer warpgroups or more");
+  static_assert(kTileN % kScaleRows == 0 && kTileN <= 256, "a block is whole blocks of scales");
+  static_assert(kHeadDim % 64 == 0);
+  static_assert(kWarpgroupM == kScaleRows, "a warpgroup's queries share a scale");
+
+  using MmaQk = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<
+          ElementQk, ElementQk, Score,
+          cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kTileN>, cute::Int<kHeadDim>>>()));
+  template <int kChannels>
+  using ValueMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<
+          ElementPv, ElementPv, float,
+          cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kChannels>, cute::Int<kTileN>>>()));
+  using MmaPv = ValueMma<kValueChannels>;
+
+  // The widest swizzle that the contiguous dimension fills.
+  template <class Element, int kWidth>
+  using SwizzleAtom = std::conditional_t<kWidth * sizeof(Element) % 128 == 0,
+                                         cute::GMMA::Layout_K_SW128_Atom<Element>,
+                                         cute::GMMA::Layout_K_SW64_Atom<Element>>;
+  using LayoutQ =
+      decltype(cute::tile_to_shape(SwizzleAtom<ElementQk, kHeadDim>{},
+                                   cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDim>>{}));
+  using LayoutK = decltype(cute::tile_to_shape(
+      SwizzleAtom<ElementQk, kHeadDim>{},
+      cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
+  using LayoutV = decltype(cute::tile_to_shape(
+      SwizzleAtom<ElementPv, kTileN>{},
+      cute::Shape<cute::Int<kValueChannels>, cute::Int<kTileN>, cute::Int<kStages>>{}));
+  static_assert(!kSumByMma || kTileN == 64 || kTileN == 128,
+                "the ones follow V's channels in one swizzled column");
+  using LayoutValueLoad = decltype(cute::tile_to_shape(
+      SwizzleAtom<ElementPv, kTileN>{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>>{}));
+  using LayoutO = decltype(cute::tile_to_shape(
+      SwizzleAtom<Output, kHeadDim>{}, cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDim>>{}));
+
+  static constexpr int kBytesQ = kWarpgroupM * kHeadDim;
+  static constexpr int kBytesK = kTileN * kHeadDim;
+  static constexpr int kBytesV = kTileN * kHeadDim;
+  static constexpr int kQueryReleases = cutlass::NumWarpsPerWarpGroup;
+
+  using Pipeline = cutlass::PipelineTmaAsync<kStages>;
+  using PipelineState = typename Pipeline::PipelineState;
+
+  struct SharedStorage {
+    alignas(1024) cute::array<ElementQk, cute::cosize_v<LayoutK>> k;
+    alignas(1024) cute::array<ElementPv, cute::cosize_v<LayoutV>> v;
+    struct alignas(1024) QueryBuffer : cute::array<ElementQk, cute::cosize_v<LayoutQ>> {
+    } q[kConsumers];
+    struct alignas(1024) OutputBuffer : cute::array<Output, cute::cosize_v<LayoutO>> {};
+    cute::array<OutputBuffer, kConsumers> o;  // twice as wide as Q
+    typename Pipeline::SharedStorage pipeline_k;
+    typename Pipeline::SharedStorage pipeline_v;
+    cutlass::arch::ClusterTransactionBarrier q_full[kConsumers];
+    cutlass::arch::ClusterBarrier q_empty[kConsumers];
+  };
+
+  /// What ForwardEpilogue asks of its traits.
+  struct Epilogue {
+    using Element = Output;
+    using SharedStorage = typename Fp8ForwardTraits::SharedStorage;
+    using MmaPv = ValueMma<kHeadDim>;
+    using LayoutO = typename Fp8ForwardTraits::LayoutO;
+    static constexpr bool kSeparateOutput = true;
+    static constexpr int kHeadDimV = kHeadDim;
+    static constexpr int kConsumers = Fp8ForwardTraits::kConsumers;
+    static constexpr int kWarpgroupM = Fp8ForwardTraits::kWarpgroupM;
+    static constexpr int kTileM = Fp8ForwardTraits::kTileM;
+  };
+};
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,73 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cute_kernels/attention/problem.hpp"
+
+// Plain structs that the framework binding fills and the launch code reads. Nothing here needs a
+// CUDA compiler.
+namespace cute_kernels::fp8 {
+
+using attention::TensorView;
+
+inline constexpr int kMaxHeadDim = 256;
+inline constexpr int kBlockRows = 64;  // rows of Q and K that share a scale
+
+/// The signs of all channels, one bit each (set: minus). Made on the host, passed by value.
+struct Signs {
+  uint32_t words[kMaxHeadDim / 32];
+};
+
+/// Sign of channel c: the top bit of SplitMix64's output number c.
+inline Signs random_signs(uint64_t seed) {
+  Signs signs{};
+  uint64_t state = seed;
+  for (int channel = 0; channel < kMaxHeadDim; ++channel) {
+    state += 0x9E3779B97F4A7C15u;
+    uint64_t z = state;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    z ^= z >> 31;
+    signs.words[channel / 32] |= static_cast<uint32_t>(z >> 63) << (channel % 32);
+  }
+  return signs;
+}
+
+/// Q or K to 8 bits: `in` (batch, seqlen, heads, head_dim), 16 bits an element, pointers and byte
+/// strides multiples of 16. head_dim is 64, 128 or 256.
+struct QuantizeRowsProblem {
+  int batch;
+  int seqlen;
+  int heads;
+  int head_dim;
+  TensorView in;
+  void* out;           // (batch, seqlen, heads, head_dim), dense
+  float* scale;        // (batch, heads, blocks of kBlockRows rows), dense
+  float const* shift;  // (batch, heads, head_dim), subtracted from every row; may be null
+  bool incoherent;
+  Signs signs;
+};
+
+/// The row that is subtracted from K: the mean of about 256 of its rows.
+struct KeyMeanProblem {
+  int batch;
+  int seqlen;
+  int heads;
+  int head_dim;
+  TensorView in;
+  float* mean;  // (batch, heads, head_dim), dense
+};
+
+/// V to e4m3, transposed: `in` (batch, seqlen, heads, head_dim) of 16 bits or e4m3.
+struct QuantizeValuesProblem {
+  int batch;
+  int seqlen;
+  int heads;
+  int head_dim;
+  TensorView in;
+  void* out;       // (batch, heads, head_dim, seqlen padded to 16), keys in value_key_order
+  float* maximum;  // (batch, heads, head_dim), scratch; null for e4m3, which is only moved
+  float* scale;    // (batch, heads, head_dim); null for e4m3
+};
+
+}  // namespace cute_kernels::fp8

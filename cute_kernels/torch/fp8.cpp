@@ -1,0 +1,271 @@
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cute_kernels/attention/fp8_problem.hpp"
+#include "cute_kernels/attention/fp8_tile_config.hpp"
+#include "cute_kernels/fp8/quantize_launch.hpp"
+#include "cute_kernels/torch/device.hpp"
+#include "cute_kernels/torch/require.hpp"
+#include "cute_kernels/torch/tensor.hpp"
+
+namespace cute_kernels::binding {
+namespace {
+
+using attention::ElementType;
+using attention::Fp8ForwardKernel;
+using attention::Fp8ForwardProblem;
+using attention::ScaleView;
+using attention::ScoreType;
+using fp8::InputType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kKeyPadding = 16;  // V's keys are padded to a multiple of it
+
+void check_tensor(Argument const& a, int rank) {
+  require(a.is_cuda, a.name, " is on ", DeviceOf{a}, ", must be on a CUDA device");
+  require(static_cast<int>(a.sizes.size()) == rank, a.name, " has shape ", Shape{a.sizes},
+          ", must have ", rank, " dimensions");
+  for (int64_t size : a.sizes) {
+    require(size <= std::numeric_limits<int>::max(), a.name, " has shape ", Shape{a.sizes},
+            ", each size must be below 2^31");
+  }
+  require(a.stride(rank - 1) == 1 || a.size(rank - 1) <= 1, a.name, " has strides ",
+          Shape{a.strides}, ", its last dimension must be contiguous (stride 1)");
+}
+
+void check_like(Argument const& a, Argument const& q) {
+  require(a.device == q.device, a.name, " is on ", DeviceOf{a}, ", must be on ", DeviceOf{q},
+          " like ", q.name);
+}
+
+void check_head_dim(Argument const& a, int64_t head_dim) {
+  require(head_dim % 16 == 0 && head_dim > 0 && head_dim <= fp8::kMaxHeadDim, a.name,
+          " has head_dim ", head_dim, ", must be a multiple of 16 from 16 to ", fp8::kMaxHeadDim);
+}
+
+InputType input_type(Argument const& a) {
+  require(a.dtype == ScalarType::Half || a.dtype == ScalarType::BFloat16, a.name, " has dtype ",
+          DtypeOf{a.dtype}, ", must be float16 or bfloat16 on CUDA");
+  return a.dtype == ScalarType::Half ? InputType::kFloat16 : InputType::kBFloat16;
+}
+
+int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+void check_grid(Argument const& a) {
+  require(a.size(0) < 65536 && a.size(2) < 65536, a.name, " has shape ", Shape{a.sizes},
+          ", batch and heads must be below 65536");
+}
+
+std::tuple<Tensor, Tensor> quantize_rows(Tensor const& x_tensor, std::optional<Tensor> shift,
+                                         bool incoherent, int64_t seed, bool to_int8) {
+  Argument const x("x", x_tensor);
+  check_tensor(x, 4);
+  InputType const in = input_type(x);
+  int64_t const batch = x.size(0), seqlen = x.size(1), heads = x.size(2), head_dim = x.size(3);
+  require(head_dim == 64 || head_dim == 128 || head_dim == 256, "x has head_dim ", head_dim,
+          ", must be 64, 128 or 256");
+  check_grid(x);
+  if (shift.has_value()) {
+    Argument const s("shift", *shift);
+    check_tensor(s, 3);
+    check_like(s, x);
+    require(s.dtype == ScalarType::Float && s.size(0) == batch && s.size(1) == heads &&
+                s.size(2) == head_dim && s.tensor.is_contiguous(),
+            "shift has shape ", Shape{s.sizes}, ", must be a contiguous float32 (batch, heads, ",
+            "head_dim) = (", batch, ", ", heads, ", ", head_dim, ")");
+  }
+  hopper(x.device);
+  torch::stable::accelerator::DeviceGuard const guard(x.device);
+  Tensor data = empty({batch, seqlen, heads, head_dim},
+                      to_int8 ? ScalarType::Char : ScalarType::Float8_e4m3fn, x.device);
+  Tensor scale =
+      empty({batch, heads, blocks_of(seqlen, fp8::kBlockRows)}, ScalarType::Float, x.device);
+  if (batch == 0 || seqlen == 0 || heads == 0) return {data, scale};
+  Tensor const readable = aligned_tensor(x, 2);
+  fp8::QuantizeRowsProblem const problem{
+      static_cast<int>(batch),
+      static_cast<int>(seqlen),
+      static_cast<int>(heads),
+      static_cast<int>(head_dim),
+      view_of(readable),
+      data.data_ptr(),
+      static_cast<float*>(scale.data_ptr()),
+      shift.has_value() ? static_cast<float const*>(shift->data_ptr()) : nullptr,
+      incoherent,
+      fp8::random_signs(static_cast<uint64_t>(seed))};
+  require_success(fp8::launch_quantize_rows(problem, in, to_int8, current_stream(x.device)),
+                  "quantize_fp8_rows");
+  return {data, scale};
+}
+
+Tensor key_mean(Tensor const& x_tensor) {
+  Argument const x("x", x_tensor);
+  check_tensor(x, 4);
+  InputType const in = input_type(x);
+  check_head_dim(x, x.size(3));
+  check_grid(x);
+  hopper(x.device);
+  torch::stable::accelerator::DeviceGuard const guard(x.device);
+  Tensor mean = empty({x.size(0), x.size(2), x.size(3)}, ScalarType::Float, x.device);
+  if (x.size(0) == 0 || x.size(2) == 0) return mean;
+  Tensor const readable = aligned_tensor(x, 2);
+  fp8::KeyMeanProblem const problem{
+      static_cast<int>(x.size(0)), static_cast<int>(x.size(1)),
+      static_cast<int>(x.size(2)), static_cast<int>(x.size(3)),
+      view_of(readable),           static_cast<float*>(mean.data_ptr())};
+  require_success(fp8::launch_key_mean(problem, in, current_stream(x.device)), "fp8_key_mean");
+  return mean;
+}
+
+/// V as the kernel reads it: (batch, heads, head_dim, keys padded), and the scales of its channels
+/// (ones if V comes in e4m3).
+std::tuple<Tensor, Tensor> quantize_values(Tensor const& v_tensor) {
+  Argument const v("v", v_tensor);
+  check_tensor(v, 4);
+  bool const moved = v.dtype == ScalarType::Float8_e4m3fn;
+  InputType const in = moved ? InputType::kE4m3 : input_type(v);
+  int64_t const batch = v.size(0), seqlen = v.size(1), heads = v.size(2), head_dim = v.size(3);
+  check_head_dim(v, head_dim);
+  check_grid(v);
+  hopper(v.device);
+  torch::stable::accelerator::DeviceGuard const guard(v.device);
+  int64_t const padded = blocks_of(seqlen, kKeyPadding) * kKeyPadding;
+  Tensor data = empty({batch, heads, head_dim, padded}, ScalarType::Float8_e4m3fn, v.device);
+  Tensor scale = empty({batch, heads, moved ? 0 : head_dim}, ScalarType::Float, v.device);
+  if (batch == 0 || seqlen == 0 || heads == 0) return {data, scale};
+  Tensor const maximum = empty({batch, heads, moved ? 0 : head_dim}, ScalarType::Float, v.device);
+  Tensor const readable = aligned_tensor(v, moved ? 1 : 2);
+  fp8::QuantizeValuesProblem const problem{static_cast<int>(batch),
+                                           static_cast<int>(seqlen),
+                                           static_cast<int>(heads),
+                                           static_cast<int>(head_dim),
+                                           view_of(readable),
+                                           data.data_ptr(),
+                                           static_cast<float*>(maximum.data_ptr()),
+                                           static_cast<float*>(scale.data_ptr())};
+  require_success(fp8::launch_quantize_values(problem, in, current_stream(v.device)),
+                  "quantize_fp8_values");
+  return {data, scale};
+}
+
+/// Scales that may be expanded; `blocks` is how many a (batch, head) pair needs at least.
+ScaleView scale_view(Argument const& a, Argument const& q, int64_t batch, int64_t heads,
+                     int64_t blocks) {
+  check_tensor(a, 3);
+  check_like(a, q);
+  require(a.dtype == ScalarType::Float, a.name, " has dtype ", DtypeOf{a.dtype},
+          ", must be float32");
+  bool const one = a.size(2) == 1;
+  require(a.size(0) == batch && a.size(1) == heads && (one || a.size(2) == blocks), a.name,
+          " has shape ", Shape{a.sizes}, ", must be (", batch, ", ", heads, ", ", blocks, ") or (",
+          batch, ", ", heads, ", 1)");
+  return {static_cast<float const*>(a.tensor.data_ptr()), a.stride(0), a.stride(1), one ? 0 : 1};
+}
+
+std::tuple<Tensor, Tensor> flash_attn_fp8_forward(
+    Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor,
+    Tensor const& q_scale_tensor, Tensor const& k_scale_tensor, Tensor const& v_scale_tensor,
+    double softmax_scale, bool causal, bool out_float16) {
+  Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
+  Argument const q_scale("q_scale", q_scale_tensor), k_scale("k_scale", k_scale_tensor),
+      v_scale("v_scale", v_scale_tensor);
+  for (Argument const* a : {&q, &k, &v}) {
+    check_tensor(*a, 4);
+    check_like(*a, q);
+  }
+  require(q.dtype == ScalarType::Float8_e4m3fn || q.dtype == ScalarType::Char, "q has dtype ",
+          DtypeOf{q.dtype}, ", must be float8_e4m3fn or int8");
+  require(k.dtype == q.dtype, "k has dtype ", DtypeOf{k.dtype}, ", must be ", DtypeOf{q.dtype},
+          " like q");
+  require(v.dtype == ScalarType::Float8_e4m3fn, "v has dtype ", DtypeOf{v.dtype},
+          ", must be float8_e4m3fn");
+  int64_t const batch = q.size(0), seqlen_q = q.size(1), heads_q = q.size(2), head_dim = q.size(3);
+  int64_t const seqlen_k = k.size(1), heads_kv = k.size(2);
+  check_head_dim(q, head_dim);
+  require(k.size(0) == batch && k.size(3) == head_dim, "k has shape ", Shape{k.sizes},
+          ", must have batch ", batch, " and head_dim ", head_dim, " like q");
+  int64_t const padded = blocks_of(seqlen_k, kKeyPadding) * kKeyPadding;
+  require(v.size(0) == batch && v.size(1) == heads_kv && v.size(2) == head_dim &&
+              v.size(3) == padded && v.tensor.is_contiguous(),
+          "v has shape ", Shape{v.sizes}, ", must be what quantize_fp8_values gives, (", batch,
+          ", ", heads_kv, ", ", head_dim, ", ", padded, "), contiguous");
+  require(heads_q == 0 || (heads_kv > 0 && heads_q % heads_kv == 0), "q has ", heads_q,
+          " heads, must be a multiple of k's ", heads_kv);
+  float const scale = static_cast<float>(softmax_scale);
+  require(std::isfinite(scale) && scale > 0.0f, "softmax_scale is ", softmax_scale,
+          ", must be finite and greater than 0");
+  attention::Device const& device = hopper(q.device);
+
+  torch::stable::accelerator::DeviceGuard const guard(q.device);
+  Tensor out = empty({batch, seqlen_q, heads_q, head_dim},
+                     out_float16 ? ScalarType::Half : ScalarType::BFloat16, q.device);
+  Tensor lse = empty({batch, heads_q, seqlen_q}, ScalarType::Float, q.device);
+  if (batch == 0 || heads_q == 0 || seqlen_q == 0) return {out, lse};
+  ScoreType const type = q.dtype == ScalarType::Char ? ScoreType::kInt8 : ScoreType::kE4m3;
+  ElementType const out_type = out_float16 ? ElementType::kFloat16 : ElementType::kBFloat16;
+  Fp8ForwardKernel const* kernel =
+      attention::choose_fp8_forward(type, out_type, static_cast<int>(head_dim));
+  require(kernel != nullptr, "no FP8 kernel for q of ", DtypeOf{q.dtype}, ", head_dim ", head_dim,
+          " in this build");
+  require(static_cast<double>(batch) * heads_q * blocks_of(seqlen_q, kernel->config.tile_m) <
+              double{1 << 30},
+          "q has shape ", Shape{q.sizes}, ", batch * heads * blocks of ", kernel->config.tile_m,
+          " queries must be below 2^30");
+
+  bool const has_keys = seqlen_k > 0;
+  Tensor const q_readable = aligned_tensor(q, 1);
+  Tensor const k_readable =
+      has_keys ? aligned_tensor(k, 1) : out;  // without keys nothing is read, an address is needed
+  attention::TensorView v_view{out.data_ptr(), kKeyPadding, kKeyPadding, kKeyPadding};
+  if (has_keys) v_view = {v.tensor.data_ptr(), v.stride(0), padded, v.stride(1)};
+  Fp8ForwardProblem const problem{
+      static_cast<int>(batch),
+      static_cast<int>(seqlen_q),
+      static_cast<int>(seqlen_k),
+      static_cast<int>(heads_q),
+      static_cast<int>(heads_kv),
+      static_cast<int>(head_dim),
+      causal,
+      scale,
+      view_of(q_readable),
+      view_of(k_readable),
+      v_view,
+      view_of(out),
+      scale_view(q_scale, q, batch, heads_q, blocks_of(seqlen_q, fp8::kBlockRows)),
+      scale_view(k_scale, q, batch, heads_kv, blocks_of(seqlen_k, fp8::kBlockRows)),
+      scale_view(v_scale, q, batch, heads_kv, head_dim),
+      static_cast<float*>(lse.data_ptr()),
+      device};
+  require_success(kernel->launch(problem, current_stream(q.device)), kernel->config.name);
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace cute_kernels::binding
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
+  library.def(
+      "quantize_fp8_rows(Tensor x, Tensor? shift, bool incoherent, int seed, bool to_int8) -> "
+      "(Tensor data, Tensor scale)");
+  library.def("fp8_key_mean(Tensor x) -> Tensor");
+  library.def("quantize_fp8_values(Tensor v) -> (Tensor data, Tensor scale)");
+  library.def(
+      "flash_attn_fp8_forward(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, "
+      "Tensor v_scale, float softmax_scale, bool causal, bool out_float16) -> "
+      "(Tensor out, Tensor lse)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
+  library.impl("quantize_fp8_rows", TORCH_BOX(&cute_kernels::binding::quantize_rows));
+  library.impl("fp8_key_mean", TORCH_BOX(&cute_kernels::binding::key_mean));
+  library.impl("quantize_fp8_values", TORCH_BOX(&cute_kernels::binding::quantize_values));
+  library.impl("flash_attn_fp8_forward", TORCH_BOX(&cute_kernels::binding::flash_attn_fp8_forward));
+}

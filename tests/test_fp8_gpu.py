@@ -1,0 +1,220 @@
+"""FP8 on the GPU: quantisation in the CPU's bits, attention against fp64. Skipped without one."""
+
+import math
+
+import pytest
+import torch
+from parity import plain_attention, poison, random_qkv
+
+from cute_kernels.fp8 import GPU_BUILT, FP8Tensor, flash_attn_fp8_func, quantize_fp8
+
+pytestmark = pytest.mark.skipif(not GPU_BUILT, reason="built without CUTE_KERNELS_FP8")
+
+E4M3 = torch.float8_e4m3fn
+HEAD_DIMS = [64, 128, 256]
+DTYPES = {"e4m3": E4M3, "int8": torch.int8}
+INPUTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# The tensor cores add 8-bit products in about 14 bits: of the largest score.
+LSE_TOLERANCE = {"e4m3": 1e-3, "int8": 1e-5}
+SEED = 2**63 + 12345
+
+
+def to_cpu(x):
+    moved = (None if t is None else t.cpu() for t in (x.data, x.scale, x.shift))
+    data, scale, shift = moved
+    return FP8Tensor(data, scale, x.block, x.seed, shift, x.keys)
+
+
+def assert_same_bits(gpu, cpu):
+    gpu = to_cpu(gpu)
+    assert torch.equal(gpu.scale.nan_to_num(-1.0), cpu.scale.nan_to_num(-1.0))
+    a, b = gpu.rows(), cpu.rows()
+    nan = b.float().isnan()  # any NaN is as good as another
+    assert torch.equal(a.float().isnan(), nan)
+    assert torch.equal(a.float().masked_fill(nan, 0), b.float().masked_fill(nan, 0))
+
+
+def rough_inputs(dtype, head_dim, kind):
+    x = torch.randn(2, 203, 3, head_dim, generator=torch.Generator().manual_seed(head_dim))
+    if kind == "extreme":
+        x[0, 5, 0, 3], x[0, 70, 1, 0], x[0, 200, 2, 1] = math.inf, math.nan, -math.inf
+        x[1, 64:128] = 0
+        x[1, 128:140] *= 1e-6
+        x[1, 0] *= 1e4
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("kind", ["normal", "extreme"])
+@pytest.mark.parametrize("incoherent", [False, True])
+@pytest.mark.parametrize("to", DTYPES)
+@pytest.mark.parametrize("dtype", INPUTS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_rows_in_the_bits_of_the_cpu(hopper, head_dim, dtype, to, incoherent, kind):
+    x = rough_inputs(INPUTS[dtype], head_dim, kind)
+    options = {"incoherent": incoherent, "seed": SEED, "dtype": DTYPES[to]}
+    assert_same_bits(quantize_fp8(x.to(hopper), **options), quantize_fp8(x, **options))
+
+
+@pytest.mark.parametrize("kind", ["normal", "extreme"])
+@pytest.mark.parametrize("dtype", INPUTS)
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
+def test_values_in_the_bits_of_the_cpu(hopper, head_dim, dtype, kind):
+    x = rough_inputs(INPUTS[dtype], head_dim, kind)
+    got = quantize_fp8(x.to(hopper), block=None)
+    assert got.shape == x.shape and got.data.shape == (2, 3, head_dim, 208)
+    assert_same_bits(got, quantize_fp8(x, block=None))
+
+
+@pytest.mark.parametrize("head_dim", [32, 96, 192])
+def test_other_head_dims_in_the_arithmetic_of_the_cpu(hopper, head_dim):
+    x = rough_inputs(torch.bfloat16, head_dim, "normal")
+    got = to_cpu(quantize_fp8(x.to(hopper), incoherent=True))
+    wanted = quantize_fp8(x, incoherent=True)
+    difference = got.dequantize() - wanted.dequantize()
+    assert difference.square().mean().sqrt() < 1e-3
+
+
+def test_any_strides_and_offsets(hopper):
+    base = torch.randn(2 * 3 * 100 * 64 + 1, device=hopper, dtype=torch.bfloat16)
+    odd = base[1:].view(2, 100, 3, 64)
+    turned = base[:-1].view(2, 3, 100, 64).transpose(1, 2)
+    expanded = base[:19200].view(1, 100, 3, 64).expand(2, -1, -1, -1)
+    for x in (odd, turned, expanded):
+        for options in ({}, {"incoherent": True}, {"block": None}):
+            assert_same_bits(quantize_fp8(x, **options), quantize_fp8(x.cpu(), **options))
+
+
+def test_the_mean_of_keys(hopper):
+    k = torch.randn(2, 1500, 3, 128, device=hopper, dtype=torch.bfloat16) + 7
+    got, wanted = quantize_fp8(k, smooth=True), quantize_fp8(k.cpu(), smooth=True)
+    torch.testing.assert_close(got.shift.cpu(), wanted.shift, rtol=1e-5, atol=1e-5)
+    error = got.dequantize().cpu() - k.float().cpu()
+    assert error.square().mean().sqrt() < 0.04
+
+
+def quantised(q, k, v, to):
+    options = {"incoherent": True, "seed": SEED, "dtype": DTYPES[to]}
+    return (
+        quantize_fp8(q, **options),
+        quantize_fp8(k, **options),
+        quantize_fp8(v, block=None),
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("to", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 48, 112, 240])
+def test_attention(hopper, head_dim, to, causal):
+    """Only P is rounded between the quantised inputs and the result."""
+    shapes = [(1, 1, 2, 2), (1, 1000, 4, 2), (113, 203, 4, 1), (799, 3, 2, 2), (1023, 1024, 3, 3)]
+    for seqlen_q, seqlen_k, heads, key_heads in shapes:
+        for dtype in INPUTS.values():
+            q, k, v = random_qkv(
+                hopper, dtype, 2, seqlen_q, seqlen_k, heads, key_heads, head_dim, seed=seqlen_k
+            )
+            # Blocks of very different sizes, so that a scale of another block shows.
+            q = q * torch.exp2(torch.arange(seqlen_q, device=hopper) // 64 % 3 - 1)[:, None, None]
+            k = k * torch.exp2(torch.arange(seqlen_k, device=hopper) // 64 % 5 - 2)[:, None, None]
+            q8, k8, v8 = quantised(q.to(dtype), k.to(dtype), v, to)
+            poison(q)
+            out, lse = flash_attn_fp8_func(
+                q8, k8, v8, causal=causal, out_dtype=dtype, return_lse=True
+            )
+            assert out.dtype == dtype and out.is_contiguous() and out.shape == q.shape
+            exact, exact_lse = plain_attention(
+                q8.data.float() * q8.row_scales(),
+                k8.data.float() * k8.row_scales(),
+                v8.dequantize(),
+                head_dim**-0.5,
+                causal,
+                torch.float64,
+            )
+            error = (out.double() - exact).square().mean().sqrt()
+            assert error <= 0.035 * exact.square().mean().sqrt() + 1e-6
+            unseen = exact_lse == -math.inf
+            assert torch.equal(lse == -math.inf, unseen)
+            assert not out.transpose(1, 2)[unseen].any()
+            size = exact_lse.masked_fill(unseen, 0).abs().max().clamp_min(1.0)
+            lse_error = (lse - exact_lse).masked_fill(unseen, 0).abs().max()
+            assert lse_error <= LSE_TOLERANCE[to] * size
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_from_bf16_as_on_the_cpu(hopper, head_dim):
+    q, k, v = random_qkv("cpu", torch.bfloat16, 1, 300, 500, 4, 2, head_dim)
+    k[..., 3] += 40
+    for qk_dtype in DTYPES.values():
+        wanted, wanted_lse = flash_attn_fp8_func(q, k, v, qk_dtype=qk_dtype, return_lse=True)
+        inputs = (x.to(hopper) for x in (q, k, v))
+        out, lse = flash_attn_fp8_func(*inputs, qk_dtype=qk_dtype, return_lse=True)
+        size = wanted.float().square().mean().sqrt()
+        assert (out.cpu().float() - wanted.float()).square().mean().sqrt() < 0.05 * size
+        assert (lse.cpu() - wanted_lse).abs().max() < 0.05
+
+
+def test_values_that_come_in_e4m3(hopper):
+    """An ordinary e4m3 v with one scale a head, as FlashAttention-3 takes it."""
+    q, k, v = random_qkv(hopper, torch.float32, 2, 100, 170, 2)
+    q8, k8, v8 = (x.to(E4M3) for x in (q, k, v))
+    scale = torch.rand(2, 2, 1, device=hopper) + 0.5
+    parts = [FP8Tensor(x, scale, x.shape[1]) for x in (q8, k8, v8)]
+    out = flash_attn_fp8_func(*parts)
+    wide = scale.transpose(1, 2)[..., None]
+    exact, _ = plain_attention(
+        q8.float() * wide, k8.float() * wide, v8.float() * wide, 0.125, False, torch.float64
+    )
+    assert (out.double() - exact).square().mean().sqrt() < 0.035 * exact.square().mean().sqrt()
+
+
+def test_extremes(hopper):
+    q, k, v = random_qkv(hopper, torch.bfloat16, 1, 200, 300, 2)
+    q[0, 5], k[0, 100, 0, 3] = math.inf, -math.inf
+    out, lse = flash_attn_fp8_func(q, k, v, return_lse=True)
+    assert out.isfinite().all() and lse.isfinite().all()
+    q[0, 7, 0, 0] = math.nan
+    out = flash_attn_fp8_func(q, k, v)
+    assert out[0, 7, 0].isnan().all() and out.isnan().sum() == 64
+    no_keys = k[:, :0]
+    out, lse = flash_attn_fp8_func(q, no_keys, no_keys, return_lse=True)
+    assert not out.any() and (lse == -math.inf).all()
+
+
+def test_the_same_bits_every_time(hopper):
+    q, k, v = random_qkv(hopper, torch.bfloat16, 2, 1000, 1000, 4, 2, 128)
+    first = flash_attn_fp8_func(q, k, v, causal=True, seed=3, return_lse=True)
+    for _ in range(3):
+        again = flash_attn_fp8_func(q, k, v, causal=True, seed=3, return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_in_a_cuda_graph(hopper):
+    q, k, v = random_qkv(hopper, torch.bfloat16, 1, 256, 256, 2)
+    wanted = flash_attn_fp8_func(q, k, v)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flash_attn_fp8_func(q, k, v)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, wanted)
+
+
+def test_refusals(hopper):
+    q, k, v = random_qkv(hopper, torch.bfloat16, 1, 128, 128, 2)
+    forward = torch.ops.cute_kernels.flash_attn_fp8_forward
+    q8, k8, v8 = quantised(q, k, v, "e4m3")
+    scales = (q8.scale, k8.scale, v8.scale.squeeze(2))
+    with pytest.raises(RuntimeError, match="v has shape"):
+        forward(q8.data, k8.data, q8.data, *scales, 1.0, False, False)
+    with pytest.raises(RuntimeError, match="q_scale has shape"):
+        forward(q8.data, k8.data, v8.data, scales[0][:, :1], *scales[1:], 1.0, False, False)
+    with pytest.raises(RuntimeError, match="k has dtype"):
+        forward(q8.data, k8.data.view(torch.int8), v8.data, *scales, 1.0, False, False)
+    with pytest.raises(RuntimeError, match="softmax_scale is -1"):
+        forward(q8.data, k8.data, v8.data, *scales, -1.0, False, False)
+    with pytest.raises(ValueError, match="q has scales of 32 rows"):
+        flash_attn_fp8_func(quantize_fp8(q, block=32), k8, v8)
+    with pytest.raises(ValueError, match="k is on cpu"):
+        flash_attn_fp8_func(q, k.cpu(), v)
+    with pytest.raises(TypeError, match="out_dtype"):
+        flash_attn_fp8_func(q, k, v, out_dtype=torch.float32)
