@@ -23,7 +23,7 @@ def _attention_rows(q, k, v, rows, cell: Cell, dtype: torch.dtype) -> torch.Tens
 
 
 class Reference:
-    """Some query rows of every head in fp32, and the error allowed there.
+    """Some query rows of every head in fp64, and the error allowed there.
 
     The field's tolerance: at most twice the error of plain attention in the cell's dtype, plus one
     rounding of the result.
@@ -32,8 +32,8 @@ class Reference:
     def __init__(self, cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         count = min(SAMPLED_ROWS, cell.seqlen)
         self._rows = torch.linspace(0, cell.seqlen - 1, count, device=q.device).round().long()
-        self._expected = _attention_rows(q, k, v, self._rows, cell, torch.float32)
-        plain = _attention_rows(q, k, v, self._rows, cell, q.dtype).float()
+        self._expected = _attention_rows(q, k, v, self._rows, cell, torch.float64)
+        plain = _attention_rows(q, k, v, self._rows, cell, q.dtype).double()
         rounding = self._expected.abs().max().item() * torch.finfo(q.dtype).eps
         self.tolerance = 2 * (plain - self._expected).abs().max().item() + rounding
 
@@ -41,4 +41,8 @@ class Reference:
         """Largest absolute error of `out`; infinite if any of its elements is not finite."""
         if not torch.isfinite(out).all():
             return float("inf")
-        return (out[:, self._rows].float() - self._expected).abs().max().item()
+        return (out[:, self._rows].double() - self._expected).abs().max().item()
+
+    def rmse(self, out: torch.Tensor) -> float:
+        """Root mean square error of `out`."""
+        return (out[:, self._rows].double() - self._expected).square().mean().sqrt().item()

@@ -37,15 +37,17 @@ def _poison_free_memory(like: torch.Tensor) -> None:
 
 def check_provider(
     provider: Provider, cell: Cell, inputs, reference: Reference
-) -> tuple[Callable[[], object], float]:
-    """The provider's call on these inputs, after its output has passed; its error with it."""
+) -> tuple[Callable[[], object], dict[str, Any]]:
+    """The provider's call on these inputs, after its output has passed; its errors with it."""
     call = provider.bind(cell, *inputs)
     _poison_free_memory(inputs[0])
     with provider.context():
-        error = reference.error(provider.output(call()))
+        out = provider.output(call())
+        error = reference.error(out)
     if error > reference.tolerance:
         raise WrongResult(f"error {error:.3g} is above the tolerance {reference.tolerance:.3g}")
-    return call, error
+    errors = {"max_error": error, "tolerance": reference.tolerance, "rmse": reference.rmse(out)}
+    return call, errors
 
 
 def _failure(error: Exception) -> dict[str, str]:
@@ -61,8 +63,7 @@ def check_cell(cell: Cell, providers: Iterable[Provider]) -> Results:
         reference = Reference(cell, *inputs)
         for provider in providers:
             try:
-                _, error = check_provider(provider, cell, inputs, reference)
-                results[provider.name] = {"max_error": error, "tolerance": reference.tolerance}
+                _, results[provider.name] = check_provider(provider, cell, inputs, reference)
             except Exception as failure:
                 results[provider.name] = _failure(failure)
     return results
@@ -79,10 +80,10 @@ def time_cell(cell: Cell, providers: Iterable[Provider], rounds: int, target_ms:
             if not provider.takes(cell):
                 continue
             try:
-                call, error = check_provider(provider, cell, inputs, reference)
+                call, errors = check_provider(provider, cell, inputs, reference)
                 with provider.context():
                     captured[provider.name] = CapturedCall(call, target_ms)
-                results[provider.name] = {"max_error": error, "tolerance": reference.tolerance}
+                results[provider.name] = errors
             except Exception as failure:
                 results[provider.name] = _failure(failure)
         if captured:

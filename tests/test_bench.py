@@ -180,6 +180,8 @@ def test_check_accepts_attention_and_refuses_what_is_not(mask):
     right = right.transpose(1, 2).bfloat16()
     assert reference.error(right) <= reference.tolerance
     assert reference.error(right * 1.1) > reference.tolerance
+    assert 0 < reference.rmse(right) < reference.error(right)
+    assert reference.rmse(right * 1.1) > 10 * reference.rmse(right)
     unwritten = right.clone()
     unwritten[1, 41, 2, 5] = float("nan")
     assert reference.error(unwritten) == float("inf")
