@@ -5,16 +5,14 @@
 namespace cute_kernels::sm90 {
 
 /// Every named barrier of the attention kernels (hardware has 16; CUTLASS reserves 8 of them), with
-/// who meets there. A value names the first of a run: the barrier of consumer warpgroup i is value
-/// + i.
+/// who meets there. A value names the first of a run: the barrier of consumer warpgroup i is
+/// value + i.
 enum class NamedBarrier : int {
   /// Pingpong. Warpgroup i waits here before it issues WGMMAs; the warpgroup before it in the ring
-  /// arrives once its own
-  /// are issued. 256 threads.
+  /// arrives once its own are issued. 256 threads.
   kTurn = 0,
   /// Epilogue. The 128 threads of warpgroup i meet here when their part of O stands in shared
-  /// memory, before one of
-  /// them starts the TMA store.
+  /// memory, before one of them starts the TMA store.
   kOutputReady = 4,
 };
 

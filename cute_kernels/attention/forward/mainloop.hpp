@@ -14,10 +14,12 @@ namespace cute_kernels::attention {
 /// algorithms 1 and 2).
 ///
 /// Who waits for whom:
-///   k, v pipelines   full: consumers wait for the producer's TMA; empty: the producer waits for
-///   every consumer warp. q_full[i]        warpgroup i waits for its 64 queries. q_empty[i] the
-///   producer waits until warpgroup i no longer needs the memory of its last queries. kTurn + i
-///   warpgroup i waits until warpgroup i-1 has issued its products (pingpong).
+/// - k, v pipelines. Full: consumers wait for the producer's TMA. Empty: the producer waits for
+///   every consumer warp.
+/// - q_full[i]: warpgroup i waits for its 64 queries.
+/// - q_empty[i]: the producer waits until warpgroup i no longer needs the memory of its last
+///   queries.
+/// - kTurn + i: warpgroup i waits until warpgroup i-1 has issued its products (pingpong).
 template <class Traits>
 class ForwardMainloop {
   using Element = typename Traits::Element;

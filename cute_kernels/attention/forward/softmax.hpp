@@ -85,8 +85,8 @@ class OnlineSoftmax {
 
  private:
   static constexpr float kMinusInf = -INFINITY;
-  static constexpr float kSlack =
-      8.f;  // 2^8 is far from the largest fp16, and P's rounding error is relative
+  // 2^8 is far from the largest fp16, and P's rounding error is relative.
+  static constexpr float kSlack = 8.f;
 
   CUTLASS_DEVICE void move_origins(float const (&block_max)[kRows]) {
     CUTLASS_PRAGMA_UNROLL
