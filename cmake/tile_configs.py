@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -357,61 +357,51 @@ def literal(value: Any) -> str:
 
 
 def kernel_source(row: Row) -> str:
-    constants = "\n".join(
-        f"  static constexpr {field.type.__name__} {field.constant} = {literal(row[field.name])};"
-        for field in (*FIELDS, *DERIVED)
-        if field.constant
-    )
-    return f"""\
-// Written by cmake/tile_configs.py from row {row["name"]}.
-#include <cutlass/numeric_types.h>
-
-#include "cute_kernels/attention/forward/launch.hpp"
-
-namespace cute_kernels::attention::tiles::{row["name"]} {{
-
-struct Tile {{
-  using Element = {DTYPES[row["dtype"]][0]};
-{constants}
-}};
-
-static_assert(sizeof(ForwardTraits<Tile>::SharedStorage) == {sum(shared_memory(row).values())},
-              "shared_memory() in cmake/tile_configs.py must count what SharedStorage has");
-
-cudaError_t launch(ForwardProblem const& problem, cudaStream_t stream) {{
-  return launch_forward<Tile>(problem, stream);
-}}
-
-}}  // namespace cute_kernels::attention::tiles::{row["name"]}
-"""
+    elements = f"  using Element = {DTYPES[row['dtype']][0]};"
+    return tile_source(row, "forward", FIELDS, elements, shared_memory)
 
 
 def fp8_kernel_source(row: Row) -> str:
-    total = sum(fp8_shared_memory(row).values())
+    elements = (
+        f"  using ElementQk = {FP8_DTYPES[row['dtype']][0]};\n"
+        f"  using Output = {DTYPES[row['out']][0]};"
+    )
+    return tile_source(row, "fp8_forward", FP8_FIELDS, elements, fp8_shared_memory)
+
+
+def tile_source(
+    row: Row,
+    kind: str,
+    fields: Iterable[Field],
+    elements: str,
+    shared: Callable[[Mapping[str, Any]], dict[str, int]],
+) -> str:
+    """One kernel's .cu. `kind` names the pass in C++: "forward" or "fp8_forward"."""
+    problem = "".join(word.capitalize() for word in kind.split("_"))
+    header = "launch.hpp" if kind == "forward" else "fp8_launch.hpp"
     constants = "\n".join(
         f"  static constexpr {field.type.__name__} {field.constant} = {literal(row[field.name])};"
-        for field in (*FP8_FIELDS, *DERIVED)
+        for field in (*fields, *DERIVED)
         if field.constant
     )
     return f"""\
 // Written by cmake/tile_configs.py from row {row["name"]}.
 #include <cutlass/numeric_types.h>
 
-#include "cute_kernels/attention/forward/fp8_launch.hpp"
+#include "cute_kernels/attention/forward/{header}"
 
 namespace cute_kernels::attention::tiles::{row["name"]} {{
 
 struct Tile {{
-  using ElementQk = {FP8_DTYPES[row["dtype"]][0]};
-  using Output = {DTYPES[row["out"]][0]};
+{elements}
 {constants}
 }};
 
-static_assert(sizeof(Fp8ForwardTraits<Tile>::SharedStorage) == {total},
-              "fp8_shared_memory() in cmake/tile_configs.py must count what SharedStorage has");
+static_assert(sizeof({problem}Traits<Tile>::SharedStorage) == {sum(shared(row).values())},
+              "{shared.__name__}() in cmake/tile_configs.py must count what SharedStorage has");
 
-cudaError_t launch(Fp8ForwardProblem const& problem, cudaStream_t stream) {{
-  return launch_fp8_forward<Tile>(problem, stream);
+cudaError_t launch({problem}Problem const& problem, cudaStream_t stream) {{
+  return launch_{kind}<Tile>(problem, stream);
 }}
 
 }}  // namespace cute_kernels::attention::tiles::{row["name"]}

@@ -18,7 +18,6 @@ struct TensorView {
 /// The facts about a GPU that shape a launch.
 struct Device {
   int multiprocessors;
-  int l2_bytes;
 };
 
 /// One call of exact attention, forward. Requires heads_q % heads_kv == 0, every pointer and byte

@@ -40,7 +40,6 @@ attention::Device const& hopper(int index) {
     facts.major = attribute(cudaDevAttrComputeCapabilityMajor, index);
     facts.minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
     facts.device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
-    facts.device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
   });
   require(facts.major == 9 && facts.minor == 0,
           "flash_attn_forward needs a Hopper GPU (compute capability 9.0: H100, H200), but cuda:",

@@ -5,13 +5,13 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/device.hpp"
 #include "cute_kernels/torch/require.hpp"
+#include "cute_kernels/torch/tensor.hpp"
 
 namespace cute_kernels::binding {
 namespace {
@@ -20,12 +20,10 @@ using attention::ElementType;
 using attention::ForwardKernel;
 using attention::ForwardProblem;
 using attention::kForwardRegistry;
-using attention::TensorView;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kElementBytes = 2;
-constexpr int kTmaBytes = 16;  // a TMA descriptor's address and strides are multiples of it
 constexpr int kMaxHeadDim = 256;
 
 char const* name_of(ElementType dtype) { return dtype == ElementType::kBFloat16 ? "bf16" : "fp16"; }
@@ -111,42 +109,6 @@ ForwardKernel const& kernel_for(Call const& call, int64_t tile_config, int multi
   return kernel;
 }
 
-bool suits_tma(Argument const& a) {
-  if (reinterpret_cast<uintptr_t>(a.tensor.data_ptr()) % kTmaBytes != 0) return false;
-  for (int dim = 0; dim < 3; ++dim) {
-    if (a.size(dim) > 1 && a.stride(dim) * kElementBytes % kTmaBytes != 0) return false;
-  }
-  return true;
-}
-
-/// The tensor itself, or a copy where TMA cannot read it (an odd storage offset or stride).
-Tensor tma_readable(Argument const& a) {
-  return suits_tma(a) ? a.tensor : torch::stable::clone(a.tensor);
-}
-
-TensorView view(Tensor const& tensor) {
-  auto const sizes = tensor.sizes();
-  auto const strides = tensor.strides();
-  // Nothing reads the stride of a dimension of size 1, but a descriptor wants a valid one.
-  auto stride = [&](int dim) { return sizes[dim] > 1 ? strides[dim] : sizes[3]; };
-  return {tensor.data_ptr(), stride(0), stride(1), stride(2)};
-}
-
-Tensor empty(int rank, int64_t const* sizes, ScalarType dtype, int device) {
-  int64_t strides[4];
-  int64_t stride = 1;
-  for (int dim = rank - 1; dim >= 0; --dim) {
-    strides[dim] = stride;
-    stride *=
-        sizes[dim] > 1 ? sizes[dim] : 1;  // as PyTorch's own contiguous strides of empty tensors
-  }
-  int32_t const type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      rank, sizes, strides, type, aoti_torch_device_type_cuda(), device, &handle));
-  return Tensor(handle);
-}
-
 std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor const& k_tensor,
                                               Tensor const& v_tensor, double softmax_scale,
                                               bool causal, int64_t tile_config) {
@@ -168,10 +130,11 @@ std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor con
   // The copies, if any, live until the launch is enqueued: the allocator reuses memory in stream
   // order.
   bool const has_keys = call.seqlen_k > 0;
-  Tensor const q_readable = tma_readable(q);
-  Tensor const k_readable =
-      has_keys ? tma_readable(k) : out;  // without keys nothing is read, but an address is needed
-  Tensor const v_readable = has_keys ? tma_readable(v) : out;
+  Tensor const q_readable = tma_readable(q, kElementBytes);
+  Tensor const k_readable = has_keys
+                                ? tma_readable(k, kElementBytes)
+                                : out;  // without keys nothing is read, but an address is needed
+  Tensor const v_readable = has_keys ? tma_readable(v, kElementBytes) : out;
   ForwardProblem const problem{static_cast<int>(call.batch),
                                static_cast<int>(call.seqlen_q),
                                static_cast<int>(call.seqlen_k),

@@ -89,13 +89,13 @@ std::tuple<Tensor, Tensor> quantize_rows(Tensor const& x_tensor, std::optional<T
   Tensor scale =
       empty({batch, heads, blocks_of(seqlen, fp8::kBlockRows)}, ScalarType::Float, x.device);
   if (batch == 0 || seqlen == 0 || heads == 0) return {data, scale};
-  Tensor const readable = aligned_tensor(x, 2);
+  Tensor const readable = tma_readable(x, 2);
   fp8::QuantizeRowsProblem const problem{
       static_cast<int>(batch),
       static_cast<int>(seqlen),
       static_cast<int>(heads),
       static_cast<int>(head_dim),
-      view_of(readable),
+      view(readable),
       data.data_ptr(),
       static_cast<float*>(scale.data_ptr()),
       shift.has_value() ? static_cast<float const*>(shift->data_ptr()) : nullptr,
@@ -116,11 +116,13 @@ Tensor key_mean(Tensor const& x_tensor) {
   torch::stable::accelerator::DeviceGuard const guard(x.device);
   Tensor mean = empty({x.size(0), x.size(2), x.size(3)}, ScalarType::Float, x.device);
   if (x.size(0) == 0 || x.size(2) == 0) return mean;
-  Tensor const readable = aligned_tensor(x, 2);
-  fp8::KeyMeanProblem const problem{
-      static_cast<int>(x.size(0)), static_cast<int>(x.size(1)),
-      static_cast<int>(x.size(2)), static_cast<int>(x.size(3)),
-      view_of(readable),           static_cast<float*>(mean.data_ptr())};
+  Tensor const readable = tma_readable(x, 2);
+  fp8::KeyMeanProblem const problem{static_cast<int>(x.size(0)),
+                                    static_cast<int>(x.size(1)),
+                                    static_cast<int>(x.size(2)),
+                                    static_cast<int>(x.size(3)),
+                                    view(readable),
+                                    static_cast<float*>(mean.data_ptr())};
   require_success(fp8::launch_key_mean(problem, in, current_stream(x.device)), "fp8_key_mean");
   return mean;
 }
@@ -142,12 +144,12 @@ std::tuple<Tensor, Tensor> quantize_values(Tensor const& v_tensor) {
   Tensor scale = empty({batch, heads, moved ? 0 : head_dim}, ScalarType::Float, v.device);
   if (batch == 0 || seqlen == 0 || heads == 0) return {data, scale};
   Tensor const maximum = empty({batch, heads, moved ? 0 : head_dim}, ScalarType::Float, v.device);
-  Tensor const readable = aligned_tensor(v, moved ? 1 : 2);
+  Tensor const readable = tma_readable(v, moved ? 1 : 2);
   fp8::QuantizeValuesProblem const problem{static_cast<int>(batch),
                                            static_cast<int>(seqlen),
                                            static_cast<int>(heads),
                                            static_cast<int>(head_dim),
-                                           view_of(readable),
+                                           view(readable),
                                            data.data_ptr(),
                                            static_cast<float*>(maximum.data_ptr()),
                                            static_cast<float*>(scale.data_ptr())};
@@ -221,9 +223,9 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_forward(
           " queries must be below 2^30");
 
   bool const has_keys = seqlen_k > 0;
-  Tensor const q_readable = aligned_tensor(q, 1);
+  Tensor const q_readable = tma_readable(q, 1);
   Tensor const k_readable =
-      has_keys ? aligned_tensor(k, 1) : out;  // without keys nothing is read, an address is needed
+      has_keys ? tma_readable(k, 1) : out;  // without keys nothing is read, an address is needed
   attention::TensorView v_view{out.data_ptr(), kKeyPadding, kKeyPadding, kKeyPadding};
   if (has_keys) v_view = {v.tensor.data_ptr(), v.stride(0), padded, v.stride(1)};
   Fp8ForwardProblem const problem{
@@ -235,10 +237,10 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_forward(
       static_cast<int>(head_dim),
       causal,
       scale,
-      view_of(q_readable),
-      view_of(k_readable),
+      view(q_readable),
+      view(k_readable),
       v_view,
-      view_of(out),
+      view(out),
       scale_view(q_scale, q, batch, heads_q, blocks_of(seqlen_q, fp8::kBlockRows)),
       scale_view(k_scale, q, batch, heads_kv, blocks_of(seqlen_k, fp8::kBlockRows)),
       scale_view(v_scale, q, batch, heads_kv, head_dim),

@@ -11,43 +11,50 @@
 
 namespace cute_kernels::binding {
 
-/// A dense tensor on GPU `device`, not initialised.
-inline torch::stable::Tensor empty(std::initializer_list<int64_t> sizes,
-                                   torch::headeronly::ScalarType dtype, int device) {
-  int64_t strides[4];
-  int64_t stride = 1;
-  for (int dim = static_cast<int>(sizes.size()) - 1; dim >= 0; --dim) {
-    int64_t const size = sizes.begin()[dim];
-    strides[dim] = stride;
-    stride *= size > 1 ? size : 1;  // as PyTorch's own contiguous strides of empty tensors
-  }
-  int32_t const type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.begin(), strides, type, aoti_torch_device_type_cuda(), device, &handle));
-  return torch::stable::Tensor(handle);
-}
+constexpr int kTmaBytes = 16;  // a TMA descriptor's address and strides are multiples of it
 
-/// Whether 16-byte accesses and TMA can read a (batch, seqlen, heads, head_dim) tensor.
-inline bool aligned(Argument const& a, int element_bytes) {
-  if (reinterpret_cast<uintptr_t>(a.tensor.data_ptr()) % 16 != 0) return false;
+/// Whether TMA and 16-byte accesses can read a (batch, seqlen, heads, head_dim) tensor.
+inline bool suits_tma(Argument const& a, int element_bytes) {
+  if (reinterpret_cast<uintptr_t>(a.tensor.data_ptr()) % kTmaBytes != 0) return false;
   for (int dim = 0; dim < 3; ++dim) {
-    if (a.size(dim) > 1 && a.stride(dim) * element_bytes % 16 != 0) return false;
+    if (a.size(dim) > 1 && a.stride(dim) * element_bytes % kTmaBytes != 0) return false;
   }
   return true;
 }
 
-/// The tensor itself, or a copy where its storage offset or strides are odd.
-inline torch::stable::Tensor aligned_tensor(Argument const& a, int element_bytes) {
-  return aligned(a, element_bytes) ? a.tensor : torch::stable::clone(a.tensor);
+/// The tensor itself, or a copy where TMA cannot read it (an odd storage offset or stride).
+inline torch::stable::Tensor tma_readable(Argument const& a, int element_bytes) {
+  return suits_tma(a, element_bytes) ? a.tensor : torch::stable::clone(a.tensor);
 }
 
-inline attention::TensorView view_of(torch::stable::Tensor const& tensor) {
+inline attention::TensorView view(torch::stable::Tensor const& tensor) {
   auto const sizes = tensor.sizes();
   auto const strides = tensor.strides();
   // Nothing reads the stride of a dimension of size 1, but a descriptor wants a valid one.
   auto stride = [&](int dim) { return sizes[dim] > 1 ? strides[dim] : sizes[3]; };
   return {tensor.data_ptr(), stride(0), stride(1), stride(2)};
+}
+
+/// A dense tensor on GPU `device`, not initialised.
+inline torch::stable::Tensor empty(int rank, int64_t const* sizes,
+                                   torch::headeronly::ScalarType dtype, int device) {
+  int64_t strides[4];
+  int64_t stride = 1;
+  for (int dim = rank - 1; dim >= 0; --dim) {
+    strides[dim] = stride;
+    stride *=
+        sizes[dim] > 1 ? sizes[dim] : 1;  // as PyTorch's own contiguous strides of empty tensors
+  }
+  int32_t const type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      rank, sizes, strides, type, aoti_torch_device_type_cuda(), device, &handle));
+  return torch::stable::Tensor(handle);
+}
+
+inline torch::stable::Tensor empty(std::initializer_list<int64_t> sizes,
+                                   torch::headeronly::ScalarType dtype, int device) {
+  return empty(static_cast<int>(sizes.size()), sizes.begin(), dtype, device);
 }
 
 }  // namespace cute_kernels::binding

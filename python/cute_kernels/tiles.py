@@ -7,14 +7,14 @@ from typing import Any
 
 from cute_kernels.extension import FOLDER
 
-AUTOMATIC = -1  # the operator's tile_config for "choose by dtype, head dim and mask"
+AUTOMATIC = -1  # the operator's tile_config for "choose by estimated time"
 
 _ROWS: list[dict[str, Any]] = json.loads((FOLDER / "tile_configs.json").read_text("utf-8"))
 _INDEX = {row["name"]: index for index, row in enumerate(_ROWS)}
 
 
 def tile_configs() -> list[dict[str, Any]]:
-    """The kernels of this build, in the order of preference of the automatic choice.
+    """The kernels of this build, in the order of the table.
 
     Returns:
         One dict per kernel, a copy. Its place in the list is its index, its ``"name"`` is unique;
@@ -23,7 +23,9 @@ def tile_configs() -> list[dict[str, Any]]:
         that the kernel takes), ``"mask"`` ("any", "full" or "causal": the calls that the automatic
         choice may give it), ``"tile_m"`` (queries) and ``"tile_n"`` (keys of a block), ``"stages"``
         (K and V blocks in shared memory), ``"consumer_warpgroups"``, the switches ``"pingpong"``,
-        ``"overlap"`` and ``"separate_output"``, and ``"why"`` the row is there.
+        ``"overlap"`` and ``"separate_output"``, what the automatic choice estimates by (``"speed"``
+        relative to the head dim's other rows, ``"overhead"`` of a tile in keys), and ``"why"`` the
+        row is there.
     """
     return [dict(row) for row in _ROWS]
 
