@@ -11,6 +11,13 @@ struct BlockRange {
   int full;     // how many of them, from key 0 on, every query sees whole
 };
 
+/// The query blocks that see some of a key block's keys, from `first` on. Those before `full` need
+/// a mask.
+struct QueryRange {
+  int first;
+  int full;
+};
+
 /// Which keys a query sees, decided at run time: all, or those up to its own position (causal). One
 /// kernel serves both.
 struct Mask {
@@ -31,6 +38,18 @@ struct Mask {
     return {(most + block - 1) / block, least / block};
   }
 
+  /// The first query that sees a key.
+  CUTLASS_DEVICE int first_query(int key) const {
+    if (key >= seqlen_k) return kNoQuery;
+    return causal ? max(0, key + seqlen_q - seqlen_k) : 0;
+  }
+
+  CUTLASS_DEVICE QueryRange query_blocks(int first_key, int keys, int block) const {
+    int const all_seen = first_query(first_key + keys - 1);
+    return {first_query(first_key) / block,
+            all_seen == kNoQuery ? kNoQuery : (all_seen + block - 1) / block};
+  }
+
   /// Sets the scores of unseen keys to -inf. `scores` is a (row, column) view of a 64 x N
   /// accumulator fragment; the thread's first row is `query`, its other one `query + 8`, its first
   /// column `key`.
@@ -49,6 +68,26 @@ struct Mask {
       }
     }
   }
+
+  /// The same for transposed scores: rows are keys, columns are queries.
+  template <class Scores>
+  CUTLASS_DEVICE void apply_transposed(Scores& scores, int key, int query) const {
+    using namespace cute;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < size<0>(scores); ++row) {
+      int const first = first_query(key + 8 * row) - query;
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < size<1>(scores); ++col) {
+        int const offset = 8 * (col / 2) + col % 2;
+        if (offset < first) {
+          scores(row, col) = -INFINITY;
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kNoQuery = 1 << 30;
 };
 
 }  // namespace cute_kernels::attention

@@ -39,4 +39,29 @@ struct ForwardProblem {
   Device device;
 };
 
+/// The gradients of one call of exact attention. Requires what ForwardProblem does.
+struct BackwardProblem {
+  int batch;
+  int seqlen_q;
+  int seqlen_k;
+  int heads_q;
+  int heads_kv;
+  int head_dim;
+  bool causal;
+  bool deterministic;  // the same bits from run to run: dQ is summed in a fixed order
+  float softmax_scale;
+  TensorView q;
+  TensorView k;
+  TensorView v;
+  TensorView out;
+  TensorView grad_out;
+  float const* lse;       // as forward wrote it; -inf where a row sees nothing
+  float const* grad_lse;  // the gradient of lse, or null
+  TensorView grad_q;
+  TensorView grad_k;
+  TensorView grad_v;
+  void* workspace;  // 256-byte aligned, contents undefined on entry
+  Device device;
+};
+
 }  // namespace cute_kernels::attention

@@ -14,6 +14,9 @@ enum class NamedBarrier : int {
   /// Epilogue. The 128 threads of warpgroup i meet here when their part of O stands in shared
   /// memory, before one of them starts the TMA store.
   kOutputReady = 4,
+  /// Backward's epilogue. All consumer threads meet here before dK and dV overwrite K and V, and
+  /// again before one of them starts the TMA store.
+  kGradientsReady = 0,
 };
 
 CUTLASS_DEVICE void barrier_arrive(NamedBarrier barrier, int warpgroup, int threads) {

@@ -1,0 +1,106 @@
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/fast_math.h>
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/backward/epilogue.hpp"
+#include "cute_kernels/attention/backward/mainloop.hpp"
+#include "cute_kernels/attention/backward/traits.hpp"
+
+namespace cute_kernels::attention {
+
+/// What the main backward kernel is told at run time. Tensors are (seqlen, head_dim, heads, batch)
+/// to TMA.
+template <class TmaQ, class TmaK, class TmaDkv>
+struct BackwardParams {
+  using Shape = cute::Shape<int, int, int, int>;
+  TmaQ tma_q;
+  TmaQ tma_grad_out;
+  TmaK tma_k;
+  TmaK tma_v;
+  TmaDkv tma_dk;
+  TmaDkv tma_dv;
+  Shape shape_q;
+  Shape shape_k;
+  BackwardWorkspace workspace;
+  float scale_log2;
+  float softmax_scale;
+  int heads;
+  int heads_per_kv;
+  bool deterministic;
+  Mask mask;
+  cutlass::FastDivmod n_blocks;
+  cutlass::FastDivmod heads_kv;
+};
+
+/// Warpgroup 0 moves data (warp 0 loads, warp 1 + i adds the dQ of consumer warpgroup i to global
+/// memory), the others compute.
+template <class Traits, class Params>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    backward_kernel(CUTE_GRID_CONSTANT Params const params) {
+  using namespace cute;
+  using Mainloop = BackwardMainloop<Traits>;
+  using Epilogue = BackwardEpilogue<Traits>;
+  using Pipeline = typename Traits::Pipeline;
+
+  extern __shared__ char shared_memory[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
+
+  int const warpgroup = cutlass::canonical_warp_group_idx();
+  int const warp_in_group = cutlass::canonical_warp_idx_sync() % cutlass::NumWarpsPerWarpGroup;
+  bool const is_producer = warpgroup == 0;
+
+  if (threadIdx.x == 0) {
+    prefetch_tma_descriptor(params.tma_q.get_tma_descriptor());
+    prefetch_tma_descriptor(params.tma_grad_out.get_tma_descriptor());
+    prefetch_tma_descriptor(params.tma_k.get_tma_descriptor());
+    prefetch_tma_descriptor(params.tma_v.get_tma_descriptor());
+    prefetch_tma_descriptor(params.tma_dk.get_tma_descriptor());
+    prefetch_tma_descriptor(params.tma_dv.get_tma_descriptor());
+    shared.k_full.init(1);
+    shared.v_full.init(1);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < Traits::kDsBuffers; ++i) shared.ds_full[i].init(Traits::kConsumerWarps);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < Traits::kConsumers; ++i) {
+      shared.dq_full[i].init(cutlass::NumWarpsPerWarpGroup);
+      shared.dq_empty[i].init(1);
+    }
+  }
+  typename Pipeline::Params pipeline_params;
+  pipeline_params.role =
+      is_producer ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
+  pipeline_params.is_leader = is_producer;
+  pipeline_params.num_consumers = Traits::kConsumerWarps;  // one arrival a warp
+  pipeline_params.transaction_bytes = Traits::kBytesQ + Traits::kBytesRows;
+  Pipeline pipeline_q(shared.pipeline_q, pipeline_params, Shape<_1, _1, _1>{});
+  Pipeline pipeline_grad_out(shared.pipeline_grad_out, pipeline_params, Shape<_1, _1, _1>{});
+  cutlass::arch::fence_barrier_init();
+  __syncthreads();
+
+  KeyBlockCoord coord;
+  int pair;
+  params.n_blocks(pair, coord.n_block, static_cast<int>(blockIdx.x));
+  params.heads_kv(coord.batch, coord.kv_head, pair);
+
+  if (is_producer) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (warp_in_group == 0) {
+      if (elect_one_sync()) Mainloop::load(params, shared, pipeline_q, pipeline_grad_out, coord);
+    } else if (warp_in_group <= Traits::kConsumers) {
+      if (elect_one_sync()) Mainloop::add_dq(params, shared, coord, warp_in_group - 1);
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    using Dkv = Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>;
+    auto dk = partition_fragment_C(typename Traits::MmaDkv{}, Dkv{});
+    auto dv = partition_fragment_C(typename Traits::MmaDkv{}, Dkv{});
+    clear(dk);
+    clear(dv);
+    Mainloop::compute(params, shared, pipeline_q, pipeline_grad_out, coord, warpgroup - 1, dk, dv);
+    Epilogue::store(params, shared, coord, warpgroup - 1, dk, dv);
+  }
+}
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,93 @@
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/backward/workspace.hpp"
+#include "cute_kernels/sm90/warpgroup_gemm.hpp"
+
+namespace cute_kernels::attention {
+
+struct PostprocessParams {
+  TensorView grad_q;
+  float softmax_scale;
+  int seqlen_q;
+  int head_dim;
+  int heads;
+  BackwardWorkspace workspace;
+};
+
+inline constexpr int kPostprocessPad = 8;  // elements, against bank conflicts
+
+template <class Traits>
+constexpr int postprocess_shared_bytes() {
+  return Traits::kTileM * (Traits::kHeadDim + kPostprocessPad) * sizeof(typename Traits::Element);
+}
+
+/// Block (query block, head, batch): dQ from the order of the accumulators to rows, scaled and
+/// rounded. Warpgroup i reads what consumer warpgroup i of the main kernel has added up.
+template <class Traits>
+__global__ void __launch_bounds__(128 * Traits::kConsumers)
+    postprocess_kernel(CUTE_GRID_CONSTANT PostprocessParams const params) {
+  using namespace cute;
+  using Element = typename Traits::Element;
+  constexpr int kThreads = 128 * Traits::kConsumers;
+  constexpr int kVector = 8;
+  constexpr int kRowElements = Traits::kHeadDim + kPostprocessPad;
+  extern __shared__ char shared_memory[];
+  auto* rows = reinterpret_cast<Element*>(shared_memory);
+
+  int const block = blockIdx.x;
+  int const head = blockIdx.y;
+  int const batch = blockIdx.z;
+  int const warpgroup = threadIdx.x / 128;
+  int const thread = threadIdx.x % 128;
+  int64_t const block_index =
+      (static_cast<int64_t>(batch) * params.heads + head) * params.workspace.m_blocks + block;
+
+  typename Traits::MmaDq mma;
+  auto dq = partition_fragment_C(mma, Shape<Int<Traits::kSliceM>, Int<Traits::kSliceN>>{});
+  auto const* slice = reinterpret_cast<float4 const*>(
+      params.workspace.dq + (block_index * Traits::kConsumers + warpgroup) * Traits::kSliceFloats);
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(dq) / 4; ++i) {
+    float4 const part = slice[i * 128 + thread];
+    dq(4 * i) = part.x * params.softmax_scale;
+    dq(4 * i + 1) = part.y * params.softmax_scale;
+    dq(4 * i + 2) = part.z * params.softmax_scale;
+    dq(4 * i + 3) = part.w * params.softmax_scale;
+  }
+  auto rounded = make_tensor<Element>(dq.layout());
+  sm90::convert_fragment<Element>(dq, rounded);
+
+  // (query, channel) of the slice's own (m, n): see kSplitQueries.
+  auto tile = make_tensor(make_smem_ptr(rows), Shape<Int<Traits::kTileM>, Int<Traits::kHeadDim>>{},
+                          Stride<Int<kRowElements>, _1>{});
+  auto own = [&] {
+    if constexpr (Traits::kSplitQueries) {
+      return local_tile(tile, Shape<Int<Traits::kSliceM>, Int<Traits::kSliceN>>{},
+                        make_coord(warpgroup, _0{}));
+    } else {
+      auto transposed =
+          make_tensor(tile.data(), Shape<Int<Traits::kHeadDim>, Int<Traits::kTileM>>{},
+                      Stride<_1, Int<kRowElements>>{});
+      return local_tile(transposed, Shape<Int<Traits::kSliceM>, Int<Traits::kSliceN>>{},
+                        make_coord(warpgroup, _0{}));
+    }
+  }();
+  copy(rounded, mma.get_thread_slice(thread).partition_C(own));
+  __syncthreads();
+
+  constexpr int kLanes = Traits::kHeadDim / kVector;
+  int const column = threadIdx.x % kLanes * kVector;
+  auto* grad_q = static_cast<Element*>(params.grad_q.data) + batch * params.grad_q.batch_stride +
+                 head * params.grad_q.head_stride + column;
+  for (int row = threadIdx.x / kLanes; row < Traits::kTileM; row += kThreads / kLanes) {
+    int const query = block * Traits::kTileM + row;
+    if (query < params.seqlen_q && column < params.head_dim) {
+      *reinterpret_cast<uint4*>(grad_q + query * params.grad_q.seqlen_stride) =
+          *reinterpret_cast<uint4 const*>(rows + row * kRowElements + column);
+    }
+  }
+}
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,90 @@
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/backward/workspace.hpp"
+#include "cute_kernels/sm90/math.hpp"
+
+namespace cute_kernels::attention {
+
+inline constexpr int kPreprocessThreads = 256;
+
+struct PreprocessParams {
+  TensorView out;
+  TensorView grad_out;
+  float const* lse;
+  float const* grad_lse;
+  int seqlen_q;
+  int heads;
+  int head_dim;
+  BackwardWorkspace workspace;
+};
+
+/// Block (query block, head, batch): delta = rowsum(dO * O) - grad_lse and the LSE in powers of two
+/// of kTileM queries, and zeros where the main kernel adds up dQ.
+template <class Traits>
+__global__ void __launch_bounds__(kPreprocessThreads)
+    preprocess_kernel(CUTE_GRID_CONSTANT PreprocessParams const params) {
+  using Element = typename Traits::Element;
+  constexpr int kVector = 8;                          // elements of 16 bytes
+  constexpr int kLanes = Traits::kHeadDim / kVector;  // threads of a row
+  constexpr int kRows = kPreprocessThreads / kLanes;
+  using Vector = cutlass::AlignedArray<Element, kVector>;
+
+  int const block = blockIdx.x;
+  int const head = blockIdx.y;
+  int const batch = blockIdx.z;
+  int64_t const row_of_heads = static_cast<int64_t>(batch) * params.heads + head;
+  int64_t const block_index = row_of_heads * params.workspace.m_blocks + block;
+
+  int const lane = threadIdx.x % kLanes;
+  int const column = lane * kVector;
+  auto row_of = [&](TensorView const& view, int query) {
+    return *reinterpret_cast<Vector const*>(static_cast<Element const*>(view.data) +
+                                            batch * view.batch_stride + query * view.seqlen_stride +
+                                            head * view.head_stride + column);
+  };
+  CUTLASS_PRAGMA_UNROLL
+  for (int base = 0; base < Traits::kTileM; base += kRows) {
+    int const row = base + threadIdx.x / kLanes;
+    int const query = block * Traits::kTileM + row;
+    bool const inside = query < params.seqlen_q && row < Traits::kTileM;
+    float sum = 0.f;
+    if (inside && column < params.head_dim) {
+      cutlass::NumericArrayConverter<float, Element, kVector> widen;
+      auto const out = widen(row_of(params.out, query));
+      auto const grad_out = widen(row_of(params.grad_out, query));
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kVector; ++i) sum += out[i] * grad_out[i];
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      sum += __shfl_xor_sync(0xffffffff, sum, step);
+    }
+    if (lane == 0 && row < Traits::kTileM) {
+      // A row that sees nothing, or does not exist: 2^(s - inf) = 0.
+      float lse_log2 = INFINITY;
+      float delta = 0.f;
+      if (inside) {
+        int64_t const at = row_of_heads * params.seqlen_q + query;
+        float const lse = params.lse[at];
+        if (lse != -INFINITY) lse_log2 = lse * sm90::kLog2e;
+        delta = params.grad_lse == nullptr ? sum : sum - params.grad_lse[at];
+      }
+      params.workspace.lse_log2[block_index * Traits::kTileM + row] = lse_log2;
+      params.workspace.delta[block_index * Traits::kTileM + row] = delta;
+    }
+  }
+
+  constexpr int kFloat4s = Traits::kTileM * Traits::kHeadDim / 4;
+  auto* dq = reinterpret_cast<float4*>(params.workspace.dq) + block_index * kFloat4s;
+  for (int i = threadIdx.x; i < kFloat4s; i += kPreprocessThreads) {
+    dq[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  }
+  if (params.workspace.turns != nullptr && threadIdx.x < Traits::kConsumers) {
+    params.workspace.turns[block_index * Traits::kConsumers + threadIdx.x] = 0;
+  }
+}
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cute_kernels/attention/problem.hpp"
+
+namespace cute_kernels::attention {
+
+/// What the three kernels of a backward call hand to one another. Rows are (batch, head of q),
+/// queries are padded to blocks of kTileM.
+struct BackwardWorkspace {
+  int m_blocks;
+  float* lse_log2;  // [rows][m_blocks * kTileM], +inf where P is 0
+  float* delta;     // the same shape, 0 beyond the last query
+  float* dq;        // [rows][m_blocks][kConsumers][kSliceFloats], not yet scaled
+  int* turns;       // [rows][m_blocks][kConsumers], contributions added to dq
+  int64_t bytes;
+};
+
+template <class Traits>
+BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
+  BackwardWorkspace result;
+  result.m_blocks = (problem.seqlen_q + Traits::kTileM - 1) / Traits::kTileM;
+  int64_t const blocks = static_cast<int64_t>(problem.batch) * problem.heads_q * result.m_blocks;
+  char* next = static_cast<char*>(problem.workspace);
+  auto carve = [&](auto*& pointer, int64_t count) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
+    next += (count * sizeof(*pointer) + 255) / 256 * 256;
+  };
+  carve(result.dq, blocks * Traits::kTileM * Traits::kHeadDim);
+  carve(result.lse_log2, blocks * Traits::kTileM);
+  carve(result.delta, blocks * Traits::kTileM);
+  carve(result.turns, problem.deterministic ? blocks * Traits::kConsumers : 0);
+  result.bytes = next - static_cast<char*>(problem.workspace);
+  return result;
+}
+
+}  // namespace cute_kernels::attention
