@@ -9,6 +9,7 @@ import pytest
 import torch
 from parity import plain_attention, random_qkv
 
+from cute_kernels import flash_attn_func
 from cute_kernels.fp8 import (
     ROW_BLOCK,
     SATURATION,
@@ -186,6 +187,67 @@ def test_descales_of_a_whole_head():
     scales = scale.transpose(1, 2)[..., None]
     exact, _ = plain_attention(q8.float() * scales, k8, 4 * v8.float(), 0.1, False, torch.float64)
     assert rmse(out, exact) < 0.04 * exact.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attn_func_takes_e4m3(causal):
+    """FlashAttention-3's call: descales of key heads, bfloat16 out."""
+    q, k, v = (x.to(E4M3) for x in random_qkv("cpu", torch.float32, 2, 70, 100, 4, 2, 48))
+    descales = {f"{name}_descale": torch.rand(2, 2) + 0.5 for name in "qkv"}
+    out, lse = flash_attn_func(q, k, v, causal=causal, return_lse=True, **descales)
+    assert out.dtype == torch.bfloat16 and out.shape == q.shape
+    wide = {
+        name: scale.repeat_interleave(x.shape[2] // 2, 1)[:, None, :, None]
+        for (name, scale), x in zip(descales.items(), (q, k, v), strict=True)
+    }
+    inputs = (x.float() * scale for x, scale in zip((q, k, v), wide.values(), strict=True))
+    exact, exact_lse = plain_attention(*inputs, 48**-0.5, causal, torch.float64)
+    assert rmse(out, exact) < 0.04 * exact.square().mean().sqrt().item()
+    assert (lse - exact_lse).abs().max() < 0.02
+    ones = {name: torch.ones(2, 2) for name in descales}
+    assert torch.equal(flash_attn_func(q, k, v), flash_attn_func(q, k, v, **ones))
+    only_v = flash_attn_func(q, k, v, v_descale=torch.full((2, 2), 4.0))
+    assert torch.equal(only_v, 4 * flash_attn_func(q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q_descale": torch.ones(2)}, ValueError, r"q_descale has shape \(2,\), must be"),
+        ({"k_descale": torch.ones(2, 4)}, ValueError, "k_descale has shape"),
+        ({"v_descale": torch.ones(2, 2).double()}, TypeError, "v_descale has dtype"),
+        ({"q": torch.ones(2, 8, 4, 64)}, TypeError, "q has dtype torch.float32, must be"),
+        ({"k": torch.ones(2, 8, 2, 64)}, TypeError, "k has dtype torch.float32, must be"),
+        ({"v": torch.ones(2, 8, 64).to(E4M3)}, ValueError, "v has shape"),
+        ({"v": torch.ones(2, 9, 2, 64).to(E4M3)}, ValueError, "v has seqlen"),
+        ({"tile_config": 0}, ValueError, "tile_config is 0"),
+        ({"softmax_scale": math.inf}, ValueError, "softmax_scale is inf"),
+        ({"softcap": 30.0}, NotImplementedError, "softcap"),
+    ],
+    ids=str,
+)
+def test_refusals_of_e4m3(change, error, message):
+    q, k = torch.ones(2, 8, 4, 64).to(E4M3), torch.ones(2, 8, 2, 64).to(E4M3)
+    arguments = {"q": q, "k": k, "v": k, "q_descale": torch.ones(2, 2)} | change
+    with pytest.raises(error, match=message):
+        flash_attn_func(**arguments)
+
+
+def test_no_gradient():
+    x = torch.randn(1, 8, 2, 64, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="no gradient in FP8"):
+        flash_attn_fp8_func(x, x, x)
+    with torch.no_grad():
+        assert not flash_attn_fp8_func(x, x, x).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiles_whole():
+    q, k, v = random_qkv("cpu", torch.bfloat16, 1, 70, 90, 2)
+    e4m3 = [x.to(E4M3) for x in (q, k, v)]
+    for function, inputs in ((flash_attn_fp8_func, (q, k, v)), (flash_attn_func, e4m3)):
+        compiled = torch.compile(function, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(*inputs), function(*inputs))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from parity import plain_attention, poison, random_qkv
 
+from cute_kernels import flash_attn_func
 from cute_kernels.fp8 import GPU_BUILT, FP8Tensor, flash_attn_fp8_func, quantize_fp8
 
 pytestmark = pytest.mark.skipif(not GPU_BUILT, reason="built without CUTE_KERNELS_FP8")
@@ -166,6 +167,37 @@ def test_values_that_come_in_e4m3(hopper):
     assert (out.double() - exact).square().mean().sqrt() < 0.035 * exact.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 112, 256])
+def test_flash_attn_func_takes_e4m3(hopper, head_dim, causal):
+    """The same call on the CPU, from FlashAttention-3's arguments; v in any order of strides."""
+    tensors = random_qkv("cpu", torch.float32, 2, 130, 200, 4, 2, head_dim)
+    q, k, v = (x.to(E4M3) for x in tensors)
+    descales = {f"{name}_descale": torch.rand(2, 2) + 0.5 for name in "qkv"}
+    wanted, wanted_lse = flash_attn_func(q, k, v, causal=causal, return_lse=True, **descales)
+    on_gpu = {name: x.to(hopper) for name, x in descales.items()}
+    turned = v.transpose(1, 2).contiguous().to(hopper).transpose(1, 2)
+    for values in (v.to(hopper), turned):
+        out, lse = flash_attn_func(
+            q.to(hopper), k.to(hopper), values, causal=causal, return_lse=True, **on_gpu
+        )
+        assert out.dtype == torch.bfloat16 and out.shape == q.shape
+        error = (out.cpu().float() - wanted.float()).square().mean().sqrt()
+        assert error < 0.01 * wanted.float().square().mean().sqrt()
+        assert (lse.cpu() - wanted_lse).abs().max() < 0.02
+    assert flash_attn_func(q.to(hopper), k.to(hopper), v.to(hopper)).isfinite().all()
+    with pytest.raises(ValueError, match="v_descale is on cpu"):
+        flash_attn_func(q.to(hopper), k.to(hopper), v.to(hopper), v_descale=torch.ones(2, 2))
+
+
+def test_compiles_whole(hopper):
+    q, k, v = random_qkv(hopper, torch.bfloat16, 1, 70, 90, 2, 2, 128)
+    e4m3 = [x.to(E4M3) for x in (q, k, v)]
+    for function, inputs in ((flash_attn_fp8_func, (q, k, v)), (flash_attn_func, e4m3)):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(*inputs), function(*inputs))
+
+
 def test_extremes(hopper):
     q, k, v = random_qkv(hopper, torch.bfloat16, 1, 200, 300, 2)
     q[0, 5], k[0, 100, 0, 3] = math.inf, -math.inf
@@ -213,7 +245,7 @@ def test_refusals(hopper):
     with pytest.raises(RuntimeError, match="softmax_scale is -1"):
         forward(q8.data, k8.data, v8.data, *scales, -1.0, False, False)
     with pytest.raises(ValueError, match="q has scales of 32 rows"):
-        flash_attn_fp8_func(quantize_fp8(q, block=32), k8, v8)
+        flash_attn_fp8_func(quantize_fp8(q, block=32), quantize_fp8(k), v8)
     with pytest.raises(ValueError, match="k is on cpu"):
         flash_attn_fp8_func(q, k.cpu(), v)
     with pytest.raises(TypeError, match="out_dtype"):

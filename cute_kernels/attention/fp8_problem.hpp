@@ -27,6 +27,7 @@ struct Fp8ForwardProblem {
   int heads_kv;
   int head_dim;
   bool causal;
+  bool out_float16;  // O is fp16, otherwise bf16
   float softmax_scale;
   TensorView q;
   TensorView k;

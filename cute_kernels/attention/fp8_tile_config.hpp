@@ -11,7 +11,6 @@ enum class ScoreType { kE4m3, kInt8 };
 struct Fp8TileConfig {
   char const* name;
   ScoreType dtype;
-  ElementType out;
   int head_dim;  // the kernel takes head dims up to this one
   int tile_m;
 };
@@ -21,22 +20,14 @@ struct Fp8ForwardKernel {
   cudaError_t (*launch)(Fp8ForwardProblem const&, cudaStream_t);
 };
 
-struct Fp8ForwardRegistry {
-  Fp8ForwardKernel const* kernels;
-  int count;
-
-  Fp8ForwardKernel const* begin() const { return kernels; }
-  Fp8ForwardKernel const* end() const { return kernels + count; }
-};
-
-extern Fp8ForwardRegistry const kFp8ForwardRegistry;
+extern Registry<Fp8ForwardKernel> const kFp8ForwardRegistry;
 
 /// The first row of the smallest fitting head dim; null where there is none.
-inline Fp8ForwardKernel const* choose_fp8_forward(ScoreType dtype, ElementType out, int head_dim) {
+inline Fp8ForwardKernel const* choose_fp8_forward(ScoreType dtype, int head_dim) {
   Fp8ForwardKernel const* best = nullptr;
   for (Fp8ForwardKernel const& kernel : kFp8ForwardRegistry) {
     Fp8TileConfig const& config = kernel.config;
-    if (config.dtype != dtype || config.out != out || config.head_dim < head_dim) continue;
+    if (config.dtype != dtype || config.head_dim < head_dim) continue;
     if (best == nullptr || config.head_dim < best->config.head_dim) best = &kernel;
   }
   return best;

@@ -171,8 +171,8 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   for (int warp = 0; warp < kQuantizeThreads / 32; ++warp) {
     maximum = fmaxf(maximum, warp_maximum[warp]);
   }
-  float const factor = __fdiv_rn(kLargest<Out>, maximum);
-  // int8 has no NaN: there the scale tells of one.
+  // int8 has no NaN: there the scale tells of one, and the elements are 0.
+  float const factor = has_nan ? NAN : __fdiv_rn(kLargest<Out>, maximum);
   float const scale = has_nan ? NAN : __fdiv_rn(maximum, kLargest<Out>);
   if (threadIdx.x == 0) p.scale[pair * gridDim.x + block] = scale;
 

@@ -18,7 +18,6 @@
 namespace cute_kernels::binding {
 namespace {
 
-using attention::ElementType;
 using attention::Fp8ForwardKernel;
 using attention::Fp8ForwardProblem;
 using attention::ScaleView;
@@ -212,9 +211,8 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_forward(
   Tensor lse = empty({batch, heads_q, seqlen_q}, ScalarType::Float, q.device);
   if (batch == 0 || heads_q == 0 || seqlen_q == 0) return {out, lse};
   ScoreType const type = q.dtype == ScalarType::Char ? ScoreType::kInt8 : ScoreType::kE4m3;
-  ElementType const out_type = out_float16 ? ElementType::kFloat16 : ElementType::kBFloat16;
   Fp8ForwardKernel const* kernel =
-      attention::choose_fp8_forward(type, out_type, static_cast<int>(head_dim));
+      attention::choose_fp8_forward(type, static_cast<int>(head_dim));
   require(kernel != nullptr, "no FP8 kernel for q of ", DtypeOf{q.dtype}, ", head_dim ", head_dim,
           " in this build");
   require(static_cast<double>(batch) * heads_q * blocks_of(seqlen_q, kernel->config.tile_m) <
@@ -236,6 +234,7 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_forward(
       static_cast<int>(heads_kv),
       static_cast<int>(head_dim),
       causal,
+      out_float16,
       scale,
       view(q_readable),
       view(k_readable),

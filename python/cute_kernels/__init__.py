@@ -2,8 +2,17 @@
 
 from importlib.metadata import version as _version
 
+from cute_kernels.fp8 import FP8Tensor, flash_attn_fp8_func, quantize_fp8
 from cute_kernels.interface import flash_attn_func
 from cute_kernels.tiles import get_include, tile_configs
 
 __version__ = _version("cute-kernels")
-__all__ = ["__version__", "flash_attn_func", "get_include", "tile_configs"]
+__all__ = [
+    "FP8Tensor",
+    "__version__",
+    "flash_attn_fp8_func",
+    "flash_attn_func",
+    "get_include",
+    "quantize_fp8",
+    "tile_configs",
+]

@@ -38,7 +38,6 @@ P_SLACK = 4.0
 # Position p of 16 keys of a transposed v holds key KEY_ORDER[p]: value_key_order in fp8_traits.hpp.
 KEY_ORDER = [p % 4 // 2 * 8 + p // 4 * 2 + p % 2 for p in range(16)]
 GPU_ROTATIONS = (64, 128, 256)  # head dims that the fused kernel takes
-# Experimental: -C cmake.define.CUTE_KERNELS_FP8=ON
 GPU_BUILT = hasattr(torch.ops.cute_kernels, "flash_attn_fp8_forward")
 KEY_SAMPLES = 256  # rows of K, evenly spaced, whose mean stands for the mean of all
 
@@ -345,13 +344,11 @@ def flash_attn_fp8_func(
         found = (x.data if isinstance(x, FP8Tensor) else x).device
         if found != device:
             raise ValueError(f"{name} is on {found}, must be on {device} like q")
-    if device.type == "cuda" and not GPU_BUILT:
-        raise NotImplementedError(
-            f"q is on {device}: FP8 on a GPU is experimental and not in this build "
-            "(-C cmake.define.CUTE_KERNELS_FP8=ON)"
-        )
+    if device.type == "cuda":
+        _check_built(device)
     if device.type == "cuda" and out_dtype == torch.float32:
         raise TypeError("out_dtype is torch.float32, must be float16 or bfloat16 on CUDA")
+    _refuse_gradients("flash_attn_fp8_func", q, k, v)
     original_q = q
     if not isinstance(q, FP8Tensor):
         q = quantize_fp8(q, incoherent=incoherent, seed=seed, dtype=qk_dtype)
@@ -365,20 +362,102 @@ def flash_attn_fp8_func(
         )
     if not isinstance(v, FP8Tensor):
         v = quantize_fp8(v, block=None)
-    _check_call(q, k, v)
     if softmax_scale is None:
-        softmax_scale = q.data.shape[-1] ** -0.5
+        softmax_scale = q.shape[3] ** -0.5 if q.data.dim() == 4 else 1.0
+    out, lse = _attention_quantised(q, k, v, softmax_scale, causal, out_dtype)
+    if return_lse and k.shift is not None:
+        with torch.autocast(device.type, enabled=False):
+            lse = lse + _lse_of_shift(original_q, k.shift, softmax_scale)
+    return (out, lse) if return_lse else out
+
+
+def flash_attn_e4m3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output, in bfloat16, and LSE of e4m3 tensors with a number for each key head, as
+    FlashAttention-3's function of the same arguments."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != torch.float8_e4m3fn:
+            why = "with descales" if name == "q" else "like q"
+            raise TypeError(f"{name} has dtype {x.dtype}, must be torch.float8_e4m3fn {why}")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, must be on {q.device} like q")
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, must have 4 dimensions")
+    _refuse_gradients("flash_attn_func", q, k, v)
+    heads, key_heads = q.shape[2], k.shape[2]
+    pairs = (k.shape[0], key_heads)
+    group = heads // key_heads if key_heads else 1
+
+    def scaled(name: str, x: Tensor, descale: Tensor | None, repeats: int) -> FP8Tensor:
+        if descale is None:
+            scale = torch.ones((1, 1, 1), device=x.device).expand(*pairs, 1)
+        elif tuple(descale.shape) != pairs:
+            raise ValueError(
+                f"{name} has shape {tuple(descale.shape)}, must be (batch, key heads) = {pairs}"
+            )
+        elif descale.dtype != torch.float32:
+            raise TypeError(f"{name} has dtype {descale.dtype}, must be torch.float32")
+        elif descale.device != x.device:
+            raise ValueError(f"{name} is on {descale.device}, must be on {x.device} like q")
+        else:
+            scale = descale.unsqueeze(2)
+        if repeats > 1:
+            scale = scale.repeat_interleave(repeats, dim=1)
+        return FP8Tensor(x, scale[:, :, : x.shape[1]], max(1, x.shape[1]))
+
+    if softmax_scale is None:
+        softmax_scale = q.shape[3] ** -0.5 if q.shape[3] else 1.0
+    return _attention_quantised(
+        scaled("q_descale", q, q_descale, group),
+        scaled("k_descale", k, k_descale, 1),
+        scaled("v_descale", v, v_descale, 1),
+        softmax_scale,
+        causal,
+        torch.bfloat16,
+    )
+
+
+def _refuse_gradients(function: str, *tensors: Tensor | FP8Tensor) -> None:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+        raise NotImplementedError(
+            f"{function} has no gradient in FP8: call it under torch.no_grad() or on tensors that "
+            "need no gradient"
+        )
+
+
+def _attention_quantised(
+    q: FP8Tensor,
+    k: FP8Tensor,
+    v: FP8Tensor,
+    softmax_scale: float,
+    causal: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE, checked, on whatever device the tensors are on."""
+    _check_call(q, k, v)
     if not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and greater than 0")
-    with torch.autocast(device.type, enabled=False):
-        if device.type == "cuda":
-            out, lse = _attention_cuda(q, k, v, softmax_scale, causal, out_dtype)
-        else:
-            out, lse = _attention(q, k, v, softmax_scale, causal)
-        if return_lse and k.shift is not None:
-            lse = lse + _lse_of_shift(original_q, k.shift, softmax_scale)
-    out = out.to(out_dtype)
-    return (out, lse) if return_lse else out
+    if q.data.is_cuda:
+        _check_built(q.data.device)
+        return _attention_cuda(q, k, v, softmax_scale, causal, out_dtype)
+    with torch.autocast(q.data.device.type, enabled=False):
+        out, lse = _attention(q, k, v, softmax_scale, causal)
+    return out.to(out_dtype), lse
+
+
+def _check_built(device: torch.device) -> None:
+    if not GPU_BUILT:
+        raise NotImplementedError(
+            f"q is on {device}, and this build has no FP8 kernels (CUTE_KERNELS_FP8=OFF)"
+        )
 
 
 def _lse_of_shift(q: Tensor | FP8Tensor, shift: Tensor, softmax_scale: float) -> Tensor:

@@ -31,6 +31,7 @@ struct Fp8ForwardParams {
   float scale_log2;
   int heads;
   int head_dim;
+  bool out_float16;
   cutlass::FastDivmod heads_per_kv;
   Mask mask;
   TileScheduler::Params scheduler;
@@ -112,7 +113,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       auto rows = make_tensor(values.data(), sm90::accumulator_rows_cols(values.layout()));
       softmax.finalize(rows);
       Mainloop::scale_values(params, coord, rows);
-      Epilogue::store(params, shared, coord, consumer, softmax, values);
+      Epilogue::store(params, shared, coord, consumer, softmax,
+                      Mainloop::round_output(params, values));
       q_phase ^= 1;
     }
     Epilogue::drain();

@@ -55,6 +55,7 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
       problem.softmax_scale * sm90::kLog2e,
       problem.heads_q,
       problem.head_dim,
+      problem.out_float16,
       cutlass::FastDivmod(heads_per_kv),
       Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
       TileScheduler::make_params(m_blocks, problem.heads_q, problem.batch, problem.causal)};

@@ -303,6 +303,20 @@ class Fp8ForwardMainloop {
     }
   }
 
+  /// O in 16 bits. Both types share a kernel: what moves the result afterwards only moves bits.
+  template <class Params, class Output>
+  CUTLASS_DEVICE static auto round_output(Params const& params, Output const& out) {
+    using namespace cute;
+    auto rounded = make_tensor<typename Traits::Output>(out.layout());
+    if (params.out_float16) {
+      auto half = recast<cutlass::half_t>(rounded);
+      sm90::convert_fragment<cutlass::half_t>(out, half);
+    } else {
+      sm90::convert_fragment<typename Traits::Output>(out, rounded);
+    }
+    return rounded;
+  }
+
  private:
   static constexpr int kTurnThreads = 2 * cutlass::NumThreadsPerWarpGroup;
 

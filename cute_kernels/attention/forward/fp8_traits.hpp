@@ -28,7 +28,7 @@ struct Fp8ForwardTraits {
   using Tile = Tile_;
   using ElementQk = typename Tile::ElementQk;  // e4m3 or int8
   using ElementPv = cutlass::float_e4m3_t;
-  using Output = typename Tile::Output;
+  using Output = cutlass::bfloat16_t;  // or, decided at run time, the bits of fp16
   static constexpr bool kIntegerScores = std::is_same_v<ElementQk, int8_t>;
   using Score = std::conditional_t<kIntegerScores, int32_t, float>;
 
