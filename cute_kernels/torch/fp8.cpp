@@ -211,8 +211,7 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_forward(
   Tensor lse = empty({batch, heads_q, seqlen_q}, ScalarType::Float, q.device);
   if (batch == 0 || heads_q == 0 || seqlen_q == 0) return {out, lse};
   ScoreType const type = q.dtype == ScalarType::Char ? ScoreType::kInt8 : ScoreType::kE4m3;
-  Fp8ForwardKernel const* kernel =
-      attention::choose_fp8_forward(type, static_cast<int>(head_dim));
+  Fp8ForwardKernel const* kernel = attention::choose_fp8_forward(type, static_cast<int>(head_dim));
   require(kernel != nullptr, "no FP8 kernel for q of ", DtypeOf{q.dtype}, ", head_dim ", head_dim,
           " in this build");
   require(static_cast<double>(batch) * heads_q * blocks_of(seqlen_q, kernel->config.tile_m) <
