@@ -1,7 +1,8 @@
-# Runs tile_configs.py. Sets CUTE_KERNELS_TILE_SOURCES (.cu), CUTE_KERNELS_REGISTRY_SOURCE,
-# CUTE_KERNELS_FP8_REGISTRY_SOURCE and CUTE_KERNELS_TILE_JSON.
+# Runs tile_configs.py. Sets CUTE_KERNELS_TILE_SOURCES (.cu), CUTE_KERNELS_REGISTRY_SOURCES (.cpp)
+# and CUTE_KERNELS_TILE_JSON.
 
 set(_generator "${CMAKE_CURRENT_LIST_DIR}/tile_configs.py")
+set(_passes_module "${CMAKE_CURRENT_LIST_DIR}/tile_passes.py")
 set(_table "${CUTE_KERNELS_TILE_CONFIGS}")
 if(NOT _table)
   set(_table "cute_kernels/attention/tile_configs.toml")
@@ -9,7 +10,7 @@ endif()
 cmake_path(ABSOLUTE_PATH _table BASE_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}" NORMALIZE)
 set(_out "${CMAKE_CURRENT_BINARY_DIR}/tiles")
 
-set(_passes forward)
+set(_passes forward backward)
 if(CUTE_KERNELS_FP8)
   list(APPEND _passes forward_fp8)
 endif()
@@ -24,12 +25,12 @@ if(NOT _status EQUAL 0)
   string(REPLACE "\n" "\n  " _error "${_error}")
   message(FATAL_ERROR "The table of tiles was refused.\n  ${_error}")
 endif()
-set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${_generator}" "${_table}")
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${_generator}" "${_passes_module}"
+                                                    "${_table}")
 
-set(CUTE_KERNELS_REGISTRY_SOURCE "${_out}/registry.cpp")
-set(CUTE_KERNELS_FP8_REGISTRY_SOURCE "${_out}/fp8_registry.cpp")
+set(CUTE_KERNELS_REGISTRY_SOURCES ${CUTE_KERNELS_TILE_SOURCES})
+list(FILTER CUTE_KERNELS_REGISTRY_SOURCES INCLUDE REGEX "\\.cpp$")
+list(FILTER CUTE_KERNELS_TILE_SOURCES INCLUDE REGEX "\\.cu$")
 set(CUTE_KERNELS_TILE_JSON "${_out}/tile_configs.json")
-list(REMOVE_ITEM CUTE_KERNELS_TILE_SOURCES "${CUTE_KERNELS_REGISTRY_SOURCE}"
-     "${CUTE_KERNELS_FP8_REGISTRY_SOURCE}")
 list(LENGTH CUTE_KERNELS_TILE_SOURCES _count)
 message(STATUS "${_count} kernels from ${_table}")

@@ -9,6 +9,27 @@ from cute_kernels import flash_attn_func, tile_configs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LSE_TOLERANCE = 1e-4
+SEQLENS = [(1, 1), (1, 8192), (113, 203), (799, 3), (1023, 1024), (4224, 4224)]
+HEAD_DIMS = [64, 128, 256, 40, 72, 96, 136]
+HEADS = [(4, 4), (6, 2), (4, 1)]  # MHA, GQA, MQA
+
+
+def _grid():
+    """Everything on the GPU; less on the CPU, which has no kernels to choose from."""
+    shapes = {
+        "cpu": [(64, HEADS[0]), (128, HEADS[1]), (40, HEADS[2])],
+        "cuda": [(head_dim, heads) for head_dim in HEAD_DIMS for heads in HEADS],
+    }
+    for device, head_dims_and_heads in shapes.items():
+        for seqlen_q, seqlen_k in SEQLENS:
+            for head_dim, heads in head_dims_and_heads:
+                if device == "cpu" and seqlen_q * seqlen_k > 2**23:
+                    continue  # seconds each; test_reference.py has one
+                name = f"{device}-{seqlen_q}x{seqlen_k}-d{head_dim}-h{heads[0]}:{heads[1]}"
+                yield pytest.param(device, (seqlen_q, seqlen_k), head_dim, heads, id=name)
+
+
+GRID = list(_grid())  # parameters device, seqlens, head_dim, heads
 
 
 def random_qkv(
@@ -42,13 +63,17 @@ def plain_attention(q, k, v, softmax_scale, causal, dtype, first_query=0, seqlen
     q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
     scores = (q @ k.mT) * softmax_scale
+    unseen = torch.full((q.shape[2], 1), k.shape[2] == 0, device=q.device)  # rows
     if causal:
         seqlen_q = q.shape[2] if seqlen_q is None else seqlen_q
         query = torch.arange(first_query, first_query + q.shape[2], device=q.device)
         key = torch.arange(k.shape[2], device=q.device)
-        scores.masked_fill_(key > query[:, None] + k.shape[2] - seqlen_q, -math.inf)
-    lse = torch.logsumexp(scores, -1)
-    probabilities = torch.softmax(scores, -1).masked_fill((lse == -math.inf)[..., None], 0.0)
+        hidden = key > query[:, None] + k.shape[2] - seqlen_q
+        unseen = hidden.all(-1, keepdim=True)
+        # A row of nothing but -inf would make its gradients NaN.
+        scores = scores.masked_fill(hidden & ~unseen, -math.inf)
+    lse = torch.logsumexp(scores, -1).masked_fill(unseen[:, 0], -math.inf)
+    probabilities = torch.softmax(scores, -1).masked_fill(unseen, 0.0)
     return (probabilities @ v).transpose(1, 2), lse
 
 
@@ -67,6 +92,38 @@ def assert_right(out, lse, q, k, v, softmax_scale, causal, **rows):
     lse_error = (lse.to(wide) - exact_lse).masked_fill(unseen, 0.0).abs().max().item()
     assert lse_error <= LSE_TOLERANCE
     assert not out.transpose(1, 2)[unseen].any()  # exactly 0 where nothing is seen
+
+
+def plain_gradients(grad_out, grad_lse, q, k, v, softmax_scale, causal, dtype):
+    """The gradients of `plain_attention` by autograd, all of it in `dtype`."""
+    inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+    out, lse = plain_attention(*inputs, softmax_scale, causal, dtype)
+    outputs, grads = [out], [grad_out.to(dtype)]
+    if grad_lse is not None:
+        seen = lse != -math.inf
+        outputs.append(lse[seen])
+        grads.append(grad_lse[seen].to(dtype))
+    return torch.autograd.grad(outputs, inputs, grads)
+
+
+def assert_gradients_right(grads, grad_out, grad_lse, q, k, v, softmax_scale, causal):
+    """`assert_right`'s rule for each of the gradients of q, k and v."""
+    wide = torch.float64 if q.dtype == torch.float32 else torch.float32
+    problem = (grad_out, grad_lse, q, k, v, softmax_scale, causal)
+    exact = plain_gradients(*problem, wide)
+    plain = plain_gradients(*problem, q.dtype)
+    # dS is a difference of two sums of head_dim products, both in fp32; where a query sees one key
+    # nothing else is left of it.
+    noise = q.shape[-1] * 2.0**-22
+    for name, grad, right, other in zip("qkv", grads, exact, plain, strict=True):
+        assert grad.shape == right.shape
+        assert grad.dtype == q.dtype
+        if right.numel() == 0:
+            continue
+        rounding = right.abs().max().item() * torch.finfo(q.dtype).eps
+        allowed = 2 * (other.to(wide) - right).abs().max().item() + rounding + noise
+        error = (grad.to(wide) - right).abs().max().item()  # NaN if any element is NaN
+        assert error <= allowed, f"gradient of {name}: error {error}, allowed {allowed}"
 
 
 def poison(q):
@@ -100,14 +157,14 @@ def check(q, k, v, causal=False, softmax_scale=None, **arguments):
     return out, lse
 
 
-def skip_unless_built(dtype, head_dim, causal):
+def skip_unless_built(dtype, head_dim, causal, of_pass="forward"):
     """Builds may hold only some dtypes and head dims."""
     mask = "causal" if causal else "full"
-    for row in tile_configs():
+    for row in tile_configs(of_pass):
         if (
             DTYPES[row["dtype"]] == dtype
             and row["head_dim"] >= head_dim
             and row["mask"] in ("any", mask)
         ):
             return
-    pytest.skip(f"this build has no kernel for {dtype}, head dim {head_dim}, {mask}")
+    pytest.skip(f"this build has no {of_pass} kernel for {dtype}, head dim {head_dim}, {mask}")

@@ -17,7 +17,7 @@ from cute_kernels import _C
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = Path(_C.__file__)
 INCLUDE = Path(cute_kernels.get_include())
-KERNELS = [row["name"] for row in cute_kernels.tile_configs()]
+KERNELS = [row["name"] for row in cute_kernels.tile_configs("forward")]
 
 
 def cuda_tools() -> str:

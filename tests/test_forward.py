@@ -2,34 +2,16 @@
 
 import pytest
 import torch
-from parity import DTYPES, assert_right, check, poison, random_qkv, run, skip_unless_built
+from parity import DTYPES, GRID, assert_right, check, poison, random_qkv, run, skip_unless_built
 
 import cute_kernels
 
-SEQLENS = [(1, 1), (1, 8192), (113, 203), (799, 3), (1023, 1024), (4224, 4224)]
-HEAD_DIMS = [64, 128, 256, 40, 72, 96, 136]
-HEADS = [(4, 4), (6, 2), (4, 1)]  # MHA, GQA, MQA
 MASKS = {"full": False, "causal": True}
-
-
-def grid():
-    """Everything on the GPU; less on the CPU, which has no kernels to choose from."""
-    shapes = {
-        "cpu": [(64, HEADS[0]), (128, HEADS[1]), (40, HEADS[2])],
-        "cuda": [(head_dim, heads) for head_dim in HEAD_DIMS for heads in HEADS],
-    }
-    for device, head_dims_and_heads in shapes.items():
-        for seqlen_q, seqlen_k in SEQLENS:
-            for head_dim, heads in head_dims_and_heads:
-                if device == "cpu" and seqlen_q * seqlen_k > 2**23:
-                    continue  # seconds each; test_reference.py has one
-                name = f"{device}-{seqlen_q}x{seqlen_k}-d{head_dim}-h{heads[0]}:{heads[1]}"
-                yield pytest.param(device, (seqlen_q, seqlen_k), head_dim, heads, id=name)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("device", "seqlens", "head_dim", "heads"), list(grid()))
+@pytest.mark.parametrize(("device", "seqlens", "head_dim", "heads"), GRID)
 def test_matches_the_definition(request, device, seqlens, head_dim, heads, dtype, mask):
     if device == "cuda":
         request.getfixturevalue("hopper")
@@ -147,13 +129,13 @@ def test_poison_reaches_the_outputs(hopper):
     assert lse.isnan().all()
 
 
-ROWS = [pytest.param(row, id=row["name"]) for row in cute_kernels.tile_configs()]
+ROWS = [pytest.param(row, id=row["name"]) for row in cute_kernels.tile_configs("forward")]
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_of_the_build(hopper, row):
     masks = MASKS.values() if row["mask"] == "any" else [MASKS[row["mask"]]]
-    index = cute_kernels.tile_configs().index(row)
+    index = cute_kernels.tile_configs("forward").index(row)
     for causal in masks:
         for head_dim in (row["head_dim"], row["head_dim"] - 24):
             for seqlen_q, seqlen_k in [(1, 1), (113, 203), (300, 64), (64, 1111), (1023, 1024)]:

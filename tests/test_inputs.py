@@ -349,9 +349,6 @@ def test_mixed_devices_in_shape_inference():
 
 LATER = {
     "qv": torch.zeros(1),
-    "q_descale": torch.ones(1),
-    "k_descale": torch.ones(1),
-    "v_descale": torch.ones(1),
     "window_size": (128, 0),
     "attention_chunk": 64,
     "softcap": 30.0,
@@ -383,13 +380,13 @@ def test_arguments_that_ask_for_nothing():
 
 def test_tile_config_by_unknown_name():
     q, k, v = random_qkv("cpu", torch.bfloat16)
-    known = cute_kernels.tile_configs()[0]["name"]
+    known = cute_kernels.tile_configs("forward")[0]["name"]
     with pytest.raises(ValueError, match=f"tile_config 'no such'.*{known}"):
         flash_attn_func(q, k, v, tile_config="no such")
 
 
 def test_tile_config_that_does_not_fit(hopper):
-    row = min(cute_kernels.tile_configs(), key=lambda row: row["head_dim"])
+    row = min(cute_kernels.tile_configs("forward"), key=lambda row: row["head_dim"])
     if row["head_dim"] == 256:
         pytest.skip("every kernel of this build takes every head dim")
     q, k, v = random_qkv(hopper, DTYPES[row["dtype"]], head_dim=row["head_dim"] + 8)
@@ -404,7 +401,7 @@ def test_tile_config_that_does_not_fit(hopper):
 def test_tile_config_on_the_cpu_is_only_looked_up():
     q, k, v = random_qkv("cpu", torch.bfloat16)
     expected = flash_attn_func(q, k, v)
-    for index, row in enumerate(cute_kernels.tile_configs()):
+    for index, row in enumerate(cute_kernels.tile_configs("forward")):
         assert torch.equal(flash_attn_func(q, k, v, tile_config=row["name"]), expected)
         assert torch.equal(flash_attn_func(q, k, v, tile_config=index), expected)
 
@@ -413,8 +410,9 @@ def test_tile_configs_are_copies():
     rows = cute_kernels.tile_configs()
     assert rows
     assert len({row["name"] for row in rows}) == len(rows)
-    assert {row["pass"] for row in rows} == {"forward"}
-    assert all(row["tile_m"] == 64 * row["consumer_warpgroups"] for row in rows)
+    by_pass = [cute_kernels.tile_configs(name) for name in ("forward", "backward", "forward_fp8")]
+    assert rows == [row for part in by_pass for row in part]
+    assert all(row["tile_m"] == 64 * row["consumer_warpgroups"] for row in by_pass[0])
     rows[0]["name"] = "changed"
     assert cute_kernels.tile_configs()[0]["name"] != "changed"
 

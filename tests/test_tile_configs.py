@@ -1,6 +1,5 @@
 """From the table of tiles to the kernels of a build. Nothing here needs a GPU or a compiler."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -16,10 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 GENERATOR = ROOT / "cmake" / "tile_configs.py"
 TABLE = ROOT / "cute_kernels" / "attention" / "tile_configs.toml"
 
-_spec = importlib.util.spec_from_file_location("tile_configs_generator", GENERATOR)
-generator = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = generator  # its dataclasses look themselves up there
-_spec.loader.exec_module(generator)
+sys.path.append(str(GENERATOR.parent))
+
+import tile_configs as generator  # noqa: E402
+import tile_passes  # noqa: E402
 
 GOOD = {
     "name": "d128_m128n176",
@@ -31,10 +30,10 @@ GOOD = {
 }
 
 
-def table(*rows: dict) -> str:
+def table(*rows: dict, of_pass: str = "forward") -> str:
     text = ""
     for row in rows:
-        text += "[[forward]]\n"
+        text += f"[[{of_pass}]]\n"
         text += "".join(f"{key} = {json.dumps(value)}\n" for key, value in row.items())
     return text
 
@@ -154,8 +153,8 @@ def test_names_are_unique():
 
 
 def test_other_passes_and_broken_files_are_refused():
-    with pytest.raises(generator.TableError, match="unknown table backward"):
-        generator.read_table("[[backward]]\nname = 'x'\n")
+    with pytest.raises(generator.TableError, match="unknown table sideways"):
+        generator.read_table("[[sideways]]\nname = 'x'\n")
     with pytest.raises(generator.TableError, match="not TOML"):
         generator.read_table("[[forward]\n")
 
@@ -176,8 +175,9 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
     sources = generator.write_sources(rows, tmp_path)
     assert [path.name for path in sources] == [
         *(f"{row['name']}.cu" for row in rows),
-        "registry.cpp",
-        "fp8_registry.cpp",
+        "forward_registry.cpp",
+        "backward_registry.cpp",
+        "forward_fp8_registry.cpp",
     ]
     text = (tmp_path / "fp16_d128_m128n176.cu").read_text()
     assert "using Element = cutlass::half_t;" in text
@@ -200,12 +200,13 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
     after = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert {path.name for path in before if path not in after} == {"fp16_d64.cu"}
     changed = {path.name for path in after if after[path] != before[path]}
-    assert changed == {"tile_configs.json", "registry.cpp"}  # no kernel is compiled again
+    assert changed == {"tile_configs.json", "forward_registry.cpp"}  # no kernel is compiled again
 
 
-def test_traits_read_the_constants_that_the_generator_writes():
-    traits = (ROOT / "cute_kernels" / "attention" / "forward" / "traits.hpp").read_text()
-    written = {field.constant for field in (*generator.FIELDS, *generator.DERIVED)} - {None}
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_traits_read_the_constants_that_the_generator_writes(name):
+    traits = (ROOT / "cute_kernels" / "attention" / name / "traits.hpp").read_text()
+    written = {field.constant for field in generator.constants(tile_passes.PASSES[name])}
     assert set(re.findall(r"Tile::(k\w+)", traits)) == written
 
 
@@ -220,14 +221,14 @@ def test_the_projects_own_table_is_right_and_serves_every_call():
 
 
 def test_tile_configs_are_copies_of_the_rows_built():
-    built = cute_kernels.tile_configs()
+    built = cute_kernels.tile_configs("forward")
     assert built
     names = [row["name"] for row in built]
     assert len(set(names)) == len(names)
-    fields = {"pass", "dtype", "consumer_warpgroups"} | {f.name for f in generator.FIELDS}
+    fields = {"pass", "dtype", "consumer_warpgroups"} | {f.name for f in tile_passes.FORWARD_FIELDS}
     assert set(built[0]) == fields - {"dtypes"}
     built[0]["tile_n"] = -1
-    assert cute_kernels.tile_configs()[0]["tile_n"] != -1
+    assert cute_kernels.tile_configs("forward")[0]["tile_n"] != -1
 
 
 def run_generator(*arguments: str) -> subprocess.CompletedProcess:
@@ -244,12 +245,13 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     sources = [Path(source) for source in done.stdout.split(";")]
     assert all(source.exists() for source in sources)
-    kinds = {"bf16_d64", "bf16_d12", "registry", "fp8_regi"}
-    assert {source.name[:8] for source in sources} == kinds
+    kinds = {"bf16_d64", "bf16_d12", "forward_", "backward"}
+    assert kinds <= {source.name[:8] for source in sources}
+    assert not any(name.startswith(("fp16", "e4m3")) for name in (s.name for s in sources))
 
     passes = ("--passes", "forward;forward_fp8")
     done = run_generator("--table", TABLE, "--out", out, "--dtypes", "bf16", *passes)
-    assert {"e4m3_bf1", "int8_bf1"} < {Path(s).name[:8] for s in done.stdout.split(";")}
+    assert {"e4m3_fp8", "int8_fp8"} < {Path(s).name[:8] for s in done.stdout.split(";")}
 
     done = run_generator("--table", TABLE, "--out", out, "--head-dims", "big")
     assert done.returncode == 1
@@ -266,6 +268,66 @@ def test_cmake_stops_with_the_arithmetic(tmp_path):
     wrong.write_text(table(good(stages=3)))
     message = failing_configure(tmp_path / "build", CUTE_KERNELS_TILE_CONFIGS=wrong)
     assert "304128 > 232448 bytes" in message
+
+
+BACKWARD = {
+    "name": "backward_d128",
+    "dtypes": ["bf16", "fp16"],
+    "head_dim": 128,
+    "tile_m": 64,
+    "tile_n": 128,
+    "why": "measured",
+}
+
+
+def backward(**changes) -> str:
+    return table(good()) + table({**BACKWARD, **changes}, of_pass="backward")
+
+
+def test_backward_rows_become_kernels(tmp_path):
+    rows = generator.read_table(backward())
+    names = [row["name"] for row in rows if row["pass"] == "backward"]
+    assert names == ["bf16_backward_d128", "fp16_backward_d128"]
+    sources = generator.write_sources(rows, tmp_path)
+    text = (tmp_path / "fp16_backward_d128.cu").read_text()
+    assert tmp_path / "fp16_backward_d128.cu" in sources
+    assert "using Element = cutlass::half_t;" in text
+    for constant, value in {"HeadDim": 128, "TileM": 64, "Stages": 2}.items():
+        assert f"static constexpr int k{constant} = {value};" in text
+    assert "return backward_workspace_bytes<Tile>(problem);" in text
+    assert "return launch_backward<Tile>(problem, stream);" in text
+    registry = (tmp_path / "backward_registry.cpp").read_text()
+    assert "Registry<BackwardKernel> const kBackwardRegistry{kKernels, 2};" in registry
+    assert json.loads((tmp_path / "tile_configs.json").read_text()) == rows
+
+
+def test_a_table_without_backward_rows_has_an_empty_registry(tmp_path):
+    generator.write_sources(generator.read_table(table(good())), tmp_path)
+    registry = (tmp_path / "backward_registry.cpp").read_text()
+    assert "kBackwardRegistry{nullptr, 0};" in registry
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pingpong": True}, "unknown field pingpong"),
+        ({"tile_m": 80}, "tile_m = 80 must be 64, 128"),
+        ({"tile_n": 320}, "tile_n = 320 must be 64, 128"),
+        ({"mask": "window"}, "'window' is none of any, full, causal"),
+        ({"consumer_warpgroups": 5}, "consumer_warpgroups = 5 must be 2 or 3"),
+        ({"name": GOOD["name"]}, "the name stands 2 times"),
+        (
+            {"tile_m": 128},
+            "registers of a consumer thread: 64 scores + 64 dP + 64 dK + 64 dV + 16 working = 272 "
+            "> 240",
+        ),
+        ({"stages": 4}, "shared memory: 32768 K + 32768 V + 65536 Q + 65536 dO"),
+    ],
+)
+def test_backward_rows_that_make_no_kernel_are_refused(changes, reason):
+    with pytest.raises(generator.TableError) as error:
+        generator.read_table(backward(**changes))
+    assert reason in str(error.value)
 
 
 FP8_ROW = """
@@ -287,15 +349,14 @@ def fp8_table(tile_m=128, tile_n=128, sum_by_mma="false"):
 def test_fp8_rows_become_kernels(tmp_path):
     rows = generator.read_table(fp8_table(sum_by_mma="true"))
     names = [row["name"] for row in rows if row["pass"] == "forward_fp8"]
-    assert names == ["e4m3_bf16_fp8", "e4m3_fp16_fp8", "int8_bf16_fp8", "int8_fp16_fp8"]
+    assert names == ["e4m3_fp8", "int8_fp8"]
     assert len(generator.select(rows, [128], ["bf16"])) == 3
     generator.write_sources(rows, tmp_path)
-    text = (tmp_path / "int8_fp16_fp8.cu").read_text()
-    assert "using ElementQk = int8_t;" in text and "using Output = cutlass::half_t;" in text
+    text = (tmp_path / "int8_fp8.cu").read_text()
+    assert "using ElementQk = int8_t;" in text
     assert "static constexpr bool kSumByMma = true;" in text
-    for row in json.loads((tmp_path / "tile_configs.json").read_text()):
-        assert row["pass"] == "forward"
-    assert (tmp_path / "fp8_registry.cpp").read_text().count("::launch}") == 4
+    assert json.loads((tmp_path / "tile_configs.json").read_text()) == rows
+    assert (tmp_path / "forward_fp8_registry.cpp").read_text().count("::launch}") == 2
 
 
 @pytest.mark.parametrize(

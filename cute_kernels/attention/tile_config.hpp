@@ -30,7 +30,7 @@ struct TileConfig {
 };
 
 /// What the automatic choice looks at.
-struct ForwardShape {
+struct CallShape {
   ElementType dtype;
   int64_t batch;
   int64_t seqlen_q;
@@ -41,25 +41,51 @@ struct ForwardShape {
 };
 
 struct ForwardKernel {
+  static constexpr char const* kPass = "forward";
   TileConfig config;
   cudaError_t (*launch)(ForwardProblem const&, cudaStream_t);
 };
 
-/// All kernels of this build in the order of the table; tile_configs.json lists the same rows.
-struct ForwardRegistry {
-  ForwardKernel const* kernels;
-  int count;
-
-  ForwardKernel const* begin() const { return kernels; }
-  ForwardKernel const* end() const { return kernels + count; }
+struct BackwardTileConfig {
+  char const* name;
+  ElementType dtype;
+  int head_dim;  // the kernel takes head dims up to this one
+  MaskClass mask;
+  int tile_n;  // keys of one CTA
 };
 
-extern ForwardRegistry const kForwardRegistry;
+struct BackwardKernel {
+  static constexpr char const* kPass = "backward";
+  BackwardTileConfig config;
+  int64_t (*workspace_bytes)(BackwardProblem const&);
+  cudaError_t (*launch)(BackwardProblem const&, cudaStream_t);
+};
+
+/// A pass's kernels of this build in the order of the table; tile_configs.json lists the same rows.
+template <class Kernel>
+struct Registry {
+  Kernel const* kernels;
+  int count;
+
+  Kernel const* begin() const { return kernels; }
+  Kernel const* end() const { return kernels + count; }
+};
+
+extern Registry<ForwardKernel> const kForwardRegistry;
+extern Registry<BackwardKernel> const kBackwardRegistry;
+
+/// Whether the automatic choice may give the call to the kernel of this row.
+template <class Config>
+bool may_take(Config const& config, CallShape const& shape) {
+  MaskClass const wanted = shape.causal ? MaskClass::kCausal : MaskClass::kFull;
+  return config.dtype == shape.dtype && config.head_dim >= shape.head_dim &&
+         (config.mask == MaskClass::kAny || config.mask == wanted);
+}
 
 /// Time of a call in arbitrary units: rounds of tiles over the multiprocessors, each as long as its
 /// queries and keys. A causal mask has short tiles to fill the last round with; what its diagonal
 /// wastes grows with tile_m.
-inline double estimate_forward(TileConfig const& config, ForwardShape const& shape,
+inline double estimate_forward(TileConfig const& config, CallShape const& shape,
                                int multiprocessors) {
   double const seqlen_q = static_cast<double>(shape.seqlen_q);
   double const seqlen_k = static_cast<double>(shape.seqlen_k);
@@ -76,20 +102,28 @@ inline double estimate_forward(TileConfig const& config, ForwardShape const& sha
 
 /// Of the kernels with the smallest fitting head dim whose mask class allows the call, the one with
 /// the shortest estimate, the first of equals; null where there is none.
-inline ForwardKernel const* choose_forward(ForwardShape const& shape, int multiprocessors) {
-  MaskClass const wanted = shape.causal ? MaskClass::kCausal : MaskClass::kFull;
+inline ForwardKernel const* choose_forward(CallShape const& shape, int multiprocessors) {
   ForwardKernel const* best = nullptr;
   double best_time = 0;
   for (ForwardKernel const& kernel : kForwardRegistry) {
     TileConfig const& config = kernel.config;
-    if (config.dtype != shape.dtype || config.head_dim < shape.head_dim) continue;
-    if (config.mask != MaskClass::kAny && config.mask != wanted) continue;
+    if (!may_take(config, shape)) continue;
     if (best != nullptr && config.head_dim > best->config.head_dim) continue;
     double const time = estimate_forward(config, shape, multiprocessors);
     if (best == nullptr || config.head_dim < best->config.head_dim || time < best_time) {
       best = &kernel;
       best_time = time;
     }
+  }
+  return best;
+}
+
+/// The first of the kernels with the smallest fitting head dim; null where there is none.
+inline BackwardKernel const* choose_backward(CallShape const& shape) {
+  BackwardKernel const* best = nullptr;
+  for (BackwardKernel const& kernel : kBackwardRegistry) {
+    if (!may_take(kernel.config, shape)) continue;
+    if (best == nullptr || kernel.config.head_dim < best->config.head_dim) best = &kernel;
   }
   return best;
 }

@@ -42,8 +42,8 @@ attention::Device const& hopper(int index) {
     facts.device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
   });
   require(facts.major == 9 && facts.minor == 0,
-          "flash_attn_forward needs a Hopper GPU (compute capability 9.0: H100, H200), but cuda:",
-          index, " has ", facts.major, ".", facts.minor);
+          "cute_kernels needs a Hopper GPU (compute capability 9.0: H100, H200), but cuda:", index,
+          " has ", facts.major, ".", facts.minor);
   return facts.device;
 }
 

@@ -13,20 +13,6 @@ namespace cute_kernels::binding {
 
 constexpr int kTmaBytes = 16;  // a TMA descriptor's address and strides are multiples of it
 
-/// Whether TMA and 16-byte accesses can read a (batch, seqlen, heads, head_dim) tensor.
-inline bool suits_tma(Argument const& a, int element_bytes) {
-  if (reinterpret_cast<uintptr_t>(a.tensor.data_ptr()) % kTmaBytes != 0) return false;
-  for (int dim = 0; dim < 3; ++dim) {
-    if (a.size(dim) > 1 && a.stride(dim) * element_bytes % kTmaBytes != 0) return false;
-  }
-  return true;
-}
-
-/// The tensor itself, or a copy where TMA cannot read it (an odd storage offset or stride).
-inline torch::stable::Tensor tma_readable(Argument const& a, int element_bytes) {
-  return suits_tma(a, element_bytes) ? a.tensor : torch::stable::clone(a.tensor);
-}
-
 inline attention::TensorView view(torch::stable::Tensor const& tensor) {
   auto const sizes = tensor.sizes();
   auto const strides = tensor.strides();
@@ -55,6 +41,24 @@ inline torch::stable::Tensor empty(int rank, int64_t const* sizes,
 inline torch::stable::Tensor empty(std::initializer_list<int64_t> sizes,
                                    torch::headeronly::ScalarType dtype, int device) {
   return empty(static_cast<int>(sizes.size()), sizes.begin(), dtype, device);
+}
+
+/// Whether TMA and 16-byte accesses can read a (batch, seqlen, heads, head_dim) tensor.
+inline bool suits_tma(Argument const& a, int element_bytes) {
+  if (reinterpret_cast<uintptr_t>(a.tensor.data_ptr()) % kTmaBytes != 0) return false;
+  if (a.stride(3) != 1 && a.size(3) > 1) return false;
+  for (int dim = 0; dim < 3; ++dim) {
+    if (a.size(dim) > 1 && a.stride(dim) * element_bytes % kTmaBytes != 0) return false;
+  }
+  return true;
+}
+
+/// The tensor itself, or a dense copy where TMA cannot read it (an odd storage offset or stride).
+inline torch::stable::Tensor tma_readable(Argument const& a, int element_bytes) {
+  if (suits_tma(a, element_bytes)) return a.tensor;
+  torch::stable::Tensor copy =
+      empty(static_cast<int>(a.sizes.size()), a.sizes.data(), a.dtype, a.device);
+  return torch::stable::copy_(copy, a.tensor);
 }
 
 }  // namespace cute_kernels::binding

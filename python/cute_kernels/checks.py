@@ -1,7 +1,6 @@
-"""What a call of the operator may look like, for the CPU and for shape inference.
+"""What a call of the operators may look like, for the CPU and for shape inference.
 
-The CUDA implementation checks the same, in the same words, in C++
-(cute_kernels/torch/flash_attn_forward.cpp).
+The CUDA implementations check the same, in the same words, in C++ (cute_kernels/torch/call.cpp).
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from cute_kernels.reference import accumulator_dtype
 from cute_kernels.tiles import AUTOMATIC, tile_configs
 
 MAX_HEAD_DIM = 256
@@ -18,26 +18,78 @@ HEAD_DIM_MULTIPLE = 8
 
 _GPU_DTYPES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (*_GPU_DTYPES, torch.float32, torch.float64)
-_TILES = len(tile_configs())
+_TILES = {name: len(tile_configs(name)) for name in ("forward", "backward")}
 
 
 def check_forward(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, tile_config: int) -> None:
-    """Raises ValueError or TypeError unless the operator can answer this call."""
+    """Raises ValueError or TypeError unless the forward operator can answer this call."""
+    _check_call(q, k, v, softmax_scale)
+    _check_tile_config(tile_config, "forward")
+
+
+def check_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    tile_config: int,
+) -> None:
+    """Raises ValueError or TypeError unless the backward operator can answer this call."""
+    _check_call(q, k, v, softmax_scale)
+    for name, tensor in (("out", out), ("grad_out", grad_out)):
+        _check_like(name, tensor, q)
+        if tensor.shape != q.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, must be {tuple(q.shape)} like q"
+            )
+    batch, seqlen, heads, _ = q.shape
+    dtype = accumulator_dtype(q.dtype)
+    for name, given in (("lse", lse), ("grad_lse", grad_lse)):
+        if given is None:
+            continue
+        _check_device(name, given, q)
+        if given.dtype != dtype:
+            raise TypeError(f"{name} has dtype {given.dtype}, must be {dtype}")
+        if given.shape != (batch, heads, seqlen):
+            raise ValueError(
+                f"{name} has shape {tuple(given.shape)}, must be (batch, heads, seqlen_q) = "
+                f"{(batch, heads, seqlen)}"
+            )
+    _check_tile_config(tile_config, "backward")
+
+
+def _check_call(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> None:
     _check_alone("q", q)
     for name, tensor in (("k", k), ("v", v)):
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}, must be on {q.device} like q")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, must be {q.dtype} like q")
+        _check_like(name, tensor, q)
         _check_alone(name, tensor)
     _check_shapes(q, k, v)
     if not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and greater than 0")
-    if tile_config != AUTOMATIC and not 0 <= tile_config < _TILES:
+
+
+def _check_tile_config(tile_config: int, of_pass: str) -> None:
+    count = _TILES[of_pass]
+    if tile_config != AUTOMATIC and not 0 <= tile_config < count:
         raise ValueError(
             f"tile_config is {tile_config}, must be {AUTOMATIC} (automatic) or an index "
-            f"below {_TILES}"
+            f"below {count}"
         )
+
+
+def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.device != q.device:
+        raise ValueError(f"{name} is on {tensor.device}, must be on {q.device} like q")
+
+
+def _check_like(name: str, tensor: Tensor, q: Tensor) -> None:
+    _check_device(name, tensor, q)
+    if tensor.dtype != q.dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, must be {q.dtype} like q")
 
 
 def _check_alone(name: str, tensor: Tensor) -> None:

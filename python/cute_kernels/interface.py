@@ -5,19 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cute_kernels.operators import flash_attn_forward
+from cute_kernels.fp8 import flash_attn_e4m3
+from cute_kernels.operators import (
+    flash_attn_forward,
+    forward_with_gradient,
+    forward_without_gradient,
+)
 from cute_kernels.tiles import AUTOMATIC, tile_index
 
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
 # FlashAttention-3's arguments whose feature is not there yet, with the values that ask for nothing.
 _LATER: dict[str, tuple[object, ...]] = {
     "qv": (None,),
-    "q_descale": (None,),
-    "k_descale": (None,),
-    "v_descale": (None,),
     "window_size": ((-1, -1), [-1, -1], (None, None)),
     "attention_chunk": (0,),
     "softcap": (0.0,),
@@ -25,6 +26,7 @@ _LATER: dict[str, tuple[object, ...]] = {
     "pack_gqa": (None, False),
     "sm_margin": (0,),
 }
+_NO_DESCALES = (None, None, None)
 _LATER_DEFAULTS = tuple(values[0] for values in _LATER.values())
 
 
@@ -64,10 +66,15 @@ def flash_attn_func(
         v: shape, dtype and device of k.
         softmax_scale: finite, greater than 0; ``head_dim ** -0.5`` if None.
         causal: query i sees key j only if ``j <= i + seqlen_k - seqlen_q`` (bottom-right aligned).
-        qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits,
-            pack_gqa, sm_margin: not there yet; anything that would change the call raises
-            NotImplementedError.
-        deterministic: no effect; on one GPU model and build the result is always the same bits.
+        q_descale, k_descale, v_descale: for q, k and v of float8_e4m3fn, what they are to be
+            multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
+            are multiples of 16, returns bfloat16 and has no gradient. From 16-bit tensors,
+            `flash_attn_fp8_func` loses less.
+        qv, window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin: not there yet;
+            anything that would change the call raises NotImplementedError.
+        deterministic: gradients on CUDA are the same bits from run to run, at some cost; without
+            it the order in which the blocks of keys add to q's gradient varies. Has no effect on
+            the output and on the CPU, which are always the same bits on one machine and build.
         return_attn_probs: FlashAttention-3's name for ``return_lse``.
         return_lse: also return the LSE.
         tile_config: name or index of a row of ``cute_kernels.tile_configs()`` to run, instead of
@@ -76,8 +83,8 @@ def flash_attn_func(
     Returns:
         The output, like q but always contiguous, and if asked for the LSE: (batch, heads,
         seqlen_q), float32 (float64 for float64 inputs), the natural logarithm of the softmax's
-        denominator. A query that sees no key gets 0 and -inf. On the CPU both have gradients; on
-        CUDA backward() raises NotImplementedError.
+        denominator. A query that sees no key gets 0 and -inf. Both have gradients, once; kept for
+        them are q, k, v, the output and the LSE.
 
     Raises:
         ValueError, TypeError: an argument on the CPU is not as described.
@@ -86,9 +93,6 @@ def flash_attn_func(
     """
     later = (
         qv,
-        q_descale,
-        k_descale,
-        v_descale,
         window_size,
         attention_chunk,
         softcap,
@@ -98,20 +102,26 @@ def flash_attn_func(
     )
     if later != _LATER_DEFAULTS:
         _refuse_unless_harmless(later)
+    descales = (q_descale, k_descale, v_descale)
+    if descales != _NO_DESCALES or getattr(q, "dtype", None) is torch.float8_e4m3fn:
+        if tile_config is not None:
+            raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
+        out, lse = flash_attn_e4m3(q, k, v, *descales, softmax_scale, causal)
+        return (out, lse) if return_lse or return_attn_probs else out
     index = AUTOMATIC if tile_config is None else tile_index(tile_config)
     try:
         if softmax_scale is None:
             softmax_scale = q.shape[-1] ** -0.5
-        needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if _is_compiling():
+            forward = flash_attn_forward
+        elif _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            forward = forward_with_gradient
+        else:
+            forward = forward_without_gradient
     except (AttributeError, IndexError, ZeroDivisionError):
         # Something is wrong with q, k or v, and the operator says what.
-        softmax_scale, needs_grad = 1.0, True
-    if needs_grad or _is_compiling():
-        out, lse = flash_attn_forward(q, k, v, softmax_scale, causal, index)
-    else:
-        # The operator's autograd is written in Python, which would cost a small call microseconds.
-        with _below_autograd():
-            out, lse = flash_attn_forward(q, k, v, softmax_scale, causal, index)
+        softmax_scale, forward = 1.0, flash_attn_forward
+    out, lse = forward(q, k, v, softmax_scale, causal, index, deterministic)
     return (out, lse) if return_lse or return_attn_probs else out
 
 

@@ -1,7 +1,7 @@
 """The registered operators: everything about them that is not compiled.
 
-The extension defines ``flash_attn_forward`` and its CUDA implementation; here are its CPU
-implementation, its shape inference, and its gradient as an operator of its own.
+The extension defines ``flash_attn_forward`` and ``flash_attn_backward`` with their CUDA
+implementations; here are their CPU implementations, shape inference and gradients.
 """
 
 from __future__ import annotations
@@ -11,24 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cute_kernels.extension  # noqa: F401  defines the forward operator
+import cute_kernels.extension  # noqa: F401  defines the operators
 from cute_kernels import reference
-from cute_kernels.checks import check_forward
+from cute_kernels.checks import check_backward, check_forward
+from cute_kernels.tiles import AUTOMATIC, tile_configs
 
 NAMESPACE = "cute_kernels"
 FORWARD = f"{NAMESPACE}::flash_attn_forward"
 BACKWARD = f"{NAMESPACE}::flash_attn_backward"
 
-torch.library.define(
-    BACKWARD,
-    "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "float softmax_scale, bool causal) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
-)
+# Looked up once: torch.ops.x.y costs a call more.
+flash_attn_forward = getattr(torch.ops, NAMESPACE).flash_attn_forward.default
+flash_attn_backward = getattr(torch.ops, NAMESPACE).flash_attn_backward.default
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
 
 
 @torch.library.impl(FORWARD, "cpu")
 def _forward_cpu(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, tile_config: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    tile_config: int,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     check_forward(q, k, v, softmax_scale, tile_config)
     with torch.autocast("cpu", enabled=False):
@@ -36,42 +45,97 @@ def _forward_cpu(
 
 
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, tile_config: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    tile_config: int,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     check_forward(q, k, v, softmax_scale, tile_config)
     return reference.empty_outputs(q)
 
 
 @torch.library.impl(BACKWARD, "cpu")
-def _backward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_cpu(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+    tile_config: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward(grad_out, grad_lse, q, k, v, out, lse, softmax_scale, tile_config)
     with torch.autocast("cpu", enabled=False):
-        return reference.attention_backward(*arguments)
-
-
-@torch.library.impl(BACKWARD, "cuda")
-def _backward_cuda(*_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError(
-        "the gradient of flash_attn_func on CUDA is not there yet: call it under torch.no_grad() "
-        "or on tensors that need no gradient, or on the CPU"
-    )
+        return reference.attention_backward(
+            grad_out, grad_lse, q, k, v, out, lse, softmax_scale, causal
+        )
 
 
 def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+    tile_config: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward(grad_out, grad_lse, q, k, v, out, lse, softmax_scale, tile_config)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.softmax_scale, ctx.causal, _ = inputs
-    ctx.save_for_backward(q, k, v, *output)
-
-
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = flash_attn_backward(
-        grad_out, grad_lse, *ctx.saved_tensors, ctx.softmax_scale, ctx.causal
+def _backward_not_built(*_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError(
+        "this build has no kernels for the gradient of flash_attn_func on CUDA: call it under "
+        "torch.no_grad() or on tensors that need no gradient, or on the CPU"
     )
-    return (*grads, None, None, None)
+
+
+if not tile_configs("backward"):
+    torch.library.impl(BACKWARD, "cuda", _backward_not_built)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.softmax_scale, ctx.causal, _, ctx.deterministic = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)  # an LSE that nobody uses costs nothing
+
+
+def _backward(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    if _is_grad_enabled() or _is_compiling():  # a second derivative is asked for and refused
+        operator = flash_attn_backward
+    else:
+        operator = _backward_past_autograd
+    grads = operator(
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        ctx.softmax_scale,
+        ctx.causal,
+        ctx.deterministic,
+        AUTOMATIC,
+    )
+    return (*grads, None, None, None, None)
 
 
 def _backward_of_backward(ctx: Any, *_: Tensor) -> None:
@@ -83,6 +147,32 @@ torch.library.register_fake(BACKWARD, _backward_fake)
 torch.library.register_autograd(FORWARD, _backward, setup_context=_save_for_backward)
 torch.library.register_autograd(BACKWARD, _backward_of_backward)
 
-# Looked up once: torch.ops.x.y costs a call more.
-flash_attn_forward = getattr(torch.ops, NAMESPACE).flash_attn_forward.default
-flash_attn_backward = getattr(torch.ops, NAMESPACE).flash_attn_backward.default
+
+# The autograd that register_autograd gives an operator is written in Python and costs a small call
+# tens of microseconds. Compilers need it; eager calls have cheaper ways.
+
+
+def forward_without_gradient(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """The forward operator past its autograd."""
+    with _below_autograd():
+        output: tuple[Tensor, Tensor] = flash_attn_forward(*inputs)
+    return output
+
+
+def _backward_past_autograd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with _below_autograd():
+        grads: tuple[Tensor, Tensor, Tensor] = flash_attn_backward(*inputs)
+    return grads
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = forward_without_gradient(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+forward_with_gradient = _Differentiable.apply

@@ -132,7 +132,7 @@ def attention_forward(
 
 def attention_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -153,7 +153,8 @@ def attention_backward(
     for queries in blocks.queries():
         q_rows, grad_rows = blocks.rows(q, queries), blocks.rows(grad_out, queries)
         delta = (grad_rows * blocks.rows(out, queries)).sum(-1, keepdim=True)
-        delta -= blocks.row_values(grad_lse, queries)  # dLSE / dS = P
+        if grad_lse is not None:
+            delta -= blocks.row_values(grad_lse, queries)  # dLSE / dS = P
         lse_rows = blocks.row_values(lse, queries)
         grad_q_rows = torch.zeros_like(q_rows)
         for keys, hidden in blocks.keys(queries):

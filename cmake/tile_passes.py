@@ -1,0 +1,321 @@
+"""The passes that a table of tiles has rows for: columns, what fits, and the names in C++.
+
+tile_configs.py reads the table and writes the sources.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Field:
+    """A column of the table, and the constant of the C++ Tile that carries it, if any does."""
+
+    name: str
+    type: type
+    default: Any = REQUIRED
+    constant: str | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A kind of rows. `cpp` names it in C++: "Forward" for ForwardTraits, ForwardProblem,
+    kForwardRegistry and launch_forward."""
+
+    name: str  # of the table, and "pass" in tile_configs.json
+    cpp: str
+    launch_header: str
+    registry_header: str
+    fields: tuple[Field, ...]
+    dtypes: Mapping[str, tuple[str, str]]  # name: (C++ element, registry's enumerator)
+    element: str  # what Tile calls the C++ element
+    config: Callable[[Row], tuple[object, ...]]  # the registry's columns after name and dtype
+    shared_memory: Callable[[Row], dict[str, int]]  # bytes by part, as SharedStorage has them
+    registers: Callable[[Row], dict[str, int]]  # 32-bit registers of a consumer thread by use
+    problems: Callable[[Row], list[str]]  # what is wrong with a row of this pass alone
+    workspace: bool = False  # whether a launch needs memory of the caller's
+
+    @property
+    def function(self) -> str:
+        return re.sub(r"(?<=.)([A-Z])", r"_\1", self.cpp).lower()
+
+
+DTYPES = {
+    "bf16": ("cutlass::bfloat16_t", "ElementType::kBFloat16"),
+    "fp16": ("cutlass::half_t", "ElementType::kFloat16"),
+}
+FP8_DTYPES = {  # of Q and K
+    "e4m3": ("cutlass::float_e4m3_t", "ScoreType::kE4m3"),
+    "int8": ("int8_t", "ScoreType::kInt8"),
+}
+MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal"}
+
+ELEMENT_BYTES = 2
+ACCUMULATOR_BYTES = 4
+SCALE_ROWS = 64  # FP8: keys that share a scale
+WARPGROUP_M = 64
+WARPGROUP_THREADS = 128
+SHARED_BYTES = 227 * 1024  # what a block of sm_90 can have
+SWIZZLE_BYTES = 1024  # every buffer, and so the whole, is aligned to the 128-byte swizzle's period
+# What setmaxnreg leaves a consumer thread (forward/traits.hpp); one consumer warpgroup keeps the
+# compiler's limit.
+CONSUMER_REGISTERS = {1: 255, 2: 240, 3: 160, 4: 112}
+# Row maxima and sums, addresses, barrier phases, loop counters: what no kernel does without.
+WORKING_REGISTERS = 16
+
+# A new column is a new line here and a constant that the pass's traits read.
+HEAD = (
+    Field("name", str),
+    Field("dtypes", list),
+    Field("head_dim", int, REQUIRED, "kHeadDim"),
+)
+FORWARD_FIELDS = (
+    *HEAD,
+    Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
+    Field("mask", str, "any"),
+    Field("tile_m", int),
+    Field("tile_n", int, REQUIRED, "kTileN"),
+    Field("stages", int, 2, "kStages"),
+    Field("pingpong", bool, True, "kPingpong"),
+    Field("overlap", bool, True, "kOverlap"),
+    Field("separate_output", bool, False, "kSeparateOutput"),
+    Field("speed", float, 1.0),
+    Field("overhead", int, 0),
+    Field("why", str),
+)
+FP8_FIELDS = (
+    *HEAD,
+    Field("tile_m", int),
+    Field("tile_n", int, REQUIRED, "kTileN"),
+    Field("stages", int, 2, "kStages"),
+    Field("pingpong", bool, True, "kPingpong"),
+    Field("overlap", bool, True, "kOverlap"),
+    Field("sum_by_mma", bool, False, "kSumByMma"),
+    Field("why", str),
+)
+BACKWARD_FIELDS = (
+    *HEAD,
+    Field("mask", str, "any"),
+    Field("tile_m", int, REQUIRED, "kTileM"),
+    Field("tile_n", int, REQUIRED, "kTileN"),
+    Field("stages", int, 2, "kStages"),
+    Field("consumer_warpgroups", int, 2, "kConsumerWarpgroups"),
+    Field("why", str),
+)
+# A forward tile has 64 queries for each consumer warpgroup; a backward row says both.
+CONSUMER_WARPGROUPS = Field("consumer_warpgroups", int, REQUIRED, "kConsumerWarpgroups")
+
+
+def aligned(parts: Mapping[str, int]) -> dict[str, int]:
+    return {name: -(-size // SWIZZLE_BYTES) * SWIZZLE_BYTES for name, size in parts.items()}
+
+
+def forward_shared_memory(row: Row) -> dict[str, int]:
+    stages, consumers = row["stages"], row["consumer_warpgroups"]
+    k = stages * row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
+    v = stages * row["tile_n"] * row["head_dim_v"] * ELEMENT_BYTES
+    q = consumers * WARPGROUP_M * row["head_dim"] * ELEMENT_BYTES
+    o = consumers * WARPGROUP_M * row["head_dim_v"] * ELEMENT_BYTES if row["separate_output"] else 0
+    # full and empty, 8 bytes each: for every stage of K and V, and for every warpgroup's Q
+    barriers = 2 * 8 * (2 * stages + consumers)
+    return aligned({"K": k, "V": v, "Q": q, "O": o, "barriers": barriers})
+
+
+def forward_registers(row: Row) -> dict[str, int]:
+    scores = WARPGROUP_M * row["tile_n"] // WARPGROUP_THREADS
+    return {
+        "scores": scores,
+        "output": WARPGROUP_M * row["head_dim_v"] // WARPGROUP_THREADS,
+        "packed P": scores * ELEMENT_BYTES // 4,
+        "working": WORKING_REGISTERS,
+    }
+
+
+def fp8_shared_memory(row: Row) -> dict[str, int]:
+    stages, consumers = row["stages"], row["consumer_warpgroups"]
+    channels = row["head_dim"] + (8 if row["sum_by_mma"] else 0)
+    queries = consumers * WARPGROUP_M * row["head_dim"]
+    return aligned(
+        {
+            "K": stages * row["tile_n"] * row["head_dim"],
+            "V": stages * row["tile_n"] * channels,
+            "Q": queries,
+            "O": queries * ELEMENT_BYTES,
+            "barriers": 2 * 8 * (2 * stages + consumers),
+        }
+    )
+
+
+def fp8_registers(row: Row) -> dict[str, int]:
+    scores = WARPGROUP_M * row["tile_n"] // WARPGROUP_THREADS
+    channels = row["head_dim"] + (8 if row["sum_by_mma"] else 0)
+    return {
+        "scores": scores,
+        "output": WARPGROUP_M * channels // WARPGROUP_THREADS,
+        "packed P": scores // 4 if row["overlap"] else 0,
+        "working": WORKING_REGISTERS,
+    }
+
+
+def backward_shared_memory(row: Row) -> dict[str, int]:
+    stages, consumers = row["stages"], row["consumer_warpgroups"]
+    keys = row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
+    queries = stages * row["tile_m"] * row["head_dim"] * ELEMENT_BYTES
+    rows = 2 * stages * row["tile_m"] * ACCUMULATOR_BYTES
+    # full and empty of every stage of Q and dO and of every warpgroup's dQ; full of K, V, dS twice
+    barriers = 8 * (4 * stages + 2 * consumers + 4)
+    return aligned(
+        {
+            "K": keys,
+            "V": keys,
+            "Q": queries,
+            "dO": queries,
+            "dS": 2 * row["tile_m"] * row["tile_n"] * ELEMENT_BYTES,
+            "dQ": row["tile_m"] * row["head_dim"] * ACCUMULATOR_BYTES,
+            "LSE, delta and barriers": rows + barriers,
+        }
+    )
+
+
+def backward_registers(row: Row) -> dict[str, int]:
+    threads = row["consumer_warpgroups"] * WARPGROUP_THREADS
+    scores = row["tile_m"] * row["tile_n"] // threads  # later dQ is in their place
+    gradient = row["tile_n"] * row["head_dim"] // threads
+    return {
+        "scores": scores,
+        "dP": scores,
+        "dK": gradient,
+        "dV": gradient,
+        "working": WORKING_REGISTERS,
+    }
+
+
+def forward_problems(row: Row) -> list[str]:
+    found = query_block_problems(row)
+    if row["head_dim_v"] > row["head_dim"] and not row["separate_output"]:
+        found.append(
+            f"head_dim_v = {row['head_dim_v']} > head_dim = {row['head_dim']}: O does not fit in "
+            f"Q's shared memory; set separate_output = true"
+        )
+    if row["tile_n"] % 16 or not 16 <= row["tile_n"] <= 256:
+        found.append(
+            f"tile_n = {row['tile_n']} must be a multiple of 16 up to 256: it is N of the WGMMA "
+            f"Q K^T (at most 256) and K of P V (steps of 16)"
+        )
+    if row["speed"] <= 0 or row["overhead"] < 0:
+        found.append(
+            f"speed = {row['speed']} must be above 0, overhead = {row['overhead']} at least 0"
+        )
+    return found
+
+
+def fp8_problems(row: Row) -> list[str]:
+    found = query_block_problems(row)
+    if row["tile_n"] % SCALE_ROWS or not SCALE_ROWS <= row["tile_n"] <= 256:
+        found.append(
+            f"tile_n = {row['tile_n']} must be a multiple of {SCALE_ROWS}, the keys that share a "
+            f"scale, up to 256"
+        )
+    if row["sum_by_mma"] and (row["tile_n"] > 128 or row["head_dim"] == 256):
+        found.append(
+            "sum_by_mma needs tile_n of 64 or 128 (one swizzled column) and head_dim + 8 <= 256"
+        )
+    return found
+
+
+def query_block_problems(row: Row) -> list[str]:
+    """Of rows whose consumer warpgroups have 64 queries each."""
+    consumers = row["consumer_warpgroups"]
+    if row["tile_m"] % WARPGROUP_M or not 1 <= consumers <= 4:
+        return [
+            f"tile_m = {row['tile_m']} must be 64, 128, 192 or 256: WGMMA's M is 64 for each of "
+            f"one to four consumer warpgroups"
+        ]
+    if consumers == 1 and row["pingpong"]:
+        return [
+            f"pingpong needs two or more consumer warpgroups to take turns; "
+            f"tile_m = {row['tile_m']} has one"
+        ]
+    return []
+
+
+def backward_problems(row: Row) -> list[str]:
+    found = []
+    for name in ("tile_m", "tile_n"):
+        if row[name] % WARPGROUP_M or not WARPGROUP_M <= row[name] <= 256:
+            found.append(
+                f"{name} = {row[name]} must be 64, 128, 192 or 256: WGMMA's M is 64, its N at most "
+                f"256, and both blocks stand at either"
+            )
+    if row["consumer_warpgroups"] not in (2, 3):
+        found.append(f"consumer_warpgroups = {row['consumer_warpgroups']} must be 2 or 3")
+    return found
+
+
+def forward_config(row: Row) -> tuple[object, ...]:
+    mask = f"MaskClass::{MASKS[row['mask']]}"
+    sizes = (row["head_dim"], row["head_dim_v"], mask, row["tile_m"])
+    return (*sizes, row["speed"], row["overhead"])
+
+
+def fp8_config(row: Row) -> tuple[object, ...]:
+    return row["head_dim"], row["tile_m"]
+
+
+def backward_config(row: Row) -> tuple[object, ...]:
+    return row["head_dim"], f"MaskClass::{MASKS[row['mask']]}", row["tile_n"]
+
+
+PASSES = {
+    p.name: p
+    for p in (
+        Pass(
+            name="forward",
+            cpp="Forward",
+            launch_header="forward/launch.hpp",
+            registry_header="tile_config.hpp",
+            fields=FORWARD_FIELDS,
+            dtypes=DTYPES,
+            element="Element",
+            config=forward_config,
+            shared_memory=forward_shared_memory,
+            registers=forward_registers,
+            problems=forward_problems,
+        ),
+        Pass(
+            name="backward",
+            cpp="Backward",
+            launch_header="backward/launch.hpp",
+            registry_header="tile_config.hpp",
+            fields=BACKWARD_FIELDS,
+            dtypes=DTYPES,
+            element="Element",
+            config=backward_config,
+            shared_memory=backward_shared_memory,
+            registers=backward_registers,
+            problems=backward_problems,
+            workspace=True,
+        ),
+        Pass(
+            name="forward_fp8",
+            cpp="Fp8Forward",
+            launch_header="forward/fp8_launch.hpp",
+            registry_header="fp8_tile_config.hpp",
+            fields=FP8_FIELDS,
+            dtypes=FP8_DTYPES,
+            element="ElementQk",
+            config=fp8_config,
+            shared_memory=fp8_shared_memory,
+            registers=fp8_registers,
+            problems=fp8_problems,
+        ),
+    )
+}

@@ -1,0 +1,637 @@
+"""Gradients against autograd of attention's definition, and the operator that computes them."""
+
+import pytest
+import torch
+from parity import (
+    DTYPES,
+    GRID,
+    assert_gradients_right,
+    plain_gradients,
+    random_qkv,
+    skip_unless_built,
+)
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from cute_kernels import flash_attn_func, operators, tile_configs
+from cute_kernels.operators import BACKWARD, flash_attn_backward, flash_attn_forward
+
+MASKS = {"full": False, "causal": True}
+OPCHECK = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+ROWS = [pytest.param(row, id=row["name"]) for row in tile_configs("backward")]
+REPEATS = 200
+
+
+def need_kernels(device, dtype, head_dim, causal):
+    if device == "cuda":
+        skip_unless_built(dtype, head_dim, causal, "forward")
+        skip_unless_built(dtype, head_dim, causal, "backward")
+
+
+def random_grads(q, with_lse=True, seed=9):
+    """Gradients of the output and of the LSE."""
+    generator = torch.Generator(q.device).manual_seed(seed)
+    options = {"generator": generator, "device": q.device}
+    grad_out = torch.randn(q.shape, **options).to(q.dtype)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, seqlen, heads, _ = q.shape
+    return grad_out, torch.randn(batch, heads, seqlen, **options, dtype=wide) if with_lse else None
+
+
+def poison(*like):
+    """Leaves NaN in the freed memory that gradients and workspace will be allocated from."""
+    blocks = [torch.full(t.shape, torch.nan, dtype=t.dtype, device=t.device) for t in like * 3]
+    blocks.append(torch.full((2 * sum(t.numel() for t in like),), torch.nan, device=like[0].device))
+    del blocks
+
+
+def gradients(q, k, v, grad_out, grad_lse=None, **arguments):
+    """Gradients through flash_attn_func, with what is promised of their form checked."""
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+    out, lse = flash_attn_func(*inputs, return_lse=True, **arguments)
+    poison(q, k)
+    outputs, grads = [out], [grad_out]
+    if grad_lse is not None:
+        outputs.append(lse)
+        grads.append(grad_lse)
+    result = torch.autograd.grad(outputs, inputs, grads)
+    for grad, tensor in zip(result, inputs, strict=True):
+        assert grad.shape == tensor.shape
+        assert grad.dtype == tensor.dtype
+        assert grad.device == tensor.device
+        assert grad.is_contiguous()
+    return result
+
+
+def check(q, k, v, causal=False, softmax_scale=None, with_lse=False, **arguments):
+    grads = random_grads(q, with_lse)
+    result = gradients(q, k, v, *grads, causal=causal, softmax_scale=softmax_scale, **arguments)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    assert_gradients_right(result, *grads, q, k, v, scale, causal)
+    return result
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("device", "seqlens", "head_dim", "heads"), GRID)
+def test_matches_the_definition(request, device, seqlens, head_dim, heads, dtype, mask):
+    if device == "cuda":
+        request.getfixturevalue("hopper")
+        need_kernels(device, DTYPES[dtype], head_dim, MASKS[mask])
+    batch = 1 if max(seqlens) > 4000 else 2
+    q, k, v = random_qkv(device, DTYPES[dtype], batch, *seqlens, *heads, head_dim=head_dim)
+    check(q, k, v, MASKS[mask], with_lse=head_dim == 128)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_every_head_dim(device, head_dim, mask):
+    need_kernels(device, torch.bfloat16, head_dim, MASKS[mask])
+    q, k, v = random_qkv(device, torch.bfloat16, 1, 130, 190, 2, 1, head_dim=head_dim)
+    check(q, k, v, MASKS[mask])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("seqlen_k", [1, 15, 64, 65, 128, 129, 257, 512])
+def test_lengths_around_the_blocks(device, seqlen_k, mask):
+    head_dim = (64, 128, 256)[seqlen_k % 3]
+    need_kernels(device, torch.float16, head_dim, MASKS[mask])
+    for seqlen_q in (1, 63, 64, 65, 128, 193, 257):
+        q, k, v = random_qkv(
+            device, torch.float16, 1, seqlen_q, seqlen_k, 2, 1, head_dim=head_dim, seed=seqlen_q
+        )
+        check(q, k, v, MASKS[mask])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("softmax_scale", [0.02, 0.3, 1.0])
+def test_softmax_scale(device, softmax_scale, mask):
+    need_kernels(device, torch.bfloat16, 64, MASKS[mask])
+    q, k, v = random_qkv(device, torch.bfloat16, 2, 200, 300, 4, 2)
+    check(q, k, v, MASKS[mask], softmax_scale=softmax_scale, with_lse=True)
+
+
+def test_rows_that_see_no_key(device):
+    """Causal and bottom-right aligned: the first seqlen_q - seqlen_k queries have no gradient."""
+    for seqlen_q, seqlen_k in [(300, 1), (300, 100), (1000, 437), (130, 129)]:
+        need_kernels(device, torch.bfloat16, 64, causal=True)
+        q, k, v = random_qkv(device, torch.bfloat16, 2, seqlen_q, seqlen_k, 4, 2)
+        grad_q, _, _ = check(q, k, v, causal=True, with_lse=True)
+        assert not grad_q[:, : seqlen_q - seqlen_k].any()
+
+
+def test_keys_that_no_query_sees(device):
+    """With one query none, with a causal mask and more keys than queries all but the last."""
+    need_kernels(device, torch.bfloat16, 64, causal=True)
+    q, k, v = random_qkv(device, torch.bfloat16, 1, 300, 300, 2)
+    grad_out = torch.zeros_like(q)
+    grad_out[:, :5] = 1.0
+    _, grad_k, grad_v = gradients(q, k, v, grad_out, causal=True)
+    assert grad_v[:, :5].any()
+    assert not grad_k[:, 5:].any()
+    assert not grad_v[:, 5:].any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"batch": 0}, {"seqlen_q": 0}, {"seqlen_k": 0}, {"heads": 0}, {"heads": 0, "key_heads": 2}],
+    ids=str,
+)
+def test_empty_problems_have_zero_gradients(device, sizes, causal):
+    need_kernels(device, torch.bfloat16, 64, causal)
+    q, k, v = random_qkv(device, torch.bfloat16, **sizes)
+    for grad in gradients(q, k, v, *random_grads(q), causal=causal):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("uses", ["out", "lse", "both"])
+def test_gradient_of_either_output(device, uses):
+    need_kernels(device, torch.bfloat16, 128, causal=True)
+    q, k, v = random_qkv(device, torch.bfloat16, 2, 130, 190, 4, 2, head_dim=128)
+    grad_out, grad_lse = random_grads(q)
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+    out, lse = flash_attn_func(*inputs, causal=True, return_lse=True)
+    chosen = {"out": [(out, grad_out)], "lse": [(lse, grad_lse)]}
+    pairs = chosen["out"] + chosen["lse"] if uses == "both" else chosen[uses]
+    outputs, grads = zip(*pairs, strict=True)
+    result = torch.autograd.grad(outputs, inputs, grads)
+    if uses == "out":
+        grad_lse = None
+    if uses == "lse":
+        grad_out = torch.zeros_like(grad_out)
+    assert_gradients_right(result, grad_out, grad_lse, q, k, v, 128**-0.5, True)
+
+
+def expanded(grad):
+    return grad[:1, :1, :1, :1].expand(grad.shape)
+
+
+def permuted(grad):
+    return grad.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def head_dim_first(grad):
+    return grad.transpose(1, 3).contiguous().transpose(1, 3)
+
+
+def odd_pointer(grad):
+    moved = grad.new_empty(grad.numel() + 1)[1:].view(grad.shape)
+    return moved.copy_(grad)
+
+
+def odd_strides(grad):
+    return torch.nn.functional.pad(grad, (1, 2))[..., 1:-2]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [expanded, permuted, head_dim_first, odd_pointer, odd_strides],
+    ids=lambda f: f.__name__,
+)
+def test_layouts_change_nothing(device, layout):
+    """Of the gradient that arrives, of q, k and v, and of what was kept."""
+    need_kernels(device, torch.bfloat16, 64, causal=True)
+    q, k, v = random_qkv(device, torch.bfloat16, 3, 150, 150, 4, 4)
+    grad_out, grad_lse = random_grads(q)
+    if layout is expanded:
+        grad_out = grad_out[:1, :1, :1, :1].expand(q.shape)
+    out, lse = flash_attn_forward(q, k, v, 0.125, True, -1)
+
+    def call(*tensors):
+        return flash_attn_backward(*tensors, 0.125, True, True, -1)
+
+    def assert_same(grads):
+        for grad, right in zip(grads, dense, strict=True):
+            if device == "cuda":
+                assert torch.equal(grad, right)
+            else:  # PyTorch's own sums on the CPU depend on strides
+                torch.testing.assert_close(grad, right)
+
+    dense = call(grad_out.contiguous(), grad_lse, q, k, v, out, lse)
+    lse_apart = torch.stack([lse, lse], -1)[..., 0]
+    grad_lse_apart = grad_lse.transpose(0, 2).contiguous().transpose(0, 2)
+    assert_same(call(layout(grad_out), grad_lse_apart, q, k, v, out, lse_apart))
+    if layout not in (expanded, head_dim_first):
+        moved = [layout(t) for t in (q, k, v, out)]
+        assert_same(call(grad_out, grad_lse, *moved, lse))
+
+
+def test_inputs_are_not_written(device):
+    need_kernels(device, torch.bfloat16, 64, causal=True)
+    q, k, v = random_qkv(device, torch.bfloat16)
+    out, lse = flash_attn_forward(q, k, v, 0.125, True, -1)
+    arguments = (*random_grads(q), q, k, v, out, lse)
+    copies = [t.clone() for t in arguments]
+    flash_attn_backward(*arguments, 0.125, True, False, -1)
+    assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True))
+
+
+# Autograd and PyTorch's machinery
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_is_passed_on(monkeypatch, deterministic):
+    seen = []
+
+    def spy(*arguments):
+        seen.append(arguments[-2])
+        return flash_attn_backward(*arguments)
+
+    monkeypatch.setattr(operators, "_backward_past_autograd", spy)
+    q, k, v = random_qkv("cpu", torch.float32)
+    gradients(q, k, v, torch.ones_like(q), deterministic=deterministic)
+    assert seen == [deterministic]
+
+
+def test_keeps_only_the_inputs_and_the_outputs(device):
+    need_kernels(device, torch.bfloat16, 64, causal=True)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    inputs = [t.requires_grad_() for t in random_qkv(device, torch.bfloat16)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out, lse = flash_attn_func(*inputs, causal=True, return_lse=True)
+    pointers = [t.data_ptr() for t in (*inputs, out, lse)]
+    assert [t.data_ptr() for t in kept] == pointers
+
+
+def test_second_derivative_is_refused():
+    q, k, v = (t.requires_grad_() for t in random_qkv("cpu", torch.float32))
+    (grad,) = torch.autograd.grad(flash_attn_func(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        grad.sum().backward()
+
+
+def operator_arguments(device, dtype, with_lse, make_grad=lambda x: x, **sizes):
+    q, k, v = random_qkv(device, dtype, **sizes)
+    out, lse = flash_attn_forward(q, k, v, 0.3, True, -1)
+    grad_out, grad_lse = random_grads(q, with_lse)
+    return make_grad(grad_out), grad_lse, q, k, v, out, lse, 0.3, True, True, -1
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("make_grad", [lambda x: x, permuted, expanded])
+def test_opcheck(device, make_grad, with_lse):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    need_kernels(device, dtype, 64, causal=True)
+    sizes = {"seqlen_q": 20, "seqlen_k": 30, "heads": 4, "key_heads": 2}
+    arguments = operator_arguments(device, dtype, with_lse, make_grad, **sizes)
+    result = torch.library.opcheck(flash_attn_backward, arguments, test_utils=OPCHECK)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def form(tensor):
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def test_shape_inference_for_cuda_without_a_gpu():
+    with FakeTensorMode():
+        q = torch.empty(2, 6, 7, 72, device="cuda", dtype=torch.half).transpose(1, 2)
+        k = torch.empty(2, 9, 3, 72, device="cuda", dtype=torch.half)
+        out, lse = flash_attn_forward(q, k, k, 0.1, True, -1)
+        grads = flash_attn_backward(q, None, q, k, k, out, lse, 0.1, True, False, -1)
+    device = torch.device("cuda:0")
+    assert form(grads[0]) == ((2, 7, 6, 72), (3024, 432, 72, 1), torch.half, device)
+    assert form(grads[1]) == ((2, 9, 3, 72), (1944, 216, 72, 1), torch.half, device)
+    assert form(grads[2]) == form(grads[1])
+
+
+class Block(torch.nn.Module):
+    """Attention with what a layer has around it."""
+
+    def __init__(self, width=64, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.project = torch.nn.Linear(width, 3 * width)
+        self.out = torch.nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.project(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return x + self.out(flash_attn_func(q, k, v, causal=True).flatten(-2))
+
+
+def block_and_input(device):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    block = Block(128 if device == "cuda" else 32).to(device, dtype)
+    x = torch.randn(2, 50, block.out.in_features, device=device, dtype=dtype, requires_grad=True)
+    return block, x
+
+
+def block_gradients(run, block, x):
+    loss = run(x).float().square().sum()
+    return loss.detach(), *torch.autograd.grad(loss, [x, *block.parameters()])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(device, reentrant):
+    need_kernels(device, torch.bfloat16, 64, causal=True)
+    block, x = block_and_input(device)
+    expected = block_gradients(block, block, x)
+
+    def run(x):
+        return checkpoint(block, x, use_reentrant=reentrant)
+
+    if reentrant:  # takes part in backward(), not in grad()
+        run(x).float().square().sum().backward()
+        actual = expected[0], *(t.grad for t in (x, *block.parameters()))
+    else:
+        actual = block_gradients(run, block, x)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_whole(device, backend, checkpointed):
+    need_kernels(device, torch.bfloat16, 64, causal=True)
+    if device == "cuda" and backend == "inductor":
+        pytest.skip("compiling for the GPU takes long; aot_eager sees the same graph")
+    torch._dynamo.reset()
+    block, x = block_and_input(device)
+    expected = block_gradients(block, block, x)
+    run = block if not checkpointed else lambda x: checkpoint(block, x, use_reentrant=False)
+    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    for a, b in zip(block_gradients(compiled, block, x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_cuda_entry_of_a_build_without_backward_rows_refuses():
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(BACKWARD, "CUDA")
+    with pytest.raises(NotImplementedError, match="gradient of flash_attn_func on CUDA"):
+        operators._backward_not_built()
+
+
+# What is changed about a good call of the operator, the kind of error on the CPU, and words of it.
+BAD = {
+    "grad_out of another shape": (
+        {"grad_out": lambda t: t[:, 1:]},
+        ValueError,
+        r"\bgrad_out has shape \(2, 23, 4, 64\), must be \(2, 24, 4, 64\) like q",
+    ),
+    "grad_out of another dtype": (
+        {"grad_out": lambda t: t.half()},
+        TypeError,
+        r"\bgrad_out has dtype torch.float16, must be torch.bfloat16 like q",
+    ),
+    "out of another rank": (
+        {"out": lambda t: t[0]},
+        ValueError,
+        r"\bout has shape \(24, 4, 64\), must be \(2, 24, 4, 64\) like q",
+    ),
+    "lse transposed": (
+        {"lse": lambda t: t.transpose(1, 2)},
+        ValueError,
+        r"\blse has shape \(2, 24, 4\), must be \(batch, heads, seqlen_q\) = \(2, 4, 24\)",
+    ),
+    "lse of another dtype": (
+        {"lse": lambda t: t.bfloat16()},
+        TypeError,
+        r"\blse has dtype torch.bfloat16, must be torch.float32",
+    ),
+    "grad_lse of another shape": (
+        {"grad_lse": lambda t: t[..., :1]},
+        ValueError,
+        r"\bgrad_lse has shape \(2, 4, 1\), must be .*= \(2, 4, 24\)",
+    ),
+    "k of another batch": (
+        {"k": lambda t: t[:1]},
+        ValueError,
+        r"\bk has batch 1, must be 2 like q",
+    ),
+    "v strided in head_dim": (
+        {"v": head_dim_first},
+        ValueError,
+        r"\bv has strides .*contiguous",
+    ),
+    "scale 0": ({"softmax_scale": lambda _: 0.0}, ValueError, "softmax_scale is 0.*greater than 0"),
+    "tile index too large": (
+        {"tile_config": lambda _: 10**6},
+        ValueError,
+        r"tile_config is 1000000, must be -1 \(automatic\) or an index below",
+    ),
+}
+NAMES = (
+    "grad_out",
+    "grad_lse",
+    "q",
+    "k",
+    "v",
+    "out",
+    "lse",
+    "softmax_scale",
+    "causal",
+    "deterministic",
+    "tile_config",
+)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_refused(device, bad):
+    need_kernels(device, torch.bfloat16, 64, causal=True)
+    changes, error, message = BAD[bad]
+    sizes = {"seqlen_q": 24, "seqlen_k": 32, "heads": 4, "key_heads": 2}
+    good = dict(zip(NAMES, operator_arguments(device, torch.bfloat16, True, **sizes), strict=True))
+    changed = {**good, **{name: change(good[name]) for name, change in changes.items()}}
+    assert all(grad.isfinite().all() for grad in flash_attn_backward(**good))
+    with pytest.raises(RuntimeError if device == "cuda" else error, match=message):
+        flash_attn_backward(**changed)
+    if device == "cpu":
+        with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(error, match=message):
+            flash_attn_backward(**changed)
+
+
+# On a Hopper GPU alone
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_of_the_build(hopper, row):
+    index = tile_configs("backward").index(row)
+    masks = MASKS.values() if row["mask"] == "any" else [MASKS[row["mask"]]]
+    for causal in masks:
+        for head_dim in (row["head_dim"], row["head_dim"] - 24):
+            for seqlen_q, seqlen_k in [(113, 203), (300, 64), (64, 1111), (1023, 1024)]:
+                dtype = DTYPES[row["dtype"]]
+                q, k, v = random_qkv(hopper, dtype, 2, seqlen_q, seqlen_k, 4, 2, head_dim)
+                grads, scale = random_grads(q), head_dim**-0.5
+                out, lse = flash_attn_forward(q, k, v, scale, causal, -1)
+                for deterministic in (False, True):
+                    result = flash_attn_backward(
+                        *grads, q, k, v, out, lse, scale, causal, deterministic, index
+                    )
+                    assert_gradients_right(result, *grads, q, k, v, scale, causal)
+
+
+def repeated_call(hopper, row, causal):
+    """A call of a row without arguments but `deterministic`, with many tiles and uneven lengths."""
+    q, k, v = random_qkv(
+        hopper, DTYPES[row["dtype"]], 2, 1500, 1700, 8, 2, head_dim=row["head_dim"]
+    )
+    scale = row["head_dim"] ** -0.5
+    out, lse = flash_attn_forward(q, k, v, scale, causal, -1)
+    arguments = (*random_grads(q), q, k, v, out, lse, scale, causal)
+    index = tile_configs("backward").index(row)
+    return lambda deterministic: flash_attn_backward(*arguments, deterministic, index)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside other work"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("row", ROWS)
+def test_deterministic_gradients_are_the_same_bits(hopper, row, causal, beside):
+    """A race between warps or CTAs shows as a result that changes. Other work on another stream
+    takes multiprocessors away and shifts timings."""
+    if row["mask"] not in ("any", "causal" if causal else "full"):
+        pytest.skip(f"the row is for {row['mask']} calls")
+    call = repeated_call(hopper, row, causal)
+    first = call(True)
+    noise = torch.randn(2048, 2048, device=hopper)
+    other = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    changed = torch.zeros((), dtype=torch.int64, device=hopper)
+    for i in range(REPEATS):
+        if beside and i % 4 == 0:
+            with torch.cuda.stream(other):
+                noise = (noise @ noise).tanh()
+        for again, before in zip(call(True), first, strict=True):
+            changed += (again.view(torch.int16) != before.view(torch.int16)).sum()
+    torch.cuda.synchronize()
+    assert changed.item() == 0
+    assert noise.isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("row", ROWS)
+def test_other_gradients_differ_by_the_order_of_their_sums_alone(hopper, row, causal):
+    """dK and dV are the same bits in any mode; dQ is summed in fp32 and rounded once."""
+    if row["mask"] not in ("any", "causal" if causal else "full"):
+        pytest.skip(f"the row is for {row['mask']} calls")
+    call = repeated_call(hopper, row, causal)
+    first = call(True)
+    rounding = torch.finfo(first[0].dtype).eps
+    changed = torch.zeros((), dtype=torch.int64, device=hopper)
+    for _ in range(REPEATS):
+        grad_q, grad_k, grad_v = call(False)
+        changed += (grad_k != first[1]).sum() + (grad_v != first[2]).sum()
+        far = (grad_q.float() - first[0].float()).abs() > 2 * rounding * first[
+            0
+        ].float().abs() + 1e-5
+        changed += far.sum()
+    assert changed.item() == 0
+
+
+def test_graph_replay_with_changed_inputs(hopper):
+    """Forward and backward through autograd, captured together."""
+    need_kernels(hopper, torch.bfloat16, 64, causal=True)
+    sizes = {"batch": 2, "seqlen_q": 333, "seqlen_k": 500, "heads": 6, "key_heads": 2}
+    static = [t.requires_grad_() for t in random_qkv(hopper, torch.bfloat16, **sizes)]
+    grad_out = torch.zeros_like(static[0])
+
+    def step(q, k, v, grad_out):
+        out = flash_attn_func(q, k, v, causal=True, deterministic=True)
+        return torch.autograd.grad(out, (q, k, v), grad_out)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(*static, grad_out)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*static, grad_out)
+    for seed in (1, 2, 3):
+        fresh = [t.requires_grad_() for t in random_qkv(hopper, torch.bfloat16, **sizes, seed=seed)]
+        fresh_grad, _ = random_grads(fresh[0], seed=seed)
+        expected = step(*fresh, fresh_grad)
+        with torch.no_grad():
+            for tensor, value in zip((*static, grad_out), (*fresh, fresh_grad), strict=True):
+                tensor.copy_(value)
+        for grad in captured:
+            grad.fill_(torch.nan)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_two_streams_at_once(hopper):
+    need_kernels(hopper, torch.bfloat16, 64, causal=True)
+    problems = [
+        operator_arguments(
+            hopper, torch.bfloat16, True, seqlen_q=500 + i, seqlen_k=777 - i, heads=8, key_heads=2
+        )
+        for i in range(2)
+    ]
+    expected = [flash_attn_backward(*problem) for problem in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    results = [[], []]
+    for _ in range(50):
+        for stream, problem, grads in zip(streams, problems, results, strict=True):
+            with torch.cuda.stream(stream):
+                grads.append(flash_attn_backward(*problem))
+    torch.cuda.synchronize()
+    for all_grads, right in zip(results, expected, strict=True):
+        for grads in all_grads:
+            assert all(torch.equal(a, b) for a, b in zip(grads, right, strict=True))
+
+
+def test_runs_on_the_current_stream_without_waiting(hopper):
+    need_kernels(hopper, torch.bfloat16, 64, causal=True)
+    arguments = operator_arguments(hopper, torch.bfloat16, True)
+    grad_out, *rest = arguments
+    new_grad = torch.randn_like(grad_out)
+    expected = flash_attn_backward(new_grad, *rest)
+    torch.cuda.synchronize()
+    stream, done = torch.cuda.Stream(), torch.cuda.Event()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(500_000_000)  # clocks
+        grad_out.copy_(new_grad)
+        grads = flash_attn_backward(*arguments)  # on another stream it would read the old gradient
+        done.record()
+    assert not done.query()  # the call came back before the GPU was done with it
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+@pytest.mark.parametrize("long", ["queries", "keys"])
+def test_more_than_2_31_elements(hopper, long):
+    """The first and the last of more than 2^31 elements have the gradients of a short problem."""
+    need_kernels(hopper, torch.bfloat16, 128, causal=False)
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 45 * 2**30:
+        pytest.skip("needs 45 GB of GPU memory")
+    length, short, heads = 2**20 + 200, 70, 16
+    generator = torch.Generator(hopper).manual_seed(0)
+
+    def normal(seqlen):
+        x = torch.empty(1, seqlen, heads, 128, device=hopper, dtype=torch.bfloat16)
+        return x.normal_(generator=generator)
+
+    q = normal(length if long == "queries" else short)
+    k, v = (normal(length if long == "keys" else short) for _ in range(2))
+    grad_out = normal(q.shape[1])
+    out, lse = flash_attn_forward(q, k, v, 128**-0.5, False, -1)
+    grads = flash_attn_backward(grad_out, None, q, k, v, out, lse, 128**-0.5, False, False, -1)
+    for heads in (slice(0, 1), slice(15, 16)):
+        q1, k1, v1, d1 = (t[:, :, heads] for t in (q, k, v, grad_out))
+        if long == "queries":
+            # Rows of dQ depend on their own query alone.
+            for first in (0, length - 300):
+                rows = slice(first, first + 300)
+                part = (d1[:, rows], None, q1[:, rows], k1, v1, 128**-0.5, False)
+                right, _, _ = plain_gradients(*part, torch.float32)
+                other, _, _ = plain_gradients(*part, torch.bfloat16)
+                allowed = 2 * (other - right).abs().max() + right.abs().max() * 2**-7
+                assert (grads[0][:, rows, heads] - right).abs().max() <= allowed
+        else:
+            part = (d1, None, q1, k1, v1, 128**-0.5, False)
+            assert_gradients_right([g[:, :, heads] for g in grads], *part)
+    del q, k, v, grad_out, out, lse, grads
+    torch.cuda.empty_cache()
