@@ -17,6 +17,9 @@ enum class NamedBarrier : int {
   /// Backward's epilogue. All consumer threads meet here before dK and dV overwrite K and V, and
   /// again before one of them starts the TMA store.
   kGradientsReady = 0,
+  /// Backward, split by products. The 128 threads of warpgroup i meet here when they have read a
+  /// stage for the last time, before dQ overwrites it.
+  kStageRead = 1,
 };
 
 CUTLASS_DEVICE void barrier_arrive(NamedBarrier barrier, int warpgroup, int threads) {

@@ -2,8 +2,9 @@
 
 #include <cute/tensor.hpp>
 
-#include "cute_kernels/attention/backward/mainloop.hpp"
+#include "cute_kernels/attention/backward/steps.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
 
@@ -15,30 +16,58 @@ class BackwardEpilogue {
   using SharedStorage = typename Traits::SharedStorage;
 
  public:
+  /// Of a warpgroup with both gradients of its own 64 keys.
   template <class Params, class Accumulator>
   CUTLASS_DEVICE static void store(Params const& params, SharedStorage& shared,
                                    KeyBlockCoord const& coord, int warpgroup, Accumulator& dk,
                                    Accumulator& dv) {
-    using namespace cute;
-    constexpr int kThreads = Traits::kConsumers * cutlass::NumThreadsPerWarpGroup;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < size(dk); ++i) dk(i) *= params.softmax_scale;
-
-    // All warps are done with K and V.
-    sm90::barrier_sync(sm90::NamedBarrier::kGradientsReady, 0, kThreads);
+    wait_for_all();  // done with K and V
+    scale(dk, params.softmax_scale);
     write(shared.v, warpgroup, dv);
     write(shared.k, warpgroup, dk);
-    tma_store_fence();
-    sm90::barrier_sync(sm90::NamedBarrier::kGradientsReady, 0, kThreads);
-    if (warpgroup == 0 && threadIdx.x % cutlass::NumThreadsPerWarpGroup == 0) {
+    cute::tma_store_fence();
+    wait_for_all();
+    if (warpgroup == 0 && leads_warpgroup()) {
       store_tile(params.tma_dv, params.shape_k, shared.v, coord);
       store_tile(params.tma_dk, params.shape_k, shared.k, coord);
-      tma_store_arrive();
-      tma_store_wait<0>();
+      cute::tma_store_arrive();
+      cute::tma_store_wait<0>();
+    }
+  }
+
+  /// Of a warpgroup with one gradient of the CTA's 64 keys, to leave through `buffer`.
+  template <class Params, class Tma, class Buffer, class Accumulator>
+  CUTLASS_DEVICE static void store_one(Params const& params, Tma const& tma, Buffer& buffer,
+                                       KeyBlockCoord const& coord, Accumulator& gradient,
+                                       float factor) {
+    wait_for_all();  // done with K and V
+    scale(gradient, factor);
+    write(buffer, 0, gradient);
+    cute::tma_store_fence();
+    wait_for_all();
+    if (leads_warpgroup()) {
+      store_tile(tma, params.shape_k, buffer, coord);
+      cute::tma_store_arrive();
+      cute::tma_store_wait<0>();
     }
   }
 
  private:
+  CUTLASS_DEVICE static bool leads_warpgroup() {
+    return threadIdx.x % cutlass::NumThreadsPerWarpGroup == 0;
+  }
+
+  CUTLASS_DEVICE static void wait_for_all() {
+    sm90::barrier_sync(sm90::NamedBarrier::kGradientsReady, 0,
+                       Traits::kConsumers * cutlass::NumThreadsPerWarpGroup);
+  }
+
+  template <class Accumulator>
+  CUTLASS_DEVICE static void scale(Accumulator& gradient, float factor) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < cute::size(gradient); ++i) gradient(i) *= factor;
+  }
+
   template <class Buffer, class Accumulator>
   CUTLASS_DEVICE static void write(Buffer& buffer, int warpgroup, Accumulator const& gradient) {
     using namespace cute;

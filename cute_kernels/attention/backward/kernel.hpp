@@ -5,8 +5,11 @@
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/backward/epilogue.hpp"
+#include "cute_kernels/attention/backward/load.hpp"
 #include "cute_kernels/attention/backward/mainloop.hpp"
+#include "cute_kernels/attention/backward/split_mainloop.hpp"
 #include "cute_kernels/attention/backward/traits.hpp"
+#include "cute_kernels/attention/backward/workspace.hpp"
 
 namespace cute_kernels::attention {
 
@@ -40,9 +43,9 @@ template <class Traits, class Params>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(CUTE_GRID_CONSTANT Params const params) {
   using namespace cute;
-  using Mainloop = BackwardMainloop<Traits>;
   using Epilogue = BackwardEpilogue<Traits>;
   using Pipeline = typename Traits::Pipeline;
+  using PipelineState = typename Traits::PipelineState;
 
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
@@ -61,7 +64,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     shared.k_full.init(1);
     shared.v_full.init(1);
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < Traits::kDsBuffers; ++i) shared.ds_full[i].init(Traits::kConsumerWarps);
+    for (int i = 0; i < Traits::kDsBuffers; ++i) shared.ds_full[i].init(Traits::kDsWriters);
+    shared.p_full.init(cutlass::NumWarpsPerWarpGroup);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Traits::kConsumers; ++i) {
       shared.dq_full[i].init(cutlass::NumWarpsPerWarpGroup);
@@ -72,7 +76,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   pipeline_params.role =
       is_producer ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
   pipeline_params.is_leader = is_producer;
-  pipeline_params.num_consumers = Traits::kConsumerWarps;  // one arrival a warp
+  pipeline_params.num_consumers = Traits::kStageReleases;
   pipeline_params.transaction_bytes = Traits::kBytesQ + Traits::kBytesRows;
   Pipeline pipeline_q(shared.pipeline_q, pipeline_params, Shape<_1, _1, _1>{});
   Pipeline pipeline_grad_out(shared.pipeline_grad_out, pipeline_params, Shape<_1, _1, _1>{});
@@ -87,19 +91,50 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (is_producer) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (warp_in_group == 0) {
-      if (elect_one_sync()) Mainloop::load(params, shared, pipeline_q, pipeline_grad_out, coord);
+      if (elect_one_sync()) {
+        load_backward<Traits>(params, shared, pipeline_q, pipeline_grad_out, coord);
+      }
     } else if (warp_in_group <= Traits::kConsumers) {
-      if (elect_one_sync()) Mainloop::add_dq(params, shared, coord, warp_in_group - 1);
+      int const consumer = warp_in_group - 1;
+      PipelineState read;
+      auto release = [&] {
+        if constexpr (Traits::kSplitProducts) {
+          (consumer == 0 ? pipeline_grad_out : pipeline_q).consumer_release(read);
+          ++read;
+        } else {
+          shared.dq_empty[consumer].arrive();
+        }
+      };
+      if (elect_one_sync()) {
+        BackwardDq<Traits>::add(params, shared, coord, consumer, release);
+      }
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    using Dkv = Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>;
-    auto dk = partition_fragment_C(typename Traits::MmaDkv{}, Dkv{});
-    auto dv = partition_fragment_C(typename Traits::MmaDkv{}, Dkv{});
-    clear(dk);
-    clear(dv);
-    Mainloop::compute(params, shared, pipeline_q, pipeline_grad_out, coord, warpgroup - 1, dk, dv);
-    Epilogue::store(params, shared, coord, warpgroup - 1, dk, dv);
+    int const consumer = warpgroup - 1;
+    auto new_gradient = [] {
+      auto gradient = partition_fragment_C(
+          typename Traits::MmaDkv{}, Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>{});
+      clear(gradient);
+      return gradient;
+    };
+    if constexpr (Traits::kSplitProducts) {
+      using Mainloop = BackwardSplitMainloop<Traits>;
+      auto gradient = new_gradient();
+      if (consumer == 0) {
+        Mainloop::compute_dv(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);
+        Epilogue::store_one(params, params.tma_dv, shared.v, coord, gradient, 1.f);
+      } else {
+        Mainloop::compute_dk(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);
+        Epilogue::store_one(params, params.tma_dk, shared.k, coord, gradient, params.softmax_scale);
+      }
+    } else {
+      using Mainloop = BackwardMainloop<Traits>;
+      auto dk = new_gradient();
+      auto dv = new_gradient();
+      Mainloop::compute(params, shared, pipeline_q, pipeline_grad_out, coord, consumer, dk, dv);
+      Epilogue::store(params, shared, coord, consumer, dk, dv);
+    }
   }
 }
 

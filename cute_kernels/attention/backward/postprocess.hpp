@@ -59,22 +59,20 @@ __global__ void __launch_bounds__(128 * Traits::kConsumers)
   auto rounded = make_tensor<Element>(dq.layout());
   sm90::convert_fragment<Element>(dq, rounded);
 
-  // (query, channel) of the slice's own (m, n): see kSplitQueries.
-  auto tile = make_tensor(make_smem_ptr(rows), Shape<Int<Traits::kTileM>, Int<Traits::kHeadDim>>{},
-                          Stride<Int<kRowElements>, _1>{});
-  auto own = [&] {
-    if constexpr (Traits::kSplitQueries) {
-      return local_tile(tile, Shape<Int<Traits::kSliceM>, Int<Traits::kSliceN>>{},
-                        make_coord(warpgroup, _0{}));
+  using Tile = Shape<Int<Traits::kTileM>, Int<Traits::kHeadDim>>;
+  using Slice = Shape<Int<Traits::kDqQueries>, Int<Traits::kDqChannels>>;
+  auto tile = make_tensor(make_smem_ptr(rows), Tile{}, Stride<Int<kRowElements>, _1>{});
+  constexpr bool kByQueries = Traits::kDqSplit == Traits::DqSplit::kQueries;
+  auto own =
+      local_tile(tile, Slice{}, make_coord(kByQueries ? warpgroup : 0, kByQueries ? 0 : warpgroup));
+  auto layout = [&] {
+    if constexpr (Traits::kDqTransposed) {
+      return select<1, 0>(own.layout());
     } else {
-      auto transposed =
-          make_tensor(tile.data(), Shape<Int<Traits::kHeadDim>, Int<Traits::kTileM>>{},
-                      Stride<_1, Int<kRowElements>>{});
-      return local_tile(transposed, Shape<Int<Traits::kSliceM>, Int<Traits::kSliceN>>{},
-                        make_coord(warpgroup, _0{}));
+      return own.layout();
     }
   }();
-  copy(rounded, mma.get_thread_slice(thread).partition_C(own));
+  copy(rounded, mma.get_thread_slice(thread).partition_C(make_tensor(own.data(), layout)));
   __syncthreads();
 
   constexpr int kLanes = Traits::kHeadDim / kVector;

@@ -1,9 +1,13 @@
 #pragma once
 
+#include <type_traits>
+
 #include <cutlass/arch/barrier.h>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/tensor.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
+
+#include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
 
@@ -11,9 +15,14 @@ namespace cute_kernels::attention {
 /// tile_configs.toml.
 ///
 /// A CTA keeps kTileN keys and walks over blocks of kTileM queries. The scores stand transposed,
-/// S^T = K Q^T: a consumer warpgroup owns 64 keys, so that P^T and dS^T leave the accumulators as
-/// register operands of dV += P^T dO and dK += dS^T Q. Only dS goes through shared memory, for
-/// dQ = dS K, which sums over the keys of all warpgroups.
+/// S^T = K Q^T, with 64 keys a warpgroup, so that P^T and dS^T leave the accumulators as register
+/// operands of dV += P^T dO and dK += dS^T Q. Only dS goes through shared memory, for dQ = dS K,
+/// which sums over all keys and is split over the warpgroups by queries or channels.
+///
+/// Two ways to split the rest:
+/// - by keys (mainloop.hpp): each warpgroup has 64 keys of its own and both their gradients.
+/// - by products (split_mainloop.hpp), where the gradients of 64 keys fill the registers of two
+///   warpgroups: the first computes S, P and dV, the second dP, dS and dK, of the same keys.
 template <class Tile_>
 struct BackwardTraits {
   using Tile = Tile_;
@@ -36,17 +45,26 @@ struct BackwardTraits {
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (1 + kConsumers) * kLaunchRegisters);
 
-  static_assert(kConsumers == 2 || kConsumers == 3);
-  static_assert(kTileN == kWarpgroupN * kConsumers, "a warpgroup owns 64 keys");
+  static constexpr bool kSplitProducts = kTileN == kWarpgroupN;
+  static_assert(kConsumers == 2 || (kConsumers == 3 && !kSplitProducts));
+  static_assert(kSplitProducts || kTileN == kWarpgroupN * kConsumers, "a warpgroup owns 64 keys");
   static_assert(kTileM % 16 == 0 && kTileM <= 256, "tile_m is N of S^T and K of dV");
   static_assert(kHeadDim % 64 == 0, "the 128-byte swizzle is 64 elements wide");
 
-  // dQ = dS K is split over the warpgroups by queries where each gets 64 of them; otherwise
-  // dQ^T = K^T dS^T is split by channels.
-  static constexpr bool kSplitQueries = kTileM == 64 * kConsumers;
-  static constexpr int kSliceM = kSplitQueries ? 64 : kHeadDim / kConsumers;
-  static constexpr int kSliceN = kSplitQueries ? kHeadDim : kTileM;
-  static_assert(kSliceM % 64 == 0 && (kSplitQueries || kSliceM * kConsumers == kHeadDim));
+  // dQ = dS K: each warpgroup has 64 queries, or all 64 and some of the channels, or the same
+  // transposed, dQ^T = K^T dS^T.
+  enum class DqSplit { kQueries, kChannels, kChannelsTransposed };
+  static constexpr DqSplit kDqSplit = kTileM == 64 * kConsumers ? DqSplit::kQueries
+                                      : kTileM == 64            ? DqSplit::kChannels
+                                                                : DqSplit::kChannelsTransposed;
+  static constexpr bool kDqTransposed = kDqSplit == DqSplit::kChannelsTransposed;
+  static constexpr int kDqChannels =
+      kDqSplit == DqSplit::kQueries ? kHeadDim : kHeadDim / kConsumers;
+  static constexpr int kDqQueries = kDqSplit == DqSplit::kQueries ? 64 : kTileM;
+  static constexpr int kSliceM = kDqTransposed ? kDqChannels : kDqQueries;
+  static constexpr int kSliceN = kDqTransposed ? kDqQueries : kDqChannels;
+  static_assert(kDqSplit == DqSplit::kQueries || kDqChannels * kConsumers == kHeadDim);
+  static_assert(kSliceM % 64 == 0 && kSliceN % 8 == 0);
 
   template <int kM, int kN, int kK>
   using MnkShape = cute::Shape<cute::Int<kM>, cute::Int<kN>, cute::Int<kK>>;
@@ -58,11 +76,16 @@ struct BackwardTraits {
   using MmaDkv = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float, MnkShape<kWarpgroupN, kHeadDim, kTileM>,
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
-  static constexpr auto kMajorDqA = kSplitQueries ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
-  static constexpr auto kMajorDqB = kSplitQueries ? cute::GMMA::Major::MN : cute::GMMA::Major::K;
+  static constexpr auto kMajorDqA = kDqTransposed ? cute::GMMA::Major::MN : cute::GMMA::Major::K;
+  static constexpr auto kMajorDqB = kDqTransposed ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
   using MmaDq = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, MnkShape<kSliceM, kSliceN, kTileN>,
                                  kMajorDqA, kMajorDqB>()));
+
+  // S^T's and dP^T's accumulators, 16-bit, as the A operand of dV and dK.
+  using ScoresAsOperand =
+      decltype(sm90::accumulator_as_operand_a(cute::make_layout(cute::partition_shape_C(
+          MmaScores{}, cute::Shape<cute::Int<kWarpgroupN>, cute::Int<kTileM>>{}))));
 
   // Shared-memory layouts: 128-byte swizzled, as TMA writes and WGMMA reads them.
   using SwizzleAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
@@ -70,9 +93,9 @@ struct BackwardTraits {
       SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>>{}));
   using LayoutQ = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kTileM>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
-  // Two buffers, so that one barrier a step is enough: who writes the second one knows that
-  // everyone has read the first.
-  static constexpr int kDsBuffers = 2;
+  // Two buffers make one barrier a step enough: who writes the second one knows that everyone has
+  // read the first. Split by products, the handover of P says so.
+  static constexpr int kDsBuffers = kSplitProducts ? 1 : 2;
   using LayoutDs = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kDsBuffers>>{}));
   // The same memory seen transposed, which WGMMA's descriptor and STSM undo.
@@ -94,6 +117,12 @@ struct BackwardTraits {
   // dQ of a step and a warpgroup, in the order of its accumulators (float4 j of thread t at
   // 128 j + t): free of bank conflicts, one piece for TMA, and put right by postprocess.
   static constexpr int kSliceFloats = kTileM * kHeadDim / kConsumers;
+  static_assert(!kSplitProducts || kSliceFloats * sizeof(float) == kBytesQ,
+                "split by products, dQ leaves through the memory of Q and dO");
+
+  // One arrival a warp; where dQ leaves through the stages, the threads that add it release them.
+  static constexpr int kStageReleases = kSplitProducts ? 1 : kConsumerWarps;
+  static constexpr int kDsWriters = kSplitProducts ? cutlass::NumWarpsPerWarpGroup : kConsumerWarps;
 
   using Pipeline = cutlass::PipelineTmaAsync<kStages>;
   using PipelineState = typename Pipeline::PipelineState;
@@ -105,7 +134,13 @@ struct BackwardTraits {
     alignas(1024) cute::array<Element, cute::cosize_v<LayoutQ>> q;
     alignas(1024) cute::array<Element, cute::cosize_v<LayoutQ>> grad_out;
     alignas(1024) cute::array<Element, cute::cosize_v<LayoutDs>> ds;
-    alignas(128) float dq[kConsumers][kSliceFloats];
+    struct alignas(128) DqBuffers {
+      float dq[kConsumers][kSliceFloats];
+    };
+    struct alignas(16) PBuffer {
+      uint4 p[kTileM / 16][cutlass::NumThreadsPerWarpGroup];
+    };
+    std::conditional_t<kSplitProducts, PBuffer, DqBuffers> own;
     alignas(16) float lse_log2[kStages][kTileM];
     alignas(16) float delta[kStages][kTileM];
 
@@ -114,9 +149,12 @@ struct BackwardTraits {
     typename Pipeline::SharedStorage pipeline_grad_out;  // dO and delta
     cutlass::arch::ClusterTransactionBarrier k_full;
     cutlass::arch::ClusterTransactionBarrier v_full;
-    // Every consumer warp has written its part of dS.
+    // Every warp has written its part of dS.
     cutlass::arch::ClusterBarrier ds_full[kDsBuffers];
-    // Full: the warps of warpgroup i have written its slice of dQ. Empty: TMA has read it.
+    // Split by products: the first warpgroup has written P.
+    cutlass::arch::ClusterBarrier p_full;
+    // Full: the warps of warpgroup i have written its slice of dQ. Empty: TMA has read it (split by
+    // products, the pipelines' empty says so).
     cutlass::arch::ClusterBarrier dq_full[kConsumers];
     cutlass::arch::ClusterBarrier dq_empty[kConsumers];
   };

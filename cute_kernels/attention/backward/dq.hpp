@@ -1,0 +1,114 @@
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/backward/steps.hpp"
+#include "cute_kernels/sm90/bulk_reduce.hpp"
+#include "cute_kernels/sm90/semaphore.hpp"
+#include "cute_kernels/sm90/warpgroup_gemm.hpp"
+
+namespace cute_kernels::attention {
+
+/// dQ of a step: a warpgroup's slice of the product dS K, and its way to global memory.
+template <class Traits>
+class BackwardDq {
+  using SharedStorage = typename Traits::SharedStorage;
+  using DqSplit = typename Traits::DqSplit;
+
+ public:
+  /// A and B of the slice's product; the one that is dS has a mode of buffers.
+  CUTLASS_DEVICE static auto operands(SharedStorage& shared, int warpgroup, int thread) {
+    using namespace cute;
+    auto ds = make_tensor(make_smem_ptr(shared.ds.data()), typename Traits::LayoutDs{});
+    auto kt = make_tensor(make_smem_ptr(shared.k.data()), typename Traits::LayoutKt{});
+    auto own_kt = local_tile(kt, Shape<Int<Traits::kDqChannels>, Int<Traits::kTileN>>{},
+                             make_coord(kByQueries ? 0 : warpgroup, _0{}));
+    auto own_ds = local_tile(ds, Shape<Int<Traits::kDqQueries>, Int<Traits::kTileN>>{},
+                             make_coord(kByQueries ? warpgroup : 0, _0{}));
+    auto slice = typename Traits::MmaDq{}.get_thread_slice(thread);
+    if constexpr (Traits::kDqTransposed) {
+      return cute::make_tuple(slice.make_fragment_A(slice.partition_A(own_kt)),
+                              slice.make_fragment_B(slice.partition_B(own_ds)));
+    } else {
+      return cute::make_tuple(slice.make_fragment_A(slice.partition_A(own_ds)),
+                              slice.make_fragment_B(slice.partition_B(own_kt)));
+    }
+  }
+
+  CUTLASS_DEVICE static auto accumulator() {
+    return cute::partition_fragment_C(
+        typename Traits::MmaDq{},
+        cute::Shape<cute::Int<Traits::kSliceM>, cute::Int<Traits::kSliceN>>{});
+  }
+
+  template <class Operands, class Accumulator>
+  CUTLASS_DEVICE static void issue(Operands const& operands, int buffer, Accumulator& dq) {
+    using namespace cute;
+    typename Traits::MmaDq mma;
+    if constexpr (Traits::kDqTransposed) {
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma, get<0>(operands),
+                                              get<1>(operands)(_, _, _, buffer), dq);
+    } else {
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma, get<0>(operands)(_, _, _, buffer),
+                                              get<1>(operands), dq);
+    }
+  }
+
+  /// Registers to shared memory, for add() to take from there.
+  template <class Accumulator>
+  CUTLASS_DEVICE static void hand_out(SharedStorage& shared, int warpgroup, int stage, int thread,
+                                      Accumulator const& dq) {
+    auto* target = reinterpret_cast<float4*>(buffer(shared, warpgroup, stage)) + thread;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < cute::size(dq) / 4; ++i) {
+      target[i * cutlass::NumThreadsPerWarpGroup] =
+          make_float4(dq(4 * i), dq(4 * i + 1), dq(4 * i + 2), dq(4 * i + 3));
+    }
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    if (thread % cutlass::NumThreadsPerWarp == 0) shared.dq_full[warpgroup].arrive();
+  }
+
+  /// Adds the slices of one warpgroup to global memory and calls release() when TMA has read one.
+  /// Called by one thread.
+  template <class Params, class Release>
+  CUTLASS_DEVICE static void add(Params const& params, SharedStorage& shared,
+                                 KeyBlockCoord const& coord, int warpgroup, Release release) {
+    uint32_t phase = 0;
+    int stage = 0;
+    for_each_step<Traits>(params, coord, [&](int64_t block_index, int, int, bool) {
+      int64_t const slice = block_index * Traits::kConsumers + warpgroup;
+      shared.dq_full[warpgroup].wait(phase);
+      if (params.deterministic) {
+        sm90::semaphore_wait(params.workspace.turns + slice, coord.n_block);
+      }
+      sm90::bulk_reduce_add(params.workspace.dq + slice * Traits::kSliceFloats,
+                            buffer(shared, warpgroup, stage), Traits::kSliceFloats * sizeof(float));
+      cute::tma_store_arrive();
+      cute::tma_store_wait<0>();
+      release();
+      if (params.deterministic) {
+        sm90::bulk_wait_complete();
+        sm90::semaphore_advance(params.workspace.turns + slice);
+      }
+      phase ^= 1;
+      stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
+    });
+    sm90::bulk_wait_complete();
+  }
+
+ private:
+  static constexpr bool kByQueries = Traits::kDqSplit == DqSplit::kQueries;
+
+  CUTLASS_DEVICE static float* buffer(SharedStorage& shared, int warpgroup, int stage) {
+    if constexpr (Traits::kSplitProducts) {
+      auto& stages = warpgroup == 0 ? shared.grad_out : shared.q;
+      return reinterpret_cast<float*>(stages.data()) + stage * Traits::kSliceFloats;
+    } else {
+      return shared.own.dq[warpgroup];
+    }
+  }
+};
+
+}  // namespace cute_kernels::attention

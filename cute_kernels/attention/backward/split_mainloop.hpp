@@ -1,0 +1,175 @@
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cute/tensor.hpp>
+#include <cutlass/pipeline/pipeline.hpp>
+
+#include "cute_kernels/attention/backward/dq.hpp"
+#include "cute_kernels/attention/backward/softmax.hpp"
+#include "cute_kernels/attention/backward/steps.hpp"
+#include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/warpgroup_gemm.hpp"
+
+namespace cute_kernels::attention {
+
+/// The products of one block of 64 keys, split over two warpgroups by products: the first computes
+/// S, P and dV, the second dP, dS and dK, each half the channels of dQ.
+///
+/// Who waits for whom, beside what BackwardMainloop says:
+/// - p_full: the second warpgroup waits for the first one's P.
+/// - ds_full: both wait for the second one's dS. Who passes it knows that P has been read; who
+///   passes p_full knows that the first warpgroup has done with the last dS.
+/// - dQ leaves through the step's own dO (first warpgroup) and Q (second), so the threads that add
+///   it release their stages. kStageRead: the warpgroup's four warps have done with the stage.
+template <class Traits>
+class BackwardSplitMainloop {
+  using Element = typename Traits::Element;
+  using SharedStorage = typename Traits::SharedStorage;
+  using Pipeline = typename Traits::Pipeline;
+  using PipelineState = typename Traits::PipelineState;
+  using Dq = BackwardDq<Traits>;
+
+  using OperandLayout = typename Traits::ScoresAsOperand;
+
+  static constexpr int kTileM = Traits::kTileM;
+
+ public:
+  /// The first warpgroup: adds up dV.
+  template <class Params, class Accumulator>
+  CUTLASS_DEVICE static void compute_dv(Params const& params, SharedStorage& shared,
+                                        Pipeline& pipeline_q, Pipeline& pipeline_grad_out,
+                                        KeyBlockCoord const& coord, Accumulator& dv) {
+    using namespace cute;
+    int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
+    typename Traits::MmaScores mma_scores;
+    typename Traits::MmaDkv mma_dkv;
+    auto [operand_k, operand_q] = score_operands(shared.k, shared.q, thread);
+    auto operand_grad_out_t = transposed_operand(shared.grad_out, thread);
+    auto operands_dq = Dq::operands(shared, 0, thread);
+
+    int const key = coord.n_block * Traits::kTileN + thread / 32 * 16 + thread % 32 / 4;
+    int const column = thread % 4 * 2;
+    PipelineState read;
+    uint32_t phase = 0;
+
+    shared.k_full.wait(0);
+    for_each_step<Traits>(params, coord, [&](int64_t, int block, int, bool masked) {
+      auto scores = new_scores();
+      pipeline_q.consumer_wait(read);
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_scores, operand_k,
+                                              operand_q(_, _, _, read.index()), scores);
+      warpgroup_wait<0>();
+      auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
+      if (masked) params.mask.apply_transposed(p_rows, key, block * kTileM + column);
+      scores_to_probabilities(p_rows, shared.lse_log2[read.index()] + column, params.scale_log2);
+      auto p = make_tensor<Element>(OperandLayout{});
+      sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
+      auto* parts = reinterpret_cast<uint4 const*>(p.data());
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kTileM / 16; ++i) shared.own.p[i][thread] = parts[i];
+      __syncwarp();
+      if (thread % cutlass::NumThreadsPerWarp == 0) shared.p_full.arrive();
+
+      pipeline_grad_out.consumer_wait(read);
+      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, p,
+                                               operand_grad_out_t(_, _, _, read.index()), dv);
+      auto dq = Dq::accumulator();
+      shared.ds_full[0].wait(phase);
+      Dq::issue(operands_dq, 0, dq);
+      warpgroup_wait<0>();
+      sm90::barrier_sync(sm90::NamedBarrier::kStageRead, 0, cutlass::NumThreadsPerWarpGroup);
+      Dq::hand_out(shared, 0, read.index(), thread, dq);
+      ++read;
+      phase ^= 1;
+    });
+  }
+
+  /// The second warpgroup: adds up dK (not yet scaled).
+  template <class Params, class Accumulator>
+  CUTLASS_DEVICE static void compute_dk(Params const& params, SharedStorage& shared,
+                                        Pipeline& pipeline_q, Pipeline& pipeline_grad_out,
+                                        KeyBlockCoord const& coord, Accumulator& dk) {
+    using namespace cute;
+    int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
+    typename Traits::MmaScores mma_scores;
+    typename Traits::MmaDkv mma_dkv;
+    auto [operand_v, operand_grad_out] = score_operands(shared.v, shared.grad_out, thread);
+    auto operand_qt = transposed_operand(shared.q, thread);
+    auto operands_dq = Dq::operands(shared, 1, thread);
+
+    auto store_ds = make_tiled_copy_C(Copy_Atom<SM90_U16x8_STSM_T, Element>{}, mma_scores);
+    auto slice_ds = store_ds.get_thread_slice(thread);
+    auto written_ds = slice_ds.partition_D(
+        make_tensor(make_smem_ptr(shared.ds.data()), typename Traits::LayoutDst{}));
+
+    int const column = thread % 4 * 2;
+    PipelineState read;
+    uint32_t phase = 0;
+
+    shared.k_full.wait(0);
+    shared.v_full.wait(0);
+    for_each_step<Traits>(params, coord, [&](int64_t, int, int, bool) {
+      auto gradients = new_scores();
+      pipeline_grad_out.consumer_wait(read);
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_scores, operand_v,
+                                              operand_grad_out(_, _, _, read.index()), gradients);
+      auto p = make_tensor<Element>(gradients.layout());
+      auto* parts = reinterpret_cast<uint4*>(p.data());
+      shared.p_full.wait(phase);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kTileM / 16; ++i) parts[i] = shared.own.p[i][thread];
+      warpgroup_wait<0>();
+      auto rows_cols = sm90::accumulator_rows_cols(gradients.layout());
+      auto ds_rows = make_tensor(gradients.data(), rows_cols);
+      gradients_of_scores(ds_rows, make_tensor(p.data(), rows_cols),
+                          shared.delta[read.index()] + column);
+      auto ds = make_tensor<Element>(OperandLayout{});
+      sm90::convert_fragment<Element>(make_tensor(gradients.data(), OperandLayout{}), ds);
+      copy(store_ds, slice_ds.retile_S(make_tensor(ds.data(), gradients.layout())),
+           written_ds(_, _, _, 0));
+      cutlass::arch::fence_view_async_shared();
+      __syncwarp();
+      if (thread % cutlass::NumThreadsPerWarp == 0) shared.ds_full[0].arrive();
+
+      pipeline_q.consumer_wait(read);
+      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read.index()), dk);
+      auto dq = Dq::accumulator();
+      shared.ds_full[0].wait(phase);
+      Dq::issue(operands_dq, 0, dq);
+      warpgroup_wait<0>();
+      sm90::barrier_sync(sm90::NamedBarrier::kStageRead, 1, cutlass::NumThreadsPerWarpGroup);
+      Dq::hand_out(shared, 1, read.index(), thread, dq);
+      ++read;
+      phase ^= 1;
+    });
+  }
+
+ private:
+  CUTLASS_DEVICE static auto new_scores() {
+    return cute::partition_fragment_C(
+        typename Traits::MmaScores{},
+        cute::Shape<cute::Int<Traits::kWarpgroupN>, cute::Int<kTileM>>{});
+  }
+
+  /// A and B of S^T = K Q^T, or of dP^T = V dO^T.
+  template <class Keys, class Queries>
+  CUTLASS_DEVICE static auto score_operands(Keys& keys, Queries& queries, int thread) {
+    using namespace cute;
+    auto slice = typename Traits::MmaScores{}.get_thread_slice(thread);
+    return cute::make_tuple(slice.make_fragment_A(slice.partition_A(make_tensor(
+                                make_smem_ptr(keys.data()), typename Traits::LayoutK{}))),
+                            slice.make_fragment_B(slice.partition_B(make_tensor(
+                                make_smem_ptr(queries.data()), typename Traits::LayoutQ{}))));
+  }
+
+  /// B of dV += P^T dO, or of dK += dS^T Q.
+  template <class Queries>
+  CUTLASS_DEVICE static auto transposed_operand(Queries& queries, int thread) {
+    using namespace cute;
+    auto slice = typename Traits::MmaDkv{}.get_thread_slice(thread);
+    return slice.make_fragment_B(
+        slice.partition_B(make_tensor(make_smem_ptr(queries.data()), typename Traits::LayoutQt{})));
+  }
+};
+
+}  // namespace cute_kernels::attention
