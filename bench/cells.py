@@ -56,6 +56,15 @@ class Cell:
         return f"{self.dtype} {cell_name(asdict(self))}"
 
 
+class BackwardCell(Cell):
+    """The same problem's gradients."""
+
+    @property
+    def flops(self) -> int:
+        """The field's count: five matrix products to forward's two."""
+        return super().flops * 5 // 2
+
+
 def cell_name(cell: dict) -> str:
     """Short and unique within a grid; takes a recorded cell too."""
     name = f"D={cell['head_dim']} {cell['mask']} S={cell['seqlen']}"
@@ -66,9 +75,9 @@ def cell_name(cell: dict) -> str:
     return name
 
 
-def paper_cell(dtype: str, head_dim: int, mask: str, seqlen: int) -> Cell:
+def paper_cell(dtype: str, head_dim: int, mask: str, seqlen: int, kind: type[Cell] = Cell) -> Cell:
     """A cell of the FlashAttention-3 paper's grid: 16k tokens in all, heads * head_dim = 2048."""
-    return Cell(
+    return kind(
         dtype=dtype,
         mask=mask,
         batch=max(1, PAPER_TOKENS // seqlen),
@@ -83,10 +92,13 @@ def paper_grid(
     head_dims: Iterable[int] = PAPER_HEAD_DIMS,
     masks: Iterable[str] = MASKS,
     seqlens: Iterable[int] = PAPER_SEQLENS,
+    kind: type[Cell] = Cell,
 ) -> list[Cell]:
     seqlens = tuple(seqlens)
     masks = tuple(masks)
-    return [paper_cell(dtype, d, mask, s) for d in head_dims for mask in masks for s in seqlens]
+    return [
+        paper_cell(dtype, d, mask, s, kind) for d in head_dims for mask in masks for s in seqlens
+    ]
 
 
 def latency_grid(dtype: str, head_dims: Iterable[int], masks: Iterable[str]) -> list[Cell]:

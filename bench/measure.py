@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bench.cells import Cell
 from bench.check import Reference
+from bench.check_backward import GradientReference
 from bench.providers import Provider
-from bench.timing import CapturedCall, Spread, interleaved_gpu_times, interleaved_host_times
+from bench.timing import (
+    Call,
+    CapturedCall,
+    EagerCall,
+    Spread,
+    captured_or_eager,
+    interleaved_gpu_times,
+    interleaved_host_times,
+)
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Results = dict[str, dict[str, Any]]
@@ -29,6 +39,25 @@ def random_inputs(cell: Cell, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor
     return tuple(torch.randn(shape, **options) for shape in (queries, keys, keys))
 
 
+def random_inputs_and_gradient(cell: Cell) -> tuple[torch.Tensor, ...]:
+    """q, k, v and the gradient of the output."""
+    q, k, v = random_inputs(cell)
+    return q, k, v, random_inputs(cell, seed=1)[0]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of every provider in a cell: on which inputs, right by which reference."""
+
+    inputs: Callable[[Cell], tuple[torch.Tensor, ...]]
+    reference: Callable[..., Any]
+    repeated: Callable[[Call, float], CapturedCall | EagerCall]
+
+
+FORWARD = Task(random_inputs, Reference, CapturedCall)
+BACKWARD = Task(random_inputs_and_gradient, GradientReference, captured_or_eager)
+
+
 def _poison_free_memory(like: torch.Tensor) -> None:
     """Fill the blocks that the next outputs get with NaN, so that an unwritten element shows."""
     blocks = [torch.full_like(like, float("nan")) for _ in range(4)]
@@ -36,7 +65,7 @@ def _poison_free_memory(like: torch.Tensor) -> None:
 
 
 def check_provider(
-    provider: Provider, cell: Cell, inputs, reference: Reference
+    provider: Provider, cell: Cell, inputs, reference
 ) -> tuple[Callable[[], object], dict[str, Any]]:
     """The provider's call on these inputs, after its output has passed; its errors with it."""
     call = provider.bind(cell, *inputs)
@@ -69,27 +98,34 @@ def check_cell(cell: Cell, providers: Iterable[Provider]) -> Results:
     return results
 
 
-def time_cell(cell: Cell, providers: Iterable[Provider], rounds: int, target_ms: float) -> Results:
+def time_cell(
+    cell: Cell,
+    providers: Iterable[Provider],
+    rounds: int,
+    target_ms: float,
+    task: Task = FORWARD,
+) -> Results:
     """GPU time of every provider that takes the cell; one that fails is recorded, not timed."""
     results: Results = {}
-    captured: dict[str, CapturedCall] = {}
+    captured: dict[str, CapturedCall | EagerCall] = {}
     with torch.no_grad():
-        inputs = random_inputs(cell)
-        reference = Reference(cell, *inputs)
+        inputs = task.inputs(cell)
+        reference = task.reference(cell, *inputs)
         for provider in providers:
             if not provider.takes(cell):
                 continue
             try:
                 call, errors = check_provider(provider, cell, inputs, reference)
                 with provider.context():
-                    captured[provider.name] = CapturedCall(call, target_ms)
+                    captured[provider.name] = task.repeated(call, target_ms)
                 results[provider.name] = errors
             except Exception as failure:
                 results[provider.name] = _failure(failure)
         if captured:
             for name, spread in interleaved_gpu_times(captured, rounds).items():
                 results[name] |= _milliseconds(cell, spread)
-                results[name]["calls_per_graph"] = captured[name].calls
+                results[name]["calls_per_round"] = captured[name].calls
+                results[name]["timed_by"] = captured[name].how
     return results
 
 
@@ -102,13 +138,15 @@ def _milliseconds(cell: Cell, spread: Spread) -> dict[str, Any]:
     }
 
 
-def time_host(cell: Cell, providers: Iterable[Provider], rounds: int) -> Results:
+def time_host(
+    cell: Cell, providers: Iterable[Provider], rounds: int, task: Task = FORWARD
+) -> Results:
     """Host time of one small call of every provider, no graph, nothing waited for."""
     results: Results = {}
     calls = {}
     with torch.no_grad():
-        inputs = random_inputs(cell)
-        reference = Reference(cell, *inputs)
+        inputs = task.inputs(cell)
+        reference = task.reference(cell, *inputs)
         for provider in providers:
             try:
                 call, _ = check_provider(provider, cell, inputs, reference)

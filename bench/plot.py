@@ -1,4 +1,4 @@
-"""Draws a forward results file: one panel for each head dim and mask, ours beside the peers."""
+"""Draws a comparison's results: one panel for each head dim and mask, ours beside the peers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
+from bench.comparison import KINDS
 
 COLORS = {
     report.OURS: "#2f6f4f",
+    f"{report.OURS}:deterministic": "#8fbfa3",
     "sdpa-cudnn": "#b7c4d1",
     "sdpa-flash": "#dfe5ea",
     "fa3-fwd": "#e3b778",
@@ -98,7 +100,7 @@ def draw(data: dict[str, Any]):
     machine = data["machine"]
     handles, names = grid[0][0].get_legend_handles_labels()
     figure.suptitle(
-        f"Attention forward, {data['settings']['dtype']}, {machine['gpu']}",
+        f"Attention {data['kind']}, {data['settings']['dtype']}, {machine['gpu']}",
         fontsize=12,
         color=INK,
         weight="bold",
@@ -118,12 +120,14 @@ def draw(data: dict[str, Any]):
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
-    parser.add_argument("results", type=Path, help="a JSON file written by bench.forward")
+    parser.add_argument(
+        "results", type=Path, help="a JSON file written by bench.forward or bench.backward"
+    )
     parser.add_argument("--formats", nargs="+", default=["svg", "png"])
     chosen = parser.parse_args()
     data = report.load(chosen.results)
-    if data.get("kind") != "forward" or not data.get("cells"):
-        print(f"bench: {chosen.results} holds no forward cells", file=sys.stderr)
+    if data.get("kind") not in KINDS or not data.get("cells"):
+        print(f"bench: {chosen.results} holds no cells of a comparison", file=sys.stderr)
         return 2
     figure = draw(data)
     for kind in chosen.formats:

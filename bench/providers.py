@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -16,30 +17,90 @@ from bench.timing import Call
 OURS = "ours"
 
 
+def _first(result: object) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
 @dataclass
 class Provider:
-    """One implementation.
+    """One implementation of the forward pass.
 
-    `bind` makes a call without arguments from q, k, v of shape (batch, seqlen, heads, head_dim);
-    `output` takes the output, in that shape, from what the call returns. `context` surrounds calls
-    and is entered outside what is timed.
+    `function` gives for a cell what is called with q, k and v. `arrange` makes a view of a (batch,
+    seqlen, heads, head_dim) tensor as the function wants it, and is its own inverse. `context`
+    surrounds calls and is entered outside what is timed.
     """
 
     name: str
     label: str
     version: str
-    bind: Callable[[Cell, torch.Tensor, torch.Tensor, torch.Tensor], Call]
-    output: Callable[[object], torch.Tensor] = lambda result: result
+    function: Callable[[Cell], Callable[..., object]]
+    arrange: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
     context: Callable[[], AbstractContextManager] = nullcontext
     takes: Callable[[Cell], bool] = lambda cell: True
+
+    def bind(self, cell: Cell, *inputs: torch.Tensor) -> Call:
+        """A call without arguments, from q, k and v of shape (batch, seqlen, heads, head_dim)."""
+        function = self.function(cell)
+        q, k, v = map(self.arrange, inputs)
+        return lambda: function(q, k, v)
+
+    def output(self, result: object) -> torch.Tensor:
+        """The output in that shape, from what the call returns."""
+        return self.arrange(_first(result))
+
+    def _leaves(self, inputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        return [self.arrange(x).detach().requires_grad_() for x in inputs]
+
+
+class Backward(Provider):
+    """The backward pass of a provider's forward, by autograd; the forward is not timed."""
+
+    def bind(self, cell: Cell, *inputs: torch.Tensor) -> Call:
+        *qkv, grad_out = inputs
+        leaves, grad = self._leaves(qkv), self.arrange(grad_out)
+        # Autograd runs a gradient on the stream of its forward, and the default stream cannot be
+        # captured.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.enable_grad(), self.context(), torch.cuda.stream(stream):
+            out = _first(self.function(cell)(*leaves))
+        torch.cuda.current_stream().wait_stream(stream)
+        return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+    def output(self, result: object) -> tuple[torch.Tensor, ...]:
+        return tuple(map(self.arrange, result))
+
+
+class TrainingStep(Provider):
+    """Forward and backward by autograd."""
+
+    def bind(self, cell: Cell, *inputs: torch.Tensor) -> Call:
+        *qkv, grad_out = inputs
+        leaves, grad = self._leaves(qkv), self.arrange(grad_out)
+        function = self.function(cell)
+        return lambda: torch.autograd.grad(_first(function(*leaves)), leaves, grad)
+
+    def output(self, result: object) -> tuple[torch.Tensor, ...]:
+        return tuple(map(self.arrange, result))
+
+
+def backward_of(provider: Provider) -> Backward:
+    return Backward(**vars(provider))
+
+
+def training_step_of(provider: Provider) -> TrainingStep:
+    @contextmanager
+    def context():
+        with ExitStack() as stack:
+            stack.enter_context(provider.context())
+            stack.enter_context(torch.enable_grad())
+            yield
+
+    return TrainingStep(**{**vars(provider), "context": context})
 
 
 class Unavailable(Exception):
     """A peer that cannot run here, and why."""
-
-
-def _first(result: object) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple) else result
 
 
 def _version(*distributions: str) -> str:
@@ -60,36 +121,58 @@ def _import(module: str):
         ) from error
 
 
-def ours(tile_config: str | None = None, name: str = OURS) -> Provider:
-    """cute_kernels with the tile it chooses, or with a named row of its table."""
+def ours(tile_config: str | None = None, name: str = OURS, deterministic: bool = False) -> Provider:
+    """cute_kernels with the tile it chooses, or with a named forward row of its table."""
     package = _import("cute_kernels")
     if not hasattr(package, "flash_attn_func"):
         raise Unavailable("cute_kernels is not installed (only its source folder was found)")
 
-    def bind(cell, q, k, v):
-        function, causal = package.flash_attn_func, cell.causal
-        if tile_config is None:
-            return lambda: function(q, k, v, causal=causal)
-        return lambda: function(q, k, v, causal=causal, tile_config=tile_config)
-
+    options: dict[str, object] = {}
+    label = "cute_kernels"
+    if tile_config is not None:
+        options, label = {"tile_config": tile_config}, tile_config
+    if deterministic:
+        options, label = {**options, "deterministic": True}, f"{label}, deterministic"
     row = None if tile_config is None else tile_row(tile_config)
     return Provider(
         name=name,
-        label="cute_kernels" if tile_config is None else tile_config,
+        label=label,
         version=f"cute_kernels {package.__version__}",
-        bind=bind,
-        output=_first,
+        function=lambda cell: partial(package.flash_attn_func, causal=cell.causal, **options),
         takes=lambda cell: row is None or row_takes(row, cell),
     )
 
 
-def tile_rows() -> list[dict]:
-    """The forward rows of the installed build's table."""
-    return _import("cute_kernels").tile_configs("forward")
+def backward_row(tile_config: str, name: str) -> Backward:
+    """Our backward operator with a named row of the table."""
+    operator = _import("cute_kernels.operators").flash_attn_backward
+    row = tile_row(tile_config, "backward")
+    index = tile_rows("backward").index(row)
+    automatic = ours()
+
+    class Row(Backward):
+        def bind(self, cell: Cell, *inputs: torch.Tensor) -> Call:
+            *qkv, grad_out = inputs
+            out, lse = partial(self.function(cell), return_lse=True)(*qkv)
+            options = (cell.head_dim**-0.5, cell.causal, False, index)
+            return lambda: operator(grad_out, None, *qkv, out, lse, *options)
+
+    return Row(
+        name=name,
+        label=tile_config,
+        version=automatic.version,
+        function=automatic.function,
+        takes=lambda cell: row_takes(row, cell),
+    )
 
 
-def tile_row(name: str) -> dict:
-    for row in tile_rows():
+def tile_rows(of_pass: str = "forward") -> list[dict]:
+    """The rows of the installed build's table."""
+    return _import("cute_kernels").tile_configs(of_pass)
+
+
+def tile_row(name: str, of_pass: str = "forward") -> dict:
+    for row in tile_rows(of_pass):
         if row["name"] == name:
             return row
     raise Unavailable(f"this build has no tile config {name!r}; see cute_kernels.tile_configs()")
@@ -109,18 +192,16 @@ def _sdpa(name: str, label: str, backend_name: str) -> Provider:
     backend = getattr(SDPBackend, backend_name)
     cudnn = f", cuDNN {torch.backends.cudnn.version()}" if "CUDNN" in backend_name else ""
 
-    def bind(cell, q, k, v):
-        function, causal = torch.nn.functional.scaled_dot_product_attention, cell.causal
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        grouped = cell.heads_kv != cell.heads
-        return lambda: function(q, k, v, is_causal=causal, enable_gqa=grouped)
-
     return Provider(
         name=name,
         label=label,
         version=f"torch {torch.__version__}{cudnn}",
-        bind=bind,
-        output=lambda result: result.transpose(1, 2),
+        function=lambda cell: partial(
+            torch.nn.functional.scaled_dot_product_attention,
+            is_causal=cell.causal,
+            enable_gqa=cell.heads_kv != cell.heads,
+        ),
+        arrange=lambda tensor: tensor.transpose(1, 2),
         context=lambda: sdpa_kernel(backend),
         # is_causal aligns the mask to the first key, not to the last
         takes=lambda cell: not cell.causal or cell.seqlen == cell.seqlen_k,
@@ -133,16 +214,11 @@ def _flash_attn_like(
     module = _import(module_name)
     only = frozenset(seqlens)
 
-    def bind(cell, q, k, v):
-        function, causal = module.flash_attn_func, cell.causal
-        return lambda: function(q, k, v, causal=causal)
-
     return Provider(
         name=name,
         label=label,
         version=_version(*distributions),
-        bind=bind,
-        output=_first,
+        function=lambda cell: partial(module.flash_attn_func, causal=cell.causal),
         takes=lambda cell: not only or cell.seqlen in only,
     )
 

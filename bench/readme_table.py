@@ -10,6 +10,7 @@ from typing import Any
 
 from bench import ablation, report
 from bench.cells import cell_name
+from bench.comparison import HOST_CALL, KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- benchmark: begin (written by python -m bench.readme_table) -->"
@@ -48,18 +49,19 @@ GRIDS = {
 }
 
 
-def forward_section(path: Path, root: Path) -> str:
-    """Tables of one forward results file: each cell, the means, host time, and the plot."""
+def comparison_section(path: Path, root: Path) -> str:
+    """Tables of one comparison's results: each cell, the means, host time, and the plot."""
     data = report.load(path)
+    kind = KINDS[data["kind"]]
     peers = report.peers_of(data)
     timed = [p for p in peers if any(report.tflops(cell, p) for cell in data["cells"])]
     dtype = data["settings"]["dtype"]
     what = GRIDS[data["settings"].get("grid", "paper")]
-    lines = [f"**Forward, {dtype}, {what}**: {provenance(data)}", ""]
+    lines = [f"**{kind}, {dtype}, {what}**: {provenance(data)}", ""]
     plot = path.with_suffix(".svg")
     if plot.exists():
         relative = plot.relative_to(root).as_posix()
-        lines += [f"![Forward, {dtype}, TFLOP/s by sequence length]({relative})", ""]
+        lines += [f"![{kind}, {dtype}, TFLOP/s by sequence length]({relative})", ""]
     header = ["cell", "cute_kernels", *timed, "ours / best peer"]
     rows = []
     for cell in data["cells"]:
@@ -72,13 +74,13 @@ def forward_section(path: Path, root: Path) -> str:
                 report.show(ratio, 2),
             ]
         )
-    means = ", ".join(
-        f"{key} {report.show(mean, 2)}" for key, mean in report.forward_means(data) if mean
-    )
+    means = [pair for pair in report.ratio_means(data) if pair[1]]
     table = report.markdown_table(header, rows)
+    lines += [f"Geometric mean of ours / best peer: {shown_means(means)}.", ""]
+    for name, variant in report.variant_means(data).items():
+        label = data["providers"][name]["label"]
+        lines += [f"Time of {label} / ours, geometric mean: {shown_means(variant)}.", ""]
     lines += [
-        f"Geometric mean of ours / best peer: {means}.",
-        "",
         "<details><summary>TFLOP/s of every cell</summary>",
         "",
         table,
@@ -88,8 +90,12 @@ def forward_section(path: Path, root: Path) -> str:
     if "host" in data:
         names, rows = report.host_row(data)
         shown = ", ".join(f"{name} {us} µs" for name, us in zip(names, rows[0], strict=True))
-        lines += ["", f"Host time of one small call (1, 128, 16, 128): {shown}."]
+        lines += ["", f"Host time of {HOST_CALL[data['kind']]} (1, 128, 16, 128): {shown}."]
     return "\n".join(lines)
+
+
+def shown_means(means: Iterable[tuple[str, float | None]]) -> str:
+    return ", ".join(f"{key} {report.show(mean, 2)}" for key, mean in means)
 
 
 def ablation_section(path: Path) -> str:
@@ -109,14 +115,14 @@ def ablation_section(path: Path) -> str:
 
 def block(results: Iterable[Path], root: Path) -> str:
     """What stands between the markers for these results files."""
-    sections = []
+    sections: dict[str, list[str]] = {**{kind: [] for kind in KINDS}, "ablation": []}
     for path in sorted(results):
         kind = report.load(path).get("kind")
-        if kind == "forward":
-            sections.insert(0, forward_section(path, root))
+        if kind in KINDS:
+            sections[kind].append(comparison_section(path, root))
         elif kind == "ablation":
-            sections.append(ablation_section(path))
-    return "\n\n".join(sections)
+            sections[kind].append(ablation_section(path))
+    return "\n\n".join(section for of_kind in sections.values() for section in of_kind)
 
 
 def main() -> int:
@@ -132,7 +138,7 @@ def main() -> int:
     files = chosen.results or sorted((ROOT / "bench" / "results").glob("*.json"))
     written = block([path.resolve() for path in files], ROOT)
     if not written:
-        print("bench: no forward or ablation results to write", file=sys.stderr)
+        print("bench: no results of a comparison or ablation to write", file=sys.stderr)
         return 2
     chosen.readme.write_text(replace_block(chosen.readme.read_text(), written))
     return 0

@@ -49,6 +49,10 @@ def show(value: float | None, digits: int = 0) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def show_means(means: Iterable[tuple[str, float | None]], digits: int, between: str = "  ") -> str:
+    return between.join(f"{key}: {show(mean, digits)}" for key, mean in means)
+
+
 def text_table(header: list[str], rows: list[list[str]]) -> str:
     """Columns aligned for a terminal; the first to the left, the others to the right."""
     lines = [header, *rows]
@@ -67,7 +71,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
 
 
-def forward_rows(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def cell_rows(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """One line a cell: TFLOP/s of every provider timed anywhere, and ours over the best peer."""
     peers = peers_of(data)
     timed = [
@@ -93,7 +97,7 @@ def _shown(entry: dict[str, Any], provider: str) -> str:
     return show(tflops(entry, provider))
 
 
-def forward_means(data: dict[str, Any]) -> list[tuple[str, float | None]]:
+def ratio_means(data: dict[str, Any]) -> list[tuple[str, float | None]]:
     """Geometric means of the ratio: of each head dim and mask, then of all cells."""
     peers = peers_of(data)
     groups: dict[str, list[float | None]] = {}
@@ -102,6 +106,20 @@ def forward_means(data: dict[str, Any]) -> list[tuple[str, float | None]]:
         groups.setdefault(key, []).append(ratio(entry, peers))
     means = [(key, geometric_mean(values)) for key, values in groups.items()]
     return [*means, ("all", geometric_mean(ratio(entry, peers) for entry in data["cells"]))]
+
+
+def variant_means(data: dict[str, Any]) -> dict[str, list[tuple[str, float | None]]]:
+    """Of each of our other candidates: geometric means by head dim of its time over ours."""
+    variants = [name for name in data["providers"] if name.startswith(f"{OURS}:")]
+    result = {}
+    for name in variants:
+        groups: dict[str, list[float | None]] = {}
+        for entry in data["cells"]:
+            of_variant = ratio(entry, [OURS], name)
+            key = f"D={entry['head_dim']}"
+            groups.setdefault(key, []).append(None if of_variant is None else 1 / of_variant)
+        result[name] = [(key, geometric_mean(values)) for key, values in groups.items()]
+    return result
 
 
 def host_row(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

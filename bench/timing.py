@@ -33,28 +33,38 @@ class Spread:
         return cls(median, lower, upper, len(values))
 
 
+WARM_UP_CALLS = 3
+MOST_CALLS = 64
+
+
+def calls_that_take(target_ms: float, call: Call) -> int:
+    """How often to call for about `target_ms` of GPU time."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # compiles what is compiled at run time
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(WARM_UP_CALLS):
+            call()
+        end.record()
+    torch.cuda.synchronize()
+    estimate = max(begin.elapsed_time(end) / WARM_UP_CALLS, 1e-3)
+    return max(1, min(MOST_CALLS, round(target_ms / estimate)))
+
+
 class CapturedCall:
     """`call`, recorded so often into one CUDA graph that a replay takes about `target_ms`."""
 
-    WARM_UP_CALLS = 3
-    MOST_CALLS = 64
+    how = "graph"
 
     def __init__(self, call: Call, target_ms: float = 4.0):
         import torch
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()  # compiles what is compiled at run time
-            torch.cuda.synchronize()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(self.WARM_UP_CALLS):
-                call()
-            end.record()
-        torch.cuda.synchronize()
-        estimate = max(begin.elapsed_time(end) / self.WARM_UP_CALLS, 1e-3)
-        self.calls = max(1, min(self.MOST_CALLS, round(target_ms / estimate)))
+        self.calls = calls_that_take(target_ms, call)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             for _ in range(self.calls):
@@ -66,7 +76,34 @@ class CapturedCall:
         self._graph.replay()
 
 
-def interleaved_gpu_times(captured: Mapping[str, CapturedCall], rounds: int) -> dict[str, Spread]:
+class EagerCall:
+    """`call`, repeated from the host, for what cannot be captured. Its time is the GPU's only where
+    the GPU is slower than the host."""
+
+    how = "eager"
+
+    def __init__(self, call: Call, target_ms: float = 4.0):
+        self.calls = calls_that_take(target_ms, call)
+        self._call = call
+
+    def replay(self) -> None:
+        for _ in range(self.calls):
+            self._call()
+
+
+def captured_or_eager(call: Call, target_ms: float = 4.0) -> CapturedCall | EagerCall:
+    import torch
+
+    try:
+        return CapturedCall(call, target_ms)
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return EagerCall(call, target_ms)
+
+
+def interleaved_gpu_times(
+    captured: Mapping[str, CapturedCall | EagerCall], rounds: int
+) -> dict[str, Spread]:
     """Milliseconds of one call of each candidate."""
     import torch
 

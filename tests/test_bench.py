@@ -11,8 +11,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # bench/ is no part of the installed package
 
-from bench import ablation, readme_table, report, search  # noqa: E402
+from bench import ablation, plot, providers, readme_table, report, search  # noqa: E402
 from bench.cells import (  # noqa: E402
+    BackwardCell,
     Cell,
     latency_grid,
     llama_grid,
@@ -20,6 +21,7 @@ from bench.cells import (  # noqa: E402
     paper_grid,
 )
 from bench.check import Reference  # noqa: E402
+from bench.check_backward import GradientReference  # noqa: E402
 from bench.timing import Spread  # noqa: E402
 
 
@@ -72,6 +74,37 @@ def test_other_grids_are_what_they_say():
     assert [c.seqlen for c in llama if c.seqlen_k != c.seqlen] == [512, 2048, 512, 2048]
 
 
+def test_backward_counts_five_products():
+    grid = paper_grid("bf16", [128], ["causal"], [1024], BackwardCell)
+    (forward,) = paper_grid("bf16", [128], ["causal"], [1024])
+    assert [cell.flops * 2 for cell in grid] == [forward.flops * 5]
+    assert grid[0].as_dict() == {**forward.as_dict(), "flops": grid[0].flops}
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_gradient_reference_tells_right_from_wrong(mask):
+    """Two providers that run on the CPU, through autograd as they are timed."""
+    shape = {"dtype": "bf16", "batch": 2, "seqlen": 40, "heads": 4, "head_dim": 16}
+    cell = BackwardCell(mask=mask, heads_kv=2, **shape)
+    sizes = [(2, 40, heads, 16) for heads in (4, 2, 2, 4)]
+    inputs = [torch.randn(size, dtype=torch.bfloat16) for size in sizes]
+    reference = GradientReference(cell, *inputs)
+    for forward in (providers.ours(), providers.PEERS["sdpa-flash"]()):
+        provider = providers.training_step_of(forward)
+        assert provider.name == forward.name
+        with provider.context():
+            grads = provider.output(provider.bind(cell, *inputs)())
+        assert [grad.shape for grad in grads] == [x.shape for x in inputs[:3]]
+        assert reference.error(grads) <= reference.tolerance
+        assert 0 < reference.rmse(grads) < 0.02
+        for index in range(3):
+            wrong = [grad.clone() for grad in grads]
+            wrong[index][-1, 3, -1, 3] += 1.0
+            assert reference.error(wrong) > reference.tolerance
+            wrong[index][0, 0, 0, 0] = math.nan
+            assert reference.error(wrong) == math.inf
+
+
 def test_spread():
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0, 1)
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 100.0]) == Spread(3.0, 2.0, 4.0, 5)
@@ -110,11 +143,11 @@ def forward_data():
 
 def test_forward_report():
     data = forward_data()
-    header, rows = report.forward_rows(data)
+    header, rows = report.cell_rows(data)
     assert header == ["cell", "ours", "sdpa-cudnn", "ours/best"]
     assert rows[0] == ["D=128 full S=2048", "600", "500", "1.20"]
     assert rows[2] == ["D=128 causal S=4096", "500", "failed", "-"]
-    means = dict(report.forward_means(data))
+    means = dict(report.ratio_means(data))
     assert means["D=128 causal"] == pytest.approx(0.8)
     assert means["all"] == pytest.approx(math.sqrt(1.2 * 0.8))
     assert report.host_row(data) == (["ours", "sdpa-cudnn"], [["20.0", "30.0"]])
@@ -122,6 +155,33 @@ def test_forward_report():
         "fa4 [not run]: not installed",
         "sdpa-cudnn [D=128 causal S=4096]: RuntimeError: no",
     ]
+
+
+def test_backward_report(tmp_path):
+    import json
+
+    data = forward_data() | {"kind": "backward"}
+    data["providers"] = {
+        "ours:deterministic": {"label": "cute_kernels, deterministic"},
+        **data["providers"],
+    }
+    for cell, speed in zip(data["cells"], (500.0, 400.0, None), strict=True):
+        cell["results"]["ours:deterministic"] = {} if speed is None else {"tflops": speed}
+    (means,) = (report.variant_means(data)[name] for name in ["ours:deterministic"])
+    assert dict(means)["D=128"] == pytest.approx(math.sqrt(1.2))
+    path = tmp_path / "backward_bf16.json"
+    path.write_text(json.dumps(data))
+    block = readme_table.block([path], tmp_path)
+    assert block.startswith("**Backward, bf16")
+    assert "Time of cute_kernels, deterministic / ours, geometric mean: D=128 1.10" in block
+    assert "Host time of forward and backward of a small call" in block
+
+
+def test_plot_draws_either_pass():
+    pytest.importorskip("matplotlib")
+    for kind in ("forward", "backward"):
+        figure = plot.draw(forward_data() | {"kind": kind})
+        assert kind in figure.get_suptitle()
 
 
 def test_text_table_lines_up():
@@ -192,7 +252,7 @@ def test_paper_cell_of_a_length_beyond_the_grid():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-@pytest.mark.parametrize("script", ["forward", "ablation", "search"])
+@pytest.mark.parametrize("script", ["forward", "backward", "ablation", "search"])
 def test_scripts_say_that_they_need_a_gpu(script):
     done = subprocess.run(
         [sys.executable, "-m", f"bench.{script}"], cwd=ROOT, capture_output=True, text=True
