@@ -165,13 +165,21 @@ def fp8_registers(row: Row) -> dict[str, int]:
     }
 
 
+def splits_products(row: Row) -> bool:
+    """Whether the warpgroups share 64 keys rather than having 64 each (backward/traits.hpp)."""
+    return bool(row["tile_n"] == WARPGROUP_M)
+
+
 def backward_shared_memory(row: Row) -> dict[str, int]:
     stages, consumers = row["stages"], row["consumer_warpgroups"]
     keys = row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
     queries = stages * row["tile_m"] * row["head_dim"] * ELEMENT_BYTES
+    handed_over = row["tile_m"] * row["head_dim"] * ACCUMULATOR_BYTES
+    if splits_products(row):  # P from one warpgroup to the other, dQ through dO's memory
+        handed_over = row["tile_m"] * row["tile_n"] * ELEMENT_BYTES
     rows = 2 * stages * row["tile_m"] * ACCUMULATOR_BYTES
-    # full and empty of every stage of Q and dO and of every warpgroup's dQ; full of K, V, dS twice
-    barriers = 8 * (4 * stages + 2 * consumers + 4)
+    # full and empty: of every stage of Q and dO, of every warpgroup's dQ; full: K, V, P, dS twice
+    barriers = 8 * (4 * stages + 2 * consumers + 5)
     return aligned(
         {
             "K": keys,
@@ -179,21 +187,21 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
             "Q": queries,
             "dO": queries,
             "dS": 2 * row["tile_m"] * row["tile_n"] * ELEMENT_BYTES,
-            "dQ": row["tile_m"] * row["head_dim"] * ACCUMULATOR_BYTES,
+            "P" if splits_products(row) else "dQ": handed_over,
             "LSE, delta and barriers": rows + barriers,
         }
     )
 
 
 def backward_registers(row: Row) -> dict[str, int]:
-    threads = row["consumer_warpgroups"] * WARPGROUP_THREADS
-    scores = row["tile_m"] * row["tile_n"] // threads  # later dQ is in their place
-    gradient = row["tile_n"] * row["head_dim"] // threads
+    split = splits_products(row)
+    scores = WARPGROUP_M * row["tile_m"] // WARPGROUP_THREADS
+    dq = row["tile_m"] * row["head_dim"] // (WARPGROUP_THREADS * row["consumer_warpgroups"])
+    gradient = WARPGROUP_M * row["head_dim"] // WARPGROUP_THREADS
     return {
-        "scores": scores,
-        "dP": scores,
+        "scores and dP, then dQ": max(scores if split else 2 * scores, dq),
         "dK": gradient,
-        "dV": gradient,
+        "dV": 0 if split else gradient,
         "working": WORKING_REGISTERS,
     }
 
@@ -249,14 +257,19 @@ def query_block_problems(row: Row) -> list[str]:
 
 def backward_problems(row: Row) -> list[str]:
     found = []
-    for name in ("tile_m", "tile_n"):
-        if row[name] % WARPGROUP_M or not WARPGROUP_M <= row[name] <= 256:
-            found.append(
-                f"{name} = {row[name]} must be 64, 128, 192 or 256: WGMMA's M is 64, its N at most "
-                f"256, and both blocks stand at either"
-            )
-    if row["consumer_warpgroups"] not in (2, 3):
-        found.append(f"consumer_warpgroups = {row['consumer_warpgroups']} must be 2 or 3")
+    consumers = row["consumer_warpgroups"]
+    if row["tile_m"] % WARPGROUP_M or not WARPGROUP_M <= row["tile_m"] <= 256:
+        found.append(
+            f"tile_m = {row['tile_m']} must be 64, 128, 192 or 256: it is N of the WGMMA K Q^T (at "
+            f"most 256) and M of dS K"
+        )
+    if consumers not in (2, 3):
+        found.append(f"consumer_warpgroups = {consumers} must be 2 or 3")
+    elif row["tile_n"] not in (WARPGROUP_M, consumers * WARPGROUP_M):
+        found.append(
+            f"tile_n = {row['tile_n']} must be {consumers * WARPGROUP_M}, 64 keys for each of "
+            f"{consumers} warpgroups, or 64, which they share"
+        )
     return found
 
 

@@ -1,33 +1,54 @@
 """A few small calls of every kernel of the build, to run under compute-sanitizer on a Hopper GPU:
 
-compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py
+compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py [forward|backward]
 """
 
+import itertools
 import sys
 
 import torch
 
 from cute_kernels import flash_attn_func, tile_configs
+from cute_kernels.operators import flash_attn_backward, flash_attn_forward
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = [(1, 1), (113, 203), (300, 77), (77, 300), (64, 0)]  # seqlen_q, seqlen_k
 
 
+def forward(row, index, q, k, v, causal):
+    return [flash_attn_func(q, k, v, causal=causal, tile_config=index)]
+
+
+def backward(row, index, q, k, v, causal):
+    out, lse = flash_attn_forward(q, k, v, 0.1, causal, -1)
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    arguments = (*grads, q, k, v, out, lse, 0.1, causal)
+    return [
+        grad
+        for deterministic in (False, True)
+        for grad in flash_attn_backward(*arguments, deterministic, index)
+    ]
+
+
+CALLS = {"forward": forward, "backward": backward}
+
+
 def main() -> int:
     torch.manual_seed(0)
     checked = 0
-    for row in tile_configs("forward"):
-        for seqlen_q, seqlen_k in SHAPES:
+    for of_pass in sys.argv[1:] or CALLS:
+        rows = enumerate(tile_configs(of_pass))
+        for (index, row), lengths, causal in itertools.product(rows, SHAPES, (False, True)):
             options = {"device": "cuda", "dtype": DTYPES[row["dtype"]]}
-            q = torch.randn(2, seqlen_q, 4, row["head_dim"], **options)
-            k = torch.randn(2, seqlen_k, 2, row["head_dim"], **options)
-            v = torch.randn(2, seqlen_k, 2, row["head_dim"], **options)
-            for causal in (False, True):
-                out = flash_attn_func(q, k, v, causal=causal, tile_config=row["name"])
-                if not torch.isfinite(out).all():
-                    print(f"{row['name']} {seqlen_q}x{seqlen_k} causal={causal}: not finite")
-                    return 1
-                checked += 1
+            q, k, v = (
+                torch.randn(2, seqlen, heads, row["head_dim"], **options)
+                for seqlen, heads in zip((*lengths, lengths[1]), (4, 2, 2), strict=True)
+            )
+            results = CALLS[of_pass](row, index, q, k, v, causal)
+            if not all(torch.isfinite(result).all() for result in results):
+                print(f"{row['name']} {lengths} causal={causal}: not finite")
+                return 1
+            checked += 1
     print(f"{checked} calls, all finite")
     return 0
 

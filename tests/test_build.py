@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = Path(_C.__file__)
 INCLUDE = Path(cute_kernels.get_include())
 KERNELS = [row["name"] for row in cute_kernels.tile_configs("forward")]
+BACKWARD_KERNELS = [row["name"] for row in cute_kernels.tile_configs("backward")]
 
 
 def cuda_tools() -> str:
@@ -46,9 +47,9 @@ def sass() -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def of_kernel(sass: dict[str, str], name: str) -> str:
+def of_kernel(sass: dict[str, str], name: str, kernel: str = "forward_kernel") -> str:
     mangled = f"{len(name)}{name}"  # the row's name is the namespace of its Tile
-    found = [code for function, code in sass.items() if mangled in function]
+    found = [code for function, code in sass.items() if mangled in function and kernel in function]
     assert len(found) == 1, f"{len(found)} functions for {name} among {list(sass)}"
     return found[0]
 
@@ -69,9 +70,24 @@ def test_kernel_uses_hoppers_own_instructions(sass, name):
     assert instructions(code, "MUFU.EX2"), "exponentials in base 2"
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernel_keeps_everything_in_registers(sass, name):
-    code = of_kernel(sass, name)
+@pytest.mark.parametrize("name", BACKWARD_KERNELS)
+def test_backward_kernel_uses_hoppers_own_instructions(sass, name):
+    code = of_kernel(sass, name, "backward_kernel")
+    assert instructions(code, "HGMMA")
+    assert instructions(code, "UTMALDG"), "TMA loads"
+    assert instructions(code, "UTMASTG"), "TMA stores"
+    assert instructions(code, "UBLKRED"), "dQ is added by TMA"
+
+
+ALL_KERNELS = [
+    *((name, "forward_kernel") for name in KERNELS),
+    *((name, "backward_kernel") for name in BACKWARD_KERNELS),
+]
+
+
+@pytest.mark.parametrize(("name", "kernel"), ALL_KERNELS)
+def test_kernel_keeps_everything_in_registers(sass, name, kernel):
+    code = of_kernel(sass, name, kernel)
     assert instructions(code, ".*"), "no instruction was read"
     assert instructions(code, "(?:STL|LDL)") == [], "registers spilled to local memory"
 
@@ -79,6 +95,8 @@ def test_kernel_keeps_everything_in_registers(sass, name):
 def test_every_kernel_is_a_row(sass):
     forward = [f for f in sass if "forward_kernel" in f and "fp8_forward_kernel" not in f]
     assert len(forward) == len(KERNELS)
+    for kernel in ("preprocess_kernel", "backward_kernel", "postprocess_kernel"):
+        assert len([f for f in sass if kernel in f]) == len(BACKWARD_KERNELS)
 
 
 def test_fp8_kernels_multiply_bytes_and_keep_everything_in_registers(sass):

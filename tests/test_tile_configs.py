@@ -312,14 +312,14 @@ def test_a_table_without_backward_rows_has_an_empty_registry(tmp_path):
     [
         ({"pingpong": True}, "unknown field pingpong"),
         ({"tile_m": 80}, "tile_m = 80 must be 64, 128"),
-        ({"tile_n": 320}, "tile_n = 320 must be 64, 128"),
+        ({"tile_n": 192}, "tile_n = 192 must be 128, 64 keys for each of 2 warpgroups, or 64"),
         ({"mask": "window"}, "'window' is none of any, full, causal"),
         ({"consumer_warpgroups": 5}, "consumer_warpgroups = 5 must be 2 or 3"),
         ({"name": GOOD["name"]}, "the name stands 2 times"),
         (
             {"tile_m": 128},
-            "registers of a consumer thread: 64 scores + 64 dP + 64 dK + 64 dV + 16 working = 272 "
-            "> 240",
+            "registers of a consumer thread: 128 scores and dP, then dQ + 64 dK + 64 dV + 16 "
+            "working = 272 > 240",
         ),
         ({"stages": 4}, "shared memory: 32768 K + 32768 V + 65536 Q + 65536 dO"),
     ],
