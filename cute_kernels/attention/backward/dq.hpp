@@ -57,9 +57,9 @@ class BackwardDq {
 
   /// Registers to shared memory, for add() to take from there.
   template <class Accumulator>
-  CUTLASS_DEVICE static void hand_out(SharedStorage& shared, int warpgroup, int stage, int thread,
+  CUTLASS_DEVICE static void hand_out(SharedStorage& shared, int warpgroup, int index, int thread,
                                       Accumulator const& dq) {
-    auto* target = reinterpret_cast<float4*>(buffer(shared, warpgroup, stage)) + thread;
+    auto* target = reinterpret_cast<float4*>(buffer(shared, warpgroup, index)) + thread;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < cute::size(dq) / 4; ++i) {
       target[i * cutlass::NumThreadsPerWarpGroup] =
@@ -67,7 +67,7 @@ class BackwardDq {
     }
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (thread % cutlass::NumThreadsPerWarp == 0) shared.dq_full[warpgroup].arrive();
+    if (thread % cutlass::NumThreadsPerWarp == 0) shared.dq_full[warpgroup][index].arrive();
   }
 
   /// Adds the slices of one warpgroup to global memory and calls release() when TMA has read one.
@@ -76,15 +76,15 @@ class BackwardDq {
   CUTLASS_DEVICE static void add(Params const& params, SharedStorage& shared,
                                  KeyBlockCoord const& coord, int warpgroup, Release release) {
     uint32_t phase = 0;
-    int stage = 0;
-    for_each_step<Traits>(params, coord, [&](int64_t block_index, int, int, bool) {
-      int64_t const slice = block_index * Traits::kConsumers + warpgroup;
-      shared.dq_full[warpgroup].wait(phase);
+    int index = 0;
+    for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
+      int64_t const slice = step.block_index() * Traits::kConsumers + warpgroup;
+      shared.dq_full[warpgroup][index].wait(phase);
       if (params.deterministic) {
-        sm90::semaphore_wait(params.workspace.turns + slice, coord.n_block);
+        sm90::semaphore_wait(params.workspace.turns + slice, step.turn());
       }
       sm90::bulk_reduce_add(params.workspace.dq + slice * Traits::kSliceFloats,
-                            buffer(shared, warpgroup, stage), Traits::kSliceFloats * sizeof(float));
+                            buffer(shared, warpgroup, index), Traits::kSliceFloats * sizeof(float));
       cute::tma_store_arrive();
       cute::tma_store_wait<0>();
       release();
@@ -92,19 +92,21 @@ class BackwardDq {
         sm90::bulk_wait_complete();
         sm90::semaphore_advance(params.workspace.turns + slice);
       }
-      phase ^= 1;
-      stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
-    });
+      if (++index == Traits::kDqBuffers) {
+        index = 0;
+        phase ^= 1;
+      }
+    }
     sm90::bulk_wait_complete();
   }
 
  private:
   static constexpr bool kByQueries = Traits::kDqSplit == DqSplit::kQueries;
 
-  CUTLASS_DEVICE static float* buffer(SharedStorage& shared, int warpgroup, int stage) {
+  CUTLASS_DEVICE static float* buffer(SharedStorage& shared, int warpgroup, int index) {
     if constexpr (Traits::kSplitProducts) {
       auto& stages = warpgroup == 0 ? shared.grad_out : shared.q;
-      return reinterpret_cast<float*>(stages.data()) + stage * Traits::kSliceFloats;
+      return reinterpret_cast<float*>(stages.data()) + index * Traits::kSliceFloats;
     } else {
       return shared.own.dq[warpgroup];
     }

@@ -33,6 +33,7 @@ struct BackwardParams {
   int heads_per_kv;
   bool deterministic;
   Mask mask;
+  int ring;  // see QuerySteps
   cutlass::FastDivmod n_blocks;
   cutlass::FastDivmod heads_kv;
 };
@@ -68,7 +69,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     shared.p_full.init(cutlass::NumWarpsPerWarpGroup);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Traits::kConsumers; ++i) {
-      shared.dq_full[i].init(cutlass::NumWarpsPerWarpGroup);
+      CUTLASS_PRAGMA_UNROLL
+      for (int buffer = 0; buffer < Traits::kDqBuffers; ++buffer) {
+        shared.dq_full[i][buffer].init(cutlass::NumWarpsPerWarpGroup);
+      }
       shared.dq_empty[i].init(1);
     }
   }
@@ -87,6 +91,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   int pair;
   params.n_blocks(pair, coord.n_block, static_cast<int>(blockIdx.x));
   params.heads_kv(coord.batch, coord.kv_head, pair);
+  // A CTA waits only for CTAs with a smaller number, or of its ring, which all run at a time.
+  if (params.deterministic && params.mask.causal) {
+    coord.n_block = params.n_blocks.divisor - 1 - coord.n_block;
+  }
 
   if (is_producer) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();

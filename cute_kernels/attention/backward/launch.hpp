@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+
 #include <cuda_runtime.h>
 
 #include "cute_kernels/attention/backward/kernel.hpp"
@@ -54,6 +56,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
       problem.heads_q / problem.heads_kv,
       problem.deterministic,
       Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
+      std::min(n_blocks, problem.device.multiprocessors),
       cutlass::FastDivmod(n_blocks),
       cutlass::FastDivmod(problem.heads_kv)};
 

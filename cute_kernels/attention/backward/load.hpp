@@ -30,19 +30,19 @@ CUTLASS_DEVICE void load_backward(Params const& params, typename Traits::SharedS
     copy(tma.with(reinterpret_cast<uint64_t&>(full)), from, to);
   };
   auto load_queries = [&](auto const& tma, auto& buffer, float const* rows, auto& row_stages,
-                          Pipeline& pipeline, PipelineState& write, int64_t block_index, int block,
-                          int head) {
-    auto queries =
-        local_tile(tma.get_tma_tensor(params.shape_q)(_, _, head, coord.batch),
-                   Shape<Int<Traits::kTileM>, Int<Traits::kHeadDim>>{}, make_coord(block, _0{}));
+                          Pipeline& pipeline, PipelineState& write,
+                          QuerySteps<Traits, Params> const& step) {
+    auto queries = local_tile(tma.get_tma_tensor(params.shape_q)(_, _, step.head(), coord.batch),
+                              Shape<Int<Traits::kTileM>, Int<Traits::kHeadDim>>{},
+                              make_coord(step.block(), _0{}));
     auto stages = make_tensor(make_smem_ptr(buffer.data()), typename Traits::LayoutQ{});
     auto [from, to] = tma_partition(tma, _0{}, Layout<_1>{}, group_modes<0, 2>(stages),
                                     group_modes<0, 2>(queries));
     pipeline.producer_acquire(write);
     auto* full = pipeline.producer_get_barrier(write);
     copy(tma.with(*full), from, to(_, write.index()));
-    SM90_BULK_COPY_G2S::copy(rows + block_index * Traits::kTileM, full, row_stages[write.index()],
-                             Traits::kBytesRows);
+    SM90_BULK_COPY_G2S::copy(rows + step.block_index() * Traits::kTileM, full,
+                             row_stages[write.index()], Traits::kBytesRows);
     ++write;
   };
 
@@ -50,14 +50,14 @@ CUTLASS_DEVICE void load_backward(Params const& params, typename Traits::SharedS
   PipelineState write_grad_out = cutlass::make_producer_start_state<Pipeline>();
   load_keys(params.tma_k, shared.k, shared.k_full);
   bool v_pending = true;
-  for_each_step<Traits>(params, coord, [&](int64_t block_index, int block, int head, bool) {
+  for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
     load_queries(params.tma_q, shared.q, params.workspace.lse_log2, shared.lse_log2, pipeline_q,
-                 write_q, block_index, block, head);
+                 write_q, step);
     if (v_pending) load_keys(params.tma_v, shared.v, shared.v_full);
     v_pending = false;
     load_queries(params.tma_grad_out, shared.grad_out, params.workspace.delta, shared.delta,
-                 pipeline_grad_out, write_grad_out, block_index, block, head);
-  });
+                 pipeline_grad_out, write_grad_out, step);
+  }
 }
 
 }  // namespace cute_kernels::attention

@@ -86,25 +86,32 @@ class BackwardMainloop {
     uint32_t ds_phase = 0;
     uint32_t dq_phase = 0;
 
+    auto scores = new_scores();
+    auto issue_scores = [&](int stage) {
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_scores, operand_k, operand_q(_, _, _, stage),
+                                              scores);
+    };
+    auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
+
+    // Prologue: the first S^T.
+    QuerySteps<Traits, Params> step(params, coord);
     shared.k_full.wait(0);
-    bool v_pending = true;
-    for_each_step<Traits>(params, coord, [&](int64_t, int block, int, bool masked) {
-      // S^T and dP^T, back to back.
-      auto scores = new_scores();
+    pipeline_q.consumer_wait(read_q);
+    issue_scores(read_q.index());
+    shared.v_full.wait(0);
+    warpgroup_wait<0>();
+
+    // Steady state: S^T of a step is computed at the end of the one before, while dQ is handed out.
+    while (step.valid()) {
       auto gradients = new_scores();
-      pipeline_q.consumer_wait(read_q);
-      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_scores, operand_k,
-                                              operand_q(_, _, _, read_q.index()), scores);
-      if (v_pending) shared.v_full.wait(0);
-      v_pending = false;
       pipeline_grad_out.consumer_wait(read_grad_out);
       sm90::issue_gemm<sm90::Accumulate::kNo>(
           mma_scores, operand_v, operand_grad_out(_, _, _, read_grad_out.index()), gradients);
 
       // P while dP^T is in flight.
-      auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
-      warpgroup_wait<1>();
-      if (masked) params.mask.apply_transposed(p_rows, key, block * kTileM + column);
+      if (step.masked()) {
+        params.mask.apply_transposed(p_rows, key, step.block() * kTileM + column);
+      }
       scores_to_probabilities(p_rows, shared.lse_log2[read_q.index()] + column, params.scale_log2);
       auto p = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
@@ -114,7 +121,8 @@ class BackwardMainloop {
       sm90::issue_gemm<sm90::Accumulate::kYes>(
           mma_dkv, p, operand_grad_out_t(_, _, _, read_grad_out.index()), dv);
       auto ds_rows = make_tensor(gradients.data(), p_rows.layout());
-      gradients_of_scores(ds_rows, p_rows, shared.delta[read_grad_out.index()] + column);
+      gradients_of_scores(ds_rows, make_tensor(p.data(), p_rows.layout()),
+                          shared.delta[read_grad_out.index()] + column);
       auto ds = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(gradients.data(), OperandLayout{}), ds);
       copy(store_ds, slice_ds.retile_S(make_tensor(ds.data(), gradients.layout())),
@@ -126,20 +134,28 @@ class BackwardMainloop {
       // dK needs only this warpgroup's dS, dQ everyone's.
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read_q.index()),
                                                dk);
+      warpgroup_wait<1>();  // dV: P's registers are free
       auto dq = Dq::accumulator();
       shared.ds_full[buffer].wait(ds_phase);
       Dq::issue(operands_dq, buffer, dq);
-      warpgroup_wait<1>();  // dV, dK
+
+      warpgroup_wait<0>();
       release(pipeline_grad_out, read_grad_out);
       release(pipeline_q, read_q);
+
+      // The next S^T. After the last step it reads what is left in memory, for nobody.
+      step.advance();
+      if (step.valid()) pipeline_q.consumer_wait(read_q);
+      issue_scores(read_q.index());
+
       shared.dq_empty[warpgroup].wait(dq_phase ^ 1);
-      warpgroup_wait<0>();
       Dq::hand_out(shared, warpgroup, 0, thread, dq);
+      warpgroup_wait<0>();
 
       dq_phase ^= 1;
       ds_phase ^= buffer;
       buffer ^= 1;
-    });
+    }
   }
 
  private:

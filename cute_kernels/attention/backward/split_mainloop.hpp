@@ -53,14 +53,16 @@ class BackwardSplitMainloop {
     uint32_t phase = 0;
 
     shared.k_full.wait(0);
-    for_each_step<Traits>(params, coord, [&](int64_t, int block, int, bool masked) {
+    for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
       auto scores = new_scores();
       pipeline_q.consumer_wait(read);
       sm90::issue_gemm<sm90::Accumulate::kNo>(mma_scores, operand_k,
                                               operand_q(_, _, _, read.index()), scores);
       warpgroup_wait<0>();
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
-      if (masked) params.mask.apply_transposed(p_rows, key, block * kTileM + column);
+      if (step.masked()) {
+        params.mask.apply_transposed(p_rows, key, step.block() * kTileM + column);
+      }
       scores_to_probabilities(p_rows, shared.lse_log2[read.index()] + column, params.scale_log2);
       auto p = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
@@ -81,7 +83,7 @@ class BackwardSplitMainloop {
       Dq::hand_out(shared, 0, read.index(), thread, dq);
       ++read;
       phase ^= 1;
-    });
+    }
   }
 
   /// The second warpgroup: adds up dK (not yet scaled).
@@ -108,7 +110,7 @@ class BackwardSplitMainloop {
 
     shared.k_full.wait(0);
     shared.v_full.wait(0);
-    for_each_step<Traits>(params, coord, [&](int64_t, int, int, bool) {
+    for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
       auto gradients = new_scores();
       pipeline_grad_out.consumer_wait(read);
       sm90::issue_gemm<sm90::Accumulate::kNo>(mma_scores, operand_v,
@@ -141,7 +143,7 @@ class BackwardSplitMainloop {
       Dq::hand_out(shared, 1, read.index(), thread, dq);
       ++read;
       phase ^= 1;
-    });
+    }
   }
 
  private:

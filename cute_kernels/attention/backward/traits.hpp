@@ -117,6 +117,7 @@ struct BackwardTraits {
   // dQ of a step and a warpgroup, in the order of its accumulators (float4 j of thread t at
   // 128 j + t): free of bank conflicts, one piece for TMA, and put right by postprocess.
   static constexpr int kSliceFloats = kTileM * kHeadDim / kConsumers;
+  static constexpr int kDqBuffers = kSplitProducts ? kStages : 1;
   static_assert(!kSplitProducts || kSliceFloats * sizeof(float) == kBytesQ,
                 "split by products, dQ leaves through the memory of Q and dO");
 
@@ -155,7 +156,7 @@ struct BackwardTraits {
     cutlass::arch::ClusterBarrier p_full;
     // Full: the warps of warpgroup i have written its slice of dQ. Empty: TMA has read it (split by
     // products, the pipelines' empty says so).
-    cutlass::arch::ClusterBarrier dq_full[kConsumers];
+    cutlass::arch::ClusterBarrier dq_full[kConsumers][kDqBuffers];
     cutlass::arch::ClusterBarrier dq_empty[kConsumers];
   };
 };
