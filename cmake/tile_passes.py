@@ -174,20 +174,22 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
     stages, consumers = row["stages"], row["consumer_warpgroups"]
     keys = row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
     queries = stages * row["tile_m"] * row["head_dim"] * ELEMENT_BYTES
-    handed_over = row["tile_m"] * row["head_dim"] * ACCUMULATOR_BYTES
-    if splits_products(row):  # P from one warpgroup to the other, dQ through dO's memory
-        handed_over = row["tile_m"] * row["tile_n"] * ELEMENT_BYTES
+    split = splits_products(row)
+    scores = row["tile_m"] * row["tile_n"] * ELEMENT_BYTES
+    dq = row["tile_m"] * row["head_dim"] * ACCUMULATOR_BYTES
     rows = 2 * stages * row["tile_m"] * ACCUMULATOR_BYTES
-    # full and empty: of every stage of Q and dO, of every warpgroup's dQ; full: K, V, P, dS twice
-    barriers = 8 * (4 * stages + 2 * consumers + 5)
+    # full and empty: of every stage of Q and dO, of every warpgroup's dQ (full of each of its
+    # buffers); full: K, V, P, dS
+    barriers = 8 * (4 * stages + consumers * (1 + stages) + 5)
     return aligned(
         {
             "K": keys,
             "V": keys,
             "Q": queries,
             "dO": queries,
-            "dS": 2 * row["tile_m"] * row["tile_n"] * ELEMENT_BYTES,
-            "P" if splits_products(row) else "dQ": handed_over,
+            "dS": scores if split else 2 * scores,
+            # P from one warpgroup to the other, and dQ through Q's and dO's memory
+            "P" if split else "dQ": scores if split else dq,
             "LSE, delta and barriers": rows + barriers,
         }
     )
