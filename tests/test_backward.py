@@ -13,7 +13,7 @@ from parity import (
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from cute_kernels import flash_attn_func, operators, tile_configs
+from cute_kernels import flash_attn_func, interface, operators, tile_configs
 from cute_kernels.operators import BACKWARD, flash_attn_backward, flash_attn_forward
 
 MASKS = {"full": False, "causal": True}
@@ -247,6 +247,9 @@ def test_deterministic_is_passed_on(monkeypatch, deterministic):
     q, k, v = random_qkv("cpu", torch.float32)
     gradients(q, k, v, torch.ones_like(q), deterministic=deterministic)
     assert seen == [deterministic]
+    monkeypatch.setattr(interface, "_always_deterministic", lambda: True)
+    gradients(q, k, v, torch.ones_like(q), deterministic=deterministic)
+    assert seen == [deterministic, True]
 
 
 def test_keeps_only_the_inputs_and_the_outputs(device):

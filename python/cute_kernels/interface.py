@@ -15,6 +15,7 @@ from cute_kernels.tiles import AUTOMATIC, tile_index
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_always_deterministic = torch.are_deterministic_algorithms_enabled
 
 # FlashAttention-3's arguments whose feature is not there yet, with the values that ask for nothing.
 _LATER: dict[str, tuple[object, ...]] = {
@@ -73,8 +74,9 @@ def flash_attn_func(
         qv, window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin: not there yet;
             anything that would change the call raises NotImplementedError.
         deterministic: gradients on CUDA are the same bits from run to run, at some cost; without
-            it the order in which the blocks of keys add to q's gradient varies. Has no effect on
-            the output and on the CPU, which are always the same bits on one machine and build.
+            it the order in which the blocks of keys add to q's gradient varies. Implied by
+            ``torch.use_deterministic_algorithms(True)``. Has no effect on the output and on the
+            CPU, which are always the same bits on one machine and build.
         return_attn_probs: FlashAttention-3's name for ``return_lse``.
         return_lse: also return the LSE.
         tile_config: name or index of a row of ``cute_kernels.tile_configs()`` to run, instead of
@@ -121,6 +123,7 @@ def flash_attn_func(
     except (AttributeError, IndexError, ZeroDivisionError):
         # Something is wrong with q, k or v, and the operator says what.
         softmax_scale, forward = 1.0, flash_attn_forward
+    deterministic = deterministic or _always_deterministic()
     out, lse = forward(q, k, v, softmax_scale, causal, index, deterministic)
     return (out, lse) if return_lse or return_attn_probs else out
 
