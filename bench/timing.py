@@ -65,6 +65,7 @@ class CapturedCall:
         import torch
 
         self.calls = calls_that_take(target_ms, call)
+        self._call = call  # owns what the graph reads
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             for _ in range(self.calls):
