@@ -14,7 +14,7 @@ struct BackwardWorkspace {
   float* lse_log2;  // [rows][m_blocks * kTileM], +inf where P is 0
   float* delta;     // the same shape, 0 beyond the last query
   float* dq;        // [rows][m_blocks][kConsumers][kSliceFloats], not yet scaled
-  int* turns;       // [rows][m_blocks][kConsumers], contributions added to dq
+  int* turns;       // [rows][m_blocks][kConsumers], contributions added to dq, or null
   int64_t bytes;
 };
 
@@ -31,7 +31,8 @@ BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
   carve(result.dq, blocks * Traits::kTileM * Traits::kHeadDim);
   carve(result.lse_log2, blocks * Traits::kTileM);
   carve(result.delta, blocks * Traits::kTileM);
-  carve(result.turns, problem.deterministic ? blocks * Traits::kConsumers : 0);
+  result.turns = nullptr;
+  if (problem.deterministic) carve(result.turns, blocks * Traits::kConsumers);
   result.bytes = next - static_cast<char*>(problem.workspace);
   return result;
 }
