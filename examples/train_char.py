@@ -46,7 +46,7 @@ class Size:
 
 SIZES = {
     "cpu": Size(2, 4, 2, 16, 64, 8, 150, 3e-3),
-    "cuda": Size(6, 6, 2, 128, 1024, 16, 300, 6e-4),
+    "cuda": Size(4, 4, 2, 128, 1024, 16, 200, 1e-3),
 }
 WINDOW = 10  # steps that a point of a compared curve is the mean of
 
