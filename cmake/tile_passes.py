@@ -123,10 +123,16 @@ def forward_shared_memory(row: Row) -> dict[str, int]:
     k = stages * row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
     v = stages * row["tile_n"] * row["head_dim_v"] * ELEMENT_BYTES
     q = consumers * WARPGROUP_M * row["head_dim"] * ELEMENT_BYTES
-    o = consumers * WARPGROUP_M * row["head_dim_v"] * ELEMENT_BYTES if row["separate_output"] else 0
-    # full and empty, 8 bytes each: for every stage of K and V, and for every warpgroup's Q
-    barriers = 2 * 8 * (2 * stages + consumers)
-    return aligned({"K": k, "V": v, "Q": q, "O": o, "barriers": barriers})
+    one_o = WARPGROUP_M * row["head_dim_v"] * ELEMENT_BYTES
+    # full and empty, 8 bytes each: for every stage of K and V, and for every warpgroup's Q; one
+    # more for an O that the warpgroups share
+    barriers = 2 * 8 * (2 * stages + consumers) + 8
+    parts = {"K": k, "V": v, "Q": q, "O": consumers * one_o, "barriers": barriers}
+    if not row["separate_output"]:
+        parts["O"] = 0
+    elif sum(aligned(parts).values()) > SHARED_BYTES and consumers % 2 == 0:
+        parts["O"] = one_o
+    return aligned(parts)
 
 
 def forward_registers(row: Row) -> dict[str, int]:

@@ -47,9 +47,10 @@ def test_small_grids_get_tiles_no_larger_than_large_ones(dtype, head_dim, causal
     [
         (64, 512, False, "d64_m256n64"),
         (64, 512, True, "d64_m256n64"),
+        (64, 4096, False, "d64_m256n64"),
         (64, 16384, False, "d64_m192n128"),
-        (128, 512, False, "d128_m128n128"),
-        (128, 1024, True, "d128_m128n128"),
+        (128, 512, False, "d128_m192n64"),
+        (128, 1024, True, "d128_m192n64"),
         (128, 2048, False, "d128_m192n64"),
         (128, 16384, True, "d128_m192n64"),
     ],

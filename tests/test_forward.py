@@ -80,15 +80,37 @@ def test_softmax_scale(device, softmax_scale, mask):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("rise", [3.0, -3.0, 60.0, -60.0])
-def test_scores_with_a_slope(device, rise, mask):
-    """Row maxima that creep or leap from block to block, in both directions of the walk."""
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("rise", [3.0, -3.0, 60.0, -60.0, 400.0, -400.0, 3000.0, -3000.0])
+def test_scores_with_a_slope(device, rise, head_dim, dtype, mask):
+    """Row maxima that creep or leap from block to block, in both directions of the walk; the
+    steepest leap by more than the exponent of a float."""
     if device == "cuda":
-        skip_unless_built(torch.bfloat16, 64, MASKS[mask])
-    q, k, v = random_qkv(device, torch.bfloat16, 2, 600, 1100, 2, 2)
-    q[..., 0] = 8.0  # with the scale of 1/8, a key's first element is added to its scores
+        skip_unless_built(DTYPES[dtype], head_dim, MASKS[mask])
+    q, k, v = random_qkv(device, DTYPES[dtype], 1, 300, 1100, 2, 2, head_dim=head_dim)
+    q[..., 0] = head_dim**0.5  # divided out by the scale: a key's first element adds to its scores
     k[..., 0] = torch.linspace(0.0, rise, k.shape[1], device=device)[:, None]
     check(q, k, v, MASKS[mask])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_infinities_and_nan_stay_in_their_rows(device, head_dim):
+    """What the definition makes NaN is NaN, everything else is as if it were not there."""
+    if device == "cuda":
+        skip_unless_built(torch.bfloat16, head_dim, causal=False)
+    q, k, v = random_qkv(device, torch.bfloat16, 1, 300, 700, 2, 2, head_dim=head_dim)
+    spoilt = q.clone()
+    spoilt[:, 17, 0] = torch.nan
+    spoilt[:, 200, 1] = torch.inf  # scores of both signs, and inf - inf
+    (out, lse), (right, right_lse) = run(spoilt, k, v), check(q, k, v)
+    bad = torch.zeros(1, 300, 2, dtype=torch.bool, device=device)
+    bad[:, 17, 0] = bad[:, 200, 1] = True
+    assert out[bad].isnan().all()
+    assert lse.transpose(1, 2)[bad].isnan().all()
+    torch.testing.assert_close(out[~bad], right[~bad])
+    lse, right_lse = (t.transpose(1, 2)[~bad] for t in (lse, right_lse))
+    torch.testing.assert_close(lse, right_lse, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_see_no_key(device):

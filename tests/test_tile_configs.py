@@ -122,8 +122,14 @@ def test_shared_memory_is_refused_with_its_sum():
         "shared memory: 135168 K + 135168 V + 32768 Q + 1024 barriers = 304128 > 232448 bytes"
         in message
     )
-    message = refusal(good(separate_output=True))
-    assert "+ 32768 Q + 32768 O + 1024 barriers = 246784 > 232448 bytes" in message
+    message = refusal(good(separate_output=True, tile_m=192, tile_n=160))
+    assert "+ 49152 Q + 49152 O + 1024 barriers = 263168 > 232448 bytes" in message
+
+
+def test_two_warpgroups_share_an_output_buffer_where_two_do_not_fit():
+    assert generator.read_table(table(good(separate_output=True)))
+    message = refusal(good(separate_output=True, tile_n=192))
+    assert "+ 32768 Q + 16384 O + 1024 barriers = 246784 > 232448 bytes" in message
 
 
 def test_registers_are_refused_with_their_sum():

@@ -30,11 +30,12 @@ struct Mask {
     return causal ? min(seqlen_k, query + 1 + seqlen_k - seqlen_q) : seqlen_k;
   }
 
+  /// Some of the queries, or all, may lie before the first or behind the last.
   CUTLASS_DEVICE BlockRange key_blocks(int first_query, int queries, int block) const {
-    if (first_query >= seqlen_q) return {0, 0};
     int const last_query = min(first_query + queries, seqlen_q) - 1;
+    if (first_query > last_query || last_query < 0) return {0, 0};
     int const most = max(0, visible_keys(last_query));
-    int const least = max(0, visible_keys(first_query));
+    int const least = max(0, visible_keys(max(0, first_query)));
     return {(most + block - 1) / block, least / block};
   }
 

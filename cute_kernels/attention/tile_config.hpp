@@ -83,13 +83,13 @@ bool may_take(Config const& config, CallShape const& shape) {
 }
 
 /// Time of a call in arbitrary units: rounds of tiles over the multiprocessors, each as long as its
-/// queries and keys. A causal mask has short tiles to fill the last round with; what its diagonal
-/// wastes grows with tile_m.
+/// queries and keys. A tile that is not full costs only what it has. A causal mask has short tiles
+/// to fill the last round with; what its diagonal wastes grows with tile_m.
 inline double estimate_forward(TileConfig const& config, CallShape const& shape,
                                int multiprocessors) {
   double const seqlen_q = static_cast<double>(shape.seqlen_q);
   double const seqlen_k = static_cast<double>(shape.seqlen_k);
-  double const tiles = std::ceil(seqlen_q / config.tile_m) * shape.batch * shape.heads_q;
+  double const tiles = seqlen_q / config.tile_m * shape.batch * shape.heads_q;
   double rounds = tiles / multiprocessors;
   double keys = seqlen_k;
   if (!shape.causal || rounds < 1) rounds = std::ceil(rounds);

@@ -16,7 +16,8 @@ struct TileCoord {
 
 /// Hands tiles to a persistent grid without any communication: CTA c takes the tiles c, 2G-1-c,
 /// 2G+c, 4G-1-c, ... of a fixed order (G = CTAs; every second round runs backwards, so that a CTA
-/// that got the longest tile of one round gets the shortest of the next).
+/// that got the longest tile of one round gets the shortest of the next). Where there are several
+/// bands, CTAs swap places after every two rounds, since a band ends in the same places each time.
 ///
 /// The order takes `band` query blocks at a time, from the last ones to the first (under a causal
 /// mask that is longest first), and inside a band walks the (batch, head) pairs, with all of the
@@ -49,13 +50,18 @@ class TileScheduler {
   }
 
   CUTLASS_DEVICE explicit TileScheduler(Params const& params)
-      : params_(params), base_(0), turn_(blockIdx.x) {}
+      : params_(params), base_(0), turn_(blockIdx.x), forward_(true) {}
 
   CUTLASS_DEVICE bool valid() const { return base_ + turn_ < params_.tiles; }
 
   CUTLASS_DEVICE void advance() {
     base_ += gridDim.x;
     turn_ = gridDim.x - 1 - turn_;
+    forward_ = !forward_;
+    if (forward_ && params_.full_bands > 1) {
+      turn_ += gridDim.x / 4;
+      if (turn_ >= gridDim.x) turn_ -= gridDim.x;
+    }
   }
 
   CUTLASS_DEVICE TileCoord coord() const {
@@ -78,6 +84,7 @@ class TileScheduler {
   Params const& params_;
   int base_;
   int turn_;
+  bool forward_;  // this round runs forwards
 };
 
 }  // namespace cute_kernels::attention

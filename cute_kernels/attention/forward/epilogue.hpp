@@ -26,6 +26,14 @@ class ForwardEpilogue {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
     bool const leader = thread == 0;
+    int const first_query = params.first_query(coord) + warpgroup * Traits::kWarpgroupM;
+    if (first_query < 0) {
+      if (leader) {
+        if constexpr (Traits::kSharedOutput) shared.o_empty.wait((warpgroup + 1) % 2);
+        free_buffer(shared, warpgroup);
+      }
+      return;
+    }
 
     auto rounded = make_tensor<Element>(out.layout());
     sm90::convert_fragment<Element>(out, rounded);
@@ -36,7 +44,10 @@ class ForwardEpilogue {
         make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaPv{});
     auto slice = tiled_copy.get_thread_slice(thread);
 
-    if constexpr (Traits::kSeparateOutput) {
+    if constexpr (Traits::kSharedOutput) {
+      // One use is one phase; warpgroup i's uses are those of parity i.
+      if (leader) shared.o_empty.wait((warpgroup + 1) % 2);
+    } else if constexpr (Traits::kSeparateOutput) {
       if (leader) tma_store_wait<0>();  // TMA has read the tile before
     }
     // Where O overwrites Q: all four warps are done with their products.
@@ -49,18 +60,17 @@ class ForwardEpilogue {
     if (leader) {
       auto o = params.tma_o.get_tma_tensor(params.shape_o)(_, _, coord.head, coord.batch);
       auto block = local_tile(o, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDimV>>{},
-                              make_coord(coord.m_block * Traits::kConsumers + warpgroup, _0{}));
+                              make_coord(first_query / Traits::kWarpgroupM, _0{}));
       auto store = params.tma_o.get_slice(_0{});
       copy(params.tma_o, store.partition_S(shared_o), store.partition_D(block));
       tma_store_arrive();
-      if constexpr (!Traits::kSeparateOutput) {
+      if constexpr (!Traits::kSeparateOutput || Traits::kSharedOutput) {
         tma_store_wait<0>();
-        shared.q_empty[warpgroup].arrive();
+        free_buffer(shared, warpgroup);
       }
     }
 
-    int const row = coord.m_block * Traits::kTileM + warpgroup * Traits::kWarpgroupM +
-                    thread / 32 * 16 + thread % 32 / 4;
+    int const row = first_query + thread / 32 * 16 + thread % 32 / 4;
     if (thread % 4 == 0) {
       int64_t const base =
           (static_cast<int64_t>(coord.batch) * params.heads + coord.head) * params.mask.seqlen_q;
@@ -77,9 +87,18 @@ class ForwardEpilogue {
  private:
   CUTLASS_DEVICE static Element* buffer(SharedStorage& shared, int warpgroup) {
     if constexpr (Traits::kSeparateOutput) {
-      return shared.o[warpgroup].data();
+      return shared.o[Traits::kSharedOutput ? 0 : warpgroup].data();
     } else {
       return shared.q[warpgroup].data();
+    }
+  }
+
+  /// Tells whoever waits for O's memory that TMA has read it.
+  CUTLASS_DEVICE static void free_buffer(SharedStorage& shared, int warpgroup) {
+    if constexpr (Traits::kSharedOutput) {
+      shared.o_empty.arrive();
+    } else if constexpr (!Traits::kSeparateOutput) {
+      shared.q_empty[warpgroup].arrive();
     }
   }
 };

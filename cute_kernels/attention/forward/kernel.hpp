@@ -28,6 +28,14 @@ struct ForwardParams {
   cutlass::FastDivmod heads_per_kv;
   Mask mask;
   TileScheduler::Params scheduler;
+
+  /// Where seqlen_q is no multiple of the tile, the first tile is the short one, because under a
+  /// causal mask that is the one with the fewest keys: its first warpgroups get negative queries
+  /// and have nothing to do.
+  CUTLASS_DEVICE int first_query(TileCoord const& coord) const {
+    int const padded = (mask.seqlen_q + Traits::kWarpgroupM - 1) & -Traits::kWarpgroupM;
+    return padded - (scheduler.m_blocks - coord.m_block) * Traits::kTileM;
+  }
 };
 
 /// Warpgroup 0 moves data, the others compute. Both walk the same tiles in the same order, so that
@@ -58,6 +66,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       shared.q_full[i].init(1);
       shared.q_empty[i].init(Traits::kQueryReleases);
     }
+    if constexpr (Traits::kSharedOutput) shared.o_empty.init(1);
   }
   typename Pipeline::Params pipeline_params;
   pipeline_params.role =
@@ -95,7 +104,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     PipelineState read_k, read_v;
     for (TileScheduler tile(params.scheduler); tile.valid(); tile.advance()) {
       TileCoord const coord = tile.coord();
-      typename Mainloop::Softmax softmax(params.scale_log2);
+      typename Mainloop::Softmax softmax(params.scale_log2, Traits::kLargestP);
       auto out = partition_fragment_C(typename Traits::MmaPv{},
                                       Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDimV>>{});
       clear(out);

@@ -6,6 +6,7 @@
 #include "cute_kernels/attention/mask.hpp"
 #include "cute_kernels/attention/tile_scheduler.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/warp_gemm.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
@@ -41,6 +42,7 @@ class ForwardMainloop {
                                   TileCoord const& coord) {
     using namespace cute;
     int const kv_head = params.heads_per_kv.div(coord.head);
+    int const first_query = params.first_query(coord);
     auto q = params.tma_q.get_tma_tensor(params.shape_q)(_, _, coord.head, coord.batch);
     auto k = params.tma_k.get_tma_tensor(params.shape_k)(_, _, kv_head, coord.batch);
     auto v = params.tma_v.get_tma_tensor(params.shape_v)(_, _, kv_head, coord.batch);
@@ -69,8 +71,7 @@ class ForwardMainloop {
       ++write_v;
     };
 
-    int block =
-        params.mask.key_blocks(coord.m_block * Traits::kTileM, Traits::kTileM, kTileN).visited - 1;
+    int block = params.mask.key_blocks(first_query, Traits::kTileM, kTileN).visited - 1;
     if (block >= 0) load_k(block);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kConsumers; ++i) {
@@ -80,7 +81,7 @@ class ForwardMainloop {
       auto [from_q, to_q] = tma_partition(params.tma_q, _0{}, Layout<_1>{},
                                           group_modes<0, 2>(stage_q), group_modes<0, 2>(blocks_q));
       copy(params.tma_q.with(reinterpret_cast<uint64_t&>(shared.q_full[i])),
-           from_q(_, coord.m_block * kConsumers + i), to_q);
+           from_q(_, max(0, first_query / Traits::kWarpgroupM + i)), to_q);
     }
     // K runs one block ahead of V, as the consumers use them.
     for (; block > 0; --block) {
@@ -111,8 +112,8 @@ class ForwardMainloop {
     auto shared_q =
         make_tensor(make_smem_ptr(shared.q[warpgroup].data()), typename Traits::LayoutQ{});
     auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(shared_q));
-    auto operand_k = slice_qk.make_fragment_B(slice_qk.partition_B(
-        make_tensor(make_smem_ptr(shared.k.data()), typename Traits::LayoutK{})));
+    auto shared_k = make_tensor(make_smem_ptr(shared.k.data()), typename Traits::LayoutK{});
+    auto operand_k = slice_qk.make_fragment_B(slice_qk.partition_B(shared_k));
     auto operand_v = slice_pv.make_fragment_B(slice_pv.partition_B(
         make_tensor(make_smem_ptr(shared.v.data()), typename Traits::LayoutVt{})));
 
@@ -123,7 +124,7 @@ class ForwardMainloop {
         make_tensor<Element>(sm90::accumulator_as_operand_a(new_scores().layout()));
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
 
-    int const first_query = coord.m_block * Traits::kTileM;
+    int const first_query = params.first_query(coord);
     int const own_query = first_query + warpgroup * Traits::kWarpgroupM;
     // What the producer loads for the CTA, and what of it this warpgroup's queries see.
     BlockRange const loaded = params.mask.key_blocks(first_query, Traits::kTileM, kTileN);
@@ -131,11 +132,20 @@ class ForwardMainloop {
     int const row = own_query + thread / 32 * 16 + thread % 32 / 4;
     int const column = thread % 4 * 2;
 
-    // Scores -> P in place. True where O must be rescaled.
+    // Scores -> P in place. True where O must be rescaled. But for the first block Q and K must
+    // still be there.
     auto softmax_block = [&](auto& scores, int block) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
-      if (block >= own.full) params.mask.apply(rows, row, block * kTileN + column);
-      return softmax.update(rows);
+      auto mask = [&](auto& rows) {
+        if (block >= own.full) params.mask.apply(rows, row, block * kTileN + column);
+      };
+      mask(rows);
+      return softmax.update(rows, [&](auto& rows) {
+        auto own_q = local_tile(shared_q, Shape<_16, Int<Traits::kHeadDim>>{},
+                                make_coord(thread / cutlass::NumThreadsPerWarp, _0{}));
+        sm90::warp_gemm(own_q, shared_k(_, _, read_k.index()), scores);
+        mask(rows);
+      });
     };
     auto round_probabilities = [&](auto const& scores) {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
@@ -168,7 +178,7 @@ class ForwardMainloop {
       sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
                                               scores);
       warpgroup_wait<0>();
-      release(pipeline_k, read_k);
+      release(pipeline_k, read_k);  // the first block's scores are never needed again
       if (block == 0) release_query(shared, warpgroup);
       softmax_block(scores, block);
       round_probabilities(scores);
@@ -189,9 +199,9 @@ class ForwardMainloop {
                                                operand_v(_, _, _, read_v.index()), out);
       pass_turn(warpgroup);
       warpgroup_wait<Traits::kOverlap ? 1 : 0>();
+      bool const origins_moved = softmax_block(scores, block);
       release(pipeline_k, read_k);
       if (block == 0) release_query(shared, warpgroup);
-      bool const origins_moved = softmax_block(scores, block);
       // Two waits on purpose: without a branch here the compiler moves most of the exponentials
       // behind the wait.
       if (origins_moved) {

@@ -7,19 +7,22 @@
 namespace cute_kernels::attention {
 
 /// Online softmax over the rows of a 64 x N accumulator, in base 2 (FlashAttention-2, arXiv
-/// 2307.08691, section 3.1). Each thread keeps kRows rows; the four threads of a quad share them.
+/// 2307.08691, section 3.1), without a maximum in the steady state. Each thread keeps kRows rows;
+/// the four threads of a quad share them.
 ///
-/// P is measured from an origin that follows the row's maximum lazily: it moves only when a score
-/// passes it by more than kSlack (in powers of two). Until then P is at most 2^kSlack, no thread
-/// talks to its quad, and O needs no rescaling. The result is the same softmax: the origin cancels
-/// when O is divided by the row sum. The row sum stays one partial sum a thread and is reduced
-/// once, in finalize().
+/// P is measured from an origin, which is the row's maximum over the blocks up to the last one that
+/// looked for it: the first, and those that would have made P too large. In all others P is
+/// computed straight from the scores, and its sum, which is needed anyway, tells whether it was
+/// small enough: no value is larger than the sum. Otherwise the block starts again from its scores.
+/// The result is the same softmax: the origin cancels when O is divided by the row sum. The row sum
+/// stays one partial sum a thread and is reduced once, in finalize().
 template <int kRows>
 class OnlineSoftmax {
  public:
-  /// scale_log2 = softmax_scale * log2(e): exp(scale * s) = 2^(scale_log2 * s).
-  CUTLASS_DEVICE explicit OnlineSoftmax(float scale_log2)
-      : scale_log2_(scale_log2), slack_(kSlack / scale_log2) {
+  /// scale_log2 = softmax_scale * log2(e): exp(scale * s) = 2^(scale_log2 * s). A thread's P of one
+  /// block and row add up to at most `bound`.
+  CUTLASS_DEVICE OnlineSoftmax(float scale_log2, float bound)
+      : scale_log2_(scale_log2), bound_(bound), settled_(false) {
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
       origin_[row] = kMinusInf;
@@ -28,35 +31,29 @@ class OnlineSoftmax {
     }
   }
 
-  /// Turns a block of scores into P = 2^(scale_log2 * (s - origin)) in place. Returns, the same to
-  /// a whole warp, whether origins moved: then O must be rescaled before this block's P V is added.
-  template <class Scores>
-  CUTLASS_DEVICE bool update(Scores& scores) {
+  /// Turns a block of scores into P = 2^(scale_log2 * (s - origin)) in place. restore(scores) must
+  /// bring the scores back. Returns, the same to a whole warp, whether origins moved: then O must
+  /// be rescaled before this block's P V is added.
+  template <class Scores, class Restore>
+  CUTLASS_DEVICE bool update(Scores& scores, Restore const& restore) {
     using namespace cute;
     static_assert(decltype(size<0>(scores))::value == kRows);
-    float block_max[kRows];
-    bool passed = false;
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      block_max[row] = scores(row, 0);
+    float block_sum[kRows];
+    if (settled_) {
+      exponentiate(scores, block_sum);
+      bool small = true;
       CUTLASS_PRAGMA_UNROLL
-      for (int col = 1; col < size<1>(scores); ++col) {
-        block_max[row] = fmaxf(block_max[row], scores(row, col));
+      for (int row = 0; row < kRows; ++row) small &= block_sum[row] <= bound_;  // not so if NaN
+      if (__all_sync(0xffffffff, small)) {
+        add(block_sum);
+        return false;
       }
-      passed |= block_max[row] > origin_[row] + slack_;
+      restore(scores);
     }
-    bool const moved = __any_sync(0xffffffff, passed);
-    if (moved) move_origins(block_max);
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(scores); ++col) {
-        float const exponent = scores(row, col) * scale_log2_ - offset_[row];
-        scores(row, col) = sm90::exp2_mufu(exponent);
-        sum_[row] += scores(row, col);
-      }
-    }
-    return moved;
+    move_origins(scores);
+    exponentiate(scores, block_sum);
+    add(block_sum);
+    return true;
   }
 
   /// Multiplies the rows of O by the factors of the last update() that moved the origins.
@@ -85,22 +82,48 @@ class OnlineSoftmax {
 
  private:
   static constexpr float kMinusInf = -INFINITY;
-  // 2^8 is far from the largest fp16, and P's rounding error is relative.
-  static constexpr float kSlack = 8.f;
 
-  CUTLASS_DEVICE void move_origins(float const (&block_max)[kRows]) {
+  /// Scores -> P in place, and the sums of P.
+  template <class Scores>
+  CUTLASS_DEVICE void exponentiate(Scores& scores, float (&block_sum)[kRows]) const {
+    using namespace cute;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      float origin = fmaxf(origin_[row], block_max[row]);
+      block_sum[row] = 0.f;
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < size<1>(scores); ++col) {
+        scores(row, col) = sm90::exp2_mufu(scores(row, col) * scale_log2_ - offset_[row]);
+        block_sum[row] += scores(row, col);
+      }
+    }
+  }
+
+  CUTLASS_DEVICE void add(float const (&block_sum)[kRows]) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) sum_[row] += block_sum[row];
+  }
+
+  template <class Scores>
+  CUTLASS_DEVICE void move_origins(Scores const& scores) {
+    using namespace cute;
+    bool all_saw_a_key = true;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      float origin = origin_[row];
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < size<1>(scores); ++col) origin = fmaxf(origin, scores(row, col));
       origin = fmaxf(origin, __shfl_xor_sync(0xffffffff, origin, 1));
       origin = fmaxf(origin, __shfl_xor_sync(0xffffffff, origin, 2));
       // -inf - -inf would be NaN: a row that has seen no key yet measures from 0 and gets P = 0.
-      float const finite = origin == kMinusInf ? 0.f : origin;
+      bool const saw_a_key = origin != kMinusInf;
+      all_saw_a_key &= saw_a_key;
+      float const finite = saw_a_key ? origin : 0.f;
       rescale_[row] = sm90::exp2_mufu((origin_[row] - finite) * scale_log2_);
       sum_[row] *= rescale_[row];
       offset_[row] = finite * scale_log2_;
       origin_[row] = origin;
     }
+    settled_ = __all_sync(0xffffffff, all_saw_a_key);
   }
 
   template <class Output>
@@ -116,7 +139,8 @@ class OnlineSoftmax {
   }
 
   float scale_log2_;
-  float slack_;
+  float bound_;
+  bool settled_;         // every row of the warp has an origin
   float origin_[kRows];  // -inf until the row has seen a key
   float offset_[kRows];  // origin in powers of two, 0 until then
   float sum_[kRows];

@@ -7,6 +7,8 @@
 #include <cute/tensor.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
+#include "cute_kernels/attention/tile_scheduler.hpp"
+
 namespace cute_kernels::attention {
 
 /// Everything about a forward kernel that is known when it is compiled, from one row of
@@ -76,6 +78,11 @@ struct ForwardTraits {
                      cute::Shape<cute::Int<kHeadDimV>, cute::Int<kTileN>, cute::Int<kStages>>{},
                      cute::Stride<cute::Int<kTileN>, cute::_1, cute::Int<kTileN * kHeadDimV>>{})));
 
+  // Far from what Element, and in O's accumulators the product with V, can hold.
+  static constexpr float kLargestP = std::is_same_v<Element, cutlass::half_t> ? 0x1p15f : 0x1p40f;
+
+  // What a block may have, less what barriers take.
+  static constexpr int kSharedBytes = 227 * 1024 - 1024;
   static constexpr int kBytesQ = kWarpgroupM * kHeadDim * sizeof(Element);
   static constexpr int kBytesK = kTileN * kHeadDim * sizeof(Element);
   static constexpr int kBytesV = kTileN * kHeadDimV * sizeof(Element);
@@ -83,6 +90,15 @@ struct ForwardTraits {
   // Who tells that Q's memory is free: each warp after its last product with Q, or one thread after
   // O's store.
   static constexpr int kQueryReleases = kSeparateOutput ? cutlass::NumWarpsPerWarpGroup : 1;
+
+  // Memory of its own for each warpgroup's O, or where that does not fit, one that they use in
+  // turn.
+  static constexpr int kBytesO = kWarpgroupM * kHeadDimV * sizeof(Element);
+  static constexpr int kOutputBuffers =
+      kStages * (kBytesK + kBytesV) + kConsumers * (kBytesQ + kBytesO) <= kSharedBytes ? kConsumers
+                                                                                       : 1;
+  static constexpr bool kSharedOutput = kSeparateOutput && kOutputBuffers == 1 && kConsumers > 1;
+  static_assert(!kSharedOutput || kConsumers % 2 == 0, "each warpgroup's turns are of one parity");
 
   using Pipeline = cutlass::PipelineTmaAsync<kStages>;
   using PipelineState = typename Pipeline::PipelineState;
@@ -95,7 +111,8 @@ struct ForwardTraits {
     } q[kConsumers];
     struct alignas(1024) OutputBuffer : cute::array<Element, cute::cosize_v<LayoutO>> {};
     struct NoOutputBuffer {};
-    std::conditional_t<kSeparateOutput, cute::array<OutputBuffer, kConsumers>, NoOutputBuffer> o;
+    std::conditional_t<kSeparateOutput, cute::array<OutputBuffer, kOutputBuffers>, NoOutputBuffer>
+        o;
 
     // Full: the producer's TMA bytes have landed. Empty: every consumer warp is done reading.
     typename Pipeline::SharedStorage pipeline_k;
@@ -104,6 +121,8 @@ struct ForwardTraits {
     // Empty: every warp of warpgroup i has read Q for the last time; where O shares its memory, TMA
     // has read O.
     cutlass::arch::ClusterBarrier q_empty[kConsumers];
+    // Shared output buffer: TMA has read the warpgroup's O before.
+    cutlass::arch::ClusterBarrier o_empty;
   };
 };
 
