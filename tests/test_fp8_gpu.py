@@ -7,7 +7,13 @@ import torch
 from parity import plain_attention, poison, random_qkv
 
 from cute_kernels import flash_attn_func
-from cute_kernels.fp8 import GPU_BUILT, FP8Tensor, flash_attn_fp8_func, quantize_fp8
+from cute_kernels.fp8 import (
+    GPU_BUILT,
+    LINEAR_HEAD_DIM,
+    FP8Tensor,
+    flash_attn_fp8_func,
+    quantize_fp8,
+)
 
 pytestmark = pytest.mark.skipif(not GPU_BUILT, reason="built without CUTE_KERNELS_FP8")
 
@@ -137,7 +143,8 @@ def test_attention(hopper, head_dim, to, causal):
             assert not out.transpose(1, 2)[unseen].any()
             size = exact_lse.masked_fill(unseen, 0).abs().max().clamp_min(1.0)
             lse_error = (lse - exact_lse).masked_fill(unseen, 0).abs().max()
-            assert lse_error <= LSE_TOLERANCE[to] * size
+            of_p = 0.05 if head_dim <= LINEAR_HEAD_DIM else 0.0  # row sums are those of rounded P
+            assert lse_error <= LSE_TOLERANCE[to] * size + of_p
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -183,7 +190,7 @@ def test_flash_attn_func_takes_e4m3(hopper, head_dim, causal):
         )
         assert out.dtype == torch.bfloat16 and out.shape == q.shape
         error = (out.cpu().float() - wanted.float()).square().mean().sqrt()
-        assert error < 0.01 * wanted.float().square().mean().sqrt()
+        assert error < 0.02 * wanted.float().square().mean().sqrt()
         assert (lse.cpu() - wanted_lse).abs().max() < 0.02
     assert flash_attn_func(q.to(hopper), k.to(hopper), v.to(hopper)).isfinite().all()
     with pytest.raises(ValueError, match="v_descale is on cpu"):
@@ -198,14 +205,35 @@ def test_compiles_whole(hopper):
         assert torch.equal(compiled(*inputs), function(*inputs))
 
 
-def test_extremes(hopper):
-    q, k, v = random_qkv(hopper, torch.bfloat16, 1, 200, 300, 2)
+@pytest.mark.parametrize("to", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_extremes(hopper, head_dim, to):
+    """Scores up to 2^100, as on the CPU; NaN stays in its row, or its block where int8 has none."""
+    q, k, v = random_qkv("cpu", torch.bfloat16, 1, 200, 300, 2, 2, head_dim)
     q[0, 5], k[0, 100, 0, 3] = math.inf, -math.inf
-    out, lse = flash_attn_fp8_func(q, k, v, return_lse=True)
+    q[0, 70:80] *= 1000
+    k[0, 200:210] *= 1000
+    wanted, wanted_lse = flash_attn_fp8_func(q, k, v, qk_dtype=DTYPES[to], return_lse=True)
+    q, k, v = (x.to(hopper) for x in (q, k, v))
+    out, lse = flash_attn_fp8_func(q, k, v, qk_dtype=DTYPES[to], return_lse=True)
     assert out.isfinite().all() and lse.isfinite().all()
+    size = wanted.float().square().mean().sqrt()
+    assert (out.cpu().float() - wanted.float()).square().mean().sqrt() < 0.05 * size
+    assert ((lse.cpu() - wanted_lse).abs() <= 0.06 + 1e-3 * wanted_lse.abs()).all()
     q[0, 7, 0, 0] = math.nan
-    out = flash_attn_fp8_func(q, k, v)
-    assert out[0, 7, 0].isnan().all() and out.isnan().sum() == 64
+    out = flash_attn_fp8_func(q, k, v, qk_dtype=DTYPES[to])
+    rows = out.isnan().all(-1)
+    assert torch.equal(rows, out.isnan().any(-1))
+    assert rows.nonzero()[:, 1].tolist() == ([7] if to == "e4m3" else list(range(64)))
+    assert not rows[:, :, 1].any()
+    out = flash_attn_fp8_func(
+        q[:, 64:], k.index_fill(1, torch.tensor([9], device=hopper), math.nan), v
+    )
+    assert out.isnan().all()
+
+
+def test_no_keys(hopper):
+    q, k, _ = random_qkv(hopper, torch.bfloat16, 1, 200, 300, 2)
     no_keys = k[:, :0]
     out, lse = flash_attn_fp8_func(q, no_keys, no_keys, return_lse=True)
     assert not out.any() and (lse == -math.inf).all()

@@ -343,24 +343,24 @@ dtypes = ["e4m3", "int8"]
 head_dim = 128
 tile_m = {tile_m}
 tile_n = {tile_n}
-sum_by_mma = {sum_by_mma}
+linear_exp = {linear_exp}
 why = "measured"
 """
 
 
-def fp8_table(tile_m=128, tile_n=128, sum_by_mma="false"):
-    return table(good()) + FP8_ROW.format(tile_m=tile_m, tile_n=tile_n, sum_by_mma=sum_by_mma)
+def fp8_table(tile_m=128, tile_n=128, linear_exp="false"):
+    return table(good()) + FP8_ROW.format(tile_m=tile_m, tile_n=tile_n, linear_exp=linear_exp)
 
 
 def test_fp8_rows_become_kernels(tmp_path):
-    rows = generator.read_table(fp8_table(sum_by_mma="true"))
+    rows = generator.read_table(fp8_table(linear_exp="true"))
     names = [row["name"] for row in rows if row["pass"] == "forward_fp8"]
     assert names == ["e4m3_fp8", "int8_fp8"]
     assert len(generator.select(rows, [128], ["bf16"])) == 3
     generator.write_sources(rows, tmp_path)
     text = (tmp_path / "int8_fp8.cu").read_text()
     assert "using ElementQk = int8_t;" in text
-    assert "static constexpr bool kSumByMma = true;" in text
+    assert "static constexpr bool kLinearExp = true;" in text
     assert json.loads((tmp_path / "tile_configs.json").read_text()) == rows
     assert (tmp_path / "forward_fp8_registry.cpp").read_text().count("::launch}") == 2
 
@@ -369,7 +369,7 @@ def test_fp8_rows_become_kernels(tmp_path):
     ("change", "message"),
     [
         ({"tile_n": 96}, "multiple of 64"),
-        ({"tile_n": 192, "sum_by_mma": "true"}, "sum_by_mma needs tile_n of 64 or 128"),
+        ({"tile_n": 192, "linear_exp": "true"}, "linear_exp needs 8 more channels of V"),
         ({"tile_m": 256}, "registers of a consumer thread: 64 scores [+] 64 output"),
         ({"tile_m": 100}, "tile_m = 100"),
     ],

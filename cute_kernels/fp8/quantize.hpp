@@ -238,9 +238,13 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   constexpr int kWords = kKeys / 4;
   constexpr int kPitch = kWords + 1;  // spreads a column of words over the banks
   __shared__ uint32_t turned[kMaxHeadDim * kPitch];
+  // From the last block to the first: the last ones still stand in L2 from value_maximum_kernel.
+  int const block = gridDim.x - 1 - blockIdx.x;
+  int const head = gridDim.y - 1 - blockIdx.y;
+  int const batch = gridDim.z - 1 - blockIdx.z;
   int const chunks = p.head_dim / 8;
-  int const first_key = blockIdx.x * kKeys;
-  int64_t const pair = static_cast<int64_t>(blockIdx.z) * p.heads + blockIdx.y;
+  int const first_key = block * kKeys;
+  int64_t const pair = static_cast<int64_t>(batch) * p.heads + head;
   for (int item = threadIdx.x; item < kWords * chunks; item += kQuantizeThreads) {
     int const chunk = item % chunks;
     int const word = item / chunks;
@@ -251,7 +255,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
         int64_t const channel = pair * p.head_dim + chunk * 8 + i;
         float const maximum = fmaxf(p.maximum[channel], kSmallestMaximum);
         factor[i] = __fdiv_rn(kLargest<Out>, maximum);
-        if (blockIdx.x == 0 && word == 0) p.scale[channel] = __fdiv_rn(maximum, kLargest<Out>);
+        if (block == 0 && word == 0) p.scale[channel] = __fdiv_rn(maximum, kLargest<Out>);
       }
     }
     alignas(16) In elements[4][8];
@@ -261,9 +265,9 @@ __global__ void __launch_bounds__(kQuantizeThreads)
       using Raw = std::conditional_t<kMove, uint2, uint4>;
       Raw raw{};
       if (key < p.seqlen) {
-        raw = *reinterpret_cast<Raw const*>(
-            static_cast<In const*>(p.in.data) + blockIdx.z * p.in.batch_stride +
-            key * p.in.seqlen_stride + blockIdx.y * p.in.head_stride + chunk * 8);
+        raw = *reinterpret_cast<Raw const*>(static_cast<In const*>(p.in.data) +
+                                            batch * p.in.batch_stride + key * p.in.seqlen_stride +
+                                            head * p.in.head_stride + chunk * 8);
       }
       *reinterpret_cast<Raw*>(elements[i]) = raw;
     }

@@ -25,15 +25,22 @@ import cute_kernels.extension  # noqa: F401  defines the operators
 from cute_kernels.reference import _Blocks
 
 ROW_BLOCK = 64  # rows of Q and K that share a scale
+# What flash_attn_fp8_func makes of Q and K: int8's error is half of e4m3's after incoherent
+# processing, at a few percent of speed (docs/fp8.md).
+QK_DTYPE = torch.int8
 HEAD_DIM_MULTIPLE = 16
 MAX_HEAD_DIM = 256
 SATURATION = 2.0**48  # the scores of saturated inputs are still finite in fp32
 SMALLEST_MAXIMUM = 2.0**-60  # so that scales, their inverses and their products are finite
 
-# P is rounded to e4m3 as 2^(score - origin + P_SHIFT), where the origin follows the row's maximum
-# once it is passed by more than P_SLACK: at most 2^(P_SHIFT + P_SLACK), below e4m3's 448.
-P_SHIFT = 4.0
-P_SLACK = 4.0
+# P is rounded to e4m3 as 2^(score - origin + shift), where the origin follows the row's maximum
+# once it is passed by more than slack: at most 2^(shift + slack), below e4m3's 448.
+P_SHIFT, P_SLACK = 6.0, 2.0
+# Up to this head dim, exponentials bind on a GPU and are linear between powers of two
+# (ScaledSoftmax in fp8_softmax.hpp). Small P are wrong then: hence another range.
+LINEAR_HEAD_DIM = 128
+LINEAR_P_SHIFT, LINEAR_P_SLACK = 7.0, 1.5
+LINEAR_BIAS = 7 - 0.0563
 
 # Position p of 16 keys of a transposed v holds key KEY_ORDER[p]: value_key_order in fp8_traits.hpp.
 KEY_ORDER = [p % 4 // 2 * 8 + p // 4 * 2 + p % 2 for p in range(16)]
@@ -308,7 +315,7 @@ def flash_attn_fp8_func(
     incoherent: bool = True,
     seed: int = 0,
     smooth_k: bool = True,
-    qk_dtype: torch.dtype = torch.float8_e4m3fn,
+    qk_dtype: torch.dtype = QK_DTYPE,
     out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -523,8 +530,10 @@ def _attention(
     q: FP8Tensor, k: FP8Tensor, v: FP8Tensor, softmax_scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """The kernel's arithmetic, in units of powers of two: exact products of 8-bit numbers, scaled;
-    a lazily moving origin; P in e4m3, the row sum of P before rounding; V's scale at the end."""
-    batch, seqlen, heads, _ = q.data.shape
+    a lazily moving origin; P in e4m3; V's scale at the end."""
+    batch, seqlen, heads, head_dim = q.data.shape
+    linear = head_dim <= LINEAR_HEAD_DIM
+    shift, slack = (LINEAR_P_SHIFT, LINEAR_P_SLACK) if linear else (P_SHIFT, P_SLACK)
     out = torch.zeros(q.data.shape, dtype=torch.float32)
     lse = torch.full((batch, heads, seqlen), -math.inf)
     if out.numel() == 0 or k.data.numel() == 0:
@@ -543,22 +552,32 @@ def _attention(
             products = blocks.scores(q_rows, all_k[:, :, keys], hidden)
             scores = products * (q_scale * k_scales[..., keys])
             maximum = scores.amax(-1, keepdim=True)
-            new_origin = torch.where(maximum > origin + P_SLACK, maximum, origin)
+            new_origin = torch.where(maximum <= origin + slack, origin, maximum)  # NaN moves it
             finite = new_origin.masked_fill(new_origin == -math.inf, 0.0)
             rescale = torch.exp2(origin - finite)
             origin = new_origin
-            p = torch.exp2(scores - (finite - P_SHIFT))
+            p, rounded = _probabilities(scores - (finite - shift), linear)
             total = total * rescale + p.sum(-1, keepdim=True)
-            rounded = p.to(torch.float8_e4m3fn).float()
             accumulator = accumulator * rescale + rounded @ all_v[:, :, keys]
         accumulator /= total.masked_fill(total == 0, 1.0)
         out[:, queries] = blocks.from_rows(accumulator)
-        log2_sum = (origin - P_SHIFT + total.log2()).masked_fill(total == 0, -math.inf)
+        log2_sum = (origin - shift + total.log2()).masked_fill(total == 0, -math.inf)
         lse[:, :, queries] = (log2_sum * math.log(2)).view(batch, heads, -1)
     v_scale = v.row_scales().repeat_interleave(blocks.group, dim=2)
     if v.block is not None:
         v_scale = v_scale[:, :1]
     return out * v_scale, lse
+
+
+def _probabilities(exponents: Tensor, linear: bool) -> tuple[Tensor, Tensor]:
+    """P as the row sums count it, and as V is multiplied by it."""
+    if linear:
+        bits = ((exponents + LINEAR_BIAS) * 8).clamp(0, 126).round().nan_to_num()
+        p = bits.to(torch.uint8).view(torch.float8_e4m3fn).float()
+        p = torch.where(exponents.isnan(), exponents, p)
+        return p, p
+    p = torch.exp2(exponents)
+    return p, p.to(torch.float8_e4m3fn).float()
 
 
 def _quantize_rows_fake(

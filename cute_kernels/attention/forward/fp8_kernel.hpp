@@ -7,34 +7,20 @@
 #include "cute_kernels/attention/forward/epilogue.hpp"
 #include "cute_kernels/attention/forward/fp8_mainloop.hpp"
 #include "cute_kernels/attention/forward/fp8_traits.hpp"
+#include "cute_kernels/attention/forward/kernel.hpp"
 #include "cute_kernels/attention/fp8_problem.hpp"
 
 namespace cute_kernels::attention {
 
-/// What an FP8 forward kernel is told at run time. To TMA, Q, K and O are (seqlen, head_dim, heads,
-/// batch), V is (head_dim, keys, heads, batch).
+/// What an FP8 forward kernel is told at run time beside what every forward kernel is. To TMA, V is
+/// (head_dim, keys, heads, batch).
 template <class Traits, class TmaQ, class TmaK, class TmaV, class TmaO>
-struct Fp8ForwardParams {
-  using Shape = cute::Shape<int, int, int, int>;
-  TmaQ tma_q;
-  TmaK tma_k;
-  TmaV tma_v;
-  TmaO tma_o;
-  Shape shape_q;
-  Shape shape_k;
-  Shape shape_v;
-  Shape shape_o;
+struct Fp8ForwardParams : ForwardParams<Traits, TmaQ, TmaK, TmaV, TmaO> {
   ScaleView q_scale;
   ScaleView k_scale;
   ScaleView v_scale;
-  float* lse;
-  float scale_log2;
-  int heads;
   int head_dim;
   bool out_float16;
-  cutlass::FastDivmod heads_per_kv;
-  Mask mask;
-  TileScheduler::Params scheduler;
 };
 
 /// Warpgroup 0 moves data, the others compute; see forward_kernel.
@@ -106,13 +92,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       auto out = partition_fragment_C(
           typename Traits::MmaPv{}, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kValueChannels>>{});
       clear(out);
+      Mainloop::load_value_scales(params, shared, coord, consumer);
       Mainloop::compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord,
                         consumer, softmax, out);
       Mainloop::take_sums(out, softmax);
       auto values = Mainloop::without_ones(out);
       auto rows = make_tensor(values.data(), sm90::accumulator_rows_cols(values.layout()));
       softmax.finalize(rows);
-      Mainloop::scale_values(params, coord, rows);
+      Mainloop::scale_values(shared, consumer, rows);
       Epilogue::store(params, shared, coord, consumer, softmax,
                       Mainloop::round_output(params, values));
       q_phase ^= 1;

@@ -40,25 +40,15 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
   using Params =
       Fp8ForwardParams<Traits, decltype(tma_q), decltype(tma_k), decltype(tma_v), decltype(tma_o)>;
   Params const params{
-      tma_q,
-      tma_k,
-      tma_v,
-      tma_o,
-      q.shape(),
-      k.shape(),
-      v.shape(),
-      o.shape(),
+      {tma_q, tma_k, tma_v, tma_o, q.shape(), k.shape(), v.shape(), o.shape(), problem.lse,
+       problem.softmax_scale * sm90::kLog2e, problem.heads_q, cutlass::FastDivmod(heads_per_kv),
+       Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
+       TileScheduler::make_params(m_blocks, problem.heads_q, problem.batch, problem.causal)},
       problem.q_scale,
       problem.k_scale,
       problem.v_scale,
-      problem.lse,
-      problem.softmax_scale * sm90::kLog2e,
-      problem.heads_q,
       problem.head_dim,
-      problem.out_float16,
-      cutlass::FastDivmod(heads_per_kv),
-      Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
-      TileScheduler::make_params(m_blocks, problem.heads_q, problem.batch, problem.causal)};
+      problem.out_float16};
 
   auto kernel = fp8_forward_kernel<Traits, Params>;
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);

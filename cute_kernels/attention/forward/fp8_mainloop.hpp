@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cutlass/arch/memory_sm80.h>
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/forward/fp8_softmax.hpp"
@@ -22,9 +23,11 @@ class Fp8ForwardMainloop {
   static constexpr int kConsumers = Traits::kConsumers;
   static constexpr int kTileN = Traits::kTileN;
   static constexpr int kGroups = Traits::kScaleGroups;
+  static constexpr auto kOntoMagic =
+      Traits::kIntegerScores ? sm90::Accumulate::kYes : sm90::Accumulate::kNo;
 
  public:
-  using Softmax = ScaledSoftmax<2, kGroups, !Traits::kSumByMma>;
+  using Softmax = ScaledSoftmax<Traits>;
 
   /// Issues every load of one tile. Called by one thread.
   template <class Params>
@@ -62,8 +65,8 @@ class Fp8ForwardMainloop {
       ++write_v;
     };
 
-    int block =
-        params.mask.key_blocks(coord.m_block * Traits::kTileM, Traits::kTileM, kTileN).visited - 1;
+    int const first_query = params.first_query(coord);
+    int block = params.mask.key_blocks(first_query, Traits::kTileM, kTileN).visited - 1;
     if (block >= 0) load_k(block);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kConsumers; ++i) {
@@ -73,7 +76,7 @@ class Fp8ForwardMainloop {
       auto [from_q, to_q] = tma_partition(params.tma_q, _0{}, Layout<_1>{},
                                           group_modes<0, 2>(stage_q), group_modes<0, 2>(blocks_q));
       copy(params.tma_q.with(reinterpret_cast<uint64_t&>(shared.q_full[i])),
-           from_q(_, coord.m_block * kConsumers + i), to_q);
+           from_q(_, max(0, first_query / Traits::kWarpgroupM + i)), to_q);
     }
     // K runs one block ahead of V, as the consumers use them.
     for (; block > 0; --block) {
@@ -110,13 +113,15 @@ class Fp8ForwardMainloop {
         make_tensor(make_smem_ptr(shared.v.data()), typename Traits::LayoutV{})));
 
     auto new_products = [&] {
-      return partition_fragment_C(mma_qk, Shape<Int<Traits::kWarpgroupM>, Int<kTileN>>{});
+      auto products = partition_fragment_C(mma_qk, Shape<Int<Traits::kWarpgroupM>, Int<kTileN>>{});
+      if constexpr (Traits::kIntegerScores) fill(products, int32_t{Traits::kMagicBits});
+      return products;
     };
     auto probabilities = make_tensor<typename Traits::ElementPv>(
         Layout<Shape<Shape<_4, _2, _2>, _1, Int<kTileN / 32>>>{});
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
 
-    int const first_query = coord.m_block * Traits::kTileM;
+    int const first_query = params.first_query(coord);
     int const own_query = first_query + warpgroup * Traits::kWarpgroupM;
     BlockRange const loaded = params.mask.key_blocks(first_query, Traits::kTileM, kTileN);
     BlockRange const own = params.mask.key_blocks(own_query, Traits::kWarpgroupM, kTileN);
@@ -143,12 +148,12 @@ class Fp8ForwardMainloop {
     };
 
     // Products -> P in place. True where O must be rescaled.
-    auto softmax_block = [&](auto& scores, int block) {
+    auto softmax_block = [&](auto& scores, int block, auto is_first) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       if (block >= own.full) params.mask.apply(rows, row, block * kTileN + column);
       CUTLASS_PRAGMA_UNROLL
       for (int group = 0; group < kGroups; ++group) scale[group] *= q_scale;
-      return softmax.update(rows, scale);
+      return softmax.template update<decltype(is_first)::value>(rows, scale);
     };
 
     shared.q_full[warpgroup].wait(q_phase);
@@ -178,15 +183,15 @@ class Fp8ForwardMainloop {
         load_scales(block);
         pipeline_k.consumer_wait(read_k);
         if (block + 1 < own.visited) wait_turn(warpgroup);
-        sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q,
-                                                operand_k(_, _, _, read_k.index()), products);
+        sm90::issue_gemm<kOntoMagic>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
+                                     products);
         if (block + 1 < own.visited) pass_turn(warpgroup);
         warpgroup_wait<0>();
         release(pipeline_k, read_k);
         if (block == 0) release_query(shared, warpgroup);
         auto scores = as_float(products);
-        if (softmax_block(scores, block)) softmax.rescale(out_rows);
-        pack_probabilities(scores, probabilities);
+        if (softmax_block(scores, block, false_type{})) softmax.rescale(out_rows);
+        Softmax::pack(scores, probabilities);
         pipeline_v.consumer_wait(read_v);
         sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
                                                  operand_v(_, _, _, read_v.index()), out);
@@ -201,14 +206,13 @@ class Fp8ForwardMainloop {
       auto products = new_products();
       load_scales(block);
       pipeline_k.consumer_wait(read_k);
-      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
-                                              products);
+      sm90::issue_gemm<kOntoMagic>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()), products);
       warpgroup_wait<0>();
       release(pipeline_k, read_k);
       if (block == 0) release_query(shared, warpgroup);
       auto scores = as_float(products);
-      softmax_block(scores, block);
-      pack_probabilities(scores, probabilities);
+      softmax_block(scores, block, true_type{});
+      Softmax::pack(scores, probabilities);
     }
 
     // Steady state: this step's Q K^T and the last step's P V are issued back to back; the softmax
@@ -220,8 +224,7 @@ class Fp8ForwardMainloop {
       load_scales(block);
       pipeline_k.consumer_wait(read_k, k_token);
       wait_turn(warpgroup);
-      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
-                                              products);
+      sm90::issue_gemm<kOntoMagic>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()), products);
       pipeline_v.consumer_wait(read_v);
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
                                                operand_v(_, _, _, read_v.index()), out);
@@ -230,7 +233,7 @@ class Fp8ForwardMainloop {
       release(pipeline_k, read_k);
       if (block == 0) release_query(shared, warpgroup);
       auto scores = as_float(products);
-      bool const origins_moved = softmax_block(scores, block);
+      bool const origins_moved = softmax_block(scores, block, false_type{});
       // Two waits on purpose: without a branch here the compiler moves most of the exponentials
       // behind the wait.
       if (origins_moved) {
@@ -241,7 +244,7 @@ class Fp8ForwardMainloop {
       }
       release(pipeline_v, read_v);
       if (block > 0) k_token = pipeline_k.consumer_test_wait(read_k);
-      pack_probabilities(scores, probabilities);
+      Softmax::pack(scores, probabilities);
     }
 
     // Tail: the last block's P V.
@@ -254,7 +257,7 @@ class Fp8ForwardMainloop {
 
   /// Writes the channels of V that are all ones, for good: TMA never touches them.
   CUTLASS_DEVICE static void write_ones(SharedStorage& shared) {
-    if constexpr (Traits::kSumByMma) {
+    if constexpr (Traits::kLinearExp) {
       constexpr int kStage = Traits::kValueChannels * kTileN;
       constexpr int kOnes = Traits::kSumChannels * kTileN;
       for (int i = threadIdx.x; i < Traits::kStages * kOnes; i += Traits::kThreads) {
@@ -279,7 +282,7 @@ class Fp8ForwardMainloop {
   /// Tells the softmax the row sums that stand in the channels of ones.
   template <class Output>
   CUTLASS_DEVICE static void take_sums(Output const& out, Softmax& softmax) {
-    if constexpr (Traits::kSumByMma) {
+    if constexpr (Traits::kLinearExp) {
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < 2; ++row) {
         softmax.set_sum(row, out(Traits::kHeadDim / 2 + 2 * row));  // a column pair a row
@@ -287,19 +290,37 @@ class Fp8ForwardMainloop {
     }
   }
 
-  /// Multiplies the columns of the thread's part of O by V's scales.
-  template <class Params, class Output>
-  CUTLASS_DEVICE static void scale_values(Params const& params, TileCoord const& coord,
-                                          Output& out) {
-    using namespace cute;
+  /// Starts to copy V's scales to shared memory, long before they are needed.
+  template <class Params>
+  CUTLASS_DEVICE static void load_value_scales(Params const& params, SharedStorage& shared,
+                                               TileCoord const& coord, int warpgroup) {
     float const* const scales = params.v_scale.data + coord.batch * params.v_scale.batch_stride +
                                 params.heads_per_kv.div(coord.head) * params.v_scale.head_stride;
+    for (int channel = opaque_thread(); channel < Traits::kHeadDim;
+         channel += cutlass::NumThreadsPerWarpGroup) {
+      bool const is_there = channel < params.head_dim;
+      cutlass::arch::cp_async_zfill<sizeof(float)>(
+          &shared.v_scale[warpgroup][channel],
+          scales + (is_there ? channel * params.v_scale.stride : 0), is_there);
+    }
+  }
+
+  /// Multiplies the columns of the thread's part of O by V's scales.
+  template <class Output>
+  CUTLASS_DEVICE static void scale_values(SharedStorage& shared, int warpgroup, Output& out) {
+    using namespace cute;
+    cutlass::arch::cp_async_wait<0>();
+    sm90::barrier_sync(sm90::NamedBarrier::kOutputReady, warpgroup,
+                       cutlass::NumThreadsPerWarpGroup);
+    float const* const scales = shared.v_scale[warpgroup].data() + opaque_thread() % 4 * 2;
     CUTLASS_PRAGMA_UNROLL
-    for (int col = 0; col < size<1>(out); ++col) {
-      int const channel = 8 * (col / 2) + threadIdx.x % 4 * 2 + col % 2;
-      float const scale = channel < params.head_dim ? scales[channel * params.v_scale.stride] : 0.f;
+    for (int col = 0; col < size<1>(out); col += 2) {
+      float2 const pair = *reinterpret_cast<float2 const*>(scales + 4 * col);
       CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < size<0>(out); ++row) out(row, col) *= scale;
+      for (int row = 0; row < size<0>(out); ++row) {
+        out(row, col) *= pair.x;
+        out(row, col + 1) *= pair.y;
+      }
     }
   }
 
@@ -318,34 +339,24 @@ class Fp8ForwardMainloop {
   }
 
  private:
+  /// The thread's number in its warpgroup. What is computed from it once a tile shall not stay in
+  /// registers from tile to tile.
+  CUTLASS_DEVICE static int opaque_thread() {
+    int thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
+    asm volatile("" : "+r"(thread));
+    return thread;
+  }
+
   static constexpr int kTurnThreads = 2 * cutlass::NumThreadsPerWarpGroup;
 
+  /// The products as floats; of int8, with Traits::kMagic added. In registers of their own: in
+  /// place, ptxas serialises the WGMMAs (C7514).
   template <class Products>
   CUTLASS_DEVICE static auto as_float(Products const& products) {
     using namespace cute;
     auto scores = make_tensor<float>(products.layout());
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < size(products); ++i) scores(i) = static_cast<float>(products(i));
+    copy(recast<float>(products), scores);
     return scores;
-  }
-
-  /// Rounds P to e4m3 into the A operand's registers. Registers of 4 keys each: first the row, then
-  /// the half of 32 keys; V's key order fits to it (value_key_order).
-  template <class Scores, class Probabilities>
-  CUTLASS_DEVICE static void pack_probabilities(Scores const& scores,
-                                                Probabilities& probabilities) {
-    using namespace cute;
-    using Element = typename Traits::ElementPv;
-    cutlass::NumericArrayConverter<Element, float, 4> convert;
-    auto* words = reinterpret_cast<cutlass::Array<Element, 4>*>(probabilities.data());
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kTileN / 8; ++i) {
-      int const pair = i / 2 * 2;  // a run of 16 keys is two runs of 8 in the accumulator
-      int const row = i % 2;
-      words[i] = convert(cutlass::Array<float, 4>{
-          scores(4 * pair + 2 * row), scores(4 * pair + 2 * row + 1),
-          scores(4 * pair + 4 + 2 * row), scores(4 * pair + 4 + 2 * row + 1)});
-    }
   }
 
   CUTLASS_DEVICE static void wait_turn(int warpgroup) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cutlass/numeric_conversion.h>
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/forward/fp8_traits.hpp"
@@ -13,9 +14,25 @@ namespace cute_kernels::attention {
 /// The scales cost nothing an element: a maximum is taken over each group of columns and scaled
 /// once, and the exponent's FMA has another factor in each group. P is 2^kShift times the
 /// probability, so that it uses e4m3's range; finalize() and lse() see the same factor in the row
-/// sum. kSumP: the row sums are added up here, otherwise set_sum() is told them.
-template <int kRows, int kGroups, bool kSumP>
+/// sum. kShift is an integer: the largest P of a row is exact.
+///
+/// Maxima are taken of the scores' bits as integers, three at a time. That is right unless all are
+/// negative, which does not matter until the origin itself is: then, and when it moves, they are
+/// taken again. Scores of int8 come with kMagic added, so that their bits are floats without a
+/// conversion; they are never negative.
+///
+/// Linear exponential (Traits::kLinearExp): e4m3's bits are 8 (x + 7) where P = 2^x is a power of
+/// two, and are taken to be that in between, less kLinearBias. An FMA and half a conversion to
+/// bytes are all that an element of P takes: no exponential (16 results a clock and SM, as long as
+/// 512 FLOP), no addition for the row sum, which comes from the tensor cores. P is off by at most
+/// 0.35 of e4m3's last bit before it is rounded, and its sum by the same.
+template <class Traits>
 class ScaledSoftmax {
+  static constexpr int kRows = 2;
+  static constexpr int kGroups = Traits::kScaleGroups;
+  static constexpr int kColumns = Traits::kTileN / 4 / kGroups;  // of a thread, in a group
+  static constexpr bool kInteger = Traits::kIntegerScores;
+
  public:
   CUTLASS_DEVICE ScaledSoftmax() {
     CUTLASS_PRAGMA_UNROLL
@@ -26,41 +43,89 @@ class ScaledSoftmax {
     }
   }
 
-  /// Turns a block of scores into P in place, given each group's factor to powers of two. Returns,
-  /// the same to a whole warp, whether O must be rescaled before this block's P V is added.
-  template <class Scores>
+  /// Turns a block of scores into what pack() takes in place, given each group's factor to powers
+  /// of two. Returns, the same to a whole warp, whether O must be rescaled before this block's P V
+  /// is added. kFirst: known to be the row's first block.
+  template <bool kFirst, class Scores>
   CUTLASS_DEVICE bool update(Scores& scores, float const (&scale)[kGroups]) {
     using namespace cute;
     static_assert(decltype(size<0>(scores))::value == kRows);
-    constexpr int kColumns = decltype(size<1>(scores))::value / kGroups;
+    static_assert(decltype(size<1>(scores))::value == kColumns * kGroups);
     float block_max[kRows];
-    bool passed = false;
+    bool passed = any_huge_;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int group = 0; group < kGroups; ++group) {
-        float group_max = scores(row, group * kColumns);
+      block_max[row] = maximum(scale, [&](int first) {
+        int most = __float_as_int(scores(row, first + kColumns - 1));
         CUTLASS_PRAGMA_UNROLL
-        for (int col = 1; col < kColumns; ++col) {
-          group_max = fmaxf(group_max, scores(row, group * kColumns + col));
+        for (int col = first; col < first + kColumns - 1; col += 2) {
+          most = __vimax3_s32(most, __float_as_int(scores(row, col)),
+                              __float_as_int(scores(row, col + 1)));
         }
-        group_max *= scale[group];
-        block_max[row] = group == 0 ? group_max : fmaxf(block_max[row], group_max);
-      }
-      passed |= block_max[row] > origin_[row] + kSlack;
+        return kInteger ? __int_as_float(most) - kMagic : __int_as_float(max(most, 0));
+      });
+      passed |= !(block_max[row] <= origin_[row] + kSlack);  // so does NaN
     }
-    bool const moved = __any_sync(0xffffffff, passed);
-    if (moved) move_origins(block_max);
+    bool const moved = kFirst || __any_sync(0xffffffff, passed);
+    if (moved) {
+      if constexpr (!kInteger) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int row = 0; row < kRows; ++row) {
+          block_max[row] = maximum(scale, [&](int first) {
+            float most = scores(row, first);
+            CUTLASS_PRAGMA_UNROLL
+            for (int col = first + 1; col < first + kColumns; ++col) {
+              most = max_nan(most, scores(row, col));
+            }
+            return most;
+          });
+        }
+      }
+      move_origins(block_max, scale, scores);
+    }
     CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) {
+    for (int group = 0; group < kGroups; ++group) {
       CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(scores); ++col) {
-        float const exponent = scores(row, col) * scale[col / kColumns] - offset_[row];
-        scores(row, col) = sm90::exp2_mufu(exponent);
-        if constexpr (kSumP) sum_[row] += scores(row, col);
+      for (int row = 0; row < kRows; ++row) {
+        // Rounded so that P is not too large.
+        float const offset =
+            kInteger ? __fmaf_ru(kMagic, scale[group], offset_[row]) : offset_[row];
+        float const bits_scale = scale[group] * 8;
+        float const bits_offset = __fsub_rd(kLinearBias, offset) * 8;
+        CUTLASS_PRAGMA_UNROLL
+        for (int col = group * kColumns; col < (group + 1) * kColumns; ++col) {
+          float& score = scores(row, col);
+          if constexpr (Traits::kLinearExp) {
+            score = score * bits_scale + bits_offset;
+          } else {
+            score = sm90::exp2_mufu(score * scale[group] - offset);
+            sum_[row] += score;
+          }
+        }
       }
     }
     return moved;
+  }
+
+  /// Rounds what update() left to e4m3, into the A operand's registers. Registers of 4 keys each:
+  /// first the row, then the half of 32 keys; V's key order fits to it (value_key_order).
+  template <class Scores, class Probabilities>
+  CUTLASS_DEVICE static void pack(Scores const& scores, Probabilities& probabilities) {
+    using namespace cute;
+    auto words = recast<uint32_t>(probabilities);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(words); ++i) {
+      int const first =
+          i / 2 * 8 + i % 2 * 2;  // a run of 16 keys is two runs of 8 in the accumulator
+      cutlass::Array<float, 4> const keys{scores(first), scores(first + 1), scores(first + 4),
+                                          scores(first + 5)};
+      if constexpr (Traits::kLinearExp) {
+        words(i) = to_bytes(keys);
+      } else {
+        auto const p = cutlass::NumericArrayConverter<cutlass::float_e4m3_t, float, 4>{}(keys);
+        words(i) = reinterpret_cast<uint32_t const&>(p);
+      }
+    }
   }
 
   /// Multiplies the rows of O by the factors of the last update() that moved the origins.
@@ -69,8 +134,10 @@ class ScaledSoftmax {
     scale_rows(out, rescale_);
   }
 
-  /// Takes a row sum that was computed elsewhere.
-  CUTLASS_DEVICE void set_sum(int row, float sum) { sum_[row] = sum; }
+  /// Takes a row sum that was computed elsewhere, where P has no NaN.
+  CUTLASS_DEVICE void set_sum(int row, float sum) {
+    sum_[row] = origin_[row] == origin_[row] ? sum : origin_[row];
+  }
 
   /// Divides O by the row sums. Rows that saw no key become 0. lse() is valid afterwards.
   template <class Output>
@@ -78,7 +145,7 @@ class ScaledSoftmax {
     float inverse[kRows];
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      if constexpr (kSumP) {
+      if constexpr (!Traits::kLinearExp) {
         sum_[row] += __shfl_xor_sync(0xffffffff, sum_[row], 1);
         sum_[row] += __shfl_xor_sync(0xffffffff, sum_[row], 2);
       }
@@ -89,28 +156,90 @@ class ScaledSoftmax {
 
   /// ln(sum_j exp(s_j)); -inf for a row that saw no key.
   CUTLASS_DEVICE float lse(int row) const {
-    return sum_[row] == 0.f ? kMinusInf : (offset_[row] + log2f(sum_[row])) * sm90::kLn2;
+    return sum_[row] == 0.f ? kMinusInf : (origin_[row] - kShift + log2f(sum_[row])) * sm90::kLn2;
   }
 
  private:
   static constexpr float kMinusInf = -INFINITY;
-  // P is at most 2^(kShift + kSlack), below e4m3's 448. Measured: an origin that follows more
-  // loosely loses small P to e4m3's 2^-9.
-  static constexpr float kShift = 4.f;
-  static constexpr float kSlack = 4.f;
+  static constexpr float kMagic = Traits::kMagic;
+  // P is at most 2^(kShift + kSlack), below e4m3's 448. Small P are coarse, with a linear
+  // exponential wrong: the more so the lower kShift.
+  static constexpr float kShift = Traits::kLinearExp ? 7.f : 6.f;
+  static constexpr float kSlack = Traits::kLinearExp ? 1.5f : 2.f;
+  // e4m3's bias, and what makes the mean of the linear exponential's relative error 0.
+  static constexpr float kLinearBias = 7.f - 0.0563f;
+  // Where rounding of scores or offsets to 24 bits could make P too large.
+  static constexpr float kHuge = 0x1p20f;
 
-  CUTLASS_DEVICE void move_origins(float const (&block_max)[kRows]) {
+  /// The largest score of a row in powers of two; of_group(first column) is that of a group.
+  template <class OfGroup>
+  CUTLASS_DEVICE static float maximum(float const (&scale)[kGroups], OfGroup const& of_group) {
+    float most = kMinusInf;
+    CUTLASS_PRAGMA_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      most = max_nan(most, __fmul_rn(of_group(group * kColumns), scale[group]));
+    }
+    return most;
+  }
+
+  /// Rounds to unsigned bytes, saturated: two instructions (F2IP.U8.F32), into which ptxas joins
+  /// the conversions if they keep subnormals.
+  CUTLASS_DEVICE static uint32_t to_bytes(cutlass::Array<float, 4> const& x) {
+    uint32_t bytes;
+    asm("{\n"
+        ".reg .s32 a, b, c, d;\n"
+        "cvt.rni.s32.f32 a, %1;\n"
+        "cvt.rni.s32.f32 b, %2;\n"
+        "cvt.rni.s32.f32 c, %3;\n"
+        "cvt.rni.s32.f32 d, %4;\n"
+        "cvt.pack.sat.u8.s32.b32 c, d, c, 0;\n"
+        "cvt.pack.sat.u8.s32.b32 %0, b, a, c;\n"
+        "}"
+        : "=r"(bytes)
+        : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
+    return bytes;
+  }
+
+  CUTLASS_DEVICE static float max_nan(float a, float b) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+    return most;
+  }
+
+  template <class Scores>
+  CUTLASS_DEVICE void move_origins(float const (&block_max)[kRows], float const (&scale)[kGroups],
+                                   Scores& scores) {
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      float origin = fmaxf(origin_[row], block_max[row]);
-      origin = fmaxf(origin, __shfl_xor_sync(0xffffffff, origin, 1));
-      origin = fmaxf(origin, __shfl_xor_sync(0xffffffff, origin, 2));
+      float origin = max_nan(origin_[row], block_max[row]);
+      origin = max_nan(origin, __shfl_xor_sync(0xffffffff, origin, 1));
+      origin = max_nan(origin, __shfl_xor_sync(0xffffffff, origin, 2));
       // -inf - -inf would be NaN: a row that has seen no key yet measures from 0 and gets P = 0.
       float const finite = origin == kMinusInf ? 0.f : origin;
       rescale_[row] = sm90::exp2_mufu(origin_[row] - finite);
-      if constexpr (kSumP) sum_[row] *= rescale_[row];
-      offset_[row] = finite - kShift;
+      sum_[row] *= rescale_[row];
       origin_[row] = origin;
+      offset_[row] = finite - kShift;
+      bool huge = fabsf(finite) > kHuge;
+      CUTLASS_PRAGMA_UNROLL
+      for (int group = 0; group < kGroups; ++group) huge |= kInteger && scale[group] > 1.f;
+      if (huge) {
+        subtract_origin(row, scale, scores);
+        offset_[row] = -kShift;
+        any_huge_ = true;  // the next block comes here too
+      }
+    }
+  }
+
+  /// Makes the scores of a row relative to its origin, which then counts as 0.
+  template <class Scores>
+  CUTLASS_DEVICE void subtract_origin(int row, float const (&scale)[kGroups], Scores& scores) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int col = 0; col < kColumns * kGroups; ++col) {
+      float const factor = scale[col / kColumns];
+      float const score = scores(row, col) - (kInteger ? kMagic : 0.f);
+      float const relative = __fsub_rn(__fmul_rn(score, factor), origin_[row]);
+      scores(row, col) = __fdividef(relative, factor) + (kInteger ? kMagic : 0.f);
     }
   }
 
@@ -127,9 +256,10 @@ class ScaledSoftmax {
   }
 
   float origin_[kRows];  // in powers of two, -inf until the row has seen a key
-  float offset_[kRows];  // origin - kShift
+  float offset_[kRows];  // what exponents are measured from: origin - kShift
   float sum_[kRows];
   float rescale_[kRows];
+  bool any_huge_ = false;
 };
 
 }  // namespace cute_kernels::attention

@@ -32,6 +32,11 @@ struct Fp8ForwardTraits {
   static constexpr bool kIntegerScores = std::is_same_v<ElementQk, int8_t>;
   using Score = std::conditional_t<kIntegerScores, int32_t, float>;
 
+  // What int8 products are added to: as bits, a float whose last bit is 1, so that n + kMagicBits
+  // is kMagic + n for |n| < 2^22.
+  static constexpr float kMagic = 0x1.8p23f;
+  static constexpr int32_t kMagicBits = 0x4B400000;
+
   static constexpr int kHeadDim = Tile::kHeadDim;
   static constexpr int kTileN = Tile::kTileN;
   static constexpr int kStages = Tile::kStages;
@@ -39,10 +44,10 @@ struct Fp8ForwardTraits {
   static constexpr bool kOverlap = Tile::kOverlap;
   static constexpr bool kPingpong = Tile::kPingpong;
   static constexpr int kScaleGroups = kTileN / kScaleRows;
-  // Row sums of P from the tensor cores: 8 more channels of V, all ones, instead of an addition an
-  // element.
-  static constexpr bool kSumByMma = Tile::kSumByMma;
-  static constexpr int kSumChannels = kSumByMma ? 8 : 0;
+  // See ScaledSoftmax. Row sums of P then come from the tensor cores: 8 more channels of V, all
+  // ones.
+  static constexpr bool kLinearExp = Tile::kLinearExp;
+  static constexpr int kSumChannels = kLinearExp ? 8 : 0;
   static constexpr int kValueChannels = kHeadDim + kSumChannels;
 
   static constexpr int kWarpgroupM = 64;
@@ -88,7 +93,7 @@ struct Fp8ForwardTraits {
   using LayoutV = decltype(cute::tile_to_shape(
       SwizzleAtom<ElementPv, kTileN>{},
       cute::Shape<cute::Int<kValueChannels>, cute::Int<kTileN>, cute::Int<kStages>>{}));
-  static_assert(!kSumByMma || kTileN == 64 || kTileN == 128,
+  static_assert(!kLinearExp || kTileN == 64 || kTileN == 128,
                 "the ones follow V's channels in one swizzled column");
   using LayoutValueLoad = decltype(cute::tile_to_shape(
       SwizzleAtom<ElementPv, kTileN>{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>>{}));
@@ -110,6 +115,7 @@ struct Fp8ForwardTraits {
     } q[kConsumers];
     struct alignas(1024) OutputBuffer : cute::array<Output, cute::cosize_v<LayoutO>> {};
     cute::array<OutputBuffer, kConsumers> o;  // twice as wide as Q
+    cute::array_aligned<float, kHeadDim> v_scale[kConsumers];
     typename Pipeline::SharedStorage pipeline_k;
     typename Pipeline::SharedStorage pipeline_v;
     cutlass::arch::ClusterTransactionBarrier q_full[kConsumers];
@@ -123,6 +129,7 @@ struct Fp8ForwardTraits {
     using MmaPv = ValueMma<kHeadDim>;
     using LayoutO = typename Fp8ForwardTraits::LayoutO;
     static constexpr bool kSeparateOutput = true;
+    static constexpr bool kSharedOutput = false;
     static constexpr int kHeadDimV = kHeadDim;
     static constexpr int kConsumers = Fp8ForwardTraits::kConsumers;
     static constexpr int kWarpgroupM = Fp8ForwardTraits::kWarpgroupM;

@@ -1,0 +1,239 @@
+"""Times FP8 attention against FlashAttention-3's, in one run on one GPU.
+
+Three questions: the attention kernel on inputs that are FP8 already; the whole way from bf16,
+quantisation included, against the bf16 kernels of all; the memory traffic of the quantisation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from bench import report, session
+from bench.cells import Cell, paper_grid
+
+OURS = report.OURS
+OTHER = f"{OURS}:other"  # the element of Q and K that is not the default
+PEER = "fa3-fwd"
+WHOLE = f"{OURS}:from-bf16"
+BF16_PEERS = ("sdpa-cudnn", "fa3-fwd")
+LABELS = {
+    OURS: "cute_kernels",
+    OTHER: "cute_kernels, the other element of Q and K",
+    PEER: "FA3 (fa3-fwd)",
+    WHOLE: "cute_kernels from bf16 tensors, quantisation included",
+}
+WHOLE_FROM = 4096  # from here on the issue asks for the comparison with bf16
+TOLERANCE = 0.1  # RMSE over the size of the output; FP8 is at about 0.05
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = session.parser(__doc__, "fp8")
+    session.add_grid_options(parser)
+    parser.add_argument(
+        "--no-whole", action="store_true", help="only the kernels on FP8 inputs and the quantiser"
+    )
+    return parser.parse_args(arguments)
+
+
+def kernel_calls(cell: Cell, q, k, v) -> dict[str, Callable[[], Any]]:
+    """Calls on inputs that are FP8 already, the way each implementation wants them."""
+    import torch
+
+    from bench.providers import Unavailable, _import
+    from cute_kernels.fp8 import QK_DTYPE, flash_attn_fp8_func, quantize_fp8
+
+    e4m3 = torch.float8_e4m3fn
+    causal = cell.causal
+    v8 = quantize_fp8(v, block=None)
+    calls: dict[str, Callable[[], Any]] = {}
+
+    def ours(dtype):
+        q8, k8 = (quantize_fp8(x, incoherent=True, dtype=dtype) for x in (q, k))
+        return lambda: flash_attn_fp8_func(q8, k8, v8, causal=causal)
+
+    calls[OURS] = ours(QK_DTYPE)
+    calls[OTHER] = ours(next(dtype for dtype in (e4m3, torch.int8) if dtype != QK_DTYPE))
+    try:
+        fa3 = _import("fa3_fwd_interface")
+    except Unavailable as error:
+        session.say(str(error))
+    else:
+        plain = [x.to(e4m3) for x in (q, k, v)]
+        calls[PEER] = lambda: fa3.flash_attn_func(*plain, causal=causal)
+    return calls
+
+
+def whole_calls(cell: Cell, q, k, v) -> dict[str, tuple[Callable[[], Any], Any]]:
+    """Calls on bf16 tensors, with the context that each runs in."""
+    from contextlib import nullcontext
+
+    from bench.providers import load_peers, ours
+    from cute_kernels.fp8 import flash_attn_fp8_func
+
+    causal = cell.causal
+    calls: dict[str, tuple[Callable[[], Any], Any]] = {
+        WHOLE: (lambda: flash_attn_fp8_func(q, k, v, causal=causal), nullcontext)
+    }
+    peers, _ = load_peers(BF16_PEERS)
+    for provider in (ours(), *peers):
+        calls[f"{provider.name}:bf16"] = (provider.bind(cell, q, k, v), provider.context)
+    return calls
+
+
+def time_cell(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
+    from contextlib import nullcontext
+
+    import torch
+
+    from bench.check import Reference
+    from bench.measure import random_inputs
+    from bench.timing import CapturedCall, interleaved_gpu_times
+
+    inputs = random_inputs(cell)
+    reference = Reference(cell, *inputs)
+    candidates = {name: (call, nullcontext) for name, call in kernel_calls(cell, *inputs).items()}
+    if cell.seqlen >= WHOLE_FROM and not arguments.no_whole:
+        candidates |= whole_calls(cell, *inputs)
+    results: dict[str, dict[str, Any]] = {}
+    captured = {}
+    for name, (call, context) in candidates.items():
+        with context():
+            out = call()
+            out = out[0] if isinstance(out, tuple) else out
+            if name.startswith("sdpa"):
+                out = out.transpose(1, 2)
+            rmse = reference.rmse(out)
+            results[name] = {"rmse": rmse}
+            if not torch.isfinite(out).all() or rmse > TOLERANCE * reference.size:
+                results[name]["error"] = f"RMSE {rmse:.2e} of {reference.size:.2e}"
+                continue
+            captured[name] = CapturedCall(call, arguments.target_ms)
+    for name, spread in interleaved_gpu_times(captured, arguments.rounds).items():
+        results[name] |= {
+            "median_ms": spread.median,
+            "quartiles_ms": [spread.lower, spread.upper],
+            "tflops": cell.tflops(spread.median),
+        }
+    return results
+
+
+def time_quantiser(arguments: argparse.Namespace) -> dict[str, Any]:
+    """TB/s, bytes read and written once, of what quantises Q or K, K with its mean, V, and of a
+    plain copy."""
+    import torch
+
+    from bench.timing import CapturedCall, interleaved_gpu_times
+    from cute_kernels.fp8 import QK_DTYPE, quantize_fp8
+
+    results: dict[str, Any] = {}
+    for head_dim in arguments.head_dims:
+        shape = (4, 16384, 2048 // head_dim, head_dim)
+        x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        y = torch.empty_like(x)
+        row: dict[str, Any] = {"incoherent": True, "dtype": QK_DTYPE}
+        calls: dict[str, Callable[[], Any]] = {
+            "copy": lambda x=x, y=y: y.copy_(x),
+            "rows": lambda x=x, row=row: quantize_fp8(x, **row),
+            "rows, mean subtracted": lambda x=x, row=row: quantize_fp8(x, smooth=True, **row),
+            "values": lambda x=x: quantize_fp8(x, block=None),
+        }
+        captured = {name: CapturedCall(call, arguments.target_ms) for name, call in calls.items()}
+        times = interleaved_gpu_times(captured, arguments.rounds)
+        results[str(head_dim)] = {
+            name: x.numel() * (4 if name == "copy" else 3) / spread.median / 1e9
+            for name, spread in times.items()
+        }
+    return results
+
+
+def time_cublas(rounds: int) -> float:
+    """TFLOP/s of cuBLAS's FP8 product of two 8192 x 8192 matrices."""
+    import torch
+
+    from bench.timing import CapturedCall, interleaved_gpu_times
+
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device="cuda")
+    call = CapturedCall(
+        lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    )
+    return 2 * size**3 / interleaved_gpu_times({"x": call}, rounds)["x"].median / 1e9
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from cute_kernels.fp8 import QK_DTYPE
+
+    record = session.Record("fp8", arguments.out / "fp8_forward.json", arguments)
+    data = record.data
+    data["machine"]["cublas_fp8_tflops"] = time_cublas(arguments.rounds)
+    data["qk_dtype"] = str(QK_DTYPE).removeprefix("torch.")
+    data["providers"] = {name: {"label": label} for name, label in LABELS.items()}
+    data["cells"] = []
+    with torch.no_grad():
+        data["quantiser_tb_s"] = time_quantiser(arguments)
+        record.save()
+        grid = paper_grid("bf16", arguments.head_dims, arguments.masks, arguments.seqlens)
+        for number, cell in enumerate(grid, start=1):
+            entry = {**cell.as_dict(), "results": time_cell(cell, arguments)}
+            data["cells"].append(entry)
+            record.save()
+            mine, ratio = report.tflops(entry, OURS), report.ratio(entry, [PEER])
+            session.say(
+                f"[{number}/{len(grid)}] {cell}: {report.show(mine)} TFLOP/s, "
+                f"ratio {report.show(ratio, 2)}"
+            )
+    session.say(f"wrote {record.path}")
+    return data
+
+
+def whole_ratio(entry: dict[str, Any]) -> float | None:
+    """From bf16 tensors: ours over the best bf16 kernel of any peer."""
+    peers = [f"{name}:bf16" for name in BF16_PEERS]
+    return report.ratio(entry, peers, WHOLE)
+
+
+def summary(data: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    names = [OURS, OTHER, PEER]
+    header = ["cell", *names, f"{OURS}/{PEER}", f"{OTHER}/{PEER}", "from bf16", "from bf16/best"]
+    rows = [
+        [
+            report.cell_name(entry),
+            *(report.show(report.tflops(entry, name)) for name in names),
+            report.show(report.ratio(entry, [PEER]), 2),
+            report.show(report.ratio(entry, [PEER], OTHER), 2),
+            report.show(report.tflops(entry, WHOLE)),
+            report.show(whole_ratio(entry), 2),
+        ]
+        for entry in data["cells"]
+    ]
+    mean = report.geometric_mean(report.ratio(entry, [PEER]) for entry in data["cells"])
+    lines = [
+        f"{data['machine']['gpu']}, torch {data['machine']['torch']}, cuBLAS FP8 8192^3 "
+        f"{data['machine']['cublas_fp8_tflops']:.0f} TFLOP/s; {OURS}: Q and K in "
+        f"{data['qk_dtype']}",
+        report.markdown_table(header, rows),
+        f"geometric mean of {OURS}/{PEER}: {report.show(mean, 3)}",
+    ]
+    for head_dim, speeds in data["quantiser_tb_s"].items():
+        shown = ", ".join(f"{name} {speed:.2f}" for name, speed in speeds.items())
+        lines.append(f"quantiser, D={head_dim}, TB/s: {shown}")
+    return "\n".join([*lines, *report.failures(data)])
+
+
+def main() -> int:
+    arguments = parse()
+    session.require_gpu()
+    data = run(arguments)
+    print(summary(data))
+    return int(any("error" in entry["results"][OURS] for entry in data["cells"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
