@@ -108,7 +108,7 @@ def test_infinities_and_nan_stay_in_their_rows(device, head_dim):
     bad[:, 17, 0] = bad[:, 200, 1] = True
     assert out[bad].isnan().all()
     assert lse.transpose(1, 2)[bad].isnan().all()
-    torch.testing.assert_close(out[~bad], right[~bad])
+    torch.testing.assert_close(out[~bad], right[~bad], rtol=0.016, atol=2e-3)
     lse, right_lse = (t.transpose(1, 2)[~bad] for t in (lse, right_lse))
     torch.testing.assert_close(lse, right_lse, rtol=1e-5, atol=1e-5)
 

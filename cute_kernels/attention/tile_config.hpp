@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -83,21 +84,23 @@ bool may_take(Config const& config, CallShape const& shape) {
 }
 
 /// Time of a call in arbitrary units: rounds of tiles over the multiprocessors, each as long as its
-/// queries and keys. A tile that is not full costs only what it has. A causal mask has short tiles
-/// to fill the last round with; what its diagonal wastes grows with tile_m.
+/// queries and keys. A tile that is not full costs only what it has. Tiles of unequal length fill
+/// the last round, as far as they are unequal; but nothing is faster than the longest. What the
+/// diagonal of a causal mask wastes grows with tile_m.
 inline double estimate_forward(TileConfig const& config, CallShape const& shape,
                                int multiprocessors) {
   double const seqlen_q = static_cast<double>(shape.seqlen_q);
-  double const seqlen_k = static_cast<double>(shape.seqlen_k);
-  double const tiles = seqlen_q / config.tile_m * shape.batch * shape.heads_q;
-  double rounds = tiles / multiprocessors;
-  double keys = seqlen_k;
-  if (!shape.causal || rounds < 1) rounds = std::ceil(rounds);
+  double const longest = static_cast<double>(shape.seqlen_k);
+  double const shortest = shape.causal ? std::max(0.0, longest - seqlen_q) : longest;
+  double keys = longest;
   if (shape.causal) {
-    keys = seqlen_k >= seqlen_q ? seqlen_k - seqlen_q / 2 : seqlen_k * seqlen_k / (2 * seqlen_q);
+    keys = longest >= seqlen_q ? longest - seqlen_q / 2 : longest * longest / (2 * seqlen_q);
     keys += config.tile_m / 2;
   }
-  return rounds * config.tile_m * (keys + config.overhead) / config.speed;
+  double rounds = seqlen_q / config.tile_m * shape.batch * shape.heads_q / multiprocessors;
+  if (longest > 0) rounds += (std::ceil(rounds) - rounds) * shortest / longest;
+  double const time = std::max(rounds * (keys + config.overhead), longest + config.overhead);
+  return time * config.tile_m / config.speed;
 }
 
 /// Of the kernels with the smallest fitting head dim whose mask class allows the call, the one with

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include <cutlass/fast_math.h>
 
@@ -36,8 +37,17 @@ class TileScheduler {
     cutlass::FastDivmod heads;
   };
 
-  static Params make_params(int m_blocks, int heads, int batch, bool balance) {
-    int const band = balance && m_blocks > kShortBand ? kBalancedBand : m_blocks;
+  /// `balance`: tiles are of unequal length. kv_bytes: all of K and V.
+  static Params make_params(int m_blocks, int heads, int batch, bool balance,
+                            int64_t kv_bytes = std::numeric_limits<int64_t>::max()) {
+    int band = m_blocks;
+    if (balance) {
+      if (kv_bytes <= kCachedBytes) {
+        band = 1;
+      } else if (m_blocks > kShortBand) {
+        band = kBalancedBand;
+      }
+    }
     Params params;
     params.tiles = m_blocks * heads * batch;
     params.m_blocks = m_blocks;
@@ -76,6 +86,8 @@ class TileScheduler {
   }
 
  private:
+  // K and V that stay in L2 (50 MB) whatever the order.
+  static constexpr int64_t kCachedBytes = 32 << 20;
   // Measured on an H100: up to 16 blocks the memory traffic of narrow bands costs more than balance
   // gains.
   static constexpr int kShortBand = 16;

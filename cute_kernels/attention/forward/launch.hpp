@@ -31,24 +31,26 @@ cudaError_t launch_forward(ForwardProblem const& problem, cudaStream_t stream) {
   auto tma_o = make_tma_copy(SM90_TMA_STORE{}, o, typename Traits::LayoutO{});
 
   int const heads_per_kv = problem.heads_q / problem.heads_kv;
+  int64_t const kv_bytes = int64_t{sizeof(Element)} * problem.batch * problem.heads_kv *
+                           problem.seqlen_k * (2 * problem.head_dim);
   int const m_blocks = (problem.seqlen_q + Traits::kTileM - 1) / Traits::kTileM;
   using Params =
       ForwardParams<Traits, decltype(tma_q), decltype(tma_k), decltype(tma_v), decltype(tma_o)>;
-  Params const params{
-      tma_q,
-      tma_k,
-      tma_v,
-      tma_o,
-      q.shape(),
-      k.shape(),
-      v.shape(),
-      o.shape(),
-      problem.lse,
-      problem.softmax_scale * sm90::kLog2e,
-      problem.heads_q,
-      cutlass::FastDivmod(heads_per_kv),
-      Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
-      TileScheduler::make_params(m_blocks, problem.heads_q, problem.batch, problem.causal)};
+  Params const params{tma_q,
+                      tma_k,
+                      tma_v,
+                      tma_o,
+                      q.shape(),
+                      k.shape(),
+                      v.shape(),
+                      o.shape(),
+                      problem.lse,
+                      problem.softmax_scale * sm90::kLog2e,
+                      problem.heads_q,
+                      cutlass::FastDivmod(heads_per_kv),
+                      Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
+                      TileScheduler::make_params(m_blocks, problem.heads_q, problem.batch,
+                                                 problem.causal, kv_bytes)};
 
   auto kernel = forward_kernel<Traits, Params>;
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
