@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
       total += sums[other * chunks + threadIdx.x / 8][threadIdx.x % 8];
     }
     int64_t const pair = static_cast<int64_t>(blockIdx.y) * p.heads + blockIdx.x;
-    p.mean[pair * p.head_dim + threadIdx.x] = total / samples;
+    p.mean[pair * p.head_dim + threadIdx.x] = total / max(1, samples);
   }
 }
 

@@ -52,7 +52,7 @@ class ScaledSoftmax {
     static_assert(decltype(size<0>(scores))::value == kRows);
     static_assert(decltype(size<1>(scores))::value == kColumns * kGroups);
     float block_max[kRows];
-    bool passed = any_huge_;
+    bool passed = is_huge_ || has_huge_factor(scale);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
       block_max[row] = maximum(scale, [&](int first) {
@@ -88,8 +88,9 @@ class ScaledSoftmax {
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < kRows; ++row) {
         // Rounded so that P is not too large.
-        float const offset =
-            kInteger ? __fmaf_ru(kMagic, scale[group], offset_[row]) : offset_[row];
+        float const offset = kInteger
+                                 ? __fmaf_ru(is_huge_ ? 0.f : kMagic, scale[group], offset_[row])
+                                 : offset_[row];
         float const bits_scale = scale[group] * 8;
         float const bits_offset = __fsub_rd(kLinearBias, offset) * 8;
         CUTLASS_PRAGMA_UNROLL
@@ -171,6 +172,14 @@ class ScaledSoftmax {
   // Where rounding of scores or offsets to 24 bits could make P too large.
   static constexpr float kHuge = 0x1p20f;
 
+  /// kMagic times such a factor would cost the scores of int8 their precision.
+  CUTLASS_DEVICE static bool has_huge_factor(float const (&scale)[kGroups]) {
+    bool is_huge = false;
+    CUTLASS_PRAGMA_UNROLL
+    for (int group = 0; group < kGroups; ++group) is_huge |= kInteger && scale[group] > 1.f;
+    return is_huge;
+  }
+
   /// The largest score of a row in powers of two; of_group(first column) is that of a group.
   template <class OfGroup>
   CUTLASS_DEVICE static float maximum(float const (&scale)[kGroups], OfGroup const& of_group) {
@@ -209,6 +218,7 @@ class ScaledSoftmax {
   template <class Scores>
   CUTLASS_DEVICE void move_origins(float const (&block_max)[kRows], float const (&scale)[kGroups],
                                    Scores& scores) {
+    bool is_huge = has_huge_factor(scale);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
       float origin = max_nan(origin_[row], block_max[row]);
@@ -220,26 +230,25 @@ class ScaledSoftmax {
       sum_[row] *= rescale_[row];
       origin_[row] = origin;
       offset_[row] = finite - kShift;
-      bool huge = fabsf(finite) > kHuge;
-      CUTLASS_PRAGMA_UNROLL
-      for (int group = 0; group < kGroups; ++group) huge |= kInteger && scale[group] > 1.f;
-      if (huge) {
-        subtract_origin(row, scale, scores);
-        offset_[row] = -kShift;
-        any_huge_ = true;  // the next block comes here too
-      }
+      is_huge |= fabsf(finite) > kHuge;
     }
+    is_huge_ = is_huge;
+    if (is_huge) subtract_origins(scale, scores);
   }
 
-  /// Makes the scores of a row relative to its origin, which then counts as 0.
+  /// Makes scores relative to the origins, which then count as 0. Those of int8 lose kMagic, too.
   template <class Scores>
-  CUTLASS_DEVICE void subtract_origin(int row, float const (&scale)[kGroups], Scores& scores) {
+  CUTLASS_DEVICE void subtract_origins(float const (&scale)[kGroups], Scores& scores) {
     CUTLASS_PRAGMA_UNROLL
-    for (int col = 0; col < kColumns * kGroups; ++col) {
-      float const factor = scale[col / kColumns];
-      float const score = scores(row, col) - (kInteger ? kMagic : 0.f);
-      float const relative = __fsub_rn(__fmul_rn(score, factor), origin_[row]);
-      scores(row, col) = __fdividef(relative, factor) + (kInteger ? kMagic : 0.f);
+    for (int row = 0; row < kRows; ++row) {
+      float const origin = origin_[row] == kMinusInf ? 0.f : origin_[row];
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < kColumns * kGroups; ++col) {
+        float const factor = scale[col / kColumns];
+        float const score = scores(row, col) - (kInteger ? kMagic : 0.f);
+        scores(row, col) = __fdividef(__fsub_rn(__fmul_rn(score, factor), origin), factor);
+      }
+      offset_[row] = -kShift;
     }
   }
 
@@ -259,7 +268,7 @@ class ScaledSoftmax {
   float offset_[kRows];  // what exponents are measured from: origin - kShift
   float sum_[kRows];
   float rescale_[kRows];
-  bool any_huge_ = false;
+  bool is_huge_ = false;  // the scores of this block were made relative to the origins
 };
 
 }  // namespace cute_kernels::attention
