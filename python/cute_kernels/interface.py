@@ -15,6 +15,7 @@ from cute_kernels.tiles import AUTOMATIC, tile_index
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_in_functorch = torch._C._are_functorch_transforms_active
 _always_deterministic = torch.are_deterministic_algorithms_enabled
 
 # FlashAttention-3's arguments whose feature is not there yet, with the values that ask for nothing.
@@ -114,18 +115,19 @@ def flash_attn_func(
     try:
         if softmax_scale is None:
             softmax_scale = q.shape[-1] ** -0.5
-        if _is_compiling():
-            forward = flash_attn_forward
-        elif _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            forward = forward_with_gradient
-        else:
-            forward = forward_without_gradient
+        needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        forward = forward_without_gradient
     except (AttributeError, IndexError, ZeroDivisionError):
         # Something is wrong with q, k or v, and the operator says what.
-        softmax_scale, forward = 1.0, flash_attn_forward
-    deterministic = deterministic or _always_deterministic()
-    out, lse = forward(q, k, v, softmax_scale, causal, index, deterministic)
-    return (out, lse) if return_lse or return_attn_probs else out
+        softmax_scale, needs_grad, forward = 1.0, False, flash_attn_forward
+    options = (softmax_scale, causal, index, deterministic or _always_deterministic())
+    with_lse = return_lse or return_attn_probs
+    if _is_compiling() or _in_functorch():
+        forward = flash_attn_forward
+    elif needs_grad:
+        return forward_with_gradient(q, k, v, options, with_lse)
+    out, lse = forward(q, k, v, *options)
+    return (out, lse) if with_lse else out
 
 
 def _refuse_unless_harmless(later: tuple[object, ...]) -> None:

@@ -6,6 +6,7 @@ implementations; here are their CPU implementations, shape inference and gradien
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,35 +108,31 @@ if not tile_configs("backward"):
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.softmax_scale, ctx.causal, _, ctx.deterministic = inputs
+    q, k, v, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)  # an LSE that nobody uses costs nothing
 
 
-def _backward(
+def _gradients(
     ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    if _is_grad_enabled() or _is_compiling():  # a second derivative is asked for and refused
+    # Where grad mode is on, a second derivative is asked for: the operator's autograd refuses it.
+    if _is_grad_enabled() or _is_compiling():
         operator = flash_attn_backward
     else:
         operator = _backward_past_autograd
-    grads = operator(
-        grad_out,
-        grad_lse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        ctx.softmax_scale,
-        ctx.causal,
-        ctx.deterministic,
-        AUTOMATIC,
+    softmax_scale, causal, _, deterministic = ctx.options
+    grads: tuple[Tensor, Tensor, Tensor] = operator(
+        grad_out, grad_lse, q, k, v, out, lse, softmax_scale, causal, deterministic, AUTOMATIC
     )
-    return (*grads, None, None, None, None)
+    return grads
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*_gradients(ctx, *grads), None, None, None, None)
 
 
 def _backward_of_backward(ctx: Any, *_: Tensor) -> None:
@@ -167,12 +164,22 @@ def _backward_past_autograd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = forward_without_gradient(*inputs)
-        _save_for_backward(ctx, inputs, output)
-        return output
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], with_lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        with _below_autograd():
+            out, lse = flash_attn_forward(q, k, v, *options)
+        _save_for_backward(ctx, (q, k, v, *options), (out, lse))
+        return (out, lse) if with_lse else out
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        return (*_gradients(ctx, grad_out, grad_lse), None, None)
 
 
-forward_with_gradient = _Differentiable.apply
+# autograd.Function's own apply looks for functorch's tensors, which the caller has excluded.
+forward_with_gradient: Callable[..., Tensor | tuple[Tensor, Tensor]] = super(
+    torch.autograd.Function, _Differentiable
+).apply
