@@ -83,10 +83,19 @@ def whole_calls(cell: Cell, q, k, v) -> dict[str, tuple[Callable[[], Any], Any]]
     return calls
 
 
+def checked_rmse(name: str, result: Any, reference: Any) -> float:
+    """The error of a call's result; raises if it is not that of FP8."""
+    out = result[0] if isinstance(result, tuple) else result
+    if name.startswith("sdpa"):
+        out = out.transpose(1, 2)
+    rmse = reference.rmse(out)
+    if not rmse <= TOLERANCE * reference.size:  # so is NaN
+        raise ValueError(f"RMSE {rmse:.2e} where the result has {reference.size:.2e}")
+    return rmse
+
+
 def time_cell(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
     from contextlib import nullcontext
-
-    import torch
 
     from bench.check import Reference
     from bench.measure import random_inputs
@@ -100,17 +109,14 @@ def time_cell(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, dict[str, Any]] = {}
     captured = {}
     for name, (call, context) in candidates.items():
-        with context():
-            out = call()
-            out = out[0] if isinstance(out, tuple) else out
-            if name.startswith("sdpa"):
-                out = out.transpose(1, 2)
-            rmse = reference.rmse(out)
-            results[name] = {"rmse": rmse}
-            if not torch.isfinite(out).all() or rmse > TOLERANCE * reference.size:
-                results[name]["error"] = f"RMSE {rmse:.2e} of {reference.size:.2e}"
-                continue
-            captured[name] = CapturedCall(call, arguments.target_ms)
+        try:
+            with context():
+                results[name] = {"rmse": checked_rmse(name, call(), reference)}
+                captured[name] = CapturedCall(call, arguments.target_ms)
+        except Exception as failure:
+            results[name] = {"error": f"{type(failure).__name__}: {failure}"[:200]}
+    if not captured:
+        return results
     for name, spread in interleaved_gpu_times(captured, arguments.rounds).items():
         results[name] |= {
             "median_ms": spread.median,
