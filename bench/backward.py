@@ -24,6 +24,8 @@ def run(arguments) -> dict[str, Any]:
     from bench import measure, providers
 
     peers, missing = providers.load_peers(arguments.peers, arguments.fa4_seqlens)
+    host_peers, missing_on_host = providers.load_peers(arguments.host_peers)
+    missing |= missing_on_host
     forwards = [
         providers.ours(),
         providers.ours(name=DETERMINISTIC, deterministic=True),
@@ -31,7 +33,7 @@ def run(arguments) -> dict[str, Any]:
     ]
     rows = [providers.backward_row(name, f"{report.OURS}:{name}") for name in arguments.tile_config]
     timed = [*(providers.backward_of(provider) for provider in forwards), *rows]
-    on_host = [providers.training_step_of(provider) for provider in forwards]
+    on_host = [providers.training_step_of(provider) for provider in (*forwards, *host_peers)]
     path = arguments.out / f"backward_{arguments.dtype}.json"
     record = session.Record("backward", path, arguments)
     grid = paper_grid(

@@ -24,6 +24,9 @@ def parser(description: str, kind: str, peers: Iterable[str]) -> argparse.Argume
     peers = tuple(peers)
     result.add_argument("--peers", nargs="*", choices=peers, default=list(peers))
     result.add_argument(
+        "--host-peers", nargs="*", choices=peers, default=[], help="more peers of the host time"
+    )
+    result.add_argument(
         "--tile-config",
         action="append",
         default=[],
@@ -88,7 +91,7 @@ def run(
     from bench import measure
 
     data = record.data
-    data["providers"] = describe(providers, missing)
+    data["providers"] = describe([*providers, *host_providers], missing)
     data["cells"] = []
     data["machine"]["cublas_bf16"] = measure.time_cublas(session.query_gpu)
     if arguments.host_batches:

@@ -34,13 +34,16 @@ def run(arguments) -> dict[str, Any]:
     from bench import measure, providers
 
     peers, missing = providers.load_peers(arguments.peers, arguments.fa4_seqlens)
+    on_host, missing_on_host = providers.load_peers(arguments.host_peers)
     rows = [providers.ours(name, f"{report.OURS}:{name}") for name in arguments.tile_config]
     loaded = [providers.ours(), *rows, *peers]
     suffix = "" if arguments.grid == "paper" else f"_{arguments.grid}"
     path = arguments.out / f"forward_{arguments.dtype}{suffix}.json"
     record = session.Record("forward", path, arguments)
     grid = cells(arguments)
-    return comparison.run(record, arguments, grid, loaded, loaded, missing, measure.FORWARD)
+    on_host = [*loaded, *on_host]
+    missing |= missing_on_host
+    return comparison.run(record, arguments, grid, loaded, on_host, missing, measure.FORWARD)
 
 
 def main() -> int:
