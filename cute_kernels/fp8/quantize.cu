@@ -10,7 +10,8 @@ using E4m3 = cutlass::float_e4m3_t;
 
 template <class In, class Out>
 cudaError_t quantize_rows(QuantizeRowsProblem const& p, cudaStream_t stream) {
-  dim3 const grid((p.seqlen + kBlockRows - 1) / kBlockRows, p.heads, p.batch);
+  // Heads first: CTAs that run together read what lies together.
+  dim3 const grid(p.heads, (p.seqlen + kBlockRows - 1) / kBlockRows, p.batch);
   switch (p.head_dim) {
     case 64:
       quantize_rows_kernel<In, Out, 64><<<grid, kQuantizeThreads, 0, stream>>>(p);
@@ -34,7 +35,7 @@ cudaError_t quantize_values(QuantizeValuesProblem const& p, cudaStream_t stream)
     cudaError_t const status = cudaMemsetAsync(p.maximum, 0, bytes, stream);
     if (status != cudaSuccess) return status;
     constexpr int kRows = 512;
-    dim3 const grid((p.seqlen + kRows - 1) / kRows, p.heads, p.batch);
+    dim3 const grid(p.heads, (p.seqlen + kRows - 1) / kRows, p.batch);
     value_maximum_kernel<In><<<grid, kQuantizeThreads, 0, stream>>>(p, kRows);
   }
   dim3 const grid((p.seqlen + kTransposeKeys - 1) / kTransposeKeys, p.heads, p.batch);

@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   constexpr int kSteps = kBlockRows / kRowsAtOnce;
   static_assert(kBlockRows % kRowsAtOnce == 0);
 
-  int const block = blockIdx.x;
-  int const head = blockIdx.y;
+  int const head = blockIdx.x;
+  int const block = blockIdx.y;
   int const batch = blockIdx.z;
   int const channel = threadIdx.x % kThreadsPerRow * kPerThread;
   int const first_row = block * kBlockRows + threadIdx.x / kThreadsPerRow;
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   // int8 has no NaN: there the scale tells of one, and the elements are 0.
   float const factor = has_nan ? NAN : __fdiv_rn(kLargest<Out>, maximum);
   float const scale = has_nan ? NAN : __fdiv_rn(maximum, kLargest<Out>);
-  if (threadIdx.x == 0) p.scale[pair * gridDim.x + block] = scale;
+  if (threadIdx.x == 0) p.scale[pair * gridDim.y + block] = scale;
 
   Out* const out = static_cast<Out*>(p.out) + head * kHeadDim + channel;
   CUTLASS_PRAGMA_UNROLL
@@ -197,13 +197,13 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   int const chunks = p.head_dim / 8;
   int const rows_at_once = kQuantizeThreads / chunks;
   int const chunk = threadIdx.x % chunks;
-  int const end = min(p.seqlen, static_cast<int>(blockIdx.x + 1) * rows);
+  int const end = min(p.seqlen, static_cast<int>(blockIdx.y + 1) * rows);
   In const* const in = static_cast<In const*>(p.in.data) + blockIdx.z * p.in.batch_stride +
-                       blockIdx.y * p.in.head_stride + chunk * 8;
+                       blockIdx.x * p.in.head_stride + chunk * 8;
   float maximum[8] = {};
   if (threadIdx.x < rows_at_once * chunks) {
 #pragma unroll 4
-    for (int row = blockIdx.x * rows + threadIdx.x / chunks; row < end; row += rows_at_once) {
+    for (int row = blockIdx.y * rows + threadIdx.x / chunks; row < end; row += rows_at_once) {
       uint4 const raw = *reinterpret_cast<uint4 const*>(in + row * p.in.seqlen_stride);
       In const* const elements = reinterpret_cast<In const*>(&raw);
       CUTLASS_PRAGMA_UNROLL
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   }
   __syncthreads();
   if (threadIdx.x < p.head_dim) {
-    int64_t const pair = static_cast<int64_t>(blockIdx.z) * p.heads + blockIdx.y;
+    int64_t const pair = static_cast<int64_t>(blockIdx.z) * p.heads + blockIdx.x;
     atomicMax(reinterpret_cast<int*>(p.maximum) + pair * p.head_dim + threadIdx.x,
               shared_maximum[threadIdx.x]);
   }

@@ -59,6 +59,8 @@ InputType input_type(Argument const& a) {
 int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 void check_grid(Argument const& a) {
+  require(a.size(1) < 1 << 22, a.name, " has shape ", Shape{a.sizes},
+          ", seqlen must be below 2^22");
   require(a.size(0) < 65536 && a.size(2) < 65536, a.name, " has shape ", Shape{a.sizes},
           ", batch and heads must be below 65536");
 }
