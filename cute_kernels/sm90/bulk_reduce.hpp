@@ -14,6 +14,13 @@ CUTLASS_DEVICE void bulk_reduce_add(float* global, float const* shared, int byte
       : "memory");
 }
 
+/// Adds four floats of a thread to 16 aligned bytes of global memory.
+CUTLASS_DEVICE void reduce_add(float* global, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(a),
+               "f"(b), "f"(c), "f"(d)
+               : "memory");
+}
+
 /// Waits until the thread's committed bulk groups are complete in global memory, not only read.
 CUTLASS_DEVICE void bulk_wait_complete() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

@@ -70,6 +70,19 @@ class BackwardDq {
     if (thread % cutlass::NumThreadsPerWarp == 0) shared.dq_full[warpgroup][index].arrive();
   }
 
+  /// Registers to global memory, in no particular order.
+  template <class Params, class Accumulator>
+  CUTLASS_DEVICE static void add_now(Params const& params, int64_t block_index, int slice,
+                                     int thread, Accumulator const& dq) {
+    float* target = params.workspace.dq +
+                    (block_index * Traits::kConsumers + slice) * Traits::kSliceFloats + 4 * thread;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < cute::size(dq) / 4; ++i) {
+      sm90::reduce_add(target + 4 * cutlass::NumThreadsPerWarpGroup * i, dq(4 * i), dq(4 * i + 1),
+                       dq(4 * i + 2), dq(4 * i + 3));
+    }
+  }
+
   /// Adds the slices of one warpgroup to global memory and calls release() when TMA has read one.
   /// Called by one thread.
   template <class Params, class Release>

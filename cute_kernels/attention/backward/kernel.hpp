@@ -80,7 +80,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   pipeline_params.role =
       is_producer ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
   pipeline_params.is_leader = is_producer;
-  pipeline_params.num_consumers = Traits::kStageReleases;
+  // Split by products, dQ takes the stages' memory only in deterministic mode.
+  bool const dq_through_memory = !Traits::kSplitProducts || params.deterministic;
+  pipeline_params.num_consumers =
+      dq_through_memory ? Traits::kStageReleases : cutlass::NumWarpsPerWarpGroup;
   pipeline_params.transaction_bytes = Traits::kBytesQ + Traits::kBytesRows;
   Pipeline pipeline_q(shared.pipeline_q, pipeline_params, Shape<_1, _1, _1>{});
   Pipeline pipeline_grad_out(shared.pipeline_grad_out, pipeline_params, Shape<_1, _1, _1>{});
@@ -102,7 +105,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       if (elect_one_sync()) {
         load_backward<Traits>(params, shared, pipeline_q, pipeline_grad_out, coord);
       }
-    } else if (warp_in_group <= Traits::kConsumers) {
+    } else if (warp_in_group <= Traits::kConsumers && dq_through_memory) {
       int const consumer = warp_in_group - 1;
       PipelineState read;
       auto release = [&] {

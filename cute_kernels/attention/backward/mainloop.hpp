@@ -139,14 +139,18 @@ class BackwardMainloop {
       shared.ds_full[buffer].wait(ds_phase);
       Dq::issue(operands_dq, buffer, dq);
 
-      warpgroup_wait<0>();
-      release(pipeline_grad_out, read_grad_out);
-      release(pipeline_q, read_q);
-
-      // The next S^T. After the last step it reads what is left in memory, for nobody.
+      // Where registers suffice, dQ need not be complete when the next S^T is issued.
+      constexpr bool kUnderDq = kTileM <= 64;
+      if constexpr (!kUnderDq) warpgroup_wait<0>();
+      PipelineState done_q = read_q;
+      ++read_q;
       step.advance();
+      // The next S^T. After the last step it reads what is left in memory, for nobody.
       if (step.valid()) pipeline_q.consumer_wait(read_q);
       issue_scores(read_q.index());
+      warpgroup_wait<1>();
+      release(pipeline_grad_out, read_grad_out);
+      release(pipeline_q, done_q);
 
       shared.dq_empty[warpgroup].wait(dq_phase ^ 1);
       Dq::hand_out(shared, warpgroup, 0, thread, dq);

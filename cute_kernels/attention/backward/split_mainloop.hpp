@@ -19,8 +19,10 @@ namespace cute_kernels::attention {
 /// - p_full: the second warpgroup waits for the first one's P.
 /// - ds_full: both wait for the second one's dS. Who passes it knows that P has been read; who
 ///   passes p_full knows that the first warpgroup has done with the last dS.
-/// - dQ leaves through the step's own dO (first warpgroup) and Q (second), so the threads that add
-///   it release their stages. kStageRead: the warpgroup's four warps have done with the stage.
+/// - The first warpgroup releases dO, the second Q: the other one's reads are over by then. dQ is
+///   added straight from registers; in deterministic mode it leaves through the step's own dO and Q
+///   instead, and the threads that add it release their stages. kStageRead: the warpgroup's four
+///   warps have done with the stage.
 template <class Traits>
 class BackwardSplitMainloop {
   using Element = typename Traits::Element;
@@ -79,8 +81,13 @@ class BackwardSplitMainloop {
       shared.ds_full[0].wait(phase);
       Dq::issue(operands_dq, 0, dq);
       warpgroup_wait<0>();
-      sm90::barrier_sync(sm90::NamedBarrier::kStageRead, 0, cutlass::NumThreadsPerWarpGroup);
-      Dq::hand_out(shared, 0, read.index(), thread, dq);
+      if (params.deterministic) {
+        sm90::barrier_sync(sm90::NamedBarrier::kStageRead, 0, cutlass::NumThreadsPerWarpGroup);
+        Dq::hand_out(shared, 0, read.index(), thread, dq);
+      } else {
+        if (thread % cutlass::NumThreadsPerWarp == 0) pipeline_grad_out.consumer_release(read);
+        Dq::add_now(params, step.block_index(), 0, thread, dq);
+      }
       ++read;
       phase ^= 1;
     }
@@ -139,8 +146,13 @@ class BackwardSplitMainloop {
       shared.ds_full[0].wait(phase);
       Dq::issue(operands_dq, 0, dq);
       warpgroup_wait<0>();
-      sm90::barrier_sync(sm90::NamedBarrier::kStageRead, 1, cutlass::NumThreadsPerWarpGroup);
-      Dq::hand_out(shared, 1, read.index(), thread, dq);
+      if (params.deterministic) {
+        sm90::barrier_sync(sm90::NamedBarrier::kStageRead, 1, cutlass::NumThreadsPerWarpGroup);
+        Dq::hand_out(shared, 1, read.index(), thread, dq);
+      } else {
+        if (thread % cutlass::NumThreadsPerWarp == 0) pipeline_q.consumer_release(read);
+        Dq::add_now(params, step.block_index(), 1, thread, dq);
+      }
       ++read;
       phase ^= 1;
     }
