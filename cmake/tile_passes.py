@@ -274,6 +274,11 @@ def backward_problems(row: Row) -> list[str]:
             f"tile_m = {row['tile_m']} must be 64, 128, 192 or 256: it is N of the WGMMA K Q^T (at "
             f"most 256) and M of dS K"
         )
+    if row["stages"] < 2:
+        found.append(
+            f"stages = {row['stages']} must be at least 2: the next Q is waited for before the last "
+            f"one is released"
+        )
     if consumers not in (2, 3):
         found.append(f"consumer_warpgroups = {consumers} must be 2 or 3")
     elif row["tile_n"] not in (WARPGROUP_M, consumers * WARPGROUP_M):
