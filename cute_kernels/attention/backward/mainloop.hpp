@@ -86,29 +86,24 @@ class BackwardMainloop {
     uint32_t ds_phase = 0;
     uint32_t dq_phase = 0;
 
-    auto scores = new_scores();
-    auto issue_scores = [&](int stage) {
-      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_scores, operand_k, operand_q(_, _, _, stage),
-                                              scores);
-    };
-    auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
-
-    // Prologue: the first S^T.
-    QuerySteps<Traits, Params> step(params, coord);
     shared.k_full.wait(0);
-    pipeline_q.consumer_wait(read_q);
-    issue_scores(read_q.index());
-    shared.v_full.wait(0);
-    warpgroup_wait<0>();
-
-    // Steady state: S^T of a step is computed at the end of the one before, while dQ is handed out.
-    while (step.valid()) {
+    bool v_pending = true;
+    for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
+      // S^T and dP^T, back to back.
+      auto scores = new_scores();
       auto gradients = new_scores();
+      pipeline_q.consumer_wait(read_q);
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_scores, operand_k,
+                                              operand_q(_, _, _, read_q.index()), scores);
+      if (v_pending) shared.v_full.wait(0);
+      v_pending = false;
       pipeline_grad_out.consumer_wait(read_grad_out);
       sm90::issue_gemm<sm90::Accumulate::kNo>(
           mma_scores, operand_v, operand_grad_out(_, _, _, read_grad_out.index()), gradients);
 
       // P while dP^T is in flight.
+      auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
+      warpgroup_wait<1>();
       if (step.masked()) {
         params.mask.apply_transposed(p_rows, key, step.block() * kTileM + column);
       }
@@ -121,8 +116,7 @@ class BackwardMainloop {
       sm90::issue_gemm<sm90::Accumulate::kYes>(
           mma_dkv, p, operand_grad_out_t(_, _, _, read_grad_out.index()), dv);
       auto ds_rows = make_tensor(gradients.data(), p_rows.layout());
-      gradients_of_scores(ds_rows, make_tensor(p.data(), p_rows.layout()),
-                          shared.delta[read_grad_out.index()] + column);
+      gradients_of_scores(ds_rows, p_rows, shared.delta[read_grad_out.index()] + column);
       auto ds = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(gradients.data(), OperandLayout{}), ds);
       copy(store_ds, slice_ds.retile_S(make_tensor(ds.data(), gradients.layout())),
@@ -134,27 +128,15 @@ class BackwardMainloop {
       // dK needs only this warpgroup's dS, dQ everyone's.
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read_q.index()),
                                                dk);
-      warpgroup_wait<1>();  // dV: P's registers are free
       auto dq = Dq::accumulator();
       shared.ds_full[buffer].wait(ds_phase);
       Dq::issue(operands_dq, buffer, dq);
-
-      // Where registers suffice, dQ need not be complete when the next S^T is issued.
-      constexpr bool kUnderDq = kTileM <= 64;
-      if constexpr (!kUnderDq) warpgroup_wait<0>();
-      PipelineState done_q = read_q;
-      ++read_q;
-      step.advance();
-      // The next S^T. After the last step it reads what is left in memory, for nobody.
-      if (step.valid()) pipeline_q.consumer_wait(read_q);
-      issue_scores(read_q.index());
-      warpgroup_wait<1>();
+      warpgroup_wait<1>();  // dV, dK
       release(pipeline_grad_out, read_grad_out);
-      release(pipeline_q, done_q);
-
+      release(pipeline_q, read_q);
       shared.dq_empty[warpgroup].wait(dq_phase ^ 1);
-      Dq::hand_out(shared, warpgroup, 0, thread, dq);
       warpgroup_wait<0>();
+      Dq::hand_out(shared, warpgroup, 0, thread, dq);
 
       dq_phase ^= 1;
       ds_phase ^= buffer;

@@ -48,7 +48,6 @@ struct BackwardTraits {
   static constexpr bool kSplitProducts = kTileN == kWarpgroupN;
   static_assert(kConsumers == 2 || (kConsumers == 3 && !kSplitProducts));
   static_assert(kSplitProducts || kTileN == kWarpgroupN * kConsumers, "a warpgroup owns 64 keys");
-  static_assert(kStages >= 2, "the next Q is waited for before the last one is released");
   static_assert(kTileM % 16 == 0 && kTileM <= 256, "tile_m is N of S^T and K of dV");
   static_assert(kHeadDim % 64 == 0, "the 128-byte swizzle is 64 elements wide");
 
