@@ -276,8 +276,8 @@ def backward_problems(row: Row) -> list[str]:
         )
     if row["stages"] < 2:
         found.append(
-            f"stages = {row['stages']} must be at least 2: the next Q is waited for before the last "
-            f"one is released"
+            f"stages = {row['stages']} must be at least 2: the next Q is waited for before the "
+            f"last one is released"
         )
     if consumers not in (2, 3):
         found.append(f"consumer_warpgroups = {consumers} must be 2 or 3")
