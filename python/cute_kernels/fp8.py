@@ -23,6 +23,7 @@ from torch import Tensor
 
 import cute_kernels.extension  # noqa: F401  defines the operators
 from cute_kernels.reference import _Blocks
+from cute_kernels.tiles import tile_configs
 
 ROW_BLOCK = 64  # rows of Q and K that share a scale
 # What flash_attn_fp8_func makes of Q and K: int8's error is half of e4m3's after incoherent
@@ -36,9 +37,8 @@ SMALLEST_MAXIMUM = 2.0**-60  # so that scales, their inverses and their products
 # P is rounded to e4m3 as 2^(score - origin + shift), where the origin follows the row's maximum
 # once it is passed by more than slack: at most 2^(shift + slack), below e4m3's 448.
 P_SHIFT, P_SLACK = 6.0, 2.0
-# Up to this head dim, exponentials bind on a GPU and are linear between powers of two
-# (ScaledSoftmax in fp8_softmax.hpp). Small P are wrong then: hence another range.
-LINEAR_HEAD_DIM = 128
+# Kernels with linear_exp take P to be linear between powers of two (ScaledSoftmax in
+# fp8_softmax.hpp). Small P are wrong then: hence another range.
 LINEAR_P_SHIFT, LINEAR_P_SLACK = 7.0, 1.5
 LINEAR_BIAS = 7 - 0.0563
 
@@ -239,6 +239,8 @@ def _quantize_cuda(
 ) -> FP8Tensor | None:
     """The fused kernels, which read x once; None for what they do not do."""
     ops = torch.ops.cute_kernels
+    if x.shape[1] == 0:
+        return None
     if block is None and dtype == torch.float8_e4m3fn and not incoherent and not smooth:
         data, scale = ops.quantize_fp8_values(x)
         return FP8Tensor(data, scale.unsqueeze(2), None, keys=x.shape[1])
@@ -534,7 +536,7 @@ def _attention(
     """The kernel's arithmetic, in units of powers of two: exact products of 8-bit numbers, scaled;
     a lazily moving origin; P in e4m3; V's scale at the end."""
     batch, seqlen, heads, head_dim = q.data.shape
-    linear = head_dim <= LINEAR_HEAD_DIM
+    linear = uses_linear_exp(head_dim)
     shift, slack = (LINEAR_P_SHIFT, LINEAR_P_SLACK) if linear else (P_SHIFT, P_SLACK)
     out = torch.zeros(q.data.shape, dtype=torch.float32)
     lse = torch.full((batch, heads, seqlen), -math.inf)
@@ -569,6 +571,12 @@ def _attention(
     if v.block is not None:
         v_scale = v_scale[:, :1]
     return out * v_scale, lse
+
+
+def uses_linear_exp(head_dim: int) -> bool:
+    """Whether the kernel that the table has for this head dim does without exponentials."""
+    rows = (row for row in tile_configs("forward_fp8") if row["head_dim"] >= head_dim)
+    return bool(next(rows, {"linear_exp": False})["linear_exp"])
 
 
 def _probabilities(exponents: Tensor, linear: bool) -> tuple[Tensor, Tensor]:

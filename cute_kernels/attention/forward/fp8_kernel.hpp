@@ -95,7 +95,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       Mainloop::load_value_scales(params, shared, coord, consumer);
       Mainloop::compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord,
                         consumer, softmax, out);
-      Mainloop::take_sums(out, softmax);
       auto values = Mainloop::without_ones(out);
       auto rows = make_tensor(values.data(), sm90::accumulator_rows_cols(values.layout()));
       softmax.finalize(rows);

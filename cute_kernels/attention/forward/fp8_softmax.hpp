@@ -135,10 +135,8 @@ class ScaledSoftmax {
     scale_rows(out, rescale_);
   }
 
-  /// Takes a row sum that was computed elsewhere, where P has no NaN.
-  CUTLASS_DEVICE void set_sum(int row, float sum) {
-    sum_[row] = origin_[row] == origin_[row] ? sum : origin_[row];
-  }
+  /// Takes a block's row sum that was computed elsewhere.
+  CUTLASS_DEVICE void add_sum(int row, float sum) { sum_[row] += sum; }
 
   /// Divides O by the row sums. Rows that saw no key become 0. lse() is valid afterwards.
   template <class Output>
