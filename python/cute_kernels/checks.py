@@ -1,4 +1,5 @@
-"""What a call of the operators may look like, for the CPU and for shape inference.
+"""What a call of the operators may look like, for the CPU and for shape inference: the functions
+take what the operators take.
 
 The CUDA implementations check the same, in the same words, in C++ (cute_kernels/torch/call.cpp).
 """
@@ -21,7 +22,15 @@ _CPU_DTYPES = (*_GPU_DTYPES, torch.float32, torch.float64)
 _TILES = {name: len(tile_configs(name)) for name in ("forward", "backward")}
 
 
-def check_forward(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, tile_config: int) -> None:
+def check_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    tile_config: int,
+    deterministic: bool = False,
+) -> None:
     """Raises ValueError or TypeError unless the forward operator can answer this call."""
     _check_call(q, k, v, softmax_scale)
     _check_tile_config(tile_config, "forward")
@@ -36,6 +45,8 @@ def check_backward(
     out: Tensor,
     lse: Tensor,
     softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
     tile_config: int,
 ) -> None:
     """Raises ValueError or TypeError unless the backward operator can answer this call."""

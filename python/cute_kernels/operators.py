@@ -31,68 +31,29 @@ _is_grad_enabled = torch.is_grad_enabled
 
 
 @torch.library.impl(FORWARD, "cpu")
-def _forward_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    tile_config: int,
-    deterministic: bool = False,
-) -> tuple[Tensor, Tensor]:
-    check_forward(q, k, v, softmax_scale, tile_config)
+def _forward_cpu(*inputs: Any) -> tuple[Tensor, Tensor]:
+    check_forward(*inputs)
+    q, k, v, softmax_scale, causal, *_ = inputs
     with torch.autocast("cpu", enabled=False):
         return reference.attention_forward(q, k, v, softmax_scale, causal)
 
 
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    tile_config: int,
-    deterministic: bool = False,
-) -> tuple[Tensor, Tensor]:
-    check_forward(q, k, v, softmax_scale, tile_config)
-    return reference.empty_outputs(q)
+def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    check_forward(*inputs)
+    return reference.empty_outputs(inputs[0])
 
 
 @torch.library.impl(BACKWARD, "cpu")
-def _backward_cpu(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    deterministic: bool,
-    tile_config: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_backward(grad_out, grad_lse, q, k, v, out, lse, softmax_scale, tile_config)
+def _backward_cpu(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward(*inputs)
+    *rest, _, _ = inputs  # deterministic, tile_config
     with torch.autocast("cpu", enabled=False):
-        return reference.attention_backward(
-            grad_out, grad_lse, q, k, v, out, lse, softmax_scale, causal
-        )
+        return reference.attention_backward(*rest)
 
 
-def _backward_fake(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    deterministic: bool,
-    tile_config: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_backward(grad_out, grad_lse, q, k, v, out, lse, softmax_scale, tile_config)
+def _backward_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_backward(*inputs)
+    _, _, q, k, v, *_ = inputs
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
