@@ -95,6 +95,8 @@ def test_the_mean_of_keys(hopper):
     k = torch.randn(2, 1500, 3, 128, device=hopper, dtype=torch.bfloat16) + 7
     got, wanted = quantize_fp8(k, smooth=True), quantize_fp8(k.cpu(), smooth=True)
     torch.testing.assert_close(got.shift.cpu(), wanted.shift, rtol=1e-5, atol=1e-5)
+    # The last block has 28 rows: what is no row must not count.
+    torch.testing.assert_close(got.scale.cpu(), wanted.scale, rtol=1e-4, atol=0)
     error = got.dequantize().cpu() - k.float().cpu()
     assert error.square().mean().sqrt() < 0.04
 
@@ -232,15 +234,33 @@ def test_extremes(hopper, head_dim, to):
     assert out.isnan().all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("to", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_long_rows_of_small_weights(hopper, head_dim, to):
+def test_long_rows_of_small_weights(hopper, head_dim, to, causal):
     """8-bit products are added in about 14 bits: sums over many keys must not stay there."""
     q, k, v = random_qkv(hopper, torch.bfloat16, 1, 192, 16384, 2, head_dim=head_dim)
-    out = flash_attn_fp8_func(q, k, v, qk_dtype=DTYPES[to])
-    exact, _ = plain_attention(q, k, v, head_dim**-0.5, False, torch.float64)
-    error = (out.double() - exact).square().mean().sqrt()
-    assert error <= 0.07 * exact.square().mean().sqrt()
+    for size in (1.0, 0.1):  # the smaller the scores, the more equal the weights
+        out, lse = flash_attn_fp8_func(
+            q * size, k, v, causal=causal, qk_dtype=DTYPES[to], return_lse=True
+        )
+        exact, exact_lse = plain_attention(q * size, k, v, head_dim**-0.5, causal, torch.float64)
+        error = (out.double() - exact).square().mean().sqrt()
+        assert error <= 0.07 * exact.square().mean().sqrt()
+        assert (lse - exact_lse).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "heads"), [(1, 1, 1), (3, 517, 5), (2, 4096, 8), (1, 9000, 2)]
+)
+@pytest.mark.parametrize("head_dim", [64, 128, 208])
+def test_values_of_many_heads_and_keys(hopper, head_dim, batch, seqlen, heads):
+    """Each head's maxima must be complete before its elements are rounded."""
+    v = torch.randn(batch, seqlen, heads, head_dim, device=hopper, dtype=torch.bfloat16)
+    v *= torch.logspace(-2, 2, heads * head_dim, device=hopper).view(heads, head_dim)
+    wanted = quantize_fp8(v.cpu(), block=None)
+    for _ in range(3):
+        assert_same_bits(quantize_fp8(v, block=None), wanted)
 
 
 def test_no_keys(hopper):

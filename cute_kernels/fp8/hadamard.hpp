@@ -1,41 +1,53 @@
 #pragma once
 
-#include <cstdint>
-
 #include <cutlass/cutlass.h>
 
-#include "cute_kernels/fp8/problem.hpp"
+#include "cute_kernels/sm90/math.hpp"
 
 // Incoherent processing (FlashAttention-3, arXiv 2407.08608, section 3.3): x M, M = H diag(signs) /
 // sqrt(d). The same signs for a seed, and the same order of additions, as
-// python/cute_kernels/fp8.py.
+// python/cute_kernels/fp8.
 namespace cute_kernels::fp8 {
 
-/// x H for a row of kHeadDim elements that stands in the registers of kHeadDim / kPerThread
-/// neighbouring lanes, kPerThread consecutive ones in each: butterflies of stride 1, 2, 4, ...,
-/// first in registers, then between lanes.
-template <int kHeadDim, int kPerThread>
-CUTLASS_DEVICE void hadamard_transform(float (&x)[kPerThread]) {
-  CUTLASS_PRAGMA_UNROLL
-  for (int stride = 1; stride < kPerThread; stride *= 2) {
+/// x H for a row of 8 kLanes kChunks elements in the registers of kLanes neighbouring lanes:
+/// register 8 c + i of lane l holds channel 8 (kLanes c + l) + i, so that lanes read and write what
+/// lies together. Butterflies of stride 1, 2, 4, ...: inside runs of 8, between lanes, between
+/// runs. Returns the largest magnitude of the thread's results; NaN if there is one.
+template <int kLanes, int kChunks>
+CUTLASS_DEVICE float hadamard_transform(float (&x)[8 * kChunks]) {
+  auto butterflies = [&](int stride) {
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kPerThread; ++i) {
+    for (int i = 0; i < 8 * kChunks; ++i) {
       if ((i & stride) == 0) {
         float const a = x[i], b = x[i + stride];
         x[i] = a + b;
         x[i + stride] = a - b;
       }
     }
-  }
+  };
+  butterflies(1);
+  butterflies(2);
+  butterflies(4);
   CUTLASS_PRAGMA_UNROLL
-  for (int lanes = 1; lanes < kHeadDim / kPerThread; lanes *= 2) {
+  for (int lanes = 1; lanes < kLanes; lanes *= 2) {
     // The upper lane holds b and wants a - b, the lower one holds a and wants a + b.
     float const own_sign = (threadIdx.x & lanes) != 0 ? -1.f : 1.f;
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kPerThread; ++i) {
+    for (int i = 0; i < 8 * kChunks; ++i) {
       x[i] = fmaf(own_sign, x[i], __shfl_xor_sync(0xffffffff, x[i], lanes));
     }
   }
+  CUTLASS_PRAGMA_UNROLL
+  for (int chunks = 1; chunks < kChunks / 2; chunks *= 2) butterflies(8 * chunks);
+  // The larger one of |a + b| and |a - b| is |a| + |b|, to the bit.
+  static_assert(kChunks > 1);
+  float maximum = 0.f;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < 4 * kChunks; ++i) {
+    maximum = sm90::max_nan(maximum, fabsf(x[i]) + fabsf(x[i + 4 * kChunks]));
+  }
+  butterflies(4 * kChunks);
+  return maximum;
 }
 
 }  // namespace cute_kernels::fp8

@@ -66,8 +66,14 @@ struct QuantizeValuesProblem {
   int head_dim;
   TensorView in;
   void* out;       // (batch, heads, head_dim, seqlen padded to 16), keys in value_key_order
-  float* maximum;  // (batch, heads, head_dim), scratch; null for e4m3, which is only moved
-  float* scale;    // (batch, heads, head_dim); null for e4m3
+  float* maximum;  // (batch, heads, head_dim), scratch as what follows; null for e4m3
+  int* progress;   // behind `maximum`: a counter of tickets, and one for each (batch, head) pair
+  float* scale;    // (batch, heads, head_dim); null for e4m3, which is only moved
 };
+
+/// Numbers of 32 bits that `maximum` and `progress` take together.
+inline int64_t values_scratch(int64_t batch, int64_t heads, int64_t head_dim) {
+  return batch * heads * (head_dim + 1) + 1;
+}
 
 }  // namespace cute_kernels::fp8

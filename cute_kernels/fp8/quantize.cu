@@ -1,46 +1,64 @@
-#include "cute_kernels/fp8/quantize.hpp"
+#include <algorithm>
 
-#include <cutlass/bfloat16.h>
-#include <cutlass/half.h>
+#include "cute_kernels/fp8/key_mean.hpp"
+#include "cute_kernels/fp8/quantize_launch.hpp"
+#include "cute_kernels/fp8/quantize_rows.hpp"
+#include "cute_kernels/fp8/quantize_values.hpp"
 
 namespace cute_kernels::fp8 {
 namespace {
 
 using E4m3 = cutlass::float_e4m3_t;
 
-template <class In, class Out>
+template <class In, class Out, int kHeadDim, int kRows>
 cudaError_t quantize_rows(QuantizeRowsProblem const& p, cudaStream_t stream) {
+  using Kernel = QuantizeRows<In, Out, kHeadDim, kRows>;
   // Heads first: CTAs that run together read what lies together.
   dim3 const grid(p.heads, (p.seqlen + kBlockRows - 1) / kBlockRows, p.batch);
+  quantize_rows_kernel<Kernel><<<grid, Kernel::kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <class In, class Out>
+cudaError_t quantize_rows(QuantizeRowsProblem const& p, cudaStream_t stream) {
   switch (p.head_dim) {
     case 64:
-      quantize_rows_kernel<In, Out, 64><<<grid, kQuantizeThreads, 0, stream>>>(p);
-      break;
+      return quantize_rows<In, Out, 64, 2>(p, stream);
     case 128:
-      quantize_rows_kernel<In, Out, 128><<<grid, kQuantizeThreads, 0, stream>>>(p);
-      break;
+      return quantize_rows<In, Out, 128, 1>(p, stream);
     case 256:
-      quantize_rows_kernel<In, Out, 256><<<grid, kQuantizeThreads, 0, stream>>>(p);
-      break;
+      return quantize_rows<In, Out, 256, 1>(p, stream);
     default:
       return cudaErrorInvalidValue;
   }
+}
+
+template <class In, int kHeadDim>
+cudaError_t quantize_values(QuantizeValuesProblem const& p, cudaStream_t stream) {
+  using Kernel = QuantizeValues<In, kHeadDim>;
+  constexpr int kGroupItems = 128;  // 4 MB of L2
+  constexpr int kResident = 4 * 132;
+  ValueOrder order;
+  order.pairs = p.batch * p.heads;
+  order.blocks = (p.seqlen + Kernel::kKeys - 1) / Kernel::kKeys;
+  order.group_pairs = std::min(order.pairs, std::max(1, kGroupItems / order.blocks));
+  order.lag = order.group_pairs * order.blocks + kResident / 2;
+  int grid = order.items();
+  if constexpr (!Kernel::kMove) {
+    grid = order.tickets();
+    cudaError_t const status = cudaMemsetAsync(
+        p.maximum, 0, sizeof(float) * values_scratch(p.batch, p.heads, p.head_dim), stream);
+    if (status != cudaSuccess) return status;
+  }
+  quantize_values_kernel<In, kHeadDim><<<grid, kValueThreads, 0, stream>>>(p, order);
   return cudaGetLastError();
 }
 
 template <class In>
 cudaError_t quantize_values(QuantizeValuesProblem const& p, cudaStream_t stream) {
-  if constexpr (!std::is_same_v<In, E4m3>) {
-    size_t const bytes = sizeof(float) * p.batch * p.heads * p.head_dim;
-    cudaError_t const status = cudaMemsetAsync(p.maximum, 0, bytes, stream);
-    if (status != cudaSuccess) return status;
-    constexpr int kRows = 512;
-    dim3 const grid(p.heads, (p.seqlen + kRows - 1) / kRows, p.batch);
-    value_maximum_kernel<In><<<grid, kQuantizeThreads, 0, stream>>>(p, kRows);
-  }
-  dim3 const grid((p.seqlen + kTransposeKeys - 1) / kTransposeKeys, p.heads, p.batch);
-  transpose_values_kernel<In><<<grid, kQuantizeThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return p.head_dim <= 64    ? quantize_values<In, 64>(p, stream)
+         : p.head_dim <= 128 ? quantize_values<In, 128>(p, stream)
+                             : quantize_values<In, 256>(p, stream);
 }
 
 }  // namespace
@@ -65,9 +83,9 @@ cudaError_t launch_quantize_values(QuantizeValuesProblem const& p, InputType in,
 cudaError_t launch_key_mean(KeyMeanProblem const& p, InputType in, cudaStream_t stream) {
   dim3 const grid(p.heads, p.batch);
   if (in == InputType::kFloat16) {
-    key_mean_kernel<cutlass::half_t><<<grid, kQuantizeThreads, 0, stream>>>(p);
+    key_mean_kernel<cutlass::half_t><<<grid, kMeanThreads, 0, stream>>>(p);
   } else {
-    key_mean_kernel<cutlass::bfloat16_t><<<grid, kQuantizeThreads, 0, stream>>>(p);
+    key_mean_kernel<cutlass::bfloat16_t><<<grid, kMeanThreads, 0, stream>>>(p);
   }
   return cudaGetLastError();
 }

@@ -144,16 +144,20 @@ std::tuple<Tensor, Tensor> quantize_values(Tensor const& v_tensor) {
   Tensor data = empty({batch, heads, head_dim, padded}, ScalarType::Float8_e4m3fn, v.device);
   Tensor scale = empty({batch, heads, moved ? 0 : head_dim}, ScalarType::Float, v.device);
   if (batch == 0 || seqlen == 0 || heads == 0) return {data, scale};
-  Tensor const maximum = empty({batch, heads, moved ? 0 : head_dim}, ScalarType::Float, v.device);
+  int64_t const scratch_size = moved ? 0 : fp8::values_scratch(batch, heads, head_dim);
+  Tensor const scratch = empty({scratch_size}, ScalarType::Float, v.device);
+  float* const maximum = static_cast<float*>(scratch.data_ptr());
   Tensor const readable = tma_readable(v, moved ? 1 : 2);
-  fp8::QuantizeValuesProblem const problem{static_cast<int>(batch),
-                                           static_cast<int>(seqlen),
-                                           static_cast<int>(heads),
-                                           static_cast<int>(head_dim),
-                                           view(readable),
-                                           data.data_ptr(),
-                                           static_cast<float*>(maximum.data_ptr()),
-                                           static_cast<float*>(scale.data_ptr())};
+  fp8::QuantizeValuesProblem const problem{
+      static_cast<int>(batch),
+      static_cast<int>(seqlen),
+      static_cast<int>(heads),
+      static_cast<int>(head_dim),
+      view(readable),
+      data.data_ptr(),
+      maximum,
+      reinterpret_cast<int*>(maximum + batch * heads * head_dim),
+      static_cast<float*>(scale.data_ptr())};
   require_success(fp8::launch_quantize_values(problem, in, current_stream(v.device)),
                   "quantize_fp8_values");
   return {data, scale};

@@ -16,10 +16,10 @@ namespace cute_kernels::attention {
 /// probability, so that it uses e4m3's range; finalize() and lse() see the same factor in the row
 /// sum. kShift is an integer: the largest P of a row is exact.
 ///
-/// Maxima are taken of the scores' bits as integers, three at a time. That is right unless all are
-/// negative, which does not matter until the origin itself is: then, and when it moves, they are
-/// taken again. Scores of int8 come with kMagic added, so that their bits are floats without a
-/// conversion; they are never negative.
+/// Maxima are taken of the scores' bits as integers, three at a time, unless exponentials bind
+/// anyway. That is right unless all are negative, which does not matter until the origin itself is:
+/// then, and when it moves, they are taken again. Scores of int8 come with kMagic added, so that
+/// their bits are floats without a conversion; they are never negative.
 ///
 /// Linear exponential (Traits::kLinearExp): e4m3's bits are 8 (x + 7) where P = 2^x is a power of
 /// two, and are taken to be that in between, less kLinearBias. An FMA and half a conversion to
@@ -32,6 +32,7 @@ class ScaledSoftmax {
   static constexpr int kGroups = Traits::kScaleGroups;
   static constexpr int kColumns = Traits::kTileN / 4 / kGroups;  // of a thread, in a group
   static constexpr bool kInteger = Traits::kIntegerScores;
+  static constexpr bool kIntegerMaxima = kInteger || Traits::kLinearExp;
 
  public:
   CUTLASS_DEVICE ScaledSoftmax() {
@@ -55,31 +56,15 @@ class ScaledSoftmax {
     bool passed = is_huge_ || has_huge_factor(scale);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      block_max[row] = maximum(scale, [&](int first) {
-        int most = __float_as_int(scores(row, first + kColumns - 1));
-        CUTLASS_PRAGMA_UNROLL
-        for (int col = first; col < first + kColumns - 1; col += 2) {
-          most = __vimax3_s32(most, __float_as_int(scores(row, col)),
-                              __float_as_int(scores(row, col + 1)));
-        }
-        return kInteger ? __int_as_float(most) - kMagic : __int_as_float(max(most, 0));
-      });
+      block_max[row] =
+          kIntegerMaxima ? integer_maximum(scores, row, scale) : float_maximum(scores, row, scale);
       passed |= !(block_max[row] <= origin_[row] + kSlack);  // so does NaN
     }
     bool const moved = kFirst || __any_sync(0xffffffff, passed);
     if (moved) {
-      if constexpr (!kInteger) {
+      if constexpr (kIntegerMaxima && !kInteger) {
         CUTLASS_PRAGMA_UNROLL
-        for (int row = 0; row < kRows; ++row) {
-          block_max[row] = maximum(scale, [&](int first) {
-            float most = scores(row, first);
-            CUTLASS_PRAGMA_UNROLL
-            for (int col = first + 1; col < first + kColumns; ++col) {
-              most = max_nan(most, scores(row, col));
-            }
-            return most;
-          });
-        }
+        for (int row = 0; row < kRows; ++row) block_max[row] = float_maximum(scores, row, scale);
       }
       move_origins(block_max, scale, scores);
     }
@@ -118,11 +103,12 @@ class ScaledSoftmax {
     for (int i = 0; i < size(words); ++i) {
       int const first =
           i / 2 * 8 + i % 2 * 2;  // a run of 16 keys is two runs of 8 in the accumulator
-      cutlass::Array<float, 4> const keys{scores(first), scores(first + 1), scores(first + 4),
-                                          scores(first + 5)};
       if constexpr (Traits::kLinearExp) {
-        words(i) = to_bytes(keys);
+        words(i) = sm90::round_to_bytes<uint8_t>(scores(first), scores(first + 1),
+                                                 scores(first + 4), scores(first + 5));
       } else {
+        cutlass::Array<float, 4> const keys{scores(first), scores(first + 1), scores(first + 4),
+                                            scores(first + 5)};
         auto const p = cutlass::NumericArrayConverter<cutlass::float_e4m3_t, float, 4>{}(keys);
         words(i) = reinterpret_cast<uint32_t const&>(p);
       }
@@ -184,33 +170,37 @@ class ScaledSoftmax {
     float most = kMinusInf;
     CUTLASS_PRAGMA_UNROLL
     for (int group = 0; group < kGroups; ++group) {
-      most = max_nan(most, __fmul_rn(of_group(group * kColumns), scale[group]));
+      most = sm90::max_nan(most, __fmul_rn(of_group(group * kColumns), scale[group]));
     }
     return most;
   }
 
-  /// Rounds to unsigned bytes, saturated: two instructions (F2IP.U8.F32), into which ptxas joins
-  /// the conversions if they keep subnormals.
-  CUTLASS_DEVICE static uint32_t to_bytes(cutlass::Array<float, 4> const& x) {
-    uint32_t bytes;
-    asm("{\n"
-        ".reg .s32 a, b, c, d;\n"
-        "cvt.rni.s32.f32 a, %1;\n"
-        "cvt.rni.s32.f32 b, %2;\n"
-        "cvt.rni.s32.f32 c, %3;\n"
-        "cvt.rni.s32.f32 d, %4;\n"
-        "cvt.pack.sat.u8.s32.b32 c, d, c, 0;\n"
-        "cvt.pack.sat.u8.s32.b32 %0, b, a, c;\n"
-        "}"
-        : "=r"(bytes)
-        : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
-    return bytes;
+  /// Right unless all scores are negative and not of int8: then 0.
+  template <class Scores>
+  CUTLASS_DEVICE static float integer_maximum(Scores const& scores, int row,
+                                              float const (&scale)[kGroups]) {
+    return maximum(scale, [&](int first) {
+      int most = __float_as_int(scores(row, first + kColumns - 1));
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = first; col < first + kColumns - 1; col += 2) {
+        most = __vimax3_s32(most, __float_as_int(scores(row, col)),
+                            __float_as_int(scores(row, col + 1)));
+      }
+      return kInteger ? __int_as_float(most) - kMagic : __int_as_float(max(most, 0));
+    });
   }
 
-  CUTLASS_DEVICE static float max_nan(float a, float b) {
-    float most;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
-    return most;
+  template <class Scores>
+  CUTLASS_DEVICE static float float_maximum(Scores const& scores, int row,
+                                            float const (&scale)[kGroups]) {
+    return maximum(scale, [&](int first) {
+      float most = scores(row, first);
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = first + 1; col < first + kColumns; ++col) {
+        most = sm90::max_nan(most, scores(row, col));
+      }
+      return most;
+    });
   }
 
   template <class Scores>
@@ -219,9 +209,9 @@ class ScaledSoftmax {
     bool is_huge = has_huge_factor(scale);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      float origin = max_nan(origin_[row], block_max[row]);
-      origin = max_nan(origin, __shfl_xor_sync(0xffffffff, origin, 1));
-      origin = max_nan(origin, __shfl_xor_sync(0xffffffff, origin, 2));
+      float origin = sm90::max_nan(origin_[row], block_max[row]);
+      origin = sm90::max_nan(origin, __shfl_xor_sync(0xffffffff, origin, 1));
+      origin = sm90::max_nan(origin, __shfl_xor_sync(0xffffffff, origin, 2));
       // -inf - -inf would be NaN: a row that has seen no key yet measures from 0 and gets P = 0.
       float const finite = origin == kMinusInf ? 0.f : origin;
       rescale_[row] = sm90::exp2_mufu(origin_[row] - finite);

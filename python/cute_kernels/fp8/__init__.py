@@ -1,0 +1,28 @@
+"""FP8 attention: quantisation, the public functions, and the CPU path of the kernel's arithmetic.
+
+Every input has a defined result: what is beyond +-SATURATION counts as +-SATURATION, NaN stays NaN
+(in its whole row after incoherent processing; in int8, which has none, in its block by the scale),
+and a block of zeros has a finite scale.
+"""
+
+from cute_kernels.fp8.attention import QK_DTYPE, flash_attn_e4m3, flash_attn_fp8_func
+from cute_kernels.fp8.kernels import GPU_BUILT
+from cute_kernels.fp8.quantize import SATURATION, quantize_fp8
+from cute_kernels.fp8.reference import uses_linear_exp
+from cute_kernels.fp8.rotation import random_signs, rotate, rotate_back
+from cute_kernels.fp8.tensor import ROW_BLOCK, FP8Tensor
+
+__all__ = [
+    "GPU_BUILT",
+    "QK_DTYPE",
+    "ROW_BLOCK",
+    "SATURATION",
+    "FP8Tensor",
+    "flash_attn_e4m3",
+    "flash_attn_fp8_func",
+    "quantize_fp8",
+    "random_signs",
+    "rotate",
+    "rotate_back",
+    "uses_linear_exp",
+]

@@ -1,0 +1,81 @@
+"""A quantised tensor: its elements, its scales, and what was done to it before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cute_kernels.fp8.rotation import rotate_back
+
+ROW_BLOCK = 64  # rows of Q and K that share a scale
+HEAD_DIM_MULTIPLE = 16
+MAX_HEAD_DIM = 256
+
+# Position p of 16 keys of a transposed v holds key KEY_ORDER[p]: value_key_order in fp8_traits.hpp.
+KEY_ORDER = [p % 4 // 2 * 8 + p // 4 * 2 + p % 2 for p in range(16)]
+
+
+@dataclass(frozen=True)
+class FP8Tensor:
+    """A quantised tensor: `data` times `scale` is what it stands for, times M if there is a seed,
+    less `shift` if there is one.
+
+    Attributes:
+        data: (batch, seqlen, heads, head_dim), float8_e4m3fn (or int8).
+        scale: float32, (batch, heads, blocks) with one for every `block` rows, or
+            (batch, heads, 1, head_dim) with one for every channel, if `block` is None.
+        block: rows that share a scale; None for scales of channels.
+        seed: of the signs of incoherent processing; None without.
+        shift: float32, (batch, heads, head_dim), what was subtracted from every row; None without.
+        keys: None, or for a v that was quantised on a GPU its seqlen: there `data` is (batch,
+            heads, head_dim, padded keys) in the key order that the kernel reads.
+    """
+
+    data: Tensor
+    scale: Tensor
+    block: int | None = ROW_BLOCK
+    seed: int | None = None
+    shift: Tensor | None = None
+    keys: int | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """(batch, seqlen, heads, head_dim)."""
+        if self.keys is None:
+            return self.data.shape
+        batch, heads, head_dim, _ = self.data.shape
+        return torch.Size((batch, self.keys, heads, head_dim))
+
+    def rows(self) -> Tensor:
+        """`data` as (batch, seqlen, heads, head_dim)."""
+        if self.keys is None:
+            return self.data
+        inverse = sorted(range(16), key=KEY_ORDER.__getitem__)
+        batch, heads, head_dim, padded = self.data.shape
+        bits = self.data.view(torch.uint8).reshape(batch, heads, head_dim, padded // 16, 16)
+        ordered = bits[..., inverse].reshape(batch, heads, head_dim, padded)[..., : self.keys]
+        return ordered.permute(0, 3, 1, 2).contiguous().view(self.data.dtype)
+
+    def row_scales(self) -> Tensor:
+        """The scales, to be broadcast to data's shape."""
+        if self.block is None:
+            return self.scale.permute(0, 2, 1, 3)
+        rows = self.scale.repeat_interleave(self.block, dim=2)[:, :, : self.shape[1]]
+        return rows.transpose(1, 2).unsqueeze(-1)
+
+    def dequantize(self) -> Tensor:
+        """The float32 tensor that this stands for, with M and the shift undone."""
+        x = self.rows().float() * self.row_scales()
+        if self.seed is not None:
+            x = rotate_back(x, self.seed)
+        return x if self.shift is None else x + self.shift.unsqueeze(1)
+
+
+def check_head_dim(name: str, head_dim: int) -> None:
+    if head_dim % HEAD_DIM_MULTIPLE != 0 or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{name} has head_dim {head_dim}, must be a multiple of {HEAD_DIM_MULTIPLE} "
+            f"from {HEAD_DIM_MULTIPLE} to {MAX_HEAD_DIM}"
+        )
