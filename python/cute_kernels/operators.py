@@ -74,26 +74,17 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)  # an LSE that nobody uses costs nothing
 
 
-def _gradients(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_inputs(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    # Where grad mode is on, a second derivative is asked for: the operator's autograd refuses it.
-    if _is_grad_enabled() or _is_compiling():
-        operator = flash_attn_backward
-    else:
-        operator = _backward_past_autograd
     softmax_scale, causal, _, deterministic = ctx.options
-    grads: tuple[Tensor, Tensor, Tensor] = operator(
-        grad_out, grad_lse, q, k, v, out, lse, softmax_scale, causal, deterministic, AUTOMATIC
-    )
-    return grads
+    options = softmax_scale, causal, deterministic, AUTOMATIC
+    return grad_out, grad_lse, q, k, v, out, lse, *options
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*_gradients(ctx, *grads), None, None, None, None)
+    return (*flash_attn_backward(*_backward_inputs(ctx, *grads)), None, None, None, None)
 
 
 def _backward_of_backward(ctx: Any, *_: Tensor) -> None:
@@ -107,20 +98,16 @@ torch.library.register_autograd(BACKWARD, _backward_of_backward)
 
 
 # The autograd that register_autograd gives an operator is written in Python and costs a small call
-# tens of microseconds. Compilers need it; eager calls have cheaper ways.
+# tens of microseconds. Compilers need it; eager calls have cheaper ways, which also save what
+# Python costs a call of an operator's object: on a GPU a small call is host time.
+_run_forward, _run_backward = flash_attn_forward._op, flash_attn_backward._op
 
 
 def forward_without_gradient(*inputs: Any) -> tuple[Tensor, Tensor]:
     """The forward operator past its autograd."""
     with _below_autograd():
-        output: tuple[Tensor, Tensor] = flash_attn_forward(*inputs)
+        output: tuple[Tensor, Tensor] = _run_forward(*inputs)
     return output
-
-
-def _backward_past_autograd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    with _below_autograd():
-        grads: tuple[Tensor, Tensor, Tensor] = flash_attn_backward(*inputs)
-    return grads
 
 
 class _Differentiable(torch.autograd.Function):
@@ -129,15 +116,22 @@ class _Differentiable(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], with_lse: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
         with _below_autograd():
-            out, lse = flash_attn_forward(q, k, v, *options)
-        _save_for_backward(ctx, (q, k, v, *options), (out, lse))
+            out, lse = _run_forward(q, k, v, *options)
+        ctx.options = options
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.set_materialize_grads(False)
         return (out, lse) if with_lse else out
 
     @staticmethod
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, grad_out, grad_lse), None, None)
+        inputs = _backward_inputs(ctx, grad_out, grad_lse)
+        # Where grad mode is on, a second derivative is asked for: the operator's autograd refuses.
+        if _is_grad_enabled() or _is_compiling():
+            return (*flash_attn_backward(*inputs), None, None)
+        with _below_autograd():
+            return (*_run_backward(*inputs), None, None)
 
 
 # autograd.Function's own apply looks for functorch's tensors, which the caller has excluded.
