@@ -14,6 +14,13 @@ CUTLASS_DEVICE void bulk_reduce_add(float* global, float const* shared, int byte
       : "memory");
 }
 
+/// Writes them instead, likewise.
+CUTLASS_DEVICE void bulk_store(float* global, float const* shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+               "r"(cute::cast_smem_ptr_to_uint(shared)), "r"(bytes)
+               : "memory");
+}
+
 /// Adds four floats of a thread to 16 aligned bytes of global memory.
 CUTLASS_DEVICE void reduce_add(float* global, float a, float b, float c, float d) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(a),

@@ -84,7 +84,7 @@ class BackwardDq {
   }
 
   /// Adds the slices of one warpgroup to global memory and calls release() when TMA has read one.
-  /// Called by one thread.
+  /// In deterministic mode the first to come to a slice writes it. Called by one thread.
   template <class Params, class Release>
   CUTLASS_DEVICE static void add(Params const& params, SharedStorage& shared,
                                  KeyBlockCoord const& coord, int warpgroup, Release release) {
@@ -92,18 +92,22 @@ class BackwardDq {
     int index = 0;
     for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
       int64_t const slice = step.block_index() * Traits::kConsumers + warpgroup;
+      int* const turns = params.workspace.turns + slice;
+      if (params.deterministic) sm90::semaphore_wait(turns, step.turn());
       shared.dq_full[warpgroup][index].wait(phase);
-      if (params.deterministic) {
-        sm90::semaphore_wait(params.workspace.turns + slice, step.turn());
+      float* const target = params.workspace.dq + slice * Traits::kSliceFloats;
+      constexpr int kBytes = Traits::kSliceFloats * sizeof(float);
+      if (params.deterministic && step.turn() == 0) {
+        sm90::bulk_store(target, buffer(shared, warpgroup, index), kBytes);
+      } else {
+        sm90::bulk_reduce_add(target, buffer(shared, warpgroup, index), kBytes);
       }
-      sm90::bulk_reduce_add(params.workspace.dq + slice * Traits::kSliceFloats,
-                            buffer(shared, warpgroup, index), Traits::kSliceFloats * sizeof(float));
       cute::tma_store_arrive();
       cute::tma_store_wait<0>();
       release();
       if (params.deterministic) {
         sm90::bulk_wait_complete();
-        sm90::semaphore_advance(params.workspace.turns + slice);
+        sm90::semaphore_advance(turns);
       }
       if (++index == Traits::kDqBuffers) {
         index = 0;

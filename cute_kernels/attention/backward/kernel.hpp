@@ -10,6 +10,7 @@
 #include "cute_kernels/attention/backward/split_mainloop.hpp"
 #include "cute_kernels/attention/backward/traits.hpp"
 #include "cute_kernels/attention/backward/workspace.hpp"
+#include "cute_kernels/sm90/dependent_launch.hpp"
 
 namespace cute_kernels::attention {
 
@@ -33,8 +34,9 @@ struct BackwardParams {
   int heads_per_kv;
   bool deterministic;
   Mask mask;
-  int ring;  // see QuerySteps
-  cutlass::FastDivmod n_blocks;
+  int n_blocks;
+  int pairs;  // of batch entries and KV heads
+  int group;  // how many of them are worked on together
   cutlass::FastDivmod heads_kv;
 };
 
@@ -90,14 +92,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   cutlass::arch::fence_barrier_init();
   __syncthreads();
 
+  sm90::let_next_kernel_start();
+
+  // The first key blocks of a group's heads, then the second ones, and so on.
+  int const number = static_cast<int>(blockIdx.x);
+  int const first_pair = number / (params.n_blocks * params.group) * params.group;
+  int const in_group = number - first_pair * params.n_blocks;
+  int const group = min(params.group, params.pairs - first_pair);
   KeyBlockCoord coord;
-  int pair;
-  params.n_blocks(pair, coord.n_block, static_cast<int>(blockIdx.x));
-  params.heads_kv(coord.batch, coord.kv_head, pair);
-  // A CTA waits only for CTAs with a smaller number, or of its ring, which all run at a time.
-  if (params.deterministic && params.mask.causal) {
-    coord.n_block = params.n_blocks.divisor - 1 - coord.n_block;
-  }
+  coord.n_block = in_group / group;
+  params.heads_kv(coord.batch, coord.kv_head, first_pair + in_group % group);
 
   if (is_producer) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
@@ -107,6 +111,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       }
     } else if (warp_in_group <= Traits::kConsumers && dq_through_memory) {
       int const consumer = warp_in_group - 1;
+      sm90::wait_for_previous_kernel();  // it clears dQ
       PipelineState read;
       auto release = [&] {
         if constexpr (Traits::kSplitProducts) {

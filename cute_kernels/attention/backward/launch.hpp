@@ -16,6 +16,42 @@ int64_t backward_workspace_bytes(BackwardProblem const& problem) {
   return backward_workspace<BackwardTraits<Tile>>(problem).bytes;
 }
 
+/// Starts a kernel. With `early` it may start before the one before it in the stream has ended, and
+/// waits itself (sm90::wait_for_previous_kernel).
+template <class Params>
+cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
+                          bool early, cudaStream_t stream, Params const& params) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = early;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+/// How many pairs of batch entry and KV head are worked on together. The more, the better a causal
+/// mask's long CTAs mix with short ones, and the less a CTA waits in deterministic mode, where it
+/// follows a step behind the one with the key block before. But what they touch should stay in L2:
+/// between the first and the last CTA of a head, or where that is too much, altogether.
+template <class Traits>
+int heads_at_a_time(BackwardProblem const& problem, BackwardWorkspace const& workspace) {
+  constexpr int kMost = 16;
+  constexpr int64_t kL2Bytes = 50 << 20;
+  // Q, dO, and dQ read and written.
+  constexpr int64_t kStepBytes =
+      2 * Traits::kBytesQ + 2 * Traits::kTileM * Traits::kHeadDim * sizeof(float);
+  if (problem.device.multiprocessors * kStepBytes < kL2Bytes / 3) return kMost;
+  if (!problem.deterministic) return 1;
+  int64_t const heads_in_l2 =
+      kL2Bytes * (problem.causal ? 2 : 1) / (workspace.m_blocks * kStepBytes);
+  return std::clamp<int>(heads_in_l2, 1, kMost);
+}
+
 /// The main kernel: dK and dV, and dQ added up in the workspace.
 template <class Traits>
 cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspace const& workspace,
@@ -37,6 +73,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
                          typename Traits::LayoutK{});
   };
   int const n_blocks = (problem.seqlen_k + Traits::kTileN - 1) / Traits::kTileN;
+  int const pairs = problem.heads_kv * problem.batch;
   using Params =
       BackwardParams<decltype(queries(problem.q)), decltype(keys(SM90_TMA_LOAD{}, problem.k)),
                      decltype(keys(SM90_TMA_STORE{}, problem.grad_k))>;
@@ -56,8 +93,9 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
       problem.heads_q / problem.heads_kv,
       problem.deterministic,
       Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
-      std::min(n_blocks, problem.device.multiprocessors),
-      cutlass::FastDivmod(n_blocks),
+      n_blocks,
+      pairs,
+      std::min(pairs, heads_at_a_time<Traits>(problem, workspace)),
       cutlass::FastDivmod(problem.heads_kv)};
 
   auto kernel = backward_kernel<Traits, Params>;
@@ -66,9 +104,8 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   cudaError_t const status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
-  int const grid = n_blocks * problem.heads_kv * problem.batch;
-  kernel<<<grid, Traits::kThreads, kSharedBytes, stream>>>(params);
-  return cudaGetLastError();
+  int const grid = n_blocks * pairs;
+  return launch_kernel<Params>(kernel, grid, Traits::kThreads, kSharedBytes, true, stream, params);
 }
 
 /// Starts the backward kernels of a tile on `stream`: rows' statistics, gradients, dQ's rounding.
@@ -79,10 +116,10 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   BackwardWorkspace const workspace = backward_workspace<Traits>(problem);
   dim3 const query_grid(workspace.m_blocks, problem.heads_q, problem.batch);
 
-  preprocess_kernel<Traits><<<query_grid, kPreprocessThreads, 0, stream>>>(
+  cudaError_t status = launch_kernel<PreprocessParams>(
+      preprocess_kernel<Traits>, query_grid, kPreprocessThreads, 0, false, stream,
       PreprocessParams{problem.out, problem.grad_out, problem.lse, problem.grad_lse,
                        problem.seqlen_q, problem.heads_q, problem.head_dim, workspace});
-  cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) return status;
 
   if (problem.seqlen_k > 0) {  // otherwise dQ = 0
@@ -90,15 +127,12 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
     if (status != cudaSuccess) return status;
   }
 
-  auto postprocess = postprocess_kernel<Traits>;
   constexpr int kSharedBytes = postprocess_shared_bytes<Traits>();
-  status =
-      cudaFuncSetAttribute(postprocess, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (status != cudaSuccess) return status;
-  postprocess<<<query_grid, 128 * Traits::kConsumers, kSharedBytes, stream>>>(
+  static_assert(kSharedBytes <= 48 * 1024, "more must be asked for");
+  return launch_kernel<PostprocessParams>(
+      postprocess_kernel<Traits>, query_grid, 128 * Traits::kConsumers, kSharedBytes, true, stream,
       PostprocessParams{problem.grad_q, problem.softmax_scale, problem.seqlen_q, problem.head_dim,
                         problem.heads_q, workspace});
-  return cudaGetLastError();
 }
 
 }  // namespace cute_kernels::attention

@@ -5,6 +5,7 @@
 #include <cutlass/pipeline/pipeline.hpp>
 
 #include "cute_kernels/attention/backward/steps.hpp"
+#include "cute_kernels/sm90/dependent_launch.hpp"
 
 namespace cute_kernels::attention {
 
@@ -49,6 +50,7 @@ CUTLASS_DEVICE void load_backward(Params const& params, typename Traits::SharedS
   PipelineState write_q = cutlass::make_producer_start_state<Pipeline>();
   PipelineState write_grad_out = cutlass::make_producer_start_state<Pipeline>();
   load_keys(params.tma_k, shared.k, shared.k_full);
+  sm90::wait_for_previous_kernel();  // it writes lse and delta
   bool v_pending = true;
   for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
     load_queries(params.tma_q, shared.q, params.workspace.lse_log2, shared.lse_log2, pipeline_q,

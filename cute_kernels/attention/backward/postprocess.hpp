@@ -3,6 +3,7 @@
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/backward/workspace.hpp"
+#include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
@@ -44,13 +45,17 @@ __global__ void __launch_bounds__(128 * Traits::kConsumers)
   int64_t const block_index =
       (static_cast<int64_t>(batch) * params.heads + head) * params.workspace.m_blocks + block;
 
+  sm90::wait_for_previous_kernel();
   typename Traits::MmaDq mma;
   auto dq = partition_fragment_C(mma, Shape<Int<Traits::kSliceM>, Int<Traits::kSliceN>>{});
   auto const* slice = reinterpret_cast<float4 const*>(
       params.workspace.dq + (block_index * Traits::kConsumers + warpgroup) * Traits::kSliceFloats);
+  // In deterministic mode no one has written what no key sees.
+  bool const seen = params.workspace.turns == nullptr ||
+                    params.workspace.turns[block_index * Traits::kConsumers + warpgroup] > 0;
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(dq) / 4; ++i) {
-    float4 const part = slice[i * 128 + thread];
+    float4 const part = seen ? slice[i * 128 + thread] : make_float4(0.f, 0.f, 0.f, 0.f);
     dq(4 * i) = part.x * params.softmax_scale;
     dq(4 * i + 1) = part.y * params.softmax_scale;
     dq(4 * i + 2) = part.z * params.softmax_scale;

@@ -4,6 +4,7 @@
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/backward/workspace.hpp"
+#include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/math.hpp"
 
 namespace cute_kernels::attention {
@@ -22,7 +23,8 @@ struct PreprocessParams {
 };
 
 /// Block (query block, head, batch): delta = rowsum(dO * O) - grad_lse and the LSE in powers of two
-/// of kTileM queries, and zeros where the main kernel adds up dQ.
+/// of kTileM queries, and zeros where the main kernel adds up dQ; in deterministic mode, where the
+/// first to come writes it, only of the count of those.
 template <class Traits>
 __global__ void __launch_bounds__(kPreprocessThreads)
     preprocess_kernel(CUTE_GRID_CONSTANT PreprocessParams const params) {
@@ -32,6 +34,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   constexpr int kRows = kPreprocessThreads / kLanes;
   using Vector = cutlass::AlignedArray<Element, kVector>;
 
+  sm90::let_next_kernel_start();
   int const block = blockIdx.x;
   int const head = blockIdx.y;
   int const batch = blockIdx.z;
@@ -77,13 +80,16 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     }
   }
 
+  if (params.workspace.turns != nullptr) {
+    if (threadIdx.x < Traits::kConsumers) {
+      params.workspace.turns[block_index * Traits::kConsumers + threadIdx.x] = 0;
+    }
+    return;
+  }
   constexpr int kFloat4s = Traits::kTileM * Traits::kHeadDim / 4;
   auto* dq = reinterpret_cast<float4*>(params.workspace.dq) + block_index * kFloat4s;
   for (int i = threadIdx.x; i < kFloat4s; i += kPreprocessThreads) {
     dq[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-  }
-  if (params.workspace.turns != nullptr && threadIdx.x < Traits::kConsumers) {
-    params.workspace.turns[block_index * Traits::kConsumers + threadIdx.x] = 0;
   }
 }
 

@@ -17,11 +17,11 @@ struct KeyBlockCoord {
 };
 
 /// The steps of a CTA in the one order that all its warps keep: the query heads of the group, and
-/// for each the query blocks that see the keys.
+/// for each the query blocks that see the keys, from the last to the first.
 ///
-/// CTAs of one head start together, so each begins at another query block: under a causal mask at
-/// its first one, otherwise at its share of a ring. So no two of them add to the same dQ at a time,
-/// and in deterministic mode, which fixes the order in which they do, none waits for long.
+/// In deterministic mode key blocks add to a block's dQ in the order of their numbers. So a CTA
+/// waits only for CTAs with smaller numbers, which have started before it, and once it has waited
+/// for the one before it, follows a step behind.
 template <class Traits, class Params>
 class QuerySteps {
  public:
@@ -29,19 +29,19 @@ class QuerySteps {
       : params_(params), coord_(coord) {
     QueryRange const range =
         params.mask.query_blocks(coord.n_block * Traits::kTileN, Traits::kTileN, Traits::kTileM);
-    int const m_blocks = params.workspace.m_blocks;
     first_ = range.first;
     full_ = range.full;
-    start_ = params.mask.causal ? first_ : coord.n_block % params.ring * m_blocks / ring_size();
-    block_ = start_;
+    block_ = params.workspace.m_blocks - 1;
     head_in_group_ = 0;
   }
 
   CUTLASS_DEVICE bool valid() const { return head_in_group_ < params_.heads_per_kv; }
 
   CUTLASS_DEVICE void advance() {
-    if (++block_ == params_.workspace.m_blocks) block_ = first_;
-    if (block_ == start_) ++head_in_group_;
+    if (--block_ < first_) {
+      block_ = params_.workspace.m_blocks - 1;
+      ++head_in_group_;
+    }
   }
 
   CUTLASS_DEVICE int head() const { return coord_.kv_head * params_.heads_per_kv + head_in_group_; }
@@ -55,34 +55,14 @@ class QuerySteps {
            block_;
   }
 
-  /// How many key blocks add to this step's dQ before, in deterministic mode: those that come to it
-  /// sooner when all start together.
-  CUTLASS_DEVICE int turn() const {
-    if (params_.mask.causal) {
-      int const seen =
-          params_.mask.key_blocks(block_ * Traits::kTileM, Traits::kTileM, Traits::kTileN).visited;
-      return seen - 1 - coord_.n_block;
-    }
-    int const size = ring_size();
-    int const in_ring = coord_.n_block % params_.ring;
-    int const m_blocks = params_.workspace.m_blocks;
-    int const started = ((block_ + 1) * size + m_blocks - 1) / m_blocks;  // here or before
-    int const place = started - 1 - in_ring;
-    return coord_.n_block - in_ring + (place < 0 ? place + size : place);
-  }
+  /// How many key blocks add to this step's dQ before, in deterministic mode.
+  CUTLASS_DEVICE int turn() const { return coord_.n_block; }
 
  private:
-  /// Key blocks are taken in rings of at most as many as run at a time.
-  CUTLASS_DEVICE int ring_size() const {
-    int const ring_start = coord_.n_block / params_.ring * params_.ring;
-    return min(params_.ring, params_.n_blocks.divisor - ring_start);
-  }
-
   Params const& params_;
   KeyBlockCoord const coord_;
   int first_;  // of the blocks that see the keys
   int full_;   // the first that needs no mask
-  int start_;
   int block_;
   int head_in_group_;
 };
