@@ -57,8 +57,8 @@ CUTLASS_DEVICE void load_backward(Params const& params, typename Traits::SharedS
                  write_q, step);
     if (v_pending) load_keys(params.tma_v, shared.v, shared.v_full);
     v_pending = false;
-    load_queries(params.tma_grad_out, shared.grad_out, params.workspace.delta, shared.delta,
-                 pipeline_grad_out, write_grad_out, step);
+    load_queries(params.tma_grad_out, shared.grad_out, params.workspace.minus_delta,
+                 shared.minus_delta, pipeline_grad_out, write_grad_out, step);
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cutlass/pipeline/pipeline.hpp>
 
 #include "cute_kernels/attention/backward/dq.hpp"
+#include "cute_kernels/attention/backward/ds.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
@@ -28,6 +29,7 @@ class BackwardMainloop {
   using Pipeline = typename Traits::Pipeline;
   using PipelineState = typename Traits::PipelineState;
   using Dq = BackwardDq<Traits>;
+  using Ds = BackwardDs<Traits>;
 
   using OperandLayout = typename Traits::ScoresAsOperand;
 
@@ -71,77 +73,82 @@ class BackwardMainloop {
       return partition_fragment_C(mma_scores, Shape<Int<Traits::kWarpgroupN>, Int<kTileM>>{});
     };
 
-    auto store_ds = make_tiled_copy_C(Copy_Atom<SM90_U16x8_STSM_T, Element>{}, mma_scores);
-    auto slice_ds = store_ds.get_thread_slice(thread);
-    auto written_ds = slice_ds.partition_D(
-        local_tile(tensor(shared.ds, typename Traits::LayoutDst{}),
-                   Shape<Int<Traits::kWarpgroupN>, Int<kTileM>>{}, make_coord(warpgroup, _0{})));
+    Element* const own_ds = Ds::own_part(shared, warpgroup, thread);
 
     int const key = coord.n_block * Traits::kTileN + warpgroup * Traits::kWarpgroupN +
                     thread / 32 * 16 + thread % 32 / 4;
     int const column = thread % 4 * 2;
 
     PipelineState read_q, read_grad_out;
+    PipelineState read_by_dk;  // the Q of the product that is still in flight when a step ends
+    bool dk_in_flight = false;
     int buffer = 0;
     uint32_t ds_phase = 0;
     uint32_t dq_phase = 0;
 
     shared.k_full.wait(0);
-    bool v_pending = true;
+    shared.v_full.wait(0);
     for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
-      // S^T and dP^T, back to back.
+      // Statistics of the rows while the last step's dK is in flight.
+      pipeline_q.consumer_wait(read_q);
+      auto const lse_log2 = load_row_statistic<kTileM>(shared.lse_log2[read_q.index()] + column);
+      pipeline_grad_out.consumer_wait(read_grad_out);
+      auto const minus_delta =
+          load_row_statistic<kTileM>(shared.minus_delta[read_grad_out.index()] + column);
+      warpgroup_wait<0>();
+      if (dk_in_flight) release(pipeline_q, read_by_dk);
+      dk_in_flight = true;
+
+      // S^T and dP^T - delta, back to back.
       auto scores = new_scores();
       auto gradients = new_scores();
-      pipeline_q.consumer_wait(read_q);
+      auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
+      auto ds_rows = make_tensor(gradients.data(), p_rows.layout());
+      start_from(ds_rows, minus_delta);
+      warpgroup_fence_operand(gradients);
       sm90::issue_gemm<sm90::Accumulate::kNo>(mma_scores, operand_k,
                                               operand_q(_, _, _, read_q.index()), scores);
-      if (v_pending) shared.v_full.wait(0);
-      v_pending = false;
-      pipeline_grad_out.consumer_wait(read_grad_out);
-      sm90::issue_gemm<sm90::Accumulate::kNo>(
+      sm90::issue_gemm<sm90::Accumulate::kYes>(
           mma_scores, operand_v, operand_grad_out(_, _, _, read_grad_out.index()), gradients);
 
-      // P while dP^T is in flight.
-      auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       warpgroup_wait<1>();
       if (step.masked()) {
         params.mask.apply_transposed(p_rows, key, step.block() * kTileM + column);
       }
-      scores_to_probabilities(p_rows, shared.lse_log2[read_q.index()] + column, params.scale_log2);
+      scores_to_probabilities(p_rows, lse_log2, params.scale_log2);
+      warpgroup_wait<0>();
+      gradients_of_scores(gradients, scores);
       auto p = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
-
-      // dS while dV is in flight.
-      warpgroup_wait<0>();
-      sm90::issue_gemm<sm90::Accumulate::kYes>(
-          mma_dkv, p, operand_grad_out_t(_, _, _, read_grad_out.index()), dv);
-      auto ds_rows = make_tensor(gradients.data(), p_rows.layout());
-      gradients_of_scores(ds_rows, p_rows, shared.delta[read_grad_out.index()] + column);
       auto ds = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(gradients.data(), OperandLayout{}), ds);
-      copy(store_ds, slice_ds.retile_S(make_tensor(ds.data(), gradients.layout())),
-           written_ds(_, _, _, buffer));
+      Ds::store(ds, own_ds, buffer);
+
+      // dS becomes visible to everyone while dV is in flight.
+      sm90::issue_gemm<sm90::Accumulate::kYes>(
+          mma_dkv, p, operand_grad_out_t(_, _, _, read_grad_out.index()), dv);
       cutlass::arch::fence_view_async_shared();
       __syncwarp();
       if (thread % cutlass::NumThreadsPerWarp == 0) shared.ds_full[buffer].arrive();
 
-      // dK needs only this warpgroup's dS, dQ everyone's.
-      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read_q.index()),
-                                               dk);
+      // dQ needs everyone's dS, and leaves while dK is in flight.
       auto dq = Dq::accumulator();
       shared.ds_full[buffer].wait(ds_phase);
       Dq::issue(operands_dq, buffer, dq);
-      warpgroup_wait<1>();  // dV, dK
+      warpgroup_wait<1>();  // dV
       release(pipeline_grad_out, read_grad_out);
-      release(pipeline_q, read_q);
+      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read_q.index()),
+                                               dk);
+      ++read_q;
       shared.dq_empty[warpgroup].wait(dq_phase ^ 1);
-      warpgroup_wait<0>();
+      warpgroup_wait<1>();  // dQ
       Dq::hand_out(shared, warpgroup, 0, thread, dq);
 
       dq_phase ^= 1;
       ds_phase ^= buffer;
       buffer ^= 1;
     }
+    warpgroup_wait<0>();
   }
 
  private:

@@ -68,15 +68,15 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     if (lane == 0 && row < Traits::kTileM) {
       // A row that sees nothing, or does not exist: 2^(s - inf) = 0.
       float lse_log2 = INFINITY;
-      float delta = 0.f;
+      float minus_delta = 0.f;
       if (inside) {
         int64_t const at = row_of_heads * params.seqlen_q + query;
         float const lse = params.lse[at];
         if (lse != -INFINITY) lse_log2 = lse * sm90::kLog2e;
-        delta = params.grad_lse == nullptr ? sum : sum - params.grad_lse[at];
+        minus_delta = (params.grad_lse == nullptr ? 0.f : params.grad_lse[at]) - sum;
       }
       params.workspace.lse_log2[block_index * Traits::kTileM + row] = lse_log2;
-      params.workspace.delta[block_index * Traits::kTileM + row] = delta;
+      params.workspace.minus_delta[block_index * Traits::kTileM + row] = minus_delta;
     }
   }
 

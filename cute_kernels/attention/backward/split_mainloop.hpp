@@ -5,6 +5,7 @@
 #include <cutlass/pipeline/pipeline.hpp>
 
 #include "cute_kernels/attention/backward/dq.hpp"
+#include "cute_kernels/attention/backward/ds.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
@@ -30,6 +31,7 @@ class BackwardSplitMainloop {
   using Pipeline = typename Traits::Pipeline;
   using PipelineState = typename Traits::PipelineState;
   using Dq = BackwardDq<Traits>;
+  using Ds = BackwardDs<Traits>;
 
   using OperandLayout = typename Traits::ScoresAsOperand;
 
@@ -60,12 +62,13 @@ class BackwardSplitMainloop {
       pipeline_q.consumer_wait(read);
       sm90::issue_gemm<sm90::Accumulate::kNo>(mma_scores, operand_k,
                                               operand_q(_, _, _, read.index()), scores);
+      auto const lse_log2 = load_row_statistic<kTileM>(shared.lse_log2[read.index()] + column);
       warpgroup_wait<0>();
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       if (step.masked()) {
         params.mask.apply_transposed(p_rows, key, step.block() * kTileM + column);
       }
-      scores_to_probabilities(p_rows, shared.lse_log2[read.index()] + column, params.scale_log2);
+      scores_to_probabilities(p_rows, lse_log2, params.scale_log2);
       auto p = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
       auto* parts = reinterpret_cast<uint4 const*>(p.data());
@@ -106,10 +109,7 @@ class BackwardSplitMainloop {
     auto operand_qt = transposed_operand(shared.q, thread);
     auto operands_dq = Dq::operands(shared, 1, thread);
 
-    auto store_ds = make_tiled_copy_C(Copy_Atom<SM90_U16x8_STSM_T, Element>{}, mma_scores);
-    auto slice_ds = store_ds.get_thread_slice(thread);
-    auto written_ds = slice_ds.partition_D(
-        make_tensor(make_smem_ptr(shared.ds.data()), typename Traits::LayoutDst{}));
+    Element* const own_ds = Ds::own_part(shared, 0, thread);
 
     int const column = thread % 4 * 2;
     PipelineState read;
@@ -120,22 +120,20 @@ class BackwardSplitMainloop {
     for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
       auto gradients = new_scores();
       pipeline_grad_out.consumer_wait(read);
-      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_scores, operand_v,
-                                              operand_grad_out(_, _, _, read.index()), gradients);
+      auto ds_rows = make_tensor(gradients.data(), sm90::accumulator_rows_cols(gradients.layout()));
+      start_from(ds_rows, load_row_statistic<kTileM>(shared.minus_delta[read.index()] + column));
+      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_scores, operand_v,
+                                               operand_grad_out(_, _, _, read.index()), gradients);
       auto p = make_tensor<Element>(gradients.layout());
       auto* parts = reinterpret_cast<uint4*>(p.data());
       shared.p_full.wait(phase);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kTileM / 16; ++i) parts[i] = shared.own.p[i][thread];
       warpgroup_wait<0>();
-      auto rows_cols = sm90::accumulator_rows_cols(gradients.layout());
-      auto ds_rows = make_tensor(gradients.data(), rows_cols);
-      gradients_of_scores(ds_rows, make_tensor(p.data(), rows_cols),
-                          shared.delta[read.index()] + column);
+      gradients_of_scores(gradients, p);
       auto ds = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(gradients.data(), OperandLayout{}), ds);
-      copy(store_ds, slice_ds.retile_S(make_tensor(ds.data(), gradients.layout())),
-           written_ds(_, _, _, 0));
+      Ds::store(ds, own_ds, 0);
       cutlass::arch::fence_view_async_shared();
       __syncwarp();
       if (thread % cutlass::NumThreadsPerWarp == 0) shared.ds_full[0].arrive();

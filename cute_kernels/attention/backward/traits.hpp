@@ -98,7 +98,7 @@ struct BackwardTraits {
   static constexpr int kDsBuffers = kSplitProducts ? 1 : 2;
   using LayoutDs = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kDsBuffers>>{}));
-  // The same memory seen transposed, which WGMMA's descriptor and STSM undo.
+  // The same memory seen transposed, which WGMMA's descriptor undoes.
   using LayoutKt = decltype(cute::composition(
       LayoutK{}, cute::make_layout(cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>>{},
                                    cute::Stride<cute::Int<kTileN>, cute::_1>{})));
@@ -106,10 +106,6 @@ struct BackwardTraits {
       LayoutQ{}, cute::make_layout(
                      cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileM>, cute::Int<kStages>>{},
                      cute::Stride<cute::Int<kTileM>, cute::_1, cute::Int<kTileM * kHeadDim>>{})));
-  using LayoutDst = decltype(cute::composition(
-      LayoutDs{},
-      cute::make_layout(cute::Shape<cute::Int<kTileN>, cute::Int<kTileM>, cute::Int<kDsBuffers>>{},
-                        cute::Stride<cute::Int<kTileM>, cute::_1, cute::Int<kTileM * kTileN>>{})));
 
   static constexpr int kBytesK = kTileN * kHeadDim * sizeof(Element);
   static constexpr int kBytesQ = kTileM * kHeadDim * sizeof(Element);
@@ -143,7 +139,7 @@ struct BackwardTraits {
     };
     std::conditional_t<kSplitProducts, PBuffer, DqBuffers> own;
     alignas(16) float lse_log2[kStages][kTileM];
-    alignas(16) float delta[kStages][kTileM];
+    alignas(16) float minus_delta[kStages][kTileM];
 
     // Full: the producer's TMA bytes have landed. Empty: every consumer warp is done reading.
     typename Pipeline::SharedStorage pipeline_q;         // Q and lse

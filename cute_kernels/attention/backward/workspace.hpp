@@ -11,10 +11,10 @@ namespace cute_kernels::attention {
 /// queries are padded to blocks of kTileM.
 struct BackwardWorkspace {
   int m_blocks;
-  float* lse_log2;  // [rows][m_blocks * kTileM], +inf where P is 0
-  float* delta;     // the same shape, 0 beyond the last query
-  float* dq;        // [rows][m_blocks][kConsumers][kSliceFloats], not yet scaled
-  int* turns;       // [rows][m_blocks][kConsumers], contributions added to dq, or null
+  float* lse_log2;     // [rows][m_blocks * kTileM], +inf where P is 0
+  float* minus_delta;  // the same shape, 0 beyond the last query
+  float* dq;           // [rows][m_blocks][kConsumers][kSliceFloats], not yet scaled
+  int* turns;          // [rows][m_blocks][kConsumers], contributions added to dq, or null
   int64_t bytes;
 };
 
@@ -30,7 +30,7 @@ BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
   };
   carve(result.dq, blocks * Traits::kTileM * Traits::kHeadDim);
   carve(result.lse_log2, blocks * Traits::kTileM);
-  carve(result.delta, blocks * Traits::kTileM);
+  carve(result.minus_delta, blocks * Traits::kTileM);
   result.turns = nullptr;
   if (problem.deterministic) carve(result.turns, blocks * Traits::kConsumers);
   result.bytes = next - static_cast<char*>(problem.workspace);
