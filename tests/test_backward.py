@@ -1,5 +1,9 @@
 """Gradients against autograd of attention's definition, and the operator that computes them."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from parity import (
@@ -562,6 +566,15 @@ def test_graph_replay_with_changed_inputs(hopper):
             grad.fill_(torch.nan)
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.skipif(not ROWS, reason="no backward kernels in this build")
+def test_deterministic_calls_that_compete_come_to_an_end(hopper):
+    script = Path(__file__).with_name("compete.py")
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_two_streams_at_once(hopper):

@@ -1,0 +1,61 @@
+"""Deterministic gradients on streams that compete for the GPU, beside work that takes
+multiprocessors away. CTAs wait for one another; were one to wait for another that may never start,
+this would not end, so run it with a time limit:
+
+timeout 60 python tests/compete.py
+"""
+
+import sys
+
+import torch
+
+from cute_kernels import tile_configs
+from cute_kernels.operators import flash_attn_backward, flash_attn_forward
+
+CTAS = 128  # of a call: nearly as many as multiprocessors, so that two calls do not fit at a time
+ROUNDS = 20
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def compete(row, index, causal) -> bool:
+    """Whether all gradients are those of a call that runs alone."""
+    sizes = 1, CTAS * row["tile_n"], 1, row["head_dim"]
+    options = {"device": "cuda", "dtype": DTYPES[row["dtype"]]}
+    q, k, v, grad_out = (torch.randn(sizes, **options) for _ in range(4))
+    out, lse = flash_attn_forward(q, k, v, 0.1, causal, -1)
+
+    def call(keys, deterministic):
+        given = grad_out, None, q, k[:, :keys], v[:, :keys], out, lse, 0.1, causal
+        return flash_attn_backward(*given, deterministic, index)
+
+    alone = call(sizes[1], True)
+    # A call of half the CTAs leaves half the GPU to the first stream. What it frees goes to the
+    # second one, whose priority is higher, though the first still has CTAs to start.
+    beside = torch.cuda.Stream()
+    streams = [torch.cuda.Stream(priority=priority) for priority in (0, -1)]
+    wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in streams]
+    torch.cuda.synchronize()
+    for _ in range(ROUNDS):
+        with torch.cuda.stream(beside):
+            call(sizes[1] // 2, False)
+        for stream, count in zip(streams, wrong, strict=True):
+            with torch.cuda.stream(stream):
+                for grad, right in zip(call(sizes[1], True), alone, strict=True):
+                    count += (grad != right).sum()
+        torch.cuda.synchronize()
+    return not any(count.item() for count in wrong)
+
+
+def main() -> int:
+    for index, row in enumerate(tile_configs("backward")):
+        for causal in (False, True):
+            if row["mask"] in ("any", "causal" if causal else "full"):
+                right = compete(row, index, causal)
+                print(f"{row['name']} causal={causal}: {'right' if right else 'WRONG'}", flush=True)
+                if not right:
+                    return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
