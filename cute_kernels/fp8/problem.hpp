@@ -67,13 +67,16 @@ struct QuantizeValuesProblem {
   TensorView in;
   void* out;       // (batch, heads, head_dim, seqlen padded to 16), keys in value_key_order
   float* maximum;  // (batch, heads, head_dim), scratch as what follows; null for e4m3
-  int* progress;   // behind `maximum`: a counter of tickets, and one for each (batch, head) pair
+  int* progress;   // behind `maximum`: for each slice, how much of its maxima is there
   float* scale;    // (batch, heads, head_dim); null for e4m3, which is only moved
 };
 
+/// 64 channels of a head are quantised together.
+constexpr int64_t values_slices(int64_t head_dim) { return (head_dim + 63) / 64; }
+
 /// Numbers of 32 bits that `maximum` and `progress` take together.
-inline int64_t values_scratch(int64_t batch, int64_t heads, int64_t head_dim) {
-  return batch * heads * (head_dim + 1) + 1;
+constexpr int64_t values_scratch(int64_t batch, int64_t heads, int64_t head_dim) {
+  return batch * heads * (head_dim + values_slices(head_dim));
 }
 
 }  // namespace cute_kernels::fp8

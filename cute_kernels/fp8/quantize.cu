@@ -33,32 +33,24 @@ cudaError_t quantize_rows(QuantizeRowsProblem const& p, cudaStream_t stream) {
   }
 }
 
-template <class In, int kHeadDim>
-cudaError_t quantize_values(QuantizeValuesProblem const& p, cudaStream_t stream) {
-  using Kernel = QuantizeValues<In, kHeadDim>;
-  constexpr int kGroupItems = 128;  // 4 MB of L2
-  constexpr int kResident = 4 * 132;
-  ValueOrder order;
-  order.pairs = p.batch * p.heads;
-  order.blocks = (p.seqlen + Kernel::kKeys - 1) / Kernel::kKeys;
-  order.group_pairs = std::min(order.pairs, std::max(1, kGroupItems / order.blocks));
-  order.lag = order.group_pairs * order.blocks + kResident / 2;
-  int grid = order.items();
-  if constexpr (!Kernel::kMove) {
-    grid = order.tickets();
-    cudaError_t const status = cudaMemsetAsync(
-        p.maximum, 0, sizeof(float) * values_scratch(p.batch, p.heads, p.head_dim), stream);
-    if (status != cudaSuccess) return status;
-  }
-  quantize_values_kernel<In, kHeadDim><<<grid, kValueThreads, 0, stream>>>(p, order);
-  return cudaGetLastError();
-}
-
 template <class In>
 cudaError_t quantize_values(QuantizeValuesProblem const& p, cudaStream_t stream) {
-  return p.head_dim <= 64    ? quantize_values<In, 64>(p, stream)
-         : p.head_dim <= 128 ? quantize_values<In, 128>(p, stream)
-                             : quantize_values<In, 256>(p, stream);
+  constexpr int kGroupItems = 128;  // 4 MB of L2
+  constexpr int kLagBeyondGroup = 132;
+  ValueOrder order;
+  order.slices = p.batch * p.heads * static_cast<int>(values_slices(p.head_dim));
+  order.blocks = (p.seqlen + kValueKeys - 1) / kValueKeys;
+  order.group_slices = std::min(order.slices, std::max(1, kGroupItems / order.blocks));
+  order.lag = order.group_slices * order.blocks + kLagBeyondGroup;
+  int grid = order.items();
+  if constexpr (!QuantizeValues<In>::kMove) {
+    grid = order.ctas();
+    size_t const bytes = sizeof(float) * values_scratch(p.batch, p.heads, p.head_dim);
+    cudaError_t const status = cudaMemsetAsync(p.maximum, 0, bytes, stream);
+    if (status != cudaSuccess) return status;
+  }
+  quantize_values_kernel<In><<<grid, kValueThreads, 0, stream>>>(p, order);
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -81,7 +73,7 @@ cudaError_t launch_quantize_values(QuantizeValuesProblem const& p, InputType in,
 }
 
 cudaError_t launch_key_mean(KeyMeanProblem const& p, InputType in, cudaStream_t stream) {
-  dim3 const grid(p.heads, p.batch);
+  dim3 const grid(p.heads, p.batch, (p.head_dim + kMeanChannels - 1) / kMeanChannels);
   if (in == InputType::kFloat16) {
     key_mean_kernel<cutlass::half_t><<<grid, kMeanThreads, 0, stream>>>(p);
   } else {

@@ -7,43 +7,45 @@
 namespace cute_kernels::fp8 {
 
 inline constexpr int kValueThreads = 256;
+inline constexpr int kValueChannels = 64;  // of an item: 128 bytes of a row of V
+inline constexpr int kValueKeys = 256;
 
 /// V to e4m3, transposed. Scales are those of whole channels, so that every element is needed
 /// twice: for its channel's maximum, and to be rounded. One launch does both, and the second
 /// reading finds in L2 what the first one brought there.
 ///
-/// An item is kKeys keys of a head. CTAs draw tickets; even ones take an item's maxima, odd ones
-/// round the item that is `lag` items behind. Items go through the heads of one group after the
-/// other: a group is `group_heads` (batch, head) pairs, few enough to stay in L2. A CTA that rounds
-/// waits until all of its head's maxima are there. Those have lower tickets and wait for nothing.
+/// An item is kValueKeys keys of a slice: kValueChannels channels of a (batch, head) pair. Even
+/// CTAs take an item's maxima, odd ones round the item that is `lag` items behind. Items go through
+/// the slices of one group in turn, a group after the other: few enough slices to stay in L2. A CTA
+/// that rounds waits until all of its slice's maxima are there. Those are of CTAs with lower
+/// numbers, which start before it, as CTAs do, and wait for nothing.
 struct ValueOrder {
-  int pairs;        // (batch, head)
-  int blocks;       // items of a pair
-  int group_pairs;  // pairs whose items alternate
-  int lag;          // items of a group or more
+  int slices;        // of all pairs
+  int blocks;        // items of a slice
+  int group_slices;  // slices whose items alternate
+  int lag;           // items of a group or more
 
-  CUTLASS_HOST_DEVICE int items() const { return pairs * blocks; }
-  CUTLASS_HOST_DEVICE int tickets() const { return 2 * (items() + lag); }
+  CUTLASS_HOST_DEVICE int items() const { return slices * blocks; }
+  CUTLASS_HOST_DEVICE int ctas() const { return 2 * (items() + lag); }
 
-  CUTLASS_DEVICE void locate(int item, int& pair, int& block) const {
-    int const group = item / (group_pairs * blocks);
-    int const first = group * group_pairs;
-    int const width = min(group_pairs, pairs - first);
+  CUTLASS_DEVICE void locate(int item, int& slice, int& block) const {
+    int const first = item / (group_slices * blocks) * group_slices;
+    int const width = min(group_slices, slices - first);
     int const rest = item - first * blocks;
-    pair = first + rest % width;
+    slice = first + rest % width;
     block = rest / width;
   }
 };
 
-/// kHeadDim: 64, 128 or 256, not below p.head_dim. In e4m3 V is only moved: no maxima, no order.
-template <class In_, int kHeadDim_>
+/// In e4m3 V is only moved: no maxima, no order.
+template <class In_>
 struct QuantizeValues {
   using In = In_;
   using Out = cutlass::float_e4m3_t;
   static constexpr bool kMove = std::is_same_v<In, Out>;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kKeys = 16384 / kHeadDim;
-  static constexpr int kChunks = kHeadDim / 8;
+  static constexpr int kChannels = kValueChannels;
+  static constexpr int kKeys = kValueKeys;
+  static constexpr int kChunks = kChannels / 8;
   static constexpr int kWords = kKeys / 4;   // of 4 keys that stand together
   static constexpr int kPitch = kWords + 1;  // spreads a column of words over the banks
   static constexpr int kTurns = kWords * kChunks / kValueThreads;
@@ -51,24 +53,29 @@ struct QuantizeValues {
   using Raw = std::conditional_t<kMove, uint2, uint4>;
 
   union SharedStorage {
-    uint32_t turned[kHeadDim * kPitch];
-    uint32_t maximum[kWarps][kHeadDim / 2];  // of two channels, in 16 bits
+    uint32_t turned[kChannels * kPitch];
+    uint32_t maximum[kWarps][kChannels / 2];  // of two channels, in 16 bits
   };
 
   QuantizeValuesProblem const& p;
   SharedStorage& shared;
   float* const factor;  // shared, of every channel
-  int pair;
+  int slice;
   int block;
+  int const slices_of_pair = values_slices(p.head_dim);
+  int const pair = slice / slices_of_pair;
+  int const first_channel = slice % slices_of_pair * kChannels;
+  int const channels = min(kChannels, p.head_dim - first_channel);
 
+  /// Channel i of the slice among all.
   CUTLASS_DEVICE int64_t channel(int i) const {
-    return static_cast<int64_t>(pair) * p.head_dim + i;
+    return static_cast<int64_t>(pair) * p.head_dim + first_channel + i;
   }
 
   CUTLASS_DEVICE Raw load(int key, int chunk) const {
-    if (key >= p.seqlen || chunk * 8 >= p.head_dim) return Raw{};
+    if (key >= p.seqlen || chunk * 8 >= channels) return Raw{};
     In const* const in = static_cast<In const*>(p.in.data) + pair / p.heads * p.in.batch_stride +
-                         pair % p.heads * p.in.head_stride;
+                         pair % p.heads * p.in.head_stride + first_channel;
     return *reinterpret_cast<Raw const*>(in + key * p.in.seqlen_stride + chunk * 8);
   }
 
@@ -108,7 +115,7 @@ struct QuantizeValues {
           make_uint4(most[0], most[1], most[2], most[3]);
     }
     __syncthreads();
-    if (threadIdx.x < p.head_dim / 2) {
+    if (threadIdx.x < channels / 2) {
       uint32_t of_both = 0;
       CUTLASS_PRAGMA_UNROLL
       for (int warp = 0; warp < kWarps; ++warp) {
@@ -123,23 +130,24 @@ struct QuantizeValues {
     __syncthreads();
     if (threadIdx.x == 0) {
       __threadfence();
-      atomicAdd(&p.progress[1 + pair], 1);
+      atomicAdd(&p.progress[slice], 1);
     }
   }
 
-  /// Waits until p.maximum has all of the pair, then leaves the channels' factors in shared memory.
+  /// Waits until p.maximum has all of the slice, then leaves the channels' factors in shared
+  /// memory.
   CUTLASS_DEVICE void wait_for_factors(int blocks) const {
     if (threadIdx.x == 0) {
       int done;
       do {
         asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
                      : "=r"(done)
-                     : "l"(&p.progress[1 + pair])
+                     : "l"(&p.progress[slice])
                      : "memory");
       } while (done < blocks);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < p.head_dim; i += kValueThreads) {
+    if (int const i = threadIdx.x; i < channels) {
       float const maximum = fmaxf(__ldcg(p.maximum + channel(i)), kSmallestMaximum);
       factor[i] = __fdiv_rn(kLargest<Out>, maximum);
       if (block == 0) p.scale[channel(i)] = __fdiv_rn(maximum, kLargest<Out>);
@@ -204,12 +212,12 @@ struct QuantizeValues {
     int const padded = (p.seqlen + 15) / 16 * 16;
     Out* const out = static_cast<Out*>(p.out) + channel(0) * padded;
     CUTLASS_PRAGMA_UNROLL
-    for (int turn = 0; turn < kHeadDim * kKeys / 16 / kValueThreads; ++turn) {
+    for (int turn = 0; turn < kChannels * kKeys / 16 / kValueThreads; ++turn) {
       int const item = threadIdx.x + turn * kValueThreads;
       int const row = item / (kKeys / 16);
       int const part = item % (kKeys / 16);
       int const key = block * kKeys + part * 16;
-      if (row >= p.head_dim || key >= padded) continue;
+      if (row >= channels || key >= padded) continue;
       uint32_t const* const words = &shared.turned[row * kPitch + part * 4];
       *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row) * padded + key) =
           make_uint4(words[0], words[1], words[2], words[3]);
@@ -217,29 +225,23 @@ struct QuantizeValues {
   }
 };
 
-template <class In, int kHeadDim>
+template <class In>
 __global__ void __launch_bounds__(kValueThreads, 4)
     quantize_values_kernel(CUTE_GRID_CONSTANT QuantizeValuesProblem const p,
                            CUTE_GRID_CONSTANT ValueOrder const order) {
-  using Kernel = QuantizeValues<In, kHeadDim>;
+  using Kernel = QuantizeValues<In>;
   __shared__ typename Kernel::SharedStorage shared;
-  __shared__ float factor[kHeadDim];
-  __shared__ int drawn;
-  int item = blockIdx.x;
-  bool rounds = true;
-  if constexpr (!Kernel::kMove) {
-    if (threadIdx.x == 0) drawn = atomicAdd(&p.progress[0], 1);
-    __syncthreads();
-    rounds = drawn % 2 != 0;
-    item = drawn / 2 - (rounds ? order.lag : 0);
-    if (item < 0 || item >= order.items()) return;
-  }
-  int pair, block;
-  order.locate(item, pair, block);
-  Kernel const kernel{p, shared, factor, pair, block};
+  __shared__ float factor[kValueChannels];
+  constexpr bool kMove = Kernel::kMove;
+  bool const rounds = kMove || blockIdx.x % 2 != 0;
+  int const item = kMove ? blockIdx.x : blockIdx.x / 2 - (rounds ? order.lag : 0);
+  if (item < 0 || item >= order.items()) return;
+  int slice, block;
+  order.locate(item, slice, block);
+  Kernel const kernel{p, shared, factor, slice, block};
   if (rounds) {
     kernel.round_and_turn(order.blocks);
-  } else if constexpr (!Kernel::kMove) {
+  } else if constexpr (!kMove) {
     kernel.find_maxima();
   }
 }
