@@ -39,13 +39,14 @@ class TileScheduler {
 
   /// `balance`: tiles are of unequal length. kv_bytes: all of K and V.
   static Params make_params(int m_blocks, int heads, int batch, bool balance,
-                            int64_t kv_bytes = std::numeric_limits<int64_t>::max()) {
+                            int64_t kv_bytes = std::numeric_limits<int64_t>::max(),
+                            int narrow_band = 4) {
     int band = m_blocks;
     if (balance) {
       if (kv_bytes <= kCachedBytes) {
         band = 1;
-      } else if (m_blocks > kShortBand) {
-        band = kBalancedBand;
+      } else if (m_blocks > kShortOrder * narrow_band) {
+        band = narrow_band;
       }
     }
     Params params;
@@ -57,6 +58,12 @@ class TileScheduler {
     params.last_band = cutlass::FastDivmod(std::max(1, m_blocks % band));
     params.heads = cutlass::FastDivmod(heads);
     return params;
+  }
+
+  /// The narrowest band that pays, of tiles of tile_m queries: enough of them must share a load of
+  /// K and V, be it as one band or because there are more CTAs than (batch, head) pairs.
+  static int narrow_band(int tile_m, int pairs, int ctas) {
+    return tile_m * std::max(2, ctas / pairs) >= kQueriesForALoad ? 2 : 4;
   }
 
   CUTLASS_DEVICE explicit TileScheduler(Params const& params)
@@ -88,10 +95,10 @@ class TileScheduler {
  private:
   // K and V that stay in L2 (50 MB) whatever the order.
   static constexpr int64_t kCachedBytes = 32 << 20;
-  // Measured on an H100: up to 16 blocks the memory traffic of narrow bands costs more than balance
-  // gains.
-  static constexpr int kShortBand = 16;
-  static constexpr int kBalancedBand = 4;
+  // Measured on an H100: with fewer queries for a load, and in orders of no more than four bands,
+  // memory traffic costs more than balance gains.
+  static constexpr int kQueriesForALoad = 384;
+  static constexpr int kShortOrder = 4;
 
   Params const& params_;
   int base_;

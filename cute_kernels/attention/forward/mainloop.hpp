@@ -58,18 +58,29 @@ class ForwardMainloop {
     auto route_v = tma_partition(params.tma_v, _0{}, Layout<_1>{}, group_modes<0, 2>(stages_v),
                                  group_modes<0, 2>(blocks_v));
 
+    // In L2, Q makes room first and K and V last: other CTAs read them too. 0 is no multicast.
+    using Hint = TMA::CacheHintSm90;
+
     auto load_k = [&](int block) {
       pipeline_k.producer_acquire(write_k);
-      copy(params.tma_k.with(*pipeline_k.producer_get_barrier(write_k)), get<0>(route_k)(_, block),
-           get<1>(route_k)(_, write_k.index()));
+      copy(params.tma_k.with(*pipeline_k.producer_get_barrier(write_k), 0, Hint::EVICT_LAST),
+           get<0>(route_k)(_, block), get<1>(route_k)(_, write_k.index()));
       ++write_k;
     };
     auto load_v = [&](int block) {
       pipeline_v.producer_acquire(write_v);
-      copy(params.tma_v.with(*pipeline_v.producer_get_barrier(write_v)), get<0>(route_v)(_, block),
-           get<1>(route_v)(_, write_v.index()));
+      copy(params.tma_v.with(*pipeline_v.producer_get_barrier(write_v), 0, Hint::EVICT_LAST),
+           get<0>(route_v)(_, block), get<1>(route_v)(_, write_v.index()));
       ++write_v;
     };
+
+    // Q comes to L2 while the last tile is still at work.
+    auto query_block = [&](int i) { return max(0, first_query / Traits::kWarpgroupM + i); };
+    auto remote_q = params.tma_q.get_slice(_0{}).partition_S(blocks_q);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kConsumers; ++i) {
+      prefetch(params.tma_q, remote_q(_, _, _, query_block(i)));
+    }
 
     int block = params.mask.key_blocks(first_query, Traits::kTileM, kTileN).visited - 1;
     if (block >= 0) load_k(block);
@@ -80,8 +91,8 @@ class ForwardMainloop {
       auto stage_q = make_tensor(make_smem_ptr(shared.q[i].data()), typename Traits::LayoutQ{});
       auto [from_q, to_q] = tma_partition(params.tma_q, _0{}, Layout<_1>{},
                                           group_modes<0, 2>(stage_q), group_modes<0, 2>(blocks_q));
-      copy(params.tma_q.with(reinterpret_cast<uint64_t&>(shared.q_full[i])),
-           from_q(_, max(0, first_query / Traits::kWarpgroupM + i)), to_q);
+      copy(params.tma_q.with(reinterpret_cast<uint64_t&>(shared.q_full[i]), 0, Hint::EVICT_FIRST),
+           from_q(_, query_block(i)), to_q);
     }
     // K runs one block ahead of V, as the consumers use them.
     for (; block > 0; --block) {
