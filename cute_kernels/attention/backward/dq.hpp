@@ -92,8 +92,9 @@ class BackwardDq {
     int index = 0;
     for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
       int64_t const slice = step.block_index() * Traits::kConsumers + warpgroup;
-      int* const turns = params.workspace.turns + slice;
-      if (params.deterministic) sm90::semaphore_wait(turns, step.turn());
+      if (params.deterministic) {
+        sm90::semaphore_wait(params.workspace.turns + step.block_index(), step.turn());
+      }
       shared.dq_full[warpgroup][index].wait(phase);
       float* const target = params.workspace.dq + slice * Traits::kSliceFloats;
       constexpr int kBytes = Traits::kSliceFloats * sizeof(float);
@@ -107,7 +108,7 @@ class BackwardDq {
       release();
       if (params.deterministic) {
         sm90::bulk_wait_complete();
-        sm90::semaphore_advance(turns);
+        sm90::count_up(&shared.dq_added[warpgroup]);
       }
       if (++index == Traits::kDqBuffers) {
         index = 0;
@@ -115,6 +116,22 @@ class BackwardDq {
       }
     }
     sm90::bulk_wait_complete();
+  }
+
+  /// Lets the next key block add to a query block when all slices are complete. Called by one
+  /// thread, which spares those that add the wait for memory that this takes.
+  template <class Params>
+  CUTLASS_DEVICE static void pass_turns(Params const& params, SharedStorage& shared,
+                                        KeyBlockCoord const& coord) {
+    int done = 0;
+    for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
+      ++done;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < Traits::kConsumers; ++i) {
+        sm90::wait_for_count(&shared.dq_added[i], done);
+      }
+      sm90::semaphore_advance(params.workspace.turns + step.block_index());
+    }
   }
 
  private:

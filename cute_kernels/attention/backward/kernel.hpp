@@ -41,7 +41,7 @@ struct BackwardParams {
 };
 
 /// Warpgroup 0 moves data (warp 0 loads, warp 1 + i adds the dQ of consumer warpgroup i to global
-/// memory), the others compute.
+/// memory, in deterministic mode warp 3 lets others add), the others compute.
 template <class Traits, class Params>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(CUTE_GRID_CONSTANT Params const params) {
@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   using Pipeline = typename Traits::Pipeline;
   using PipelineState = typename Traits::PipelineState;
 
+  static_assert(Traits::kConsumers < 3, "deterministic mode needs a warp that no slice of dQ has");
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
 
@@ -76,6 +77,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         shared.dq_full[i][buffer].init(cutlass::NumWarpsPerWarpGroup);
       }
       shared.dq_empty[i].init(1);
+      shared.dq_added[i] = 0;
     }
   }
   typename Pipeline::Params pipeline_params;
@@ -124,6 +126,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       if (elect_one_sync()) {
         BackwardDq<Traits>::add(params, shared, coord, consumer, release);
       }
+    } else if (warp_in_group == Traits::kConsumers + 1 && params.deterministic) {
+      if (elect_one_sync()) BackwardDq<Traits>::pass_turns(params, shared, coord);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();

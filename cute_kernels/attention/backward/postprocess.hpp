@@ -51,8 +51,7 @@ __global__ void __launch_bounds__(128 * Traits::kConsumers)
   auto const* slice = reinterpret_cast<float4 const*>(
       params.workspace.dq + (block_index * Traits::kConsumers + warpgroup) * Traits::kSliceFloats);
   // In deterministic mode no one has written what no key sees.
-  bool const seen = params.workspace.turns == nullptr ||
-                    params.workspace.turns[block_index * Traits::kConsumers + warpgroup] > 0;
+  bool const seen = params.workspace.turns == nullptr || params.workspace.turns[block_index] > 0;
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(dq) / 4; ++i) {
     float4 const part = seen ? slice[i * 128 + thread] : make_float4(0.f, 0.f, 0.f, 0.f);

@@ -154,6 +154,8 @@ struct BackwardTraits {
     // products, the pipelines' empty says so).
     cutlass::arch::ClusterBarrier dq_full[kConsumers][kDqBuffers];
     cutlass::arch::ClusterBarrier dq_empty[kConsumers];
+    // Deterministic mode: how many of warpgroup i's slices of dQ are complete in global memory.
+    int dq_added[kConsumers];
   };
 };
 

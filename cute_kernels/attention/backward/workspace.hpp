@@ -14,7 +14,7 @@ struct BackwardWorkspace {
   float* lse_log2;     // [rows][m_blocks * kTileM], +inf where P is 0
   float* minus_delta;  // the same shape, 0 beyond the last query
   float* dq;           // [rows][m_blocks][kConsumers][kSliceFloats], not yet scaled
-  int* turns;          // [rows][m_blocks][kConsumers], contributions added to dq, or null
+  int* turns;          // [rows][m_blocks], contributions added to dq, or null
   int64_t bytes;
 };
 
@@ -32,7 +32,7 @@ BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
   carve(result.lse_log2, blocks * Traits::kTileM);
   carve(result.minus_delta, blocks * Traits::kTileM);
   result.turns = nullptr;
-  if (problem.deterministic) carve(result.turns, blocks * Traits::kConsumers);
+  if (problem.deterministic) carve(result.turns, blocks);
   result.bytes = next - static_cast<char*>(problem.workspace);
   return result;
 }
