@@ -279,8 +279,11 @@ def backward_problems(row: Row) -> list[str]:
             f"stages = {row['stages']} must be at least 2: the next Q is waited for before the "
             f"last one is released"
         )
-    if consumers not in (2, 3):
-        found.append(f"consumer_warpgroups = {consumers} must be 2 or 3")
+    if consumers != 2:
+        found.append(
+            f"consumer_warpgroups = {consumers} must be 2: of the four warps that move data one "
+            f"loads, one adds the dQ of each consumer warpgroup, one keeps deterministic order"
+        )
     elif row["tile_n"] not in (WARPGROUP_M, consumers * WARPGROUP_M):
         found.append(
             f"tile_n = {row['tile_n']} must be {consumers * WARPGROUP_M}, 64 keys for each of "

@@ -321,7 +321,7 @@ def test_a_table_without_backward_rows_has_an_empty_registry(tmp_path):
         ({"tile_n": 192}, "tile_n = 192 must be 128, 64 keys for each of 2 warpgroups, or 64"),
         ({"mask": "window"}, "'window' is none of any, full, causal"),
         ({"stages": 1}, "stages = 1 must be at least 2"),
-        ({"consumer_warpgroups": 5}, "consumer_warpgroups = 5 must be 2 or 3"),
+        ({"consumer_warpgroups": 3}, "consumer_warpgroups = 3 must be 2: of the four warps"),
         ({"name": GOOD["name"]}, "the name stands 2 times"),
         (
             {"tile_m": 128},
