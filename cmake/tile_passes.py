@@ -247,6 +247,11 @@ def fp8_problems(row: Row) -> list[str]:
             f"linear_exp needs {SUM_CHANNELS} more channels of V, for the row sums: tile_n of 64 "
             f"or 128 (one swizzled column) and head_dim + {SUM_CHANNELS} <= 256"
         )
+    if row["linear_exp"] and row["overlap"]:
+        found.append(
+            "linear_exp needs overlap = false: each block's row sums would take registers that the "
+            "scores and P of two blocks do not leave"
+        )
     return found
 
 

@@ -95,7 +95,7 @@ def test_kernel_keeps_everything_in_registers(sass, name):
 
 
 def test_every_kernel_is_a_row(sass):
-    forward = [f for f in sass if "forward_kernel" in f and "fp8_forward_kernel" not in f]
+    forward = [f for f in sass if "forward_kernel" in f and "Fp8ForwardMainloop" not in f]
     assert len(forward) == len(KERNELS)
     for kernel in ("preprocess_kernel", "backward_kernel", "postprocess_kernel"):
         assert len([f for f in sass if kernel in f]) == len(BACKWARD_KERNELS)
@@ -103,7 +103,7 @@ def test_every_kernel_is_a_row(sass):
 
 def test_fp8_kernels_multiply_bytes_and_keep_everything_in_registers(sass):
     for function, code in sass.items():
-        if "fp8_forward_kernel" not in function:
+        if "Fp8ForwardMainloop" not in function:
             continue
         products = instructions(code, "[QI]GMMA")
         assert any(".E4M3.E4M3" in product for product in products), "P V"

@@ -345,16 +345,18 @@ head_dim = 128
 tile_m = {tile_m}
 tile_n = {tile_n}
 linear_exp = {linear_exp}
+overlap = {overlap}
 why = "measured"
 """
 
 
-def fp8_table(tile_m=128, tile_n=128, linear_exp="false"):
-    return table(good()) + FP8_ROW.format(tile_m=tile_m, tile_n=tile_n, linear_exp=linear_exp)
+def fp8_table(tile_m=128, tile_n=128, linear_exp="false", overlap="true"):
+    values = {"tile_m": tile_m, "tile_n": tile_n, "linear_exp": linear_exp, "overlap": overlap}
+    return table(good()) + FP8_ROW.format(**values)
 
 
 def test_fp8_rows_become_kernels(tmp_path):
-    rows = generator.read_table(fp8_table(linear_exp="true"))
+    rows = generator.read_table(fp8_table(linear_exp="true", overlap="false"))
     names = [row["name"] for row in rows if row["pass"] == "forward_fp8"]
     assert names == ["e4m3_fp8", "int8_fp8"]
     assert len(generator.select(rows, [128], ["bf16"])) == 3
@@ -371,6 +373,7 @@ def test_fp8_rows_become_kernels(tmp_path):
     [
         ({"tile_n": 96}, "multiple of 64"),
         ({"tile_n": 192, "linear_exp": "true"}, "linear_exp needs 8 more channels of V"),
+        ({"linear_exp": "true"}, "linear_exp needs overlap = false"),
         ({"tile_m": 256}, "registers of a consumer thread: 64 scores [+] 64 output"),
         ({"tile_m": 100}, "tile_m = 100"),
     ],

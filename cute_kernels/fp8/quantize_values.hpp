@@ -226,7 +226,7 @@ struct QuantizeValues {
 };
 
 template <class In>
-__global__ void __launch_bounds__(kValueThreads, 4)
+__global__ void __launch_bounds__(kValueThreads, 5)
     quantize_values_kernel(CUTE_GRID_CONSTANT QuantizeValuesProblem const p,
                            CUTE_GRID_CONSTANT ValueOrder const order) {
   using Kernel = QuantizeValues<In>;

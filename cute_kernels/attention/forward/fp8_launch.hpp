@@ -2,9 +2,25 @@
 
 #include <cuda_runtime.h>
 
-#include "cute_kernels/attention/forward/fp8_kernel.hpp"
+#include "cute_kernels/attention/forward/epilogue.hpp"
+#include "cute_kernels/attention/forward/fp8_mainloop.hpp"
+#include "cute_kernels/attention/forward/fp8_traits.hpp"
+#include "cute_kernels/attention/forward/kernel.hpp"
+#include "cute_kernels/attention/forward/start.hpp"
+#include "cute_kernels/attention/fp8_problem.hpp"
 
 namespace cute_kernels::attention {
+
+/// What an FP8 forward kernel is told at run time beside what every forward kernel is. To TMA, V is
+/// (head_dim, keys, heads, batch).
+template <class Traits, class TmaQ, class TmaK, class TmaV, class TmaO>
+struct Fp8ForwardParams : ForwardParams<Traits, TmaQ, TmaK, TmaV, TmaO> {
+  ScaleView q_scale;
+  ScaleView k_scale;
+  ScaleView v_scale;
+  int head_dim;
+  bool out_float16;
+};
 
 /// Starts the FP8 forward kernel of a tile on `stream`: TMA descriptors, grid, launch.
 /// Asynchronous.
@@ -13,29 +29,28 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
   using namespace cute;
   using Traits = Fp8ForwardTraits<Tile>;
 
-  auto tensor = [](auto element, TensorView const& view, int seqlen, int head_dim, int heads,
-                   int batch) {
-    return make_tensor(make_gmem_ptr(static_cast<decltype(element)*>(view.data)),
-                       make_shape(seqlen, head_dim, heads, batch),
-                       make_stride(view.seqlen_stride, _1{}, view.head_stride, view.batch_stride));
-  };
   using ElementQk = typename Traits::ElementQk;
   // A descriptor of no keys is not allowed; with seqlen_k = 0 nothing is loaded through it.
   int const keys = problem.seqlen_k > 0 ? problem.seqlen_k : 1;
   int const padded_keys = (keys + 15) / 16 * 16;
-  auto q = tensor(ElementQk{}, problem.q, problem.seqlen_q, problem.head_dim, problem.heads_q,
-                  problem.batch);
-  auto k = tensor(ElementQk{}, problem.k, keys, problem.head_dim, problem.heads_kv, problem.batch);
-  auto v = tensor(typename Traits::ElementPv{}, problem.v, problem.head_dim, padded_keys,
-                  problem.heads_kv, problem.batch);
-  auto o = tensor(typename Traits::Output{}, problem.out, problem.seqlen_q, problem.head_dim,
-                  problem.heads_q, problem.batch);
+  auto q = global_tensor<ElementQk>(problem.q, problem.seqlen_q, problem.head_dim, problem.heads_q,
+                                    problem.batch);
+  auto k =
+      global_tensor<ElementQk>(problem.k, keys, problem.head_dim, problem.heads_kv, problem.batch);
+  auto v = global_tensor<typename Traits::ElementPv>(problem.v, problem.head_dim, padded_keys,
+                                                     problem.heads_kv, problem.batch);
+  auto o = global_tensor<typename Traits::Output>(problem.out, problem.seqlen_q, problem.head_dim,
+                                                  problem.heads_q, problem.batch);
   auto tma_q = make_tma_copy(SM90_TMA_LOAD{}, q, typename Traits::LayoutQ{});
   auto tma_k = make_tma_copy(SM90_TMA_LOAD{}, k, take<0, 2>(typename Traits::LayoutK{}));
   auto tma_v = make_tma_copy(SM90_TMA_LOAD{}, v, typename Traits::LayoutValueLoad{});
   auto tma_o = make_tma_copy(SM90_TMA_STORE{}, o, typename Traits::LayoutO{});
 
   int const heads_per_kv = problem.heads_q / problem.heads_kv;
+  int64_t const kv_bytes =
+      int64_t{2} * problem.batch * problem.heads_kv * problem.seqlen_k * problem.head_dim;
+  int const narrow_band = TileScheduler::narrow_band(
+      Traits::kTileM, problem.batch * problem.heads_q, problem.device.multiprocessors);
   int const m_blocks = (problem.seqlen_q + Traits::kTileM - 1) / Traits::kTileM;
   using Params =
       Fp8ForwardParams<Traits, decltype(tma_q), decltype(tma_k), decltype(tma_v), decltype(tma_o)>;
@@ -43,22 +58,17 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
       {tma_q, tma_k, tma_v, tma_o, q.shape(), k.shape(), v.shape(), o.shape(), problem.lse,
        problem.softmax_scale * sm90::kLog2e, problem.heads_q, cutlass::FastDivmod(heads_per_kv),
        Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
-       TileScheduler::make_params(m_blocks, problem.heads_q, problem.batch, problem.causal)},
+       TileScheduler::make_params(m_blocks, problem.heads_q, problem.batch, problem.causal,
+                                  kv_bytes, narrow_band)},
       problem.q_scale,
       problem.k_scale,
       problem.v_scale,
       problem.head_dim,
       problem.out_float16};
 
-  auto kernel = fp8_forward_kernel<Traits, Params>;
-  constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
-  static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KB of shared memory");
-  cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (status != cudaSuccess) return status;
-  int const grid = min(params.scheduler.tiles, problem.device.multiprocessors);
-  kernel<<<grid, Traits::kThreads, kSharedBytes, stream>>>(params);
-  return cudaGetLastError();
+  return start_forward<Traits>(forward_kernel<Fp8ForwardMainloop<Traits>,
+                                              ForwardEpilogue<typename Traits::Epilogue>, Params>,
+                               params, problem.device, stream);
 }
 
 }  // namespace cute_kernels::attention

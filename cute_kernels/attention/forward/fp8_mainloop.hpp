@@ -5,30 +5,35 @@
 
 #include "cute_kernels/attention/forward/fp8_softmax.hpp"
 #include "cute_kernels/attention/forward/fp8_traits.hpp"
+#include "cute_kernels/attention/forward/protocol.hpp"
 #include "cute_kernels/attention/mask.hpp"
-#include "cute_kernels/attention/tile_scheduler.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
 
-/// ForwardMainloop for 8-bit operands: the same steps and barriers (see there who waits for whom).
+/// ForwardMainloop for 8-bit operands: the same steps.
 /// What differs: V stands transposed, scales of Q and K enter the softmax, P is packed to e4m3.
 template <class Traits>
-class Fp8ForwardMainloop {
-  using SharedStorage = typename Traits::SharedStorage;
-  using Pipeline = typename Traits::Pipeline;
-  using PipelineState = typename Traits::PipelineState;
+class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
+  using Protocol = ForwardProtocol<Traits>;
+  using Protocol::kTileN;
+  using Protocol::pass_turn;
+  using Protocol::release;
+  using Protocol::release_query;
+  using Protocol::wait_turn;
+  using typename Protocol::Hint;
+  using typename Protocol::Pipeline;
+  using typename Protocol::PipelineState;
+  using typename Protocol::SharedStorage;
 
-  static constexpr int kConsumers = Traits::kConsumers;
-  static constexpr int kTileN = Traits::kTileN;
   static constexpr int kGroups = Traits::kScaleGroups;
   static constexpr auto kOntoMagic =
       Traits::kIntegerScores ? sm90::Accumulate::kYes : sm90::Accumulate::kNo;
 
- public:
   using Softmax = ScaledSoftmax<Traits>;
 
+ public:
   /// Issues every load of one tile. Called by one thread.
   template <class Params>
   CUTLASS_DEVICE static void load(Params const& params, SharedStorage& shared, Pipeline& pipeline_k,
@@ -37,23 +42,8 @@ class Fp8ForwardMainloop {
                                   TileCoord const& coord) {
     using namespace cute;
     int const kv_head = params.heads_per_kv.div(coord.head);
-    auto q = params.tma_q.get_tma_tensor(params.shape_q)(_, _, coord.head, coord.batch);
-    auto k = params.tma_k.get_tma_tensor(params.shape_k)(_, _, kv_head, coord.batch);
     auto v = params.tma_v.get_tma_tensor(params.shape_v)(_, _, kv_head, coord.batch);
-    auto blocks_q = local_tile(q, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDim>>{},
-                               make_coord(_, _0{}));
-    auto blocks_k = local_tile(k, Shape<Int<kTileN>, Int<Traits::kHeadDim>>{}, make_coord(_, _0{}));
     auto blocks_v = local_tile(v, Shape<Int<Traits::kHeadDim>, Int<kTileN>>{}, make_coord(_0{}, _));
-    auto stages_k = make_tensor(make_smem_ptr(shared.k.data()), typename Traits::LayoutK{});
-    auto route_k = tma_partition(params.tma_k, _0{}, Layout<_1>{}, group_modes<0, 2>(stages_k),
-                                 group_modes<0, 2>(blocks_k));
-
-    auto load_k = [&](int block) {
-      pipeline_k.producer_acquire(write_k);
-      copy(params.tma_k.with(*pipeline_k.producer_get_barrier(write_k)), get<0>(route_k)(_, block),
-           get<1>(route_k)(_, write_k.index()));
-      ++write_k;
-    };
     auto load_v = [&](int block) {
       pipeline_v.producer_acquire(write_v);
       auto stage_v = make_tensor(
@@ -61,36 +51,49 @@ class Fp8ForwardMainloop {
           typename Traits::LayoutValueLoad{});
       auto [from_v, to_v] = tma_partition(params.tma_v, _0{}, Layout<_1>{},
                                           group_modes<0, 2>(stage_v), group_modes<0, 2>(blocks_v));
-      copy(params.tma_v.with(*pipeline_v.producer_get_barrier(write_v)), from_v(_, block), to_v);
+      copy(params.tma_v.with(*pipeline_v.producer_get_barrier(write_v), 0, Hint::EVICT_LAST),
+           from_v(_, block), to_v);
       ++write_v;
     };
-
-    int const first_query = params.first_query(coord);
-    int block = params.mask.key_blocks(first_query, Traits::kTileM, kTileN).visited - 1;
-    if (block >= 0) load_k(block);
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kConsumers; ++i) {
-      shared.q_empty[i].wait(q_phase ^ 1);
-      shared.q_full[i].arrive_and_expect_tx(Traits::kBytesQ);
-      auto stage_q = make_tensor(make_smem_ptr(shared.q[i].data()), typename Traits::LayoutQ{});
-      auto [from_q, to_q] = tma_partition(params.tma_q, _0{}, Layout<_1>{},
-                                          group_modes<0, 2>(stage_q), group_modes<0, 2>(blocks_q));
-      copy(params.tma_q.with(reinterpret_cast<uint64_t&>(shared.q_full[i])),
-           from_q(_, max(0, first_query / Traits::kWarpgroupM + i)), to_q);
-    }
-    // K runs one block ahead of V, as the consumers use them.
-    for (; block > 0; --block) {
-      load_k(block - 1);
-      load_v(block);
-    }
-    if (block == 0) load_v(0);
+    Protocol::load_tile(params, shared, pipeline_k, write_k, q_phase, coord, kv_head, load_v);
   }
 
-  /// Pingpong's opening: the last warpgroup lets the first one begin.
-  CUTLASS_DEVICE static void start_turns(int warpgroup) {
-    if (warpgroup == kConsumers - 1) pass_turn(warpgroup);
+  /// One tile of queries from loads to store(softmax, O).
+  template <class Params, class Store>
+  CUTLASS_DEVICE static void compute_tile(Params const& params, SharedStorage& shared,
+                                          Pipeline& pipeline_k, Pipeline& pipeline_v,
+                                          PipelineState& read_k, PipelineState& read_v,
+                                          uint32_t q_phase, TileCoord const& coord, int warpgroup,
+                                          Store const& store) {
+    using namespace cute;
+    Softmax softmax;
+    auto out = partition_fragment_C(typename Traits::MmaPv{},
+                                    Shape<Int<Traits::kWarpgroupM>, Int<Traits::kValueChannels>>{});
+    clear(out);
+    load_value_scales(params, shared, coord, warpgroup);
+    compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord, warpgroup,
+            softmax, out);
+    auto values = without_ones(out);
+    auto rows = make_tensor(values.data(), sm90::accumulator_rows_cols(values.layout()));
+    softmax.finalize(rows);
+    scale_values(shared, warpgroup, rows);
+    store(softmax, round_output(params, values));
   }
 
+  /// Writes the channels of V that are all ones, for good: TMA never touches them.
+  CUTLASS_DEVICE static void prepare(SharedStorage& shared) {
+    if constexpr (Traits::kLinearExp) {
+      constexpr int kStage = Traits::kValueChannels * kTileN;
+      constexpr int kOnes = Traits::kSumChannels * kTileN;
+      for (int i = threadIdx.x; i < Traits::kStages * kOnes; i += Traits::kThreads) {
+        shared.v[i / kOnes * kStage + Traits::kHeadDim * kTileN + i % kOnes] =
+            typename Traits::ElementPv(1.f);
+      }
+      cutlass::arch::fence_view_async_shared();
+    }
+  }
+
+ private:
   /// Computes P V of 64 queries into `out`, not yet divided by the row sums nor scaled by V's
   /// scale.
   template <class Params, class Output>
@@ -158,18 +161,7 @@ class Fp8ForwardMainloop {
 
     shared.q_full[warpgroup].wait(q_phase);
     int block = loaded.visited - 1;
-    // Blocks that only other warpgroups' queries see: nothing to compute, but stages and turns go
-    // round.
-    for (; block >= own.visited; --block) {
-      pipeline_k.consumer_wait(read_k);
-      release(pipeline_k, read_k);
-      pipeline_v.consumer_wait(read_v);
-      release(pipeline_v, read_v);
-      if (block > 0) {
-        wait_turn(warpgroup);
-        pass_turn(warpgroup);
-      }
-    }
+    Protocol::skip_blocks(block, own.visited, pipeline_k, pipeline_v, read_k, read_v, warpgroup);
     if (block < 0) {  // no visible key: O stays 0
       release_query(shared, warpgroup);
       return;
@@ -244,7 +236,6 @@ class Fp8ForwardMainloop {
         sm90::warpgroup_wait_all();
       }
       release(pipeline_v, read_v);
-      take_sums(out, softmax);
       if (block > 0) k_token = pipeline_k.consumer_test_wait(read_k);
       Softmax::pack(scores, probabilities);
     }
@@ -255,20 +246,6 @@ class Fp8ForwardMainloop {
                                              operand_v(_, _, _, read_v.index()), out);
     warpgroup_wait<0>();
     release(pipeline_v, read_v);
-    take_sums(out, softmax);
-  }
-
-  /// Writes the channels of V that are all ones, for good: TMA never touches them.
-  CUTLASS_DEVICE static void write_ones(SharedStorage& shared) {
-    if constexpr (Traits::kLinearExp) {
-      constexpr int kStage = Traits::kValueChannels * kTileN;
-      constexpr int kOnes = Traits::kSumChannels * kTileN;
-      for (int i = threadIdx.x; i < Traits::kStages * kOnes; i += Traits::kThreads) {
-        shared.v[i / kOnes * kStage + Traits::kHeadDim * kTileN + i % kOnes] =
-            typename Traits::ElementPv(1.f);
-      }
-      cutlass::arch::fence_view_async_shared();
-    }
   }
 
   /// The thread's part of O as the accumulator of a product without the channels of ones.
@@ -344,7 +321,6 @@ class Fp8ForwardMainloop {
     return rounded;
   }
 
- private:
   /// The thread's number in its warpgroup. What is computed from it once a tile shall not stay in
   /// registers from tile to tile.
   CUTLASS_DEVICE static int opaque_thread() {
@@ -352,8 +328,6 @@ class Fp8ForwardMainloop {
     asm volatile("" : "+r"(thread));
     return thread;
   }
-
-  static constexpr int kTurnThreads = 2 * cutlass::NumThreadsPerWarpGroup;
 
   /// The products as floats; of int8, with Traits::kMagic added. In registers of their own: in
   /// place, ptxas serialises the WGMMAs (C7514).
@@ -363,28 +337,6 @@ class Fp8ForwardMainloop {
     auto scores = make_tensor<float>(products.layout());
     copy(recast<float>(products), scores);
     return scores;
-  }
-
-  CUTLASS_DEVICE static void wait_turn(int warpgroup) {
-    if constexpr (Traits::kPingpong)
-      sm90::barrier_sync(sm90::NamedBarrier::kTurn, warpgroup, kTurnThreads);
-  }
-
-  CUTLASS_DEVICE static void pass_turn(int warpgroup) {
-    if constexpr (Traits::kPingpong) {
-      int const next = warpgroup + 1 == kConsumers ? 0 : warpgroup + 1;
-      sm90::barrier_arrive(sm90::NamedBarrier::kTurn, next, kTurnThreads);
-    }
-  }
-
-  CUTLASS_DEVICE static void release_query(SharedStorage& shared, int warpgroup) {
-    if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) shared.q_empty[warpgroup].arrive();
-  }
-
-  /// One arrival a warp: a warp's own WGMMA wait says nothing of the other warps' reads.
-  CUTLASS_DEVICE static void release(Pipeline& pipeline, PipelineState& state) {
-    if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) pipeline.consumer_release(state);
-    ++state;
   }
 };
 

@@ -43,6 +43,8 @@ struct Fp8ForwardTraits {
   static constexpr int kConsumers = Tile::kConsumerWarpgroups;
   static constexpr bool kOverlap = Tile::kOverlap;
   static constexpr bool kPingpong = Tile::kPingpong;
+  static constexpr bool kSeparateOutput = true;
+  static constexpr bool kSharedOutput = false;
   static constexpr int kScaleGroups = kTileN / kScaleRows;
   // See ScaledSoftmax. Row sums of P then come from the tensor cores: 8 more channels of V, all
   // ones.
@@ -93,6 +95,7 @@ struct Fp8ForwardTraits {
   using LayoutV = decltype(cute::tile_to_shape(
       SwizzleAtom<ElementPv, kTileN>{},
       cute::Shape<cute::Int<kValueChannels>, cute::Int<kTileN>, cute::Int<kStages>>{}));
+  static_assert(!kLinearExp || !kOverlap, "registers do not suffice: ptxas serialises the WGMMAs");
   static_assert(!kLinearExp || kTileN == 64 || kTileN == 128,
                 "the ones follow V's channels in one swizzled column");
   using LayoutValueLoad = decltype(cute::tile_to_shape(
@@ -128,8 +131,8 @@ struct Fp8ForwardTraits {
     using SharedStorage = typename Fp8ForwardTraits::SharedStorage;
     using MmaPv = ValueMma<kHeadDim>;
     using LayoutO = typename Fp8ForwardTraits::LayoutO;
-    static constexpr bool kSeparateOutput = true;
-    static constexpr bool kSharedOutput = false;
+    static constexpr bool kSeparateOutput = Fp8ForwardTraits::kSeparateOutput;
+    static constexpr bool kSharedOutput = Fp8ForwardTraits::kSharedOutput;
     static constexpr int kHeadDimV = kHeadDim;
     static constexpr int kConsumers = Fp8ForwardTraits::kConsumers;
     static constexpr int kWarpgroupM = Fp8ForwardTraits::kWarpgroupM;

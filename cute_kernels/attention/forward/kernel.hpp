@@ -3,10 +3,10 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <cute/tensor.hpp>
+#include <cutlass/pipeline/pipeline.hpp>
 
-#include "cute_kernels/attention/forward/epilogue.hpp"
-#include "cute_kernels/attention/forward/mainloop.hpp"
-#include "cute_kernels/attention/forward/traits.hpp"
+#include "cute_kernels/attention/mask.hpp"
+#include "cute_kernels/attention/tile_scheduler.hpp"
 
 namespace cute_kernels::attention {
 
@@ -40,12 +40,11 @@ struct ForwardParams {
 
 /// Warpgroup 0 moves data, the others compute. Both walk the same tiles in the same order, so that
 /// the barriers' phases are all they need to share.
-template <class Traits, class Params>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
+template <class Mainloop, class Epilogue, class Params>
+__global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
     forward_kernel(CUTE_GRID_CONSTANT Params const params) {
   using namespace cute;
-  using Mainloop = ForwardMainloop<Traits>;
-  using Epilogue = ForwardEpilogue<Traits>;
+  using Traits = typename Mainloop::Traits;
   using Pipeline = typename Traits::Pipeline;
   using PipelineState = typename Traits::PipelineState;
 
@@ -78,6 +77,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   Pipeline pipeline_k(shared.pipeline_k, pipeline_params, Shape<_1, _1, _1>{});
   pipeline_params.transaction_bytes = Traits::kBytesV;
   Pipeline pipeline_v(shared.pipeline_v, pipeline_params, Shape<_1, _1, _1>{});
+  Mainloop::prepare(shared);
   cutlass::arch::fence_barrier_init();
   __syncthreads();
 
@@ -104,15 +104,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     PipelineState read_k, read_v;
     for (TileScheduler tile(params.scheduler); tile.valid(); tile.advance()) {
       TileCoord const coord = tile.coord();
-      typename Mainloop::Softmax softmax(params.scale_log2, Traits::kLargestP);
-      auto out = partition_fragment_C(typename Traits::MmaPv{},
-                                      Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDimV>>{});
-      clear(out);
-      Mainloop::compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord,
-                        consumer, softmax, out);
-      auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
-      softmax.finalize(out_rows);
-      Epilogue::store(params, shared, coord, consumer, softmax, out);
+      Mainloop::compute_tile(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord,
+                             consumer, [&](auto const& softmax, auto const& out) {
+                               Epilogue::store(params, shared, coord, consumer, softmax, out);
+                             });
       q_phase ^= 1;
     }
     Epilogue::drain();

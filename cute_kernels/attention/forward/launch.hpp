@@ -2,7 +2,11 @@
 
 #include <cuda_runtime.h>
 
+#include "cute_kernels/attention/forward/epilogue.hpp"
 #include "cute_kernels/attention/forward/kernel.hpp"
+#include "cute_kernels/attention/forward/mainloop.hpp"
+#include "cute_kernels/attention/forward/start.hpp"
+#include "cute_kernels/attention/forward/traits.hpp"
 #include "cute_kernels/attention/problem.hpp"
 
 namespace cute_kernels::attention {
@@ -14,17 +18,16 @@ cudaError_t launch_forward(ForwardProblem const& problem, cudaStream_t stream) {
   using Traits = ForwardTraits<Tile>;
   using Element = typename Traits::Element;
 
-  auto tensor = [](TensorView const& view, int seqlen, int head_dim, int heads, int batch) {
-    return make_tensor(make_gmem_ptr(static_cast<Element*>(view.data)),
-                       make_shape(seqlen, head_dim, heads, batch),
-                       make_stride(view.seqlen_stride, _1{}, view.head_stride, view.batch_stride));
-  };
   // A descriptor of no keys is not allowed; with seqlen_k = 0 nothing is loaded through it.
   int const keys = problem.seqlen_k > 0 ? problem.seqlen_k : 1;
-  auto q = tensor(problem.q, problem.seqlen_q, problem.head_dim, problem.heads_q, problem.batch);
-  auto k = tensor(problem.k, keys, problem.head_dim, problem.heads_kv, problem.batch);
-  auto v = tensor(problem.v, keys, problem.head_dim, problem.heads_kv, problem.batch);
-  auto o = tensor(problem.out, problem.seqlen_q, problem.head_dim, problem.heads_q, problem.batch);
+  auto q = global_tensor<Element>(problem.q, problem.seqlen_q, problem.head_dim, problem.heads_q,
+                                  problem.batch);
+  auto k =
+      global_tensor<Element>(problem.k, keys, problem.head_dim, problem.heads_kv, problem.batch);
+  auto v =
+      global_tensor<Element>(problem.v, keys, problem.head_dim, problem.heads_kv, problem.batch);
+  auto o = global_tensor<Element>(problem.out, problem.seqlen_q, problem.head_dim, problem.heads_q,
+                                  problem.batch);
   auto tma_q = make_tma_copy(SM90_TMA_LOAD{}, q, typename Traits::LayoutQ{});
   auto tma_k = make_tma_copy(SM90_TMA_LOAD{}, k, take<0, 2>(typename Traits::LayoutK{}));
   auto tma_v = make_tma_copy(SM90_TMA_LOAD{}, v, take<0, 2>(typename Traits::LayoutV{}));
@@ -54,16 +57,9 @@ cudaError_t launch_forward(ForwardProblem const& problem, cudaStream_t stream) {
                       TileScheduler::make_params(m_blocks, problem.heads_q, problem.batch,
                                                  problem.causal, kv_bytes, narrow_band)};
 
-  auto kernel = forward_kernel<Traits, Params>;
-  constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
-  static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KB of shared memory");
-  // Cheap (well under a microsecond) and per device; remembering it would need a table of devices.
-  cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (status != cudaSuccess) return status;
-  int const grid = min(params.scheduler.tiles, problem.device.multiprocessors);
-  kernel<<<grid, Traits::kThreads, kSharedBytes, stream>>>(params);
-  return cudaGetLastError();
+  return start_forward<Traits>(
+      forward_kernel<ForwardMainloop<Traits>, ForwardEpilogue<Traits>, Params>, params,
+      problem.device, stream);
 }
 
 }  // namespace cute_kernels::attention

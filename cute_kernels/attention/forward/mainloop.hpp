@@ -2,10 +2,9 @@
 
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/forward/protocol.hpp"
 #include "cute_kernels/attention/forward/softmax.hpp"
 #include "cute_kernels/attention/mask.hpp"
-#include "cute_kernels/attention/tile_scheduler.hpp"
-#include "cute_kernels/sm90/named_barrier.hpp"
 #include "cute_kernels/sm90/warp_gemm.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
@@ -13,27 +12,23 @@ namespace cute_kernels::attention {
 
 /// Loads and products of one tile of queries (FlashAttention-3, arXiv 2407.08608, section 3,
 /// algorithms 1 and 2).
-///
-/// Who waits for whom:
-/// - k, v pipelines. Full: consumers wait for the producer's TMA. Empty: the producer waits for
-///   every consumer warp.
-/// - q_full[i]: warpgroup i waits for its 64 queries.
-/// - q_empty[i]: the producer waits until warpgroup i no longer needs the memory of its last
-///   queries.
-/// - kTurn + i: warpgroup i waits until warpgroup i-1 has issued its products (pingpong).
 template <class Traits>
-class ForwardMainloop {
+class ForwardMainloop : public ForwardProtocol<Traits> {
   using Element = typename Traits::Element;
-  using SharedStorage = typename Traits::SharedStorage;
-  using Pipeline = typename Traits::Pipeline;
-  using PipelineState = typename Traits::PipelineState;
+  using Protocol = ForwardProtocol<Traits>;
+  using Protocol::kTileN;
+  using Protocol::pass_turn;
+  using Protocol::release;
+  using Protocol::release_query;
+  using Protocol::wait_turn;
+  using typename Protocol::Hint;
+  using typename Protocol::Pipeline;
+  using typename Protocol::PipelineState;
+  using typename Protocol::SharedStorage;
 
-  static constexpr int kConsumers = Traits::kConsumers;
-  static constexpr int kTileN = Traits::kTileN;
-
- public:
   using Softmax = OnlineSoftmax<2>;
 
+ public:
   /// Issues every load of one tile. Called by one thread.
   template <class Params>
   CUTLASS_DEVICE static void load(Params const& params, SharedStorage& shared, Pipeline& pipeline_k,
@@ -42,71 +37,41 @@ class ForwardMainloop {
                                   TileCoord const& coord) {
     using namespace cute;
     int const kv_head = params.heads_per_kv.div(coord.head);
-    int const first_query = params.first_query(coord);
-    auto q = params.tma_q.get_tma_tensor(params.shape_q)(_, _, coord.head, coord.batch);
-    auto k = params.tma_k.get_tma_tensor(params.shape_k)(_, _, kv_head, coord.batch);
     auto v = params.tma_v.get_tma_tensor(params.shape_v)(_, _, kv_head, coord.batch);
-    auto blocks_q = local_tile(q, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDim>>{},
-                               make_coord(_, _0{}));
-    auto blocks_k = local_tile(k, Shape<Int<kTileN>, Int<Traits::kHeadDim>>{}, make_coord(_, _0{}));
     auto blocks_v =
         local_tile(v, Shape<Int<kTileN>, Int<Traits::kHeadDimV>>{}, make_coord(_, _0{}));
-    auto stages_k = make_tensor(make_smem_ptr(shared.k.data()), typename Traits::LayoutK{});
     auto stages_v = make_tensor(make_smem_ptr(shared.v.data()), typename Traits::LayoutV{});
-    auto route_k = tma_partition(params.tma_k, _0{}, Layout<_1>{}, group_modes<0, 2>(stages_k),
-                                 group_modes<0, 2>(blocks_k));
     auto route_v = tma_partition(params.tma_v, _0{}, Layout<_1>{}, group_modes<0, 2>(stages_v),
                                  group_modes<0, 2>(blocks_v));
-
-    // In L2, Q makes room first and K and V last: other CTAs read them too. 0 is no multicast.
-    using Hint = TMA::CacheHintSm90;
-
-    auto load_k = [&](int block) {
-      pipeline_k.producer_acquire(write_k);
-      copy(params.tma_k.with(*pipeline_k.producer_get_barrier(write_k), 0, Hint::EVICT_LAST),
-           get<0>(route_k)(_, block), get<1>(route_k)(_, write_k.index()));
-      ++write_k;
-    };
     auto load_v = [&](int block) {
       pipeline_v.producer_acquire(write_v);
       copy(params.tma_v.with(*pipeline_v.producer_get_barrier(write_v), 0, Hint::EVICT_LAST),
            get<0>(route_v)(_, block), get<1>(route_v)(_, write_v.index()));
       ++write_v;
     };
-
-    // Q comes to L2 while the last tile is still at work.
-    auto query_block = [&](int i) { return max(0, first_query / Traits::kWarpgroupM + i); };
-    auto remote_q = params.tma_q.get_slice(_0{}).partition_S(blocks_q);
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kConsumers; ++i) {
-      prefetch(params.tma_q, remote_q(_, _, _, query_block(i)));
-    }
-
-    int block = params.mask.key_blocks(first_query, Traits::kTileM, kTileN).visited - 1;
-    if (block >= 0) load_k(block);
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kConsumers; ++i) {
-      shared.q_empty[i].wait(q_phase ^ 1);
-      shared.q_full[i].arrive_and_expect_tx(Traits::kBytesQ);
-      auto stage_q = make_tensor(make_smem_ptr(shared.q[i].data()), typename Traits::LayoutQ{});
-      auto [from_q, to_q] = tma_partition(params.tma_q, _0{}, Layout<_1>{},
-                                          group_modes<0, 2>(stage_q), group_modes<0, 2>(blocks_q));
-      copy(params.tma_q.with(reinterpret_cast<uint64_t&>(shared.q_full[i]), 0, Hint::EVICT_FIRST),
-           from_q(_, query_block(i)), to_q);
-    }
-    // K runs one block ahead of V, as the consumers use them.
-    for (; block > 0; --block) {
-      load_k(block - 1);
-      load_v(block);
-    }
-    if (block == 0) load_v(0);
+    Protocol::load_tile(params, shared, pipeline_k, write_k, q_phase, coord, kv_head, load_v);
   }
 
-  /// Pingpong's opening: the last warpgroup lets the first one begin.
-  CUTLASS_DEVICE static void start_turns(int warpgroup) {
-    if (warpgroup == kConsumers - 1) pass_turn(warpgroup);
+  /// One tile of queries from loads to store(softmax, O).
+  template <class Params, class Store>
+  CUTLASS_DEVICE static void compute_tile(Params const& params, SharedStorage& shared,
+                                          Pipeline& pipeline_k, Pipeline& pipeline_v,
+                                          PipelineState& read_k, PipelineState& read_v,
+                                          uint32_t q_phase, TileCoord const& coord, int warpgroup,
+                                          Store const& store) {
+    using namespace cute;
+    Softmax softmax(params.scale_log2, Traits::kLargestP);
+    auto out = partition_fragment_C(typename Traits::MmaPv{},
+                                    Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDimV>>{});
+    clear(out);
+    compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord, warpgroup,
+            softmax, out);
+    auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
+    softmax.finalize(out_rows);
+    store(softmax, out);
   }
 
+ private:
   /// Computes softmax(scale Q K^T) V, not yet divided by the row sums, of 64 queries into `out`.
   template <class Params, class Output>
   CUTLASS_DEVICE static void compute(Params const& params, SharedStorage& shared,
@@ -165,18 +130,7 @@ class ForwardMainloop {
 
     shared.q_full[warpgroup].wait(q_phase);
     int block = loaded.visited - 1;
-    // Blocks that only other warpgroups' queries see: nothing to compute, but stages and turns go
-    // round.
-    for (; block >= own.visited; --block) {
-      pipeline_k.consumer_wait(read_k);
-      release(pipeline_k, read_k);
-      pipeline_v.consumer_wait(read_v);
-      release(pipeline_v, read_v);
-      if (block > 0) {
-        wait_turn(warpgroup);
-        pass_turn(warpgroup);
-      }
-    }
+    Protocol::skip_blocks(block, own.visited, pipeline_k, pipeline_v, read_k, read_v, warpgroup);
     if (block < 0) {  // no visible key: O stays 0
       release_query(shared, warpgroup);
       return;
@@ -233,35 +187,6 @@ class ForwardMainloop {
                                              operand_v(_, _, _, read_v.index()), out);
     warpgroup_wait<0>();
     release(pipeline_v, read_v);
-  }
-
- private:
-  static constexpr int kTurnThreads = 2 * cutlass::NumThreadsPerWarpGroup;
-
-  CUTLASS_DEVICE static void wait_turn(int warpgroup) {
-    if constexpr (Traits::kPingpong)
-      sm90::barrier_sync(sm90::NamedBarrier::kTurn, warpgroup, kTurnThreads);
-  }
-
-  CUTLASS_DEVICE static void pass_turn(int warpgroup) {
-    if constexpr (Traits::kPingpong) {
-      int const next = warpgroup + 1 == kConsumers ? 0 : warpgroup + 1;
-      sm90::barrier_arrive(sm90::NamedBarrier::kTurn, next, kTurnThreads);
-    }
-  }
-
-  /// Lets the producer load the warpgroup's next queries, unless the epilogue needs their memory
-  /// first.
-  CUTLASS_DEVICE static void release_query(SharedStorage& shared, int warpgroup) {
-    if constexpr (Traits::kSeparateOutput) {
-      if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) shared.q_empty[warpgroup].arrive();
-    }
-  }
-
-  /// One arrival a warp: a warp's own WGMMA wait says nothing of the other warps' reads.
-  CUTLASS_DEVICE static void release(Pipeline& pipeline, PipelineState& state) {
-    if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) pipeline.consumer_release(state);
-    ++state;
   }
 };
 

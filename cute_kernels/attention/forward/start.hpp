@@ -1,0 +1,36 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/problem.hpp"
+
+namespace cute_kernels::attention {
+
+/// A tensor in global memory as TMA has it: (rows, columns, heads, batch), columns contiguous.
+template <class Element>
+auto global_tensor(TensorView const& view, int rows, int columns, int heads, int batch) {
+  using namespace cute;
+  return make_tensor(make_gmem_ptr(static_cast<Element*>(view.data)),
+                     make_shape(rows, columns, heads, batch),
+                     make_stride(view.seqlen_stride, _1{}, view.head_stride, view.batch_stride));
+}
+
+/// Starts a forward kernel, a CTA for each multiprocessor or for each tile.
+template <class Traits, class Params>
+cudaError_t start_forward(void (*kernel)(Params), Params const& params, Device const& device,
+                          cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
+  static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KB of shared memory");
+  // Cheap (well under a microsecond) and per device; remembering it would need a table of devices.
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (status != cudaSuccess) return status;
+  int const grid = params.scheduler.tiles < device.multiprocessors ? params.scheduler.tiles
+                                                                   : device.multiprocessors;
+  kernel<<<grid, Traits::kThreads, kSharedBytes, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace cute_kernels::attention
