@@ -32,7 +32,7 @@ struct BackwardParams {
   float softmax_scale;
   int heads;
   int heads_per_kv;
-  bool deterministic;
+  bool deterministic;  // dQ in order: asked for, or faster (adds_in_order)
   Mask mask;
   int n_blocks;
   int pairs;  // of batch entries and KV heads

@@ -46,7 +46,7 @@ int heads_at_a_time(BackwardProblem const& problem, BackwardWorkspace const& wor
   constexpr int64_t kStepBytes =
       2 * Traits::kBytesQ + 2 * Traits::kTileM * Traits::kHeadDim * sizeof(float);
   if (problem.device.multiprocessors * kStepBytes < kL2Bytes / 3) return kMost;
-  if (!problem.deterministic) return 1;
+  if (workspace.turns == nullptr) return 1;
   int64_t const heads_in_l2 =
       kL2Bytes * (problem.causal ? 2 : 1) / (workspace.m_blocks * kStepBytes);
   return std::clamp<int>(heads_in_l2, 1, kMost);
@@ -91,7 +91,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
       problem.softmax_scale,
       problem.heads_q,
       problem.heads_q / problem.heads_kv,
-      problem.deterministic,
+      workspace.turns != nullptr,
       Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
       n_blocks,
       pairs,
