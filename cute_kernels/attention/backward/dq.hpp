@@ -17,17 +17,15 @@ class BackwardDq {
   using DqSplit = typename Traits::DqSplit;
 
  public:
-  /// A and B of a slice's product with some keys; the one that is dS has a mode of buffers.
-  template <class Keys, class LayoutKt>
-  CUTLASS_DEVICE static auto operands(SharedStorage& shared, Keys& keys, LayoutKt layout_kt,
-                                      int slice_of_keys, int thread) {
+  /// A and B of the slice's product; the one that is dS has a mode of buffers.
+  CUTLASS_DEVICE static auto operands(SharedStorage& shared, int warpgroup, int thread) {
     using namespace cute;
     auto ds = make_tensor(make_smem_ptr(shared.ds.data()), typename Traits::LayoutDs{});
-    auto kt = make_tensor(make_smem_ptr(keys.data()), layout_kt);
+    auto kt = make_tensor(make_smem_ptr(shared.k.data()), typename Traits::LayoutKt{});
     auto own_kt = local_tile(kt, Shape<Int<Traits::kDqChannels>, Int<Traits::kTileN>>{},
-                             make_coord(kByQueries ? 0 : slice_of_keys, _0{}));
+                             make_coord(kByQueries ? 0 : warpgroup, _0{}));
     auto own_ds = local_tile(ds, Shape<Int<Traits::kDqQueries>, Int<Traits::kTileN>>{},
-                             make_coord(kByQueries ? slice_of_keys : 0, _0{}));
+                             make_coord(kByQueries ? warpgroup : 0, _0{}));
     auto slice = typename Traits::MmaDq{}.get_thread_slice(thread);
     if constexpr (Traits::kDqTransposed) {
       return cute::make_tuple(slice.make_fragment_A(slice.partition_A(own_kt)),
@@ -44,14 +42,16 @@ class BackwardDq {
         cute::Shape<cute::Int<Traits::kSliceM>, cute::Int<Traits::kSliceN>>{});
   }
 
-  template <sm90::Accumulate kAccumulate, class Operands, class Accumulator>
+  template <class Operands, class Accumulator>
   CUTLASS_DEVICE static void issue(Operands const& operands, int buffer, Accumulator& dq) {
     using namespace cute;
     typename Traits::MmaDq mma;
     if constexpr (Traits::kDqTransposed) {
-      sm90::issue_gemm<kAccumulate>(mma, get<0>(operands), get<1>(operands)(_, _, _, buffer), dq);
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma, get<0>(operands),
+                                              get<1>(operands)(_, _, _, buffer), dq);
     } else {
-      sm90::issue_gemm<kAccumulate>(mma, get<0>(operands)(_, _, _, buffer), get<1>(operands), dq);
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma, get<0>(operands)(_, _, _, buffer),
+                                              get<1>(operands), dq);
     }
   }
 
@@ -72,9 +72,10 @@ class BackwardDq {
 
   /// Registers to global memory, in no particular order.
   template <class Params, class Accumulator>
-  CUTLASS_DEVICE static void add_now(Params const& params, int64_t slice, int thread,
-                                     Accumulator const& dq) {
-    float* target = params.workspace.dq + slice * Traits::kSliceFloats + 4 * thread;
+  CUTLASS_DEVICE static void add_now(Params const& params, int64_t block_index, int slice,
+                                     int thread, Accumulator const& dq) {
+    float* target = params.workspace.dq +
+                    (block_index * Traits::kConsumers + slice) * Traits::kSliceFloats + 4 * thread;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < cute::size(dq) / 4; ++i) {
       sm90::reduce_add(target + 4 * cutlass::NumThreadsPerWarpGroup * i, dq(4 * i), dq(4 * i + 1),
@@ -90,9 +91,12 @@ class BackwardDq {
     uint32_t phase = 0;
     int index = 0;
     for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
-      if (params.deterministic) sm90::semaphore_wait(step.turns(), step.turn());
+      int64_t const slice = step.block_index() * Traits::kConsumers + warpgroup;
+      if (params.deterministic) {
+        sm90::semaphore_wait(params.workspace.turns + step.block_index(), step.turn());
+      }
       shared.dq_full[warpgroup][index].wait(phase);
-      float* const target = params.workspace.dq + step.dq_slice(warpgroup) * Traits::kSliceFloats;
+      float* const target = params.workspace.dq + slice * Traits::kSliceFloats;
       constexpr int kBytes = Traits::kSliceFloats * sizeof(float);
       if (params.deterministic && step.turn() == 0) {
         sm90::bulk_store(target, buffer(shared, warpgroup, index), kBytes);
@@ -126,7 +130,7 @@ class BackwardDq {
       for (int i = 0; i < Traits::kConsumers; ++i) {
         sm90::wait_for_count(&shared.dq_added[i], done);
       }
-      sm90::semaphore_advance(step.turns());
+      sm90::semaphore_advance(params.workspace.turns + step.block_index());
     }
   }
 
@@ -136,7 +140,7 @@ class BackwardDq {
   CUTLASS_DEVICE static float* buffer(SharedStorage& shared, int warpgroup, int index) {
     if constexpr (Traits::kSplitProducts) {
       auto& stages = warpgroup == 0 ? shared.grad_out : shared.q;
-      return reinterpret_cast<float*>(stages.data() + index * Traits::kTileM * Traits::kHeadDim);
+      return reinterpret_cast<float*>(stages.data()) + index * Traits::kSliceFloats;
     } else {
       return shared.own.dq[warpgroup];
     }

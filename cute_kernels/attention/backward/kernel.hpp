@@ -2,7 +2,6 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/fast_math.h>
-#include <cute/arch/cluster_sm90.hpp>
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/backward/epilogue.hpp"
@@ -35,22 +34,11 @@ struct BackwardParams {
   int heads_per_kv;
   bool deterministic;  // dQ in order: asked for, or faster (adds_in_order)
   Mask mask;
-  int clusters;  // of CTAs, for one KV head of one batch entry
-  int pairs;     // of batch entries and KV heads
-  int group;     // how many of them are worked on together
+  int n_blocks;
+  int pairs;  // of batch entries and KV heads
+  int group;  // how many of them are worked on together
   cutlass::FastDivmod heads_kv;
 };
-
-/// All threads of the cluster, whose barriers are ready, or whose memory no one needs any more.
-template <class Traits>
-CUTLASS_DEVICE void meet() {
-  if constexpr (Traits::kCluster == 1) {
-    __syncthreads();
-  } else {
-    __syncwarp();
-    cute::cluster_sync();
-  }
-}
 
 /// Warpgroup 0 moves data (warp 0 loads, warp 1 + i adds the dQ of consumer warpgroup i to global
 /// memory, in deterministic mode warp 3 lets others add), the others compute.
@@ -82,9 +70,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Traits::kDsBuffers; ++i) shared.ds_full[i].init(Traits::kDsWriters);
     shared.p_full.init(cutlass::NumWarpsPerWarpGroup);
-    shared.peer_k_full.init(1);
-    shared.peer_ds_full.init(1);
-    shared.ds_empty.init(Traits::kConsumerWarps * Traits::kCluster);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Traits::kConsumers; ++i) {
       CUTLASS_PRAGMA_UNROLL
@@ -107,17 +92,17 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   Pipeline pipeline_q(shared.pipeline_q, pipeline_params, Shape<_1, _1, _1>{});
   Pipeline pipeline_grad_out(shared.pipeline_grad_out, pipeline_params, Shape<_1, _1, _1>{});
   cutlass::arch::fence_barrier_init();
-  meet<Traits>();
+  __syncthreads();
 
   sm90::let_next_kernel_start();
 
-  // The first clusters of a group's heads, then the second ones, and so on.
-  int const number = static_cast<int>(blockIdx.x) / Traits::kCluster;
-  int const first_pair = number / (params.clusters * params.group) * params.group;
-  int const in_group = number - first_pair * params.clusters;
+  // The first key blocks of a group's heads, then the second ones, and so on.
+  int const number = static_cast<int>(blockIdx.x);
+  int const first_pair = number / (params.n_blocks * params.group) * params.group;
+  int const in_group = number - first_pair * params.n_blocks;
   int const group = min(params.group, params.pairs - first_pair);
   KeyBlockCoord coord;
-  coord.n_block = in_group / group * Traits::kCluster + blockIdx.x % Traits::kCluster;
+  coord.n_block = in_group / group;
   params.heads_kv(coord.batch, coord.kv_head, first_pair + in_group % group);
 
   if (is_producer) {
@@ -171,7 +156,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       Epilogue::store(params, shared, coord, consumer, dk, dv);
     }
   }
-  if constexpr (Traits::kCluster > 1) meet<Traits>();
 }
 
 }  // namespace cute_kernels::attention

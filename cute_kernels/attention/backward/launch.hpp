@@ -17,22 +17,20 @@ int64_t backward_workspace_bytes(BackwardProblem const& problem) {
 }
 
 /// Starts a kernel. With `early` it may start before the one before it in the stream has ended, and
-/// waits itself (sm90::wait_for_previous_kernel). `cluster` neighbouring CTAs run together.
+/// waits itself (sm90::wait_for_previous_kernel).
 template <class Params>
-cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, unsigned cluster, int threads,
-                          int shared_bytes, bool early, cudaStream_t stream, Params const& params) {
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = early;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {cluster, 1, 1};
+cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
+                          bool early, cudaStream_t stream, Params const& params) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = early;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
@@ -74,8 +72,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
     return make_tma_copy(operation, tensor(view, problem.seqlen_k, problem.heads_kv),
                          typename Traits::LayoutK{});
   };
-  constexpr int kClusterKeys = Traits::kTileN * Traits::kCluster;
-  int const clusters = (problem.seqlen_k + kClusterKeys - 1) / kClusterKeys;
+  int const n_blocks = (problem.seqlen_k + Traits::kTileN - 1) / Traits::kTileN;
   int const pairs = problem.heads_kv * problem.batch;
   using Params =
       BackwardParams<decltype(queries(problem.q)), decltype(keys(SM90_TMA_LOAD{}, problem.k)),
@@ -96,7 +93,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
       problem.heads_q / problem.heads_kv,
       workspace.turns != nullptr,
       Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
-      clusters,
+      n_blocks,
       pairs,
       std::min(pairs, heads_at_a_time<Traits>(problem, workspace)),
       cutlass::FastDivmod(problem.heads_kv)};
@@ -107,9 +104,8 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   cudaError_t const status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
-  int const grid = clusters * pairs * Traits::kCluster;
-  return launch_kernel<Params>(kernel, grid, Traits::kCluster, Traits::kThreads, kSharedBytes, true,
-                               stream, params);
+  int const grid = n_blocks * pairs;
+  return launch_kernel<Params>(kernel, grid, Traits::kThreads, kSharedBytes, true, stream, params);
 }
 
 /// Starts the backward kernels of a tile on `stream`: rows' statistics, gradients, dQ's rounding.
@@ -121,7 +117,7 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   dim3 const query_grid(workspace.m_blocks, problem.heads_q, problem.batch);
 
   cudaError_t status = launch_kernel<PreprocessParams>(
-      preprocess_kernel<Traits>, query_grid, 1, kPreprocessThreads, 0, false, stream,
+      preprocess_kernel<Traits>, query_grid, kPreprocessThreads, 0, false, stream,
       PreprocessParams{problem.out, problem.grad_out, problem.lse, problem.grad_lse,
                        problem.seqlen_q, problem.heads_q, problem.head_dim, workspace});
   if (status != cudaSuccess) return status;
@@ -134,8 +130,7 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   constexpr int kSharedBytes = postprocess_shared_bytes<Traits>();
   static_assert(kSharedBytes <= 48 * 1024, "more must be asked for");
   return launch_kernel<PostprocessParams>(
-      postprocess_kernel<Traits>, query_grid, 1, 128 * Traits::kDqSlices, kSharedBytes, true,
-      stream,
+      postprocess_kernel<Traits>, query_grid, 128 * Traits::kConsumers, kSharedBytes, true, stream,
       PostprocessParams{problem.grad_q, problem.softmax_scale, problem.seqlen_q, problem.head_dim,
                         problem.heads_q, workspace});
 }

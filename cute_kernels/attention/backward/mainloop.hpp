@@ -67,8 +67,7 @@ class BackwardMainloop {
         slice_dkv.partition_B(tensor(shared.q, typename Traits::LayoutQt{})));
     auto operand_grad_out_t = slice_dkv.make_fragment_B(
         slice_dkv.partition_B(tensor(shared.grad_out, typename Traits::LayoutQt{})));
-    auto operands_dq =
-        Dq::operands(shared, shared.k, typename Traits::LayoutKt{}, warpgroup, thread);
+    auto operands_dq = Dq::operands(shared, warpgroup, thread);
 
     auto new_scores = [&] {
       return partition_fragment_C(mma_scores, Shape<Int<Traits::kWarpgroupN>, Int<kTileM>>{});
@@ -135,7 +134,7 @@ class BackwardMainloop {
       // dQ needs everyone's dS, and leaves while dK is in flight.
       auto dq = Dq::accumulator();
       shared.ds_full[buffer].wait(ds_phase);
-      Dq::template issue<sm90::Accumulate::kNo>(operands_dq, buffer, dq);
+      Dq::issue(operands_dq, buffer, dq);
       warpgroup_wait<1>();  // dV
       release(pipeline_grad_out, read_grad_out);
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read_q.index()),

@@ -13,8 +13,8 @@ struct BackwardWorkspace {
   int m_blocks;
   float* lse_log2;     // [rows][m_blocks * kTileM], +inf where P is 0
   float* minus_delta;  // the same shape, 0 beyond the last query
-  float* dq;           // [rows][m_blocks][kDqSlices][kSliceFloats], not yet scaled
-  int* turns;  // [rows][m_blocks][kCluster], contributions added to dq, or null: in no order
+  float* dq;           // [rows][m_blocks][kConsumers][kSliceFloats], not yet scaled
+  int* turns;          // [rows][m_blocks], contributions added to dq, or null: in no order
   int64_t bytes;
 };
 
@@ -44,7 +44,7 @@ BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
   carve(result.lse_log2, blocks * Traits::kTileM);
   carve(result.minus_delta, blocks * Traits::kTileM);
   result.turns = nullptr;
-  if (adds_in_order<Traits>(problem)) carve(result.turns, blocks * Traits::kCluster);
+  if (adds_in_order<Traits>(problem)) carve(result.turns, blocks);
   result.bytes = next - static_cast<char*>(problem.workspace);
   return result;
 }
