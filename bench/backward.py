@@ -23,9 +23,7 @@ def parse(arguments: list[str] | None = None):
 def run(arguments) -> dict[str, Any]:
     from bench import measure, providers
 
-    peers, missing = providers.load_peers(arguments.peers, arguments.fa4_seqlens)
-    host_peers, missing_on_host = providers.load_peers(arguments.host_peers)
-    missing |= missing_on_host
+    peers, host_peers, missing = comparison.load_peers(arguments)
     forwards = [
         providers.ours(),
         providers.ours(name=DETERMINISTIC, deterministic=True),

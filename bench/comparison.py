@@ -58,6 +58,15 @@ def apply_quick(arguments: argparse.Namespace) -> argparse.Namespace:
     return arguments
 
 
+def load_peers(arguments: argparse.Namespace) -> tuple[list[Any], list[Any], dict[str, str]]:
+    """The peers to time, those of the host time alone, and why others are missing."""
+    from bench import providers
+
+    peers, missing = providers.load_peers(arguments.peers, arguments.fa4_seqlens)
+    host_peers, missing_on_host = providers.load_peers(arguments.host_peers)
+    return peers, host_peers, missing | missing_on_host
+
+
 def describe(loaded: Iterable[Any], missing: dict[str, str]) -> dict[str, dict[str, Any]]:
     """What the record says of the providers."""
     described: dict[str, dict[str, Any]] = {

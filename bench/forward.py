@@ -33,16 +33,14 @@ def cells(arguments) -> list[Cell]:
 def run(arguments) -> dict[str, Any]:
     from bench import measure, providers
 
-    peers, missing = providers.load_peers(arguments.peers, arguments.fa4_seqlens)
-    on_host, missing_on_host = providers.load_peers(arguments.host_peers)
+    peers, host_peers, missing = comparison.load_peers(arguments)
     rows = [providers.ours(name, f"{report.OURS}:{name}") for name in arguments.tile_config]
     loaded = [providers.ours(), *rows, *peers]
     suffix = "" if arguments.grid == "paper" else f"_{arguments.grid}"
     path = arguments.out / f"forward_{arguments.dtype}{suffix}.json"
     record = session.Record("forward", path, arguments)
     grid = cells(arguments)
-    on_host = [*loaded, *on_host]
-    missing |= missing_on_host
+    on_host = [*loaded, *host_peers]
     return comparison.run(record, arguments, grid, loaded, on_host, missing, measure.FORWARD)
 
 

@@ -79,6 +79,10 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> None:
         _check_like(name, tensor, q)
         _check_alone(name, tensor)
     _check_shapes(q, k, v)
+    check_softmax_scale(softmax_scale)
+
+
+def check_softmax_scale(softmax_scale: float) -> None:
     if not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and greater than 0")
 

@@ -117,9 +117,7 @@ class _Differentiable(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         with _below_autograd():
             out, lse = _run_forward(q, k, v, *options)
-        ctx.options = options
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.set_materialize_grads(False)
+        _save_for_backward(ctx, (q, k, v, *options), (out, lse))
         return (out, lse) if with_lse else out
 
     @staticmethod

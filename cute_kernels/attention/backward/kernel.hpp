@@ -50,7 +50,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   using Pipeline = typename Traits::Pipeline;
   using PipelineState = typename Traits::PipelineState;
 
-  static_assert(Traits::kConsumers < 3, "deterministic mode needs a warp that no slice of dQ has");
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
 

@@ -7,6 +7,7 @@
 #include "cute_kernels/attention/backward/kernel.hpp"
 #include "cute_kernels/attention/backward/postprocess.hpp"
 #include "cute_kernels/attention/backward/preprocess.hpp"
+#include "cute_kernels/attention/global_tensor.hpp"
 #include "cute_kernels/attention/problem.hpp"
 
 namespace cute_kernels::attention {
@@ -60,9 +61,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   using Element = typename Traits::Element;
 
   auto tensor = [&](TensorView const& view, int seqlen, int heads) {
-    return make_tensor(make_gmem_ptr(static_cast<Element*>(view.data)),
-                       make_shape(seqlen, problem.head_dim, heads, problem.batch),
-                       make_stride(view.seqlen_stride, _1{}, view.head_stride, view.batch_stride));
+    return global_tensor<Element>(view, seqlen, problem.head_dim, heads, problem.batch);
   };
   auto queries = [&](TensorView const& view) {
     return make_tma_copy(SM90_TMA_LOAD{}, tensor(view, problem.seqlen_q, problem.heads_q),

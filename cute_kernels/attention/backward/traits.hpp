@@ -40,13 +40,13 @@ struct BackwardTraits {
 
   // Registers of a thread after setmaxnreg, multiples of 8. A block's pool is what it starts with.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (1 + kConsumers) * kLaunchRegisters);
 
   static constexpr bool kSplitProducts = kTileN == kWarpgroupN;
-  static_assert(kConsumers == 2 || (kConsumers == 3 && !kSplitProducts));
+  static_assert(kConsumers == 2, "beside the loader, a warp for the dQ of each, and one for turns");
   static_assert(kSplitProducts || kTileN == kWarpgroupN * kConsumers, "a warpgroup owns 64 keys");
   static_assert(kTileM % 16 == 0 && kTileM <= 256, "tile_m is N of S^T and K of dV");
   static_assert(kHeadDim % 64 == 0, "the 128-byte swizzle is 64 elements wide");

@@ -8,6 +8,7 @@
 #include "cute_kernels/attention/forward/kernel.hpp"
 #include "cute_kernels/attention/forward/start.hpp"
 #include "cute_kernels/attention/fp8_problem.hpp"
+#include "cute_kernels/attention/global_tensor.hpp"
 
 namespace cute_kernels::attention {
 

@@ -7,6 +7,7 @@
 #include "cute_kernels/attention/forward/mainloop.hpp"
 #include "cute_kernels/attention/forward/start.hpp"
 #include "cute_kernels/attention/forward/traits.hpp"
+#include "cute_kernels/attention/global_tensor.hpp"
 #include "cute_kernels/attention/problem.hpp"
 
 namespace cute_kernels::attention {

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from cute_kernels.checks import check_softmax_scale
 from cute_kernels.fp8 import reference
 from cute_kernels.fp8.kernels import GPU_BUILT, attention_cuda
 from cute_kernels.fp8.quantize import SATURATION, quantize_fp8
@@ -164,8 +163,7 @@ def _attention_quantised(
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE, checked, on whatever device the tensors are on."""
     _check_call(q, k, v)
-    if not 0 < softmax_scale < math.inf:
-        raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and greater than 0")
+    check_softmax_scale(softmax_scale)
     if q.data.is_cuda:
         _check_built(q.data.device)
         return attention_cuda(q, k, v, softmax_scale, causal, out_dtype)

@@ -1,0 +1,18 @@
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/problem.hpp"
+
+namespace cute_kernels::attention {
+
+/// A tensor in global memory as TMA has it: (rows, columns, heads, batch), columns contiguous.
+template <class Element>
+auto global_tensor(TensorView const& view, int rows, int columns, int heads, int batch) {
+  using namespace cute;
+  return make_tensor(make_gmem_ptr(static_cast<Element*>(view.data)),
+                     make_shape(rows, columns, heads, batch),
+                     make_stride(view.seqlen_stride, _1{}, view.head_stride, view.batch_stride));
+}
+
+}  // namespace cute_kernels::attention
