@@ -174,7 +174,9 @@ def fp8_registers(row: Row) -> dict[str, int]:
 
 
 def splits_products(row: Row) -> bool:
-    """Whether the warpgroups share 64 keys rather than having 64 each (backward/traits.hpp)."""
+    """Whether the warpgroups share 64 keys rather than having 64 each, and two CTAs work on dQ
+    together (backward/traits.hpp).
+    """
     return bool(row["tile_n"] == WARPGROUP_M)
 
 
@@ -187,17 +189,17 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
     dq = row["tile_m"] * row["head_dim"] * ACCUMULATOR_BYTES
     rows = 2 * stages * row["tile_m"] * ACCUMULATOR_BYTES
     # full and empty: of every stage of Q and dO, of every warpgroup's dQ (full of each of its
-    # buffers); full: K, V, P, dS
-    barriers = 8 * (4 * stages + consumers * (1 + stages) + 5)
+    # buffers); full: K, V, P, both dS, the other CTA's K and dS; empty: dS
+    barriers = 8 * (4 * stages + consumers * (1 + stages) + 8)
     return aligned(
         {
             "K": keys,
             "V": keys,
             "Q": queries,
             "dO": queries,
-            "dS": scores if split else 2 * scores,
-            # P from one warpgroup to the other, and dQ through Q's and dO's memory
-            "P" if split else "dQ": scores if split else dq,
+            "dS": 2 * scores,
+            # split by products, dQ leaves through Q's and dO's memory if at all
+            "the other CTA's K" if split else "dQ": keys // 2 if split else dq,
             "LSE, delta and barriers": rows + barriers,
         }
     )
@@ -206,7 +208,8 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
 def backward_registers(row: Row) -> dict[str, int]:
     split = splits_products(row)
     scores = WARPGROUP_M * row["tile_m"] // WARPGROUP_THREADS
-    dq = row["tile_m"] * row["head_dim"] // (WARPGROUP_THREADS * row["consumer_warpgroups"])
+    slices = row["consumer_warpgroups"] * (2 if split else 1)
+    dq = row["tile_m"] * row["head_dim"] // (WARPGROUP_THREADS * slices)
     gradient = WARPGROUP_M * row["head_dim"] // WARPGROUP_THREADS
     return {
         "scores and dP, then dQ": max(scores if split else 2 * scores, dq),

@@ -2,6 +2,7 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 #include <cutlass/fast_math.h>
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/backward/epilogue.hpp"
@@ -34,11 +35,22 @@ struct BackwardParams {
   int heads_per_kv;
   bool deterministic;  // dQ in order: asked for, or faster (adds_in_order)
   Mask mask;
-  int n_blocks;
-  int pairs;  // of batch entries and KV heads
-  int group;  // how many of them are worked on together
+  int clusters;  // of CTAs, for one KV head of one batch entry
+  int pairs;     // of batch entries and KV heads
+  int group;     // how many of them are worked on together
   cutlass::FastDivmod heads_kv;
 };
+
+/// All threads of the cluster, whose barriers are ready, or whose memory no one needs any more.
+template <class Traits>
+CUTLASS_DEVICE void meet() {
+  if constexpr (Traits::kCluster == 1) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+    cute::cluster_sync();
+  }
+}
 
 /// Warpgroup 0 moves data (warp 0 loads, warp 1 + i adds the dQ of consumer warpgroup i to global
 /// memory, in deterministic mode warp 3 lets others add), the others compute.
@@ -69,6 +81,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Traits::kDsBuffers; ++i) shared.ds_full[i].init(Traits::kDsWriters);
     shared.p_full.init(cutlass::NumWarpsPerWarpGroup);
+    shared.peer_k_full.init(1);
+    shared.peer_ds_full.init(1);
+    shared.ds_empty.init(Traits::kConsumerWarps * Traits::kCluster);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Traits::kConsumers; ++i) {
       CUTLASS_PRAGMA_UNROLL
@@ -88,20 +103,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   pipeline_params.num_consumers =
       dq_through_memory ? Traits::kStageReleases : cutlass::NumWarpsPerWarpGroup;
   pipeline_params.transaction_bytes = Traits::kBytesQ + Traits::kBytesRows;
-  Pipeline pipeline_q(shared.pipeline_q, pipeline_params, Shape<_1, _1, _1>{});
-  Pipeline pipeline_grad_out(shared.pipeline_grad_out, pipeline_params, Shape<_1, _1, _1>{});
+  Pipeline pipeline_q(shared.pipeline_q, pipeline_params);
+  Pipeline pipeline_grad_out(shared.pipeline_grad_out, pipeline_params);
   cutlass::arch::fence_barrier_init();
-  __syncthreads();
+  meet<Traits>();
 
   sm90::let_next_kernel_start();
 
-  // The first key blocks of a group's heads, then the second ones, and so on.
-  int const number = static_cast<int>(blockIdx.x);
-  int const first_pair = number / (params.n_blocks * params.group) * params.group;
-  int const in_group = number - first_pair * params.n_blocks;
+  // The first clusters of a group's heads, then the second ones, and so on.
+  int const number = static_cast<int>(blockIdx.x) / Traits::kCluster;
+  int const first_pair = number / (params.clusters * params.group) * params.group;
+  int const in_group = number - first_pair * params.clusters;
   int const group = min(params.group, params.pairs - first_pair);
   KeyBlockCoord coord;
-  coord.n_block = in_group / group;
+  coord.n_block = in_group / group * Traits::kCluster + blockIdx.x % Traits::kCluster;
   params.heads_kv(coord.batch, coord.kv_head, first_pair + in_group % group);
 
   if (is_producer) {
@@ -155,6 +170,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       Epilogue::store(params, shared, coord, consumer, dk, dv);
     }
   }
+  if constexpr (Traits::kCluster > 1) meet<Traits>();
 }
 
 }  // namespace cute_kernels::attention

@@ -18,39 +18,38 @@ int64_t backward_workspace_bytes(BackwardProblem const& problem) {
 }
 
 /// Starts a kernel. With `early` it may start before the one before it in the stream has ended, and
-/// waits itself (sm90::wait_for_previous_kernel).
+/// waits itself (sm90::wait_for_previous_kernel). `cluster` neighbouring CTAs run together.
 template <class Params>
-cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
-                          bool early, cudaStream_t stream, Params const& params) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = early;
+cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, unsigned cluster, int threads,
+                          int shared_bytes, bool early, cudaStream_t stream, Params const& params) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = early;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
-/// How many pairs of batch entry and KV head are worked on together. The more, the better a causal
-/// mask's long CTAs mix with short ones, and the less a CTA waits in deterministic mode, where it
-/// follows a step behind the one with the key block before. But what they touch should stay in L2:
-/// between the first and the last CTA of a head, or where that is too much, altogether.
+/// How many pairs of batch entry and KV head are worked on together. A few are enough to mix a
+/// causal mask's long CTAs with short ones. Where dQ is added in order, a CTA waits for those with
+/// the key blocks before, and the more heads, the fewer of these start with it; but what CTAs touch
+/// between the first and the last of a query block's should stay in L2.
 template <class Traits>
-int heads_at_a_time(BackwardProblem const& problem, BackwardWorkspace const& workspace) {
-  constexpr int kMost = 16;
-  constexpr int64_t kL2Bytes = 50 << 20;
+int heads_at_a_time(BackwardWorkspace const& workspace) {
+  if (workspace.turns == nullptr) return 4;
+  constexpr int kL2Bytes = 12 << 20;  // a half of the L2 that is near an SM
   // Q, dO, and dQ read and written.
-  constexpr int64_t kStepBytes =
+  constexpr int kStepBytes =
       2 * Traits::kBytesQ + 2 * Traits::kTileM * Traits::kHeadDim * sizeof(float);
-  if (problem.device.multiprocessors * kStepBytes < kL2Bytes / 3) return kMost;
-  if (workspace.turns == nullptr) return 1;
-  int64_t const heads_in_l2 =
-      kL2Bytes * (problem.causal ? 2 : 1) / (workspace.m_blocks * kStepBytes);
-  return std::clamp<int>(heads_in_l2, 1, kMost);
+  int const heads_in_l2 = kL2Bytes / kStepBytes / workspace.m_blocks;
+  return std::clamp(heads_in_l2, Traits::kTileM / 4, 64) / Traits::kCluster;
 }
 
 /// The main kernel: dK and dV, and dQ added up in the workspace.
@@ -71,7 +70,8 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
     return make_tma_copy(operation, tensor(view, problem.seqlen_k, problem.heads_kv),
                          typename Traits::LayoutK{});
   };
-  int const n_blocks = (problem.seqlen_k + Traits::kTileN - 1) / Traits::kTileN;
+  constexpr int kClusterKeys = Traits::kTileN * Traits::kCluster;
+  int const clusters = (problem.seqlen_k + kClusterKeys - 1) / kClusterKeys;
   int const pairs = problem.heads_kv * problem.batch;
   using Params =
       BackwardParams<decltype(queries(problem.q)), decltype(keys(SM90_TMA_LOAD{}, problem.k)),
@@ -92,9 +92,9 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
       problem.heads_q / problem.heads_kv,
       workspace.turns != nullptr,
       Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
-      n_blocks,
+      clusters,
       pairs,
-      std::min(pairs, heads_at_a_time<Traits>(problem, workspace)),
+      std::min(pairs, heads_at_a_time<Traits>(workspace)),
       cutlass::FastDivmod(problem.heads_kv)};
 
   auto kernel = backward_kernel<Traits, Params>;
@@ -103,8 +103,9 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   cudaError_t const status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
-  int const grid = n_blocks * pairs;
-  return launch_kernel<Params>(kernel, grid, Traits::kThreads, kSharedBytes, true, stream, params);
+  int const grid = clusters * pairs * Traits::kCluster;
+  return launch_kernel<Params>(kernel, grid, Traits::kCluster, Traits::kThreads, kSharedBytes, true,
+                               stream, params);
 }
 
 /// Starts the backward kernels of a tile on `stream`: rows' statistics, gradients, dQ's rounding.
@@ -116,7 +117,7 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   dim3 const query_grid(workspace.m_blocks, problem.heads_q, problem.batch);
 
   cudaError_t status = launch_kernel<PreprocessParams>(
-      preprocess_kernel<Traits>, query_grid, kPreprocessThreads, 0, false, stream,
+      preprocess_kernel<Traits>, query_grid, 1, kPreprocessThreads, 0, false, stream,
       PreprocessParams{problem.out, problem.grad_out, problem.lse, problem.grad_lse,
                        problem.seqlen_q, problem.heads_q, problem.head_dim, workspace});
   if (status != cudaSuccess) return status;
@@ -129,7 +130,8 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   constexpr int kSharedBytes = postprocess_shared_bytes<Traits>();
   static_assert(kSharedBytes <= 48 * 1024, "more must be asked for");
   return launch_kernel<PostprocessParams>(
-      postprocess_kernel<Traits>, query_grid, 128 * Traits::kConsumers, kSharedBytes, true, stream,
+      postprocess_kernel<Traits>, query_grid, 1, 128 * Traits::kDqSlices, kSharedBytes, true,
+      stream,
       PostprocessParams{problem.grad_q, problem.softmax_scale, problem.seqlen_q, problem.head_dim,
                         problem.heads_q, workspace});
 }

@@ -50,6 +50,18 @@ CUTLASS_DEVICE void load_backward(Params const& params, typename Traits::SharedS
   PipelineState write_q = cutlass::make_producer_start_state<Pipeline>();
   PipelineState write_grad_out = cutlass::make_producer_start_state<Pipeline>();
   load_keys(params.tma_k, shared.k, shared.k_full);
+  if constexpr (Traits::kCluster == 2) {  // and half of the other CTA's K
+    int const rank = coord.n_block % Traits::kCluster;
+    auto keys =
+        local_tile(params.tma_k.get_tma_tensor(params.shape_k)(_, _, coord.kv_head, coord.batch),
+                   Shape<Int<Traits::kTileN>, Int<Traits::kPeerChannels>>{},
+                   make_coord(coord.n_block ^ 1, rank));
+    auto tile = make_tensor(make_smem_ptr(shared.own.data()), typename Traits::LayoutPeerK{});
+    auto [from, to] = tma_partition(params.tma_k, _0{}, Layout<_1>{}, group_modes<0, 2>(tile),
+                                    group_modes<0, 2>(keys));
+    shared.peer_k_full.arrive_and_expect_tx(Traits::kBytesPeerK);
+    copy(params.tma_k.with(reinterpret_cast<uint64_t&>(shared.peer_k_full)), from, to);
+  }
   sm90::wait_for_previous_kernel();  // it writes lse and delta
   bool v_pending = true;
   for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {

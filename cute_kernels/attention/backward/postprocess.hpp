@@ -25,13 +25,14 @@ constexpr int postprocess_shared_bytes() {
 }
 
 /// Block (query block, head, batch): dQ from the order of the accumulators to rows, scaled and
-/// rounded. Warpgroup i reads what consumer warpgroup i of the main kernel has added up.
+/// rounded. Warpgroup i reads slice i, which
+/// consumer warpgroup i % kConsumers of the main kernel has added up.
 template <class Traits>
-__global__ void __launch_bounds__(128 * Traits::kConsumers)
+__global__ void __launch_bounds__(128 * Traits::kDqSlices)
     postprocess_kernel(CUTE_GRID_CONSTANT PostprocessParams const params) {
   using namespace cute;
   using Element = typename Traits::Element;
-  constexpr int kThreads = 128 * Traits::kConsumers;
+  constexpr int kThreads = 128 * Traits::kDqSlices;
   constexpr int kVector = 8;
   constexpr int kRowElements = Traits::kHeadDim + kPostprocessPad;
   extern __shared__ char shared_memory[];
@@ -49,9 +50,10 @@ __global__ void __launch_bounds__(128 * Traits::kConsumers)
   typename Traits::MmaDq mma;
   auto dq = partition_fragment_C(mma, Shape<Int<Traits::kSliceM>, Int<Traits::kSliceN>>{});
   auto const* slice = reinterpret_cast<float4 const*>(
-      params.workspace.dq + (block_index * Traits::kConsumers + warpgroup) * Traits::kSliceFloats);
+      params.workspace.dq + (block_index * Traits::kDqSlices + warpgroup) * Traits::kSliceFloats);
   // In deterministic mode no one has written what no key sees.
-  bool const seen = params.workspace.turns == nullptr || params.workspace.turns[block_index] > 0;
+  bool const seen = params.workspace.turns == nullptr ||
+                    params.workspace.turns[block_index * Traits::kCluster] > 0;
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(dq) / 4; ++i) {
     float4 const part = seen ? slice[i * 128 + thread] : make_float4(0.f, 0.f, 0.f, 0.f);

@@ -81,7 +81,9 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   }
 
   if (params.workspace.turns != nullptr) {
-    if (threadIdx.x == 0) params.workspace.turns[block_index] = 0;
+    if (threadIdx.x < Traits::kCluster) {
+      params.workspace.turns[block_index * Traits::kCluster + threadIdx.x] = 0;
+    }
     return;
   }
   constexpr int kFloat4s = Traits::kTileM * Traits::kHeadDim / 4;

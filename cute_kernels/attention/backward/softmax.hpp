@@ -9,18 +9,52 @@
 // has pairs of adjacent queries, 8 apart.
 namespace cute_kernels::attention {
 
-/// The thread's pairs of a statistic of the block's queries, which stands in shared memory from the
-/// thread's first query on. Read ahead of a wait for products, which it then hides under.
+/// A statistic of a block's queries, of which the thread needs pairs, one for each 8 queries. Read
+/// ahead of a wait for products, which it then hides under: HGMMA's reads of shared memory leave
+/// little room for others.
 template <int kQueries>
-using RowStatistic = cutlass::Array<float2, kQueries / 8>;
+class RowStatistic {
+ public:
+  CUTLASS_DEVICE void load(float const* rows, int thread) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kQueries / 8; ++i) {
+      pairs_[i] = *reinterpret_cast<float2 const*>(rows + 8 * i + thread % 4 * 2);
+    }
+  }
 
+  CUTLASS_DEVICE float2 operator[](int i) const { return pairs_[i]; }
+
+ private:
+  cutlass::Array<float2, kQueries / 8> pairs_;
+};
+
+/// The same, spread over the warp: a pair is read from shared memory by one lane, not by eight, and
+/// shuffled to the others when they need it.
 template <int kQueries>
-CUTLASS_DEVICE RowStatistic<kQueries> load_row_statistic(float const* rows) {
-  RowStatistic<kQueries> pairs;
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < kQueries / 8; ++i) pairs[i] = *reinterpret_cast<float2 const*>(rows + 8 * i);
-  return pairs;
-}
+class ShuffledRowStatistic {
+ public:
+  CUTLASS_DEVICE void load(float const* rows, int thread) {
+    lane_of_pair_ = thread % 4;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      int const pair = min(thread % kLanes + i * kLanes, kQueries / 2 - 1);
+      own_[i] = reinterpret_cast<float2 const*>(rows)[pair];
+    }
+  }
+
+  CUTLASS_DEVICE float2 operator[](int i) const {
+    int const lane = lane_of_pair_ + i % 8 * 4;
+    return make_float2(__shfl_sync(~0u, own_[i / 8].x, lane),
+                       __shfl_sync(~0u, own_[i / 8].y, lane));
+  }
+
+ private:
+  static constexpr int kLanes = cutlass::NumThreadsPerWarp;
+  static constexpr int kOwn = (kQueries / 2 + kLanes - 1) / kLanes;
+
+  float2 own_[kOwn];
+  int lane_of_pair_;
+};
 
 /// S^T becomes P^T = 2^(scale_log2 * S^T - lse_log2) in place.
 template <class Scores, class Statistic>
@@ -58,6 +92,22 @@ template <class Probabilities, class Gradients>
 CUTLASS_DEVICE void gradients_of_scores(Gradients& gradients, Probabilities const& p) {
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < cute::size(gradients); ++i) gradients(i) *= static_cast<float>(p(i));
+}
+
+/// dP^T becomes dS^T = P^T (dP^T - delta) in place.
+template <class Probabilities, class Gradients, class Statistic>
+CUTLASS_DEVICE void gradients_of_scores(Gradients& gradients, Probabilities const& p,
+                                        Statistic const& minus_delta) {
+  using namespace cute;
+  CUTLASS_PRAGMA_UNROLL
+  for (int col = 0; col < size<1>(gradients); col += 2) {
+    float2 const shift = minus_delta[col / 2];
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < size<0>(gradients); ++row) {
+      gradients(row, col) = (gradients(row, col) + shift.x) * p(row, col);
+      gradients(row, col + 1) = (gradients(row, col + 1) + shift.y) * p(row, col + 1);
+    }
+  }
 }
 
 }  // namespace cute_kernels::attention

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <utility>
+
 #include <cutlass/arch/barrier.h>
 #include <cute/tensor.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
@@ -8,18 +10,21 @@
 #include "cute_kernels/attention/backward/ds.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
+#include "cute_kernels/sm90/cluster.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
 
 /// The products of one block of 64 keys, split over two warpgroups by products: the first computes
-/// S, P and dV, the second dP, dS and dK, each half the channels of dQ.
+/// S, P and dV, the second dP, dS and dK. Two CTAs exchange dS; each of the four warpgroups
+/// computes a quarter of the channels of dQ for both.
 ///
 /// Who waits for whom, beside what BackwardMainloop says:
 /// - p_full: the second warpgroup waits for the first one's P.
-/// - ds_full: both wait for the second one's dS. Who passes it knows that P has been read; who
-///   passes p_full knows that the first warpgroup has done with the last dS.
+/// - ds_full: both wait for the second one's dS, peer_ds_full: and for the other CTA's, which lands
+///   in their memory, as peer_k_full says of its keys. ds_empty: the first one, which writes P
+///   where dS will be, waits until every consumer warp of both CTAs has read both dS.
 /// - The first warpgroup releases dO, the second Q: the other one's reads are over by then. dQ is
 ///   added straight from registers; in deterministic mode it leaves through the step's own dO and Q
 ///   instead, and the threads that add it release their stages. kStageRead: the warpgroup's four
@@ -49,10 +54,11 @@ class BackwardSplitMainloop {
     typename Traits::MmaDkv mma_dkv;
     auto [operand_k, operand_q] = score_operands(shared.k, shared.q, thread);
     auto operand_grad_out_t = transposed_operand(shared.grad_out, thread);
-    auto operands_dq = Dq::operands(shared, 0, thread);
+    DqOfBoth const dq_of_both(shared, coord, 0, thread);
 
     int const key = coord.n_block * Traits::kTileN + thread / 32 * 16 + thread % 32 / 4;
     int const column = thread % 4 * 2;
+    uint4* const p_words = where_p_is(shared, coord);
     PipelineState read;
     uint32_t phase = 0;
 
@@ -62,7 +68,8 @@ class BackwardSplitMainloop {
       pipeline_q.consumer_wait(read);
       sm90::issue_gemm<sm90::Accumulate::kNo>(mma_scores, operand_k,
                                               operand_q(_, _, _, read.index()), scores);
-      auto const lse_log2 = load_row_statistic<kTileM>(shared.lse_log2[read.index()] + column);
+      RowStatistic<kTileM> lse_log2;
+      lse_log2.load(shared.lse_log2[read.index()], thread);
       warpgroup_wait<0>();
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       if (step.masked()) {
@@ -72,8 +79,11 @@ class BackwardSplitMainloop {
       auto p = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
       auto* parts = reinterpret_cast<uint4 const*>(p.data());
+      shared.ds_empty.wait(phase ^ 1);
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kTileM / 16; ++i) shared.own.p[i][thread] = parts[i];
+      for (int i = 0; i < kTileM / 16; ++i) {
+        p_words[i * cutlass::NumThreadsPerWarpGroup + thread] = parts[i];
+      }
       __syncwarp();
       if (thread % cutlass::NumThreadsPerWarp == 0) shared.p_full.arrive();
 
@@ -81,15 +91,14 @@ class BackwardSplitMainloop {
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, p,
                                                operand_grad_out_t(_, _, _, read.index()), dv);
       auto dq = Dq::accumulator();
-      shared.ds_full[0].wait(phase);
-      Dq::issue(operands_dq, 0, dq);
-      warpgroup_wait<0>();
+      dq_of_both.compute(shared, phase, dq);
       if (params.deterministic) {
         sm90::barrier_sync(sm90::NamedBarrier::kStageRead, 0, cutlass::NumThreadsPerWarpGroup);
-        Dq::hand_out(shared, 0, read.index(), thread, dq);
+        Dq::write(shared, 0, read.index(), thread, dq);
+        Dq::announce(shared, 0, read.index(), thread);
       } else {
         if (thread % cutlass::NumThreadsPerWarp == 0) pipeline_grad_out.consumer_release(read);
-        Dq::add_now(params, step.block_index(), 0, thread, dq);
+        Dq::add_now(params, step.dq_slice(0), thread, dq);
       }
       ++read;
       phase ^= 1;
@@ -107,11 +116,12 @@ class BackwardSplitMainloop {
     typename Traits::MmaDkv mma_dkv;
     auto [operand_v, operand_grad_out] = score_operands(shared.v, shared.grad_out, thread);
     auto operand_qt = transposed_operand(shared.q, thread);
-    auto operands_dq = Dq::operands(shared, 1, thread);
+    DqOfBoth const dq_of_both(shared, coord, 1, thread);
 
+    int const rank = coord.n_block % Traits::kCluster;
     Element* const own_ds = Ds::own_part(shared, 0, thread);
+    uint4* const p_words = where_p_is(shared, coord);
 
-    int const column = thread % 4 * 2;
     PipelineState read;
     uint32_t phase = 0;
 
@@ -121,19 +131,25 @@ class BackwardSplitMainloop {
       auto gradients = new_scores();
       pipeline_grad_out.consumer_wait(read);
       auto ds_rows = make_tensor(gradients.data(), sm90::accumulator_rows_cols(gradients.layout()));
-      start_from(ds_rows, load_row_statistic<kTileM>(shared.minus_delta[read.index()] + column));
+      RowStatistic<kTileM> minus_delta;
+      minus_delta.load(shared.minus_delta[read.index()], thread);
+      start_from(ds_rows, minus_delta);
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_scores, operand_v,
                                                operand_grad_out(_, _, _, read.index()), gradients);
       auto p = make_tensor<Element>(gradients.layout());
       auto* parts = reinterpret_cast<uint4*>(p.data());
       shared.p_full.wait(phase);
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kTileM / 16; ++i) parts[i] = shared.own.p[i][thread];
+      for (int i = 0; i < kTileM / 16; ++i) {
+        parts[i] = p_words[i * cutlass::NumThreadsPerWarpGroup + thread];
+      }
+      // dS overwrites P.
+      sm90::barrier_sync(sm90::NamedBarrier::kStageRead, 1, cutlass::NumThreadsPerWarpGroup);
       warpgroup_wait<0>();
       gradients_of_scores(gradients, p);
       auto ds = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(gradients.data(), OperandLayout{}), ds);
-      Ds::store(ds, own_ds, 0);
+      Ds::store(ds, own_ds, rank);
       cutlass::arch::fence_view_async_shared();
       __syncwarp();
       if (thread % cutlass::NumThreadsPerWarp == 0) shared.ds_full[0].arrive();
@@ -141,15 +157,14 @@ class BackwardSplitMainloop {
       pipeline_q.consumer_wait(read);
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read.index()), dk);
       auto dq = Dq::accumulator();
-      shared.ds_full[0].wait(phase);
-      Dq::issue(operands_dq, 0, dq);
-      warpgroup_wait<0>();
+      dq_of_both.compute(shared, phase, dq);
       if (params.deterministic) {
         sm90::barrier_sync(sm90::NamedBarrier::kStageRead, 1, cutlass::NumThreadsPerWarpGroup);
-        Dq::hand_out(shared, 1, read.index(), thread, dq);
+        Dq::write(shared, 1, read.index(), thread, dq);
+        Dq::announce(shared, 1, read.index(), thread);
       } else {
         if (thread % cutlass::NumThreadsPerWarp == 0) pipeline_q.consumer_release(read);
-        Dq::add_now(params, step.block_index(), 1, thread, dq);
+        Dq::add_now(params, step.dq_slice(1), thread, dq);
       }
       ++read;
       phase ^= 1;
@@ -157,6 +172,51 @@ class BackwardSplitMainloop {
   }
 
  private:
+  /// P lies where this CTA's dS will.
+  CUTLASS_DEVICE static uint4* where_p_is(SharedStorage& shared, KeyBlockCoord const& coord) {
+    return reinterpret_cast<uint4*>(shared.ds.data() +
+                                    coord.n_block % Traits::kCluster * kTileM * Traits::kTileN);
+  }
+
+  /// dQ of both CTAs' keys, in a warpgroup's channels of this CTA.
+  class DqOfBoth {
+   public:
+    CUTLASS_DEVICE DqOfBoth(SharedStorage& shared, KeyBlockCoord const& coord, int warpgroup,
+                            int thread)
+        : rank_(coord.n_block % Traits::kCluster),
+          sends_(warpgroup == 1 && thread == 0),
+          own_(Dq::operands(shared, shared.k, typename Traits::LayoutKt{},
+                            rank_ * Traits::kConsumers + warpgroup, thread)),
+          peer_(Dq::operands(shared, shared.own, typename Traits::LayoutPeerKt{}, warpgroup,
+                             thread)) {}
+
+    template <class Accumulator>
+    CUTLASS_DEVICE void compute(SharedStorage& shared, uint32_t phase, Accumulator& dq) const {
+      shared.ds_full[0].wait(phase);
+      if (sends_) {
+        shared.peer_ds_full.arrive_and_expect_tx(Traits::kBytesDs);
+        sm90::copy_to_cta(shared.ds.data() + rank_ * kTileM * Traits::kTileN, shared.peer_ds_full,
+                          Traits::kBytesDs, rank_ ^ 1);
+      }
+      Dq::template issue<sm90::Accumulate::kNo>(own_, rank_, dq);
+      shared.peer_k_full.wait(0);
+      shared.peer_ds_full.wait(phase);
+      Dq::template issue<sm90::Accumulate::kYes>(peer_, rank_ ^ 1, dq);
+      cute::warpgroup_wait<0>();
+      if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) {
+        for (uint32_t cta = 0; cta < Traits::kCluster; ++cta) shared.ds_empty.arrive(cta);
+      }
+    }
+
+   private:
+    int rank_;
+    bool sends_;
+    decltype(Dq::operands(std::declval<SharedStorage&>(), std::declval<SharedStorage&>().k,
+                          typename Traits::LayoutKt{}, 0, 0)) own_;
+    decltype(Dq::operands(std::declval<SharedStorage&>(), std::declval<SharedStorage&>().own,
+                          typename Traits::LayoutPeerKt{}, 0, 0)) peer_;
+  };
+
   CUTLASS_DEVICE static auto new_scores() {
     return cute::partition_fragment_C(
         typename Traits::MmaScores{},

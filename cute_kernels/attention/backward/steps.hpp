@@ -27,10 +27,9 @@ class QuerySteps {
  public:
   CUTLASS_DEVICE QuerySteps(Params const& params, KeyBlockCoord const& coord)
       : params_(params), coord_(coord) {
-    QueryRange const range =
-        params.mask.query_blocks(coord.n_block * Traits::kTileN, Traits::kTileN, Traits::kTileM);
-    first_ = range.first;
-    full_ = range.full;
+    // The CTAs of a cluster take the same steps.
+    first_ = range_of(coord.n_block / Traits::kCluster * Traits::kCluster).first;
+    full_ = range_of(coord.n_block).full;
     block_ = params.workspace.m_blocks - 1;
     head_in_group_ = 0;
   }
@@ -55,10 +54,26 @@ class QuerySteps {
            block_;
   }
 
-  /// How many key blocks add to this step's dQ before, in deterministic mode.
-  CUTLASS_DEVICE int turn() const { return coord_.n_block; }
+  /// How many CTAs add to the same slices of this step's dQ before, in deterministic mode.
+  CUTLASS_DEVICE int turn() const { return coord_.n_block / Traits::kCluster; }
+
+  /// Whose turn it is to add to the slices that are this CTA's of a cluster.
+  CUTLASS_DEVICE int* turns() const {
+    return params_.workspace.turns + block_index() * Traits::kCluster +
+           coord_.n_block % Traits::kCluster;
+  }
+
+  /// This warpgroup's slice of the step's dQ, counted over all of a call.
+  CUTLASS_DEVICE int64_t dq_slice(int warpgroup) const {
+    return block_index() * Traits::kDqSlices +
+           coord_.n_block % Traits::kCluster * Traits::kConsumers + warpgroup;
+  }
 
  private:
+  CUTLASS_DEVICE QueryRange range_of(int n_block) const {
+    return params_.mask.query_blocks(n_block * Traits::kTileN, Traits::kTileN, Traits::kTileM);
+  }
+
   Params const& params_;
   KeyBlockCoord const coord_;
   int first_;  // of the blocks that see the keys

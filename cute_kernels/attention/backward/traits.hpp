@@ -7,6 +7,8 @@
 #include <cute/tensor.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
+#include "cute_kernels/attention/backward/softmax.hpp"
+#include "cute_kernels/sm90/tma_pipeline.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
@@ -22,7 +24,9 @@ namespace cute_kernels::attention {
 /// Two ways to split the rest:
 /// - by keys (mainloop.hpp): each warpgroup has 64 keys of its own and both their gradients.
 /// - by products (split_mainloop.hpp), where the gradients of 64 keys fill the registers of two
-///   warpgroups: the first computes S, P and dV, the second dP, dS and dK, of the same keys.
+///   warpgroups: the first computes S, P and dV, the second dP, dS and dK, of the same keys. Two
+///   CTAs with neighbouring keys then exchange dS, and each computes half the channels of dQ for
+///   the keys of both: half as much is added in global memory, which binds otherwise.
 template <class Tile_>
 struct BackwardTraits {
   using Tile = Tile_;
@@ -53,17 +57,19 @@ struct BackwardTraits {
 
   // dQ = dS K: each warpgroup has 64 queries, or all 64 and some of the channels, or the same
   // transposed, dQ^T = K^T dS^T.
+  static constexpr int kCluster = kSplitProducts ? 2 : 1;
+  static constexpr int kDqSlices = kConsumers * kCluster;
   enum class DqSplit { kQueries, kChannels, kChannelsTransposed };
-  static constexpr DqSplit kDqSplit = kTileM == 64 * kConsumers ? DqSplit::kQueries
-                                      : kTileM == 64            ? DqSplit::kChannels
-                                                                : DqSplit::kChannelsTransposed;
+  static constexpr DqSplit kDqSplit = kTileM == 64 * kDqSlices ? DqSplit::kQueries
+                                      : kTileM == 64           ? DqSplit::kChannels
+                                                               : DqSplit::kChannelsTransposed;
   static constexpr bool kDqTransposed = kDqSplit == DqSplit::kChannelsTransposed;
   static constexpr int kDqChannels =
-      kDqSplit == DqSplit::kQueries ? kHeadDim : kHeadDim / kConsumers;
+      kDqSplit == DqSplit::kQueries ? kHeadDim : kHeadDim / kDqSlices;
   static constexpr int kDqQueries = kDqSplit == DqSplit::kQueries ? 64 : kTileM;
   static constexpr int kSliceM = kDqTransposed ? kDqChannels : kDqQueries;
   static constexpr int kSliceN = kDqTransposed ? kDqQueries : kDqChannels;
-  static_assert(kDqSplit == DqSplit::kQueries || kDqChannels * kConsumers == kHeadDim);
+  static_assert(kDqSplit == DqSplit::kQueries || kDqChannels * kDqSlices == kHeadDim);
   static_assert(kSliceM % 64 == 0 && kSliceN % 8 == 0);
 
   template <int kM, int kN, int kK>
@@ -82,6 +88,22 @@ struct BackwardTraits {
       cute::GMMA::ss_op_selector<Element, Element, float, MnkShape<kSliceM, kSliceN, kTileN>,
                                  kMajorDqA, kMajorDqB>()));
 
+  // What binds is shared memory, which WGMMA reads its operands from. At head dim 64 registers are
+  // left for K as the operand of S^T.
+  static constexpr bool kKeysInRegisters = !kSplitProducts && kHeadDim == 64;
+  using MmaKqOfRegisters = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float,
+                                 MnkShape<kWarpgroupN, kTileM, kHeadDim>>()));
+  using MmaKq = std::conditional_t<kKeysInRegisters, MmaKqOfRegisters, MmaScores>;
+
+  // How a thread comes to lse and delta of its queries, a quarter of the tile's: all at once, and
+  // dP^T then starts from -delta; or, where these would take too many registers, by shuffles.
+  static constexpr bool kShuffledStatistics = kTileM > 64;
+  using Statistic =
+      std::conditional_t<kShuffledStatistics, ShuffledRowStatistic<kTileM>, RowStatistic<kTileM>>;
+  // S^T is issued while the last step's dK is in flight.
+  static constexpr bool kScoresBehindDk = kKeysInRegisters && kShuffledStatistics;
+
   // S^T's and dP^T's accumulators, 16-bit, as the A operand of dV and dK.
   using ScoresAsOperand =
       decltype(sm90::accumulator_as_operand_a(cute::make_layout(cute::partition_shape_C(
@@ -94,34 +116,43 @@ struct BackwardTraits {
   using LayoutQ = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kTileM>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
   // Two buffers make one barrier a step enough: who writes the second one knows that everyone has
-  // read the first. Split by products, the handover of P says so.
-  static constexpr int kDsBuffers = kSplitProducts ? 1 : 2;
+  // read the first. Split by products, they are for the dS of both CTAs.
+  static constexpr int kDsBuffers = 2;
   using LayoutDs = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kDsBuffers>>{}));
   // The same memory seen transposed, which WGMMA's descriptor undoes.
   using LayoutKt = decltype(cute::composition(
       LayoutK{}, cute::make_layout(cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>>{},
                                    cute::Stride<cute::Int<kTileN>, cute::_1>{})));
+  // The other CTA's keys in this one's half of the channels.
+  static constexpr int kPeerChannels = kHeadDim / kCluster;
+  using LayoutPeerK = decltype(cute::tile_to_shape(
+      SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kPeerChannels>>{}));
+  using LayoutPeerKt = decltype(cute::composition(
+      LayoutPeerK{}, cute::make_layout(cute::Shape<cute::Int<kPeerChannels>, cute::Int<kTileN>>{},
+                                       cute::Stride<cute::Int<kTileN>, cute::_1>{})));
   using LayoutQt = decltype(cute::composition(
       LayoutQ{}, cute::make_layout(
                      cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileM>, cute::Int<kStages>>{},
                      cute::Stride<cute::Int<kTileM>, cute::_1, cute::Int<kTileM * kHeadDim>>{})));
 
   static constexpr int kBytesK = kTileN * kHeadDim * sizeof(Element);
+  static constexpr int kBytesPeerK = kBytesK / kCluster;
+  static constexpr int kBytesDs = kTileM * kTileN * sizeof(Element);
   static constexpr int kBytesQ = kTileM * kHeadDim * sizeof(Element);
   static constexpr int kBytesRows = kTileM * sizeof(float);
   // dQ of a step and a warpgroup, in the order of its accumulators (float4 j of thread t at
   // 128 j + t): free of bank conflicts, one piece for TMA, and put right by postprocess.
-  static constexpr int kSliceFloats = kTileM * kHeadDim / kConsumers;
+  static constexpr int kSliceFloats = kTileM * kHeadDim / kDqSlices;
   static constexpr int kDqBuffers = kSplitProducts ? kStages : 1;
-  static_assert(!kSplitProducts || kSliceFloats * sizeof(float) == kBytesQ,
+  static_assert(!kSplitProducts || kSliceFloats * sizeof(float) <= kBytesQ,
                 "split by products, dQ leaves through the memory of Q and dO");
 
   // One arrival a warp; where dQ leaves through the stages, the threads that add it release them.
   static constexpr int kStageReleases = kSplitProducts ? 1 : kConsumerWarps;
   static constexpr int kDsWriters = kSplitProducts ? cutlass::NumWarpsPerWarpGroup : kConsumerWarps;
 
-  using Pipeline = cutlass::PipelineTmaAsync<kStages>;
+  using Pipeline = sm90::TmaPipeline<kStages>;
   using PipelineState = typename Pipeline::PipelineState;
 
   struct SharedStorage {
@@ -134,10 +165,8 @@ struct BackwardTraits {
     struct alignas(128) DqBuffers {
       float dq[kConsumers][kSliceFloats];
     };
-    struct alignas(16) PBuffer {
-      uint4 p[kTileM / 16][cutlass::NumThreadsPerWarpGroup];
-    };
-    std::conditional_t<kSplitProducts, PBuffer, DqBuffers> own;
+    struct alignas(1024) PeerKeys : cute::array<Element, cute::cosize_v<LayoutPeerK>> {};
+    std::conditional_t<kSplitProducts, PeerKeys, DqBuffers> own;
     alignas(16) float lse_log2[kStages][kTileM];
     alignas(16) float minus_delta[kStages][kTileM];
 
@@ -148,8 +177,12 @@ struct BackwardTraits {
     cutlass::arch::ClusterTransactionBarrier v_full;
     // Every warp has written its part of dS.
     cutlass::arch::ClusterBarrier ds_full[kDsBuffers];
-    // Split by products: the first warpgroup has written P.
+    // Split by products. The first warpgroup has written P; the other CTA's keys, its dS have
+    // landed; every consumer warp of both CTAs has read both dS.
     cutlass::arch::ClusterBarrier p_full;
+    cutlass::arch::ClusterTransactionBarrier peer_k_full;
+    cutlass::arch::ClusterTransactionBarrier peer_ds_full;
+    cutlass::arch::ClusterBarrier ds_empty;
     // Full: the warps of warpgroup i have written its slice of dQ. Empty: TMA has read it (split by
     // products, the pipelines' empty says so).
     cutlass::arch::ClusterBarrier dq_full[kConsumers][kDqBuffers];

@@ -13,21 +13,21 @@ struct BackwardWorkspace {
   int m_blocks;
   float* lse_log2;     // [rows][m_blocks * kTileM], +inf where P is 0
   float* minus_delta;  // the same shape, 0 beyond the last query
-  float* dq;           // [rows][m_blocks][kConsumers][kSliceFloats], not yet scaled
-  int* turns;          // [rows][m_blocks], contributions added to dq, or null: in no order
+  float* dq;           // [rows][m_blocks][kDqSlices][kSliceFloats], not yet scaled
+  int* turns;  // [rows][m_blocks][kCluster], contributions added to dq, or null: in no order
   int64_t bytes;
 };
 
-/// Whether key blocks add to dQ in a fixed order: where it is asked for, and where it is faster.
-/// The first to come writes, so that nobody clears dQ, which counts where few come; they hardly
-/// wait where there are many heads.
+/// Whether CTAs add to dQ in a fixed order: where it is asked for, and where it is faster. The
+/// first to come writes, so that nobody clears dQ, which counts where few come; they hardly wait
+/// where there are many heads.
 template <class Traits>
 bool adds_in_order(BackwardProblem const& problem) {
-  constexpr int kFewBlocks = 8;
-  bool const few_blocks = problem.seqlen_k <= kFewBlocks * Traits::kTileN;
-  bool const many_heads =
-      int64_t{problem.batch} * problem.heads_kv >= problem.device.multiprocessors;
-  return problem.deterministic || (few_blocks && many_heads);
+  constexpr int kFewTurns = 8;
+  bool const few_turns = problem.seqlen_k <= kFewTurns * Traits::kTileN * Traits::kCluster;
+  bool const many_heads = int64_t{problem.batch} * problem.heads_kv * Traits::kCluster >=
+                          problem.device.multiprocessors;
+  return problem.deterministic || (few_turns && many_heads);
 }
 
 template <class Traits>
@@ -44,7 +44,7 @@ BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
   carve(result.lse_log2, blocks * Traits::kTileM);
   carve(result.minus_delta, blocks * Traits::kTileM);
   result.turns = nullptr;
-  if (adds_in_order<Traits>(problem)) carve(result.turns, blocks);
+  if (adds_in_order<Traits>(problem)) carve(result.turns, blocks * Traits::kCluster);
   result.bytes = next - static_cast<char*>(problem.workspace);
   return result;
 }
