@@ -40,16 +40,13 @@ cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, unsigned cluster, i
 /// How many pairs of batch entry and KV head are worked on together. A few are enough to mix a
 /// causal mask's long CTAs with short ones. Where dQ is added in order, a CTA waits for those with
 /// the key blocks before, and the more heads, the fewer of these start with it; but what CTAs touch
-/// between the first and the last of a query block's should stay in L2.
+/// between the first and the last of a query block's should stay in L2. Measured.
 template <class Traits>
-int heads_at_a_time(BackwardWorkspace const& workspace) {
+int heads_at_a_time(BackwardProblem const& problem, BackwardWorkspace const& workspace) {
   if (workspace.turns == nullptr) return 4;
-  constexpr int kL2Bytes = 12 << 20;  // a half of the L2 that is near an SM
-  // Q, dO, and dQ read and written.
-  constexpr int kStepBytes =
-      2 * Traits::kBytesQ + 2 * Traits::kTileM * Traits::kHeadDim * sizeof(float);
-  int const heads_in_l2 = kL2Bytes / kStepBytes / workspace.m_blocks;
-  return std::clamp(heads_in_l2, Traits::kTileM / 4, 64) / Traits::kCluster;
+  constexpr int kHeads = Traits::kTileM / (4 * Traits::kCluster);
+  bool const few_steps = problem.causal && workspace.m_blocks <= 8;
+  return few_steps ? 2 * kHeads : kHeads;
 }
 
 /// The main kernel: dK and dV, and dQ added up in the workspace.
@@ -94,7 +91,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
       Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
       clusters,
       pairs,
-      std::min(pairs, heads_at_a_time<Traits>(workspace)),
+      std::min(pairs, heads_at_a_time<Traits>(problem, workspace)),
       cutlass::FastDivmod(problem.heads_kv)};
 
   auto kernel = backward_kernel<Traits, Params>;
