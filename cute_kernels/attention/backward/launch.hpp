@@ -44,9 +44,12 @@ cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, unsigned cluster, i
 template <class Traits>
 int heads_at_a_time(BackwardProblem const& problem, BackwardWorkspace const& workspace) {
   if (workspace.turns == nullptr) return 4;
-  constexpr int kHeads = Traits::kTileM / (4 * Traits::kCluster);
-  bool const few_steps = problem.causal && workspace.m_blocks <= 8;
-  return few_steps ? 2 * kHeads : kHeads;
+  int heads = 16 / Traits::kCluster;
+  if constexpr (Traits::kTileM > 64) {  // a CTA has few steps, and each that it waits counts
+    if (problem.causal) heads *= 2;
+    if (workspace.m_blocks <= 8) heads *= 2;
+  }
+  return heads;
 }
 
 /// The main kernel: dK and dV, and dQ added up in the workspace.

@@ -168,13 +168,13 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       release(pipeline_k, read_k);
       if (block == 0) release_query(shared, warpgroup);
       // Two waits on purpose: without a branch here the compiler moves most of the exponentials
-      // behind the wait.
-      if (origins_moved) {
+      // behind the wait. A branch that a warpgroup's warps take together, as PTX asks for.
+      if (block == 0) {
         warpgroup_wait<0>();
-        softmax.rescale(out_rows);
       } else {
         sm90::warpgroup_wait_all();
       }
+      if (origins_moved) softmax.rescale(out_rows);
       release(pipeline_v, read_v);
       if (block > 0)
         k_token = pipeline_k.consumer_test_wait(read_k);  // answered while P is rounded
