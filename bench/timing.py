@@ -1,14 +1,15 @@
 """GPU time by CUDA-graph replay, host time by a wall clock; always several candidates in turn.
 
-The candidates of a comparison take turns (A B C, B C A, ...), because a GPU under load changes its
-clock: what runs in one block of time is not comparable with what runs in another.
+The candidates of a comparison take turns, because a GPU under load changes its clock: what runs in
+one block of time is not comparable with what runs in another. Nor is what always runs behind a
+candidate that leaves the GPU hot with what always runs behind one that does not.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -102,6 +103,17 @@ def captured_or_eager(call: Call, target_ms: float = 4.0) -> CapturedCall | Eage
         return EagerCall(call, target_ms)
 
 
+def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
+    """The order of each round. In as many rounds as there are names, twice as many if that is odd,
+    every name comes first equally often and follows every other equally often (Williams, 1949).
+    """
+    count = len(names)
+    zigzag = [(i + 1) // 2 * (1 if i % 2 else -1) for i in range(count)]  # 0, 1, -1, 2, -2, ...
+    for turn in range(rounds):
+        order = [names[(place + turn) % count] for place in zigzag]
+        yield order[::-1] if count % 2 and turn // count % 2 else order
+
+
 def interleaved_gpu_times(
     captured: Mapping[str, CapturedCall | EagerCall], rounds: int
 ) -> dict[str, Spread]:
@@ -112,9 +124,8 @@ def interleaved_gpu_times(
     events: dict[str, list] = {name: [] for name in names}
     for name in names:  # bring the clock to what this load leaves it
         captured[name].replay()
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    for order in turns(names, rounds):
+        for name in order:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             captured[name].replay()
@@ -135,9 +146,8 @@ def interleaved_host_times(
 
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-1, rounds):  # turn -1 warms up
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    for turn, order in enumerate(turns(names, 1 + rounds)):  # turn 0 warms up
+        for name in order:
             call, context = calls[name]
             torch.cuda.synchronize()
             with context():
@@ -145,7 +155,7 @@ def interleaved_host_times(
                 for _ in range(calls_per_batch):
                     call()
                 elapsed = time.perf_counter() - begin
-            if turn >= 0:
+            if turn > 0:
                 samples[name].append(elapsed / calls_per_batch * 1e6)
     torch.cuda.synchronize()
     return {name: Spread.of(values) for name, values in samples.items()}

@@ -1,8 +1,10 @@
 """The benchmarks' own arithmetic: counts, ratios, tables. Nothing here needs a GPU."""
 
+import itertools
 import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from bench.cells import (  # noqa: E402
 )
 from bench.check import Reference  # noqa: E402
 from bench.check_backward import GradientReference  # noqa: E402
-from bench.timing import Spread  # noqa: E402
+from bench.timing import Spread, turns  # noqa: E402
 
 
 def entry(ours, head_dim=128, mask="full", seqlen=2048, **peers):
@@ -259,3 +261,16 @@ def test_scripts_say_that_they_need_a_gpu(script):
     )
     assert done.returncode == 2
     assert "Hopper" in done.stderr
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
+def test_every_candidate_follows_every_other_equally_often(count):
+    """What runs before heats the GPU: nobody may always run behind the same one."""
+    names = [str(i) for i in range(count)]
+    rounds = count if count % 2 == 0 else 2 * count
+    orders = list(turns(names, rounds))
+    assert all(sorted(order) == names for order in orders)
+    assert set(Counter(order[0] for order in orders).values()) == {rounds // count}
+    pairs = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert set(pairs) == set(itertools.permutations(names, 2))
+    assert len(set(pairs.values())) <= 1

@@ -25,8 +25,7 @@ constexpr int postprocess_shared_bytes() {
 }
 
 /// Block (query block, head, batch): dQ from the order of the accumulators to rows, scaled and
-/// rounded. Warpgroup i reads slice i, which
-/// consumer warpgroup i % kConsumers of the main kernel has added up.
+/// rounded. Warpgroup i reads slice i.
 template <class Traits>
 __global__ void __launch_bounds__(128 * Traits::kDqSlices)
     postprocess_kernel(CUTE_GRID_CONSTANT PostprocessParams const params) {
