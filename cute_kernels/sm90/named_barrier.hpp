@@ -17,8 +17,8 @@ enum class NamedBarrier : int {
   /// Backward's epilogue. All consumer threads meet here before dK and dV overwrite K and V, and
   /// again before one of them starts the TMA store.
   kGradientsReady = 0,
-  /// Backward, split by products. The 128 threads of warpgroup i meet here when they have read a
-  /// stage for the last time, before dQ overwrites it.
+  /// Backward, split by products. The 128 threads of warpgroup i meet here when they have read what
+  /// they are about to overwrite: P by dS, or a stage by dQ.
   kStageRead = 1,
 };
 

@@ -55,9 +55,9 @@ struct BackwardTraits {
   static_assert(kTileM % 16 == 0 && kTileM <= 256, "tile_m is N of S^T and K of dV");
   static_assert(kHeadDim % 64 == 0, "the 128-byte swizzle is 64 elements wide");
 
+  static constexpr int kCluster = kSplitProducts ? 2 : 1;  // CTAs that compute dQ together
   // dQ = dS K: each warpgroup has 64 queries, or all 64 and some of the channels, or the same
   // transposed, dQ^T = K^T dS^T.
-  static constexpr int kCluster = kSplitProducts ? 2 : 1;
   static constexpr int kDqSlices = kConsumers * kCluster;
   enum class DqSplit { kQueries, kChannels, kChannelsTransposed };
   static constexpr DqSplit kDqSplit = kTileM == 64 * kDqSlices ? DqSplit::kQueries
