@@ -63,6 +63,7 @@ ACCUMULATOR_BYTES = 4
 SCALE_ROWS = 64  # FP8: keys that share a scale
 SUM_CHANNELS = 8  # FP8 with linear_exp: channels of V that are ones
 WARPGROUP_M = 64
+SWIZZLE_ELEMENTS = 64  # a row of the 128-byte swizzle
 WARPGROUP_THREADS = 128
 SHARED_BYTES = 227 * 1024  # what a block of sm_90 can have
 SWIZZLE_BYTES = 1024  # every buffer, and so the whole, is aligned to the 128-byte swizzle's period
@@ -211,8 +212,10 @@ def backward_registers(row: Row) -> dict[str, int]:
     slices = row["consumer_warpgroups"] * (2 if split else 1)
     dq = row["tile_m"] * row["head_dim"] // (WARPGROUP_THREADS * slices)
     gradient = WARPGROUP_M * row["head_dim"] // WARPGROUP_THREADS
+    keys_in_registers = not split and row["head_dim"] == 64
     return {
         "scores and dP, then dQ": max(scores if split else 2 * scores, dq),
+        "K": gradient // 2 if keys_in_registers else 0,
         "dK": gradient,
         "dV": 0 if split else gradient,
         "working": WORKING_REGISTERS,
@@ -281,6 +284,21 @@ def backward_problems(row: Row) -> list[str]:
         found.append(
             f"tile_m = {row['tile_m']} must be 64, 128, 192 or 256: it is N of the WGMMA K Q^T (at "
             f"most 256) and M of dS K"
+        )
+    split = splits_products(row)
+    slices = consumers * (2 if split else 1)
+    one_each = slices * WARPGROUP_M
+    if row["tile_m"] not in (WARPGROUP_M, one_each) and row["head_dim"] % one_each:
+        found.append(
+            f"tile_m = {row['tile_m']} must be {WARPGROUP_M} or {one_each} with head_dim = "
+            f"{row['head_dim']}: dQ is split over {slices} warpgroups, each with 64 of the "
+            f"queries, or with channels, 64 of them if tile_m is not 64"
+        )
+    if split and row["head_dim"] % (2 * SWIZZLE_ELEMENTS):
+        found.append(
+            f"head_dim = {row['head_dim']} must be a multiple of {2 * SWIZZLE_ELEMENTS} with "
+            f"tile_n = {row['tile_n']}: two CTAs have half of dQ's channels each, in rows of "
+            f"{SWIZZLE_ELEMENTS}"
         )
     if row["stages"] < 2:
         found.append(

@@ -318,6 +318,15 @@ def test_a_table_without_backward_rows_has_an_empty_registry(tmp_path):
     [
         ({"pingpong": True}, "unknown field pingpong"),
         ({"tile_m": 80}, "tile_m = 80 must be 64, 128"),
+        ({"tile_m": 192, "head_dim": 64}, "tile_m = 192 must be 64 or 128 with head_dim = 64"),
+        (
+            {"tile_m": 128, "tile_n": 64},
+            "tile_m = 128 must be 64 or 256 with head_dim = 128: dQ is split over 4 warpgroups",
+        ),
+        (
+            {"head_dim": 64, "tile_n": 64},
+            "head_dim = 64 must be a multiple of 128 with tile_n = 64: two CTAs",
+        ),
         ({"tile_n": 192}, "tile_n = 192 must be 128, 64 keys for each of 2 warpgroups, or 64"),
         ({"mask": "window"}, "'window' is none of any, full, causal"),
         ({"stages": 1}, "stages = 1 must be at least 2"),
