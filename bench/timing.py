@@ -1,8 +1,8 @@
 """GPU time by CUDA-graph replay, host time by a wall clock; always several candidates in turn.
 
 The candidates of a comparison take turns, because a GPU under load changes its clock: what runs in
-one block of time is not comparable with what runs in another. Nor is what always runs behind a
-candidate that leaves the GPU hot with what always runs behind one that does not.
+one block of time is not comparable with what runs in another. And nobody always runs behind the
+same other one, which may leave the GPU hotter than others do.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ def test_scripts_say_that_they_need_a_gpu(script):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
 def test_every_candidate_follows_every_other_equally_often(count):
-    """What runs before heats the GPU: nobody may always run behind the same one."""
+    """What runs before may heat the GPU: nobody always runs behind the same one."""
     names = [str(i) for i in range(count)]
     rounds = count if count % 2 == 0 else 2 * count
     orders = list(turns(names, rounds))
