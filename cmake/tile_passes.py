@@ -181,6 +181,11 @@ def splits_products(row: Row) -> bool:
     return bool(row["tile_n"] == WARPGROUP_M)
 
 
+def dq_slices(row: Row) -> int:
+    """How many warpgroups, in both CTAs where there are two, share the product dQ."""
+    return int(row["consumer_warpgroups"]) * (2 if splits_products(row) else 1)
+
+
 def backward_shared_memory(row: Row) -> dict[str, int]:
     stages, consumers = row["stages"], row["consumer_warpgroups"]
     keys = row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
@@ -209,8 +214,7 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
 def backward_registers(row: Row) -> dict[str, int]:
     split = splits_products(row)
     scores = WARPGROUP_M * row["tile_m"] // WARPGROUP_THREADS
-    slices = row["consumer_warpgroups"] * (2 if split else 1)
-    dq = row["tile_m"] * row["head_dim"] // (WARPGROUP_THREADS * slices)
+    dq = row["tile_m"] * row["head_dim"] // (WARPGROUP_THREADS * dq_slices(row))
     gradient = WARPGROUP_M * row["head_dim"] // WARPGROUP_THREADS
     keys_in_registers = not split and row["head_dim"] == 64
     return {
@@ -285,8 +289,7 @@ def backward_problems(row: Row) -> list[str]:
             f"tile_m = {row['tile_m']} must be 64, 128, 192 or 256: it is N of the WGMMA K Q^T (at "
             f"most 256) and M of dS K"
         )
-    split = splits_products(row)
-    slices = consumers * (2 if split else 1)
+    slices = dq_slices(row)
     one_each = slices * WARPGROUP_M
     if row["tile_m"] not in (WARPGROUP_M, one_each) and row["head_dim"] % one_each:
         found.append(
@@ -294,7 +297,7 @@ def backward_problems(row: Row) -> list[str]:
             f"{row['head_dim']}: dQ is split over {slices} warpgroups, each with 64 of the "
             f"queries, or with channels, 64 of them if tile_m is not 64"
         )
-    if split and row["head_dim"] % (2 * SWIZZLE_ELEMENTS):
+    if splits_products(row) and row["head_dim"] % (2 * SWIZZLE_ELEMENTS):
         found.append(
             f"head_dim = {row['head_dim']} must be a multiple of {2 * SWIZZLE_ELEMENTS} with "
             f"tile_n = {row['tile_n']}: two CTAs have half of dQ's channels each, in rows of "

@@ -20,14 +20,13 @@ CUTLASS_DEVICE void load_backward(Params const& params, typename Traits::SharedS
   using Pipeline = typename Traits::Pipeline;
   using PipelineState = typename Traits::PipelineState;
 
-  auto load_keys = [&](auto const& tma, auto& buffer, auto& full) {
+  auto load_keys = [&](auto const& tma, auto& buffer, auto layout, auto const& where, auto& full) {
     auto keys = local_tile(tma.get_tma_tensor(params.shape_k)(_, _, coord.kv_head, coord.batch),
-                           Shape<Int<Traits::kTileN>, Int<Traits::kHeadDim>>{},
-                           make_coord(coord.n_block, _0{}));
-    auto tile = make_tensor(make_smem_ptr(buffer.data()), typename Traits::LayoutK{});
+                           make_shape(size<0>(layout), size<1>(layout)), where);
+    auto tile = make_tensor(make_smem_ptr(buffer.data()), layout);
     auto [from, to] =
         tma_partition(tma, _0{}, Layout<_1>{}, group_modes<0, 2>(tile), group_modes<0, 2>(keys));
-    full.arrive_and_expect_tx(Traits::kBytesK);
+    full.arrive_and_expect_tx(size(layout) * sizeof(typename Traits::Element));
     copy(tma.with(reinterpret_cast<uint64_t&>(full)), from, to);
   };
   auto load_queries = [&](auto const& tma, auto& buffer, float const* rows, auto& row_stages,
@@ -49,25 +48,20 @@ CUTLASS_DEVICE void load_backward(Params const& params, typename Traits::SharedS
 
   PipelineState write_q = cutlass::make_producer_start_state<Pipeline>();
   PipelineState write_grad_out = cutlass::make_producer_start_state<Pipeline>();
-  load_keys(params.tma_k, shared.k, shared.k_full);
+  auto const own_keys = make_coord(coord.n_block, _0{});
+  load_keys(params.tma_k, shared.k, typename Traits::LayoutK{}, own_keys, shared.k_full);
   if constexpr (Traits::kCluster == 2) {  // and half of the other CTA's K
-    int const rank = coord.n_block % Traits::kCluster;
-    auto keys =
-        local_tile(params.tma_k.get_tma_tensor(params.shape_k)(_, _, coord.kv_head, coord.batch),
-                   Shape<Int<Traits::kTileN>, Int<Traits::kPeerChannels>>{},
-                   make_coord(coord.n_block ^ 1, rank));
-    auto tile = make_tensor(make_smem_ptr(shared.own.data()), typename Traits::LayoutPeerK{});
-    auto [from, to] = tma_partition(params.tma_k, _0{}, Layout<_1>{}, group_modes<0, 2>(tile),
-                                    group_modes<0, 2>(keys));
-    shared.peer_k_full.arrive_and_expect_tx(Traits::kBytesPeerK);
-    copy(params.tma_k.with(reinterpret_cast<uint64_t&>(shared.peer_k_full)), from, to);
+    load_keys(params.tma_k, shared.own, typename Traits::LayoutPeerK{},
+              make_coord(coord.n_block ^ 1, Traits::rank(coord.n_block)), shared.peer_k_full);
   }
   sm90::wait_for_previous_kernel();  // it writes lse and delta
   bool v_pending = true;
   for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
     load_queries(params.tma_q, shared.q, params.workspace.lse_log2, shared.lse_log2, pipeline_q,
                  write_q, step);
-    if (v_pending) load_keys(params.tma_v, shared.v, shared.v_full);
+    if (v_pending) {
+      load_keys(params.tma_v, shared.v, typename Traits::LayoutK{}, own_keys, shared.v_full);
+    }
     v_pending = false;
     load_queries(params.tma_grad_out, shared.grad_out, params.workspace.minus_delta,
                  shared.minus_delta, pipeline_grad_out, write_grad_out, step);

@@ -139,11 +139,8 @@ class BackwardMainloop {
       }
       scores_to_probabilities(p_rows, lse_log2, params.scale_log2);
       warpgroup_wait<0>();
-      if constexpr (Traits::kShuffledStatistics) {
-        gradients_of_scores(ds_rows, p_rows, minus_delta);
-      } else {
-        gradients_of_scores(gradients, scores);
-      }
+      if constexpr (Traits::kShuffledStatistics) subtract_delta(ds_rows, minus_delta);
+      gradients_of_scores(gradients, scores);
       auto p = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
       auto ds = make_tensor<Element>(OperandLayout{});

@@ -56,35 +56,33 @@ class ShuffledRowStatistic {
   int lane_of_pair_;
 };
 
+/// Every element of a fragment becomes function(element, its query's value).
+template <class Fragment, class Statistic, class Function>
+CUTLASS_DEVICE void transform_with(Fragment& fragment, Statistic const& values,
+                                   Function const& function) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int col = 0; col < cute::size<1>(fragment); col += 2) {
+    float2 const pair = values[col / 2];
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < cute::size<0>(fragment); ++row) {
+      fragment(row, col) = function(fragment(row, col), pair.x);
+      fragment(row, col + 1) = function(fragment(row, col + 1), pair.y);
+    }
+  }
+}
+
 /// S^T becomes P^T = 2^(scale_log2 * S^T - lse_log2) in place.
 template <class Scores, class Statistic>
 CUTLASS_DEVICE void scores_to_probabilities(Scores& scores, Statistic const& lse_log2,
                                             float scale_log2) {
-  using namespace cute;
-  CUTLASS_PRAGMA_UNROLL
-  for (int col = 0; col < size<1>(scores); col += 2) {
-    float2 const lse = lse_log2[col / 2];
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < size<0>(scores); ++row) {
-      scores(row, col) = sm90::exp2_mufu(scores(row, col) * scale_log2 - lse.x);
-      scores(row, col + 1) = sm90::exp2_mufu(scores(row, col + 1) * scale_log2 - lse.y);
-    }
-  }
+  transform_with(scores, lse_log2,
+                 [&](float score, float lse) { return sm90::exp2_mufu(score * scale_log2 - lse); });
 }
 
 /// What the product dP^T is added to, so that dP^T - delta costs nothing.
 template <class Gradients, class Statistic>
 CUTLASS_DEVICE void start_from(Gradients& gradients, Statistic const& minus_delta) {
-  using namespace cute;
-  CUTLASS_PRAGMA_UNROLL
-  for (int col = 0; col < size<1>(gradients); col += 2) {
-    float2 const shift = minus_delta[col / 2];
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < size<0>(gradients); ++row) {
-      gradients(row, col) = shift.x;
-      gradients(row, col + 1) = shift.y;
-    }
-  }
+  transform_with(gradients, minus_delta, [](float, float shift) { return shift; });
 }
 
 /// dP^T - delta becomes dS^T = P^T (dP^T - delta) in place. Fragments of one layout.
@@ -94,20 +92,11 @@ CUTLASS_DEVICE void gradients_of_scores(Gradients& gradients, Probabilities cons
   for (int i = 0; i < cute::size(gradients); ++i) gradients(i) *= static_cast<float>(p(i));
 }
 
-/// dP^T becomes dS^T = P^T (dP^T - delta) in place.
-template <class Probabilities, class Gradients, class Statistic>
-CUTLASS_DEVICE void gradients_of_scores(Gradients& gradients, Probabilities const& p,
-                                        Statistic const& minus_delta) {
-  using namespace cute;
-  CUTLASS_PRAGMA_UNROLL
-  for (int col = 0; col < size<1>(gradients); col += 2) {
-    float2 const shift = minus_delta[col / 2];
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < size<0>(gradients); ++row) {
-      gradients(row, col) = (gradients(row, col) + shift.x) * p(row, col);
-      gradients(row, col + 1) = (gradients(row, col + 1) + shift.y) * p(row, col + 1);
-    }
-  }
+/// dP^T becomes dP^T - delta in place.
+template <class Gradients, class Statistic>
+CUTLASS_DEVICE void subtract_delta(Gradients& gradients, Statistic const& minus_delta) {
+  transform_with(gradients, minus_delta,
+                 [](float gradient, float shift) { return gradient + shift; });
 }
 
 }  // namespace cute_kernels::attention

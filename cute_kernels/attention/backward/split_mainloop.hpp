@@ -92,14 +92,7 @@ class BackwardSplitMainloop {
                                                operand_grad_out_t(_, _, _, read.index()), dv);
       auto dq = Dq::accumulator();
       dq_of_both.compute(shared, phase, dq);
-      if (params.deterministic) {
-        sm90::barrier_sync(sm90::NamedBarrier::kStageRead, 0, cutlass::NumThreadsPerWarpGroup);
-        Dq::write(shared, 0, read.index(), thread, dq);
-        Dq::announce(shared, 0, read.index(), thread);
-      } else {
-        if (thread % cutlass::NumThreadsPerWarp == 0) pipeline_grad_out.consumer_release(read);
-        Dq::add_now(params, step.dq_slice(0), thread, dq);
-      }
+      send_dq(params, shared, pipeline_grad_out, read, step, 0, thread, dq);
       ++read;
       phase ^= 1;
     }
@@ -118,7 +111,7 @@ class BackwardSplitMainloop {
     auto operand_qt = transposed_operand(shared.q, thread);
     DqOfBoth const dq_of_both(shared, coord, 1, thread);
 
-    int const rank = coord.n_block % Traits::kCluster;
+    int const rank = Traits::rank(coord.n_block);
     Element* const own_ds = Ds::own_part(shared, 0, thread);
     uint4* const p_words = where_p_is(shared, coord);
 
@@ -158,14 +151,7 @@ class BackwardSplitMainloop {
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read.index()), dk);
       auto dq = Dq::accumulator();
       dq_of_both.compute(shared, phase, dq);
-      if (params.deterministic) {
-        sm90::barrier_sync(sm90::NamedBarrier::kStageRead, 1, cutlass::NumThreadsPerWarpGroup);
-        Dq::write(shared, 1, read.index(), thread, dq);
-        Dq::announce(shared, 1, read.index(), thread);
-      } else {
-        if (thread % cutlass::NumThreadsPerWarp == 0) pipeline_q.consumer_release(read);
-        Dq::add_now(params, step.dq_slice(1), thread, dq);
-      }
+      send_dq(params, shared, pipeline_q, read, step, 1, thread, dq);
       ++read;
       phase ^= 1;
     }
@@ -175,7 +161,7 @@ class BackwardSplitMainloop {
   /// P lies where this CTA's dS will.
   CUTLASS_DEVICE static uint4* where_p_is(SharedStorage& shared, KeyBlockCoord const& coord) {
     return reinterpret_cast<uint4*>(shared.ds.data() +
-                                    coord.n_block % Traits::kCluster * kTileM * Traits::kTileN);
+                                    Traits::rank(coord.n_block) * kTileM * Traits::kTileN);
   }
 
   /// dQ of both CTAs' keys, in a warpgroup's channels of this CTA.
@@ -183,7 +169,7 @@ class BackwardSplitMainloop {
    public:
     CUTLASS_DEVICE DqOfBoth(SharedStorage& shared, KeyBlockCoord const& coord, int warpgroup,
                             int thread)
-        : rank_(coord.n_block % Traits::kCluster),
+        : rank_(Traits::rank(coord.n_block)),
           sends_(warpgroup == 1 && thread == 0),
           own_(Dq::operands(shared, shared.k, typename Traits::LayoutKt{},
                             rank_ * Traits::kConsumers + warpgroup, thread)),
@@ -216,6 +202,24 @@ class BackwardSplitMainloop {
     decltype(Dq::operands(std::declval<SharedStorage&>(), std::declval<SharedStorage&>().own,
                           typename Traits::LayoutPeerKt{}, 0, 0)) peer_;
   };
+
+  /// A warpgroup's slice of dQ leaves; the step's stage, which it has read last, is released with
+  /// it.
+  template <class Params, class Step, class Accumulator>
+  CUTLASS_DEVICE static void send_dq(Params const& params, SharedStorage& shared,
+                                     Pipeline& pipeline, PipelineState const& read,
+                                     Step const& step, int warpgroup, int thread,
+                                     Accumulator const& dq) {
+    if (params.deterministic) {
+      sm90::barrier_sync(sm90::NamedBarrier::kStageRead, warpgroup,
+                         cutlass::NumThreadsPerWarpGroup);
+      Dq::write(shared, warpgroup, read.index(), thread, dq);
+      Dq::announce(shared, warpgroup, read.index(), thread);
+    } else {
+      if (thread % cutlass::NumThreadsPerWarp == 0) pipeline.consumer_release(read);
+      Dq::add_now(params, step.dq_slice(warpgroup), thread, dq);
+    }
+  }
 
   CUTLASS_DEVICE static auto new_scores() {
     return cute::partition_fragment_C(

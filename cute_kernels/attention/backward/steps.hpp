@@ -60,13 +60,13 @@ class QuerySteps {
   /// Whose turn it is to add to the slices that are this CTA's of a cluster.
   CUTLASS_DEVICE int* turns() const {
     return params_.workspace.turns + block_index() * Traits::kCluster +
-           coord_.n_block % Traits::kCluster;
+           Traits::rank(coord_.n_block);
   }
 
   /// This warpgroup's slice of the step's dQ, counted over all of a call.
   CUTLASS_DEVICE int64_t dq_slice(int warpgroup) const {
-    return block_index() * Traits::kDqSlices +
-           coord_.n_block % Traits::kCluster * Traits::kConsumers + warpgroup;
+    return block_index() * Traits::kDqSlices + Traits::rank(coord_.n_block) * Traits::kConsumers +
+           warpgroup;
   }
 
  private:

@@ -56,6 +56,8 @@ struct BackwardTraits {
   static_assert(kHeadDim % 64 == 0, "the 128-byte swizzle is 64 elements wide");
 
   static constexpr int kCluster = kSplitProducts ? 2 : 1;  // CTAs that compute dQ together
+  /// Of the CTA with this key block, in its cluster.
+  CUTLASS_DEVICE static int rank(int n_block) { return n_block % kCluster; }
   // dQ = dS K: each warpgroup has 64 queries, or all 64 and some of the channels, or the same
   // transposed, dQ^T = K^T dS^T.
   static constexpr int kDqSlices = kConsumers * kCluster;
@@ -136,8 +138,6 @@ struct BackwardTraits {
                      cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileM>, cute::Int<kStages>>{},
                      cute::Stride<cute::Int<kTileM>, cute::_1, cute::Int<kTileM * kHeadDim>>{})));
 
-  static constexpr int kBytesK = kTileN * kHeadDim * sizeof(Element);
-  static constexpr int kBytesPeerK = kBytesK / kCluster;
   static constexpr int kBytesDs = kTileM * kTileN * sizeof(Element);
   static constexpr int kBytesQ = kTileM * kHeadDim * sizeof(Element);
   static constexpr int kBytesRows = kTileM * sizeof(float);
