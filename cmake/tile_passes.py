@@ -195,8 +195,9 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
     dq = row["tile_m"] * row["head_dim"] * ACCUMULATOR_BYTES
     rows = 2 * stages * row["tile_m"] * ACCUMULATOR_BYTES
     # full and empty: of every stage of Q and dO, of every warpgroup's dQ (full of each of its
-    # buffers); full: K, V, P, both dS, the other CTA's K and dS; empty: dS
-    barriers = 8 * (4 * stages + consumers * (1 + stages) + 8)
+    # buffers), of the next key block's number (and that); full: K, V, P, both dS, the other CTA's K
+    # and dS, every warpgroup's dV; empty: K and V, dS
+    barriers = 8 * (4 * stages + consumers * (2 + stages) + 12)
     return aligned(
         {
             "K": keys,
@@ -205,7 +206,7 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
             "dO": queries,
             "dS": 2 * scores,
             # split by products, dQ leaves through Q's and dO's memory if at all
-            "the other CTA's K" if split else "dQ": keys // 2 if split else dq,
+            **({"the other CTA's K": keys // 2} if split else {"dQ": dq, "dV": keys}),
             "LSE, delta and barriers": rows + barriers,
         }
     )

@@ -3,14 +3,12 @@
 #include <cutlass/arch/barrier.h>
 #include <cute/tensor.hpp>
 
-#include "cute_kernels/attention/backward/steps.hpp"
 #include "cute_kernels/sm90/bulk_reduce.hpp"
-#include "cute_kernels/sm90/semaphore.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
 
-/// dQ of a step: a warpgroup's slice of the product dS K, and its way to global memory.
+/// dQ of a step: a warpgroup's slice of the product dS K, and how it is handed out.
 template <class Traits>
 class BackwardDq {
   using SharedStorage = typename Traits::SharedStorage;
@@ -55,7 +53,7 @@ class BackwardDq {
     }
   }
 
-  /// Registers to shared memory, for add() to take from there once it is announced.
+  /// Registers to shared memory, for BackwardSender to take from there once it is announced.
   template <class Accumulator>
   CUTLASS_DEVICE static void write(SharedStorage& shared, int warpgroup, int index, int thread,
                                    Accumulator const& dq) {
@@ -67,8 +65,8 @@ class BackwardDq {
     }
   }
 
-  /// Lets add() take what write() has written. Waits until it stands in memory, so do other things
-  /// in between.
+  /// Lets BackwardSender take what has been written. Waits until it stands in memory, so do other
+  /// things in between.
   CUTLASS_DEVICE static void announce(SharedStorage& shared, int warpgroup, int index, int thread) {
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
@@ -87,57 +85,7 @@ class BackwardDq {
     }
   }
 
-  /// Adds the slices of one warpgroup to global memory and calls release() when TMA has read one.
-  /// In deterministic mode the first to come to a slice writes it. Called by one thread.
-  template <class Params, class Release>
-  CUTLASS_DEVICE static void add(Params const& params, SharedStorage& shared,
-                                 KeyBlockCoord const& coord, int warpgroup, Release release) {
-    uint32_t phase = 0;
-    int index = 0;
-    for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
-      if (params.deterministic) sm90::semaphore_wait(step.turns(), step.turn());
-      shared.dq_full[warpgroup][index].wait(phase);
-      float* const target = params.workspace.dq + step.dq_slice(warpgroup) * Traits::kSliceFloats;
-      constexpr int kBytes = Traits::kSliceFloats * sizeof(float);
-      if (params.deterministic && step.turn() == 0) {
-        sm90::bulk_store(target, buffer(shared, warpgroup, index), kBytes);
-      } else {
-        sm90::bulk_reduce_add(target, buffer(shared, warpgroup, index), kBytes);
-      }
-      cute::tma_store_arrive();
-      cute::tma_store_wait<0>();
-      release();
-      if (params.deterministic) {
-        sm90::bulk_wait_complete();
-        sm90::count_up(&shared.dq_added[warpgroup]);
-      }
-      if (++index == Traits::kDqBuffers) {
-        index = 0;
-        phase ^= 1;
-      }
-    }
-    sm90::bulk_wait_complete();
-  }
-
-  /// Lets the next key block add to a query block when all slices are complete. Called by one
-  /// thread, which spares those that add the wait for memory that this takes.
-  template <class Params>
-  CUTLASS_DEVICE static void pass_turns(Params const& params, SharedStorage& shared,
-                                        KeyBlockCoord const& coord) {
-    int done = 0;
-    for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
-      ++done;
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < Traits::kConsumers; ++i) {
-        sm90::wait_for_count(&shared.dq_added[i], done);
-      }
-      sm90::semaphore_advance(step.turns());
-    }
-  }
-
- private:
-  static constexpr bool kByQueries = Traits::kDqSplit == DqSplit::kQueries;
-
+  /// Where a warpgroup's slices stand in shared memory.
   CUTLASS_DEVICE static float* buffer(SharedStorage& shared, int warpgroup, int index) {
     if constexpr (Traits::kSplitProducts) {
       auto& stages = warpgroup == 0 ? shared.grad_out : shared.q;
@@ -146,6 +94,9 @@ class BackwardDq {
       return shared.own.dq[warpgroup];
     }
   }
+
+ private:
+  static constexpr bool kByQueries = Traits::kDqSplit == DqSplit::kQueries;
 };
 
 }  // namespace cute_kernels::attention

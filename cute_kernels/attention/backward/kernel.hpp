@@ -5,9 +5,9 @@
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/tensor.hpp>
 
-#include "cute_kernels/attention/backward/epilogue.hpp"
 #include "cute_kernels/attention/backward/load.hpp"
 #include "cute_kernels/attention/backward/mainloop.hpp"
+#include "cute_kernels/attention/backward/send.hpp"
 #include "cute_kernels/attention/backward/split_mainloop.hpp"
 #include "cute_kernels/attention/backward/traits.hpp"
 #include "cute_kernels/attention/backward/workspace.hpp"
@@ -17,13 +17,13 @@ namespace cute_kernels::attention {
 
 /// What the main backward kernel is told at run time. Tensors are (seqlen, head_dim, heads, batch)
 /// to TMA.
-template <class TmaQ, class TmaK, class TmaDkv>
+template <class TmaQ, class TmaK, class TmaV, class TmaDkv>
 struct BackwardParams {
   using Shape = cute::Shape<int, int, int, int>;
   TmaQ tma_q;
   TmaQ tma_grad_out;
   TmaK tma_k;
-  TmaK tma_v;
+  TmaV tma_v;
   TmaDkv tma_dk;
   TmaDkv tma_dv;
   Shape shape_q;
@@ -52,13 +52,12 @@ CUTLASS_DEVICE void meet() {
   }
 }
 
-/// Warpgroup 0 moves data (warp 0 loads, warp 1 + i adds the dQ of consumer warpgroup i to global
-/// memory, in deterministic mode warp 3 lets others add), the others compute.
+/// Warpgroup 0 moves data (warp 0 loads, warp 1 + i sends what consumer warpgroup i hands out, in
+/// deterministic mode warp 3 lets others add to dQ), the others compute.
 template <class Traits, class Params>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(CUTE_GRID_CONSTANT Params const params) {
   using namespace cute;
-  using Epilogue = BackwardEpilogue<Traits>;
   using Pipeline = typename Traits::Pipeline;
   using PipelineState = typename Traits::PipelineState;
 
@@ -78,6 +77,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     prefetch_tma_descriptor(params.tma_dv.get_tma_descriptor());
     shared.k_full.init(1);
     shared.v_full.init(1);
+    shared.keys_empty.init(Traits::kConsumerWarps);
+    shared.number_full.init(1);
+    shared.number_empty.init(Traits::kConsumerWarps + Traits::kConsumers + params.deterministic);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Traits::kDsBuffers; ++i) shared.ds_full[i].init(Traits::kDsWriters);
     shared.p_full.init(cutlass::NumWarpsPerWarpGroup);
@@ -91,6 +93,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         shared.dq_full[i][buffer].init(cutlass::NumWarpsPerWarpGroup);
       }
       shared.dq_empty[i].init(1);
+      shared.dv_full[i].init(cutlass::NumWarpsPerWarpGroup);
       shared.dq_added[i] = 0;
     }
   }
@@ -110,64 +113,50 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
   sm90::let_next_kernel_start();
 
-  // The first clusters of a group's heads, then the second ones, and so on.
-  int const number = static_cast<int>(blockIdx.x) / Traits::kCluster;
-  int const first_pair = number / (params.clusters * params.group) * params.group;
-  int const in_group = number - first_pair * params.clusters;
-  int const group = min(params.group, params.pairs - first_pair);
-  KeyBlockCoord coord;
-  coord.n_block = in_group / group * Traits::kCluster + blockIdx.x % Traits::kCluster;
-  params.heads_kv(coord.batch, coord.kv_head, first_pair + in_group % group);
-
   if (is_producer) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (warp_in_group == 0) {
       if (elect_one_sync()) {
-        load_backward<Traits>(params, shared, pipeline_q, pipeline_grad_out, coord);
+        BackwardLoader<Traits, Params> loader(params, shared, pipeline_q, pipeline_grad_out);
+        hand_out_key_blocks<Traits>(params, shared,
+                                    [&](KeyBlockCoord const& coord) { loader.load(coord); });
       }
     } else if (warp_in_group <= Traits::kConsumers && dq_through_memory) {
       int const consumer = warp_in_group - 1;
       sm90::wait_for_previous_kernel();  // it clears dQ
-      PipelineState read;
-      auto release = [&] {
-        if constexpr (Traits::kSplitProducts) {
-          (consumer == 0 ? pipeline_grad_out : pipeline_q).consumer_release(read);
-          ++read;
-        } else {
-          shared.dq_empty[consumer].arrive();
-        }
-      };
       if (elect_one_sync()) {
-        BackwardDq<Traits>::add(params, shared, coord, consumer, release);
+        PipelineState read;
+        auto release = [&] {
+          if constexpr (Traits::kSplitProducts) {
+            (consumer == 0 ? pipeline_grad_out : pipeline_q).consumer_release(read);
+            ++read;
+          } else {
+            shared.dq_empty[consumer].arrive();
+          }
+        };
+        BackwardSender<Traits, Params> sender(params, shared, consumer);
+        for_each_key_block<Traits, Caller::kThread>(
+            params, shared, [&](KeyBlockCoord const& coord) { sender.send(coord, release); });
+        sm90::bulk_wait_complete();
       }
     } else if (warp_in_group == Traits::kConsumers + 1 && params.deterministic) {
-      if (elect_one_sync()) BackwardDq<Traits>::pass_turns(params, shared, coord);
+      if (elect_one_sync()) {
+        BackwardTurns<Traits, Params> turns(params, shared);
+        for_each_key_block<Traits, Caller::kThread>(
+            params, shared, [&](KeyBlockCoord const& coord) { turns.pass(coord); });
+      }
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     int const consumer = warpgroup - 1;
-    auto new_gradient = [] {
-      auto gradient = partition_fragment_C(
-          typename Traits::MmaDkv{}, Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>{});
-      clear(gradient);
-      return gradient;
-    };
     if constexpr (Traits::kSplitProducts) {
-      using Mainloop = BackwardSplitMainloop<Traits>;
-      auto gradient = new_gradient();
-      if (consumer == 0) {
-        Mainloop::compute_dv(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);
-        Epilogue::store_one(params, params.tma_dv, shared.v, coord, gradient, 1.f);
-      } else {
-        Mainloop::compute_dk(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);
-        Epilogue::store_one(params, params.tma_dk, shared.k, coord, gradient, params.softmax_scale);
-      }
+      BackwardSplitMainloop<Traits>::compute(
+          params, shared, pipeline_q, pipeline_grad_out,
+          key_block_of<Traits>(params, static_cast<int>(blockIdx.x)), consumer);
     } else {
-      using Mainloop = BackwardMainloop<Traits>;
-      auto dk = new_gradient();
-      auto dv = new_gradient();
-      Mainloop::compute(params, shared, pipeline_q, pipeline_grad_out, coord, consumer, dk, dv);
-      Epilogue::store(params, shared, coord, consumer, dk, dv);
+      BackwardMainloop<Traits> mainloop(shared, pipeline_q, pipeline_grad_out, consumer);
+      for_each_key_block<Traits, Caller::kWarp>(
+          params, shared, [&](KeyBlockCoord const& coord) { mainloop.compute(params, coord); });
     }
   }
   if constexpr (Traits::kCluster > 1) meet<Traits>();

@@ -66,23 +66,26 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
     return make_tma_copy(SM90_TMA_LOAD{}, tensor(view, problem.seqlen_q, problem.heads_q),
                          take<0, 2>(typename Traits::LayoutQ{}));
   };
-  auto keys = [&](auto operation, TensorView const& view) {
-    return make_tma_copy(operation, tensor(view, problem.seqlen_k, problem.heads_kv),
-                         typename Traits::LayoutK{});
+  auto keys = [&](auto operation, TensorView const& view, auto layout) {
+    return make_tma_copy(operation, tensor(view, problem.seqlen_k, problem.heads_kv), layout);
   };
+  auto own_keys = [&](auto operation, TensorView const& view) {
+    return keys(operation, view, typename Traits::LayoutOwnKeys{});
+  };
+  auto const tma_k = keys(SM90_TMA_LOAD{}, problem.k, typename Traits::LayoutK{});
   constexpr int kClusterKeys = Traits::kTileN * Traits::kCluster;
   int const clusters = (problem.seqlen_k + kClusterKeys - 1) / kClusterKeys;
   int const pairs = problem.heads_kv * problem.batch;
-  using Params =
-      BackwardParams<decltype(queries(problem.q)), decltype(keys(SM90_TMA_LOAD{}, problem.k)),
-                     decltype(keys(SM90_TMA_STORE{}, problem.grad_k))>;
+  using Params = BackwardParams<decltype(queries(problem.q)), decltype(tma_k),
+                                decltype(own_keys(SM90_TMA_LOAD{}, problem.v)),
+                                decltype(own_keys(SM90_TMA_STORE{}, problem.grad_k))>;
   Params const params{
       queries(problem.q),
       queries(problem.grad_out),
-      keys(SM90_TMA_LOAD{}, problem.k),
-      keys(SM90_TMA_LOAD{}, problem.v),
-      keys(SM90_TMA_STORE{}, problem.grad_k),
-      keys(SM90_TMA_STORE{}, problem.grad_v),
+      tma_k,
+      own_keys(SM90_TMA_LOAD{}, problem.v),
+      own_keys(SM90_TMA_STORE{}, problem.grad_k),
+      own_keys(SM90_TMA_STORE{}, problem.grad_v),
       make_shape(problem.seqlen_q, problem.head_dim, problem.heads_q, problem.batch),
       make_shape(problem.seqlen_k, problem.head_dim, problem.heads_kv, problem.batch),
       workspace,
@@ -103,7 +106,8 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   cudaError_t const status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
-  int const grid = clusters * pairs * Traits::kCluster;
+  int grid = clusters * pairs * Traits::kCluster;
+  if constexpr (Traits::kPersistent) grid = std::min(grid, problem.device.multiprocessors);
   return launch_kernel<Params>(kernel, grid, Traits::kCluster, Traits::kThreads, kSharedBytes, true,
                                stream, params);
 }

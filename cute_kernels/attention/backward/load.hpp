@@ -9,30 +9,79 @@
 
 namespace cute_kernels::attention {
 
-/// Issues every load of a CTA: K and V once, Q with its lse and dO with its delta for each step.
-/// Called by one thread.
+/// Issues every load: K and V once a key block, Q with its lse and dO with its delta for each step.
+/// Of one thread.
 template <class Traits, class Params>
-CUTLASS_DEVICE void load_backward(Params const& params, typename Traits::SharedStorage& shared,
-                                  typename Traits::Pipeline& pipeline_q,
-                                  typename Traits::Pipeline& pipeline_grad_out,
-                                  KeyBlockCoord const& coord) {
-  using namespace cute;
+class BackwardLoader {
+  using SharedStorage = typename Traits::SharedStorage;
   using Pipeline = typename Traits::Pipeline;
   using PipelineState = typename Traits::PipelineState;
 
-  auto load_keys = [&](auto const& tma, auto& buffer, auto layout, auto const& where, auto& full) {
-    auto keys = local_tile(tma.get_tma_tensor(params.shape_k)(_, _, coord.kv_head, coord.batch),
+ public:
+  CUTLASS_DEVICE BackwardLoader(Params const& params, SharedStorage& shared, Pipeline& pipeline_q,
+                                Pipeline& pipeline_grad_out)
+      : params_(params),
+        shared_(shared),
+        pipeline_q_(pipeline_q),
+        pipeline_grad_out_(pipeline_grad_out) {}
+
+  CUTLASS_DEVICE void load(KeyBlockCoord const& coord) {
+    using namespace cute;
+    if constexpr (Traits::kPersistent) {
+      shared_.keys_empty.wait(keys_phase_);
+      keys_phase_ ^= 1;
+    }
+    shared_.k_full.arrive_and_expect_tx(sizeof(shared_.k));
+    load_keys(params_.tma_k, shared_.k.data(), typename Traits::LayoutK{}, coord,
+              make_coord(coord.n_block, _0{}), shared_.k_full);
+    if constexpr (Traits::kCluster == 2) {  // and half of the other CTA's K
+      shared_.peer_k_full.arrive_and_expect_tx(sizeof(shared_.own));
+      load_keys(params_.tma_k, shared_.own.data(), typename Traits::LayoutPeerK{}, coord,
+                make_coord(coord.n_block ^ 1, Traits::rank(coord.n_block)), shared_.peer_k_full);
+    }
+    sm90::wait_for_previous_kernel();  // it writes lse and delta
+    bool v_pending = true;
+    for (QuerySteps<Traits, Params> step(params_, coord); step.valid(); step.advance()) {
+      load_queries(params_.tma_q, shared_.q, params_.workspace.lse_log2, shared_.lse_log2,
+                   pipeline_q_, write_q_, step, coord.batch);
+      if (v_pending) load_v(coord);
+      v_pending = false;
+      load_queries(params_.tma_grad_out, shared_.grad_out, params_.workspace.minus_delta,
+                   shared_.minus_delta, pipeline_grad_out_, write_grad_out_, step, coord.batch);
+    }
+  }
+
+ private:
+  CUTLASS_DEVICE void load_v(KeyBlockCoord const& coord) {
+    using namespace cute;
+    constexpr int kParts = Traits::kTileN / Traits::kWarpgroupN;
+    shared_.v_full.arrive_and_expect_tx(sizeof(shared_.v));
+    CUTLASS_PRAGMA_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      load_keys(params_.tma_v, shared_.v[part], typename Traits::LayoutOwnKeys{}, coord,
+                make_coord(coord.n_block * kParts + part, _0{}), shared_.v_full);
+    }
+  }
+
+  template <class Tma, class Layout, class Where>
+  CUTLASS_DEVICE void load_keys(Tma const& tma, typename Traits::Element* buffer, Layout layout,
+                                KeyBlockCoord const& coord, Where const& where,
+                                cutlass::arch::ClusterTransactionBarrier& full) {
+    using namespace cute;
+    auto keys = local_tile(tma.get_tma_tensor(params_.shape_k)(_, _, coord.kv_head, coord.batch),
                            make_shape(size<0>(layout), size<1>(layout)), where);
-    auto tile = make_tensor(make_smem_ptr(buffer.data()), layout);
-    auto [from, to] =
-        tma_partition(tma, _0{}, Layout<_1>{}, group_modes<0, 2>(tile), group_modes<0, 2>(keys));
-    full.arrive_and_expect_tx(size(layout) * sizeof(typename Traits::Element));
+    auto tile = make_tensor(make_smem_ptr(buffer), layout);
+    auto [from, to] = tma_partition(tma, _0{}, cute::Layout<_1>{}, group_modes<0, 2>(tile),
+                                    group_modes<0, 2>(keys));
     copy(tma.with(reinterpret_cast<uint64_t&>(full)), from, to);
-  };
-  auto load_queries = [&](auto const& tma, auto& buffer, float const* rows, auto& row_stages,
-                          Pipeline& pipeline, PipelineState& write,
-                          QuerySteps<Traits, Params> const& step) {
-    auto queries = local_tile(tma.get_tma_tensor(params.shape_q)(_, _, step.head(), coord.batch),
+  }
+
+  template <class Tma, class Buffer, class Rows>
+  CUTLASS_DEVICE void load_queries(Tma const& tma, Buffer& buffer, float const* rows,
+                                   Rows& row_stages, Pipeline& pipeline, PipelineState& write,
+                                   QuerySteps<Traits, Params> const& step, int batch) {
+    using namespace cute;
+    auto queries = local_tile(tma.get_tma_tensor(params_.shape_q)(_, _, step.head(), batch),
                               Shape<Int<Traits::kTileM>, Int<Traits::kHeadDim>>{},
                               make_coord(step.block(), _0{}));
     auto stages = make_tensor(make_smem_ptr(buffer.data()), typename Traits::LayoutQ{});
@@ -44,28 +93,15 @@ CUTLASS_DEVICE void load_backward(Params const& params, typename Traits::SharedS
     SM90_BULK_COPY_G2S::copy(rows + step.block_index() * Traits::kTileM, full,
                              row_stages[write.index()], Traits::kBytesRows);
     ++write;
-  };
+  }
 
-  PipelineState write_q = cutlass::make_producer_start_state<Pipeline>();
-  PipelineState write_grad_out = cutlass::make_producer_start_state<Pipeline>();
-  auto const own_keys = make_coord(coord.n_block, _0{});
-  load_keys(params.tma_k, shared.k, typename Traits::LayoutK{}, own_keys, shared.k_full);
-  if constexpr (Traits::kCluster == 2) {  // and half of the other CTA's K
-    load_keys(params.tma_k, shared.own, typename Traits::LayoutPeerK{},
-              make_coord(coord.n_block ^ 1, Traits::rank(coord.n_block)), shared.peer_k_full);
-  }
-  sm90::wait_for_previous_kernel();  // it writes lse and delta
-  bool v_pending = true;
-  for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
-    load_queries(params.tma_q, shared.q, params.workspace.lse_log2, shared.lse_log2, pipeline_q,
-                 write_q, step);
-    if (v_pending) {
-      load_keys(params.tma_v, shared.v, typename Traits::LayoutK{}, own_keys, shared.v_full);
-    }
-    v_pending = false;
-    load_queries(params.tma_grad_out, shared.grad_out, params.workspace.minus_delta,
-                 shared.minus_delta, pipeline_grad_out, write_grad_out, step);
-  }
-}
+  Params const& params_;
+  SharedStorage& shared_;
+  Pipeline& pipeline_q_;
+  Pipeline& pipeline_grad_out_;
+  PipelineState write_q_ = cutlass::make_producer_start_state<Pipeline>();
+  PipelineState write_grad_out_ = cutlass::make_producer_start_state<Pipeline>();
+  uint32_t keys_phase_ = 1;
+};
 
 }  // namespace cute_kernels::attention

@@ -6,6 +6,7 @@
 
 #include "cute_kernels/attention/backward/dq.hpp"
 #include "cute_kernels/attention/backward/ds.hpp"
+#include "cute_kernels/attention/backward/epilogue.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
@@ -17,10 +18,11 @@ namespace cute_kernels::attention {
 ///
 /// Who waits for whom:
 /// - k_full, v_full, and full of the q and grad_out pipelines: consumers wait for the producer's
-///   TMA. Empty: the producer waits for every consumer warp.
+///   TMA. Empty, and keys_empty: the producer waits for every consumer warp.
 /// - ds_full[b]: dQ's product waits until every consumer warp has written its part of dS.
-/// - dq_full[i]: the thread that adds dQ of warpgroup i waits for the four warps of i. dq_empty[i]:
-///   these wait until TMA has read their last slice.
+/// - dq_full[i]: the thread that sends what warpgroup i hands out waits for the four warps of i.
+///   dq_empty[i]: these wait until TMA has read their last slice. dK goes the same way, as one more
+///   slice; dv_full[i]: and dV before it.
 /// - turns (deterministic): that thread waits for the same slice of the key blocks before.
 template <class Traits>
 class BackwardMainloop {
@@ -30,6 +32,7 @@ class BackwardMainloop {
   using PipelineState = typename Traits::PipelineState;
   using Dq = BackwardDq<Traits>;
   using Ds = BackwardDs<Traits>;
+  using Epilogue = BackwardEpilogue<Traits>;
 
   using OperandLayout = typename Traits::ScoresAsOperand;
 
@@ -39,12 +42,16 @@ class BackwardMainloop {
       Traits::kShuffledStatistics ? sm90::Accumulate::kNo : sm90::Accumulate::kYes;
 
  public:
-  /// Adds up dK (not yet scaled) and dV of a warpgroup's 64 keys, and hands out dQ.
-  template <class Params, class Accumulator>
-  CUTLASS_DEVICE static void compute(Params const& params, SharedStorage& shared,
-                                     Pipeline& pipeline_q, Pipeline& pipeline_grad_out,
-                                     KeyBlockCoord const& coord, int warpgroup, Accumulator& dk,
-                                     Accumulator& dv) {
+  CUTLASS_DEVICE BackwardMainloop(SharedStorage& shared, Pipeline& pipeline_q,
+                                  Pipeline& pipeline_grad_out, int warpgroup)
+      : shared_(shared),
+        pipeline_q_(pipeline_q),
+        pipeline_grad_out_(pipeline_grad_out),
+        warpgroup_(warpgroup) {}
+
+  /// Computes and hands out dK and dV of the warpgroup's 64 keys, and its part of their dQ.
+  template <class Params>
+  CUTLASS_DEVICE void compute(Params const& params, KeyBlockCoord const& coord) {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
     typename Traits::MmaScores mma_scores;
@@ -55,61 +62,66 @@ class BackwardMainloop {
     auto tensor = [](auto& buffer, auto layout) {
       return make_tensor(make_smem_ptr(buffer.data()), layout);
     };
-    auto own_keys = [&](auto& buffer) {
-      return local_tile(tensor(buffer, typename Traits::LayoutK{}),
-                        Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>{},
-                        make_coord(warpgroup, _0{}));
-    };
+    auto own_k = local_tile(tensor(shared_.k, typename Traits::LayoutK{}),
+                            Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>{},
+                            make_coord(warpgroup_, _0{}));
+    auto own_v =
+        make_tensor(make_smem_ptr(shared_.v[warpgroup_]), typename Traits::LayoutOwnKeys{});
     typename Traits::MmaKq mma_kq;
-    auto operand_k = keys_operand(mma_kq, own_keys(shared.k), thread);
-    auto operand_v = keys_operand(mma_scores, own_keys(shared.v), thread);
+    auto operand_k = keys_operand(mma_kq, own_k, thread);
+    auto operand_v = keys_operand(mma_scores, own_v, thread);
     auto operand_q = slice_scores.make_fragment_B(
-        slice_scores.partition_B(tensor(shared.q, typename Traits::LayoutQ{})));
+        slice_scores.partition_B(tensor(shared_.q, typename Traits::LayoutQ{})));
     auto operand_grad_out = slice_scores.make_fragment_B(
-        slice_scores.partition_B(tensor(shared.grad_out, typename Traits::LayoutQ{})));
+        slice_scores.partition_B(tensor(shared_.grad_out, typename Traits::LayoutQ{})));
     auto operand_qt = slice_dkv.make_fragment_B(
-        slice_dkv.partition_B(tensor(shared.q, typename Traits::LayoutQt{})));
+        slice_dkv.partition_B(tensor(shared_.q, typename Traits::LayoutQt{})));
     auto operand_grad_out_t = slice_dkv.make_fragment_B(
-        slice_dkv.partition_B(tensor(shared.grad_out, typename Traits::LayoutQt{})));
+        slice_dkv.partition_B(tensor(shared_.grad_out, typename Traits::LayoutQt{})));
     auto operands_dq =
-        Dq::operands(shared, shared.k, typename Traits::LayoutKt{}, warpgroup, thread);
+        Dq::operands(shared_, shared_.k, typename Traits::LayoutKt{}, warpgroup_, thread);
 
     auto new_scores = [&] {
       return partition_fragment_C(mma_scores, Shape<Int<Traits::kWarpgroupN>, Int<kTileM>>{});
     };
 
-    Element* const own_ds = Ds::own_part(shared, warpgroup, thread);
+    Element* const own_ds = Ds::own_part(shared_, warpgroup_, thread);
 
-    int const key = coord.n_block * Traits::kTileN + warpgroup * Traits::kWarpgroupN +
+    int const key = coord.n_block * Traits::kTileN + warpgroup_ * Traits::kWarpgroupN +
                     thread / 32 * 16 + thread % 32 / 4;
     int const column = thread % 4 * 2;
 
-    PipelineState read_q, read_grad_out;
-    PipelineState read_by_dk;  // the Q of the product that is still in flight when a step ends
+    PipelineState read_by_dk = read_q_;  // the Q of the product in flight when a step ends
     bool first_step = true;
-    int buffer = 0;
-    uint32_t ds_phase = 0;
-    uint32_t dq_phase = 0;
+    auto new_gradient = [&] {
+      auto gradient =
+          partition_fragment_C(mma_dkv, Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>{});
+      clear(gradient);
+      return gradient;
+    };
+    auto dk = new_gradient();
+    auto dv = new_gradient();
 
     typename Traits::Statistic lse_log2, minus_delta;
     auto load_statistics = [&] {
-      pipeline_q.consumer_wait(read_q);
-      lse_log2.load(shared.lse_log2[read_q.index()], thread);
-      pipeline_grad_out.consumer_wait(read_grad_out);
-      minus_delta.load(shared.minus_delta[read_grad_out.index()], thread);
+      pipeline_q_.consumer_wait(read_q_);
+      lse_log2.load(shared_.lse_log2[read_q_.index()], thread);
+      pipeline_grad_out_.consumer_wait(read_grad_out_);
+      minus_delta.load(shared_.minus_delta[read_grad_out_.index()], thread);
     };
     // The last step's dK is complete when no more than `in_flight` products are not.
     auto finish_last_step = [&](auto in_flight) {
       warpgroup_wait<in_flight>();
-      if (!first_step) release(pipeline_q, read_by_dk);
+      if (!first_step) release(pipeline_q_, read_by_dk);
     };
 
-    shared.k_full.wait(0);
-    shared.v_full.wait(0);
+    shared_.k_full.wait(keys_phase_);
+    shared_.v_full.wait(keys_phase_);
+    keys_phase_ ^= 1;
     if constexpr (Traits::kKeysInRegisters) {
       auto load = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, mma_kq);
       auto slice = load.get_thread_slice(thread);
-      auto keys = as_position_independent_swizzle_tensor(own_keys(shared.k));
+      auto keys = as_position_independent_swizzle_tensor(own_k);
       copy(load, slice.partition_S(keys), slice.retile_D(operand_k));
     }
     load_statistics();
@@ -125,12 +137,12 @@ class BackwardMainloop {
         start_from(ds_rows, minus_delta);
         warpgroup_fence_operand(gradients);
       }
-      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_kq, operand_k, operand_q(_, _, _, read_q.index()),
-                                              scores);
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_kq, operand_k,
+                                              operand_q(_, _, _, read_q_.index()), scores);
       if constexpr (Traits::kScoresBehindDk) finish_last_step(_1{});
       sm90::issue_gemm<kStartFromDelta>(
-          mma_scores, operand_v, operand_grad_out(_, _, _, read_grad_out.index()), gradients);
-      if (!first_step) Dq::announce(shared, warpgroup, 0, thread);
+          mma_scores, operand_v, operand_grad_out(_, _, _, read_grad_out_.index()), gradients);
+      if (!first_step) Dq::announce(shared_, warpgroup_, 0, thread);
       first_step = false;
 
       warpgroup_wait<1>();
@@ -145,38 +157,49 @@ class BackwardMainloop {
       sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
       auto ds = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(gradients.data(), OperandLayout{}), ds);
-      Ds::store(ds, own_ds, buffer);
+      Ds::store(ds, own_ds, ds_buffer_);
 
       // dS becomes visible to everyone while dV is in flight.
       sm90::issue_gemm<sm90::Accumulate::kYes>(
-          mma_dkv, p, operand_grad_out_t(_, _, _, read_grad_out.index()), dv);
+          mma_dkv, p, operand_grad_out_t(_, _, _, read_grad_out_.index()), dv);
       cutlass::arch::fence_view_async_shared();
       __syncwarp();
-      if (thread % cutlass::NumThreadsPerWarp == 0) shared.ds_full[buffer].arrive();
+      if (thread % cutlass::NumThreadsPerWarp == 0) shared_.ds_full[ds_buffer_].arrive();
 
       // dQ needs everyone's dS. Behind it dK is in flight until the next step has issued its
       // scores; what else a step begins and ends with hides under it.
       auto dq = Dq::accumulator();
-      shared.ds_full[buffer].wait(ds_phase);
-      Dq::template issue<sm90::Accumulate::kNo>(operands_dq, buffer, dq);
+      shared_.ds_full[ds_buffer_].wait(ds_phase_);
+      Dq::template issue<sm90::Accumulate::kNo>(operands_dq, ds_buffer_, dq);
       warpgroup_wait<1>();  // dV
-      release(pipeline_grad_out, read_grad_out);
-      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read_q.index()),
+      release(pipeline_grad_out_, read_grad_out_);
+      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read_q_.index()),
                                                dk);
-      ++read_q;
+      ++read_q_;
       step.advance();
       more = step.valid();
       if (more) load_statistics();
-      shared.dq_empty[warpgroup].wait(dq_phase ^ 1);
+      shared_.dq_empty[warpgroup_].wait(dq_phase_ ^ 1);
       warpgroup_wait<1>();  // dQ
-      Dq::write(shared, warpgroup, 0, thread, dq);
-
-      dq_phase ^= 1;
-      ds_phase ^= buffer;
-      buffer ^= 1;
+      Dq::write(shared_, warpgroup_, 0, thread, dq);
+      dq_phase_ ^= 1;
+      ds_phase_ ^= ds_buffer_;
+      ds_buffer_ ^= 1;
     }
-    Dq::announce(shared, warpgroup, 0, thread);
+    // The last key block's dV has left: the first dQ of this one waited for it.
+    Epilogue::write(shared_.own.dv[warpgroup_], dv);
+    Dq::announce(shared_, warpgroup_, 0, thread);
+    if (thread % cutlass::NumThreadsPerWarp == 0) {
+      shared_.keys_empty.arrive();
+      shared_.dv_full[warpgroup_].arrive();
+    }
     warpgroup_wait<0>();
+    release(pipeline_q_, read_by_dk);
+    shared_.dq_empty[warpgroup_].wait(dq_phase_ ^ 1);
+    Epilogue::write(reinterpret_cast<Element*>(shared_.own.dq[warpgroup_]), dk,
+                    params.softmax_scale);
+    Dq::announce(shared_, warpgroup_, 0, thread);
+    dq_phase_ ^= 1;
   }
 
  private:
@@ -192,6 +215,17 @@ class BackwardMainloop {
     if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) pipeline.consumer_release(state);
     ++state;
   }
+
+  SharedStorage& shared_;
+  Pipeline& pipeline_q_;
+  Pipeline& pipeline_grad_out_;
+  int const warpgroup_;
+  // Where the barriers are, over all key blocks of the CTA.
+  PipelineState read_q_, read_grad_out_;
+  uint32_t keys_phase_ = 0;
+  int ds_buffer_ = 0;
+  uint32_t ds_phase_ = 0;
+  uint32_t dq_phase_ = 0;
 };
 
 }  // namespace cute_kernels::attention

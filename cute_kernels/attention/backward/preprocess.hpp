@@ -23,8 +23,8 @@ struct PreprocessParams {
 };
 
 /// Block (query block, head, batch): delta = rowsum(dO * O) - grad_lse and the LSE in powers of two
-/// of kTileM queries, and zeros where the main kernel adds up dQ; in deterministic mode, where the
-/// first to come writes it, only of the count of those.
+/// of kTileM queries, and zeros where the main kernel counts and adds up dQ; in deterministic mode,
+/// where the first to come writes dQ, only where it counts.
 template <class Traits>
 __global__ void __launch_bounds__(kPreprocessThreads)
     preprocess_kernel(CUTE_GRID_CONSTANT PreprocessParams const params) {
@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     }
   }
 
+  if (row_of_heads + block + threadIdx.x == 0) *params.workspace.drawn = 0;
   if (params.workspace.turns != nullptr) {
     if (threadIdx.x < Traits::kCluster) {
       params.workspace.turns[block_index * Traits::kCluster + threadIdx.x] = 0;

@@ -8,6 +8,7 @@
 
 #include "cute_kernels/attention/backward/dq.hpp"
 #include "cute_kernels/attention/backward/ds.hpp"
+#include "cute_kernels/attention/backward/epilogue.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
 #include "cute_kernels/sm90/cluster.hpp"
@@ -43,6 +44,39 @@ class BackwardSplitMainloop {
   static constexpr int kTileM = Traits::kTileM;
 
  public:
+  /// Computes dV or dK and a quarter of dQ, and sends them.
+  template <class Params>
+  CUTLASS_DEVICE static void compute(Params const& params, SharedStorage& shared,
+                                     Pipeline& pipeline_q, Pipeline& pipeline_grad_out,
+                                     KeyBlockCoord const& coord, int warpgroup) {
+    using namespace cute;
+    using Epilogue = BackwardEpilogue<Traits>;
+    auto gradient = partition_fragment_C(typename Traits::MmaDkv{},
+                                         Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>{});
+    clear(gradient);
+    bool const is_dv = warpgroup == 0;
+    if (is_dv) {
+      compute_dv(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);
+    } else {
+      compute_dk(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);
+    }
+    auto meet = [] {
+      sm90::barrier_sync(sm90::NamedBarrier::kGradientsReady, 0,
+                         Traits::kConsumers * cutlass::NumThreadsPerWarpGroup);
+    };
+    meet();  // done with K and V
+    Element* const buffer = is_dv ? shared.v[0] : shared.k.data();
+    Epilogue::write(buffer, gradient, is_dv ? 1.f : params.softmax_scale);
+    tma_store_fence();
+    meet();
+    if (threadIdx.x % cutlass::NumThreadsPerWarpGroup == 0) {
+      Epilogue::store(is_dv ? params.tma_dv : params.tma_dk, params, buffer, coord, 0);
+      tma_store_arrive();
+      tma_store_wait<0>();
+    }
+  }
+
+ private:
   /// The first warpgroup: adds up dV.
   template <class Params, class Accumulator>
   CUTLASS_DEVICE static void compute_dv(Params const& params, SharedStorage& shared,
@@ -52,7 +86,7 @@ class BackwardSplitMainloop {
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
     typename Traits::MmaScores mma_scores;
     typename Traits::MmaDkv mma_dkv;
-    auto [operand_k, operand_q] = score_operands(shared.k, shared.q, thread);
+    auto [operand_k, operand_q] = score_operands(shared.k.data(), shared.q, thread);
     auto operand_grad_out_t = transposed_operand(shared.grad_out, thread);
     DqOfBoth const dq_of_both(shared, coord, 0, thread);
 
@@ -107,7 +141,7 @@ class BackwardSplitMainloop {
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
     typename Traits::MmaScores mma_scores;
     typename Traits::MmaDkv mma_dkv;
-    auto [operand_v, operand_grad_out] = score_operands(shared.v, shared.grad_out, thread);
+    auto [operand_v, operand_grad_out] = score_operands(shared.v[0], shared.grad_out, thread);
     auto operand_qt = transposed_operand(shared.q, thread);
     DqOfBoth const dq_of_both(shared, coord, 1, thread);
 
@@ -157,7 +191,6 @@ class BackwardSplitMainloop {
     }
   }
 
- private:
   /// P lies where this CTA's dS will.
   CUTLASS_DEVICE static uint4* where_p_is(SharedStorage& shared, KeyBlockCoord const& coord) {
     return reinterpret_cast<uint4*>(shared.ds.data() +
@@ -228,12 +261,12 @@ class BackwardSplitMainloop {
   }
 
   /// A and B of S^T = K Q^T, or of dP^T = V dO^T.
-  template <class Keys, class Queries>
-  CUTLASS_DEVICE static auto score_operands(Keys& keys, Queries& queries, int thread) {
+  template <class Queries>
+  CUTLASS_DEVICE static auto score_operands(Element* keys, Queries& queries, int thread) {
     using namespace cute;
     auto slice = typename Traits::MmaScores{}.get_thread_slice(thread);
-    return cute::make_tuple(slice.make_fragment_A(slice.partition_A(make_tensor(
-                                make_smem_ptr(keys.data()), typename Traits::LayoutK{}))),
+    return cute::make_tuple(slice.make_fragment_A(slice.partition_A(
+                                make_tensor(make_smem_ptr(keys), typename Traits::LayoutK{}))),
                             slice.make_fragment_B(slice.partition_B(make_tensor(
                                 make_smem_ptr(queries.data()), typename Traits::LayoutQ{}))));
   }

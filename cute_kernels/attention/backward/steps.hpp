@@ -4,24 +4,17 @@
 
 #include <cutlass/cutlass.h>
 
+#include "cute_kernels/attention/backward/key_blocks.hpp"
 #include "cute_kernels/attention/mask.hpp"
 
 namespace cute_kernels::attention {
 
-/// The work of one CTA: kTileN keys of one KV head of one batch entry, and the query heads and
-/// blocks that see them.
-struct KeyBlockCoord {
-  int n_block;
-  int kv_head;
-  int batch;
-};
-
-/// The steps of a CTA in the one order that all its warps keep: the query heads of the group, and
-/// for each the query blocks that see the keys, from the last to the first.
+/// The steps of a key block in the one order that all warps of its CTA keep: the query heads of the
+/// group, and for each the query blocks that see the keys, from the last to the first.
 ///
-/// In deterministic mode key blocks add to a block's dQ in the order of their numbers. So a CTA
-/// waits only for CTAs with smaller numbers, which have started before it, and once it has waited
-/// for the one before it, follows a step behind.
+/// In deterministic mode key blocks add to a query block's dQ in the order of their numbers. So one
+/// waits only for smaller numbers, which have started before it, and once it has waited for the one
+/// before it, follows a step behind.
 template <class Traits, class Params>
 class QuerySteps {
  public:
@@ -54,7 +47,7 @@ class QuerySteps {
            block_;
   }
 
-  /// How many CTAs add to the same slices of this step's dQ before, in deterministic mode.
+  /// How many add to the same slices of this step's dQ before, in deterministic mode.
   CUTLASS_DEVICE int turn() const { return coord_.n_block / Traits::kCluster; }
 
   /// Whose turn it is to add to the slices that are this CTA's of a cluster.

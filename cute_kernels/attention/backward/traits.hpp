@@ -56,6 +56,9 @@ struct BackwardTraits {
   static_assert(kHeadDim % 64 == 0, "the 128-byte swizzle is 64 elements wide");
 
   static constexpr int kCluster = kSplitProducts ? 2 : 1;  // CTAs that compute dQ together
+  // CTAs stay and take one key block after the other: the next one's keys and queries load while
+  // the gradients of the last one's leave.
+  static constexpr bool kPersistent = !kSplitProducts;
   /// Of the CTA with this key block, in its cluster.
   CUTLASS_DEVICE static int rank(int n_block) { return n_block % kCluster; }
   // dQ = dS K: each warpgroup has 64 queries, or all 64 and some of the channels, or the same
@@ -122,6 +125,9 @@ struct BackwardTraits {
   static constexpr int kDsBuffers = 2;
   using LayoutDs = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kDsBuffers>>{}));
+  // 64 keys that a warpgroup has for itself: its V, and dK and dV on their way out.
+  using LayoutOwnKeys = decltype(cute::tile_to_shape(
+      SwizzleAtom{}, cute::Shape<cute::Int<kWarpgroupN>, cute::Int<kHeadDim>>{}));
   // The same memory seen transposed, which WGMMA's descriptor undoes.
   using LayoutKt = decltype(cute::composition(
       LayoutK{}, cute::make_layout(cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>>{},
@@ -147,6 +153,9 @@ struct BackwardTraits {
   static constexpr int kDqBuffers = kSplitProducts ? kStages : 1;
   static_assert(!kSplitProducts || kSliceFloats * sizeof(float) <= kBytesQ,
                 "split by products, dQ leaves through the memory of Q and dO");
+  static_assert(kSplitProducts ||
+                    kSliceFloats * sizeof(float) >= cute::cosize_v<LayoutOwnKeys> * sizeof(Element),
+                "dK leaves through the memory of dQ");
 
   // One arrival a warp; where dQ leaves through the stages, the threads that add it release them.
   static constexpr int kStageReleases = kSplitProducts ? 1 : kConsumerWarps;
@@ -157,16 +166,18 @@ struct BackwardTraits {
 
   struct SharedStorage {
     // 1024 bytes is the period of the 128-byte swizzle.
-    alignas(1024) cute::array<Element, cute::cosize_v<LayoutK>> k;  // then dK
-    alignas(1024) cute::array<Element, cute::cosize_v<LayoutK>> v;  // then dV
+    // Split by products, dK and dV leave from where K and V were.
+    alignas(1024) cute::array<Element, cute::cosize_v<LayoutK>> k;
+    alignas(1024) Element v[kTileN / kWarpgroupN][cute::cosize_v<LayoutOwnKeys>];
     alignas(1024) cute::array<Element, cute::cosize_v<LayoutQ>> q;
     alignas(1024) cute::array<Element, cute::cosize_v<LayoutQ>> grad_out;
     alignas(1024) cute::array<Element, cute::cosize_v<LayoutDs>> ds;
-    struct alignas(128) DqBuffers {
-      float dq[kConsumers][kSliceFloats];
+    struct WayOut {
+      alignas(1024) float dq[kConsumers][kSliceFloats];  // and when all dQ has left, dK
+      alignas(1024) Element dv[kConsumers][cute::cosize_v<LayoutOwnKeys>];
     };
     struct alignas(1024) PeerKeys : cute::array<Element, cute::cosize_v<LayoutPeerK>> {};
-    std::conditional_t<kSplitProducts, PeerKeys, DqBuffers> own;
+    std::conditional_t<kSplitProducts, PeerKeys, WayOut> own;
     alignas(16) float lse_log2[kStages][kTileM];
     alignas(16) float minus_delta[kStages][kTileM];
 
@@ -175,6 +186,12 @@ struct BackwardTraits {
     typename Pipeline::SharedStorage pipeline_grad_out;  // dO and delta
     cutlass::arch::ClusterTransactionBarrier k_full;
     cutlass::arch::ClusterTransactionBarrier v_full;
+    // Persistent. Every consumer warp is done with K and V.
+    cutlass::arch::ClusterBarrier keys_empty;
+    // The number of the CTA's next key block is there; everyone has read it.
+    int number;
+    cutlass::arch::ClusterBarrier number_full;
+    cutlass::arch::ClusterBarrier number_empty;
     // Every warp has written its part of dS.
     cutlass::arch::ClusterBarrier ds_full[kDsBuffers];
     // Split by products. The first warpgroup has written P; the other CTA's keys, its dS have
@@ -183,10 +200,11 @@ struct BackwardTraits {
     cutlass::arch::ClusterTransactionBarrier peer_k_full;
     cutlass::arch::ClusterTransactionBarrier peer_ds_full;
     cutlass::arch::ClusterBarrier ds_empty;
-    // Full: the warps of warpgroup i have written its slice of dQ. Empty: TMA has read it (split by
-    // products, the pipelines' empty says so).
+    // Full: the warps of warpgroup i have written its slice of dQ, or dK. Empty: TMA has read it
+    // (split by products, the pipelines' empty says so).
     cutlass::arch::ClusterBarrier dq_full[kConsumers][kDqBuffers];
     cutlass::arch::ClusterBarrier dq_empty[kConsumers];
+    cutlass::arch::ClusterBarrier dv_full[kConsumers];  // the same of dV, read before dK
     // Deterministic mode: how many of warpgroup i's slices of dQ are complete in global memory.
     int dq_added[kConsumers];
   };

@@ -15,6 +15,7 @@ struct BackwardWorkspace {
   float* minus_delta;  // the same shape, 0 beyond the last query
   float* dq;           // [rows][m_blocks][kDqSlices][kSliceFloats], not yet scaled
   int* turns;  // [rows][m_blocks][kCluster], contributions added to dq, or null: in no order
+  int* drawn;  // how many key blocks CTAs have drawn beside their first
   int64_t bytes;
 };
 
@@ -43,6 +44,7 @@ BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
   carve(result.dq, blocks * Traits::kTileM * Traits::kHeadDim);
   carve(result.lse_log2, blocks * Traits::kTileM);
   carve(result.minus_delta, blocks * Traits::kTileM);
+  carve(result.drawn, 1);
   result.turns = nullptr;
   if (adds_in_order<Traits>(problem)) carve(result.turns, blocks * Traits::kCluster);
   result.bytes = next - static_cast<char*>(problem.workspace);
