@@ -114,6 +114,11 @@ class BackwardMainloop {
       warpgroup_wait<in_flight>();
       if (!first_step) release(pipeline_q_, read_by_dk);
     };
+    bool const goes_ahead = Traits::kSecondGoesAhead && warpgroup_ == 1;
+    auto finish_dv = [&](auto in_flight) {
+      warpgroup_wait<in_flight>();
+      release(pipeline_grad_out_, read_grad_out_);
+    };
 
     shared_.k_full.wait(keys_phase_);
     shared_.v_full.wait(keys_phase_);
@@ -171,10 +176,10 @@ class BackwardMainloop {
       auto dq = Dq::accumulator();
       shared_.ds_full[ds_buffer_].wait(ds_phase_);
       Dq::template issue<sm90::Accumulate::kNo>(operands_dq, ds_buffer_, dq);
-      warpgroup_wait<1>();  // dV
-      release(pipeline_grad_out_, read_grad_out_);
+      if (!goes_ahead) finish_dv(_1{});
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read_q_.index()),
                                                dk);
+      if (goes_ahead) finish_dv(_2{});
       ++read_q_;
       step.advance();
       more = step.valid();
