@@ -1,6 +1,6 @@
 """A few small calls of every kernel of the build, to run under compute-sanitizer on a Hopper GPU:
 
-compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py [forward|backward]
+compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py [passes]
 """
 
 import itertools
@@ -8,10 +8,11 @@ import sys
 
 import torch
 
-from cute_kernels import flash_attn_func, tile_configs
+from cute_kernels import flash_attn_fp8_func, flash_attn_func, tile_configs
 from cute_kernels.operators import flash_attn_backward, flash_attn_forward
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 SHAPES = [(1, 1), (113, 203), (300, 77), (77, 300), (64, 0)]  # seqlen_q, seqlen_k
 
 
@@ -30,7 +31,11 @@ def backward(row, index, q, k, v, causal):
     ]
 
 
-CALLS = {"forward": forward, "backward": backward}
+def forward_fp8(row, index, q, k, v, causal):
+    return [flash_attn_fp8_func(q, k, v, causal=causal, qk_dtype=FP8_DTYPES[row["dtype"]])]
+
+
+CALLS = {"forward": forward, "backward": backward, "forward_fp8": forward_fp8}
 
 
 def main() -> int:
@@ -39,7 +44,7 @@ def main() -> int:
     for of_pass in sys.argv[1:] or CALLS:
         rows = enumerate(tile_configs(of_pass))
         for (index, row), lengths, causal in itertools.product(rows, SHAPES, (False, True)):
-            options = {"device": "cuda", "dtype": DTYPES[row["dtype"]]}
+            options = {"device": "cuda", "dtype": DTYPES.get(row["dtype"], torch.bfloat16)}
             q, k, v = (
                 torch.randn(2, seqlen, heads, row["head_dim"], **options)
                 for seqlen, heads in zip((*lengths, lengths[1]), (4, 2, 2), strict=True)
