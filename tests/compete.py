@@ -32,8 +32,9 @@ def compete(row, index, key_blocks, causal) -> bool:
         return flash_attn_backward(*given, deterministic, index)
 
     alone = call(sizes[1], True)
-    # A call of half the key blocks leaves half the GPU to the first stream. What it frees goes to the
-    # second one, whose priority is higher, though the first still has CTAs to start.
+    # A call of half the key blocks, if they are few, leaves half the GPU to the first stream. What
+    # it frees goes to the second one, whose priority is higher, though the first still has CTAs to
+    # start.
     beside = torch.cuda.Stream()
     streams = [torch.cuda.Stream(priority=priority) for priority in (0, -1)]
     wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in streams]

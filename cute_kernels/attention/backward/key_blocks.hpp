@@ -5,6 +5,8 @@
 #include <cutlass/arch/barrier.h>
 #include <cutlass/cutlass.h>
 
+#include "cute_kernels/sm90/dependent_launch.hpp"
+
 namespace cute_kernels::attention {
 
 /// kTileN keys of one KV head of one batch entry.
@@ -14,8 +16,8 @@ struct KeyBlockCoord {
   int batch;
 };
 
-/// The keys of the CTA number `number`: the first clusters of a group of heads, then the second
-/// ones, and so on.
+/// The keys of number `number`: the first clusters of a group of heads, then the second ones, and
+/// so on.
 template <class Traits, class Params>
 CUTLASS_DEVICE KeyBlockCoord key_block_of(Params const& params, int number) {
   int const cluster = number / Traits::kCluster;
@@ -29,23 +31,24 @@ CUTLASS_DEVICE KeyBlockCoord key_block_of(Params const& params, int number) {
 }
 
 /// The loader's walk over the CTA's key blocks: work(coord) for each. A CTA that stays draws its
-/// next number from a counter in global memory, in time to load it while the others still compute;
-/// so numbers are drawn in their order, by CTAs that run. Called by one thread.
+/// numbers from a counter in global memory, the next one in time to load it while the others still
+/// compute. Even the first: every number is then drawn by a CTA that runs, after all smaller ones,
+/// which it may have to wait for (deterministic mode). Called by one thread.
 template <class Traits, class Params, class Work>
 CUTLASS_DEVICE void hand_out_key_blocks(Params const& params,
                                         typename Traits::SharedStorage& shared, Work const& work) {
-  int number = static_cast<int>(blockIdx.x);
   if constexpr (Traits::kPersistent) {
+    sm90::wait_for_previous_kernel();  // it clears the counter
     for (uint32_t phase = 1;; phase ^= 1) {
+      int const number = atomicAdd(params.workspace.drawn, 1);
       shared.number_empty.wait(phase);
       shared.number = number;
       shared.number_full.arrive();
       if (number >= params.clusters * params.pairs) break;
       work(key_block_of<Traits>(params, number));
-      number = static_cast<int>(gridDim.x) + atomicAdd(params.workspace.drawn, 1);
     }
   } else {
-    work(key_block_of<Traits>(params, number));
+    work(key_block_of<Traits>(params, static_cast<int>(blockIdx.x)));
   }
 }
 

@@ -15,7 +15,7 @@ struct BackwardWorkspace {
   float* minus_delta;  // the same shape, 0 beyond the last query
   float* dq;           // [rows][m_blocks][kDqSlices][kSliceFloats], not yet scaled
   int* turns;  // [rows][m_blocks][kCluster], contributions added to dq, or null: in no order
-  int* drawn;  // how many key blocks CTAs have drawn beside their first
+  int* drawn;  // how many key blocks CTAs have drawn
   int64_t bytes;
 };
 
