@@ -9,6 +9,7 @@
 #include "cute_kernels/attention/backward/epilogue.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
+#include "cute_kernels/sm90/named_barrier.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
@@ -37,6 +38,7 @@ class BackwardMainloop {
   using OperandLayout = typename Traits::ScoresAsOperand;
 
   static constexpr int kTileM = Traits::kTileM;
+  static constexpr int kThreads = Traits::kConsumers * cutlass::NumThreadsPerWarpGroup;
   // Whether dP's accumulators start from -delta.
   static constexpr auto kStartFromDelta =
       Traits::kShuffledStatistics ? sm90::Accumulate::kNo : sm90::Accumulate::kYes;
@@ -142,11 +144,15 @@ class BackwardMainloop {
         start_from(ds_rows, minus_delta);
         warpgroup_fence_operand(gradients);
       }
+      if (Traits::kSecondGoesAhead && warpgroup_ == 0) {
+        sm90::barrier_sync(sm90::NamedBarrier::kSecondIssued, 0, kThreads);
+      }
       sm90::issue_gemm<sm90::Accumulate::kNo>(mma_kq, operand_k,
                                               operand_q(_, _, _, read_q_.index()), scores);
       if constexpr (Traits::kScoresBehindDk) finish_last_step(_1{});
       sm90::issue_gemm<kStartFromDelta>(
           mma_scores, operand_v, operand_grad_out(_, _, _, read_grad_out_.index()), gradients);
+      if (goes_ahead) sm90::barrier_arrive(sm90::NamedBarrier::kSecondIssued, 0, kThreads);
       if (!first_step) Dq::announce(shared_, warpgroup_, 0, thread);
       first_step = false;
 

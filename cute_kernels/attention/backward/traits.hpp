@@ -108,9 +108,9 @@ struct BackwardTraits {
       std::conditional_t<kShuffledStatistics, ShuffledRowStatistic<kTileM>, RowStatistic<kTileM>>;
   // S^T is issued while the last step's dK is in flight.
   static constexpr bool kScoresBehindDk = kKeysInRegisters && kShuffledStatistics;
-  // The second warpgroup issues dK before dV is complete, the first after: so the second stays
-  // ahead, and one computes P and dS while the other's products run. At head dim 64 they stay apart
-  // by themselves. See docs/tuning.md.
+  // The second warpgroup stays ahead of the first, so that one computes P and dS while the other's
+  // products run: it issues S^T and dP^T first, and dK before its dV is complete. At head dim 64
+  // that gains nothing. See docs/tuning.md.
   static constexpr bool kSecondGoesAhead = !kSplitProducts && !kScoresBehindDk;
 
   // S^T's and dP^T's accumulators, 16-bit, as the A operand of dV and dK.
