@@ -33,7 +33,7 @@ struct BackwardParams {
   float softmax_scale;
   int heads;
   int heads_per_kv;
-  bool deterministic;  // dQ in order: asked for, or faster (adds_in_order)
+  bool dq_in_order;  // deterministic mode, or faster so (adds_in_order)
   Mask mask;
   int clusters;  // of CTAs, for one KV head of one batch entry
   int pairs;     // of batch entries and KV heads
@@ -52,8 +52,8 @@ CUTLASS_DEVICE void meet() {
   }
 }
 
-/// Warpgroup 0 moves data (warp 0 loads, warp 1 + i sends what consumer warpgroup i hands out, in
-/// deterministic mode warp 3 lets others add to dQ), the others compute.
+/// Warpgroup 0 moves data (warp 0 loads, warp 1 + i sends what consumer warpgroup i hands out, warp
+/// 3, where dQ is in order, lets others add to it), the others compute.
 template <class Traits, class Params>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(CUTE_GRID_CONSTANT Params const params) {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     shared.v_full.init(1);
     shared.keys_empty.init(Traits::kConsumerWarps);
     shared.number_full.init(1);
-    shared.number_empty.init(Traits::kConsumerWarps + Traits::kConsumers + params.deterministic);
+    shared.number_empty.init(Traits::kConsumerWarps + Traits::kConsumers + params.dq_in_order);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Traits::kDsBuffers; ++i) shared.ds_full[i].init(Traits::kDsWriters);
     shared.p_full.init(cutlass::NumWarpsPerWarpGroup);
@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   pipeline_params.role =
       is_producer ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
   pipeline_params.is_leader = is_producer;
-  // Split by products, dQ takes the stages' memory only in deterministic mode.
-  bool const dq_through_memory = !Traits::kSplitProducts || params.deterministic;
+  // Split by products, dQ takes the stages' memory only in order.
+  bool const dq_through_memory = !Traits::kSplitProducts || params.dq_in_order;
   pipeline_params.num_consumers =
       dq_through_memory ? Traits::kStageReleases : cutlass::NumWarpsPerWarpGroup;
   pipeline_params.transaction_bytes = Traits::kBytesQ + Traits::kBytesRows;
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
             params, shared, [&](KeyBlockCoord const& coord) { sender.send(coord, release); });
         sm90::bulk_wait_complete();
       }
-    } else if (warp_in_group == Traits::kConsumers + 1 && params.deterministic) {
+    } else if (warp_in_group == Traits::kConsumers + 1 && params.dq_in_order) {
       if (elect_one_sync()) {
         BackwardTurns<Traits, Params> turns(params, shared);
         for_each_key_block<Traits, Caller::kThread>(

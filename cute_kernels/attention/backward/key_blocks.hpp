@@ -33,7 +33,7 @@ CUTLASS_DEVICE KeyBlockCoord key_block_of(Params const& params, int number) {
 /// The loader's walk over the CTA's key blocks: work(coord) for each. A CTA that stays draws its
 /// numbers from a counter in global memory, the next one in time to load it while the others still
 /// compute. Even the first: every number is then drawn by a CTA that runs, after all smaller ones,
-/// which it may have to wait for (deterministic mode). Called by one thread.
+/// which it may have to wait for (dQ in order). Called by one thread.
 template <class Traits, class Params, class Work>
 CUTLASS_DEVICE void hand_out_key_blocks(Params const& params,
                                         typename Traits::SharedStorage& shared, Work const& work) {

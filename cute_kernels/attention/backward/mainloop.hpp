@@ -24,7 +24,7 @@ namespace cute_kernels::attention {
 /// - dq_full[i]: the thread that sends what warpgroup i hands out waits for the four warps of i.
 ///   dq_empty[i]: these wait until TMA has read their last slice. dK goes the same way, as one more
 ///   slice; dv_full[i]: and dV before it.
-/// - turns (deterministic): that thread waits for the same slice of the key blocks before.
+/// - turns (dQ in order): that thread waits for the same slice of the key blocks before.
 template <class Traits>
 class BackwardMainloop {
   using Element = typename Traits::Element;

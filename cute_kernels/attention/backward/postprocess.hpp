@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(128 * Traits::kDqSlices)
   auto dq = partition_fragment_C(mma, Shape<Int<Traits::kSliceM>, Int<Traits::kSliceN>>{});
   auto const* slice = reinterpret_cast<float4 const*>(
       params.workspace.dq + (block_index * Traits::kDqSlices + warpgroup) * Traits::kSliceFloats);
-  // In deterministic mode no one has written what no key sees.
+  // In order, no one has written what no key sees.
   bool const seen = params.workspace.turns == nullptr ||
                     params.workspace.turns[block_index * Traits::kCluster] > 0;
   CUTLASS_PRAGMA_UNROLL

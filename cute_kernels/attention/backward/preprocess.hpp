@@ -23,8 +23,8 @@ struct PreprocessParams {
 };
 
 /// Block (query block, head, batch): delta = rowsum(dO * O) - grad_lse and the LSE in powers of two
-/// of kTileM queries, and zeros where the main kernel counts and adds up dQ; in deterministic mode,
-/// where the first to come writes dQ, only where it counts.
+/// of kTileM queries, and zeros where the main kernel counts and adds up dQ; in order, where the
+/// first to come writes dQ, only where it counts.
 template <class Traits>
 __global__ void __launch_bounds__(kPreprocessThreads)
     preprocess_kernel(CUTE_GRID_CONSTANT PreprocessParams const params) {

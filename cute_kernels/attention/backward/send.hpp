@@ -21,23 +21,23 @@ class BackwardSender {
   CUTLASS_DEVICE BackwardSender(Params const& params, SharedStorage& shared, int warpgroup)
       : params_(params), shared_(shared), warpgroup_(warpgroup) {}
 
-  /// Calls release() whenever TMA has read a buffer. In deterministic mode the first to come to a
+  /// Calls release() whenever TMA has read a buffer. In order, the first to come to a
   /// slice of dQ writes it.
   template <class Release>
   CUTLASS_DEVICE void send(KeyBlockCoord const& coord, Release const& release) {
     for (QuerySteps<Traits, Params> step(params_, coord); step.valid(); step.advance()) {
-      if (params_.deterministic) sm90::semaphore_wait(step.turns(), step.turn());
+      if (params_.dq_in_order) sm90::semaphore_wait(step.turns(), step.turn());
       wait_for_consumers();
       float const* const from = Dq::buffer(shared_, warpgroup_, index_);
       float* const to = params_.workspace.dq + step.dq_slice(warpgroup_) * Traits::kSliceFloats;
       constexpr int kBytes = Traits::kSliceFloats * sizeof(float);
-      if (params_.deterministic && step.turn() == 0) {
+      if (params_.dq_in_order && step.turn() == 0) {
         sm90::bulk_store(to, from, kBytes);
       } else {
         sm90::bulk_reduce_add(to, from, kBytes);
       }
       wait_until_read(release);
-      if (params_.deterministic) {
+      if (params_.dq_in_order) {
         sm90::bulk_wait_complete();
         sm90::count_up(&shared_.dq_added[warpgroup_]);
       }
@@ -80,7 +80,7 @@ class BackwardSender {
   uint32_t dv_phase_ = 0;
 };
 
-/// Deterministic mode: lets the next key block add to a query block when all slices are complete,
+/// dQ in order: lets the next key block add to a query block when all slices are complete,
 /// which spares those that add the wait for memory that this takes. Of one thread.
 template <class Traits, class Params>
 class BackwardTurns {

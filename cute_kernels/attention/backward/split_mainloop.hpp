@@ -27,7 +27,7 @@ namespace cute_kernels::attention {
 ///   in their memory, as peer_k_full says of its keys. ds_empty: the first one, which writes P
 ///   where dS will be, waits until every consumer warp of both CTAs has read both dS.
 /// - The first warpgroup releases dO, the second Q: the other one's reads are over by then. dQ is
-///   added straight from registers; in deterministic mode it leaves through the step's own dO and Q
+///   added straight from registers; in order it leaves through the step's own dO and Q
 ///   instead, and the threads that add it release their stages. kStageRead: the warpgroup's four
 ///   warps have done with the stage.
 template <class Traits>
@@ -243,7 +243,7 @@ class BackwardSplitMainloop {
                                      Pipeline& pipeline, PipelineState const& read,
                                      Step const& step, int warpgroup, int thread,
                                      Accumulator const& dq) {
-    if (params.deterministic) {
+    if (params.dq_in_order) {
       sm90::barrier_sync(sm90::NamedBarrier::kStageRead, warpgroup,
                          cutlass::NumThreadsPerWarpGroup);
       Dq::write(shared, warpgroup, read.index(), thread, dq);

@@ -12,7 +12,7 @@ namespace cute_kernels::attention {
 /// The steps of a key block in the one order that all warps of its CTA keep: the query heads of the
 /// group, and for each the query blocks that see the keys, from the last to the first.
 ///
-/// In deterministic mode key blocks add to a query block's dQ in the order of their numbers. So one
+/// Where dQ is in order, key blocks add to a query block's dQ in the order of their numbers. So one
 /// waits only for smaller numbers, which have started before it, and once it has waited for the one
 /// before it, follows a step behind.
 template <class Traits, class Params>
@@ -47,7 +47,7 @@ class QuerySteps {
            block_;
   }
 
-  /// How many add to the same slices of this step's dQ before, in deterministic mode.
+  /// How many add to the same slices of this step's dQ before, in order.
   CUTLASS_DEVICE int turn() const { return coord_.n_block / Traits::kCluster; }
 
   /// Whose turn it is to add to the slices that are this CTA's of a cluster.

@@ -209,7 +209,7 @@ struct BackwardTraits {
     cutlass::arch::ClusterBarrier dq_full[kConsumers][kDqBuffers];
     cutlass::arch::ClusterBarrier dq_empty[kConsumers];
     cutlass::arch::ClusterBarrier dv_full[kConsumers];  // the same of dV, read before dK
-    // Deterministic mode: how many of warpgroup i's slices of dQ are complete in global memory.
+    // dQ in order: how many of warpgroup i's slices of dQ are complete in global memory.
     int dq_added[kConsumers];
   };
 };
