@@ -15,6 +15,15 @@ class BackwardEpilogue {
   using Element = typename Traits::Element;
 
  public:
+  /// What a warpgroup adds up a gradient of 64 keys in.
+  CUTLASS_DEVICE static auto new_gradient() {
+    using namespace cute;
+    auto gradient = partition_fragment_C(typename Traits::MmaDkv{},
+                                         Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>{});
+    clear(gradient);
+    return gradient;
+  }
+
   /// Of a whole warpgroup: its 64 keys' gradient, times `factor`.
   template <class Accumulator>
   CUTLASS_DEVICE static void write(Element* buffer, Accumulator& gradient, float factor = 1.f) {

@@ -95,14 +95,8 @@ class BackwardMainloop {
 
     PipelineState read_by_dk = read_q_;  // the Q of the product in flight when a step ends
     bool first_step = true;
-    auto new_gradient = [&] {
-      auto gradient =
-          partition_fragment_C(mma_dkv, Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>{});
-      clear(gradient);
-      return gradient;
-    };
-    auto dk = new_gradient();
-    auto dv = new_gradient();
+    auto dk = Epilogue::new_gradient();
+    auto dv = Epilogue::new_gradient();
 
     typename Traits::Statistic lse_log2, minus_delta;
     auto load_statistics = [&] {

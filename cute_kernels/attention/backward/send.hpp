@@ -21,8 +21,8 @@ class BackwardSender {
   CUTLASS_DEVICE BackwardSender(Params const& params, SharedStorage& shared, int warpgroup)
       : params_(params), shared_(shared), warpgroup_(warpgroup) {}
 
-  /// Calls release() whenever TMA has read a buffer. In order, the first to come to a
-  /// slice of dQ writes it.
+  /// Calls release() whenever TMA has read a slice; dK is one more. In order, the first to come to
+  /// a slice of dQ writes it.
   template <class Release>
   CUTLASS_DEVICE void send(KeyBlockCoord const& coord, Release const& release) {
     for (QuerySteps<Traits, Params> step(params_, coord); step.valid(); step.advance()) {

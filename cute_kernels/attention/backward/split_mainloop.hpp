@@ -51,9 +51,7 @@ class BackwardSplitMainloop {
                                      KeyBlockCoord const& coord, int warpgroup) {
     using namespace cute;
     using Epilogue = BackwardEpilogue<Traits>;
-    auto gradient = partition_fragment_C(typename Traits::MmaDkv{},
-                                         Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>{});
-    clear(gradient);
+    auto gradient = Epilogue::new_gradient();
     bool const is_dv = warpgroup == 0;
     if (is_dv) {
       compute_dv(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);

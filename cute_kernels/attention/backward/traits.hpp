@@ -57,7 +57,7 @@ struct BackwardTraits {
 
   static constexpr int kCluster = kSplitProducts ? 2 : 1;  // CTAs that compute dQ together
   // CTAs stay and take one key block after the other: the next one's keys and queries load while
-  // the gradients of the last one's leave.
+  // the gradients of the last one leave.
   static constexpr bool kPersistent = !kSplitProducts;
   /// Of the CTA with this key block, in its cluster.
   CUTLASS_DEVICE static int rank(int n_block) { return n_block % kCluster; }
