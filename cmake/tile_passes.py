@@ -158,6 +158,7 @@ def fp8_shared_memory(row: Row) -> dict[str, int]:
             "Q": queries,
             "O": queries * ELEMENT_BYTES,
             "scales and barriers": consumers * row["head_dim"] * 4
+            + 16  # what int8 products are added to
             + 2 * 8 * (2 * stages + consumers),
         }
     )

@@ -15,6 +15,7 @@ template <class In>
 __global__ void __launch_bounds__(kMeanThreads)
     key_mean_kernel(CUTE_GRID_CONSTANT KeyMeanProblem const p) {
   __shared__ float sums[kMeanThreads][8 + 1];
+  cudaTriggerProgrammaticLaunchCompletion();
   constexpr int kChunks = kMeanChannels / 8;
   constexpr int kLanes = kMeanThreads / kChunks;  // threads that share 8 channels
   int const chunk = threadIdx.x % kChunks;
@@ -52,6 +53,7 @@ __global__ void __launch_bounds__(kMeanThreads)
     int64_t const pair = static_cast<int64_t>(blockIdx.y) * p.heads + blockIdx.x;
     p.mean[pair * p.head_dim + first_channel + threadIdx.x] = total / max(1, samples);
   }
+  end_after_previous();
 }
 
 }  // namespace cute_kernels::fp8

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "cute_kernels/attention/problem.hpp"
 
@@ -33,9 +34,13 @@ inline Signs random_signs(uint64_t seed) {
   return signs;
 }
 
+enum class InputType { kFloat16, kBFloat16, kE4m3 };
+
 /// Q or K to 8 bits: `in` (batch, seqlen, heads, head_dim), 16 bits an element, pointers and byte
 /// strides multiples of 16. head_dim is 64, 128 or 256.
 struct QuantizeRowsProblem {
+  InputType type;
+  bool to_int8;  // or to e4m3
   int batch;
   int seqlen;
   int heads;
@@ -50,6 +55,7 @@ struct QuantizeRowsProblem {
 
 /// The row that is subtracted from K: the mean of about 256 of its rows.
 struct KeyMeanProblem {
+  InputType type;
   int batch;
   int seqlen;
   int heads;
@@ -60,6 +66,7 @@ struct KeyMeanProblem {
 
 /// V to e4m3, transposed: `in` (batch, seqlen, heads, head_dim) of 16 bits or e4m3.
 struct QuantizeValuesProblem {
+  InputType type;
   int batch;
   int seqlen;
   int heads;
@@ -69,6 +76,14 @@ struct QuantizeValuesProblem {
   float* maximum;  // (batch, heads, head_dim), scratch as what follows; null for e4m3
   int* progress;   // behind `maximum`: for each slice, how much of its maxima is there
   float* scale;    // (batch, heads, head_dim); null for e4m3, which is only moved
+};
+
+/// What one call quantises, of one GPU.
+struct QuantizeProblem {
+  std::optional<KeyMeanProblem> key_mean;  // what k.shift is
+  std::optional<QuantizeRowsProblem> q;
+  std::optional<QuantizeRowsProblem> k;
+  std::optional<QuantizeValuesProblem> v;
 };
 
 /// 64 channels of a head are quantised together.

@@ -49,4 +49,11 @@ CUTLASS_DEVICE uint32_t round_to(float a, float b, float c, float d) {
   }
 }
 
+/// The end of the grid is that of the one before it in its Chain, too: its last CTA waits for it.
+CUTLASS_DEVICE void end_after_previous() {
+  if (blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1 && blockIdx.z == gridDim.z - 1) {
+    cudaGridDependencySynchronize();
+  }
+}
+
 }  // namespace cute_kernels::fp8

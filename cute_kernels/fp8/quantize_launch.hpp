@@ -4,15 +4,11 @@
 
 #include "cute_kernels/fp8/problem.hpp"
 
-// The compiled launchers of quantize.hpp. Nothing here needs a CUDA compiler.
+// The compiled launcher of quantize.hpp. Nothing here needs a CUDA compiler.
 namespace cute_kernels::fp8 {
 
-enum class InputType { kFloat16, kBFloat16, kE4m3 };
-
-cudaError_t launch_quantize_rows(QuantizeRowsProblem const& problem, InputType in, bool to_int8,
-                                 cudaStream_t stream);
-cudaError_t launch_quantize_values(QuantizeValuesProblem const& problem, InputType in,
-                                   cudaStream_t stream);
-cudaError_t launch_key_mean(KeyMeanProblem const& problem, InputType in, cudaStream_t stream);
+/// Kernels that start while the one before them ends. What is launched afterwards as usual waits
+/// for all of them.
+cudaError_t launch_quantize(QuantizeProblem const& problem, cudaStream_t stream);
 
 }  // namespace cute_kernels::fp8

@@ -35,7 +35,9 @@ struct QuantizeRows {
 
   struct SharedStorage {
     alignas(16) uint32_t signs[kHeadDim / 2];  // in the sign bits of two elements
-    alignas(16) float shift[kHeadDim];         // with the signs already flipped
+    // With the signs already flipped; first halves of all runs of 8 elements, then second ones, so
+    // that lanes find theirs in different banks.
+    alignas(16) float shift[2][kHeadDim / 2];
     uint32_t maximum[kThreads / 32];
   };
 
@@ -77,7 +79,8 @@ struct QuantizeRows {
       if (p.shift != nullptr) {
         int64_t const pair = static_cast<int64_t>(batch) * p.heads + head;
         float const shift = p.shift[pair * kHeadDim + i];
-        shared.shift[i] = __uint_as_float(__float_as_uint(shift) ^ sign << 31);
+        shared.shift[i / 4 % 2][i / 8 * 4 + i % 4] =
+            __uint_as_float(__float_as_uint(shift) ^ sign << 31);
         is_huge = !(fabsf(shift) <= kHarmless);
       }
     }
@@ -106,7 +109,7 @@ struct QuantizeRows {
       if (p.shift != nullptr) {
         CUTLASS_PRAGMA_UNROLL
         for (int j = 0; j < 8; j += 4) {
-          float4 const shift = *reinterpret_cast<float4 const*>(&shared.shift[channel + j]);
+          float4 const shift = *reinterpret_cast<float4 const*>(&shared.shift[j / 4][channel / 2]);
           CUTLASS_PRAGMA_UNROLL
           for (int i = 0; i < kRows; ++i) {
             if (row(i) >= p.seqlen) continue;  // no row: stays 0
@@ -180,6 +183,7 @@ struct QuantizeRows {
   CUTLASS_DEVICE void run() const {
     Raw raw;
     load(raw);  // all loads first: they are what the kernel's time is made of
+    if (p.shift != nullptr) cudaGridDependencySynchronize();
     bool const is_shift_huge = prepare();
     Values x;
     float maximum = maximum_of_all(transform<false>(raw, x));
@@ -202,7 +206,9 @@ template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kResidentThreads / Kernel::kThreads)
     quantize_rows_kernel(CUTE_GRID_CONSTANT QuantizeRowsProblem const p) {
   __shared__ typename Kernel::SharedStorage shared;
+  cudaTriggerProgrammaticLaunchCompletion();
   Kernel{p, shared}.run();
+  end_after_previous();
 }
 
 }  // namespace cute_kernels::fp8

@@ -66,6 +66,9 @@ struct QuantizeValues {
   int const pair = slice / slices_of_pair;
   int const first_channel = slice % slices_of_pair * kChannels;
   int const channels = min(kChannels, p.head_dim - first_channel);
+  // Here, so that the divisions are not done for every load.
+  In const* const in = static_cast<In const*>(p.in.data) + pair / p.heads * p.in.batch_stride +
+                       pair % p.heads * p.in.head_stride + first_channel;
 
   /// Channel i of the slice among all.
   CUTLASS_DEVICE int64_t channel(int i) const {
@@ -74,8 +77,6 @@ struct QuantizeValues {
 
   CUTLASS_DEVICE Raw load(int key, int chunk) const {
     if (key >= p.seqlen || chunk * 8 >= channels) return Raw{};
-    In const* const in = static_cast<In const*>(p.in.data) + pair / p.heads * p.in.batch_stride +
-                         pair % p.heads * p.in.head_stride + first_channel;
     return *reinterpret_cast<Raw const*>(in + key * p.in.seqlen_stride + chunk * 8);
   }
 
@@ -232,18 +233,21 @@ __global__ void __launch_bounds__(kValueThreads, 5)
   using Kernel = QuantizeValues<In>;
   __shared__ typename Kernel::SharedStorage shared;
   __shared__ float factor[kValueChannels];
+  cudaTriggerProgrammaticLaunchCompletion();
   constexpr bool kMove = Kernel::kMove;
   bool const rounds = kMove || blockIdx.x % 2 != 0;
   int const item = kMove ? blockIdx.x : blockIdx.x / 2 - (rounds ? order.lag : 0);
-  if (item < 0 || item >= order.items()) return;
-  int slice, block;
-  order.locate(item, slice, block);
-  Kernel const kernel{p, shared, factor, slice, block};
-  if (rounds) {
-    kernel.round_and_turn(order.blocks);
-  } else if constexpr (!kMove) {
-    kernel.find_maxima();
+  if (item >= 0 && item < order.items()) {
+    int slice, block;
+    order.locate(item, slice, block);
+    Kernel const kernel{p, shared, factor, slice, block};
+    if (rounds) {
+      kernel.round_and_turn(order.blocks);
+    } else if constexpr (!kMove) {
+      kernel.find_maxima();
+    }
   }
+  end_after_previous();
 }
 
 }  // namespace cute_kernels::fp8

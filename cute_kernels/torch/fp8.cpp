@@ -65,102 +65,150 @@ void check_grid(Argument const& a) {
           ", batch and heads must be below 65536");
 }
 
-std::tuple<Tensor, Tensor> quantize_rows(Tensor const& x_tensor, std::optional<Tensor> shift,
-                                         bool incoherent, int64_t seed, bool to_int8) {
-  Argument const x("x", x_tensor);
+/// Results that are not computed yet, and the tensors that live until they are.
+struct Rows {
+  Tensor data;
+  Tensor scale;
+  Tensor shift;
+  Tensor readable;
+  std::optional<fp8::KeyMeanProblem> key_mean;
+  std::optional<fp8::QuantizeRowsProblem> problem;
+};
+
+struct Values {
+  Tensor data;
+  Tensor scale;
+  Tensor scratch;
+  Tensor readable;
+  std::optional<fp8::QuantizeValuesProblem> problem;
+};
+
+void check_rows(Argument const& x) {
   check_tensor(x, 4);
-  InputType const in = input_type(x);
-  int64_t const batch = x.size(0), seqlen = x.size(1), heads = x.size(2), head_dim = x.size(3);
-  require(head_dim == 64 || head_dim == 128 || head_dim == 256, "x has head_dim ", head_dim,
+  input_type(x);
+  int64_t const head_dim = x.size(3);
+  require(head_dim == 64 || head_dim == 128 || head_dim == 256, x.name, " has head_dim ", head_dim,
           ", must be 64, 128 or 256");
   check_grid(x);
-  if (shift.has_value()) {
-    Argument const s("shift", *shift);
-    check_tensor(s, 3);
-    check_like(s, x);
-    require(s.dtype == ScalarType::Float && s.size(0) == batch && s.size(1) == heads &&
-                s.size(2) == head_dim && s.tensor.is_contiguous(),
-            "shift has shape ", Shape{s.sizes}, ", must be a contiguous float32 (batch, heads, ",
-            "head_dim) = (", batch, ", ", heads, ", ", head_dim, ")");
+}
+
+void check_values(Argument const& v) {
+  check_tensor(v, 4);
+  if (v.dtype != ScalarType::Float8_e4m3fn) input_type(v);
+  check_head_dim(v, v.size(3));
+  check_grid(v);
+}
+
+/// Q or K. With smooth, the mean is subtracted from every row.
+Rows prepare_rows(Argument const& x, bool smooth, bool incoherent, int64_t seed, bool to_int8) {
+  int64_t const batch = x.size(0), seqlen = x.size(1), heads = x.size(2), head_dim = x.size(3);
+  int64_t const blocks = blocks_of(seqlen, fp8::kBlockRows);
+  Rows rows{empty({batch, seqlen, heads, head_dim},
+                  to_int8 ? ScalarType::Char : ScalarType::Float8_e4m3fn, x.device),
+            empty({batch, heads, blocks}, ScalarType::Float, x.device),
+            empty({batch, heads, smooth ? head_dim : 0}, ScalarType::Float, x.device),
+            tma_readable(x, 2),
+            std::nullopt,
+            std::nullopt};
+  if (batch == 0 || seqlen == 0 || heads == 0) return rows;
+  float* const shift = smooth ? static_cast<float*>(rows.shift.data_ptr()) : nullptr;
+  InputType const type = input_type(x);
+  rows.problem = {type,
+                  to_int8,
+                  static_cast<int>(batch),
+                  static_cast<int>(seqlen),
+                  static_cast<int>(heads),
+                  static_cast<int>(head_dim),
+                  view(rows.readable),
+                  rows.data.data_ptr(),
+                  static_cast<float*>(rows.scale.data_ptr()),
+                  shift,
+                  incoherent,
+                  fp8::random_signs(static_cast<uint64_t>(seed))};
+  if (smooth) {
+    rows.key_mean = {type,
+                     static_cast<int>(batch),
+                     static_cast<int>(seqlen),
+                     static_cast<int>(heads),
+                     static_cast<int>(head_dim),
+                     view(rows.readable),
+                     shift};
   }
-  hopper(x.device);
-  torch::stable::accelerator::DeviceGuard const guard(x.device);
-  Tensor data = empty({batch, seqlen, heads, head_dim},
-                      to_int8 ? ScalarType::Char : ScalarType::Float8_e4m3fn, x.device);
-  Tensor scale =
-      empty({batch, heads, blocks_of(seqlen, fp8::kBlockRows)}, ScalarType::Float, x.device);
-  if (batch == 0 || seqlen == 0 || heads == 0) return {data, scale};
-  Tensor const readable = tma_readable(x, 2);
-  fp8::QuantizeRowsProblem const problem{
-      static_cast<int>(batch),
-      static_cast<int>(seqlen),
-      static_cast<int>(heads),
-      static_cast<int>(head_dim),
-      view(readable),
-      data.data_ptr(),
-      static_cast<float*>(scale.data_ptr()),
-      shift.has_value() ? static_cast<float const*>(shift->data_ptr()) : nullptr,
-      incoherent,
-      fp8::random_signs(static_cast<uint64_t>(seed))};
-  require_success(fp8::launch_quantize_rows(problem, in, to_int8, current_stream(x.device)),
-                  "quantize_fp8_rows");
-  return {data, scale};
+  return rows;
 }
 
-Tensor key_mean(Tensor const& x_tensor) {
+/// V as the attention kernel reads it: (batch, heads, head_dim, keys padded), and the scales of its
+/// channels (none if V comes in e4m3).
+Values prepare_values(Argument const& v) {
+  bool const moved = v.dtype == ScalarType::Float8_e4m3fn;
+  int64_t const batch = v.size(0), seqlen = v.size(1), heads = v.size(2), head_dim = v.size(3);
+  int64_t const padded = blocks_of(seqlen, kKeyPadding) * kKeyPadding;
+  int64_t const scratch = moved ? 0 : fp8::values_scratch(batch, heads, head_dim);
+  Values values{empty({batch, heads, head_dim, padded}, ScalarType::Float8_e4m3fn, v.device),
+                empty({batch, heads, moved ? 0 : head_dim}, ScalarType::Float, v.device),
+                empty({scratch}, ScalarType::Float, v.device), tma_readable(v, moved ? 1 : 2),
+                std::nullopt};
+  if (batch == 0 || seqlen == 0 || heads == 0) return values;
+  float* const maximum = moved ? nullptr : static_cast<float*>(values.scratch.data_ptr());
+  values.problem = {moved ? InputType::kE4m3 : input_type(v),
+                    static_cast<int>(batch),
+                    static_cast<int>(seqlen),
+                    static_cast<int>(heads),
+                    static_cast<int>(head_dim),
+                    view(values.readable),
+                    values.data.data_ptr(),
+                    maximum,
+                    moved ? nullptr : reinterpret_cast<int*>(maximum + batch * heads * head_dim),
+                    static_cast<float*>(values.scale.data_ptr())};
+  return values;
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_rows(Tensor const& x_tensor, bool smooth,
+                                                 bool incoherent, int64_t seed, bool to_int8) {
   Argument const x("x", x_tensor);
-  check_tensor(x, 4);
-  InputType const in = input_type(x);
-  check_head_dim(x, x.size(3));
-  check_grid(x);
+  check_rows(x);
   hopper(x.device);
   torch::stable::accelerator::DeviceGuard const guard(x.device);
-  Tensor mean = empty({x.size(0), x.size(2), x.size(3)}, ScalarType::Float, x.device);
-  if (x.size(0) == 0 || x.size(2) == 0) return mean;
-  Tensor const readable = tma_readable(x, 2);
-  fp8::KeyMeanProblem const problem{static_cast<int>(x.size(0)),
-                                    static_cast<int>(x.size(1)),
-                                    static_cast<int>(x.size(2)),
-                                    static_cast<int>(x.size(3)),
-                                    view(readable),
-                                    static_cast<float*>(mean.data_ptr())};
-  require_success(fp8::launch_key_mean(problem, in, current_stream(x.device)), "fp8_key_mean");
-  return mean;
+  Rows const rows = prepare_rows(x, smooth, incoherent, seed, to_int8);
+  require_success(fp8::launch_quantize({rows.key_mean, std::nullopt, rows.problem, std::nullopt},
+                                       current_stream(x.device)),
+                  "quantize_fp8_rows");
+  return {rows.data, rows.scale, rows.shift};
 }
 
-/// V as the kernel reads it: (batch, heads, head_dim, keys padded), and the scales of its channels
-/// (ones if V comes in e4m3).
 std::tuple<Tensor, Tensor> quantize_values(Tensor const& v_tensor) {
   Argument const v("v", v_tensor);
-  check_tensor(v, 4);
-  bool const moved = v.dtype == ScalarType::Float8_e4m3fn;
-  InputType const in = moved ? InputType::kE4m3 : input_type(v);
-  int64_t const batch = v.size(0), seqlen = v.size(1), heads = v.size(2), head_dim = v.size(3);
-  check_head_dim(v, head_dim);
-  check_grid(v);
+  check_values(v);
   hopper(v.device);
   torch::stable::accelerator::DeviceGuard const guard(v.device);
-  int64_t const padded = blocks_of(seqlen, kKeyPadding) * kKeyPadding;
-  Tensor data = empty({batch, heads, head_dim, padded}, ScalarType::Float8_e4m3fn, v.device);
-  Tensor scale = empty({batch, heads, moved ? 0 : head_dim}, ScalarType::Float, v.device);
-  if (batch == 0 || seqlen == 0 || heads == 0) return {data, scale};
-  int64_t const scratch_size = moved ? 0 : fp8::values_scratch(batch, heads, head_dim);
-  Tensor const scratch = empty({scratch_size}, ScalarType::Float, v.device);
-  float* const maximum = static_cast<float*>(scratch.data_ptr());
-  Tensor const readable = tma_readable(v, moved ? 1 : 2);
-  fp8::QuantizeValuesProblem const problem{
-      static_cast<int>(batch),
-      static_cast<int>(seqlen),
-      static_cast<int>(heads),
-      static_cast<int>(head_dim),
-      view(readable),
-      data.data_ptr(),
-      maximum,
-      reinterpret_cast<int*>(maximum + batch * heads * head_dim),
-      static_cast<float*>(scale.data_ptr())};
-  require_success(fp8::launch_quantize_values(problem, in, current_stream(v.device)),
+  Values const values = prepare_values(v);
+  require_success(fp8::launch_quantize({std::nullopt, std::nullopt, std::nullopt, values.problem},
+                                       current_stream(v.device)),
                   "quantize_fp8_values");
-  return {data, scale};
+  return {values.data, values.scale};
+}
+
+/// All that flash_attn_fp8_forward takes, from 16 bits.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_inputs(
+    Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor, bool smooth_k,
+    bool incoherent, int64_t seed, bool to_int8) {
+  Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
+  check_rows(q);
+  check_rows(k);
+  check_values(v);
+  check_like(k, q);
+  check_like(v, q);
+  hopper(q.device);
+  torch::stable::accelerator::DeviceGuard const guard(q.device);
+  Rows const q_rows = prepare_rows(q, false, incoherent, seed, to_int8);
+  Rows const k_rows = prepare_rows(k, smooth_k, incoherent, seed, to_int8);
+  Values const values = prepare_values(v);
+  require_success(
+      fp8::launch_quantize({k_rows.key_mean, q_rows.problem, k_rows.problem, values.problem},
+                           current_stream(q.device)),
+      "quantize_fp8_inputs");
+  return {q_rows.data,  q_rows.scale, k_rows.data, k_rows.scale,
+          k_rows.shift, values.data,  values.scale};
 }
 
 /// Scales that may be expanded; `blocks` is how many a (batch, head) pair needs at least.
@@ -259,10 +307,13 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_forward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
   library.def(
-      "quantize_fp8_rows(Tensor x, Tensor? shift, bool incoherent, int seed, bool to_int8) -> "
-      "(Tensor data, Tensor scale)");
-  library.def("fp8_key_mean(Tensor x) -> Tensor");
+      "quantize_fp8_rows(Tensor x, bool smooth, bool incoherent, int seed, bool to_int8) -> "
+      "(Tensor data, Tensor scale, Tensor shift)");
   library.def("quantize_fp8_values(Tensor v) -> (Tensor data, Tensor scale)");
+  library.def(
+      "quantize_fp8_inputs(Tensor q, Tensor k, Tensor v, bool smooth_k, bool incoherent, int seed, "
+      "bool to_int8) -> (Tensor q_data, Tensor q_scale, Tensor k_data, Tensor k_scale, "
+      "Tensor k_shift, Tensor v_data, Tensor v_scale)");
   library.def(
       "flash_attn_fp8_forward(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, "
       "Tensor v_scale, float softmax_scale, bool causal, bool out_float16) -> "
@@ -271,7 +322,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   library.impl("quantize_fp8_rows", TORCH_BOX(&cute_kernels::binding::quantize_rows));
-  library.impl("fp8_key_mean", TORCH_BOX(&cute_kernels::binding::key_mean));
+  library.impl("quantize_fp8_inputs", TORCH_BOX(&cute_kernels::binding::quantize_inputs));
   library.impl("quantize_fp8_values", TORCH_BOX(&cute_kernels::binding::quantize_values));
   library.impl("flash_attn_fp8_forward", TORCH_BOX(&cute_kernels::binding::flash_attn_fp8_forward));
 }

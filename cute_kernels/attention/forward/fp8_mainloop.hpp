@@ -80,8 +80,12 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     store(softmax, round_output(params, values));
   }
 
-  /// Writes the channels of V that are all ones, for good: TMA never touches them.
+  /// Writes what stays in shared memory for good: channels of V that are all ones, which TMA never
+  /// touches, and what int8 products are added to.
   CUTLASS_DEVICE static void prepare(SharedStorage& shared) {
+    if constexpr (Traits::kIntegerScores) {
+      if (threadIdx.x < shared.magic.size()) shared.magic[threadIdx.x] = Traits::kMagicBits;
+    }
     if constexpr (Traits::kLinearExp) {
       constexpr int kStage = Traits::kValueChannels * kTileN;
       constexpr int kOnes = Traits::kSumChannels * kTileN;
@@ -117,7 +121,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
 
     auto new_products = [&] {
       auto products = partition_fragment_C(mma_qk, Shape<Int<Traits::kWarpgroupM>, Int<kTileN>>{});
-      if constexpr (Traits::kIntegerScores) fill(products, int32_t{Traits::kMagicBits});
+      if constexpr (Traits::kIntegerScores) load_magic(shared, products);
       return products;
     };
     auto probabilities = make_tensor<typename Traits::ElementPv>(
@@ -327,6 +331,22 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     int thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
     asm volatile("" : "+r"(thread));
     return thread;
+  }
+
+  /// Sets all products to Traits::kMagicBits. A load sets four, a move one: instructions are short,
+  /// shared memory's bandwidth is not.
+  template <class Products>
+  CUTLASS_DEVICE static void load_magic(SharedStorage const& shared, Products& products) {
+    using namespace cute;
+    static_assert(decltype(size(products))::value % 4 == 0);
+    uint32_t const address = cast_smem_ptr_to_uint(shared.magic.data());
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(products); i += 4) {
+      asm volatile("ld.volatile.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(products(i)), "=r"(products(i + 1)), "=r"(products(i + 2)),
+                     "=r"(products(i + 3))
+                   : "r"(address));
+    }
   }
 
   /// The products as floats; of int8, with Traits::kMagic added. In registers of their own: in

@@ -119,6 +119,7 @@ struct Fp8ForwardTraits {
     struct alignas(1024) OutputBuffer : cute::array<Output, cute::cosize_v<LayoutO>> {};
     cute::array<OutputBuffer, kConsumers> o;  // twice as wide as Q
     cute::array_aligned<float, kHeadDim> v_scale[kConsumers];
+    cute::array_aligned<int32_t, 4> magic;  // kMagicBits
     typename Pipeline::SharedStorage pipeline_k;
     typename Pipeline::SharedStorage pipeline_v;
     cutlass::arch::ClusterTransactionBarrier q_full[kConsumers];

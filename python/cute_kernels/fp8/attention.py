@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cute_kernels.checks import check_softmax_scale
 from cute_kernels.fp8 import reference
-from cute_kernels.fp8.kernels import GPU_BUILT, attention_cuda
+from cute_kernels.fp8.kernels import GPU_BUILT, attention_cuda, quantize_inputs_cuda
 from cute_kernels.fp8.quantize import SATURATION, quantize_fp8
 from cute_kernels.fp8.tensor import FP8Tensor, check_head_dim
 
@@ -70,6 +70,10 @@ def flash_attn_fp8_func(
         raise TypeError("out_dtype is torch.float32, must be float16 or bfloat16 on CUDA")
     _refuse_gradients("flash_attn_fp8_func", q, k, v)
     original_q = q
+    if not any(isinstance(x, FP8Tensor) for x in (q, k, v)):
+        inputs = quantize_inputs_cuda(q, k, v, incoherent, seed, qk_dtype, smooth_k)
+        if inputs is not None:
+            q, k, v = inputs
     if not isinstance(q, FP8Tensor):
         q = quantize_fp8(q, incoherent=incoherent, seed=seed, dtype=qk_dtype)
     if not isinstance(k, FP8Tensor):

@@ -17,7 +17,7 @@ def quantize_cuda(
     x: Tensor, incoherent: bool, seed: int, block: int | None, dtype: torch.dtype, smooth: bool
 ) -> FP8Tensor | None:
     """The fused kernels, which read x once; None for what they do not do."""
-    if not GPU_BUILT or not x.is_cuda or x.dtype not in _GPU_INPUTS or x.shape[1] == 0:
+    if not GPU_BUILT or not _is_fusible(x):
         return None
     ops = torch.ops.cute_kernels
     if block is None and dtype == torch.float8_e4m3fn and not incoherent and not smooth:
@@ -25,10 +25,53 @@ def quantize_cuda(
         return FP8Tensor(data, scale.unsqueeze(2), None, keys=x.shape[1])
     if block != ROW_BLOCK or x.shape[3] not in GPU_ROTATIONS:
         return None
-    shift = ops.fp8_key_mean(x) if smooth else None
-    signed_seed = seed - 2**64 if seed >= 2**63 else seed  # operators have no unsigned numbers
-    data, scale = ops.quantize_fp8_rows(x, shift, incoherent, signed_seed, dtype == torch.int8)
-    return FP8Tensor(data, scale, block, seed if incoherent else None, shift)
+    data, scale, shift = ops.quantize_fp8_rows(
+        x, smooth, incoherent, _signed(seed), dtype == torch.int8
+    )
+    return _rows(data, scale, shift if smooth else None, seed if incoherent else None)
+
+
+def quantize_inputs_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    incoherent: bool,
+    seed: int,
+    dtype: torch.dtype,
+    smooth_k: bool,
+) -> tuple[FP8Tensor, FP8Tensor, FP8Tensor] | None:
+    """`quantize_cuda` of what attention takes, in one call, whose kernels overlap; None for what it
+    does not do or refuses."""
+    if not GPU_BUILT or not all(map(_is_fusible, (q, k, v))):
+        return None
+    if not q.shape[3] == k.shape[3] == v.shape[3] or q.shape[3] not in GPU_ROTATIONS:
+        return None
+    if dtype not in (torch.int8, torch.float8_e4m3fn) or not 0 <= seed < 2**64:
+        return None
+    q_data, q_scale, k_data, k_scale, shift, v_data, v_scale = (
+        torch.ops.cute_kernels.quantize_fp8_inputs(
+            q, k, v, smooth_k, incoherent, _signed(seed), dtype == torch.int8
+        )
+    )
+    its_seed = seed if incoherent else None
+    return (
+        _rows(q_data, q_scale, None, its_seed),
+        _rows(k_data, k_scale, shift if smooth_k else None, its_seed),
+        FP8Tensor(v_data, v_scale.unsqueeze(2), None, keys=v.shape[1]),
+    )
+
+
+def _is_fusible(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in _GPU_INPUTS and x.dim() == 4 and x.shape[1] > 0
+
+
+def _rows(data: Tensor, scale: Tensor, shift: Tensor | None, seed: int | None) -> FP8Tensor:
+    return FP8Tensor(data, scale, ROW_BLOCK, seed, shift)
+
+
+def _signed(seed: int) -> int:
+    """Operators have no unsigned numbers."""
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def attention_cuda(
@@ -62,12 +105,17 @@ def attention_cuda(
 
 
 def _quantize_rows_fake(
-    x: Tensor, shift: Tensor | None, incoherent: bool, seed: int, to_int8: bool
-) -> tuple[Tensor, Tensor]:
-    batch, seqlen, heads, _ = x.shape
+    x: Tensor, smooth: bool, incoherent: bool, seed: int, to_int8: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, seqlen, heads, head_dim = x.shape
     data = x.new_empty(x.shape, dtype=torch.int8 if to_int8 else torch.float8_e4m3fn)
     blocks = (seqlen + ROW_BLOCK - 1) // ROW_BLOCK
-    return data, x.new_empty((batch, heads, blocks), dtype=torch.float32)
+    shift = (batch, heads, head_dim if smooth else 0)
+    return (
+        data,
+        x.new_empty((batch, heads, blocks), dtype=torch.float32),
+        x.new_empty(shift, dtype=torch.float32),
+    )
 
 
 def _quantize_values_fake(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,9 +126,14 @@ def _quantize_values_fake(v: Tensor) -> tuple[Tensor, Tensor]:
     return data, v.new_empty((batch, heads, channels), dtype=torch.float32)
 
 
-def _key_mean_fake(x: Tensor) -> Tensor:
-    batch, _, heads, head_dim = x.shape
-    return x.new_empty((batch, heads, head_dim), dtype=torch.float32)
+def _quantize_inputs_fake(
+    q: Tensor, k: Tensor, v: Tensor, smooth_k: bool, incoherent: bool, seed: int, to_int8: bool
+) -> tuple[Tensor, ...]:
+    return (
+        *_quantize_rows_fake(q, False, incoherent, seed, to_int8)[:2],
+        *_quantize_rows_fake(k, smooth_k, incoherent, seed, to_int8),
+        *_quantize_values_fake(v),
+    )
 
 
 def _forward_fake(
@@ -102,5 +155,5 @@ def _forward_fake(
 if GPU_BUILT:
     torch.library.register_fake("cute_kernels::quantize_fp8_rows", _quantize_rows_fake)
     torch.library.register_fake("cute_kernels::quantize_fp8_values", _quantize_values_fake)
-    torch.library.register_fake("cute_kernels::fp8_key_mean", _key_mean_fake)
+    torch.library.register_fake("cute_kernels::quantize_fp8_inputs", _quantize_inputs_fake)
     torch.library.register_fake("cute_kernels::flash_attn_fp8_forward", _forward_fake)
