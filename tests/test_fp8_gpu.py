@@ -102,6 +102,17 @@ def test_the_mean_of_keys(hopper):
     assert error.square().mean().sqrt() < 0.04
 
 
+@pytest.mark.parametrize("what", [1e4, math.inf, math.nan])
+@pytest.mark.parametrize("dtype", INPUTS)
+def test_values_that_the_samples_did_not_foretell(hopper, dtype, what):
+    v = torch.randn(2, 1500, 3, 128, device=hopper, dtype=INPUTS[dtype])
+    v[0, 1401, 1, 77] = what  # between two samples
+    got, wanted = quantize_fp8(v, block=None), quantize_fp8(v.cpu(), block=None)
+    assert_same_bits(got, wanted)
+    rest = torch.cat([got.scale[1], got.scale[0, [0, 2]]])
+    assert rest.min() > 8 * got.scale[0, 1].median()  # where there is headroom
+
+
 @pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("to", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -53,15 +53,17 @@ struct QuantizeRowsProblem {
   Signs signs;
 };
 
-/// The row that is subtracted from K: the mean of about 256 of its rows.
-struct KeyMeanProblem {
+/// What about 256 rows of every head tell: of K their mean, which is subtracted from all rows, of V
+/// the largest magnitudes.
+struct SampleProblem {
   InputType type;
   int batch;
   int seqlen;
   int heads;
   int head_dim;
   TensorView in;
-  float* mean;  // (batch, heads, head_dim), dense
+  float* result;    // (batch, heads, head_dim), dense
+  int* overflowed;  // of V: (batch, heads), cleared; else null
 };
 
 /// V to e4m3, transposed: `in` (batch, seqlen, heads, head_dim) of 16 bits or e4m3.
@@ -72,26 +74,19 @@ struct QuantizeValuesProblem {
   int heads;
   int head_dim;
   TensorView in;
-  void* out;       // (batch, heads, head_dim, seqlen padded to 16), keys in value_key_order
-  float* maximum;  // (batch, heads, head_dim), scratch as what follows; null for e4m3
-  int* progress;   // behind `maximum`: for each slice, how much of its maxima is there
-  float* scale;    // (batch, heads, head_dim); null for e4m3, which is only moved
+  void* out;        // (batch, heads, head_dim, seqlen padded to 16), keys in value_key_order
+  float* maximum;   // (batch, heads, head_dim), of a sample; what follows is null for e4m3
+  int* overflowed;  // (batch, heads), scratch: whether an element was too large
+  float* scale;     // (batch, heads, head_dim)
 };
 
 /// What one call quantises, of one GPU.
 struct QuantizeProblem {
-  std::optional<KeyMeanProblem> key_mean;  // what k.shift is
+  std::optional<SampleProblem> key_mean;       // what k.shift is
+  std::optional<SampleProblem> value_maximum;  // what v.maximum is
   std::optional<QuantizeRowsProblem> q;
   std::optional<QuantizeRowsProblem> k;
   std::optional<QuantizeValuesProblem> v;
 };
-
-/// 64 channels of a head are quantised together.
-constexpr int64_t values_slices(int64_t head_dim) { return (head_dim + 63) / 64; }
-
-/// Numbers of 32 bits that `maximum` and `progress` take together.
-constexpr int64_t values_scratch(int64_t batch, int64_t heads, int64_t head_dim) {
-  return batch * heads * (head_dim + values_slices(head_dim));
-}
 
 }  // namespace cute_kernels::fp8

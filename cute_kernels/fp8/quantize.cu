@@ -1,9 +1,7 @@
-#include <algorithm>
-
-#include "cute_kernels/fp8/key_mean.hpp"
 #include "cute_kernels/fp8/quantize_launch.hpp"
 #include "cute_kernels/fp8/quantize_rows.hpp"
 #include "cute_kernels/fp8/quantize_values.hpp"
+#include "cute_kernels/fp8/sample.hpp"
 
 namespace cute_kernels::fp8 {
 namespace {
@@ -16,10 +14,6 @@ using E4m3 = cutlass::float_e4m3_t;
 class Chain {
  public:
   explicit Chain(cudaStream_t stream) : stream_(stream) {}
-
-  void clear(void* data, size_t bytes) {
-    if (status_ == cudaSuccess) status_ = cudaMemsetAsync(data, 0, bytes, stream_);
-  }
 
   template <class... Parameters>
   void launch(void (*kernel)(Parameters...), dim3 grid, int threads,
@@ -47,10 +41,10 @@ class Chain {
   cudaError_t status_ = cudaSuccess;
 };
 
-template <class In>
-void key_mean(KeyMeanProblem const& p, Chain& chain) {
-  dim3 const grid(p.heads, p.batch, (p.head_dim + kMeanChannels - 1) / kMeanChannels);
-  chain.launch(key_mean_kernel<In>, grid, kMeanThreads, p);
+template <class In, Statistic kStatistic>
+void sample(SampleProblem const& p, Chain& chain) {
+  dim3 const grid(p.heads, p.batch, (p.head_dim + kSampleChannels - 1) / kSampleChannels);
+  chain.launch(sample_kernel<In, kStatistic>, grid, kSampleThreads, p);
 }
 
 template <class Kernel>
@@ -68,7 +62,7 @@ void quantize_rows_to(QuantizeRowsProblem const& p, Chain& chain) {
     case 128:
       return launch_rows<QuantizeRows<In, Out, 128, 1>>(p, chain);
     case 256:
-      return launch_rows<QuantizeRows<In, Out, 256, 1>>(p, chain);
+      return launch_rows<QuantizeRows<In, Out, 256, 2, 512>>(p, chain);
     default:
       return chain.fail(cudaErrorInvalidValue);
   }
@@ -81,43 +75,44 @@ void quantize_rows(QuantizeRowsProblem const& p, Chain& chain) {
 
 template <class In>
 void quantize_values(QuantizeValuesProblem const& p, Chain& chain) {
-  constexpr int kGroupItems = 128;  // 4 MB of L2
-  constexpr int kLagBeyondGroup = 132;
-  ValueOrder order;
-  order.slices = p.batch * p.heads * static_cast<int>(values_slices(p.head_dim));
-  order.blocks = (p.seqlen + kValueKeys - 1) / kValueKeys;
-  order.group_slices = std::min(order.slices, std::max(1, kGroupItems / order.blocks));
-  order.lag = order.group_slices * order.blocks + kLagBeyondGroup;
-  int const grid = QuantizeValues<In>::kMove ? order.items() : order.ctas();
-  chain.launch(quantize_values_kernel<In>, grid, kValueThreads, p, order);
+  int const blocks = (p.seqlen + kValueKeys - 1) / kValueKeys;
+  chain.launch(quantize_values_kernel<In>, values_grid(p, blocks), kValueThreads, p);
+  if constexpr (!QuantizeValues<In>::kMove) {
+    chain.launch(quantize_values_again_kernel<In>, values_grid(p, 1), kValueThreads, p);
+  }
+}
+
+/// Calls launch(element), of the type that a 16-bit part is in.
+template <class Launch>
+void with_element(InputType type, Launch const& launch) {
+  type == InputType::kFloat16 ? launch(cutlass::half_t{}) : launch(cutlass::bfloat16_t{});
 }
 
 }  // namespace
 
 cudaError_t launch_quantize(QuantizeProblem const& p, cudaStream_t stream) {
-  using Half = cutlass::half_t;
-  using BFloat16 = cutlass::bfloat16_t;
-  auto is_half = [](auto const& part) { return part.type == InputType::kFloat16; };
   Chain chain(stream);
-  if (p.v && p.v->maximum != nullptr) {
-    chain.clear(p.v->maximum,
-                sizeof(float) * values_scratch(p.v->batch, p.v->heads, p.v->head_dim));
-  }
-  // K last: its mean, which takes long and has few CTAs, is there by then.
+  // Samples first and K last: few CTAs take long for a sample, which others hide.
   if (p.key_mean) {
-    is_half(*p.key_mean) ? key_mean<Half>(*p.key_mean, chain)
-                         : key_mean<BFloat16>(*p.key_mean, chain);
+    with_element(p.key_mean->type, [&](auto element) {
+      sample<decltype(element), Statistic::kMean>(*p.key_mean, chain);
+    });
+  }
+  if (p.value_maximum) {
+    with_element(p.value_maximum->type, [&](auto element) {
+      sample<decltype(element), Statistic::kMaximum>(*p.value_maximum, chain);
+    });
   }
   if (p.q) {
-    is_half(*p.q) ? quantize_rows<Half>(*p.q, chain) : quantize_rows<BFloat16>(*p.q, chain);
+    with_element(p.q->type, [&](auto element) { quantize_rows<decltype(element)>(*p.q, chain); });
   }
-  if (p.v) {
-    p.v->type == InputType::kE4m3 ? quantize_values<E4m3>(*p.v, chain)
-    : is_half(*p.v)               ? quantize_values<Half>(*p.v, chain)
-                                  : quantize_values<BFloat16>(*p.v, chain);
+  if (p.v && p.v->type == InputType::kE4m3) {
+    quantize_values<E4m3>(*p.v, chain);
+  } else if (p.v) {
+    with_element(p.v->type, [&](auto element) { quantize_values<decltype(element)>(*p.v, chain); });
   }
   if (p.k) {
-    is_half(*p.k) ? quantize_rows<Half>(*p.k, chain) : quantize_rows<BFloat16>(*p.k, chain);
+    with_element(p.k->type, [&](auto element) { quantize_rows<decltype(element)>(*p.k, chain); });
   }
   return chain.status();
 }

@@ -78,7 +78,7 @@ struct QuantizeRows {
       reinterpret_cast<uint16_t*>(shared.signs)[i] = sign << 15;
       if (p.shift != nullptr) {
         int64_t const pair = static_cast<int64_t>(batch) * p.heads + head;
-        float const shift = p.shift[pair * kHeadDim + i];
+        float const shift = __ldcg(p.shift + pair * kHeadDim + i);
         shared.shift[i / 4 % 2][i / 8 * 4 + i % 4] =
             __uint_as_float(__float_as_uint(shift) ^ sign << 31);
         is_huge = !(fabsf(shift) <= kHarmless);

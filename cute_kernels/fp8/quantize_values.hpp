@@ -1,5 +1,8 @@
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
 #include "cute_kernels/attention/forward/fp8_traits.hpp"
 #include "cute_kernels/fp8/problem.hpp"
 #include "cute_kernels/fp8/quantize.hpp"
@@ -7,37 +10,22 @@
 namespace cute_kernels::fp8 {
 
 inline constexpr int kValueThreads = 256;
-inline constexpr int kValueChannels = 64;  // of an item: 128 bytes of a row of V
+inline constexpr int kValueChannels = 64;  // of a CTA: 128 bytes of a row of V
 inline constexpr int kValueKeys = 256;
 
-/// V to e4m3, transposed. Scales are those of whole channels, so that every element is needed
-/// twice: for its channel's maximum, and to be rounded. One launch does both, and the second
-/// reading finds in L2 what the first one brought there.
+/// Channels of a head that are quantised together: a slice of it.
+constexpr int values_slices(int head_dim) {
+  return (head_dim + kValueChannels - 1) / kValueChannels;
+}
+
+/// V to e4m3, transposed: kValueKeys keys of a slice in turn.
 ///
-/// An item is kValueKeys keys of a slice: kValueChannels channels of a (batch, head) pair. Even
-/// CTAs take an item's maxima, odd ones round the item that is `lag` items behind. Items go through
-/// the slices of one group in turn, a group after the other: few enough slices to stay in L2. A CTA
-/// that rounds waits until all of its slice's maxima are there. Those are of CTAs with lower
-/// numbers, which start before it, as CTAs do, and wait for nothing.
-struct ValueOrder {
-  int slices;        // of all pairs
-  int blocks;        // items of a slice
-  int group_slices;  // slices whose items alternate
-  int lag;           // items of a group or more
-
-  CUTLASS_HOST_DEVICE int items() const { return slices * blocks; }
-  CUTLASS_HOST_DEVICE int ctas() const { return 2 * (items() + lag); }
-
-  CUTLASS_DEVICE void locate(int item, int& slice, int& block) const {
-    int const first = item / (group_slices * blocks) * group_slices;
-    int const width = min(group_slices, slices - first);
-    int const rest = item - first * blocks;
-    slice = first + rest % width;
-    block = rest / width;
-  }
-};
-
-/// In e4m3 V is only moved: no maxima, no order.
+/// Scales are those of whole channels, which are not known before all of V was read. To read it
+/// once, they are made for kHeadroom times the largest element of a sample: e4m3 is a float, and
+/// loses nothing but range at the lower end, where it has 2^15 left. Where an element is too large
+/// all the same, its head is quantised again (quantize_values_again_kernel).
+///
+/// In e4m3 V is only moved.
 template <class In_>
 struct QuantizeValues {
   using In = In_;
@@ -50,34 +38,74 @@ struct QuantizeValues {
   static constexpr int kPitch = kWords + 1;  // spreads a column of words over the banks
   static constexpr int kTurns = kWords * kChunks / kValueThreads;
   static constexpr int kWarps = kValueThreads / 32;
-  using Raw = std::conditional_t<kMove, uint2, uint4>;
+  static constexpr float kHeadroom = 64.f;
+  using Chunk = std::conditional_t<kMove, uint2, uint4>;
+  using Raw = Chunk[kTurns][4];
 
-  union SharedStorage {
-    uint32_t turned[kChannels * kPitch];
-    uint32_t maximum[kWarps][kChannels / 2];  // of two channels, in 16 bits
+  struct SharedStorage {
+    union {
+      uint32_t turned[kChannels * kPitch];
+      uint32_t maximum[kWarps][kChannels / 2];  // of two channels, in 16 bits
+    };
+    alignas(16) float factor[kChannels];
   };
 
   QuantizeValuesProblem const& p;
   SharedStorage& shared;
-  float* const factor;  // shared, of every channel
-  int slice;
-  int block;
-  int const slices_of_pair = values_slices(p.head_dim);
-  int const pair = slice / slices_of_pair;
-  int const first_channel = slice % slices_of_pair * kChannels;
+  int const head;
+  int const batch;
+  int const first_channel;
   int const channels = min(kChannels, p.head_dim - first_channel);
-  // Here, so that the divisions are not done for every load.
-  In const* const in = static_cast<In const*>(p.in.data) + pair / p.heads * p.in.batch_stride +
-                       pair % p.heads * p.in.head_stride + first_channel;
+  int const chunk = threadIdx.x % kChunks;
+  In const* const in = static_cast<In const*>(p.in.data) + batch * p.in.batch_stride +
+                       head * p.in.head_stride + first_channel + chunk * 8;
 
-  /// Channel i of the slice among all.
-  CUTLASS_DEVICE int64_t channel(int i) const {
-    return static_cast<int64_t>(pair) * p.head_dim + first_channel + i;
+  /// `slice` counts through the heads.
+  CUTLASS_DEVICE QuantizeValues(QuantizeValuesProblem const& problem, SharedStorage& storage,
+                                int slice, int batch)
+      : p(problem),
+        shared(storage),
+        head(slice / values_slices(problem.head_dim)),
+        batch(batch),
+        first_channel(slice % values_slices(problem.head_dim) * kChannels) {}
+
+  CUTLASS_DEVICE int64_t pair() const { return static_cast<int64_t>(batch) * p.heads + head; }
+  CUTLASS_DEVICE int64_t channel(int i) const { return pair() * p.head_dim + first_channel + i; }
+
+  /// The 4 keys that a thread rounds to a word, which it writes at `word`.
+  CUTLASS_DEVICE static int word(int turn) {
+    return (threadIdx.x + turn * kValueThreads) / kChunks;
   }
 
-  CUTLASS_DEVICE Raw load(int key, int chunk) const {
-    if (key >= p.seqlen || chunk * 8 >= channels) return Raw{};
-    return *reinterpret_cast<Raw const*>(in + key * p.in.seqlen_stride + chunk * 8);
+  CUTLASS_DEVICE void load(int block, Raw& raw) const {
+    CUTLASS_PRAGMA_UNROLL
+    for (int turn = 0; turn < kTurns; ++turn) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        int const key = block * kKeys + word(turn) / 4 * 16 +
+                        attention::value_key_order(word(turn) % 4 * 4 + i);
+        bool const is_there = key < p.seqlen && chunk * 8 < channels;
+        raw[turn][i] = is_there
+                           ? __ldcs(reinterpret_cast<Chunk const*>(in + key * p.in.seqlen_stride))
+                           : Chunk{};
+      }
+    }
+  }
+
+  /// A channel's factor, to shared memory, and its scale, if `stores`, from the largest magnitude.
+  CUTLASS_DEVICE void set_scale(int i, float largest, bool stores = true) const {
+    float const maximum = fminf(fmaxf(largest, kSmallestMaximum), kSaturation);
+    shared.factor[i] = __fdiv_rn(kLargest<Out>, maximum);
+    if (stores) p.scale[channel(i)] = __fdiv_rn(maximum, kLargest<Out>);
+  }
+
+  CUTLASS_DEVICE void set_scales_of_sample(bool stores) const {
+    if (int const i = threadIdx.x; i < channels) {
+      set_scale(i, kHeadroom * __ldcg(p.maximum + channel(i)), stores);
+    } else if (i < kChannels) {
+      shared.factor[i] = 0.f;  // of no channel
+    }
+    __syncthreads();
   }
 
   /// The larger magnitudes of two pairs of elements; NaN is passed over.
@@ -89,20 +117,19 @@ struct QuantizeValues {
     return reinterpret_cast<uint32_t const&>(most);
   }
 
-  /// The largest magnitudes of the item's channels, into p.maximum.
-  CUTLASS_DEVICE void find_maxima() const {
-    constexpr int kRowsAtOnce = kValueThreads / kChunks;
-    int const chunk = threadIdx.x % kChunks;
-    int const first = block * kKeys + threadIdx.x / kChunks;
-    Raw raw[kKeys / kRowsAtOnce];
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kKeys / kRowsAtOnce; ++i) raw[i] = load(first + i * kRowsAtOnce, chunk);
+  /// As set_scales_of_sample(), from all elements of the slice.
+  CUTLASS_DEVICE void set_scales_of_all(int blocks) const {
     uint32_t most[4] = {};
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kKeys / kRowsAtOnce; ++i) {
-      uint32_t const words[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
+    for (int block = 0; block < blocks; ++block) {
+      Raw raw;
+      load(block, raw);
       CUTLASS_PRAGMA_UNROLL
-      for (int j = 0; j < 4; ++j) most[j] = max_pairs(most[j], words[j]);
+      for (int i = 0; i < 4 * kTurns; ++i) {
+        Chunk const& x = raw[i / 4][i % 4];
+        uint32_t const words[4] = {x.x, x.y, x.z, x.w};
+        CUTLASS_PRAGMA_UNROLL
+        for (int j = 0; j < 4; ++j) most[j] = max_pairs(most[j], words[j]);
+      }
     }
     CUTLASS_PRAGMA_UNROLL
     for (int lanes = 16; lanes >= kChunks; lanes /= 2) {
@@ -116,68 +143,27 @@ struct QuantizeValues {
           make_uint4(most[0], most[1], most[2], most[3]);
     }
     __syncthreads();
-    if (threadIdx.x < channels / 2) {
+    if (int const i = threadIdx.x; 2 * i < channels) {
       uint32_t of_both = 0;
       CUTLASS_PRAGMA_UNROLL
       for (int warp = 0; warp < kWarps; ++warp) {
-        of_both = max_pairs(of_both, shared.maximum[warp][threadIdx.x]);
+        of_both = max_pairs(of_both, shared.maximum[warp][i]);
       }
       float2 const maximum = unpack<In>(of_both);
-      // Magnitudes are ordered as their bits are.
-      int* const to = reinterpret_cast<int*>(p.maximum) + channel(2 * threadIdx.x);
-      atomicMax(to, __float_as_int(fminf(maximum.x, kSaturation)));
-      atomicMax(to + 1, __float_as_int(fminf(maximum.y, kSaturation)));
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      atomicAdd(&p.progress[slice], 1);
-    }
-  }
-
-  /// Waits until p.maximum has all of the slice, then leaves the channels' factors in shared
-  /// memory.
-  CUTLASS_DEVICE void wait_for_factors(int blocks) const {
-    if (threadIdx.x == 0) {
-      int done;
-      do {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
-                     : "=r"(done)
-                     : "l"(&p.progress[slice])
-                     : "memory");
-      } while (done < blocks);
-    }
-    __syncthreads();
-    if (int const i = threadIdx.x; i < channels) {
-      float const maximum = fmaxf(__ldcg(p.maximum + channel(i)), kSmallestMaximum);
-      factor[i] = __fdiv_rn(kLargest<Out>, maximum);
-      if (block == 0) p.scale[channel(i)] = __fdiv_rn(maximum, kLargest<Out>);
+      set_scale(2 * i, maximum.x);
+      set_scale(2 * i + 1, maximum.y);
     }
     __syncthreads();
   }
 
-  /// Rounds the item's elements, if they are not yet, and turns them: a thread rounds 4 keys that
-  /// stand together in the key order, 8 channels at a time, shared memory turns the words.
-  CUTLASS_DEVICE void round_and_turn(int blocks) const {
-    Raw raw[kTurns][4];
+  /// Rounds the block's elements, if they are not yet, and turns them: a thread rounds 4 keys that
+  /// stand together in the key order, 8 channels at a time, shared memory turns the words. Whether
+  /// an element of the CTA's became e4m3's largest number or NaN.
+  CUTLASS_DEVICE bool round_and_turn(int block, Raw const& raw) const {
+    uint32_t overflow = 0;
     CUTLASS_PRAGMA_UNROLL
     for (int turn = 0; turn < kTurns; ++turn) {
-      int const item = threadIdx.x + turn * kValueThreads;
-      int const word = item / kChunks;
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        int const key =
-            block * kKeys + word / 4 * 16 + attention::value_key_order(word % 4 * 4 + i);
-        raw[turn][i] = load(key, item % kChunks);
-      }
-    }
-    if constexpr (!kMove) wait_for_factors(blocks);
-    CUTLASS_PRAGMA_UNROLL
-    for (int turn = 0; turn < kTurns; ++turn) {
-      int const item = threadIdx.x + turn * kValueThreads;
-      int const chunk = item % kChunks;
-      int const word = item / kChunks;
-      uint32_t* const to = &shared.turned[chunk * 8 * kPitch + word];
+      uint32_t* const to = &shared.turned[chunk * 8 * kPitch + word(turn)];
       if constexpr (kMove) {
         CUTLASS_PRAGMA_UNROLL
         for (int half = 0; half < 2; ++half) {
@@ -197,19 +183,22 @@ struct QuantizeValues {
           float2 x[4];
           CUTLASS_PRAGMA_UNROLL
           for (int i = 0; i < 4; ++i) {
-            uint4 const& r = raw[turn][i];
+            Chunk const& r = raw[turn][i];
             x[i] = unpack<In>(j == 0 ? r.x : j == 1 ? r.y : j == 2 ? r.z : r.w);
           }
-          float2 const f = *reinterpret_cast<float2 const*>(&factor[chunk * 8 + 2 * j]);
-          // What is beyond kSaturation saturates here, too: its channel's maximum is kSaturation.
-          to[2 * j * kPitch] =
-              round_to<Out>(x[0].x * f.x, x[1].x * f.x, x[2].x * f.x, x[3].x * f.x);
-          to[(2 * j + 1) * kPitch] =
-              round_to<Out>(x[0].y * f.y, x[1].y * f.y, x[2].y * f.y, x[3].y * f.y);
+          float2 const f = *reinterpret_cast<float2 const*>(&shared.factor[chunk * 8 + 2 * j]);
+          uint32_t const words[2] = {
+              round_to<Out>(x[0].x * f.x, x[1].x * f.x, x[2].x * f.x, x[3].x * f.x),
+              round_to<Out>(x[0].y * f.y, x[1].y * f.y, x[2].y * f.y, x[3].y * f.y)};
+          CUTLASS_PRAGMA_UNROLL
+          for (int k = 0; k < 2; ++k) {
+            to[(2 * j + k) * kPitch] = words[k];
+            overflow |= (words[k] & 0x7f7f7f7fu) + 0x02020202u;  // 448 is 0x7e, NaN 0x7f
+          }
         }
       }
     }
-    __syncthreads();
+    bool const overflowed = __syncthreads_or(overflow & 0x80808080u);
     int const padded = (p.seqlen + 15) / 16 * 16;
     Out* const out = static_cast<Out*>(p.out) + channel(0) * padded;
     CUTLASS_PRAGMA_UNROLL
@@ -223,31 +212,49 @@ struct QuantizeValues {
       *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row) * padded + key) =
           make_uint4(words[0], words[1], words[2], words[3]);
     }
+    return overflowed;
   }
 };
 
+/// Slices first: CTAs that run together read what lies together.
+inline dim3 values_grid(QuantizeValuesProblem const& p, int blocks) {
+  return dim3(p.heads * values_slices(p.head_dim), blocks, p.batch);
+}
+
 template <class In>
 __global__ void __launch_bounds__(kValueThreads, 5)
-    quantize_values_kernel(CUTE_GRID_CONSTANT QuantizeValuesProblem const p,
-                           CUTE_GRID_CONSTANT ValueOrder const order) {
+    quantize_values_kernel(CUTE_GRID_CONSTANT QuantizeValuesProblem const p) {
   using Kernel = QuantizeValues<In>;
   __shared__ typename Kernel::SharedStorage shared;
-  __shared__ float factor[kValueChannels];
   cudaTriggerProgrammaticLaunchCompletion();
-  constexpr bool kMove = Kernel::kMove;
-  bool const rounds = kMove || blockIdx.x % 2 != 0;
-  int const item = kMove ? blockIdx.x : blockIdx.x / 2 - (rounds ? order.lag : 0);
-  if (item >= 0 && item < order.items()) {
-    int slice, block;
-    order.locate(item, slice, block);
-    Kernel const kernel{p, shared, factor, slice, block};
-    if (rounds) {
-      kernel.round_and_turn(order.blocks);
-    } else if constexpr (!kMove) {
-      kernel.find_maxima();
-    }
+  Kernel const kernel(p, shared, blockIdx.x, blockIdx.z);
+  typename Kernel::Raw raw;
+  kernel.load(blockIdx.y, raw);  // all loads first
+  cudaGridDependencySynchronize();
+  if constexpr (!Kernel::kMove) kernel.set_scales_of_sample(blockIdx.y == 0);
+  bool const overflowed = kernel.round_and_turn(blockIdx.y, raw);
+  if (!Kernel::kMove && overflowed && threadIdx.x == 0) p.overflowed[kernel.pair()] = 1;
+}
+
+/// A CTA a slice: where an element of the head was too large, everything again with scales of the
+/// largest elements.
+template <class In>
+__global__ void __launch_bounds__(kValueThreads)
+    quantize_values_again_kernel(CUTE_GRID_CONSTANT QuantizeValuesProblem const p) {
+  using Kernel = QuantizeValues<In>;
+  __shared__ typename Kernel::SharedStorage shared;
+  cudaTriggerProgrammaticLaunchCompletion();
+  Kernel const kernel(p, shared, blockIdx.x, blockIdx.z);
+  cudaGridDependencySynchronize();
+  if (__ldcg(p.overflowed + kernel.pair()) == 0) return;
+  int const blocks = (p.seqlen + kValueKeys - 1) / kValueKeys;
+  kernel.set_scales_of_all(blocks);
+  for (int block = 0; block < blocks; ++block) {
+    typename Kernel::Raw raw;
+    kernel.load(block, raw);
+    kernel.round_and_turn(block, raw);
+    __syncthreads();  // the next block's words
   }
-  end_after_previous();
 }
 
 }  // namespace cute_kernels::fp8

@@ -71,7 +71,7 @@ struct Rows {
   Tensor scale;
   Tensor shift;
   Tensor readable;
-  std::optional<fp8::KeyMeanProblem> key_mean;
+  std::optional<fp8::SampleProblem> key_mean;
   std::optional<fp8::QuantizeRowsProblem> problem;
 };
 
@@ -80,6 +80,7 @@ struct Values {
   Tensor scale;
   Tensor scratch;
   Tensor readable;
+  std::optional<fp8::SampleProblem> maximum;
   std::optional<fp8::QuantizeValuesProblem> problem;
 };
 
@@ -132,7 +133,8 @@ Rows prepare_rows(Argument const& x, bool smooth, bool incoherent, int64_t seed,
                      static_cast<int>(heads),
                      static_cast<int>(head_dim),
                      view(rows.readable),
-                     shift};
+                     shift,
+                     nullptr};
   }
   return rows;
 }
@@ -143,14 +145,18 @@ Values prepare_values(Argument const& v) {
   bool const moved = v.dtype == ScalarType::Float8_e4m3fn;
   int64_t const batch = v.size(0), seqlen = v.size(1), heads = v.size(2), head_dim = v.size(3);
   int64_t const padded = blocks_of(seqlen, kKeyPadding) * kKeyPadding;
-  int64_t const scratch = moved ? 0 : fp8::values_scratch(batch, heads, head_dim);
+  int64_t const pairs = batch * heads;
   Values values{empty({batch, heads, head_dim, padded}, ScalarType::Float8_e4m3fn, v.device),
                 empty({batch, heads, moved ? 0 : head_dim}, ScalarType::Float, v.device),
-                empty({scratch}, ScalarType::Float, v.device), tma_readable(v, moved ? 1 : 2),
+                empty({moved ? 0 : pairs * (head_dim + 1)}, ScalarType::Float, v.device),
+                tma_readable(v, moved ? 1 : 2),
+                std::nullopt,
                 std::nullopt};
   if (batch == 0 || seqlen == 0 || heads == 0) return values;
-  float* const maximum = moved ? nullptr : static_cast<float*>(values.scratch.data_ptr());
-  values.problem = {moved ? InputType::kE4m3 : input_type(v),
+  InputType const type = moved ? InputType::kE4m3 : input_type(v);
+  float* const maximum = static_cast<float*>(values.scratch.data_ptr());
+  int* const overflowed = moved ? nullptr : reinterpret_cast<int*>(maximum + pairs * head_dim);
+  values.problem = {type,
                     static_cast<int>(batch),
                     static_cast<int>(seqlen),
                     static_cast<int>(heads),
@@ -158,8 +164,18 @@ Values prepare_values(Argument const& v) {
                     view(values.readable),
                     values.data.data_ptr(),
                     maximum,
-                    moved ? nullptr : reinterpret_cast<int*>(maximum + batch * heads * head_dim),
+                    overflowed,
                     static_cast<float*>(values.scale.data_ptr())};
+  if (!moved) {
+    values.maximum = {type,
+                      static_cast<int>(batch),
+                      static_cast<int>(seqlen),
+                      static_cast<int>(heads),
+                      static_cast<int>(head_dim),
+                      view(values.readable),
+                      maximum,
+                      overflowed};
+  }
   return values;
 }
 
@@ -170,9 +186,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(Tensor const& x_tensor, bool sm
   hopper(x.device);
   torch::stable::accelerator::DeviceGuard const guard(x.device);
   Rows const rows = prepare_rows(x, smooth, incoherent, seed, to_int8);
-  require_success(fp8::launch_quantize({rows.key_mean, std::nullopt, rows.problem, std::nullopt},
-                                       current_stream(x.device)),
-                  "quantize_fp8_rows");
+  require_success(
+      fp8::launch_quantize({rows.key_mean, std::nullopt, rows.problem, std::nullopt, std::nullopt},
+                           current_stream(x.device)),
+      "quantize_fp8_rows");
   return {rows.data, rows.scale, rows.shift};
 }
 
@@ -182,8 +199,9 @@ std::tuple<Tensor, Tensor> quantize_values(Tensor const& v_tensor) {
   hopper(v.device);
   torch::stable::accelerator::DeviceGuard const guard(v.device);
   Values const values = prepare_values(v);
-  require_success(fp8::launch_quantize({std::nullopt, std::nullopt, std::nullopt, values.problem},
-                                       current_stream(v.device)),
+  require_success(fp8::launch_quantize(
+                      {std::nullopt, values.maximum, std::nullopt, std::nullopt, values.problem},
+                      current_stream(v.device)),
                   "quantize_fp8_values");
   return {values.data, values.scale};
 }
@@ -203,10 +221,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_inpu
   Rows const q_rows = prepare_rows(q, false, incoherent, seed, to_int8);
   Rows const k_rows = prepare_rows(k, smooth_k, incoherent, seed, to_int8);
   Values const values = prepare_values(v);
-  require_success(
-      fp8::launch_quantize({k_rows.key_mean, q_rows.problem, k_rows.problem, values.problem},
-                           current_stream(q.device)),
-      "quantize_fp8_inputs");
+  require_success(fp8::launch_quantize({k_rows.key_mean, values.maximum, q_rows.problem,
+                                        k_rows.problem, values.problem},
+                                       current_stream(q.device)),
+                  "quantize_fp8_inputs");
   return {q_rows.data,  q_rows.scale, k_rows.data, k_rows.scale,
           k_rows.shift, values.data,  values.scale};
 }

@@ -12,7 +12,8 @@ from cute_kernels.fp8.tensor import ROW_BLOCK, FP8Tensor, check_head_dim
 
 SATURATION = 2.0**48  # the scores of saturated inputs are still finite in fp32
 SMALLEST_MAXIMUM = 2.0**-60  # so that scales, their inverses and their products are finite
-KEY_SAMPLES = 256  # rows of K, evenly spaced, whose mean stands for the mean of all
+SAMPLES = 256  # rows, evenly spaced, whose mean or maximum stands for that of all
+HEADROOM = 64.0  # of e4m3's range over the largest element of the samples
 
 _INPUTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -37,7 +38,7 @@ def quantize_fp8(
         block: rows that share a scale, or None for one scale for each channel.
         dtype: float8_e4m3fn, or int8 for q and k: as fast in the tensor cores, and after incoherent
             processing, which leaves no outliers, about three times more precise.
-        smooth: for k, subtract a row first: the mean of KEY_SAMPLES of its rows. Softmax does not
+        smooth: for k, subtract a row first: the mean of SAMPLES of its rows. Softmax does not
             see it, and the constant part of large channels is gone before it is spread.
 
     Raises:
@@ -72,8 +73,7 @@ def quantize_fp8(
     batch, seqlen, heads, head_dim = x.shape
     by_head = rows.transpose(1, 2)
     if block is None:
-        maximum = _maximum(by_head, (2,), dtype)
-        factor, scale = _factor_and_scale(maximum, norm, dtype)
+        factor, scale = _factor_and_scale(_channel_maximum(by_head, dtype), norm, dtype)
     else:
         blocks = -(-seqlen // block)
         padded = torch.nn.functional.pad(by_head, (0, 0, 0, blocks * block - seqlen))
@@ -94,13 +94,35 @@ def _round(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
+def _samples(x: Tensor, dim: int) -> Tensor:
+    """Some of x's rows. NaN and saturated elements count as 0, so that one of them does not cost
+    all rows their precision."""
+    step = max(1, x.shape[dim] // SAMPLES)
+    samples = x.index_select(dim, torch.arange(0, x.shape[dim], step, device=x.device))
+    return torch.where(samples.abs() < SATURATION, samples, 0.0)
+
+
 def _sampled_mean(x: Tensor) -> Tensor:
-    """The mean of some rows of every head: (batch, heads, head_dim). NaN and saturated elements
-    count as 0, so that one of them does not cost all rows their precision."""
-    step = max(1, x.shape[1] // KEY_SAMPLES)
-    samples = x[:, ::step]
-    samples = torch.where(samples.abs() < SATURATION, samples, 0.0)
+    """(batch, heads, head_dim)."""
+    samples = _samples(x, 1)
     return samples.sum(1) / max(1, samples.shape[1])
+
+
+def _channel_maximum(by_head: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is to be the largest number of each channel, (batch, heads, 1, head_dim). For e4m3 that
+    of samples, with HEADROOM: a float loses nothing but range at the lower end, where it has more,
+    and a kernel need not read all elements before it scales the first. In heads where an element is
+    too large all the same, and in int8, that of all elements."""
+    exact = _maximum(by_head, (2,), dtype)
+    if dtype == torch.int8 or by_head.numel() == 0:
+        return exact
+    roomy = _samples(by_head, 2).abs().amax(2, keepdim=True) * HEADROOM
+    roomy = roomy.clamp(SMALLEST_MAXIMUM, SATURATION)
+    largest = _LARGEST[dtype]
+    factor, _ = _factor_and_scale(roomy, 1.0, dtype)
+    rounded = _round((by_head * factor).clamp(-largest, largest), dtype).float()
+    fits = (rounded.abs() < largest).all(3, keepdim=True).all(2, keepdim=True)  # NaN does not
+    return torch.where(fits, roomy, exact)
 
 
 def _maximum(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
