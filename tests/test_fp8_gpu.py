@@ -14,7 +14,7 @@ from cute_kernels.fp8 import (
     quantize_fp8,
     uses_linear_exp,
 )
-from cute_kernels.fp8.kernels import quantize_inputs_cuda
+from cute_kernels.fp8.kernels import attention_cuda, whole_attention_cuda
 
 pytestmark = pytest.mark.skipif(not GPU_BUILT, reason="built without CUTE_KERNELS_FP8")
 
@@ -116,25 +116,23 @@ def test_values_that_the_samples_did_not_foretell(hopper, dtype, what):
 @pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("to", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_inputs_together_as_one_by_one(hopper, head_dim, to, smooth):
+def test_whole_call_as_one_by_one(hopper, head_dim, to, smooth):
     """One call whose kernels overlap: what one of them writes and another reads must be there."""
     options = {"incoherent": True, "seed": SEED, "dtype": DTYPES[to]}
     for seqlen_q, seqlen_k in ((203, 1000), (4096, 4096), (1, 9000)):
         q, k, v = random_qkv(hopper, torch.bfloat16, 2, seqlen_q, seqlen_k, 4, 2, head_dim)
         k = k + 3
-        got = quantize_inputs_cuda(q, k, v, True, SEED, DTYPES[to], smooth)
-        assert got is not None
-        wanted = (
-            quantize_fp8(q, **options),
-            quantize_fp8(k, smooth=smooth, **options),
-            quantize_fp8(v, block=None),
-        )
-        for a, b in zip(got, wanted, strict=True):
-            assert (a.block, a.seed, a.keys) == (b.block, b.seed, b.keys)
-            assert torch.equal(a.data.view(torch.uint8), b.data.view(torch.uint8))
-            assert torch.equal(a.scale, b.scale)
-            assert (a.shift is None) == (b.shift is None)
-            assert a.shift is None or torch.equal(a.shift, b.shift)
+        v[0, seqlen_k - 2, 0, 1] = 1e4  # quantised again
+        q8, v8 = quantize_fp8(q, **options), quantize_fp8(v, block=None)
+        k8 = quantize_fp8(k, smooth=smooth, **options)
+        wanted = attention_cuda(q8, k8, v8, head_dim**-0.5, True, torch.bfloat16)
+        for _ in range(5):
+            out, lse, shift = whole_attention_cuda(
+                *(q, k, v, head_dim**-0.5, True, smooth, True, SEED, DTYPES[to], torch.bfloat16)
+            )
+            assert torch.equal(out, wanted[0])
+            assert torch.equal(lse, wanted[1])
+            assert torch.equal(shift, k8.shift) if smooth else shift is None
 
 
 def quantised(q, k, v, to):

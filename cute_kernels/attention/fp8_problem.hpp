@@ -28,6 +28,7 @@ struct Fp8ForwardProblem {
   int head_dim;
   bool causal;
   bool out_float16;  // O is fp16, otherwise bf16
+  bool overlaps;     // may start while the kernel before it ends, which quantises
   float softmax_scale;
   TensorView q;
   TensorView k;

@@ -206,29 +206,6 @@ std::tuple<Tensor, Tensor> quantize_values(Tensor const& v_tensor) {
   return {values.data, values.scale};
 }
 
-/// All that flash_attn_fp8_forward takes, from 16 bits.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_inputs(
-    Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor, bool smooth_k,
-    bool incoherent, int64_t seed, bool to_int8) {
-  Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
-  check_rows(q);
-  check_rows(k);
-  check_values(v);
-  check_like(k, q);
-  check_like(v, q);
-  hopper(q.device);
-  torch::stable::accelerator::DeviceGuard const guard(q.device);
-  Rows const q_rows = prepare_rows(q, false, incoherent, seed, to_int8);
-  Rows const k_rows = prepare_rows(k, smooth_k, incoherent, seed, to_int8);
-  Values const values = prepare_values(v);
-  require_success(fp8::launch_quantize({k_rows.key_mean, values.maximum, q_rows.problem,
-                                        k_rows.problem, values.problem},
-                                       current_stream(q.device)),
-                  "quantize_fp8_inputs");
-  return {q_rows.data,  q_rows.scale, k_rows.data, k_rows.scale,
-          k_rows.shift, values.data,  values.scale};
-}
-
 /// Scales that may be expanded; `blocks` is how many a (batch, head) pair needs at least.
 ScaleView scale_view(Argument const& a, Argument const& q, int64_t batch, int64_t heads,
                      int64_t blocks) {
@@ -243,10 +220,12 @@ ScaleView scale_view(Argument const& a, Argument const& q, int64_t batch, int64_
   return {static_cast<float const*>(a.tensor.data_ptr()), a.stride(0), a.stride(1), one ? 0 : 1};
 }
 
-std::tuple<Tensor, Tensor> flash_attn_fp8_forward(
-    Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor,
-    Tensor const& q_scale_tensor, Tensor const& k_scale_tensor, Tensor const& v_scale_tensor,
-    double softmax_scale, bool causal, bool out_float16) {
+/// With `overlaps`, right behind the kernels that quantise the operands.
+std::tuple<Tensor, Tensor> attend(Tensor const& q_tensor, Tensor const& k_tensor,
+                                  Tensor const& v_tensor, Tensor const& q_scale_tensor,
+                                  Tensor const& k_scale_tensor, Tensor const& v_scale_tensor,
+                                  double softmax_scale, bool causal, bool out_float16,
+                                  bool overlaps) {
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   Argument const q_scale("q_scale", q_scale_tensor), k_scale("k_scale", k_scale_tensor),
       v_scale("v_scale", v_scale_tensor);
@@ -306,6 +285,7 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_forward(
       static_cast<int>(head_dim),
       causal,
       out_float16,
+      overlaps,
       scale,
       view(q_readable),
       view(k_readable),
@@ -320,6 +300,39 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_forward(
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor> flash_attn_fp8_forward(Tensor const& q, Tensor const& k, Tensor const& v,
+                                                  Tensor const& q_scale, Tensor const& k_scale,
+                                                  Tensor const& v_scale, double softmax_scale,
+                                                  bool causal, bool out_float16) {
+  return attend(q, k, v, q_scale, k_scale, v_scale, softmax_scale, causal, out_float16, false);
+}
+
+/// From 16 bits: all is quantised first, and each kernel starts while the one before it ends.
+std::tuple<Tensor, Tensor, Tensor> flash_attn_fp8(Tensor const& q_tensor, Tensor const& k_tensor,
+                                                  Tensor const& v_tensor, double softmax_scale,
+                                                  bool causal, bool smooth_k, bool incoherent,
+                                                  int64_t seed, bool to_int8, bool out_float16) {
+  Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
+  check_rows(q);
+  check_rows(k);
+  check_values(v);
+  check_like(k, q);
+  check_like(v, q);
+  hopper(q.device);
+  torch::stable::accelerator::DeviceGuard const guard(q.device);
+  Rows const q_rows = prepare_rows(q, false, incoherent, seed, to_int8);
+  Rows const k_rows = prepare_rows(k, smooth_k, incoherent, seed, to_int8);
+  Values const values = prepare_values(v);
+  require_success(fp8::launch_quantize({k_rows.key_mean, values.maximum, q_rows.problem,
+                                        k_rows.problem, values.problem},
+                                       current_stream(q.device)),
+                  "flash_attn_fp8");
+  auto [out, lse] =
+      attend(q_rows.data, k_rows.data, values.data, q_rows.scale, k_rows.scale, values.scale,
+             softmax_scale, causal, out_float16, k_rows.problem.has_value());
+  return {out, lse, k_rows.shift};
+}
+
 }  // namespace
 }  // namespace cute_kernels::binding
 
@@ -329,18 +342,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
       "(Tensor data, Tensor scale, Tensor shift)");
   library.def("quantize_fp8_values(Tensor v) -> (Tensor data, Tensor scale)");
   library.def(
-      "quantize_fp8_inputs(Tensor q, Tensor k, Tensor v, bool smooth_k, bool incoherent, int seed, "
-      "bool to_int8) -> (Tensor q_data, Tensor q_scale, Tensor k_data, Tensor k_scale, "
-      "Tensor k_shift, Tensor v_data, Tensor v_scale)");
-  library.def(
       "flash_attn_fp8_forward(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, "
       "Tensor v_scale, float softmax_scale, bool causal, bool out_float16) -> "
       "(Tensor out, Tensor lse)");
+  library.def(
+      "flash_attn_fp8(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
+      "bool smooth_k, bool incoherent, int seed, bool to_int8, bool out_float16) -> "
+      "(Tensor out, Tensor lse, Tensor k_shift)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   library.impl("quantize_fp8_rows", TORCH_BOX(&cute_kernels::binding::quantize_rows));
-  library.impl("quantize_fp8_inputs", TORCH_BOX(&cute_kernels::binding::quantize_inputs));
   library.impl("quantize_fp8_values", TORCH_BOX(&cute_kernels::binding::quantize_values));
   library.impl("flash_attn_fp8_forward", TORCH_BOX(&cute_kernels::binding::flash_attn_fp8_forward));
+  library.impl("flash_attn_fp8", TORCH_BOX(&cute_kernels::binding::flash_attn_fp8));
 }

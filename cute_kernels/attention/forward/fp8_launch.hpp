@@ -69,7 +69,7 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
 
   return start_forward<Traits>(forward_kernel<Fp8ForwardMainloop<Traits>,
                                               ForwardEpilogue<typename Traits::Epilogue>, Params>,
-                               params, problem.device, stream);
+                               params, problem.device, stream, problem.overlaps);
 }
 
 }  // namespace cute_kernels::attention

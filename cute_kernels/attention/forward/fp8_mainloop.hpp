@@ -81,7 +81,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
   }
 
   /// Writes what stays in shared memory for good: channels of V that are all ones, which TMA never
-  /// touches, and what int8 products are added to.
+  /// touches, and what int8 products are added to. Then waits for what the operands come from.
   CUTLASS_DEVICE static void prepare(SharedStorage& shared) {
     if constexpr (Traits::kIntegerScores) {
       if (threadIdx.x < shared.magic.size()) shared.magic[threadIdx.x] = Traits::kMagicBits;
@@ -95,6 +95,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       }
       cutlass::arch::fence_view_async_shared();
     }
+    cudaGridDependencySynchronize();
   }
 
  private:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cute_kernels.checks import check_softmax_scale
 from cute_kernels.fp8 import reference
-from cute_kernels.fp8.kernels import GPU_BUILT, attention_cuda, quantize_inputs_cuda
+from cute_kernels.fp8.kernels import GPU_BUILT, attention_cuda, whole_attention_cuda
 from cute_kernels.fp8.quantize import SATURATION, quantize_fp8
 from cute_kernels.fp8.tensor import FP8Tensor, check_head_dim
 
@@ -69,11 +69,37 @@ def flash_attn_fp8_func(
     if device.type == "cuda" and out_dtype == torch.float32:
         raise TypeError("out_dtype is torch.float32, must be float16 or bfloat16 on CUDA")
     _refuse_gradients("flash_attn_fp8_func", q, k, v)
-    original_q = q
-    if not any(isinstance(x, FP8Tensor) for x in (q, k, v)):
-        inputs = quantize_inputs_cuda(q, k, v, incoherent, seed, qk_dtype, smooth_k)
-        if inputs is not None:
-            q, k, v = inputs
+    if softmax_scale is None:
+        has_head_dim = len(q.shape) == 4 and q.shape[3] > 0
+        softmax_scale = q.shape[3] ** -0.5 if has_head_dim else 1.0
+    check_softmax_scale(softmax_scale)
+    whole = None
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+        whole = whole_attention_cuda(
+            q, k, v, softmax_scale, causal, smooth_k, incoherent, seed, qk_dtype, out_dtype
+        )
+    if whole is not None:
+        out, lse, shift = whole
+    else:
+        q8, k8, v8 = _quantised(q, k, v, incoherent, seed, smooth_k, qk_dtype)
+        out, lse = _attention_quantised(q8, k8, v8, softmax_scale, causal, out_dtype)
+        shift = k8.shift
+    if return_lse and shift is not None:
+        with torch.autocast(device.type, enabled=False):
+            lse = lse + _lse_of_shift(q, shift, softmax_scale)
+    return (out, lse) if return_lse else out
+
+
+def _quantised(
+    q: Tensor | FP8Tensor,
+    k: Tensor | FP8Tensor,
+    v: Tensor | FP8Tensor,
+    incoherent: bool,
+    seed: int,
+    smooth_k: bool,
+    qk_dtype: torch.dtype,
+) -> tuple[FP8Tensor, FP8Tensor, FP8Tensor]:
+    """What is not quantised yet, too; k as q is."""
     if not isinstance(q, FP8Tensor):
         q = quantize_fp8(q, incoherent=incoherent, seed=seed, dtype=qk_dtype)
     if not isinstance(k, FP8Tensor):
@@ -86,13 +112,7 @@ def flash_attn_fp8_func(
         )
     if not isinstance(v, FP8Tensor):
         v = quantize_fp8(v, block=None)
-    if softmax_scale is None:
-        softmax_scale = q.shape[3] ** -0.5 if q.data.dim() == 4 else 1.0
-    out, lse = _attention_quantised(q, k, v, softmax_scale, causal, out_dtype)
-    if return_lse and k.shift is not None:
-        with torch.autocast(device.type, enabled=False):
-            lse = lse + _lse_of_shift(original_q, k.shift, softmax_scale)
-    return (out, lse) if return_lse else out
+    return q, k, v
 
 
 def flash_attn_e4m3(

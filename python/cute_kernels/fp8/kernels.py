@@ -28,50 +28,7 @@ def quantize_cuda(
     data, scale, shift = ops.quantize_fp8_rows(
         x, smooth, incoherent, _signed(seed), dtype == torch.int8
     )
-    return _rows(data, scale, shift if smooth else None, seed if incoherent else None)
-
-
-def quantize_inputs_cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    incoherent: bool,
-    seed: int,
-    dtype: torch.dtype,
-    smooth_k: bool,
-) -> tuple[FP8Tensor, FP8Tensor, FP8Tensor] | None:
-    """`quantize_cuda` of what attention takes, in one call, whose kernels overlap; None for what it
-    does not do or refuses."""
-    if not GPU_BUILT or not all(map(_is_fusible, (q, k, v))):
-        return None
-    if not q.shape[3] == k.shape[3] == v.shape[3] or q.shape[3] not in GPU_ROTATIONS:
-        return None
-    if dtype not in (torch.int8, torch.float8_e4m3fn) or not 0 <= seed < 2**64:
-        return None
-    q_data, q_scale, k_data, k_scale, shift, v_data, v_scale = (
-        torch.ops.cute_kernels.quantize_fp8_inputs(
-            q, k, v, smooth_k, incoherent, _signed(seed), dtype == torch.int8
-        )
-    )
-    its_seed = seed if incoherent else None
-    return (
-        _rows(q_data, q_scale, None, its_seed),
-        _rows(k_data, k_scale, shift if smooth_k else None, its_seed),
-        FP8Tensor(v_data, v_scale.unsqueeze(2), None, keys=v.shape[1]),
-    )
-
-
-def _is_fusible(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in _GPU_INPUTS and x.dim() == 4 and x.shape[1] > 0
-
-
-def _rows(data: Tensor, scale: Tensor, shift: Tensor | None, seed: int | None) -> FP8Tensor:
-    return FP8Tensor(data, scale, ROW_BLOCK, seed, shift)
-
-
-def _signed(seed: int) -> int:
-    """Operators have no unsigned numbers."""
-    return seed - 2**64 if seed >= 2**63 else seed
+    return FP8Tensor(data, scale, block, seed if incoherent else None, shift if smooth else None)
 
 
 def attention_cuda(
@@ -104,6 +61,54 @@ def attention_cuda(
     return out, lse
 
 
+def whole_attention_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    smooth_k: bool,
+    incoherent: bool,
+    seed: int,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Output, LSE and what was subtracted from k: `quantize_cuda` of all three and `attention_cuda`
+    in one call, whose kernels overlap. None for what it does not do or refuses."""
+    if not GPU_BUILT or not all(map(_is_fusible, (q, k, v))):
+        return None
+    if dtype not in (torch.int8, torch.float8_e4m3fn) or not 0 <= seed < 2**64:
+        return None
+    batch, _, heads, head_dim = q.shape
+    key_heads = k.shape[2]
+    if head_dim not in GPU_ROTATIONS or key_heads == 0 or heads % key_heads:
+        return None
+    if v.shape != k.shape or (k.shape[0], k.shape[3]) != (batch, head_dim):
+        return None
+    out, lse, shift = torch.ops.cute_kernels.flash_attn_fp8(
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        smooth_k,
+        incoherent,
+        _signed(seed),
+        dtype == torch.int8,
+        out_dtype == torch.float16,
+    )
+    return out, lse, shift if smooth_k else None
+
+
+def _is_fusible(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in _GPU_INPUTS and x.dim() == 4 and x.shape[1] > 0
+
+
+def _signed(seed: int) -> int:
+    """Operators have no unsigned numbers."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
 def _quantize_rows_fake(
     x: Tensor, smooth: bool, incoherent: bool, seed: int, to_int8: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,16 +131,6 @@ def _quantize_values_fake(v: Tensor) -> tuple[Tensor, Tensor]:
     return data, v.new_empty((batch, heads, channels), dtype=torch.float32)
 
 
-def _quantize_inputs_fake(
-    q: Tensor, k: Tensor, v: Tensor, smooth_k: bool, incoherent: bool, seed: int, to_int8: bool
-) -> tuple[Tensor, ...]:
-    return (
-        *_quantize_rows_fake(q, False, incoherent, seed, to_int8)[:2],
-        *_quantize_rows_fake(k, smooth_k, incoherent, seed, to_int8),
-        *_quantize_values_fake(v),
-    )
-
-
 def _forward_fake(
     q: Tensor,
     k: Tensor,
@@ -152,8 +147,27 @@ def _forward_fake(
     return out, q.new_empty((batch, heads, seqlen), dtype=torch.float32)
 
 
+def _whole_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    smooth_k: bool,
+    incoherent: bool,
+    seed: int,
+    to_int8: bool,
+    out_float16: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, seqlen, heads, head_dim = q.shape
+    out = q.new_empty(q.shape, dtype=torch.float16 if out_float16 else torch.bfloat16)
+    lse = q.new_empty((batch, heads, seqlen), dtype=torch.float32)
+    shift = (k.shape[0], k.shape[2], head_dim if smooth_k else 0)
+    return out, lse, q.new_empty(shift, dtype=torch.float32)
+
+
 if GPU_BUILT:
     torch.library.register_fake("cute_kernels::quantize_fp8_rows", _quantize_rows_fake)
     torch.library.register_fake("cute_kernels::quantize_fp8_values", _quantize_values_fake)
-    torch.library.register_fake("cute_kernels::quantize_fp8_inputs", _quantize_inputs_fake)
     torch.library.register_fake("cute_kernels::flash_attn_fp8_forward", _forward_fake)
+    torch.library.register_fake("cute_kernels::flash_attn_fp8", _whole_fake)
