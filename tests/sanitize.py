@@ -32,6 +32,7 @@ def backward(row, index, q, k, v, causal):
 
 
 def forward_fp8(row, index, q, k, v, causal):
+    v[:1, :1, 0, 0] = 1e30  # its head is quantised again
     return [flash_attn_fp8_func(q, k, v, causal=causal, qk_dtype=FP8_DTYPES[row["dtype"]])]
 
 

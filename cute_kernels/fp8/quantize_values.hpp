@@ -21,9 +21,9 @@ constexpr int values_slices(int head_dim) {
 /// V to e4m3, transposed: kValueKeys keys of a slice in turn.
 ///
 /// Scales are those of whole channels, which are not known before all of V was read. To read it
-/// once, they are made for kHeadroom times the largest element of a sample: e4m3 is a float, and
-/// loses nothing but range at the lower end, where it has 2^15 left. Where an element is too large
-/// all the same, its head is quantised again (quantize_values_again_kernel).
+/// once, they are made for kHeadroom times the largest element of a sample: e4m3 is a float, and is
+/// only coarser below 1/450 of that element. Where one is too large all the same, its head is
+/// quantised again (quantize_values_again_kernel).
 ///
 /// In e4m3 V is only moved.
 template <class In_>

@@ -110,9 +110,9 @@ def _sampled_mean(x: Tensor) -> Tensor:
 
 def _channel_maximum(by_head: Tensor, dtype: torch.dtype) -> Tensor:
     """What is to be the largest number of each channel, (batch, heads, 1, head_dim). For e4m3 that
-    of samples, with HEADROOM: a float loses nothing but range at the lower end, where it has more,
-    and a kernel need not read all elements before it scales the first. In heads where an element is
-    too large all the same, and in int8, that of all elements."""
+    of samples, with HEADROOM: a float is only coarser below 1/450 of that, and a kernel need not
+    read all elements before it scales the first. In heads where an element is too large all the
+    same, and in int8, that of all elements."""
     exact = _maximum(by_head, (2,), dtype)
     if dtype == torch.int8 or by_head.numel() == 0:
         return exact
