@@ -8,9 +8,10 @@ namespace {
 
 using E4m3 = cutlass::float_e4m3_t;
 
-/// Launches kernels in a row. Each may start as soon as all CTAs of the one before it have, calls
-/// cudaGridDependencySynchronize() before it touches what one before it writes, and ends with
-/// end_after_previous().
+/// Launches kernels in a row. Each may start as soon as all CTAs of the one before it have. Its
+/// CTAs call cudaGridDependencySynchronize() before they touch what one before it writes; where
+/// none need that, it ends with end_after_previous(). So each one's end is the end of all before
+/// it.
 class Chain {
  public:
   explicit Chain(cudaStream_t stream) : stream_(stream) {}
