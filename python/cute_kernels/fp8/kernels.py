@@ -131,6 +131,12 @@ def _quantize_values_fake(v: Tensor) -> tuple[Tensor, Tensor]:
     return data, v.new_empty((batch, heads, channels), dtype=torch.float32)
 
 
+def _outputs_fake(q: Tensor, out_float16: bool) -> tuple[Tensor, Tensor]:
+    batch, seqlen, heads, _ = q.shape
+    out = q.new_empty(q.shape, dtype=torch.float16 if out_float16 else torch.bfloat16)
+    return out, q.new_empty((batch, heads, seqlen), dtype=torch.float32)
+
+
 def _forward_fake(
     q: Tensor,
     k: Tensor,
@@ -142,9 +148,7 @@ def _forward_fake(
     causal: bool,
     out_float16: bool,
 ) -> tuple[Tensor, Tensor]:
-    batch, seqlen, heads, _ = q.shape
-    out = q.new_empty(q.shape, dtype=torch.float16 if out_float16 else torch.bfloat16)
-    return out, q.new_empty((batch, heads, seqlen), dtype=torch.float32)
+    return _outputs_fake(q, out_float16)
 
 
 def _whole_fake(
@@ -159,11 +163,8 @@ def _whole_fake(
     to_int8: bool,
     out_float16: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, seqlen, heads, head_dim = q.shape
-    out = q.new_empty(q.shape, dtype=torch.float16 if out_float16 else torch.bfloat16)
-    lse = q.new_empty((batch, heads, seqlen), dtype=torch.float32)
-    shift = (k.shape[0], k.shape[2], head_dim if smooth_k else 0)
-    return out, lse, q.new_empty(shift, dtype=torch.float32)
+    shift = (k.shape[0], k.shape[2], k.shape[3] if smooth_k else 0)
+    return *_outputs_fake(q, out_float16), k.new_empty(shift, dtype=torch.float32)
 
 
 if GPU_BUILT:
