@@ -114,25 +114,54 @@ def test_values_that_the_samples_did_not_foretell(hopper, dtype, what):
 
 
 @pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("dtype", INPUTS)
 @pytest.mark.parametrize("to", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_whole_call_as_one_by_one(hopper, head_dim, to, smooth):
-    """One call whose kernels overlap: what one of them writes and another reads must be there."""
+def test_whole_call_as_one_by_one(hopper, head_dim, to, dtype, smooth):
+    """One call whose kernels overlap: what one of them writes and another reads must be there. It
+    quantises q inside the attention kernel: in the same bits."""
     options = {"incoherent": True, "seed": SEED, "dtype": DTYPES[to]}
-    for seqlen_q, seqlen_k in ((203, 1000), (4096, 4096), (1, 9000)):
-        q, k, v = random_qkv(hopper, torch.bfloat16, 2, seqlen_q, seqlen_k, 4, 2, head_dim)
+    for seqlen_q, seqlen_k in ((203, 1000), (4096, 4096), (1, 9000), (700, 300)):
+        q, k, v = random_qkv(hopper, INPUTS[dtype], 2, seqlen_q, seqlen_k, 4, 2, head_dim)
         k = k + 3
         v[0, seqlen_k - 2, 0, 1] = 1e4  # quantised again
         q8, v8 = quantize_fp8(q, **options), quantize_fp8(v, block=None)
         k8 = quantize_fp8(k, smooth=smooth, **options)
-        wanted = attention_cuda(q8, k8, v8, head_dim**-0.5, True, torch.bfloat16)
+        wanted = attention_cuda(q8, k8, v8, head_dim**-0.5, True, INPUTS[dtype])
         for _ in range(5):
             out, lse, shift = whole_attention_cuda(
-                *(q, k, v, head_dim**-0.5, True, smooth, True, SEED, DTYPES[to], torch.bfloat16)
+                *(q, k, v, head_dim**-0.5, True, smooth, True, SEED, DTYPES[to], INPUTS[dtype])
             )
             assert torch.equal(out, wanted[0])
             assert torch.equal(lse, wanted[1])
             assert torch.equal(shift, k8.shift) if smooth else shift is None
+
+
+@pytest.mark.parametrize("incoherent", [False, True])
+@pytest.mark.parametrize("dtype", INPUTS)
+@pytest.mark.parametrize("to", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_rough_queries_of_any_strides_as_one_by_one(hopper, head_dim, to, dtype, incoherent):
+    options = {"incoherent": incoherent, "seed": SEED, "dtype": DTYPES[to]}
+    rough = rough_inputs(INPUTS[dtype], head_dim, "extreme").to(hopper)
+    wide = torch.empty(2, 3, 203, head_dim + 24, device=hopper, dtype=rough.dtype)
+    q = wide[..., 8:-16].transpose(1, 2).copy_(rough)
+    odd = torch.empty(2, 203, 3, head_dim + 1, device=hopper, dtype=rough.dtype)
+    _, k, v = random_qkv(hopper, rough.dtype, 2, 1, 321, 3, 1, head_dim)
+    q8, k8, v8 = (
+        quantize_fp8(rough, **options),
+        quantize_fp8(k, **options),
+        quantize_fp8(v, block=None),
+    )
+    wanted = attention_cuda(q8, k8, v8, 0.1, False, rough.dtype)
+    for queries in (q, odd[..., 1:].copy_(rough)):
+        out, lse, _ = whole_attention_cuda(
+            *(queries, k, v, 0.1, False, False, incoherent, SEED, DTYPES[to], rough.dtype)
+        )
+        assert torch.equal(out.isnan(), wanted[0].isnan())
+        assert torch.equal(out.nan_to_num(), wanted[0].nan_to_num())
+        assert torch.equal(lse.nan_to_num(), wanted[1].nan_to_num())
+        assert out.isnan().any() and out.isfinite().any()
 
 
 def quantised(q, k, v, to):

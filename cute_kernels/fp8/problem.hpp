@@ -36,44 +36,41 @@ inline Signs random_signs(uint64_t seed) {
 
 enum class InputType { kFloat16, kBFloat16, kE4m3 };
 
-/// Q or K to 8 bits: `in` (batch, seqlen, heads, head_dim), 16 bits an element, pointers and byte
-/// strides multiples of 16. head_dim is 64, 128 or 256.
-struct QuantizeRowsProblem {
+/// What a kernel that quantises reads: (batch, seqlen, heads, head_dim), pointer and byte strides
+/// multiples of 16.
+struct Source {
   InputType type;
-  bool to_int8;  // or to e4m3
   int batch;
   int seqlen;
   int heads;
   int head_dim;
   TensorView in;
-  void* out;           // (batch, seqlen, heads, head_dim), dense
-  float* scale;        // (batch, heads, blocks of kBlockRows rows), dense
-  float const* shift;  // (batch, heads, head_dim), subtracted from every row; may be null
+};
+
+/// Incoherent processing of Q and K.
+struct RowTransform {
   bool incoherent;
   Signs signs;
 };
 
-/// What about 256 rows of every head tell: of K their mean, which is subtracted from all rows, of V
-/// the largest magnitudes.
-struct SampleProblem {
-  InputType type;
-  int batch;
-  int seqlen;
-  int heads;
-  int head_dim;
-  TensorView in;
+/// Q or K, in 16 bits and of head_dim 64, 128 or 256, to 8 bits.
+struct QuantizeRowsProblem : Source {
+  bool to_int8;  // or to e4m3
+  RowTransform transform;
+  void* out;           // (batch, seqlen, heads, head_dim), dense
+  float* scale;        // (batch, heads, blocks of kBlockRows rows), dense
+  float const* shift;  // (batch, heads, head_dim), subtracted from every row; may be null
+};
+
+/// What about 256 rows of every head, in 16 bits, tell: of K their mean, which is subtracted from
+/// all rows, of V the largest magnitudes.
+struct SampleProblem : Source {
   float* result;    // (batch, heads, head_dim), dense
   int* overflowed;  // of V: (batch, heads), cleared; else null
 };
 
-/// V to e4m3, transposed: `in` (batch, seqlen, heads, head_dim) of 16 bits or e4m3.
-struct QuantizeValuesProblem {
-  InputType type;
-  int batch;
-  int seqlen;
-  int heads;
-  int head_dim;
-  TensorView in;
+/// V, in 16 bits or e4m3, to e4m3, transposed.
+struct QuantizeValuesProblem : Source {
   void* out;        // (batch, heads, head_dim, seqlen padded to 16), keys in value_key_order
   float* maximum;   // (batch, heads, head_dim), of a sample; what follows is null for e4m3
   int* overflowed;  // (batch, heads), scratch: whether an element was too large
@@ -82,11 +79,10 @@ struct QuantizeValuesProblem {
 
 /// What one call quantises, of one GPU.
 struct QuantizeProblem {
-  std::optional<SampleProblem> key_mean;       // what k.shift is
-  std::optional<SampleProblem> value_maximum;  // what v.maximum is
-  std::optional<QuantizeRowsProblem> q;
-  std::optional<QuantizeRowsProblem> k;
-  std::optional<QuantizeValuesProblem> v;
+  std::optional<SampleProblem> mean;     // what rows.shift is
+  std::optional<SampleProblem> maximum;  // what values.maximum is
+  std::optional<QuantizeRowsProblem> rows;
+  std::optional<QuantizeValuesProblem> values;
 };
 
 }  // namespace cute_kernels::fp8
