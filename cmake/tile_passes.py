@@ -159,8 +159,6 @@ def fp8_shared_memory(row: Row) -> dict[str, int]:
             "O": queries * ELEMENT_BYTES,
             "scales and barriers": consumers * row["head_dim"] * 4
             + 16  # what int8 products are added to
-            + row["head_dim"] * 2  # signs
-            + consumers * 16  # largest queries
             + 2 * 8 * (2 * stages + consumers),
         }
     )

@@ -3,7 +3,6 @@
 #include <cstdint>
 
 #include "cute_kernels/attention/problem.hpp"
-#include "cute_kernels/fp8/problem.hpp"
 
 namespace cute_kernels::attention {
 
@@ -14,13 +13,6 @@ struct ScaleView {
   int64_t batch_stride;
   int64_t head_stride;
   int64_t stride;
-};
-
-/// Q in 16 bits, which the kernel quantises itself.
-struct RawQueries {
-  TensorView view;  // no data: Q comes quantised
-  bool float16;     // or bf16
-  fp8::RowTransform transform;
 };
 
 /// One call of FP8 attention, forward. Q and K are (batch, seqlen, heads, head_dim), 8 bits an
@@ -36,15 +28,15 @@ struct Fp8ForwardProblem {
   int head_dim;
   bool causal;
   bool out_float16;  // O is fp16, otherwise bf16
+  bool overlaps;     // may start while the kernel before it ends, which quantises
   float softmax_scale;
-  TensorView q;  // unused with raw_q
+  TensorView q;
   TensorView k;
   TensorView v;  // seqlen_stride is the stride of a channel: the padded number of keys or more
   TensorView out;
-  ScaleView q_scale;  // a block is 64 rows; unused with raw_q
+  ScaleView q_scale;  // a block is 64 rows
   ScaleView k_scale;  // a block is 64 rows
   ScaleView v_scale;  // i is a channel
-  RawQueries raw_q;   // head_dim is 64, 128 or 256 if Q comes this way
   float* lse;         // (batch, heads_q, seqlen_q), natural logarithm
   Device device;
 };

@@ -47,19 +47,14 @@ struct Source {
   TensorView in;
 };
 
-/// Incoherent processing of Q and K.
-struct RowTransform {
-  bool incoherent;
-  Signs signs;
-};
-
 /// Q or K, in 16 bits and of head_dim 64, 128 or 256, to 8 bits.
 struct QuantizeRowsProblem : Source {
-  bool to_int8;  // or to e4m3
-  RowTransform transform;
+  bool to_int8;        // or to e4m3
   void* out;           // (batch, seqlen, heads, head_dim), dense
   float* scale;        // (batch, heads, blocks of kBlockRows rows), dense
   float const* shift;  // (batch, heads, head_dim), subtracted from every row; may be null
+  bool incoherent;
+  Signs signs;
 };
 
 /// What about 256 rows of every head, in 16 bits, tell: of K their mean, which is subtracted from
@@ -79,10 +74,11 @@ struct QuantizeValuesProblem : Source {
 
 /// What one call quantises, of one GPU.
 struct QuantizeProblem {
-  std::optional<SampleProblem> mean;     // what rows.shift is
-  std::optional<SampleProblem> maximum;  // what values.maximum is
-  std::optional<QuantizeRowsProblem> rows;
-  std::optional<QuantizeValuesProblem> values;
+  std::optional<SampleProblem> key_mean;       // what k.shift is
+  std::optional<SampleProblem> value_maximum;  // what v.maximum is
+  std::optional<QuantizeRowsProblem> q;
+  std::optional<QuantizeRowsProblem> k;
+  std::optional<QuantizeValuesProblem> v;
 };
 
 }  // namespace cute_kernels::fp8

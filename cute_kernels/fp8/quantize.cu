@@ -93,26 +93,27 @@ void with_element(InputType type, Launch const& launch) {
 
 cudaError_t launch_quantize(QuantizeProblem const& p, cudaStream_t stream) {
   Chain chain(stream);
-  // Samples first and rows last: few CTAs take long for a sample, which others hide.
-  if (p.mean) {
-    with_element(p.mean->type, [&](auto element) {
-      sample<decltype(element), Statistic::kMean>(*p.mean, chain);
+  // Samples first and K last: few CTAs take long for a sample, which others hide.
+  if (p.key_mean) {
+    with_element(p.key_mean->type, [&](auto element) {
+      sample<decltype(element), Statistic::kMean>(*p.key_mean, chain);
     });
   }
-  if (p.maximum) {
-    with_element(p.maximum->type, [&](auto element) {
-      sample<decltype(element), Statistic::kMaximum>(*p.maximum, chain);
+  if (p.value_maximum) {
+    with_element(p.value_maximum->type, [&](auto element) {
+      sample<decltype(element), Statistic::kMaximum>(*p.value_maximum, chain);
     });
   }
-  if (p.values && p.values->type == InputType::kE4m3) {
-    quantize_values<E4m3>(*p.values, chain);
-  } else if (p.values) {
-    with_element(p.values->type,
-                 [&](auto element) { quantize_values<decltype(element)>(*p.values, chain); });
+  if (p.q) {
+    with_element(p.q->type, [&](auto element) { quantize_rows<decltype(element)>(*p.q, chain); });
   }
-  if (p.rows) {
-    with_element(p.rows->type,
-                 [&](auto element) { quantize_rows<decltype(element)>(*p.rows, chain); });
+  if (p.v && p.v->type == InputType::kE4m3) {
+    quantize_values<E4m3>(*p.v, chain);
+  } else if (p.v) {
+    with_element(p.v->type, [&](auto element) { quantize_values<decltype(element)>(*p.v, chain); });
+  }
+  if (p.k) {
+    with_element(p.k->type, [&](auto element) { quantize_rows<decltype(element)>(*p.k, chain); });
   }
   return chain.status();
 }

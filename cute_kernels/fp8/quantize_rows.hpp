@@ -1,78 +1,204 @@
 #pragma once
 
 #include "cute_kernels/attention/forward/fp8_traits.hpp"
+#include "cute_kernels/fp8/hadamard.hpp"
 #include "cute_kernels/fp8/problem.hpp"
-#include "cute_kernels/fp8/row_block.hpp"
+#include "cute_kernels/fp8/quantize.hpp"
 
 namespace cute_kernels::fp8 {
 
 static_assert(kBlockRows == attention::kScaleRows);
 
-/// All threads of a CTA.
-struct CtaTeam {
-  CUTLASS_DEVICE static int thread() { return threadIdx.x; }
-  CUTLASS_DEVICE static void sync() { __syncthreads(); }
-};
-
-/// One CTA quantises a RowBlock: everything is read once, stays in registers, and is written once.
-template <class In, class Out_, int kHeadDim_, int kRows, int kResidentThreads_ = 1024>
+/// One CTA quantises the kBlockRows rows of a head that share a scale: everything is read once,
+/// stays in registers, and is written once. A thread has kRows rows' share.
+///
+/// The kernel is to be bound by memory, and instructions are what stands in its way: at 2.5 TB/s an
+/// SM may spend 30 on an element. So signs are flipped two elements at a time, the factor 1 /
+/// sqrt(d) is left to the scale, and elements that must be saturated or are NaN are looked for once
+/// a block: its maximum tells, and then everything is read and done again, with care.
+template <class In_, class Out_, int kHeadDim_, int kRows_, int kResidentThreads_ = 1024>
 struct QuantizeRows {
+  using In = In_;
   using Out = Out_;
-  using Block = RowBlock<CtaTeam, In, Out, kHeadDim_, kRows>;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kThreads = Block::kThreads;
+  static constexpr int kRows = kRows_;
+  static constexpr int kLanes = kHeadDim == 256 ? 8 : 4;  // threads of a row
+  static constexpr int kChunks = kHeadDim / 8 / kLanes;   // runs of 8 elements of a thread
+  static constexpr int kThreads = kBlockRows / kRows * kLanes;
   static constexpr int kResidentThreads = kResidentThreads_;
+  static constexpr float kNorm = kHeadDim == 64    ? 0.125f
+                                 : kHeadDim == 256 ? 0.0625f
+                                                   : 0.08838834764831845f;
+  // No sum of magnitudes up to it passes kSaturation, and the other way round: an element beyond
+  // kSaturation leaves a result beyond it, unless the shift is as large.
+  static constexpr float kHarmless = 0x1p40f;
 
   struct SharedStorage {
-    alignas(16) uint32_t signs[kHeadDim / 2];
-    alignas(16) float shift[kHeadDim];
+    alignas(16) uint32_t signs[kHeadDim / 2];  // in the sign bits of two elements
+    // With the signs already flipped; first halves of all runs of 8 elements, then second ones, so
+    // that lanes find theirs in different banks.
+    alignas(16) float shift[2][kHeadDim / 2];
     uint32_t maximum[kThreads / 32];
   };
+
+  using Raw = uint4[kRows][kChunks];
+  using Values = float[kRows][8 * kChunks];
 
   QuantizeRowsProblem const& p;
   SharedStorage& shared;
   int const head = blockIdx.x;
   int const block = blockIdx.y;
   int const batch = blockIdx.z;
+  int const lane = threadIdx.x % kLanes;
 
-  /// What is the same for all rows, to shared memory. Whether the shift alone may be too large.
+  CUTLASS_DEVICE int row(int i) const {
+    return block * kBlockRows + threadIdx.x / kLanes + i * (kBlockRows / kRows);
+  }
+
+  CUTLASS_DEVICE void load(Raw& raw) const {
+    In const* const in = static_cast<In const*>(p.in.data) + batch * p.in.batch_stride +
+                         head * p.in.head_stride + lane * 8;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      auto const* const from = reinterpret_cast<uint4 const*>(in + row(i) * p.in.seqlen_stride);
+      CUTLASS_PRAGMA_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        raw[i][c] = row(i) < p.seqlen ? __ldcs(from + c * kLanes) : make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+
+  /// What is the same for all rows, to shared memory. Whether the shift alone may pass kSaturation.
   CUTLASS_DEVICE bool prepare() const {
     static_assert(kThreads >= kHeadDim);
-    int const i = threadIdx.x;
+    uint32_t const i = threadIdx.x;
     bool is_huge = false;
     if (i < kHeadDim) {
-      write_sign(shared.signs, p.transform, i);
+      uint32_t const sign = p.incoherent ? p.signs.words[i / 32] >> (i % 32) : 0;
+      reinterpret_cast<uint16_t*>(shared.signs)[i] = sign << 15;
       if (p.shift != nullptr) {
         int64_t const pair = static_cast<int64_t>(batch) * p.heads + head;
         float const shift = __ldcg(p.shift + pair * kHeadDim + i);
-        uint32_t const sign = reinterpret_cast<uint16_t const*>(shared.signs)[i];
-        shared.shift[i / 4 % 2 * (kHeadDim / 2) + i / 8 * 4 + i % 4] =
-            __uint_as_float(__float_as_uint(shift) ^ sign << 16);
-        is_huge = !(fabsf(shift) <= Block::kHarmless);
+        shared.shift[i / 4 % 2][i / 8 * 4 + i % 4] =
+            __uint_as_float(__float_as_uint(shift) ^ sign << 31);
+        is_huge = !(fabsf(shift) <= kHarmless);
       }
     }
     return __syncthreads_or(is_huge);
   }
 
+  /// The values to be rounded. The largest magnitude of the thread's, NaN if there is one.
+  template <bool kSaturate>
+  CUTLASS_DEVICE float transform(Raw const& raw, Values& x) const {
+    float maximum = 0.f;
+    CUTLASS_PRAGMA_UNROLL
+    for (int c = 0; c < kChunks; ++c) {
+      int const channel = (c * kLanes + lane) * 8;
+      uint4 const signs = *reinterpret_cast<uint4 const*>(&shared.signs[channel / 2]);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        uint32_t const words[4] = {raw[i][c].x ^ signs.x, raw[i][c].y ^ signs.y,
+                                   raw[i][c].z ^ signs.z, raw[i][c].w ^ signs.w};
+        CUTLASS_PRAGMA_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          float2 const pair = unpack<In>(words[j]);
+          x[i][8 * c + 2 * j] = kSaturate ? saturate(pair.x) : pair.x;
+          x[i][8 * c + 2 * j + 1] = kSaturate ? saturate(pair.y) : pair.y;
+        }
+      }
+      if (p.shift != nullptr) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int j = 0; j < 8; j += 4) {
+          float4 const shift = *reinterpret_cast<float4 const*>(&shared.shift[j / 4][channel / 2]);
+          CUTLASS_PRAGMA_UNROLL
+          for (int i = 0; i < kRows; ++i) {
+            if (row(i) >= p.seqlen) continue;  // no row: stays 0
+            float* const values = &x[i][8 * c + j];
+            values[0] -= shift.x;
+            values[1] -= shift.y;
+            values[2] -= shift.z;
+            values[3] -= shift.w;
+          }
+        }
+      }
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      if (p.incoherent) {
+        maximum = sm90::max_nan(maximum, hadamard_transform<kLanes, kChunks>(x[i]));
+      } else {
+        CUTLASS_PRAGMA_UNROLL
+        for (int j = 0; j < 8 * kChunks; ++j) maximum = sm90::max_nan(maximum, fabsf(x[i][j]));
+      }
+    }
+    return maximum;
+  }
+
+  /// The largest of the CTA, of numbers that are not negative; NaN is larger than all.
+  CUTLASS_DEVICE float maximum_of_all(float maximum) const {
+    uint32_t bits = __reduce_max_sync(0xffffffff, __float_as_uint(maximum));
+    if (threadIdx.x % 32 == 0) shared.maximum[threadIdx.x / 32] = bits;
+    __syncthreads();
+    CUTLASS_PRAGMA_UNROLL
+    for (int warp = 0; warp < kThreads / 32; ++warp) bits = max(bits, shared.maximum[warp]);
+    return __uint_as_float(bits);
+  }
+
+  /// The values once more, from elements that are saturated; the largest one that is not NaN.
+  CUTLASS_DEVICE float transform_with_care(Values& x, bool& has_nan) const {
+    Raw raw;
+    load(raw);
+    transform<true>(raw, x);
+    float maximum = 0.f;
+    bool is_nan = false;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < 8 * kChunks; ++j) {
+        maximum = fmaxf(maximum, fabsf(x[i][j]));
+        is_nan |= x[i][j] != x[i][j];
+      }
+    }
+    has_nan = __syncthreads_or(is_nan);
+    return maximum_of_all(maximum);
+  }
+
+  CUTLASS_DEVICE void store(Values const& x, float factor) const {
+    Out* const out = static_cast<Out*>(p.out) + head * kHeadDim + lane * 8;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      if (row(i) >= p.seqlen) continue;
+      int64_t const number = (static_cast<int64_t>(batch) * p.seqlen + row(i)) * p.heads;
+      auto* const to = reinterpret_cast<uint2*>(out + number * kHeadDim);
+      CUTLASS_PRAGMA_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        float const* const v = &x[i][8 * c];
+        to[c * kLanes] =
+            make_uint2(round_to<Out>(v[0] * factor, v[1] * factor, v[2] * factor, v[3] * factor),
+                       round_to<Out>(v[4] * factor, v[5] * factor, v[6] * factor, v[7] * factor));
+      }
+    }
+  }
+
   CUTLASS_DEVICE void run() const {
-    int64_t const pair = static_cast<int64_t>(batch) * p.heads + head;
-    Block const rows(
-        {}, static_cast<In const*>(p.in.data) + batch * p.in.batch_stride + head * p.in.head_stride,
-        p.in.seqlen_stride, block * kBlockRows, p.seqlen, p.transform.incoherent,
-        {shared.signs, p.shift == nullptr ? nullptr : shared.shift, shared.maximum});
-    typename Block::Raw raw;
-    rows.load(raw);  // all loads first: they are what the kernel's time is made of
+    Raw raw;
+    load(raw);  // all loads first: they are what the kernel's time is made of
     if (p.shift != nullptr) cudaGridDependencySynchronize();
     bool const is_shift_huge = prepare();
-    typename Block::Values x;
-    auto const [to_bytes, scale] = rows.transform(raw, x, is_shift_huge);
-    if (threadIdx.x == 0) p.scale[pair * gridDim.y + block] = scale;
-    int64_t const first_row = static_cast<int64_t>(batch) * p.seqlen + block * kBlockRows;
-    Out* const out = static_cast<Out*>(p.out) + (first_row * p.heads + head) * kHeadDim;
-    rows.template round<false>(x, to_bytes, [&](int row, int channel, uint2 bytes) {
-      *reinterpret_cast<uint2*>(out + static_cast<int64_t>(row) * p.heads * kHeadDim + channel) =
-          bytes;
-    });
+    Values x;
+    float maximum = maximum_of_all(transform<false>(raw, x));
+    bool has_nan = false;
+    if (is_shift_huge || !(maximum <= kHarmless)) maximum = transform_with_care(x, has_nan);
+    maximum = fmaxf(maximum, kSmallestMaximum);
+    // int8 has no NaN: there the scale tells of one, and the elements are 0.
+    bool const lost = std::is_same_v<Out, int8_t> && has_nan;
+    if (threadIdx.x == 0) {
+      int64_t const pair = static_cast<int64_t>(batch) * p.heads + head;
+      float const norm = p.incoherent ? kNorm : 1.f;
+      p.scale[pair * gridDim.y + block] =
+          lost ? NAN : __fdiv_rn(__fmul_rn(maximum, norm), kLargest<Out>);
+    }
+    store(x, lost ? NAN : __fdiv_rn(kLargest<Out>, maximum));
   }
 };
 

@@ -3,7 +3,6 @@
 #include <limits>
 #include <optional>
 #include <tuple>
-#include <variant>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -84,7 +83,7 @@ struct Rows {
   Tensor scale;
   Tensor shift;
   Tensor readable;
-  std::optional<fp8::SampleProblem> mean;
+  std::optional<fp8::SampleProblem> key_mean;
   std::optional<fp8::QuantizeRowsProblem> problem;
 };
 
@@ -127,14 +126,14 @@ Rows prepare_rows(Argument const& x, bool smooth, bool incoherent, int64_t seed,
   if (batch == 0 || seqlen == 0 || heads == 0) return rows;
   float* const shift = smooth ? static_cast<float*>(rows.shift.data_ptr()) : nullptr;
   fp8::Source const from = source(x, rows.readable);
-  rows.problem =
-      fp8::QuantizeRowsProblem{from,
-                               to_int8,
-                               {incoherent, fp8::random_signs(static_cast<uint64_t>(seed))},
-                               rows.data.data_ptr(),
-                               static_cast<float*>(rows.scale.data_ptr()),
-                               shift};
-  if (smooth) rows.mean = fp8::SampleProblem{from, shift, nullptr};
+  rows.problem = fp8::QuantizeRowsProblem{from,
+                                          to_int8,
+                                          rows.data.data_ptr(),
+                                          static_cast<float*>(rows.scale.data_ptr()),
+                                          shift,
+                                          incoherent,
+                                          fp8::random_signs(static_cast<uint64_t>(seed))};
+  if (smooth) rows.key_mean = fp8::SampleProblem{from, shift, nullptr};
   return rows;
 }
 
@@ -168,9 +167,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(Tensor const& x_tensor, bool sm
   hopper(x.device);
   torch::stable::accelerator::DeviceGuard const guard(x.device);
   Rows const rows = prepare_rows(x, smooth, incoherent, seed, to_int8);
-  require_success(fp8::launch_quantize({rows.mean, std::nullopt, rows.problem, std::nullopt},
-                                       current_stream(x.device)),
-                  "quantize_fp8_rows");
+  require_success(
+      fp8::launch_quantize({rows.key_mean, std::nullopt, rows.problem, std::nullopt, std::nullopt},
+                           current_stream(x.device)),
+      "quantize_fp8_rows");
   return {rows.data, rows.scale, rows.shift};
 }
 
@@ -180,8 +180,9 @@ std::tuple<Tensor, Tensor> quantize_values(Tensor const& v_tensor) {
   hopper(v.device);
   torch::stable::accelerator::DeviceGuard const guard(v.device);
   Values const values = prepare_values(v);
-  require_success(fp8::launch_quantize({std::nullopt, values.maximum, std::nullopt, values.problem},
-                                       current_stream(v.device)),
+  require_success(fp8::launch_quantize(
+                      {std::nullopt, values.maximum, std::nullopt, std::nullopt, values.problem},
+                      current_stream(v.device)),
                   "quantize_fp8_values");
   return {values.data, values.scale};
 }
@@ -200,26 +201,23 @@ ScaleView scale_view(Argument const& a, Argument const& q, int64_t batch, int64_
   return {static_cast<float const*>(a.tensor.data_ptr()), a.stride(0), a.stride(1), one ? 0 : 1};
 }
 
-/// The scales of quantised queries, or what is to be done to queries in 16 bits.
-using QueryScale = std::variant<Tensor, fp8::RowTransform>;
-
+/// With `overlaps`, right behind the kernels that quantise the operands.
 std::tuple<Tensor, Tensor> attend(Tensor const& q_tensor, Tensor const& k_tensor,
-                                  Tensor const& v_tensor, QueryScale const& q_scale,
+                                  Tensor const& v_tensor, Tensor const& q_scale_tensor,
                                   Tensor const& k_scale_tensor, Tensor const& v_scale_tensor,
-                                  double softmax_scale, bool causal, bool out_float16) {
+                                  double softmax_scale, bool causal, bool out_float16,
+                                  bool overlaps) {
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
-  Argument const k_scale("k_scale", k_scale_tensor), v_scale("v_scale", v_scale_tensor);
-  auto const* const transform = std::get_if<fp8::RowTransform>(&q_scale);
+  Argument const q_scale("q_scale", q_scale_tensor), k_scale("k_scale", k_scale_tensor),
+      v_scale("v_scale", v_scale_tensor);
   for (Argument const* a : {&q, &k, &v}) {
     check_tensor(*a, 4);
     check_like(*a, q);
   }
-  if (transform == nullptr) {
-    require(q.dtype == ScalarType::Float8_e4m3fn || q.dtype == ScalarType::Char, "q has dtype ",
-            DtypeOf{q.dtype}, ", must be float8_e4m3fn or int8");
-    require(k.dtype == q.dtype, "k has dtype ", DtypeOf{k.dtype}, ", must be ", DtypeOf{q.dtype},
-            " like q");
-  }
+  require(q.dtype == ScalarType::Float8_e4m3fn || q.dtype == ScalarType::Char, "q has dtype ",
+          DtypeOf{q.dtype}, ", must be float8_e4m3fn or int8");
+  require(k.dtype == q.dtype, "k has dtype ", DtypeOf{k.dtype}, ", must be ", DtypeOf{q.dtype},
+          " like q");
   require(v.dtype == ScalarType::Float8_e4m3fn, "v has dtype ", DtypeOf{v.dtype},
           ", must be float8_e4m3fn");
   int64_t const batch = q.size(0), seqlen_q = q.size(1), heads_q = q.size(2), head_dim = q.size(3);
@@ -244,31 +242,21 @@ std::tuple<Tensor, Tensor> attend(Tensor const& q_tensor, Tensor const& k_tensor
                      out_float16 ? ScalarType::Half : ScalarType::BFloat16, q.device);
   Tensor lse = empty({batch, heads_q, seqlen_q}, ScalarType::Float, q.device);
   if (batch == 0 || heads_q == 0 || seqlen_q == 0) return {out, lse};
-  ScoreType const type = k.dtype == ScalarType::Char ? ScoreType::kInt8 : ScoreType::kE4m3;
+  ScoreType const type = q.dtype == ScalarType::Char ? ScoreType::kInt8 : ScoreType::kE4m3;
   Fp8ForwardKernel const* kernel = attention::choose_fp8_forward(type, static_cast<int>(head_dim));
-  require(kernel != nullptr, "no FP8 kernel for k of ", DtypeOf{k.dtype}, ", head_dim ", head_dim,
+  require(kernel != nullptr, "no FP8 kernel for q of ", DtypeOf{q.dtype}, ", head_dim ", head_dim,
           " in this build");
-  require(transform == nullptr || kernel->config.head_dim == head_dim,
-          "no FP8 kernel of this build quantises q of head_dim ", head_dim);
   require(static_cast<double>(batch) * heads_q * blocks_of(seqlen_q, kernel->config.tile_m) <
               double{1 << 30},
           "q has shape ", Shape{q.sizes}, ", batch * heads * blocks of ", kernel->config.tile_m,
           " queries must be below 2^30");
 
   bool const has_keys = seqlen_k > 0;
-  Tensor const q_readable = tma_readable(q, transform == nullptr ? 1 : 2);
+  Tensor const q_readable = tma_readable(q, 1);
   Tensor const k_readable =
       has_keys ? tma_readable(k, 1) : out;  // without keys nothing is read, an address is needed
   attention::TensorView v_view{out.data_ptr(), kKeyPadding, kKeyPadding, kKeyPadding};
   if (has_keys) v_view = {v.tensor.data_ptr(), v.stride(0), padded, v.stride(1)};
-  ScaleView q_scales{};
-  attention::RawQueries raw_q{};
-  if (transform == nullptr) {
-    q_scales = scale_view(Argument("q_scale", std::get<Tensor>(q_scale)), q, batch, heads_q,
-                          blocks_of(seqlen_q, fp8::kBlockRows));
-  } else {
-    raw_q = {view(q_readable), q.dtype == ScalarType::Half, *transform};
-  }
   Fp8ForwardProblem const problem{
       static_cast<int>(batch),
       static_cast<int>(seqlen_q),
@@ -278,15 +266,15 @@ std::tuple<Tensor, Tensor> attend(Tensor const& q_tensor, Tensor const& k_tensor
       static_cast<int>(head_dim),
       causal,
       out_float16,
+      overlaps,
       scale,
       view(q_readable),
       view(k_readable),
       v_view,
       view(out),
-      q_scales,
+      scale_view(q_scale, q, batch, heads_q, blocks_of(seqlen_q, fp8::kBlockRows)),
       scale_view(k_scale, q, batch, heads_kv, blocks_of(seqlen_k, fp8::kBlockRows)),
       scale_view(v_scale, q, batch, heads_kv, head_dim),
-      raw_q,
       static_cast<float*>(lse.data_ptr()),
       device};
   require_success(kernel->launch(problem, current_stream(q.device)), kernel->config.name);
@@ -297,10 +285,10 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_forward(Tensor const& q, Tensor const&
                                                   Tensor const& q_scale, Tensor const& k_scale,
                                                   Tensor const& v_scale, double softmax_scale,
                                                   bool causal, bool out_float16) {
-  return attend(q, k, v, q_scale, k_scale, v_scale, softmax_scale, causal, out_float16);
+  return attend(q, k, v, q_scale, k_scale, v_scale, softmax_scale, causal, out_float16, false);
 }
 
-/// From 16 bits: K and V are quantised first, Q where it is used.
+/// From 16 bits: all is quantised first, and each kernel starts while the one before it ends.
 std::tuple<Tensor, Tensor, Tensor> flash_attn_fp8(Tensor const& q_tensor, Tensor const& k_tensor,
                                                   Tensor const& v_tensor, double softmax_scale,
                                                   bool causal, bool smooth_k, bool incoherent,
@@ -313,15 +301,16 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_fp8(Tensor const& q_tensor, Tensor
   check_like(v, q);
   hopper(q.device);
   torch::stable::accelerator::DeviceGuard const guard(q.device);
+  Rows const q_rows = prepare_rows(q, false, incoherent, seed, to_int8);
   Rows const k_rows = prepare_rows(k, smooth_k, incoherent, seed, to_int8);
   Values const values = prepare_values(v);
-  require_success(
-      fp8::launch_quantize({k_rows.mean, values.maximum, k_rows.problem, values.problem},
-                           current_stream(q.device)),
-      "flash_attn_fp8");
-  fp8::RowTransform const transform{incoherent, fp8::random_signs(static_cast<uint64_t>(seed))};
-  auto [out, lse] = attend(q.tensor, k_rows.data, values.data, transform, k_rows.scale,
-                           values.scale, softmax_scale, causal, out_float16);
+  require_success(fp8::launch_quantize({k_rows.key_mean, values.maximum, q_rows.problem,
+                                        k_rows.problem, values.problem},
+                                       current_stream(q.device)),
+                  "flash_attn_fp8");
+  auto [out, lse] =
+      attend(q_rows.data, k_rows.data, values.data, q_rows.scale, k_rows.scale, values.scale,
+             softmax_scale, causal, out_float16, k_rows.problem.has_value());
   return {out, lse, k_rows.shift};
 }
 

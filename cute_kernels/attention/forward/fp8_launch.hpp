@@ -19,19 +19,9 @@ struct Fp8ForwardParams : ForwardParams<Traits, TmaQ, TmaK, TmaV, TmaO> {
   ScaleView q_scale;
   ScaleView k_scale;
   ScaleView v_scale;
-  RawQueries raw_q;
   int head_dim;
   bool out_float16;
-
-  CUTLASS_DEVICE bool loads_queries() const { return raw_q.view.data == nullptr; }
-  /// Elements of 16 bits are two to TMA, which only takes them to L2.
-  CUTLASS_DEVICE int query_boxes() const { return loads_queries() ? 1 : 2; }
 };
-
-/// A tensor of 16-bit elements as one of twice as many bytes.
-inline TensorView as_bytes(TensorView const& view) {
-  return {view.data, 2 * view.batch_stride, 2 * view.seqlen_stride, 2 * view.head_stride};
-}
 
 /// Starts the FP8 forward kernel of a tile on `stream`: TMA descriptors, grid, launch.
 /// Asynchronous.
@@ -44,11 +34,8 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
   // A descriptor of no keys is not allowed; with seqlen_k = 0 nothing is loaded through it.
   int const keys = problem.seqlen_k > 0 ? problem.seqlen_k : 1;
   int const padded_keys = (keys + 15) / 16 * 16;
-  bool const is_raw = problem.raw_q.view.data != nullptr;
-  auto q = is_raw ? global_tensor<ElementQk>(as_bytes(problem.raw_q.view), problem.seqlen_q,
-                                             2 * problem.head_dim, problem.heads_q, problem.batch)
-                  : global_tensor<ElementQk>(problem.q, problem.seqlen_q, problem.head_dim,
-                                             problem.heads_q, problem.batch);
+  auto q = global_tensor<ElementQk>(problem.q, problem.seqlen_q, problem.head_dim, problem.heads_q,
+                                    problem.batch);
   auto k =
       global_tensor<ElementQk>(problem.k, keys, problem.head_dim, problem.heads_kv, problem.batch);
   auto v = global_tensor<typename Traits::ElementPv>(problem.v, problem.head_dim, padded_keys,
@@ -77,13 +64,12 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
       problem.q_scale,
       problem.k_scale,
       problem.v_scale,
-      problem.raw_q,
       problem.head_dim,
       problem.out_float16};
 
   return start_forward<Traits>(forward_kernel<Fp8ForwardMainloop<Traits>,
                                               ForwardEpilogue<typename Traits::Epilogue>, Params>,
-                               params, problem.device, stream);
+                               params, problem.device, stream, problem.overlaps);
 }
 
 }  // namespace cute_kernels::attention

@@ -3,7 +3,6 @@
 #include <cutlass/arch/memory_sm80.h>
 #include <cute/tensor.hpp>
 
-#include "cute_kernels/attention/forward/fp8_queries.hpp"
 #include "cute_kernels/attention/forward/fp8_softmax.hpp"
 #include "cute_kernels/attention/forward/fp8_traits.hpp"
 #include "cute_kernels/attention/forward/protocol.hpp"
@@ -33,7 +32,6 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       Traits::kIntegerScores ? sm90::Accumulate::kYes : sm90::Accumulate::kNo;
 
   using Softmax = ScaledSoftmax<Traits>;
-  using Quantizer = QueryQuantizer<Traits>;
 
  public:
   /// Issues every load of one tile. Called by one thread.
@@ -83,10 +81,8 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
   }
 
   /// Writes what stays in shared memory for good: channels of V that are all ones, which TMA never
-  /// touches, what int8 products are added to, and signs for queries that come in 16 bits.
-  template <class Params>
-  CUTLASS_DEVICE static void prepare(Params const& params, SharedStorage& shared) {
-    Quantizer::prepare(shared, params.raw_q.transform);
+  /// touches, and what int8 products are added to. Then waits for what the operands come from.
+  CUTLASS_DEVICE static void prepare(SharedStorage& shared) {
     if constexpr (Traits::kIntegerScores) {
       if (threadIdx.x < shared.magic.size()) shared.magic[threadIdx.x] = Traits::kMagicBits;
     }
@@ -99,6 +95,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       }
       cutlass::arch::fence_view_async_shared();
     }
+    cudaGridDependencySynchronize();
   }
 
  private:
@@ -142,9 +139,12 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     int const last_scale = (params.mask.seqlen_k - 1) / kScaleRows;
     float const* const k_scales = params.k_scale.data + coord.batch * params.k_scale.batch_stride +
                                   params.heads_per_kv.div(coord.head) * params.k_scale.head_stride;
-    float const q_scale = own.visited == 0 ? 0.f
-                                           : params.scale_log2 * query_scale(params, shared, coord,
-                                                                             own_query, warpgroup);
+    float const q_scale =
+        own.visited == 0 ? 0.f
+                         : params.scale_log2 *
+                               params.q_scale.data[coord.batch * params.q_scale.batch_stride +
+                                                   coord.head * params.q_scale.head_stride +
+                                                   own_query / kScaleRows * params.q_scale.stride];
     float scale[kGroups];
     // Read before the wait for the products, needed after it.
     auto load_scales = [&](int block) {
@@ -164,7 +164,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       return softmax.template update<decltype(is_first)::value>(rows, scale);
     };
 
-    if (params.loads_queries()) shared.q_full[warpgroup].wait(q_phase);
+    shared.q_full[warpgroup].wait(q_phase);
     int block = loaded.visited - 1;
     Protocol::skip_blocks(block, own.visited, pipeline_k, pipeline_v, read_k, read_v, warpgroup);
     if (block < 0) {  // no visible key: O stays 0
@@ -251,19 +251,6 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
                                              operand_v(_, _, _, read_v.index()), out);
     warpgroup_wait<0>();
     release(pipeline_v, read_v);
-  }
-
-  /// The scale of the warpgroup's queries, which it quantises itself if they come in 16 bits.
-  template <class Params>
-  CUTLASS_DEVICE static float query_scale(Params const& params, SharedStorage& shared,
-                                          TileCoord const& coord, int first_query, int warpgroup) {
-    if (!params.loads_queries()) {
-      return Quantizer::run(params.raw_q, shared, coord, first_query, params.mask.seqlen_q,
-                            warpgroup);
-    }
-    return params.q_scale
-        .data[coord.batch * params.q_scale.batch_stride + coord.head * params.q_scale.head_stride +
-              first_query / kScaleRows * params.q_scale.stride];
   }
 
   /// The thread's part of O as the accumulator of a product without the channels of ones.

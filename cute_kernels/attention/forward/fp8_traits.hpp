@@ -120,9 +120,6 @@ struct Fp8ForwardTraits {
     cute::array<OutputBuffer, kConsumers> o;  // twice as wide as Q
     cute::array_aligned<float, kHeadDim> v_scale[kConsumers];
     cute::array_aligned<int32_t, 4> magic;  // kMagicBits
-    // Of QueryQuantizer.
-    cute::array_aligned<uint32_t, kHeadDim / 2> signs;
-    uint32_t maximum[kConsumers][cutlass::NumWarpsPerWarpGroup];
     typename Pipeline::SharedStorage pipeline_k;
     typename Pipeline::SharedStorage pipeline_v;
     cutlass::arch::ClusterTransactionBarrier q_full[kConsumers];

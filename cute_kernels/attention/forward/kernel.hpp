@@ -29,11 +29,6 @@ struct ForwardParams {
   Mask mask;
   TileScheduler::Params scheduler;
 
-  /// Whether TMA brings the queries, or consumers fetch them.
-  CUTLASS_DEVICE static constexpr bool loads_queries() { return true; }
-  /// Boxes of LayoutQ, side by side, that a warpgroup's queries are to TMA.
-  CUTLASS_DEVICE static constexpr int query_boxes() { return 1; }
-
   /// Where seqlen_q is no multiple of the tile, the first tile is the short one, because under a
   /// causal mask that is the one with the fewest keys: its first warpgroups get negative queries
   /// and have nothing to do.
@@ -82,7 +77,7 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
   Pipeline pipeline_k(shared.pipeline_k, pipeline_params, Shape<_1, _1, _1>{});
   pipeline_params.transaction_bytes = Traits::kBytesV;
   Pipeline pipeline_v(shared.pipeline_v, pipeline_params, Shape<_1, _1, _1>{});
-  Mainloop::prepare(params, shared);
+  Mainloop::prepare(shared);
   cutlass::arch::fence_barrier_init();
   __syncthreads();
 

@@ -37,8 +37,7 @@ class ForwardProtocol {
 
  public:
   /// What a mainloop writes to shared memory once, before any load.
-  template <class Params>
-  CUTLASS_DEVICE static void prepare(Params const&, SharedStorage&) {}
+  CUTLASS_DEVICE static void prepare(SharedStorage&) {}
 
   /// Pingpong's opening: the last warpgroup lets the first one begin.
   CUTLASS_DEVICE static void start_turns(int warpgroup) {
@@ -56,9 +55,8 @@ class ForwardProtocol {
     int const first_query = params.first_query(coord);
     auto q = params.tma_q.get_tma_tensor(params.shape_q)(_, _, coord.head, coord.batch);
     auto k = params.tma_k.get_tma_tensor(params.shape_k)(_, _, kv_head, coord.batch);
-    auto boxes_q =
-        local_tile(q, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDim>>{}, make_coord(_, _));
-    auto blocks_q = boxes_q(_, _, _, _0{});
+    auto blocks_q = local_tile(q, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDim>>{},
+                               make_coord(_, _0{}));
     auto blocks_k = local_tile(k, Shape<Int<kTileN>, Int<Traits::kHeadDim>>{}, make_coord(_, _0{}));
     auto stages_k = make_tensor(make_smem_ptr(shared.k.data()), typename Traits::LayoutK{});
     auto route_k = tma_partition(params.tma_k, _0{}, Layout<_1>{}, group_modes<0, 2>(stages_k),
@@ -72,19 +70,16 @@ class ForwardProtocol {
 
     // Q comes to L2 while the last tile is still at work.
     auto query_block = [&](int i) { return max(0, first_query / Traits::kWarpgroupM + i); };
-    auto remote_q = params.tma_q.get_slice(_0{}).partition_S(boxes_q);
+    auto remote_q = params.tma_q.get_slice(_0{}).partition_S(blocks_q);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kConsumers; ++i) {
-      for (int box = 0; box < params.query_boxes(); ++box) {
-        prefetch(params.tma_q, remote_q(_, _, _, query_block(i), box));
-      }
+      prefetch(params.tma_q, remote_q(_, _, _, query_block(i)));
     }
 
     int block = params.mask.key_blocks(first_query, Traits::kTileM, kTileN).visited - 1;
     if (block >= 0) load_k(block);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kConsumers; ++i) {
-      if (!params.loads_queries()) break;
       shared.q_empty[i].wait(q_phase ^ 1);
       shared.q_full[i].arrive_and_expect_tx(Traits::kBytesQ);
       auto stage_q = make_tensor(make_smem_ptr(shared.q[i].data()), typename Traits::LayoutQ{});

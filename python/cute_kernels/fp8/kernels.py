@@ -7,12 +7,9 @@ from torch import Tensor
 
 import cute_kernels.extension  # noqa: F401  defines the operators
 from cute_kernels.fp8.tensor import ROW_BLOCK, FP8Tensor
-from cute_kernels.tiles import tile_configs
 
 GPU_BUILT = hasattr(torch.ops.cute_kernels, "flash_attn_fp8_forward")
 GPU_ROTATIONS = (64, 128, 256)  # head dims that the fused kernel takes
-# Those whose attention kernel quantises q itself.
-_WHOLE_HEAD_DIMS = {row["head_dim"] for row in tile_configs("forward_fp8")} & {*GPU_ROTATIONS}
 _GPU_INPUTS = (torch.float16, torch.bfloat16)
 
 
@@ -76,15 +73,15 @@ def whole_attention_cuda(
     dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Output, LSE and what was subtracted from k: `quantize_cuda` of k and v and `attention_cuda`
-    in one call, which quantises q where it is used. None for what it does not do or refuses."""
+    """Output, LSE and what was subtracted from k: `quantize_cuda` of all three and `attention_cuda`
+    in one call, whose kernels overlap. None for what it does not do or refuses."""
     if not GPU_BUILT or not all(map(_is_fusible, (q, k, v))):
         return None
     if dtype not in (torch.int8, torch.float8_e4m3fn) or not 0 <= seed < 2**64:
         return None
     batch, _, heads, head_dim = q.shape
     key_heads = k.shape[2]
-    if head_dim not in _WHOLE_HEAD_DIMS or key_heads == 0 or heads % key_heads:
+    if head_dim not in GPU_ROTATIONS or key_heads == 0 or heads % key_heads:
         return None
     if v.shape != k.shape or (k.shape[0], k.shape[3]) != (batch, head_dim):
         return None
