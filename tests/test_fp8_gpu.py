@@ -118,8 +118,7 @@ def test_values_that_the_samples_did_not_foretell(hopper, dtype, what):
 @pytest.mark.parametrize("to", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_whole_call_as_one_by_one(hopper, head_dim, to, dtype, smooth):
-    """One call whose kernels overlap: what one of them writes and another reads must be there. It
-    quantises q inside the attention kernel: in the same bits."""
+    """One call whose kernels overlap: what one of them writes and another reads must be there."""
     options = {"incoherent": True, "seed": SEED, "dtype": DTYPES[to]}
     for seqlen_q, seqlen_k in ((203, 1000), (4096, 4096), (1, 9000), (700, 300)):
         q, k, v = random_qkv(hopper, INPUTS[dtype], 2, seqlen_q, seqlen_k, 4, 2, head_dim)
