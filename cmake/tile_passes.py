@@ -61,6 +61,7 @@ MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal"}
 ELEMENT_BYTES = 2
 ACCUMULATOR_BYTES = 4
 SCALE_ROWS = 64  # FP8: keys that share a scale
+KEY_BLOCK = 16  # backward: channels of a k-step of WGMMA, 4 registers as an operand
 SUM_CHANNELS = 8  # FP8 with linear_exp: channels of V that are ones
 WARPGROUP_M = 64
 SWIZZLE_ELEMENTS = 64  # a row of the 128-byte swizzle
@@ -110,6 +111,7 @@ BACKWARD_FIELDS = (
     Field("tile_n", int, REQUIRED, "kTileN"),
     Field("stages", int, 2, "kStages"),
     Field("consumer_warpgroups", int, 2, "kConsumerWarpgroups"),
+    Field("key_blocks_in_registers", int, 0, "kKeyBlocksInRegisters"),
     Field("why", str),
 )
 # A forward tile has 64 queries for each consumer warpgroup; a backward row says both.
@@ -187,6 +189,11 @@ def dq_slices(row: Row) -> int:
     return int(row["consumer_warpgroups"]) * (2 if splits_products(row) else 1)
 
 
+def subtracts_by_product(row: Row) -> bool:
+    """Whether WGMMA subtracts lse and delta (kStatisticsByProduct in backward/traits.hpp)."""
+    return bool(row["tile_m"] == WARPGROUP_M)
+
+
 def backward_shared_memory(row: Row) -> dict[str, int]:
     stages, consumers = row["stages"], row["consumer_warpgroups"]
     keys = row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
@@ -194,7 +201,9 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
     split = splits_products(row)
     scores = row["tile_m"] * row["tile_n"] * ELEMENT_BYTES
     dq = row["tile_m"] * row["head_dim"] * ACCUMULATOR_BYTES
-    rows = 2 * stages * row["tile_m"] * ACCUMULATOR_BYTES
+    # lse and delta: parts for WGMMA, or for threads in fp32
+    row_bytes = 16 if subtracts_by_product(row) else 2 * ACCUMULATOR_BYTES
+    statistics = stages * row["tile_m"] * row_bytes
     # full and empty: of every stage of Q and dO, of every warpgroup's dQ (full of each of its
     # buffers), of the next key block's number (and that); full: K, V, P, both dS, the other CTA's K
     # and dS, every warpgroup's dV; empty: K and V, dS
@@ -208,7 +217,7 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
             "dS": 2 * scores,
             # split by products, dQ leaves through Q's and dO's memory if at all
             **({"the other CTA's K": keys // 2} if split else {"dQ": dq, "dV": keys}),
-            "LSE, delta and barriers": rows + barriers,
+            "LSE, delta and barriers": statistics + barriers,
         }
     )
 
@@ -218,10 +227,10 @@ def backward_registers(row: Row) -> dict[str, int]:
     scores = WARPGROUP_M * row["tile_m"] // WARPGROUP_THREADS
     dq = row["tile_m"] * row["head_dim"] // (WARPGROUP_THREADS * dq_slices(row))
     gradient = WARPGROUP_M * row["head_dim"] // WARPGROUP_THREADS
-    keys_in_registers = not split and row["head_dim"] == 64
     return {
         "scores and dP, then dQ": max(scores if split else 2 * scores, dq),
-        "K": gradient // 2 if keys_in_registers else 0,
+        "keys": 4 * row["key_blocks_in_registers"],
+        "ones": 8 if subtracts_by_product(row) else 0,  # WGMMA's operands for lse and delta
         "dK": gradient,
         "dV": 0 if split else gradient,
         "working": WORKING_REGISTERS,
@@ -304,6 +313,12 @@ def backward_problems(row: Row) -> list[str]:
             f"head_dim = {row['head_dim']} must be a multiple of {2 * SWIZZLE_ELEMENTS} with "
             f"tile_n = {row['tile_n']}: two CTAs have half of dQ's channels each, in rows of "
             f"{SWIZZLE_ELEMENTS}"
+        )
+    key_blocks, registers = row["head_dim"] // KEY_BLOCK, row["key_blocks_in_registers"]
+    if registers < 0 or (registers > 0 and key_blocks % registers):
+        found.append(
+            f"key_blocks_in_registers = {registers} must be 0 or divide {key_blocks}, the blocks "
+            f"of {KEY_BLOCK} channels that head_dim = {row['head_dim']} has"
         )
     if row["stages"] < 2:
         found.append(

@@ -113,18 +113,42 @@ def test_lengths_around_the_blocks(device, seqlen_k, mask):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("softmax_scale", [0.02, 0.3, 1.0])
-def test_softmax_scale(device, softmax_scale, mask):
-    need_kernels(device, torch.bfloat16, 64, MASKS[mask])
-    q, k, v = random_qkv(device, torch.bfloat16, 2, 200, 300, 4, 2)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("softmax_scale", [1e-4, 0.02, 0.3, 1.0])
+def test_softmax_scale(device, softmax_scale, head_dim, mask):
+    need_kernels(device, torch.bfloat16, head_dim, MASKS[mask])
+    q, k, v = random_qkv(device, torch.bfloat16, 2, 200, 300, 4, 2, head_dim=head_dim)
     check(q, k, v, MASKS[mask], softmax_scale=softmax_scale, with_lse=True)
 
 
-def test_rows_that_see_no_key(device):
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_smallest_softmax_scale(device, head_dim):
+    """Every key has the same weight, though lse / softmax_scale is beyond a float."""
+    need_kernels(device, torch.bfloat16, head_dim, causal=True)
+    q, k, v = random_qkv(device, torch.bfloat16, 1, 200, 300, 4, 2, head_dim=head_dim)
+    grad_out, _ = random_grads(q)
+    tiny = gradients(q, k, v, grad_out, causal=True, softmax_scale=1.2e-38)
+    assert tiny[0].abs().max() < 1e-36
+    assert tiny[1].abs().max() < 1e-36
+    _, _, grad_v = gradients(q, k, v, grad_out, causal=True, softmax_scale=1e-10)
+    assert torch.equal(tiny[2], grad_v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_large_scores(device, head_dim, dtype):
+    """Of hundreds, so that P is the difference of two large numbers."""
+    need_kernels(device, DTYPES[dtype], head_dim, causal=False)
+    q, k, v = random_qkv(device, DTYPES[dtype], 2, 200, 300, 4, 2, head_dim=head_dim)
+    check(q * 16, k * 8, v, with_lse=True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_rows_that_see_no_key(device, head_dim):
     """Causal and bottom-right aligned: the first seqlen_q - seqlen_k queries have no gradient."""
     for seqlen_q, seqlen_k in [(300, 1), (300, 100), (1000, 437), (130, 129)]:
-        need_kernels(device, torch.bfloat16, 64, causal=True)
-        q, k, v = random_qkv(device, torch.bfloat16, 2, seqlen_q, seqlen_k, 4, 2)
+        need_kernels(device, torch.bfloat16, head_dim, causal=True)
+        q, k, v = random_qkv(device, torch.bfloat16, 2, seqlen_q, seqlen_k, 4, 2, head_dim=head_dim)
         grad_q, _, _ = check(q, k, v, causal=True, with_lse=True)
         assert not grad_q[:, : seqlen_q - seqlen_k].any()
 

@@ -338,6 +338,13 @@ def test_a_table_without_backward_rows_has_an_empty_registry(tmp_path):
             "working = 272 > 240",
         ),
         ({"stages": 4}, "shared memory: 32768 K + 32768 V + 65536 Q + 65536 dO"),
+        ({"key_blocks_in_registers": -1}, "key_blocks_in_registers = -1 must be 0 or divide 8"),
+        ({"key_blocks_in_registers": 3}, "key_blocks_in_registers = 3 must be 0 or divide 8"),
+        ({"key_blocks_in_registers": 16}, "key_blocks_in_registers = 16 must be 0 or divide 8"),
+        (
+            {"key_blocks_in_registers": 8},
+            "64 scores and dP, then dQ + 32 keys + 8 ones + 64 dK + 64 dV + 16 working = 248 > 240",
+        ),
     ],
 )
 def test_backward_rows_that_make_no_kernel_are_refused(changes, reason):

@@ -17,6 +17,7 @@ struct TensorView {
 
 /// The facts about a GPU that shape a launch.
 struct Device {
+  int index;
   int multiprocessors;
 };
 

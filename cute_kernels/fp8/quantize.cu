@@ -2,6 +2,7 @@
 #include "cute_kernels/fp8/quantize_rows.hpp"
 #include "cute_kernels/fp8/quantize_values.hpp"
 #include "cute_kernels/fp8/sample.hpp"
+#include "cute_kernels/sm90/launch.hpp"
 
 namespace cute_kernels::fp8 {
 namespace {
@@ -16,21 +17,16 @@ class Chain {
  public:
   explicit Chain(cudaStream_t stream) : stream_(stream) {}
 
-  template <class... Parameters>
-  void launch(void (*kernel)(Parameters...), dim3 grid, int threads,
-              Parameters const&... arguments) {
+  template <auto kKernel, class Problem>
+  void launch(dim3 grid, int threads, Problem const& problem) {
     if (status_ != cudaSuccess) return;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.stream = stream_;
-    config.attrs = &attribute;
-    config.numAttrs = is_first_ ? 0 : 1;
+    sm90::Launch how{};
+    how.grid = grid;
+    how.threads = threads;
+    how.stream = stream_;
+    how.early = !is_first_;
     is_first_ = false;
-    status_ = cudaLaunchKernelEx(&config, kernel, arguments...);
+    status_ = sm90::launch_kernel<kKernel>(how, problem);
   }
 
   void fail(cudaError_t status) { status_ = status; }
@@ -45,14 +41,14 @@ class Chain {
 template <class In, Statistic kStatistic>
 void sample(SampleProblem const& p, Chain& chain) {
   dim3 const grid(p.heads, p.batch, (p.head_dim + kSampleChannels - 1) / kSampleChannels);
-  chain.launch(sample_kernel<In, kStatistic>, grid, kSampleThreads, p);
+  chain.launch<sample_kernel<In, kStatistic>>(grid, kSampleThreads, p);
 }
 
 template <class Kernel>
 void launch_rows(QuantizeRowsProblem const& p, Chain& chain) {
   // Heads first: CTAs that run together read what lies together.
   dim3 const grid(p.heads, (p.seqlen + kBlockRows - 1) / kBlockRows, p.batch);
-  chain.launch(quantize_rows_kernel<Kernel>, grid, Kernel::kThreads, p);
+  chain.launch<quantize_rows_kernel<Kernel>>(grid, Kernel::kThreads, p);
 }
 
 template <class In, class Out>
@@ -77,9 +73,9 @@ void quantize_rows(QuantizeRowsProblem const& p, Chain& chain) {
 template <class In>
 void quantize_values(QuantizeValuesProblem const& p, Chain& chain) {
   int const blocks = (p.seqlen + kValueKeys - 1) / kValueKeys;
-  chain.launch(quantize_values_kernel<In>, values_grid(p, blocks), kValueThreads, p);
+  chain.launch<quantize_values_kernel<In>>(values_grid(p, blocks), kValueThreads, p);
   if constexpr (!QuantizeValues<In>::kMove) {
-    chain.launch(quantize_values_again_kernel<In>, values_grid(p, 1), kValueThreads, p);
+    chain.launch<quantize_values_again_kernel<In>>(values_grid(p, 1), kValueThreads, p);
   }
 }
 

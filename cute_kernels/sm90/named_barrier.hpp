@@ -20,9 +20,6 @@ enum class NamedBarrier : int {
   /// Backward, split by products. The 128 threads of warpgroup i meet here when they have read what
   /// they are about to overwrite: P by dS, or a stage by dQ.
   kStageRead = 1,
-  /// Backward, head dim 128. The first consumer warpgroup waits here before it issues S and dP,
-  /// until the second has issued its own. 256 threads.
-  kSecondIssued = 3,
 };
 
 CUTLASS_DEVICE void barrier_arrive(NamedBarrier barrier, int warpgroup, int threads) {

@@ -9,6 +9,26 @@ namespace cute_kernels::sm90 {
 
 enum class Accumulate : bool { kNo = false, kYes = true };
 
+/// The compiler keeps what the fragment has, and reads of it, on this side.
+template <class Fragment>
+CUTLASS_DEVICE void fence_read_operand(Fragment const& fragment) {
+  cute::warpgroup_fence_operand(const_cast<Fragment&>(fragment));
+}
+
+/// C (+)= A * B over the k-blocks of the fragments from kFirstBlock on, as part of the group of
+/// WGMMAs that is being issued.
+template <Accumulate kAccumulate, int kFirstBlock = 0, class TiledMma, class FragmentA,
+          class FragmentB, class FragmentC>
+CUTLASS_DEVICE void add_gemm(TiledMma mma, FragmentA const& a, FragmentB const& b, FragmentC& c) {
+  mma.accumulate_ =
+      kAccumulate == Accumulate::kYes ? cute::GMMA::ScaleOut::One : cute::GMMA::ScaleOut::Zero;
+  CUTLASS_PRAGMA_UNROLL
+  for (int k = kFirstBlock; k < cute::size<2>(a); ++k) {
+    cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), c);
+    mma.accumulate_ = cute::GMMA::ScaleOut::One;
+  }
+}
+
 /// Issues C (+)= A * B as one committed group of asynchronous WGMMAs over all k-blocks of the
 /// fragments. The caller waits with cute::warpgroup_wait<N>() before it touches C, or A when A
 /// lives in registers.
@@ -16,23 +36,13 @@ template <Accumulate kAccumulate, class TiledMma, class FragmentA, class Fragmen
 CUTLASS_DEVICE void issue_gemm(TiledMma mma, FragmentA const& a, FragmentB const& b, FragmentC& c) {
   constexpr bool kAInRegisters =
       !cute::is_base_of<cute::GMMA::DescriptorIterator, typename TiledMma::FrgTypeA>::value;
-  if constexpr (kAInRegisters) {
-    cute::warpgroup_fence_operand(const_cast<FragmentA&>(a));
-  }
+  if constexpr (kAInRegisters) fence_read_operand(a);
   cute::warpgroup_fence_operand(c);
   cute::warpgroup_arrive();
-  mma.accumulate_ =
-      kAccumulate == Accumulate::kYes ? cute::GMMA::ScaleOut::One : cute::GMMA::ScaleOut::Zero;
-  CUTLASS_PRAGMA_UNROLL
-  for (int k = 0; k < cute::size<2>(a); ++k) {
-    cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), c);
-    mma.accumulate_ = cute::GMMA::ScaleOut::One;
-  }
+  add_gemm<kAccumulate>(mma, a, b, c);
   cute::warpgroup_commit_batch();
   cute::warpgroup_fence_operand(c);
-  if constexpr (kAInRegisters) {
-    cute::warpgroup_fence_operand(const_cast<FragmentA&>(a));
-  }
+  if constexpr (kAInRegisters) fence_read_operand(a);
 }
 
 /// cute::warpgroup_wait<0>() in other words, which the compiler cannot merge with one on another

@@ -39,6 +39,7 @@ attention::Device const& hopper(int index) {
   std::call_once(facts.once, [&] {
     facts.major = attribute(cudaDevAttrComputeCapabilityMajor, index);
     facts.minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
+    facts.device.index = index;
     facts.device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
   });
   require(facts.major == 9 && facts.minor == 0,

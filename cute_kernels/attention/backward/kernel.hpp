@@ -105,8 +105,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   bool const dq_through_memory = !Traits::kSplitProducts || params.dq_in_order;
   pipeline_params.num_consumers =
       dq_through_memory ? Traits::kStageReleases : cutlass::NumWarpsPerWarpGroup;
-  pipeline_params.transaction_bytes = Traits::kBytesQ + Traits::kBytesRows;
+  pipeline_params.transaction_bytes = Traits::kBytesQ + sizeof(typename Traits::Statistics);
   Pipeline pipeline_q(shared.pipeline_q, pipeline_params);
+  pipeline_params.transaction_bytes = Traits::kBytesQ;
   Pipeline pipeline_grad_out(shared.pipeline_grad_out, pipeline_params);
   cutlass::arch::fence_barrier_init();
   meet<Traits>();

@@ -2,39 +2,18 @@
 
 #include <algorithm>
 
-#include <cuda_runtime.h>
-
 #include "cute_kernels/attention/backward/kernel.hpp"
 #include "cute_kernels/attention/backward/postprocess.hpp"
 #include "cute_kernels/attention/backward/preprocess.hpp"
 #include "cute_kernels/attention/global_tensor.hpp"
 #include "cute_kernels/attention/problem.hpp"
+#include "cute_kernels/sm90/launch.hpp"
 
 namespace cute_kernels::attention {
 
 template <class Tile>
 int64_t backward_workspace_bytes(BackwardProblem const& problem) {
   return backward_workspace<BackwardTraits<Tile>>(problem).bytes;
-}
-
-/// Starts a kernel. With `early` it may start before the one before it in the stream has ended, and
-/// waits itself (sm90::wait_for_previous_kernel). `cluster` neighbouring CTAs run together.
-template <class Params>
-cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, unsigned cluster, int threads,
-                          int shared_bytes, bool early, cudaStream_t stream, Params const& params) {
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = early;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {cluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 /// How many pairs of batch entry and KV head are worked on together. A few are enough to mix a
@@ -89,7 +68,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
       make_shape(problem.seqlen_q, problem.head_dim, problem.heads_q, problem.batch),
       make_shape(problem.seqlen_k, problem.head_dim, problem.heads_kv, problem.batch),
       workspace,
-      problem.softmax_scale * sm90::kLog2e,
+      std::max(problem.softmax_scale, kLeastScale) * sm90::kLog2e,
       problem.softmax_scale,
       problem.heads_q,
       problem.heads_q / problem.heads_kv,
@@ -100,16 +79,19 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
       std::min(pairs, heads_at_a_time<Traits>(problem, workspace)),
       cutlass::FastDivmod(problem.heads_kv)};
 
-  auto kernel = backward_kernel<Traits, Params>;
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
   static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KB of shared memory");
-  cudaError_t const status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (status != cudaSuccess) return status;
   int grid = clusters * pairs * Traits::kCluster;
   if constexpr (Traits::kPersistent) grid = std::min(grid, problem.device.multiprocessors);
-  return launch_kernel<Params>(kernel, grid, Traits::kCluster, Traits::kThreads, kSharedBytes, true,
-                               stream, params);
+  sm90::Launch how{};
+  how.grid = dim3(grid);
+  how.threads = Traits::kThreads;
+  how.stream = stream;
+  how.device = problem.device.index;
+  how.shared_bytes = kSharedBytes;
+  how.cluster = Traits::kCluster;
+  how.early = true;
+  return sm90::launch_kernel<backward_kernel<Traits, Params>>(how, params);
 }
 
 /// Starts the backward kernels of a tile on `stream`: rows' statistics, gradients, dQ's rounding.
@@ -118,12 +100,16 @@ template <class Tile>
 cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream) {
   using Traits = BackwardTraits<Tile>;
   BackwardWorkspace const workspace = backward_workspace<Traits>(problem);
-  dim3 const query_grid(workspace.m_blocks, problem.heads_q, problem.batch);
+  sm90::Launch of_queries{};
+  of_queries.grid = dim3(workspace.m_blocks, problem.heads_q, problem.batch);
+  of_queries.stream = stream;
+  of_queries.device = problem.device.index;
 
-  cudaError_t status = launch_kernel<PreprocessParams>(
-      preprocess_kernel<Traits>, query_grid, 1, kPreprocessThreads, 0, false, stream,
-      PreprocessParams{problem.out, problem.grad_out, problem.lse, problem.grad_lse,
-                       problem.seqlen_q, problem.heads_q, problem.head_dim, workspace});
+  of_queries.threads = kPreprocessThreads;
+  cudaError_t status = sm90::launch_kernel<preprocess_kernel<Traits>>(
+      of_queries, PreprocessParams{problem.out, problem.grad_out, problem.lse, problem.grad_lse,
+                                   problem.seqlen_q, problem.heads_q, problem.head_dim,
+                                   std::max(problem.softmax_scale, kLeastScale), workspace});
   if (status != cudaSuccess) return status;
 
   if (problem.seqlen_k > 0) {  // otherwise dQ = 0
@@ -131,13 +117,12 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
     if (status != cudaSuccess) return status;
   }
 
-  constexpr int kSharedBytes = postprocess_shared_bytes<Traits>();
-  static_assert(kSharedBytes <= 48 * 1024, "more must be asked for");
-  return launch_kernel<PostprocessParams>(
-      postprocess_kernel<Traits>, query_grid, 1, 128 * Traits::kDqSlices, kSharedBytes, true,
-      stream,
-      PostprocessParams{problem.grad_q, problem.softmax_scale, problem.seqlen_q, problem.head_dim,
-                        problem.heads_q, workspace});
+  of_queries.threads = cutlass::NumThreadsPerWarpGroup * Traits::kDqSlices;
+  of_queries.shared_bytes = postprocess_shared_bytes<Traits>();
+  of_queries.early = true;
+  return sm90::launch_kernel<postprocess_kernel<Traits>>(
+      of_queries, PostprocessParams{problem.grad_q, problem.softmax_scale, problem.seqlen_q,
+                                    problem.head_dim, problem.heads_q, workspace});
 }
 
 }  // namespace cute_kernels::attention

@@ -9,7 +9,7 @@
 
 namespace cute_kernels::attention {
 
-/// Issues every load: K and V once a key block, Q with its lse and dO with its delta for each step.
+/// Issues every load: K and V once a key block, Q with its statistics and dO for each step.
 /// Of one thread.
 template <class Traits, class Params>
 class BackwardLoader {
@@ -39,15 +39,20 @@ class BackwardLoader {
       load_keys(params_.tma_k, shared_.own.data(), typename Traits::LayoutPeerK{}, coord,
                 make_coord(coord.n_block ^ 1, Traits::rank(coord.n_block)), shared_.peer_k_full);
     }
-    sm90::wait_for_previous_kernel();  // it writes lse and delta
+    sm90::wait_for_previous_kernel();  // it writes the statistics
     bool v_pending = true;
     for (QuerySteps<Traits, Params> step(params_, coord); step.valid(); step.advance()) {
-      load_queries(params_.tma_q, shared_.q, params_.workspace.lse_log2, shared_.lse_log2,
-                   pipeline_q_, write_q_, step, coord.batch);
+      auto* full = load_queries(params_.tma_q, shared_.q, pipeline_q_, write_q_, step, coord.batch);
+      auto const* statistics =
+          static_cast<typename Traits::Statistics const*>(params_.workspace.statistics);
+      SM90_BULK_COPY_G2S::copy(statistics + step.block_index(), full,
+                               &shared_.statistics[write_q_.index()], sizeof(*statistics));
+      ++write_q_;
       if (v_pending) load_v(coord);
       v_pending = false;
-      load_queries(params_.tma_grad_out, shared_.grad_out, params_.workspace.minus_delta,
-                   shared_.minus_delta, pipeline_grad_out_, write_grad_out_, step, coord.batch);
+      load_queries(params_.tma_grad_out, shared_.grad_out, pipeline_grad_out_, write_grad_out_,
+                   step, coord.batch);
+      ++write_grad_out_;
     }
   }
 
@@ -76,10 +81,11 @@ class BackwardLoader {
     copy(tma.with(reinterpret_cast<uint64_t&>(full)), from, to);
   }
 
-  template <class Tma, class Buffer, class Rows>
-  CUTLASS_DEVICE void load_queries(Tma const& tma, Buffer& buffer, float const* rows,
-                                   Rows& row_stages, Pipeline& pipeline, PipelineState& write,
-                                   QuerySteps<Traits, Params> const& step, int batch) {
+  /// Returns the stage's barrier, to which what else is loaded with it arrives.
+  template <class Tma, class Buffer>
+  CUTLASS_DEVICE uint64_t* load_queries(Tma const& tma, Buffer& buffer, Pipeline& pipeline,
+                                        PipelineState const& write,
+                                        QuerySteps<Traits, Params> const& step, int batch) {
     using namespace cute;
     auto queries = local_tile(tma.get_tma_tensor(params_.shape_q)(_, _, step.head(), batch),
                               Shape<Int<Traits::kTileM>, Int<Traits::kHeadDim>>{},
@@ -90,9 +96,7 @@ class BackwardLoader {
     pipeline.producer_acquire(write);
     auto* full = pipeline.producer_get_barrier(write);
     copy(tma.with(*full), from, to(_, write.index()));
-    SM90_BULK_COPY_G2S::copy(rows + step.block_index() * Traits::kTileM, full,
-                             row_stages[write.index()], Traits::kBytesRows);
-    ++write;
+    return full;
   }
 
   Params const& params_;

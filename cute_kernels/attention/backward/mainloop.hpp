@@ -7,9 +7,9 @@
 #include "cute_kernels/attention/backward/dq.hpp"
 #include "cute_kernels/attention/backward/ds.hpp"
 #include "cute_kernels/attention/backward/epilogue.hpp"
+#include "cute_kernels/attention/backward/scores.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
-#include "cute_kernels/sm90/named_barrier.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
@@ -34,14 +34,12 @@ class BackwardMainloop {
   using Dq = BackwardDq<Traits>;
   using Ds = BackwardDs<Traits>;
   using Epilogue = BackwardEpilogue<Traits>;
+  using Scores = BackwardScores<Traits>;
 
   using OperandLayout = typename Traits::ScoresAsOperand;
 
   static constexpr int kTileM = Traits::kTileM;
-  static constexpr int kThreads = Traits::kConsumers * cutlass::NumThreadsPerWarpGroup;
-  // Whether dP's accumulators start from -delta.
-  static constexpr auto kStartFromDelta =
-      Traits::kShuffledStatistics ? sm90::Accumulate::kNo : sm90::Accumulate::kYes;
+  static constexpr bool kStatisticsByProduct = Traits::kStatisticsByProduct;
 
  public:
   CUTLASS_DEVICE BackwardMainloop(SharedStorage& shared, Pipeline& pipeline_q,
@@ -56,9 +54,7 @@ class BackwardMainloop {
   CUTLASS_DEVICE void compute(Params const& params, KeyBlockCoord const& coord) {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
-    typename Traits::MmaScores mma_scores;
     typename Traits::MmaDkv mma_dkv;
-    auto slice_scores = mma_scores.get_thread_slice(thread);
     auto slice_dkv = mma_dkv.get_thread_slice(thread);
 
     auto tensor = [](auto& buffer, auto layout) {
@@ -69,23 +65,12 @@ class BackwardMainloop {
                             make_coord(warpgroup_, _0{}));
     auto own_v =
         make_tensor(make_smem_ptr(shared_.v[warpgroup_]), typename Traits::LayoutOwnKeys{});
-    typename Traits::MmaKq mma_kq;
-    auto operand_k = keys_operand(mma_kq, own_k, thread);
-    auto operand_v = keys_operand(mma_scores, own_v, thread);
-    auto operand_q = slice_scores.make_fragment_B(
-        slice_scores.partition_B(tensor(shared_.q, typename Traits::LayoutQ{})));
-    auto operand_grad_out = slice_scores.make_fragment_B(
-        slice_scores.partition_B(tensor(shared_.grad_out, typename Traits::LayoutQ{})));
     auto operand_qt = slice_dkv.make_fragment_B(
         slice_dkv.partition_B(tensor(shared_.q, typename Traits::LayoutQt{})));
     auto operand_grad_out_t = slice_dkv.make_fragment_B(
         slice_dkv.partition_B(tensor(shared_.grad_out, typename Traits::LayoutQt{})));
     auto operands_dq =
         Dq::operands(shared_, shared_.k, typename Traits::LayoutKt{}, warpgroup_, thread);
-
-    auto new_scores = [&] {
-      return partition_fragment_C(mma_scores, Shape<Int<Traits::kWarpgroupN>, Int<kTileM>>{});
-    };
 
     Element* const own_ds = Ds::own_part(shared_, warpgroup_, thread);
 
@@ -98,55 +83,39 @@ class BackwardMainloop {
     auto dk = Epilogue::new_gradient();
     auto dv = Epilogue::new_gradient();
 
-    typename Traits::Statistic lse_log2, minus_delta;
-    auto load_statistics = [&] {
+    ShuffledRowStatistic<kTileM> lse_log2, minus_delta;
+    auto await_queries = [&] {
       pipeline_q_.consumer_wait(read_q_);
-      lse_log2.load(shared_.lse_log2[read_q_.index()], thread);
+      if constexpr (!kStatisticsByProduct) {
+        lse_log2.load(shared_.statistics[read_q_.index()].lse_log2, thread);
+        minus_delta.load(shared_.statistics[read_q_.index()].minus_delta, thread);
+      }
       pipeline_grad_out_.consumer_wait(read_grad_out_);
-      minus_delta.load(shared_.minus_delta[read_grad_out_.index()], thread);
     };
     // The last step's dK is complete when no more than `in_flight` products are not.
     auto finish_last_step = [&](auto in_flight) {
       warpgroup_wait<in_flight>();
       if (!first_step) release(pipeline_q_, read_by_dk);
     };
-    bool const goes_ahead = Traits::kSecondGoesAhead && warpgroup_ == 1;
-    auto finish_dv = [&](auto in_flight) {
-      warpgroup_wait<in_flight>();
-      release(pipeline_grad_out_, read_grad_out_);
-    };
 
     shared_.k_full.wait(keys_phase_);
     shared_.v_full.wait(keys_phase_);
     keys_phase_ ^= 1;
-    if constexpr (Traits::kKeysInRegisters) {
-      auto load = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, mma_kq);
-      auto slice = load.get_thread_slice(thread);
-      auto keys = as_position_independent_swizzle_tensor(own_k);
-      copy(load, slice.partition_S(keys), slice.retile_D(operand_k));
-    }
-    load_statistics();
+    auto const product_s =
+        Scores::template operands<Traits::kKeyBlocksInRegisters>(own_k, shared_.q, thread);
+    auto const product_dp = Scores::template operands<0>(own_v, shared_.grad_out, thread);
+    await_queries();
     QuerySteps<Traits, Params> step(params, coord);
     for (bool more = step.valid(); more;) {
       // S^T and dP^T, back to back.
-      auto scores = new_scores();
-      auto gradients = new_scores();
+      auto scores = Scores::accumulator();
+      auto gradients = Scores::accumulator();
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
-      auto ds_rows = make_tensor(gradients.data(), p_rows.layout());
       if constexpr (!Traits::kScoresBehindDk) finish_last_step(_0{});
-      if constexpr (!Traits::kShuffledStatistics) {
-        start_from(ds_rows, minus_delta);
-        warpgroup_fence_operand(gradients);
-      }
-      if (Traits::kSecondGoesAhead && warpgroup_ == 0) {
-        sm90::barrier_sync(sm90::NamedBarrier::kSecondIssued, 0, kThreads);
-      }
-      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_kq, operand_k,
-                                              operand_q(_, _, _, read_q_.index()), scores);
+      Scores::template issue<Statistic::kLse>(shared_, product_s, read_q_.index(), thread, scores);
       if constexpr (Traits::kScoresBehindDk) finish_last_step(_1{});
-      sm90::issue_gemm<kStartFromDelta>(
-          mma_scores, operand_v, operand_grad_out(_, _, _, read_grad_out_.index()), gradients);
-      if (goes_ahead) sm90::barrier_arrive(sm90::NamedBarrier::kSecondIssued, 0, kThreads);
+      Scores::template issue<Statistic::kDelta>(shared_, product_dp, read_q_.index(), thread,
+                                                gradients);
       if (!first_step) Dq::announce(shared_, warpgroup_, 0, thread);
       first_step = false;
 
@@ -154,9 +123,15 @@ class BackwardMainloop {
       if (step.masked()) {
         params.mask.apply_transposed(p_rows, key, step.block() * kTileM + column);
       }
-      scores_to_probabilities(p_rows, lse_log2, params.scale_log2);
+      if constexpr (kStatisticsByProduct) {
+        scores_to_probabilities(scores, params.scale_log2);
+      } else {
+        scores_to_probabilities(p_rows, lse_log2, params.scale_log2);
+      }
       warpgroup_wait<0>();
-      if constexpr (Traits::kShuffledStatistics) subtract_delta(ds_rows, minus_delta);
+      if constexpr (!kStatisticsByProduct) {
+        subtract_delta(make_tensor(gradients.data(), p_rows.layout()), minus_delta);
+      }
       gradients_of_scores(gradients, scores);
       auto p = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
@@ -176,14 +151,14 @@ class BackwardMainloop {
       auto dq = Dq::accumulator();
       shared_.ds_full[ds_buffer_].wait(ds_phase_);
       Dq::template issue<sm90::Accumulate::kNo>(operands_dq, ds_buffer_, dq);
-      if (!goes_ahead) finish_dv(_1{});
+      warpgroup_wait<1>();
+      release(pipeline_grad_out_, read_grad_out_);
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read_q_.index()),
                                                dk);
-      if (goes_ahead) finish_dv(_2{});
       ++read_q_;
       step.advance();
       more = step.valid();
-      if (more) load_statistics();
+      if (more) await_queries();
       shared_.dq_empty[warpgroup_].wait(dq_phase_ ^ 1);
       warpgroup_wait<1>();  // dQ
       Dq::write(shared_, warpgroup_, 0, thread, dq);
@@ -208,13 +183,6 @@ class BackwardMainloop {
   }
 
  private:
-  /// A of S^T or dP^T: a descriptor, or registers still to be loaded.
-  template <class Mma, class Keys>
-  CUTLASS_DEVICE static auto keys_operand(Mma const& mma, Keys const& keys, int thread) {
-    auto slice = mma.get_thread_slice(thread);
-    return slice.make_fragment_A(slice.partition_A(keys));
-  }
-
   /// One arrival a warp: a warp's own WGMMA wait says nothing of the other warps' reads.
   CUTLASS_DEVICE static void release(Pipeline& pipeline, PipelineState& state) {
     if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) pipeline.consumer_release(state);

@@ -5,7 +5,6 @@
 
 #include "cute_kernels/attention/backward/workspace.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
-#include "cute_kernels/sm90/math.hpp"
 
 namespace cute_kernels::attention {
 
@@ -19,12 +18,13 @@ struct PreprocessParams {
   int seqlen_q;
   int heads;
   int head_dim;
+  float softmax_scale;
   BackwardWorkspace workspace;
 };
 
-/// Block (query block, head, batch): delta = rowsum(dO * O) - grad_lse and the LSE in powers of two
-/// of kTileM queries, and zeros where the main kernel counts and adds up dQ; in order, where the
-/// first to come writes dQ, only where it counts.
+/// Block (query block, head, batch): the statistics of kTileM queries, of which delta =
+/// rowsum(dO * O) - grad_lse, and zeros where the main kernel counts and adds up dQ; in order,
+/// where the first to come writes dQ, only where it counts.
 template <class Traits>
 __global__ void __launch_bounds__(kPreprocessThreads)
     preprocess_kernel(CUTE_GRID_CONSTANT PreprocessParams const params) {
@@ -66,17 +66,15 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       sum += __shfl_xor_sync(0xffffffff, sum, step);
     }
     if (lane == 0 && row < Traits::kTileM) {
-      // A row that sees nothing, or does not exist: 2^(s - inf) = 0.
-      float lse_log2 = INFINITY;
+      float lse = -INFINITY;
       float minus_delta = 0.f;
       if (inside) {
         int64_t const at = row_of_heads * params.seqlen_q + query;
-        float const lse = params.lse[at];
-        if (lse != -INFINITY) lse_log2 = lse * sm90::kLog2e;
+        lse = params.lse[at];
         minus_delta = (params.grad_lse == nullptr ? 0.f : params.grad_lse[at]) - sum;
       }
-      params.workspace.lse_log2[block_index * Traits::kTileM + row] = lse_log2;
-      params.workspace.minus_delta[block_index * Traits::kTileM + row] = minus_delta;
+      auto* statistics = static_cast<typename Traits::Statistics*>(params.workspace.statistics);
+      statistics[block_index].set(row, lse, minus_delta, params.softmax_scale);
     }
   }
 

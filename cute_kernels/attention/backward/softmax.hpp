@@ -1,6 +1,5 @@
 #pragma once
 
-#include <cutlass/array.h>
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/sm90/math.hpp"
@@ -9,27 +8,10 @@
 // has pairs of adjacent queries, 8 apart.
 namespace cute_kernels::attention {
 
-/// A statistic of a block's queries, of which the thread needs pairs, one for each 8 queries. Read
-/// ahead of a wait for products, which it then hides under: HGMMA's reads of shared memory leave
-/// little room for others.
-template <int kQueries>
-class RowStatistic {
- public:
-  CUTLASS_DEVICE void load(float const* rows, int thread) {
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kQueries / 8; ++i) {
-      pairs_[i] = *reinterpret_cast<float2 const*>(rows + 8 * i + thread % 4 * 2);
-    }
-  }
-
-  CUTLASS_DEVICE float2 operator[](int i) const { return pairs_[i]; }
-
- private:
-  cutlass::Array<float2, kQueries / 8> pairs_;
-};
-
-/// The same, spread over the warp: a pair is read from shared memory by one lane, not by eight, and
-/// shuffled to the others when they need it.
+/// A statistic of a block's queries, of which the thread needs pairs, one for each 8 queries. It is
+/// spread over the warp: a pair is read from shared memory by one lane, not by eight, and shuffled
+/// to the others when they need it. Read ahead of a wait for products, which it then hides under:
+/// HGMMA's reads of shared memory leave little room for others.
 template <int kQueries>
 class ShuffledRowStatistic {
  public:
@@ -58,7 +40,7 @@ class ShuffledRowStatistic {
 
 /// Every element of a fragment becomes function(element, its query's value).
 template <class Fragment, class Statistic, class Function>
-CUTLASS_DEVICE void transform_with(Fragment& fragment, Statistic const& values,
+CUTLASS_DEVICE void transform_with(Fragment&& fragment, Statistic const& values,
                                    Function const& function) {
   CUTLASS_PRAGMA_UNROLL
   for (int col = 0; col < cute::size<1>(fragment); col += 2) {
@@ -79,10 +61,13 @@ CUTLASS_DEVICE void scores_to_probabilities(Scores& scores, Statistic const& lse
                  [&](float score, float lse) { return sm90::exp2_mufu(score * scale_log2 - lse); });
 }
 
-/// What the product dP^T is added to, so that dP^T - delta costs nothing.
-template <class Gradients, class Statistic>
-CUTLASS_DEVICE void start_from(Gradients& gradients, Statistic const& minus_delta) {
-  transform_with(gradients, minus_delta, [](float, float shift) { return shift; });
+/// The same of S^T - lse / scale.
+template <class Scores>
+CUTLASS_DEVICE void scores_to_probabilities(Scores& scores, float scale_log2) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < cute::size(scores); ++i) {
+    scores(i) = sm90::exp2_mufu(scores(i) * scale_log2);
+  }
 }
 
 /// dP^T - delta becomes dS^T = P^T (dP^T - delta) in place. Fragments of one layout.
@@ -94,7 +79,7 @@ CUTLASS_DEVICE void gradients_of_scores(Gradients& gradients, Probabilities cons
 
 /// dP^T becomes dP^T - delta in place.
 template <class Gradients, class Statistic>
-CUTLASS_DEVICE void subtract_delta(Gradients& gradients, Statistic const& minus_delta) {
+CUTLASS_DEVICE void subtract_delta(Gradients&& gradients, Statistic const& minus_delta) {
   transform_with(gradients, minus_delta,
                  [](float gradient, float shift) { return gradient + shift; });
 }

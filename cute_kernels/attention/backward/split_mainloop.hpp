@@ -9,6 +9,7 @@
 #include "cute_kernels/attention/backward/dq.hpp"
 #include "cute_kernels/attention/backward/ds.hpp"
 #include "cute_kernels/attention/backward/epilogue.hpp"
+#include "cute_kernels/attention/backward/scores.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
 #include "cute_kernels/sm90/cluster.hpp"
@@ -38,6 +39,7 @@ class BackwardSplitMainloop {
   using PipelineState = typename Traits::PipelineState;
   using Dq = BackwardDq<Traits>;
   using Ds = BackwardDs<Traits>;
+  using Scores = BackwardScores<Traits>;
 
   using OperandLayout = typename Traits::ScoresAsOperand;
 
@@ -82,9 +84,7 @@ class BackwardSplitMainloop {
                                         KeyBlockCoord const& coord, Accumulator& dv) {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
-    typename Traits::MmaScores mma_scores;
     typename Traits::MmaDkv mma_dkv;
-    auto [operand_k, operand_q] = score_operands(shared.k.data(), shared.q, thread);
     auto operand_grad_out_t = transposed_operand(shared.grad_out, thread);
     DqOfBoth const dq_of_both(shared, coord, 0, thread);
 
@@ -95,19 +95,18 @@ class BackwardSplitMainloop {
     uint32_t phase = 0;
 
     shared.k_full.wait(0);
+    auto const product_s = Scores::template operands<Traits::kKeyBlocksInRegisters>(
+        keys(shared.k.data()), shared.q, thread);
     for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
-      auto scores = new_scores();
+      auto scores = Scores::accumulator();
       pipeline_q.consumer_wait(read);
-      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_scores, operand_k,
-                                              operand_q(_, _, _, read.index()), scores);
-      RowStatistic<kTileM> lse_log2;
-      lse_log2.load(shared.lse_log2[read.index()], thread);
+      Scores::template issue<Statistic::kLse>(shared, product_s, read.index(), thread, scores);
       warpgroup_wait<0>();
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       if (step.masked()) {
         params.mask.apply_transposed(p_rows, key, step.block() * kTileM + column);
       }
-      scores_to_probabilities(p_rows, lse_log2, params.scale_log2);
+      scores_to_probabilities(scores, params.scale_log2);
       auto p = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
       auto* parts = reinterpret_cast<uint4 const*>(p.data());
@@ -137,9 +136,7 @@ class BackwardSplitMainloop {
                                         KeyBlockCoord const& coord, Accumulator& dk) {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
-    typename Traits::MmaScores mma_scores;
     typename Traits::MmaDkv mma_dkv;
-    auto [operand_v, operand_grad_out] = score_operands(shared.v[0], shared.grad_out, thread);
     auto operand_qt = transposed_operand(shared.q, thread);
     DqOfBoth const dq_of_both(shared, coord, 1, thread);
 
@@ -152,15 +149,14 @@ class BackwardSplitMainloop {
 
     shared.k_full.wait(0);
     shared.v_full.wait(0);
+    auto const product_dp = Scores::template operands<Traits::kKeyBlocksInRegisters>(
+        keys(shared.v[0]), shared.grad_out, thread);
     for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
-      auto gradients = new_scores();
+      auto gradients = Scores::accumulator();
+      pipeline_q.consumer_wait(read);  // delta comes with Q
       pipeline_grad_out.consumer_wait(read);
-      auto ds_rows = make_tensor(gradients.data(), sm90::accumulator_rows_cols(gradients.layout()));
-      RowStatistic<kTileM> minus_delta;
-      minus_delta.load(shared.minus_delta[read.index()], thread);
-      start_from(ds_rows, minus_delta);
-      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_scores, operand_v,
-                                               operand_grad_out(_, _, _, read.index()), gradients);
+      Scores::template issue<Statistic::kDelta>(shared, product_dp, read.index(), thread,
+                                                gradients);
       auto p = make_tensor<Element>(gradients.layout());
       auto* parts = reinterpret_cast<uint4*>(p.data());
       shared.p_full.wait(phase);
@@ -179,7 +175,6 @@ class BackwardSplitMainloop {
       __syncwarp();
       if (thread % cutlass::NumThreadsPerWarp == 0) shared.ds_full[0].arrive();
 
-      pipeline_q.consumer_wait(read);
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read.index()), dk);
       auto dq = Dq::accumulator();
       dq_of_both.compute(shared, phase, dq);
@@ -252,21 +247,8 @@ class BackwardSplitMainloop {
     }
   }
 
-  CUTLASS_DEVICE static auto new_scores() {
-    return cute::partition_fragment_C(
-        typename Traits::MmaScores{},
-        cute::Shape<cute::Int<Traits::kWarpgroupN>, cute::Int<kTileM>>{});
-  }
-
-  /// A and B of S^T = K Q^T, or of dP^T = V dO^T.
-  template <class Queries>
-  CUTLASS_DEVICE static auto score_operands(Element* keys, Queries& queries, int thread) {
-    using namespace cute;
-    auto slice = typename Traits::MmaScores{}.get_thread_slice(thread);
-    return cute::make_tuple(slice.make_fragment_A(slice.partition_A(
-                                make_tensor(make_smem_ptr(keys), typename Traits::LayoutK{}))),
-                            slice.make_fragment_B(slice.partition_B(make_tensor(
-                                make_smem_ptr(queries.data()), typename Traits::LayoutQ{}))));
+  CUTLASS_DEVICE static auto keys(Element* data) {
+    return cute::make_tensor(cute::make_smem_ptr(data), typename Traits::LayoutK{});
   }
 
   /// B of dV += P^T dO, or of dK += dS^T Q.

@@ -8,6 +8,7 @@
 #include <cutlass/pipeline/pipeline.hpp>
 
 #include "cute_kernels/attention/backward/softmax.hpp"
+#include "cute_kernels/attention/backward/statistics.hpp"
 #include "cute_kernels/sm90/tma_pipeline.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
@@ -93,25 +94,23 @@ struct BackwardTraits {
       cute::GMMA::ss_op_selector<Element, Element, float, MnkShape<kSliceM, kSliceN, kTileN>,
                                  kMajorDqA, kMajorDqB>()));
 
-  // What binds is shared memory, which WGMMA reads its operands from. At head dim 64 registers are
-  // left for K as the operand of S^T.
-  static constexpr bool kKeysInRegisters = !kSplitProducts && kHeadDim == 64;
-  using MmaKqOfRegisters = decltype(cute::make_tiled_mma(
+  // What binds is shared memory, which WGMMA reads its operands from. So many blocks of 16 channels
+  // of K, and split by products of V, are S^T's and dP^T's operand from registers instead.
+  static constexpr int kKeyBlocksInRegisters = Tile::kKeyBlocksInRegisters;
+  using MmaScoresOfRegisters = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float,
                                  MnkShape<kWarpgroupN, kTileM, kHeadDim>>()));
-  using MmaKq = std::conditional_t<kKeysInRegisters, MmaKqOfRegisters, MmaScores>;
 
-  // How a thread comes to lse and delta of its queries, a quarter of the tile's: all at once, and
-  // dP^T then starts from -delta; or, where these would take too many registers, by shuffles.
-  static constexpr bool kShuffledStatistics = kTileM > 64;
-  using Statistic =
-      std::conditional_t<kShuffledStatistics, ShuffledRowStatistic<kTileM>, RowStatistic<kTileM>>;
+  // lse and delta are subtracted by WGMMA; or, where no registers are left for its operand of ones,
+  // by the threads.
+  static constexpr bool kStatisticsByProduct = kTileM == 64;
+  using Statistics =
+      std::conditional_t<kStatisticsByProduct, StatisticParts<kTileM>, StatisticValues<kTileM>>;
+  using MmaStatistic = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<cutlass::bfloat16_t, cutlass::bfloat16_t, float,
+                                 MnkShape<kWarpgroupN, kTileM, 16>>()));
   // S^T is issued while the last step's dK is in flight.
-  static constexpr bool kScoresBehindDk = kKeysInRegisters && kShuffledStatistics;
-  // The second warpgroup stays ahead of the first, so that one computes P and dS while the other's
-  // products run: it issues S^T and dP^T first, and dK before its dV is complete. At head dim 64
-  // that gains nothing. See docs/tuning.md.
-  static constexpr bool kSecondGoesAhead = !kSplitProducts && !kScoresBehindDk;
+  static constexpr bool kScoresBehindDk = !kSplitProducts && kHeadDim == 64;
 
   // S^T's and dP^T's accumulators, 16-bit, as the A operand of dV and dK.
   using ScoresAsOperand =
@@ -150,7 +149,6 @@ struct BackwardTraits {
 
   static constexpr int kBytesDs = kTileM * kTileN * sizeof(Element);
   static constexpr int kBytesQ = kTileM * kHeadDim * sizeof(Element);
-  static constexpr int kBytesRows = kTileM * sizeof(float);
   // dQ of a step and a warpgroup, in the order of its accumulators (float4 j of thread t at
   // 128 j + t): free of bank conflicts, one piece for TMA, and put right by postprocess.
   static constexpr int kSliceFloats = kTileM * kHeadDim / kDqSlices;
@@ -182,12 +180,11 @@ struct BackwardTraits {
     };
     struct alignas(1024) PeerKeys : cute::array<Element, cute::cosize_v<LayoutPeerK>> {};
     std::conditional_t<kSplitProducts, PeerKeys, WayOut> own;
-    alignas(16) float lse_log2[kStages][kTileM];
-    alignas(16) float minus_delta[kStages][kTileM];
+    alignas(128) Statistics statistics[kStages];
 
     // Full: the producer's TMA bytes have landed. Empty: every consumer warp is done reading.
-    typename Pipeline::SharedStorage pipeline_q;         // Q and lse
-    typename Pipeline::SharedStorage pipeline_grad_out;  // dO and delta
+    typename Pipeline::SharedStorage pipeline_q;  // Q and the statistics
+    typename Pipeline::SharedStorage pipeline_grad_out;
     cutlass::arch::ClusterTransactionBarrier k_full;
     cutlass::arch::ClusterTransactionBarrier v_full;
     // Persistent. Every consumer warp is done with K and V.

@@ -11,11 +11,10 @@ namespace cute_kernels::attention {
 /// queries are padded to blocks of kTileM.
 struct BackwardWorkspace {
   int m_blocks;
-  float* lse_log2;     // [rows][m_blocks * kTileM], +inf where P is 0
-  float* minus_delta;  // the same shape, 0 beyond the last query
-  float* dq;           // [rows][m_blocks][kDqSlices][kSliceFloats], not yet scaled
-  int* turns;  // [rows][m_blocks][kCluster], contributions added to dq, or null: in no order
-  int* drawn;  // how many key blocks CTAs have drawn
+  void* statistics;  // [rows][m_blocks] Traits::Statistics
+  float* dq;         // [rows][m_blocks][kDqSlices][kSliceFloats], not yet scaled
+  int* turns;        // [rows][m_blocks][kCluster], contributions added to dq, or null: in no order
+  int* drawn;        // how many key blocks CTAs have drawn
   int64_t bytes;
 };
 
@@ -37,16 +36,15 @@ BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
   result.m_blocks = (problem.seqlen_q + Traits::kTileM - 1) / Traits::kTileM;
   int64_t const blocks = static_cast<int64_t>(problem.batch) * problem.heads_q * result.m_blocks;
   char* next = static_cast<char*>(problem.workspace);
-  auto carve = [&](auto*& pointer, int64_t count) {
+  auto carve = [&](auto*& pointer, int64_t count, int64_t item_bytes) {
     pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
-    next += (count * sizeof(*pointer) + 255) / 256 * 256;
+    next += (count * item_bytes + 255) / 256 * 256;
   };
-  carve(result.dq, blocks * Traits::kTileM * Traits::kHeadDim);
-  carve(result.lse_log2, blocks * Traits::kTileM);
-  carve(result.minus_delta, blocks * Traits::kTileM);
-  carve(result.drawn, 1);
+  carve(result.dq, blocks * Traits::kTileM * Traits::kHeadDim, sizeof(float));
+  carve(result.statistics, blocks, sizeof(typename Traits::Statistics));
+  carve(result.drawn, 1, sizeof(int));
   result.turns = nullptr;
-  if (adds_in_order<Traits>(problem)) carve(result.turns, blocks * Traits::kCluster);
+  if (adds_in_order<Traits>(problem)) carve(result.turns, blocks * Traits::kCluster, sizeof(int));
   result.bytes = next - static_cast<char*>(problem.workspace);
   return result;
 }

@@ -67,9 +67,9 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
       problem.head_dim,
       problem.out_float16};
 
-  return start_forward<Traits>(forward_kernel<Fp8ForwardMainloop<Traits>,
-                                              ForwardEpilogue<typename Traits::Epilogue>, Params>,
-                               params, problem.device, stream, problem.overlaps);
+  return start_forward<Traits, forward_kernel<Fp8ForwardMainloop<Traits>,
+                                              ForwardEpilogue<typename Traits::Epilogue>, Params>>(
+      params, problem.device, stream, problem.overlaps);
 }
 
 }  // namespace cute_kernels::attention

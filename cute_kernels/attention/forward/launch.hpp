@@ -58,9 +58,9 @@ cudaError_t launch_forward(ForwardProblem const& problem, cudaStream_t stream) {
                       TileScheduler::make_params(m_blocks, problem.heads_q, problem.batch,
                                                  problem.causal, kv_bytes, narrow_band)};
 
-  return start_forward<Traits>(
-      forward_kernel<ForwardMainloop<Traits>, ForwardEpilogue<Traits>, Params>, params,
-      problem.device, stream);
+  return start_forward<Traits,
+                       forward_kernel<ForwardMainloop<Traits>, ForwardEpilogue<Traits>, Params>>(
+      params, problem.device, stream);
 }
 
 }  // namespace cute_kernels::attention
