@@ -17,7 +17,7 @@ from parity import (
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from cute_kernels import flash_attn_func, interface, operators, tile_configs
+from cute_kernels import autograd, flash_attn_func, interface, operators, tile_configs
 from cute_kernels.operators import BACKWARD, flash_attn_backward, flash_attn_forward
 
 MASKS = {"full": False, "causal": True}
@@ -57,12 +57,13 @@ def poison(*like):
 def gradients(q, k, v, grad_out, grad_lse=None, **arguments):
     """Gradients through flash_attn_func, with what is promised of their form checked."""
     inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-    out, lse = flash_attn_func(*inputs, return_lse=True, **arguments)
-    poison(q, k)
-    outputs, grads = [out], [grad_out]
-    if grad_lse is not None:
-        outputs.append(lse)
+    outputs, grads = [], [grad_out]
+    if grad_lse is None:
+        outputs.append(flash_attn_func(*inputs, **arguments))
+    else:
+        outputs.extend(flash_attn_func(*inputs, return_lse=True, **arguments))
         grads.append(grad_lse)
+    poison(q, k)
     result = torch.autograd.grad(outputs, inputs, grads)
     for grad, tensor in zip(result, inputs, strict=True):
         assert grad.shape == tensor.shape
@@ -271,7 +272,7 @@ def test_deterministic_is_passed_on(monkeypatch, deterministic):
         seen.append(arguments[-2])
         return flash_attn_backward(*arguments)
 
-    monkeypatch.setattr(operators, "_run_backward", spy)
+    monkeypatch.setattr(autograd, "_run_backward", spy)
     q, k, v = random_qkv("cpu", torch.float32)
     gradients(q, k, v, torch.ones_like(q), deterministic=deterministic)
     assert seen == [deterministic]
@@ -280,7 +281,8 @@ def test_deterministic_is_passed_on(monkeypatch, deterministic):
     assert seen == [deterministic, True]
 
 
-def test_keeps_only_the_inputs_and_the_outputs(device):
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_keeps_only_the_inputs_and_the_outputs(device, with_lse):
     need_kernels(device, torch.bfloat16, 64, causal=True)
     kept = []
 
@@ -290,9 +292,81 @@ def test_keeps_only_the_inputs_and_the_outputs(device):
 
     inputs = [t.requires_grad_() for t in random_qkv(device, torch.bfloat16)]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out, lse = flash_attn_func(*inputs, causal=True, return_lse=True)
-    pointers = [t.data_ptr() for t in (*inputs, out, lse)]
-    assert [t.data_ptr() for t in kept] == pointers
+        result = flash_attn_func(*inputs, causal=True, return_lse=with_lse)
+    known = {t.data_ptr() for t in (*inputs, *(result if with_lse else [result]))}
+    (*others,) = (t for t in kept if t.data_ptr() not in known)
+    assert len(kept) == 5
+    assert len(others) == (0 if with_lse else 1)
+    assert all(t.shape == (2, 4, 128) for t in others)  # LSE
+
+
+WAYS = {
+    "usual": (lambda *qkv: flash_attn_func(*qkv, causal=True), True),
+    "parameters": (
+        lambda *qkv: flash_attn_func(*map(torch.nn.Parameter, qkv), softmax_scale=0.1),
+        True,
+    ),
+    "lse": (lambda *qkv: flash_attn_func(*qkv, return_lse=True)[0], False),
+    "deterministic": (lambda *qkv: flash_attn_func(*qkv, deterministic=True), False),
+    "tile": (lambda *qkv: flash_attn_func(*qkv, tile_config=0), False),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_usual_call_has_a_node_in_cpp(hopper, way):
+    need_kernels("cuda", torch.bfloat16, 64, causal=True)
+    call, in_cpp = WAYS[way]
+    q, k, v = (t.requires_grad_() for t in random_qkv(hopper, torch.bfloat16))
+    node = type(call(q, k, v).grad_fn).__name__
+    assert ("FusedAttention" in node) == in_cpp
+    assert ("_Differentiable" in node) != in_cpp
+
+
+def test_both_nodes_agree(hopper):
+    """One key block, so that dQ has no order that could vary."""
+    need_kernels("cuda", torch.bfloat16, 64, causal=True)
+    q, k, v = random_qkv(hopper, torch.bfloat16, 2, 150, 60, 4, 2)
+    grad_out, _ = random_grads(q)
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+    results = []
+    for with_lse in (False, True):
+        out = flash_attn_func(*inputs, causal=True, return_lse=with_lse)
+        out = out[0] if with_lse else out
+        results.append([out, *torch.autograd.grad(out, inputs, grad_out)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_no_cpp_node_where_aten_is_not_as_known(hopper, monkeypatch):
+    need_kernels("cuda", torch.bfloat16, 64, causal=True)
+    q, k, v = (t.requires_grad_() for t in random_qkv(hopper, torch.bfloat16))
+    monkeypatch.setattr(autograd, "_has_aten_node", False)
+    assert "_Differentiable" in type(flash_attn_func(q, k, v).grad_fn).__name__
+
+
+def test_modes_see_the_library_s_own_operator(hopper):
+    need_kernels("cuda", torch.bfloat16, 64, causal=True)
+    seen = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            seen.append(str(function))
+            return function(*arguments, **(keywords or {}))
+
+    q, k, v = (t.requires_grad_() for t in random_qkv(hopper, torch.bfloat16))
+    with Mode():
+        flash_attn_func(q, k, v)
+    assert seen[0] == "cute_kernels.flash_attn_forward.default"
+    assert not any("overrideable" in name for name in seen)
+
+
+def test_the_aten_operator_is_for_this_library_alone(hopper):
+    need_kernels("cuda", torch.bfloat16, 64, causal=True)
+    q, k, v = random_qkv(hopper, torch.bfloat16)
+    operator = torch.ops.aten._scaled_dot_product_fused_attention_overrideable
+    for arguments in ({}, {"scale": 0.1, "dropout_p": 0.5}, {"scale": 0.1, "attn_bias": q}):
+        with pytest.raises(RuntimeError, match=r"for cute_kernels\.flash_attn_func alone"):
+            operator(q, k, v, **arguments)
 
 
 def test_second_derivative_is_refused():

@@ -11,6 +11,7 @@
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
+#include "cute_kernels/torch/operators.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
 
@@ -45,6 +46,8 @@ void check_lse(Argument const& a, Argument const& q) {
 Tensor dense(Argument const& a) {
   return a.tensor.is_contiguous() ? a.tensor : torch::stable::contiguous(a.tensor);
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
     Tensor const& grad_out_tensor, std::optional<Tensor> grad_lse_tensor, Tensor const& q_tensor,
@@ -122,7 +125,6 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
   return {grad_q, grad_k, grad_v};
 }
 
-}  // namespace
 }  // namespace cute_kernels::binding
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {

@@ -9,6 +9,7 @@
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
+#include "cute_kernels/torch/operators.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
 
@@ -26,6 +27,8 @@ ForwardKernel const& kernel_for(Call const& call, int64_t tile_config, int multi
       tile_config == -1 ? attention::choose_forward(call, multiprocessors) : nullptr;
   return kernel_for(kForwardRegistry, chosen, call, tile_config);
 }
+
+}  // namespace
 
 /// `deterministic` is for the gradient; the forward pass always is.
 std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor const& k_tensor,
@@ -72,6 +75,8 @@ std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor con
   require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
   return {out, lse};
 }
+
+namespace {
 
 /// The automatic choice, for those who want to know it: an index into the registry.
 int64_t choose_tile_config(ScalarType dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,

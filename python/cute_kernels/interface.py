@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cute_kernels.autograd import forward_with_gradient, forward_without_gradient
 from cute_kernels.fp8 import flash_attn_e4m3
-from cute_kernels.operators import (
-    flash_attn_forward,
-    forward_with_gradient,
-    forward_without_gradient,
-)
+from cute_kernels.operators import flash_attn_forward
 from cute_kernels.tiles import AUTOMATIC, tile_index
 
 _is_compiling = torch.compiler.is_compiling

@@ -6,7 +6,6 @@ implementations; here are their CPU implementations, shape inference and gradien
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +23,6 @@ BACKWARD = f"{NAMESPACE}::flash_attn_backward"
 # Looked up once: torch.ops.x.y costs a call more.
 flash_attn_forward = getattr(torch.ops, NAMESPACE).flash_attn_forward.default
 flash_attn_backward = getattr(torch.ops, NAMESPACE).flash_attn_backward.default
-
-_below_autograd = torch._C._AutoDispatchBelowAutograd
-_is_compiling = torch.compiler.is_compiling
-_is_grad_enabled = torch.is_grad_enabled
 
 
 @torch.library.impl(FORWARD, "cpu")
@@ -68,13 +63,13 @@ if not tile_configs("backward"):
     torch.library.impl(BACKWARD, "cuda", _backward_not_built)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)  # an LSE that nobody uses costs nothing
 
 
-def _backward_inputs(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def backward_inputs(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
@@ -84,7 +79,7 @@ def _backward_inputs(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*flash_attn_backward(*_backward_inputs(ctx, *grads)), None, None, None, None)
+    return (*flash_attn_backward(*backward_inputs(ctx, *grads)), None, None, None, None)
 
 
 def _backward_of_backward(ctx: Any, *_: Tensor) -> None:
@@ -93,46 +88,5 @@ def _backward_of_backward(ctx: Any, *_: Tensor) -> None:
 
 torch.library.register_fake(FORWARD, _forward_fake)
 torch.library.register_fake(BACKWARD, _backward_fake)
-torch.library.register_autograd(FORWARD, _backward, setup_context=_save_for_backward)
+torch.library.register_autograd(FORWARD, _backward, setup_context=save_for_backward)
 torch.library.register_autograd(BACKWARD, _backward_of_backward)
-
-
-# The autograd that register_autograd gives an operator is written in Python and costs a small call
-# tens of microseconds. Compilers need it; eager calls have cheaper ways, which also save what
-# Python costs a call of an operator's object: on a GPU a small call is host time.
-_run_forward, _run_backward = flash_attn_forward._op, flash_attn_backward._op
-
-
-def forward_without_gradient(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """The forward operator past its autograd."""
-    with _below_autograd():
-        output: tuple[Tensor, Tensor] = _run_forward(*inputs)
-    return output
-
-
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], with_lse: bool
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        with _below_autograd():
-            out, lse = _run_forward(q, k, v, *options)
-        _save_for_backward(ctx, (q, k, v, *options), (out, lse))
-        return (out, lse) if with_lse else out
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None
-    ) -> tuple[Tensor | None, ...]:
-        inputs = _backward_inputs(ctx, grad_out, grad_lse)
-        # Where grad mode is on, a second derivative is asked for: the operator's autograd refuses.
-        if _is_grad_enabled() or _is_compiling():
-            return (*flash_attn_backward(*inputs), None, None)
-        with _below_autograd():
-            return (*_run_backward(*inputs), None, None)
-
-
-# autograd.Function's own apply looks for functorch's tensors, which the caller has excluded.
-forward_with_gradient: Callable[..., Tensor | tuple[Tensor, Tensor]] = super(
-    torch.autograd.Function, _Differentiable
-).apply
