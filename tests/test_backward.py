@@ -376,6 +376,14 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
+def test_second_derivative_is_refused_by_the_node_in_cpp(hopper):
+    need_kernels("cuda", torch.bfloat16, 64, causal=False)
+    q, k, v = (t.requires_grad_() for t in random_qkv(hopper, torch.bfloat16))
+    (grad,) = torch.autograd.grad(flash_attn_func(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="derivative for .* is not implemented"):
+        grad.sum().backward()
+
+
 def operator_arguments(device, dtype, with_lse, make_grad=lambda x: x, **sizes):
     q, k, v = random_qkv(device, dtype, **sizes)
     out, lse = flash_attn_forward(q, k, v, 0.3, True, -1)
