@@ -380,7 +380,7 @@ def test_second_derivative_is_refused_by_the_node_in_cpp(hopper):
     need_kernels("cuda", torch.bfloat16, 64, causal=False)
     q, k, v = (t.requires_grad_() for t in random_qkv(hopper, torch.bfloat16))
     (grad,) = torch.autograd.grad(flash_attn_func(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="derivative for .* is not implemented"):
+    with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):
         grad.sum().backward()
 
 
