@@ -335,7 +335,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
   }
 
   /// Sets all products to Traits::kMagicBits. A load sets four, a move one: instructions are short,
-  /// shared memory's bandwidth is not.
+  /// shared memory's bandwidth is not, but for what Traits::kMovesOfFour says.
   template <class Products>
   CUTLASS_DEVICE static void load_magic(SharedStorage const& shared, Products& products) {
     using namespace cute;
@@ -343,6 +343,13 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     uint32_t const address = cast_smem_ptr_to_uint(shared.magic.data());
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(products); i += 4) {
+      if (i / 4 % 4 >= 4 - Traits::kMovesOfFour) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int j = i; j < i + 4; ++j) {
+          asm volatile("mov.b32 %0, %1;" : "=r"(products(j)) : "n"(Traits::kMagicBits));
+        }
+        continue;
+      }
       asm volatile("ld.volatile.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(products(i)), "=r"(products(i + 1)), "=r"(products(i + 2)),
                      "=r"(products(i + 3))
