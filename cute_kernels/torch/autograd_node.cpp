@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cute_kernels/attention/tile_config.hpp"
+#include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/operators.hpp"
 #include "cute_kernels/torch/require.hpp"
 
@@ -25,8 +26,6 @@ using torch::stable::Tensor;
 
 /// Returned as max_q, so that the caller can tell whose implementation it has met.
 constexpr int64_t kMadeHere = 0x63757465;  // "cute"
-
-constexpr int64_t kAutomatic = -1;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t, int64_t, Tensor, Tensor, Tensor>
 fused_attention(Tensor const& q, Tensor const& k, Tensor const& v, std::optional<Tensor> attn_bias,

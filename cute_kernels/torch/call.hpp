@@ -9,6 +9,7 @@
 namespace cute_kernels::binding {
 
 constexpr int kElementBytes = 2;
+constexpr int64_t kAutomatic = -1;  // tile_config that asks for the automatic choice
 
 /// q, k and v as the caller gave them, checked.
 struct Call : attention::CallShape {
@@ -28,12 +29,12 @@ attention::ElementType element_type(torch::headeronly::ScalarType dtype);
 
 char const* name_of(attention::ElementType dtype);
 
-/// `chosen` by the automatic choice if that is what tile_config asks for (-1), else the kernel of
-/// that index, checked for the call.
+/// `chosen` by the automatic choice if that is what tile_config asks for, else the kernel of that
+/// index, checked for the call.
 template <class Kernel>
 Kernel const& kernel_for(attention::Registry<Kernel> const& registry, Kernel const* chosen,
                          Call const& call, int64_t tile_config) {
-  if (tile_config == -1) {
+  if (tile_config == kAutomatic) {
     if (chosen != nullptr) return *chosen;
     std::ostringstream there;
     for (Kernel const& kernel : registry) there << ' ' << kernel.config.name;
@@ -41,7 +42,7 @@ Kernel const& kernel_for(attention::Registry<Kernel> const& registry, Kernel con
          ", ", call.causal ? "causal" : "full", " in this build, which has", there.str());
   }
   require(tile_config >= 0 && tile_config < registry.count, "tile_config is ", tile_config,
-          ", must be -1 (automatic) or an index below ", registry.count);
+          ", must be ", kAutomatic, " (automatic) or an index below ", registry.count);
   auto const& config = registry.kernels[tile_config].config;
   require(config.dtype == call.dtype && config.head_dim >= call.head_dim, "tile_config ",
           tile_config, " (", config.name, ") takes ", name_of(config.dtype),

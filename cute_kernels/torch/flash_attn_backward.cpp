@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
   }
   attention::Device const& device = hopper(q.device);
   BackwardKernel const* const chosen =
-      tile_config == -1 ? attention::choose_backward(call) : nullptr;
+      tile_config == kAutomatic ? attention::choose_backward(call) : nullptr;
   BackwardKernel const& kernel = kernel_for(kBackwardRegistry, chosen, call, tile_config);
 
   require(call.batch < kMaxGridYz && call.heads_q < kMaxGridYz, "q has shape ", Shape{q.sizes},

@@ -24,7 +24,7 @@ using torch::stable::Tensor;
 
 ForwardKernel const& kernel_for(Call const& call, int64_t tile_config, int multiprocessors) {
   ForwardKernel const* const chosen =
-      tile_config == -1 ? attention::choose_forward(call, multiprocessors) : nullptr;
+      tile_config == kAutomatic ? attention::choose_forward(call, multiprocessors) : nullptr;
   return kernel_for(kForwardRegistry, chosen, call, tile_config);
 }
 
@@ -86,7 +86,8 @@ int64_t choose_tile_config(ScalarType dtype, int64_t batch, int64_t seqlen_q, in
   require(seqlen_q > 0 && multiprocessors > 0, "seqlen_q is ", seqlen_q, " and multiprocessors is ",
           multiprocessors, ", both must be above 0");
   Call const call{{element_type(dtype), batch, seqlen_q, seqlen_k, heads, head_dim, causal}, heads};
-  return &kernel_for(call, -1, static_cast<int>(multiprocessors)) - kForwardRegistry.begin();
+  return &kernel_for(call, kAutomatic, static_cast<int>(multiprocessors)) -
+         kForwardRegistry.begin();
 }
 
 }  // namespace

@@ -68,7 +68,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
       make_shape(problem.seqlen_q, problem.head_dim, problem.heads_q, problem.batch),
       make_shape(problem.seqlen_k, problem.head_dim, problem.heads_kv, problem.batch),
       workspace,
-      std::max(problem.softmax_scale, kLeastScale) * sm90::kLog2e,
+      scale_of_scores(problem.softmax_scale) * sm90::kLog2e,
       problem.softmax_scale,
       problem.heads_q,
       problem.heads_q / problem.heads_kv,
@@ -109,7 +109,7 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   cudaError_t status = sm90::launch_kernel<preprocess_kernel<Traits>>(
       of_queries, PreprocessParams{problem.out, problem.grad_out, problem.lse, problem.grad_lse,
                                    problem.seqlen_q, problem.heads_q, problem.head_dim,
-                                   std::max(problem.softmax_scale, kLeastScale), workspace});
+                                   scale_of_scores(problem.softmax_scale), workspace});
   if (status != cudaSuccess) return status;
 
   if (problem.seqlen_k > 0) {  // otherwise dQ = 0

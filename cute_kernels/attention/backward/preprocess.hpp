@@ -18,7 +18,7 @@ struct PreprocessParams {
   int seqlen_q;
   int heads;
   int head_dim;
-  float softmax_scale;
+  float scale;  // of the scores
   BackwardWorkspace workspace;
 };
 
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
         minus_delta = (params.grad_lse == nullptr ? 0.f : params.grad_lse[at]) - sum;
       }
       auto* statistics = static_cast<typename Traits::Statistics*>(params.workspace.statistics);
-      statistics[block_index].set(row, lse, minus_delta, params.softmax_scale);
+      statistics[block_index].set(row, lse, minus_delta, params.scale);
     }
   }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include <cutlass/array.h>
@@ -13,9 +14,9 @@ namespace cute_kernels::attention {
 
 enum class Statistic { kLse, kDelta };
 
-/// A softmax scale below this does as well: all scores are 0 but for inputs beyond 2^40, and
-/// lse / scale stays finite.
-inline constexpr float kLeastScale = 0x1p-100f;
+/// What the scores are multiplied by. A softmax scale below 2^-100 does as well as that: all scores
+/// are 0 but for inputs beyond 2^40, and lse / scale stays finite.
+inline float scale_of_scores(float softmax_scale) { return std::max(softmax_scale, 0x1p-100f); }
 
 /// For threads to read.
 template <int kQueries>
@@ -45,8 +46,8 @@ struct StatisticParts {
     return statistic == Statistic::kLse ? 0 : kParts;
   }
 
-  CUTLASS_DEVICE void set(int query, float lse, float minus_delta, float softmax_scale) {
-    // Finite, because other products multiply it by 0; at kLeastScale far enough.
+  CUTLASS_DEVICE void set(int query, float lse, float minus_delta, float scale) {
+    // Finite, because other products multiply it by 0; at the least scale_of_scores() far enough.
     constexpr float kFar = 0x1p120f;
     Row row;
     row.clear();
@@ -58,7 +59,7 @@ struct StatisticParts {
         value -= static_cast<float>(part);
       }
     };
-    split(Statistic::kLse, lse == -INFINITY ? -kFar : -lse / softmax_scale);
+    split(Statistic::kLse, lse == -INFINITY ? -kFar : -lse / scale);
     split(Statistic::kDelta, minus_delta);
     rows[query] = row;
   }
