@@ -113,6 +113,20 @@ def test_infinities_and_nan_stay_in_their_rows(device, head_dim):
     torch.testing.assert_close(lse, right_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_scores_of_minus_infinity(device, head_dim, mask):
+    """Of all keys in the first blocks of the walk, without a mask; later scores far below 0."""
+    if device == "cuda":
+        skip_unless_built(torch.bfloat16, head_dim, MASKS[mask])
+    q, k, v = random_qkv(device, torch.bfloat16, 1, 300, 1100, 2, 2, head_dim=head_dim)
+    q[..., 0] = head_dim**0.5  # divided out by the scale
+    k[..., 0] = -1000.0
+    q[..., 1] = q[..., 1].abs() + 0.1
+    k[:, 600:, :, 1] = -torch.inf
+    check(q, k, v, MASKS[mask])
+
+
 def test_rows_that_see_no_key(device):
     """Causal and bottom-right aligned: the first seqlen_q - seqlen_k queries see nothing."""
     for dtype in DTYPES.values():

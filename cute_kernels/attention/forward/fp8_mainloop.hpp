@@ -139,12 +139,11 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     int const last_scale = (params.mask.seqlen_k - 1) / kScaleRows;
     float const* const k_scales = params.k_scale.data + coord.batch * params.k_scale.batch_stride +
                                   params.heads_per_kv.div(coord.head) * params.k_scale.head_stride;
-    float const q_scale =
-        own.visited == 0 ? 0.f
-                         : params.scale_log2 *
-                               params.q_scale.data[coord.batch * params.q_scale.batch_stride +
-                                                   coord.head * params.q_scale.head_stride +
-                                                   own_query / kScaleRows * params.q_scale.stride];
+    float q_scale = own.visited == 0
+                        ? 0.f
+                        : params.q_scale.data[coord.batch * params.q_scale.batch_stride +
+                                              coord.head * params.q_scale.head_stride +
+                                              own_query / kScaleRows * params.q_scale.stride];
     float scale[kGroups];
     // Read before the wait for the products, needed after it.
     auto load_scales = [&](int block) {
@@ -155,13 +154,13 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       }
     };
 
-    // Products -> P in place. True where O must be rescaled.
-    auto softmax_block = [&](auto& scores, int block, auto is_first) {
+    // Products -> P in place.
+    auto softmax_block = [&](auto& scores, int block, auto is_first, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       if (block >= own.full) params.mask.apply(rows, row, block * kTileN + column);
       CUTLASS_PRAGMA_UNROLL
       for (int group = 0; group < kGroups; ++group) scale[group] *= q_scale;
-      return softmax.template update<decltype(is_first)::value>(rows, scale);
+      softmax.template update<decltype(is_first)::value>(rows, scale, on_move);
     };
 
     shared.q_full[warpgroup].wait(q_phase);
@@ -173,6 +172,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     }
 
     if constexpr (!Traits::kOverlap) {
+      q_scale *= params.scale_log2;
       // One step after the other, so that scores and P never need registers at the same time: the
       // other warpgroups keep the tensor cores busy.
       for (; block >= 0; --block) {
@@ -187,7 +187,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
         release(pipeline_k, read_k);
         if (block == 0) release_query(shared, warpgroup);
         auto scores = as_float(products);
-        if (softmax_block(scores, block, false_type{})) softmax.rescale(out_rows);
+        softmax_block(scores, block, false_type{}, [&] { softmax.rescale(out_rows); });
         Softmax::pack(scores, probabilities);
         pipeline_v.consumer_wait(read_v);
         sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
@@ -208,8 +208,11 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       warpgroup_wait<0>();
       release(pipeline_k, read_k);
       if (block == 0) release_query(shared, warpgroup);
+      // Not sooner, as the compiler would: Q's scale comes from device memory meanwhile.
+      asm volatile("" : "+f"(q_scale));
+      q_scale *= params.scale_log2;
       auto scores = as_float(products);
-      softmax_block(scores, block, true_type{});
+      softmax_block(scores, block, true_type{}, [] {});
       Softmax::pack(scores, probabilities);
     }
 
@@ -231,7 +234,8 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       release(pipeline_k, read_k);
       if (block == 0) release_query(shared, warpgroup);
       auto scores = as_float(products);
-      bool const origins_moved = softmax_block(scores, block, false_type{});
+      bool origins_moved = false;
+      softmax_block(scores, block, false_type{}, [&] { origins_moved = true; });
       // Two waits on purpose: without a branch here the compiler moves most of the exponentials
       // behind the wait. A branch that a warpgroup's warps take together, as PTX asks for.
       if (block == 0) {

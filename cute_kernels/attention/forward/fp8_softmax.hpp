@@ -45,10 +45,10 @@ class ScaledSoftmax {
   }
 
   /// Turns a block of scores into what pack() takes in place, given each group's factor to powers
-  /// of two. Returns, the same to a whole warp, whether O must be rescaled before this block's P V
-  /// is added. kFirst: known to be the row's first block.
-  template <bool kFirst, class Scores>
-  CUTLASS_DEVICE bool update(Scores& scores, float const (&scale)[kGroups]) {
+  /// of two. Calls on_move(), in a whole warp, where O must be rescaled before this block's P V is
+  /// added. kFirst: known to be the row's first block.
+  template <bool kFirst, class Scores, class OnMove>
+  CUTLASS_DEVICE void update(Scores& scores, float const (&scale)[kGroups], OnMove const& on_move) {
     using namespace cute;
     static_assert(decltype(size<0>(scores))::value == kRows);
     static_assert(decltype(size<1>(scores))::value == kColumns * kGroups);
@@ -67,6 +67,7 @@ class ScaledSoftmax {
         for (int row = 0; row < kRows; ++row) block_max[row] = float_maximum(scores, row, scale);
       }
       move_origins(block_max, scale, scores);
+      on_move();
     }
     CUTLASS_PRAGMA_UNROLL
     for (int group = 0; group < kGroups; ++group) {
@@ -90,7 +91,6 @@ class ScaledSoftmax {
         }
       }
     }
-    return moved;
   }
 
   /// Rounds what update() left to e4m3, into the A operand's registers. Registers of 4 keys each:

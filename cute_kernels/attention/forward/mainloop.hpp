@@ -108,20 +108,26 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     int const row = own_query + thread / 32 * 16 + thread % 32 / 4;
     int const column = thread % 4 * 2;
 
-    // Scores -> P in place. True where O must be rescaled. But for the first block Q and K must
-    // still be there.
-    auto softmax_block = [&](auto& scores, int block) {
+    // Blocks from here on need the mask, or may be the first one in which a row has scores.
+    int careful_from = own.full;
+    // Scores -> P in place. But for the first block Q and K must still be there.
+    auto softmax_block = [&](auto& scores, int block, auto is_first, auto const& on_move) {
+      bool const careful = block >= careful_from;
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       auto mask = [&](auto& rows) {
-        if (block >= own.full) params.mask.apply(rows, row, block * kTileN + column);
+        if (careful) params.mask.apply(rows, row, block * kTileN + column);
       };
       mask(rows);
-      return softmax.update(rows, [&](auto& rows) {
+      // Not yet, for want of a key or because all its scores are -inf: then perhaps in the next
+      // one.
+      if (!is_first && careful && !softmax.settled()) careful_from = min(careful_from, block - 1);
+      auto restore = [&](auto& rows) {
         auto own_q = local_tile(shared_q, Shape<_16, Int<Traits::kHeadDim>>{},
                                 make_coord(thread / cutlass::NumThreadsPerWarp, _0{}));
         sm90::warp_gemm(own_q, shared_k(_, _, read_k.index()), scores);
         mask(rows);
-      });
+      };
+      softmax.update(rows, is_first || careful, restore, on_move);
     };
     auto round_probabilities = [&](auto const& scores) {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
@@ -145,7 +151,8 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       warpgroup_wait<0>();
       release(pipeline_k, read_k);  // the first block's scores are never needed again
       if (block == 0) release_query(shared, warpgroup);
-      softmax_block(scores, block);
+      softmax_block(scores, block, true_type{}, [] {});
+      if (!softmax.settled()) careful_from = min(careful_from, block) - 1;
       round_probabilities(scores);
     }
 
@@ -164,18 +171,15 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
                                                operand_v(_, _, _, read_v.index()), out);
       pass_turn(warpgroup);
       warpgroup_wait<Traits::kOverlap ? 1 : 0>();
-      bool const origins_moved = softmax_block(scores, block);
-      release(pipeline_k, read_k);
-      if (block == 0) release_query(shared, warpgroup);
-      // Two waits on purpose: without a branch here the compiler moves most of the exponentials
-      // behind the wait. A branch that a warpgroup's warps take together, as PTX asks for.
-      if (block == 0) {
+      softmax_block(scores, block, false_type{}, [&] {
         warpgroup_wait<0>();
-      } else {
-        sm90::warpgroup_wait_all();
-      }
-      if (origins_moved) softmax.rescale(out_rows);
+        softmax.rescale(out_rows);
+      });
+      // The softmax ends with a branch, which keeps the exponentials on this side of the wait.
+      sm90::warpgroup_wait_all();
+      release(pipeline_k, read_k);
       release(pipeline_v, read_v);
+      if (block == 0) release_query(shared, warpgroup);
       if (block > 0)
         k_token = pipeline_k.consumer_test_wait(read_k);  // answered while P is rounded
       round_probabilities(scores);

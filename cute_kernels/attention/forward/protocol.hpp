@@ -131,13 +131,13 @@ class ForwardProtocol {
   /// first.
   CUTLASS_DEVICE static void release_query(SharedStorage& shared, int warpgroup) {
     if constexpr (Traits::kSeparateOutput) {
-      if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) shared.q_empty[warpgroup].arrive();
+      if (cute::elect_one_sync()) shared.q_empty[warpgroup].arrive();
     }
   }
 
   /// One arrival a warp: a warp's own WGMMA wait says nothing of the other warps' reads.
   CUTLASS_DEVICE static void release(Pipeline& pipeline, PipelineState& state) {
-    if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) pipeline.consumer_release(state);
+    if (cute::elect_one_sync()) pipeline.consumer_release(state);
     ++state;
   }
 };

@@ -32,29 +32,33 @@ class OnlineSoftmax {
   }
 
   /// Turns a block of scores into P = 2^(scale_log2 * (s - origin)) in place. restore(scores) must
-  /// bring the scores back. Returns, the same to a whole warp, whether origins moved: then O must
-  /// be rescaled before this block's P V is added.
-  template <class Scores, class Restore>
-  CUTLASS_DEVICE bool update(Scores& scores, Restore const& restore) {
+  /// bring the scores back. Calls on_move(), in a whole warp, where origins moved: then O must be
+  /// rescaled before this block's P V is added. Rows without an origin get one only if `careful`.
+  template <class Scores, class Restore, class OnMove>
+  CUTLASS_DEVICE void update(Scores& scores, bool careful, Restore const& restore,
+                             OnMove const& on_move) {
     using namespace cute;
     static_assert(decltype(size<0>(scores))::value == kRows);
     float block_sum[kRows];
-    if (settled_) {
+    if (!careful || settled_) {
       exponentiate(scores, block_sum);
-      bool small = true;
+      float largest = block_sum[0];
       CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < kRows; ++row) small &= block_sum[row] <= bound_;  // not so if NaN
-      if (__all_sync(0xffffffff, small)) {
+      for (int row = 1; row < kRows; ++row) largest = sm90::max_nan(largest, block_sum[row]);
+      if (__all_sync(0xffffffff, largest <= bound_)) {  // not so if NaN
         add(block_sum);
-        return false;
+        return;
       }
       restore(scores);
     }
     move_origins(scores);
     exponentiate(scores, block_sum);
     add(block_sum);
-    return true;
+    on_move();
   }
+
+  /// Whether every row of the warp has an origin.
+  CUTLASS_DEVICE bool settled() const { return settled_; }
 
   /// Multiplies the rows of O by the factors of the last update() that moved the origins.
   template <class Output>
@@ -83,17 +87,25 @@ class OnlineSoftmax {
  private:
   static constexpr float kMinusInf = -INFINITY;
 
-  /// Scores -> P in place, and the sums of P.
+  /// Scores -> P in place, and the sums of P: in pairs where a block is short, which lets fewer
+  /// additions wait for an exponential. With 128 keys that is slower (docs/tuning.md).
   template <class Scores>
   CUTLASS_DEVICE void exponentiate(Scores& scores, float (&block_sum)[kRows]) const {
     using namespace cute;
+    constexpr int kColumns = decltype(size<1>(scores))::value;
+    constexpr int kAddends = kColumns <= 64 / 4 ? 2 : 1;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
       block_sum[row] = 0.f;
       CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(scores); ++col) {
-        scores(row, col) = sm90::exp2_mufu(scores(row, col) * scale_log2_ - offset_[row]);
-        block_sum[row] += scores(row, col);
+      for (int col = 0; col < kColumns; col += kAddends) {
+        float p[kAddends];
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kAddends; ++i) {
+          p[i] = sm90::exp2_mufu(scores(row, col + i) * scale_log2_ - offset_[row]);
+          scores(row, col + i) = p[i];
+        }
+        block_sum[row] += kAddends == 2 ? p[0] + p[kAddends - 1] : p[0];
       }
     }
   }
