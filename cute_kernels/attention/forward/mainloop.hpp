@@ -118,8 +118,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         if (careful) params.mask.apply(rows, row, block * kTileN + column);
       };
       mask(rows);
-      // Not yet, for want of a key or because all its scores are -inf: then perhaps in the next
-      // one.
+      // Rows without scores so far (no key, or only -inf) may have their first in the next block.
       if (!is_first && careful && !softmax.settled()) careful_from = min(careful_from, block - 1);
       auto restore = [&](auto& rows) {
         auto own_q = local_tile(shared_q, Shape<_16, Int<Traits::kHeadDim>>{},
@@ -180,8 +179,8 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       release(pipeline_k, read_k);
       release(pipeline_v, read_v);
       if (block == 0) release_query(shared, warpgroup);
-      if (block > 0)
-        k_token = pipeline_k.consumer_test_wait(read_k);  // answered while P is rounded
+      // Answered while P is rounded; as the `else` of the line before it would be waited for there.
+      if (block > 0) k_token = pipeline_k.consumer_test_wait(read_k);
       round_probabilities(scores);
     }
 
