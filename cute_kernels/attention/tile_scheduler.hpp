@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
 #include <cutlass/fast_math.h>
 
@@ -17,8 +16,10 @@ struct TileCoord {
 
 /// Hands tiles to a persistent grid without any communication: CTA c takes the tiles c, 2G-1-c,
 /// 2G+c, 4G-1-c, ... of a fixed order (G = CTAs; every second round runs backwards, so that a CTA
-/// that got the longest tile of one round gets the shortest of the next). Where there are several
-/// bands, CTAs swap places after every two rounds, since a band ends in the same places each time.
+/// that got the longest tile of one round gets the shortest of the next). After every two rounds
+/// CTAs move on some places: a quarter of them where there are several bands, since a band ends in
+/// the same places each time; one without a causal mask, since the short tiles, where seqlen_q is
+/// no multiple of kTileM, stand in the same places each time.
 ///
 /// The order takes `band` query blocks at a time, from the last ones to the first (under a causal
 /// mask that is longest first), and inside a band walks the (batch, head) pairs, with all of the
@@ -31,39 +32,36 @@ class TileScheduler {
     int tiles;
     int m_blocks;
     int full_bands;
+    int shift;                       // places that a CTA moves on after every two rounds
     cutlass::FastDivmod band_tiles;  // tiles of a full band
     cutlass::FastDivmod band;        // query blocks of a full band
     cutlass::FastDivmod last_band;
     cutlass::FastDivmod heads;
   };
 
-  /// `balance`: tiles are of unequal length. kv_bytes: all of K and V.
-  static Params make_params(int m_blocks, int heads, int batch, bool balance,
-                            int64_t kv_bytes = std::numeric_limits<int64_t>::max(),
-                            int narrow_band = 4) {
+  /// kv_bytes: all of K and V.
+  static Params make_params(int seqlen_q, int tile_m, int heads, int batch, bool causal,
+                            int64_t kv_bytes, int ctas) {
+    int const m_blocks = (seqlen_q + tile_m - 1) / tile_m;
     int band = m_blocks;
-    if (balance) {
+    if (causal) {
+      int const narrow = narrow_band(tile_m, heads * batch, ctas);
       if (kv_bytes <= kCachedBytes) {
         band = 1;
-      } else if (m_blocks > kShortOrder * narrow_band) {
-        band = narrow_band;
+      } else if (m_blocks > kShortOrder * narrow) {
+        band = narrow;
       }
     }
     Params params;
     params.tiles = m_blocks * heads * batch;
     params.m_blocks = m_blocks;
     params.full_bands = m_blocks / band;
+    params.shift = !causal ? 1 : params.full_bands > 1 ? ctas / 4 : 0;
     params.band_tiles = cutlass::FastDivmod(band * heads * batch);
     params.band = cutlass::FastDivmod(band);
     params.last_band = cutlass::FastDivmod(std::max(1, m_blocks % band));
     params.heads = cutlass::FastDivmod(heads);
     return params;
-  }
-
-  /// The narrowest band that pays, of tiles of tile_m queries: enough of them must share a load of
-  /// K and V, be it as one band or because there are more CTAs than (batch, head) pairs.
-  static int narrow_band(int tile_m, int pairs, int ctas) {
-    return tile_m * std::max(2, ctas / pairs) >= kQueriesForALoad ? 2 : 4;
   }
 
   CUTLASS_DEVICE explicit TileScheduler(Params const& params)
@@ -75,8 +73,8 @@ class TileScheduler {
     base_ += gridDim.x;
     turn_ = gridDim.x - 1 - turn_;
     forward_ = !forward_;
-    if (forward_ && params_.full_bands > 1) {
-      turn_ += gridDim.x / 4;
+    if (forward_) {
+      turn_ += params_.shift;
       if (turn_ >= gridDim.x) turn_ -= gridDim.x;
     }
   }
@@ -93,6 +91,12 @@ class TileScheduler {
   }
 
  private:
+  /// The narrowest band that pays, of tiles of tile_m queries: enough of them must share a load of
+  /// K and V, be it as one band or because there are more CTAs than (batch, head) pairs.
+  static int narrow_band(int tile_m, int pairs, int ctas) {
+    return tile_m * std::max(2, ctas / pairs) >= kQueriesForALoad ? 2 : 4;
+  }
+
   // K and V that stay in L2 (50 MB) whatever the order.
   static constexpr int64_t kCachedBytes = 32 << 20;
   // Measured on an H100: with fewer queries for a load, and in orders of no more than four bands,

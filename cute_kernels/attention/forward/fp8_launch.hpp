@@ -50,17 +50,14 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
   int const heads_per_kv = problem.heads_q / problem.heads_kv;
   int64_t const kv_bytes =
       int64_t{2} * problem.batch * problem.heads_kv * problem.seqlen_k * problem.head_dim;
-  int const narrow_band = TileScheduler::narrow_band(
-      Traits::kTileM, problem.batch * problem.heads_q, problem.device.multiprocessors);
-  int const m_blocks = (problem.seqlen_q + Traits::kTileM - 1) / Traits::kTileM;
   using Params =
       Fp8ForwardParams<Traits, decltype(tma_q), decltype(tma_k), decltype(tma_v), decltype(tma_o)>;
   Params const params{
       {tma_q, tma_k, tma_v, tma_o, q.shape(), k.shape(), v.shape(), o.shape(), problem.lse,
        problem.softmax_scale * sm90::kLog2e, problem.heads_q, cutlass::FastDivmod(heads_per_kv),
        Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
-       TileScheduler::make_params(m_blocks, problem.heads_q, problem.batch, problem.causal,
-                                  kv_bytes, narrow_band)},
+       TileScheduler::make_params(problem.seqlen_q, Traits::kTileM, problem.heads_q, problem.batch,
+                                  problem.causal, kv_bytes, problem.device.multiprocessors)},
       problem.q_scale,
       problem.k_scale,
       problem.v_scale,
