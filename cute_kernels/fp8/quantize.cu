@@ -55,11 +55,11 @@ template <class In, class Out>
 void quantize_rows_to(QuantizeRowsProblem const& p, Chain& chain) {
   switch (p.head_dim) {
     case 64:
-      return launch_rows<QuantizeRows<In, Out, 64, 2>>(p, chain);
+      return launch_rows<QuantizeRows<In, Out, 64>>(p, chain);
     case 128:
-      return launch_rows<QuantizeRows<In, Out, 128, 1>>(p, chain);
+      return launch_rows<QuantizeRows<In, Out, 128>>(p, chain);
     case 256:
-      return launch_rows<QuantizeRows<In, Out, 256, 2, 512>>(p, chain);
+      return launch_rows<QuantizeRows<In, Out, 256>>(p, chain);
     default:
       return chain.fail(cudaErrorInvalidValue);
   }

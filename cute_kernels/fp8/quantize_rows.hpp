@@ -16,16 +16,16 @@ static_assert(kBlockRows == attention::kScaleRows);
 /// SM may spend 30 on an element. So signs are flipped two elements at a time, the factor 1 /
 /// sqrt(d) is left to the scale, and elements that must be saturated or are NaN are looked for once
 /// a block: its maximum tells, and then everything is read and done again, with care.
-template <class In_, class Out_, int kHeadDim_, int kRows_, int kResidentThreads_ = 1024>
+template <class In_, class Out_, int kHeadDim_>
 struct QuantizeRows {
   using In = In_;
   using Out = Out_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kRows = kRows_;
+  static constexpr int kRows = 2;
   static constexpr int kLanes = kHeadDim == 256 ? 8 : 4;  // threads of a row
   static constexpr int kChunks = kHeadDim / 8 / kLanes;   // runs of 8 elements of a thread
   static constexpr int kThreads = kBlockRows / kRows * kLanes;
-  static constexpr int kResidentThreads = kResidentThreads_;
+  static constexpr int kResidentThreads = kHeadDim == 64 ? 1024 : 512;
   static constexpr float kNorm = kHeadDim == 64    ? 0.125f
                                  : kHeadDim == 256 ? 0.0625f
                                                    : 0.08838834764831845f;
