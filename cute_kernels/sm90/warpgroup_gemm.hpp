@@ -48,7 +48,7 @@ CUTLASS_DEVICE void issue_gemm(TiledMma mma, FragmentA const& a, FragmentB const
 /// cute::warpgroup_wait<0>() in other words, which the compiler cannot merge with one on another
 /// path.
 CUTLASS_DEVICE void warpgroup_wait_all() {
-  asm volatile("wgmma.wait_group.sync.aligned 0; // not the last block" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0; // told apart by this text" ::: "memory");
 }
 
 /// Views a 64 x N accumulator fragment ((2, 2, N/8), 1, 1) as (row, column): each thread owns 2
