@@ -19,16 +19,17 @@ NO_GPU = 2
 SCHEMA = 1
 
 
-def parser(description: str, name: str) -> argparse.ArgumentParser:
-    """A parser with the options that all scripts have."""
+def parser(description: str, name: str, replays: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options that all scripts have; `replays`: and those of timed graphs."""
     result = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
     result.add_argument("--dtype", choices=DTYPES, default="bf16")
-    result.add_argument(
-        "--rounds", type=int, default=20, help="timed replays of each candidate in each cell"
-    )
-    result.add_argument(
-        "--target-ms", type=float, default=4.0, help="GPU time of one replayed graph"
-    )
+    if replays:
+        result.add_argument(
+            "--rounds", type=int, default=20, help="timed replays of each candidate in each cell"
+        )
+        result.add_argument(
+            "--target-ms", type=float, default=4.0, help="GPU time of one replayed graph"
+        )
     result.add_argument(
         "--out", type=Path, default=Path("bench/results"), help="folder for the JSON file"
     )

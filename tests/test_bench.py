@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # bench/ is no part of the installed package
 
-from bench import ablation, plot, providers, readme_table, report, search  # noqa: E402
+from bench import ablation, plot, power, providers, readme_table, report, search  # noqa: E402
 from bench.cells import (  # noqa: E402
     BackwardCell,
     Cell,
@@ -254,13 +254,27 @@ def test_paper_cell_of_a_length_beyond_the_grid():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-@pytest.mark.parametrize("script", ["forward", "backward", "ablation", "search"])
+@pytest.mark.parametrize("script", ["forward", "backward", "ablation", "search", "power"])
 def test_scripts_say_that_they_need_a_gpu(script):
     done = subprocess.run(
         [sys.executable, "-m", f"bench.{script}"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2
     assert "Hopper" in done.stderr
+
+
+def test_power_is_that_of_the_settled_half():
+    lines = ["300.5, 1980", "[N/A], 1980", "500, 1700", "690, 1500", "710, 1400", ""]
+    samples = power.parse_samples(lines)
+    assert samples == [(300.5, 1980), (500, 1700), (690, 1500), (710, 1400)]
+    cell = paper_cell("bf16", 128, "full", 16384)
+    result = power.settle(cell, cell.flops / 700e12 * 1e3, samples, multiprocessors=132)
+    assert result["tflops"] == pytest.approx(700)
+    assert (result["watts"], result["clock_mhz"]) == (700, 1450)
+    assert result["joules_per_tflop"] == pytest.approx(1)
+    assert result["tensor_share"] == pytest.approx(700e12 / (132 * 4096 * 1450e6))
+    with pytest.raises(ValueError, match="no sample"):
+        power.settle(cell, 1.0, [], multiprocessors=132)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
