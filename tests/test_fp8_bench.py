@@ -36,6 +36,7 @@ def no_gpu(monkeypatch):
             cell.head_dim,
         )
 
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", None)  # even where it is installed
     monkeypatch.setattr(timing, "CapturedCall", Called)
     monkeypatch.setattr(timing, "interleaved_gpu_times", times)
     monkeypatch.setattr(measure, "random_inputs", inputs)

@@ -89,7 +89,7 @@ void with_element(InputType type, Launch const& launch) {
 
 cudaError_t launch_quantize(QuantizeProblem const& p, cudaStream_t stream) {
   Chain chain(stream);
-  // Samples first and K last: few CTAs take long for a sample, which others hide.
+  // Few CTAs are hidden by what comes next: samples by V's first loads, V's second pass by Q.
   if (p.key_mean) {
     with_element(p.key_mean->type, [&](auto element) {
       sample<decltype(element), Statistic::kMean>(*p.key_mean, chain);
@@ -100,13 +100,13 @@ cudaError_t launch_quantize(QuantizeProblem const& p, cudaStream_t stream) {
       sample<decltype(element), Statistic::kMaximum>(*p.value_maximum, chain);
     });
   }
-  if (p.q) {
-    with_element(p.q->type, [&](auto element) { quantize_rows<decltype(element)>(*p.q, chain); });
-  }
   if (p.v && p.v->type == InputType::kE4m3) {
     quantize_values<E4m3>(*p.v, chain);
   } else if (p.v) {
     with_element(p.v->type, [&](auto element) { quantize_values<decltype(element)>(*p.v, chain); });
+  }
+  if (p.q) {
+    with_element(p.q->type, [&](auto element) { quantize_rows<decltype(element)>(*p.q, chain); });
   }
   if (p.k) {
     with_element(p.k->type, [&](auto element) { quantize_rows<decltype(element)>(*p.k, chain); });
