@@ -66,8 +66,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     cells = ablation_cells(arguments.dtype, arguments.head_dim, arguments.seqlens, arguments.masks)
     for number, cell in enumerate(cells, start=1):
         timed = measure.time_cell(cell, candidates, arguments.rounds, arguments.target_ms)
-        record.data["cells"].append({**cell.as_dict(), "results": timed})
-        record.save()
+        record.add(cell, timed)
         session.say(f"[{number}/{len(cells)}] {cell}, batch {cell.batch}: {len(timed)} rows")
     session.say(f"wrote {record.path}")
     return record.data

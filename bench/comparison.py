@@ -111,9 +111,7 @@ def run(
         record.save()
     for number, cell in enumerate([] if arguments.only_host else grid, start=1):
         timed = measure.time_cell(cell, providers, arguments.rounds, arguments.target_ms, task)
-        entry = {**cell.as_dict(), "results": timed}
-        data["cells"].append(entry)
-        record.save()
+        entry = record.add(cell, timed)
         progress(number, len(grid), entry, cell, report.peers_of(data))
     record.save()
     session.say(f"wrote {record.path}")

@@ -186,9 +186,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         record.save()
         grid = paper_grid("bf16", arguments.head_dims, arguments.masks, arguments.seqlens)
         for number, cell in enumerate(grid, start=1):
-            entry = {**cell.as_dict(), "results": time_cell(cell, arguments)}
-            data["cells"].append(entry)
-            record.save()
+            entry = record.add(cell, time_cell(cell, arguments))
             mine, ratio = report.tflops(entry, OURS), report.ratio(entry, [PEER])
             session.say(
                 f"[{number}/{len(grid)}] {cell}: {report.show(mine)} TFLOP/s, "

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bench import report, session
-from bench.cells import Cell, paper_grid
+from bench import comparison, report, session
+from bench.cells import Cell, cell_name, paper_grid
 
 SAMPLED = ("power.draw.instant", "clocks.sm")
 SAMPLE_MS = 100
@@ -105,36 +105,31 @@ def time_alone(call, seconds: float) -> tuple[float, list[tuple[float, float]]]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
     from bench import measure, providers
+    from bench.check import Reference
     from bench.timing import CapturedCall
 
     peers, missing = providers.load_peers(arguments.peers)
-    for name, reason in missing.items():
-        session.say(f"without {name}: {reason}")
     candidates = [providers.ours(), *peers]
     record = session.Record("power", arguments.out / f"power_{arguments.dtype}.json", arguments)
-    record.data |= {
-        "providers": {p.name: {"label": p.label, "version": p.version} for p in candidates},
-        "cells": [],
-    }
+    record.data |= {"providers": comparison.describe(candidates, missing), "cells": []}
     multiprocessors = record.data["machine"]["multiprocessors"]
-    grid = paper_grid(arguments.dtype, arguments.head_dims, arguments.masks, arguments.seqlens)
-    for cell in grid:
+    for cell in paper_grid(
+        arguments.dtype, arguments.head_dims, arguments.masks, arguments.seqlens
+    ):
         inputs = measure.random_inputs(cell)
+        reference = Reference(cell, *inputs)
         results = {}
         for provider in candidates:
             if not provider.takes(cell):
                 continue
+            call, _ = measure.check_provider(provider, cell, inputs, reference)
             with provider.context():
-                call = CapturedCall(provider.bind(cell, *inputs), target_ms=20.0)
-            torch.cuda.synchronize()
+                captured = CapturedCall(call, target_ms=20.0)
             results[provider.name] = settle(
-                cell, *time_alone(call, arguments.seconds), multiprocessors
+                cell, *time_alone(captured, arguments.seconds), multiprocessors
             )
-        record.data["cells"].append({**cell.as_dict(), "results": results})
-        record.save()
+        record.add(cell, results)
         session.say(f"{cell}: {len(results)} kernels")
     session.say(f"wrote {record.path}")
     return record.data
@@ -155,7 +150,7 @@ def table(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                     ("tensor_share", 2),
                 )
             ]
-            lines.append([report.cell_name(cell), name, *numbers])
+            lines.append([cell_name(cell), name, *numbers])
     return header, lines
 
 
@@ -164,6 +159,8 @@ def main() -> int:
     session.require_gpu()
     data = run(arguments)
     print(report.text_table(*table(data)))
+    for line in report.failures(data):
+        print(line)
     return 0
 
 

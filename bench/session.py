@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.cells import DTYPES, MASKS, PAPER_HEAD_DIMS, PAPER_SEQLENS
+from bench.cells import DTYPES, MASKS, PAPER_HEAD_DIMS, PAPER_SEQLENS, Cell
 
 NO_GPU = 2
 SCHEMA = 1
@@ -89,6 +89,13 @@ class Record:
                 for key, value in vars(arguments).items()
             },
         }
+
+    def add(self, cell: Cell, results: dict[str, Any]) -> dict[str, Any]:
+        """Takes a cell's results, and saves; the entry that it makes of them."""
+        entry = {**cell.as_dict(), "results": results}
+        self.data["cells"].append(entry)
+        self.save()
+        return entry
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
