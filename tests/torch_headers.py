@@ -18,11 +18,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,11 +34,12 @@ RELEASES = ("2.10.0", "2.11.0", NEWEST)
 FOLDERS = tuple(
     f"torch/include/torch/{folder}/" for folder in ("headeronly", "csrc/stable", "csrc/inductor")
 )
+INSTALLED = Path(importlib.util.find_spec("torch").origin).parent / "include"
 TIMEOUT = 60  # seconds without an answer
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on a server, read by HTTP ranges: seekable, and nothing is fetched that is not read."""
+    """A file on a server, read by HTTP ranges: what is not read is not fetched."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -80,9 +81,10 @@ class RemoteFile(io.RawIOBase):
 def wheel_of(release: str) -> tuple[str, str]:
     """The version and the address of PyTorch's wheel for this Python, as pip would install it."""
     requirement = "torch" if release == NEWEST else f"torch=={release}"
+    # Where the index has the metadata apart, as PyPI has, this downloads no wheel.
+    options = ["--dry-run", "--report=-", "--no-deps", "--ignore-installed", "--only-binary=:all:"]
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--report", "-", "--dry-run"]
-        + ["--no-deps", "--ignore-installed", "--only-binary=:all:", requirement],
+        [sys.executable, "-m", "pip", "install", "--quiet", *options, requirement],
         capture_output=True,
         text=True,
         check=False,
@@ -159,10 +161,11 @@ def host_sources(build: Path) -> list[Source]:
 
 def check_source(source: Source, include: Path, build: Path) -> str:
     """What the compiler says with PyTorch's headers from `include`; "" if it is content."""
-    installed = Path(importlib.util.find_spec("torch").origin).parent / "include"
-    arguments = [str(include) if a == str(installed) else a for a in source.arguments]
+    arguments = [str(include) if a == str(INSTALLED) else a for a in source.arguments]
     if arguments.count(str(include)) != 1:
-        return f"{installed} is not among the compiler's arguments: {shlex.join(source.arguments)}"
+        raise OSError(
+            f"{INSTALLED} is not among the compiler's arguments: {shlex.join(source.arguments)}"
+        )
     done = subprocess.run(
         [*arguments, "-fsyntax-only"], cwd=build, capture_output=True, text=True, check=False
     )
@@ -174,22 +177,21 @@ def main() -> int:
     parser.add_argument("releases", nargs="*", default=RELEASES, metavar="RELEASE")
     releases = parser.parse_args().releases
     cache = os.environ.get("CUTE_KERNELS_TORCH_HEADERS", "~/.cache/cute_kernels/torch_headers")
-    status = 0
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
-        build = Path(temporary)
-        try:
-            sources = host_sources(build)
-            found = [headers(release, Path(cache).expanduser()) for release in releases]
-        except (OSError, zipfile.BadZipFile) as error:
-            print(f"torch_headers: {error}", file=sys.stderr)
-            return 1
-        for version, include in found:
-            said = list(pool.map(lambda s: check_source(s, include, build), sources))  # noqa: B023
-            failed = [s.name for s, text in zip(sources, said, strict=True) if text]
-            print("".join(said), end="", file=sys.stderr)
-            print(f"torch {version}: {len(sources)} sources, {len(failed)} refused {failed or ''}")
-            status |= bool(failed)
-    return status
+    refused = 0
+    try:
+        found = [headers(release, Path(cache).expanduser()) for release in releases]
+        with tempfile.TemporaryDirectory() as build, ThreadPoolExecutor(os.cpu_count()) as pool:
+            sources = host_sources(Path(build))
+            for version, include in found:
+                said = pool.map(check_source, sources, repeat(include), repeat(Path(build)))
+                texts = [text for text in said if text]
+                print("".join(texts), end="", file=sys.stderr)
+                print(f"torch {version}: {len(sources)} sources, {len(texts)} refused", flush=True)
+                refused += len(texts)
+    except (OSError, zipfile.BadZipFile) as error:
+        print(f"torch_headers: {error}", file=sys.stderr)
+        return 1
+    return int(refused > 0)
 
 
 if __name__ == "__main__":
