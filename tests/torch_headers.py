@@ -14,7 +14,6 @@ import io
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -113,7 +112,7 @@ def extract_headers(url: str, folder: Path) -> None:
             raise OSError(f"{url} holds none of {', '.join(FOLDERS)}")
         for info in sorted(wanted, key=lambda info: info.header_offset):
             archive.extract(info, unpacked)
-        shutil.move(Path(unpacked) / "torch" / "include", folder)
+        (Path(unpacked) / "torch" / "include").rename(folder)
 
 
 def headers(release: str, cache: Path) -> tuple[str, Path]:
