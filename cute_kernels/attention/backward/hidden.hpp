@@ -2,14 +2,17 @@
 
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/backward/key_blocks.hpp"
 #include "cute_kernels/attention/backward/statistics.hpp"
+#include "cute_kernels/attention/backward/steps.hpp"
+#include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/sm90/finite.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
 
 // Keeps NaN and infinities out of gradients of what a mask hides them from. P and dS are 0 there,
 // but 0 times NaN is NaN: so the other factor, K of dQ, Q of dK, dO of dV, is cleared where it is
-// not finite. Who does see it has NaN in P or dS by then, from lse or delta; but for dV, which
-// restores dO.
+// not finite. Who does see it has NaN in P or dS by then, from lse or delta; but for dV, to which
+// dO is restored in the end.
 namespace cute_kernels::attention {
 
 /// Clears what is not finite in a warp's 16 rows of a (rows, channels) tile of 128-byte swizzled
@@ -51,76 +54,135 @@ CUTLASS_DEVICE uint32_t clear_rows(Element* tile, int first_row) {
   return rows;
 }
 
-/// Makes P of keys that are not finite NaN. `rows`: what clear_rows() said of the warp's keys.
-template <class Probabilities>
-CUTLASS_DEVICE void spoil_keys(Probabilities& p, uint32_t rows, int thread) {
-  CUTLASS_PRAGMA_UNROLL
-  for (int row = 0; row < 2; ++row) {
-    if ((rows >> (thread % 32 / 4 + 8 * row) & 1) == 0) continue;
-    CUTLASS_PRAGMA_UNROLL
-    for (int col = 0; col < cute::size<1>(p); ++col) p(row, col) = NAN;
-  }
+/// Clears what is not finite in the 64 keys whose scores are a warpgroup's, and notes which they are
+/// for HiddenStep. Each warp clears the keys of its own rows, so that none waits: S of the others is
+/// not looked at, and dQ waits for everyone's dS anyway.
+template <class Traits, class Mask>
+CUTLASS_DEVICE void clear_own_keys(Mask const& mask, typename Traits::SharedStorage& shared,
+                                   int warpgroup) {
+  if (!mask.hides_values()) return;
+  int const warp = warpgroup * 4 + threadIdx.x % cutlass::NumThreadsPerWarpGroup / 32;
+  uint32_t const rows = clear_rows<Traits::kTileN, Traits::kHeadDim>(shared.k.data(), warp * 16);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) shared.spoilt_keys[warp] = rows << 16;
+  __syncwarp();
 }
 
-/// P of blocks with flags: never above 1, as rounding of a large lse would have it.
-template <class Probabilities>
-CUTLASS_DEVICE void bound_probabilities(Probabilities& p) {
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < cute::size(p); ++i) p(i) = p(i) > 1.f ? 1.f : p(i);  // NaN stays
-}
+/// P, or what P is 2 to the power of, in whatever unit: the largest value there is, and that of what
+/// is not seen.
+struct Probability {
+  static constexpr float kLargest = 1.f;
+  static constexpr float kHidden = 0.f;
+};
+struct Exponent {
+  static constexpr float kLargest = 0.f;
+  static constexpr float kHidden = -INFINITY;
+};
 
-/// dP - delta of blocks with flags: infinities become NaN.
-template <class Gradients>
-CUTLASS_DEVICE void spoil_infinities(Gradients& gradients) {
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < cute::size(gradients); ++i) {
-    gradients(i) += gradients(i) - gradients(i);
-  }
-}
-
-/// The step's Q and dO, between all warpgroups' S and dP, and the products that take them as the
-/// other factor. restore() adds what is cleared of dO where it is seen.
+/// What a step does that meets hidden keys, or statistics that are not finite or too large.
 template <class Traits>
-struct HiddenQueries {
+class HiddenStep {
   using SharedStorage = typename Traits::SharedStorage;
 
-  template <class Restore>
-  CUTLASS_DEVICE static void clear(SharedStorage& shared, int stage, Restore const& restore) {
+ public:
+  CUTLASS_DEVICE HiddenStep(SharedStorage const& shared, int stage, bool masked, int warpgroup)
+      : masked_(masked),
+        flags_(shared.statistics[stage].flags |
+               shared.spoilt_keys[warpgroup * 4 +
+                                  threadIdx.x % cutlass::NumThreadsPerWarpGroup / 32]) {}
+
+  /// Whether there is anything to do.
+  CUTLASS_DEVICE bool special() const { return masked_ || flags_ != 0; }
+
+  CUTLASS_DEVICE bool clears_queries() const { return masked_ && (flags_ & kNonfinite) != 0; }
+
+  /// P never above 1, as rounding of a large lse would have it; NaN for a key that is not finite; 0
+  /// where a query does not see the key. Values is Probability or Exponent.
+  template <class Values, class Fragment, class Mask>
+  CUTLASS_DEVICE void restrict(Fragment& values, Mask const& mask, int key, int query) const {
+    using namespace cute;
+    int const row_in_warp = threadIdx.x % 32 / 4;
+    if (flags_ != 0) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < size<0>(values); ++row) {
+        bool const spoilt = flags_ >> (16 + row_in_warp + 8 * row) & 1;
+        CUTLASS_PRAGMA_UNROLL
+        for (int col = 0; col < size<1>(values); ++col) {
+          float const x = values(row, col);
+          values(row, col) = spoilt ? NAN : x > Values::kLargest ? Values::kLargest : x;
+        }
+      }
+    }
+    if (masked_) mask.apply_transposed(values, key, query, Values::kHidden);
+  }
+
+  /// dP - delta: NaN where it is infinite; 0 where a query does not see the key.
+  template <class Gradients, class Mask>
+  CUTLASS_DEVICE void clear(Gradients&& gradients, Mask const& mask, int key, int query) const {
+    using namespace cute;
+    if (flags_ != 0) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(gradients); ++i) gradients(i) += gradients(i) - gradients(i);
+    }
+    if (masked_) mask.apply_transposed(gradients, key, query, 0.f);
+  }
+
+  /// The step's Q and dO, of all consumer threads, between everyone's S and dP, and the products
+  /// that take them as the other factor.
+  CUTLASS_DEVICE void clear_queries(SharedStorage& shared, int stage) const {
+    if (!clears_queries()) return;
     constexpr int kThreads = Traits::kConsumers * cutlass::NumThreadsPerWarpGroup;
     constexpr int kElements = Traits::kTileM * Traits::kHeadDim;
     auto meet = [] { sm90::barrier_sync(sm90::NamedBarrier::kQueriesCleared, 0, kThreads); };
     int const thread = threadIdx.x - cutlass::NumThreadsPerWarpGroup;
     meet();
-    restore();
-    meet();
     sm90::clear_nonfinite<kThreads, kElements>(shared.q.data() + stage * kElements, thread);
     sm90::clear_nonfinite<kThreads, kElements>(shared.grad_out.data() + stage * kElements, thread);
     cutlass::arch::fence_view_async_shared();
+    if (thread % 32 == 0) shared.queries_cleared[thread / 32] = true;
     meet();
   }
 
-  /// Adds what is not finite of dO to dV of the keys that its query sees, as P would. `dv` is the
-  /// (row, column) view of the accumulator; `key` the thread's first row, `query` the step's first.
-  template <class Mask, class Gradient>
-  CUTLASS_DEVICE static void restore(SharedStorage& shared, Mask const& mask, int stage, int key,
-                                     int query, int thread, Gradient&& dv) {
-    using namespace cute;
-    auto grad_out = make_tensor(make_smem_ptr(shared.grad_out.data()), typename Traits::LayoutQ{});
-    int const column = thread % 4 * 2;
-    int const first[2] = {mask.first_query(key), mask.first_query(key + 8)};
+ private:
+  bool masked_;
+  uint32_t flags_;  // of the block, and in the upper half a bit for each of the warp's keys
+};
+
+/// Adds what was cleared of dO in a key block's steps to dV of the keys that see it, as P would.
+template <class Traits, class Params, class Gradient>
+CUTLASS_DEVICE void restore_dv(Params const& params, typename Traits::SharedStorage& shared,
+                               KeyBlockCoord const& coord, int key, int column,
+                               Gradient& gradient) {
+  using namespace cute;
+  using Element = typename Traits::Element;
+  bool& cleared = shared.queries_cleared[threadIdx.x / 32 - cutlass::NumWarpsPerWarpGroup];
+  if (!cleared) return;
+  __syncwarp();
+  cleared = false;
+  auto dv = make_tensor(gradient.data(), sm90::accumulator_rows_cols(gradient.layout()));
+  int const first[2] = {params.mask.first_query(key), params.mask.first_query(key + 8)};
+  TensorView const& view = params.grad_out;
+  for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
+    if (!step.masked()) continue;
+    int const end = min((step.block() + 1) * Traits::kTileM, params.mask.seqlen_q);
+    auto const* grad_out = static_cast<Element const*>(view.data) +
+                           coord.batch * view.batch_stride + step.head() * view.head_stride +
+                           column;
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int row = 0; row < Traits::kTileM; ++row) {
+    for (int query = step.block() * Traits::kTileM; query < end; ++query) {
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(dv); ++col) {
-        auto const value = grad_out(row, column + 8 * (col / 2) + col % 2, stage);
+        int const offset = 8 * (col / 2) + col % 2;
+        if (column + offset >= get<1>(params.shape_q)) continue;
+        Element const value = grad_out[query * view.seqlen_stride + offset];
         if (sm90::is_finite(value)) continue;
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 2; ++i) {
-          if (query + row >= first[i]) dv(i, col) += static_cast<float>(value);
+          if (query >= first[i]) dv(i, col) += static_cast<float>(value);
         }
       }
     }
   }
-};
+}
 
 }  // namespace cute_kernels::attention

@@ -28,6 +28,7 @@ struct BackwardParams {
   TmaDkv tma_dv;
   Shape shape_q;
   Shape shape_k;
+  TensorView grad_out;
   BackwardWorkspace workspace;
   float scale_log2;
   float softmax_scale;
@@ -68,6 +69,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   int const warp_in_group = cutlass::canonical_warp_idx_sync() % cutlass::NumWarpsPerWarpGroup;
   bool const is_producer = warpgroup == 0;
 
+  if (threadIdx.x < Traits::kConsumerWarps) {
+    shared.spoilt_keys[threadIdx.x] = 0;
+    shared.queries_cleared[threadIdx.x] = false;
+  }
   if (threadIdx.x == 0) {
     prefetch_tma_descriptor(params.tma_q.get_tma_descriptor());
     prefetch_tma_descriptor(params.tma_grad_out.get_tma_descriptor());

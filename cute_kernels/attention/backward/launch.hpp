@@ -68,6 +68,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
       own_keys(SM90_TMA_STORE{}, problem.grad_v),
       make_shape(problem.seqlen_q, problem.head_dim, problem.heads_q, problem.batch),
       make_shape(problem.seqlen_k, problem.head_dim, problem.heads_kv, problem.batch),
+      problem.grad_out,
       workspace,
       scale_of_scores(problem.softmax_scale) * sm90::kLog2e,
       problem.softmax_scale,

@@ -100,11 +100,7 @@ class BackwardMainloop {
     };
 
     shared_.k_full.wait(keys_phase_);
-    uint32_t spoilt_keys = 0;
-    if (params.mask.hides_values()) {
-      spoilt_keys = clear_rows<Traits::kTileN, Traits::kHeadDim>(
-          shared_.k.data(), warpgroup_ * Traits::kWarpgroupN + thread / 32 * 16);
-    }
+    clear_own_keys<Traits>(params.mask, shared_, warpgroup_);
     shared_.v_full.wait(keys_phase_);
     keys_phase_ ^= 1;
     auto const product_s =
@@ -125,32 +121,23 @@ class BackwardMainloop {
       if (!first_step) Dq::announce(shared_, warpgroup_, 0, thread);
       first_step = false;
 
-      uint32_t const flags = shared_.statistics[read_q_.index()].flags;
-      int const query = step.block() * kTileM;
       warpgroup_wait<1>();
       if constexpr (kStatisticsByProduct) {
         scores_to_probabilities(scores, params.scale_log2);
       } else {
         scores_to_probabilities(p_rows, lse_log2, params.scale_log2);
       }
-      if (flags != 0) bound_probabilities(scores);
-      if (spoilt_keys != 0) spoil_keys(p_rows, spoilt_keys, thread);
-      if (step.masked()) params.mask.clear_transposed(p_rows, key, query + column);
+      HiddenStep<Traits> const hidden(shared_, read_q_.index(), step.masked(), warpgroup_);
       warpgroup_wait<0>();
       auto ds_rows = make_tensor(gradients.data(), p_rows.layout());
       if constexpr (!kStatisticsByProduct) subtract_delta(ds_rows, minus_delta);
-      if (flags != 0) spoil_infinities(gradients);
-      gradients_of_scores(gradients, scores);
-      if (step.masked()) {
-        params.mask.clear_transposed(ds_rows, key, query + column);
-        if (flags & kNonfinite) {
-          HiddenQueries<Traits>::clear(shared_, read_q_.index(), [&] {
-            HiddenQueries<Traits>::restore(
-                shared_, params.mask, read_q_.index(), key, query, thread,
-                make_tensor(dv.data(), sm90::accumulator_rows_cols(dv.layout())));
-          });
-        }
+      if (hidden.special()) {
+        int const query = step.block() * kTileM + column;
+        hidden.template restrict<Probability>(p_rows, params.mask, key, query);
+        hidden.clear(ds_rows, params.mask, key, query);
+        hidden.clear_queries(shared_, read_q_.index());
       }
+      gradients_of_scores(gradients, scores);
       auto p = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
       auto ds = make_tensor<Element>(OperandLayout{});
@@ -184,6 +171,7 @@ class BackwardMainloop {
       ds_phase_ ^= ds_buffer_;
       ds_buffer_ ^= 1;
     }
+    restore_dv<Traits>(params, shared_, coord, key, column, dv);
     // The last key block's dV has left: the first dQ of this one waited for it.
     Epilogue::write(shared_.own.dv[warpgroup_], dv);
     Dq::announce(shared_, warpgroup_, 0, thread);

@@ -180,7 +180,11 @@ struct BackwardTraits {
     };
     struct alignas(1024) PeerKeys : cute::array<Element, cute::cosize_v<LayoutPeerK>> {};
     std::conditional_t<kSplitProducts, PeerKeys, WayOut> own;
-    alignas(128) Statistics statistics[kStages];
+    Statistics statistics[kStages];
+    // Of each warp: bits of its keys that were not finite, from 16 on; whether it has cleared queries
+    // of this key block.
+    uint32_t spoilt_keys[kConsumerWarps];
+    bool queries_cleared[kConsumerWarps];
 
     // Full: the producer's TMA bytes have landed. Empty: every consumer warp is done reading.
     typename Pipeline::SharedStorage pipeline_q;  // Q and the statistics

@@ -127,9 +127,10 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     int const row = own_query + thread / 32 * 16 + thread % 32 / 4;
     int const column = thread % 4 * 2;
 
-    // Blocks from here on are masked, or in another way the first in which a row has scores; or the
-    // row maxima rise too fast to do without.
-    int seek_from = min(own.visited, own.full) - 1;
+    // From here on blocks are the first in which one of the warp's rows sees a key, among them all
+    // that need a mask; or row maxima have risen too fast to do without.
+    int const warp_row = own_query + thread / 32 * 16;
+    int seek_from = (max(0, params.mask.visible_keys(warp_row)) + kTileN - 1) / kTileN - 1;
     // Scores -> P in place. Q and K must still be there.
     auto softmax_block = [&](auto& scores, int block, bool seek, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
@@ -145,7 +146,9 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         sm90::warp_gemm(own_q, shared_k(_, _, read_k.index()), scores);
         mask(rows);
       };
-      softmax.update(rows, seek, restore, [&] { seek_from = 0; }, on_move);
+      // As many blocks more as it took to come here: a tile starts few blocks again.
+      auto keep_seeking = [&] { seek_from = 2 * block - loaded.visited; };
+      softmax.update(rows, seek, restore, keep_seeking, on_move);
     };
     auto round_probabilities = [&](auto const& scores) {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));

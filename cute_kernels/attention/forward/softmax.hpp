@@ -38,7 +38,7 @@ class OnlineSoftmax {
 
   /// Turns a block of scores into P in place. Unless it is told to `seek` the rows' maxima, it does
   /// so only after restore(scores), which must bring the scores back. Calls, in a whole warp,
-  /// keep_seeking() where all further blocks of the tile must be sought, too, and on_move(factors)
+  /// keep_seeking() where further blocks are better sought, too, and on_move(factors)
   /// where origins moved: then the rows of O must be multiplied before this block's P V is added.
   template <class Scores, class Restore, class KeepSeeking, class OnMove>
   CUTLASS_DEVICE void update(Scores& scores, bool seek, Restore const& restore,
@@ -49,10 +49,13 @@ class OnlineSoftmax {
     for (bool sought = seek;; sought = true) {
       if (sought) {
         move_origins(scores, on_move);
-        if (subtract_huge_origins(scores)) keep_seeking();
+        subtract_huge_origins(scores);
       }
       exponentiate(scores, block_sum);
-      if (sought) break;
+      if (sought) {
+        forbid_huge_offsets();
+        break;
+      }
       float largest = block_sum[0];
       CUTLASS_PRAGMA_UNROLL
       for (int row = 1; row < kRows; ++row) largest = fmaxf(largest, block_sum[row]);
@@ -98,7 +101,8 @@ class OnlineSoftmax {
 
  private:
   static constexpr float kMinusInf = -INFINITY;
-  // The offset of a row without an origin: every P but that of -inf is above any bound.
+  // The offset of a row without an origin, or with one that is huge: every P but that of -inf is
+  // above any bound.
   static constexpr float kNeverSmall = -3e38f;
   // The last bit of an offset beyond it is no longer small beside P's own rounding.
   static constexpr float kHuge = 0x1p14f;
@@ -155,33 +159,38 @@ class OnlineSoftmax {
             sm90::exp2_mufu(huge ? (last - most) * scale_log2_ : offset_of(last) - offset);
         sum_[row] *= factor[row];
         origin_[row] = most;
-        offset_[row] = huge ? Range::kShift : offset;
+        offset_[row] = offset;
         moved = true;
       }
     }
     if (__any_sync(0xffffffff, moved)) on_move(factor);
   }
 
-  /// Makes scores relative to origins that are huge, and says whether a row of the warp has one.
+  /// Makes scores relative to origins that are huge, for once.
   template <class Scores>
-  CUTLASS_DEVICE bool subtract_huge_origins(Scores& scores) const {
+  CUTLASS_DEVICE void subtract_huge_origins(Scores& scores) {
     using namespace cute;
-    bool any = false;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      if (origin_[row] == kMinusInf || !is_huge(offset_of(origin_[row]))) continue;
-      any = true;
+      if (origin_[row] == kMinusInf || !is_huge(offset_[row])) continue;
+      offset_[row] = Range::kShift;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) scores(row, col) -= origin_[row];
     }
-    return __any_sync(0xffffffff, any);
+  }
+
+  CUTLASS_DEVICE void forbid_huge_offsets() {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      if (is_huge(offset_of(origin_[row]))) offset_[row] = kNeverSmall;
+    }
   }
 
   CUTLASS_DEVICE static bool is_huge(float offset) { return fabsf(offset) > kHuge; }
 
   float scale_log2_;
   float origin_[kRows];  // -inf until the row has seen a key
-  float offset_[kRows];  // what an FMA subtracts: of a huge origin the shift alone
+  float offset_[kRows];  // what an FMA subtracts
   float sum_[kRows];
 };
 

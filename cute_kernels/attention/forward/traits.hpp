@@ -79,10 +79,10 @@ struct ForwardTraits {
                      cute::Stride<cute::Int<kTileN>, cute::_1, cute::Int<kTileN * kHeadDimV>>{})));
 
   // P's range (OnlineSoftmax): up to 2^15 in fp16, whose products with V no accumulator minds; in
-  // bf16 never above 1, from 2^-24 on, since V may be as large as a float.
+  // bf16 never above 1, since V may be as large as a float, and a row's largest at least 2^-40.
   struct ProbabilityRange {
     static constexpr bool kIsHalf = std::is_same_v<Element, cutlass::half_t>;
-    static constexpr float kShift = kIsHalf ? 0.f : 24.f;
+    static constexpr float kShift = kIsHalf ? 0.f : 40.f;
     static constexpr float kLargest = kIsHalf ? 0x1p15f : 1.f;
   };
 
