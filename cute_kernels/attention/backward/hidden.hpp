@@ -92,7 +92,7 @@ class HiddenStep {
                                   threadIdx.x % cutlass::NumThreadsPerWarpGroup / 32]) {}
 
   /// Whether there is anything to do.
-  CUTLASS_DEVICE bool special() const { return masked_ || flags_ != 0; }
+  CUTLASS_DEVICE bool special() const { return __builtin_expect(masked_ || flags_ != 0, 0); }
 
   CUTLASS_DEVICE bool clears_queries() const { return masked_ && (flags_ & kNonfinite) != 0; }
 

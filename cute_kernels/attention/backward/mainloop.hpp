@@ -131,7 +131,7 @@ class BackwardMainloop {
       warpgroup_wait<0>();
       auto ds_rows = make_tensor(gradients.data(), p_rows.layout());
       if constexpr (!kStatisticsByProduct) subtract_delta(ds_rows, minus_delta);
-      if (hidden.special()) {
+      if (__builtin_expect(hidden.special(), 0)) {
         int const query = step.block() * kTileM + column;
         hidden.template restrict<Probability>(p_rows, params.mask, key, query);
         hidden.clear(ds_rows, params.mask, key, query);

@@ -107,7 +107,7 @@ class BackwardSplitMainloop {
       HiddenStep<Traits> const hidden(shared, read.index(), step.masked(), 0);
       warpgroup_wait<0>();
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
-      if (hidden.special()) {
+      if (__builtin_expect(hidden.special(), 0)) {
         hidden.template restrict<Exponent>(p_rows, params.mask, key, query);
         pipeline_grad_out.consumer_wait(read);
         hidden.clear_queries(shared, read.index());
@@ -171,7 +171,7 @@ class BackwardSplitMainloop {
       Scores::template issue<Statistic::kDelta>(shared, product_dp, read.index(), thread,
                                                 gradients);
       HiddenStep<Traits> const hidden(shared, read.index(), step.masked(), 1);
-      if (hidden.clears_queries()) {  // so does the first, before it hands P on
+      if (__builtin_expect(hidden.clears_queries(), 0)) {  // so does the first, before it hands P on
         warpgroup_wait<0>();
         hidden.clear_queries(shared, read.index());
       }
@@ -185,7 +185,7 @@ class BackwardSplitMainloop {
       // dS overwrites P.
       sm90::barrier_sync(sm90::NamedBarrier::kStageRead, 1, cutlass::NumThreadsPerWarpGroup);
       warpgroup_wait<0>();
-      if (hidden.special()) {
+      if (__builtin_expect(hidden.special(), 0)) {
         hidden.clear(make_tensor(gradients.data(), sm90::accumulator_rows_cols(gradients.layout())),
                      params.mask, key, step.block() * kTileM + column);
       }

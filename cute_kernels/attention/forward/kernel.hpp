@@ -40,7 +40,8 @@ struct ForwardParams {
   }
 };
 
-/// Warpgroup 0 moves data (its second warp looks at some of it), the others compute. All walk the same tiles in the same order, so that
+/// Warpgroup 0 moves data (its first warp) and looks at some of it (the others), the other
+/// warpgroups compute. All walk the same tiles in the same order, so that
 /// the barriers' phases are all they need to share.
 template <class Mainloop, class Epilogue, class Params>
 __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
@@ -78,6 +79,7 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
   pipeline_params.transaction_bytes = Traits::kBytesK;
   Pipeline pipeline_k(shared.pipeline_k, pipeline_params, Shape<_1, _1, _1>{});
   pipeline_params.transaction_bytes = Traits::kBytesV;
+  pipeline_params.num_producers = Mainloop::kValueArrivals;
   Pipeline pipeline_v(shared.pipeline_v, pipeline_params, Shape<_1, _1, _1>{});
   Mainloop::prepare(shared);
   cutlass::arch::fence_barrier_init();
@@ -94,8 +96,8 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
         Mainloop::load(params, shared, pipeline_k, pipeline_v, write_k, write_v, tile.phase(),
                        tile.coord());
       }
-    } else if (warp_in_group == 1) {
-      Mainloop::guard(params, shared);
+    } else if (warp_in_group > 0) {
+      Mainloop::guard(params, shared, warp_in_group - 1);
     }
   } else {
     if constexpr (Traits::kReconfigureRegisters) {

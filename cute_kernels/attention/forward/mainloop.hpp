@@ -36,10 +36,12 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     if (threadIdx.x == 0) Guard::prepare(shared);
   }
 
-  /// The work of a warp that the producer has to spare.
+  static constexpr int kValueArrivals = Traits::kGuards;
+
+  /// The work of the warps that the producer has to spare.
   template <class Params>
-  CUTLASS_DEVICE static void guard(Params const& params, SharedStorage& shared) {
-    if (params.mask.hides_values()) Guard::watch(params, shared);
+  CUTLASS_DEVICE static void guard(Params const& params, SharedStorage& shared, int warp) {
+    if (params.mask.hides_values()) Guard::watch(params, shared, warp);
   }
 
   /// Issues every load of one tile. Called by one thread.
@@ -85,7 +87,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord, warpgroup,
             softmax, out);
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
-    if (shared.v_cleared[q_phase]) Guard::restore(params, coord, warpgroup, out_rows);
+    if (shared.v_cleared[q_phase].any != 0) Guard::restore(params, coord, warpgroup, out_rows);
     softmax.finalize(out_rows);
     store(softmax, out);
   }

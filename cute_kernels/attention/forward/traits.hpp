@@ -104,6 +104,8 @@ struct ForwardTraits {
   static constexpr bool kSharedOutput = kSeparateOutput && kOutputBuffers == 1 && kConsumers > 1;
   static_assert(!kSharedOutput || kConsumers == 2, "each warpgroup's turns are of one parity");
 
+  static constexpr int kGuards = cutlass::NumWarpsPerWarpGroup - 1;  // warps that look at V
+
   using Pipeline = cutlass::PipelineTmaAsync<kStages>;
   using PipelineState = typename Pipeline::PipelineState;
 
@@ -128,9 +130,12 @@ struct ForwardTraits {
     // Shared output buffer: TMA has read the warpgroup's O before.
     cutlass::arch::ClusterBarrier o_empty;
     // ValueGuard: V's bytes have landed in a stage, not yet looked at; whether some of them, of this
-    // tile and of the next, were cleared.
+    // tile and of the next, were cleared, and by which guard.
     cutlass::arch::ClusterTransactionBarrier v_landed[kStages];
-    bool v_cleared[2];
+    union {
+      uint32_t any;
+      bool by[kGuards];
+    } v_cleared[2];
   };
 };
 

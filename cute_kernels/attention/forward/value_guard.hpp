@@ -14,41 +14,50 @@ namespace cute_kernels::attention {
 /// Keeps NaN and infinities of V out of rows that do not see them: where P is 0, P V would still be
 /// NaN.
 ///
-/// A block that some query of the tile sees in part passes a guard, one of the producer's idle
-/// warps, between TMA and the consumers: the loader lets it land at v_landed, the guard clears what
-/// is not finite, and only then arrives at the stage's full barrier. So consumers neither wait nor
-/// compute more. Rows that do see what was cleared get it back when the tile is complete.
+/// A block that some query of the tile sees in part passes the guards, the producer's idle warps,
+/// between TMA and the consumers: the loader lets it land at v_landed, each guard clears what is not
+/// finite in its share, and only then arrives at the stage's full barrier. So consumers neither wait
+/// nor compute more. Rows that do see what was cleared get it back when the tile is complete.
 template <class Traits>
 class ValueGuard {
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
   using PipelineState = typename Traits::PipelineState;
+  using ClusterBarrier = cutlass::arch::ClusterBarrier;
 
   static constexpr int kBlockElements = Traits::kTileN * Traits::kHeadDimV;
+  static constexpr int kGuards = Traits::kGuards;
 
  public:
   CUTLASS_DEVICE static void prepare(SharedStorage& shared) {
     CUTLASS_PRAGMA_UNROLL
     for (int stage = 0; stage < Traits::kStages; ++stage) shared.v_landed[stage].init(1);
-    shared.v_cleared[0] = shared.v_cleared[1] = false;
+    shared.v_cleared[0].any = shared.v_cleared[1].any = 0;
   }
 
-  /// The loader's producer_acquire(). Returns the barrier for TMA.
+  /// The loader's producer_acquire(). Returns the barrier for TMA. A stage is full when kGuards
+  /// have arrived: the loader does for all where there is nothing to guard.
   CUTLASS_DEVICE static uint64_t* acquire(SharedStorage& shared, PipelineState const& write,
                                           bool guarded) {
-    shared.pipeline_v.empty_barrier_[write.index()].wait(write.phase());
+    int const stage = write.index();
+    shared.pipeline_v.empty_barrier_[stage].wait(write.phase());
     auto* const landed = guarded ? shared.v_landed : shared.pipeline_v.full_barrier_;
-    landed[write.index()].arrive_and_expect_tx(Traits::kBytesV);
-    return reinterpret_cast<uint64_t*>(&landed[write.index()]);
+    landed[stage].arrive_and_expect_tx(Traits::kBytesV);
+    if (!guarded) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 1; i < kGuards; ++i) landed[stage].ClusterBarrier::arrive();
+    }
+    return reinterpret_cast<uint64_t*>(&landed[stage]);
   }
 
-  /// The guard's work: the guarded blocks, which are the first of each tile. Of one warp.
+  /// The work of a guard: its share of the guarded blocks, which are the first of each tile. Of one
+  /// warp.
   ///
-  /// A tile's flag is written before its first block is handed on, and no V of a tile is loaded
-  /// before all have read the flag of the tile before the last: Q of the last would not have been
+  /// A tile's flags are written before its first block is handed on, and no V of a tile is loaded
+  /// before all have read the flags of the tile before the last: Q of the last would not have been
   /// released.
   template <class Params>
-  CUTLASS_DEVICE static void watch(Params const& params, SharedStorage& shared) {
+  CUTLASS_DEVICE static void watch(Params const& params, SharedStorage& shared, int guard) {
     int stage = 0;
     uint32_t phases = 0;  // of v_landed, a bit for each stage
     for (TileScheduler tile(params.scheduler); tile.valid(); tile.advance()) {
@@ -58,10 +67,10 @@ class ValueGuard {
       for (int block = loaded.visited; block > loaded.full; --block) {
         shared.v_landed[stage].wait(phases >> stage & 1);
         phases ^= 1u << stage;
-        cleared |= clear(shared.v.data() + stage * kBlockElements);
-        shared.v_cleared[tile.phase()] = cleared;
+        cleared |= clear(shared.v.data() + stage * kBlockElements, guard);
+        shared.v_cleared[tile.phase()].by[guard] = cleared;
         __syncwarp();
-        if (cute::elect_one_sync()) shared.pipeline_v.full_barrier_[stage].arrive();
+        if (cute::elect_one_sync()) shared.pipeline_v.full_barrier_[stage].ClusterBarrier::arrive();
         stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
       }
       stage = (stage + loaded.full) % Traits::kStages;
@@ -103,14 +112,14 @@ class ValueGuard {
   }
 
  private:
-  /// Makes what is not finite 0, and says whether there was any.
-  CUTLASS_DEVICE static bool clear(Element* values) {
-    constexpr int kLanes = cutlass::NumThreadsPerWarp;
-    int const lane = threadIdx.x % kLanes;
-    if (__all_sync(0xffffffff, sm90::all_finite<kLanes, kBlockElements>(values, lane))) {
+  /// Makes what is not finite in a guard's share 0, and says whether there was any.
+  CUTLASS_DEVICE static bool clear(Element* values, int guard) {
+    constexpr int kThreads = kGuards * cutlass::NumThreadsPerWarp;
+    int const thread = guard * cutlass::NumThreadsPerWarp + threadIdx.x % 32;
+    if (__all_sync(0xffffffff, sm90::all_finite<kThreads, kBlockElements>(values, thread))) {
       return false;
     }
-    sm90::clear_nonfinite<kLanes, kBlockElements>(values, lane);
+    sm90::clear_nonfinite<kThreads, kBlockElements>(values, thread);
     cutlass::arch::fence_view_async_shared();
     return true;
   }
