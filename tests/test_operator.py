@@ -32,9 +32,7 @@ def test_opcheck_cpu(make, requires_grad, causal):
     q, k, v = make("cpu", torch.float32, 2, 20, 30, 4, 2, head_dim=16)
     for tensor in (q, k, v):
         tensor.requires_grad_(requires_grad)
-    result = torch.library.opcheck(
-        flash_attn_forward, (q, k, v, 0.3, causal, -1), test_utils=OPCHECK
-    )
+    result = torch.library.opcheck(flash_attn_forward, (q, k, v, 0.3, causal), test_utils=OPCHECK)
     assert set(result.values()) == {"SUCCESS"}
 
 
@@ -43,9 +41,7 @@ def test_opcheck_cpu(make, requires_grad, causal):
 def test_opcheck_cuda(hopper, make, causal):
     skip_unless_built(torch.bfloat16, 64, causal)
     q, k, v = make(hopper, torch.bfloat16, 2, 100, 130, 4, 2)
-    result = torch.library.opcheck(
-        flash_attn_forward, (q, k, v, 0.3, causal, -1), test_utils=OPCHECK
-    )
+    result = torch.library.opcheck(flash_attn_forward, (q, k, v, 0.3, causal), test_utils=OPCHECK)
     assert set(result.values()) == {"SUCCESS"}
 
 
@@ -151,7 +147,7 @@ def test_gradient_flows_only_where_it_is_asked_for():
 
 def test_operator_called_directly_has_the_gradient_too():
     q, k, v = (t.requires_grad_() for t in random_qkv("cpu", torch.float32))
-    out, lse = torch.ops.cute_kernels.flash_attn_forward(q, k, v, 0.1, True, -1)
+    out, lse = torch.ops.cute_kernels.flash_attn_forward(q, k, v, 0.1, True)
     direct = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
     out, lse = flash_attn_func(q, k, v, 0.1, True, return_lse=True)
     for a, b in zip(direct, torch.autograd.grad(out.sum() + lse.sum(), (q, k, v)), strict=True):
