@@ -6,9 +6,10 @@ their own, in C++ and in few words; then `explain` asks here what is wrong.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +38,6 @@ NO_FORWARD_MODE = (
 )
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
-outside_compilers: Callable[[_Call], _Call] = torch.compiler.disable
 _unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual
 
 
@@ -49,6 +49,19 @@ def explain(refusal: Exception, check: Callable[..., None], *inputs: Any) -> NoR
     except (TypeError, ValueError) as exact:
         raise exact from None
     raise refusal
+
+
+def outside_compilers(function: _Call) -> _Call:
+    """The function, which compilers may not trace. Only they pay for `torch.compiler.disable`: it
+    loads all of the compiler."""
+
+    @functools.wraps(function)
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*inputs)
+        return function(*inputs)
+
+    return cast(_Call, call)
 
 
 @outside_compilers
