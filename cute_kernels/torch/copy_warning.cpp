@@ -13,7 +13,8 @@ void warn_of_copy(Argument const& a, int element_bytes) {
   static std::atomic<bool> said{false};
   if (said.exchange(true)) return;
   std::ostringstream parts;
-  parts << a.name << " is copied in full before the kernel reads it: TMA wants an address and "
+  parts << "cute_kernels: " << a.name
+        << " is copied in full before the kernel reads it: TMA wants an address and "
         << "strides that are multiples of " << kTmaBytes << " bytes, but the address of " << a.name
         << " is " << reinterpret_cast<uintptr_t>(a.tensor.data_ptr()) % kTmaBytes
         << " bytes beyond one and its strides are " << Shape{a.strides} << " elements of "

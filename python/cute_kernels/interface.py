@@ -65,7 +65,9 @@ def flash_attn_func(
     Args:
         q: (batch, seqlen_q, heads, head_dim). On a GPU of compute capability 9.0 float16 or
             bfloat16, on the CPU also float32 and float64. head_dim is a multiple of 8 up to 256.
-            Any strides with a contiguous last dimension, here and in k and v.
+            Any strides with a contiguous last dimension, here and in k and v. On CUDA, a tensor
+            whose address or strides are not multiples of 16 bytes is copied in full, which a
+            UserWarning says once in a process.
         k: (batch, seqlen_k, key heads, head_dim), dtype and device of q. The number of query heads
             is a multiple of that of key heads (MHA, GQA, MQA).
         v: shape, dtype and device of k.
