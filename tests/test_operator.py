@@ -9,7 +9,7 @@ from parity import check, random_qkv, run, skip_unless_built
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
-from cute_kernels import flash_attn_func
+from cute_kernels import flash_attn_func, tile_configs
 from cute_kernels.operators import flash_attn_forward
 
 OPCHECK = (
@@ -127,6 +127,26 @@ def test_export_keeps_the_operator():
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert flash_attn_forward in targets
     assert torch.equal(program.module()(*inputs), flash_attn_func(*inputs, causal=True))
+
+
+def test_compiled_and_exported_programs_name_their_tile(tmp_path):
+    """A name means the same in every build; an index would not."""
+    row = tile_configs("forward")[-1]["name"]
+
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return flash_attn_func(q, k, v, tile_config=row)
+
+    inputs = tuple(random_qkv("cpu", torch.bfloat16))
+    expected = flash_attn_func(*inputs)
+    torch.export.save(torch.export.export(Attention(), inputs), tmp_path / "attention.pt2")
+    program = torch.export.load(tmp_path / "attention.pt2")
+    (node,) = (node for node in program.graph.nodes if node.target is flash_attn_forward)
+    assert row in node.args
+    assert torch.equal(program.module()(*inputs), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(Attention(), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*inputs), expected)
 
 
 def test_gradient_flows_only_where_it_is_asked_for():

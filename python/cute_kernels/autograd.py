@@ -78,10 +78,11 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = backward_inputs(ctx, *grads)
-        if _is_compiling():
-            results = flash_attn_backward(*inputs)
-        elif in_transform() or _is_grad_enabled():
+        compiling = _is_compiling()
+        if in_transform() or (_is_grad_enabled() and not compiling):
             results = _gradient_with_rules(*inputs)
+        elif compiling:
+            results = flash_attn_backward(*inputs)
         else:
             if in_forward_mode():
                 refuse_tangents(*inputs[:7])
