@@ -269,6 +269,11 @@ BAD = {
         ValueError,
         r"softmax_scale is -0\.1.*greater than 0",
     ),
+    "scale beyond float32": (
+        lambda q, k, v: {"softmax_scale": 1e39},
+        ValueError,
+        r"softmax_scale is 1e\+39, must be at most 3\.4",
+    ),
     "scale not a number": (
         lambda q, k, v: {"softmax_scale": "0.1"},
         TypeError,
@@ -318,6 +323,21 @@ def good_and_bad_call(bad, device):
     q, k, v = random_qkv(device, torch.bfloat16, 2, 24, 32, 4, 2)
     good = {"q": q, "k": k, "v": v}
     return good, {**good, **change(q, k, v)}, error, message
+
+
+@pytest.mark.parametrize("scale", [5e-39, 1e-50, 5e-324])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_smallest_scales_give_the_mean_of_what_is_seen(device, causal, scale):
+    if device == "cuda":
+        skip_unless_built(torch.bfloat16, 64, causal)
+    q, k, v = random_qkv(device, torch.bfloat16, 2, 70, 70, 2)
+    out, lse = run(q, k, v, causal, softmax_scale=scale)
+    seen = torch.arange(1, 71, device=device) if causal else torch.full((70,), 70, device=device)
+    mean = (v.double().cumsum(1) if causal else v.double().sum(1, keepdim=True)) / seen.view(
+        -1, 1, 1
+    )
+    assert (out - mean).abs().max() <= 2e-2
+    assert (lse - seen.log()).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("bad", BAD)

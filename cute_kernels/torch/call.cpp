@@ -60,8 +60,9 @@ Call check_call(Argument const& q, Argument const& k, Argument const& v, double 
           "v does not have k's seqlen and heads");
   require(call.heads_q == 0 || (call.heads_kv > 0 && call.heads_q % call.heads_kv == 0),
           "q's heads are not a multiple of k's");
-  float const scale = static_cast<float>(softmax_scale);
-  require(std::isfinite(scale) && scale > 0.0f, "softmax_scale is not finite and above 0");
+  // As float32 it may be 0, which the kernels know how to take.
+  require(softmax_scale > 0 && std::isfinite(static_cast<float>(softmax_scale)),
+          "softmax_scale is not above 0 and finite in float32");
   return call;
 }
 

@@ -138,6 +138,9 @@ def _check_call(
         _check_alone(name, tensor)
     _check_shapes(q, k, v)
     check_softmax_scale(softmax_scale)
+    largest = torch.finfo(accumulator_dtype(q.dtype)).max
+    if softmax_scale > largest:
+        raise ValueError(f"softmax_scale is {softmax_scale}, must be at most {largest}")
 
 
 def check_softmax_scale(softmax_scale: float) -> None:
