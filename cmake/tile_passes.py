@@ -61,6 +61,7 @@ MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal"}
 ELEMENT_BYTES = 2
 ACCUMULATOR_BYTES = 4
 SCALE_ROWS = 64  # FP8: keys that share a scale
+STATISTICS_FLAGS = 128  # backward: bytes that a block's flags take, at the alignment of what follows
 KEY_BLOCK = 16  # backward: channels of a k-step of WGMMA, 4 registers as an operand
 SUM_CHANNELS = 8  # FP8 with linear_exp: channels of V that are ones
 WARPGROUP_M = 64
@@ -129,12 +130,13 @@ def forward_shared_memory(row: Row) -> dict[str, int]:
     q = consumers * WARPGROUP_M * row["head_dim"] * ELEMENT_BYTES
     one_o = WARPGROUP_M * row["head_dim_v"] * ELEMENT_BYTES
     # full and empty, 8 bytes each: for every stage of K and V, and for every warpgroup's Q; one
-    # more for an O that the warpgroups share
-    barriers = 2 * 8 * (2 * stages + consumers) + 8
+    # more for an O that two warpgroups share, and for every stage of V that a guard looks at, beside
+    # two flags
+    barriers = 2 * 8 * (2 * stages + consumers) + 8 * (1 + stages) + 8
     parts = {"K": k, "V": v, "Q": q, "O": consumers * one_o, "barriers": barriers}
     if not row["separate_output"]:
         parts["O"] = 0
-    elif sum(aligned(parts).values()) > SHARED_BYTES and consumers % 2 == 0:
+    elif sum(aligned(parts).values()) > SHARED_BYTES and consumers == 2:
         parts["O"] = one_o
     return aligned(parts)
 
@@ -203,7 +205,7 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
     dq = row["tile_m"] * row["head_dim"] * ACCUMULATOR_BYTES
     # lse and delta: parts for WGMMA, or for threads in fp32
     row_bytes = 16 if subtracts_by_product(row) else 2 * ACCUMULATOR_BYTES
-    statistics = stages * row["tile_m"] * row_bytes
+    statistics = stages * (row["tile_m"] * row_bytes + STATISTICS_FLAGS)
     # full and empty: of every stage of Q and dO, of every warpgroup's dQ (full of each of its
     # buffers), of the next key block's number (and that); full: K, V, P, both dS, the other CTA's K
     # and dS, every warpgroup's dV; empty: K and V, dS

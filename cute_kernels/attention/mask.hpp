@@ -30,6 +30,9 @@ struct Mask {
     return causal ? min(seqlen_k, query + 1 + seqlen_k - seqlen_q) : seqlen_k;
   }
 
+  /// Whether some queries do not see keys that are there. Beyond the last key TMA brings zeros.
+  CUTLASS_DEVICE bool hides_values() const { return causal; }
+
   /// Some of the queries, or all, may lie before the first or behind the last.
   CUTLASS_DEVICE BlockRange key_blocks(int first_query, int queries, int block) const {
     int const last_query = min(first_query + queries, seqlen_q) - 1;
@@ -70,9 +73,10 @@ struct Mask {
     }
   }
 
-  /// The same for transposed scores: rows are keys, columns are queries.
+  /// Sets P, or what it is multiplied with, to 0 where a query does not see the key: after the
+  /// exponential, so that whatever stood there is gone. Rows are keys, columns are queries.
   template <class Scores>
-  CUTLASS_DEVICE void apply_transposed(Scores& scores, int key, int query) const {
+  CUTLASS_DEVICE void clear_transposed(Scores&& scores, int key, int query) const {
     using namespace cute;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < size<0>(scores); ++row) {
@@ -81,7 +85,7 @@ struct Mask {
       for (int col = 0; col < size<1>(scores); ++col) {
         int const offset = 8 * (col / 2) + col % 2;
         if (offset < first) {
-          scores(row, col) = -INFINITY;
+          scores(row, col) = 0.f;
         }
       }
     }

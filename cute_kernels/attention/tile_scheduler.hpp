@@ -65,23 +65,25 @@ class TileScheduler {
   }
 
   CUTLASS_DEVICE explicit TileScheduler(Params const& params)
-      : params_(params), base_(0), turn_(blockIdx.x), forward_(true) {}
+      : params_(params), round_(0), turn_(blockIdx.x) {}
 
-  CUTLASS_DEVICE bool valid() const { return base_ + turn_ < params_.tiles; }
+  CUTLASS_DEVICE bool valid() const { return number() < params_.tiles; }
 
   CUTLASS_DEVICE void advance() {
-    base_ += gridDim.x;
+    ++round_;
     turn_ = gridDim.x - 1 - turn_;
-    forward_ = !forward_;
-    if (forward_) {
+    if (round_ % 2 == 0) {  // forwards again
       turn_ += params_.shift;
       if (turn_ >= gridDim.x) turn_ -= gridDim.x;
     }
   }
 
+  /// Of the CTA's tiles every second one: the phase of a barrier with one use a tile.
+  CUTLASS_DEVICE uint32_t phase() const { return round_ % 2; }
+
   CUTLASS_DEVICE TileCoord coord() const {
     int band, in_band, pair, m_index;
-    params_.band_tiles(band, in_band, base_ + turn_);
+    params_.band_tiles(band, in_band, number());
     auto const& width = band < params_.full_bands ? params_.band : params_.last_band;
     width(pair, m_index, in_band);
     TileCoord coord;
@@ -104,10 +106,12 @@ class TileScheduler {
   static constexpr int kQueriesForALoad = 384;
   static constexpr int kShortOrder = 4;
 
+  /// Of the tile in the order.
+  CUTLASS_DEVICE int number() const { return round_ * gridDim.x + turn_; }
+
   Params const& params_;
-  int base_;
+  uint32_t round_;
   int turn_;
-  bool forward_;  // this round runs forwards
 };
 
 }  // namespace cute_kernels::attention

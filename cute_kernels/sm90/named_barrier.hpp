@@ -20,6 +20,8 @@ enum class NamedBarrier : int {
   /// Backward, split by products. The 128 threads of warpgroup i meet here when they have read what
   /// they are about to overwrite: P by dS, or a stage by dQ.
   kStageRead = 1,
+  /// Backward. All consumer threads meet here around the clearing of a step's Q and dO.
+  kQueriesCleared = 3,
 };
 
 CUTLASS_DEVICE void barrier_arrive(NamedBarrier barrier, int warpgroup, int threads) {

@@ -1,10 +1,13 @@
 #include "cute_kernels/torch/device.hpp"
 
 #include <array>
+#include <fstream>
 #include <mutex>
+#include <string>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include "cute_kernels/torch/driver.hpp"
 #include "cute_kernels/torch/require.hpp"
 
 // Only a CUDA build of libtorch has it. Weak, so that the same binary imports beside a CPU build.
@@ -23,6 +26,17 @@ struct DeviceFacts {
   attention::Device device;
 };
 
+/// Throws if the driver is too old for the CUDA runtime in this binary: PyTorch, which has a
+/// runtime of its own, may run with it all the same.
+void require_driver() {
+  int driver = 0;
+  require_success(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  std::string release;
+  std::ifstream("/sys/module/nvidia/version") >> release;  // not in every container
+  std::string const refusal = driver_refusal(CUDART_VERSION, driver, release);
+  require(refusal.empty(), refusal);
+}
+
 int attribute(cudaDeviceAttr which, int index) {
   int value = 0;
   require_success(cudaDeviceGetAttribute(&value, which, index), "cudaDeviceGetAttribute");
@@ -37,6 +51,7 @@ attention::Device const& hopper(int index) {
           " devices supported");
   DeviceFacts& facts = all_facts[index];
   std::call_once(facts.once, [&] {
+    require_driver();
     facts.major = attribute(cudaDevAttrComputeCapabilityMajor, index);
     facts.minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
     facts.device.index = index;
@@ -51,7 +66,8 @@ attention::Device const& hopper(int index) {
 cudaStream_t current_stream(int index) {
   require(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch was built without CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  require_torch(aoti_torch_get_current_cuda_stream(index, &stream),
+                "name the current stream of cuda:", index);
   return static_cast<cudaStream_t>(stream);
 }
 

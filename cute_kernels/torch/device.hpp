@@ -6,8 +6,8 @@
 
 namespace cute_kernels::binding {
 
-/// The facts about GPU `index`, asked from the driver once. Throws if it has another compute
-/// capability than 9.0.
+/// The facts about GPU `index`, asked from the driver once. Throws if the driver is too old for
+/// this build, and if the GPU has another compute capability than 9.0.
 attention::Device const& hopper(int index);
 
 /// PyTorch's current stream on GPU `index`.

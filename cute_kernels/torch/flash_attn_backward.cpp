@@ -23,8 +23,6 @@ using attention::kBackwardRegistry;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kMaxGridYz = 65536;
-
 /// The output or its gradient.
 void check_output(Argument const& a, Argument const& q) {
   check_like(a, q);
@@ -66,8 +64,12 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
   auto const choose = [&] { return attention::choose_backward(call); };
   BackwardKernel const& kernel = kernel_for(kBackwardRegistry, choose, call, tile);
 
-  require(call.batch < kMaxGridYz && call.heads_q < kMaxGridYz, "q has shape ", Shape{q.sizes},
-          ", batch and heads must be below ", kMaxGridYz);
+  constexpr int kLeastQueries = 64;  // of a block
+  require(static_cast<double>(call.batch) * call.heads_q *
+                  ((call.seqlen_q + kLeastQueries - 1) / kLeastQueries) <
+              double{1 << 30},
+          "q has shape ", Shape{q.sizes}, ", batch * heads * blocks of ", kLeastQueries,
+          " queries must be below 2^30");
   int64_t const key_blocks = (call.seqlen_k + kernel.config.tile_n - 1) / kernel.config.tile_n;
   require(static_cast<double>(call.batch) * call.heads_kv * key_blocks < double{1 << 30},
           "k has 2^30 blocks or more");

@@ -4,6 +4,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
 namespace cute_kernels::binding {
@@ -20,6 +21,14 @@ template <class... Parts>
 template <class... Parts>
 inline void require(bool condition, Parts const&... parts) {
   if (__builtin_expect(!condition, 0)) fail(parts...);
+}
+
+/// Throws if a call of libtorch's C shim failed; the parts say what was tried. libtorch has printed
+/// its own message by then. Torch's macros for this have other names from release to release.
+template <class... Parts>
+inline void require_torch(AOTITorchError status, Parts const&... parts) {
+  require(status == AOTI_TORCH_SUCCESS, "PyTorch failed to ", parts...,
+          "; its own message is on stderr");
 }
 
 /// What a check needs to know of a tensor argument, read once: every question to a stable Tensor is

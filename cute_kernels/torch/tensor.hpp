@@ -33,8 +33,10 @@ inline torch::stable::Tensor empty(int rank, int64_t const* sizes,
   }
   int32_t const type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      rank, sizes, strides, type, aoti_torch_device_type_cuda(), device, &handle));
+  auto const status = aoti_torch_empty_strided(rank, sizes, strides, type,
+                                               aoti_torch_device_type_cuda(), device, &handle);
+  require_torch(status, "allocate a tensor of shape ", Shape{{sizes, static_cast<size_t>(rank)}},
+                " and dtype ", DtypeOf{dtype}, " on cuda:", device, " (out of memory?)");
   return torch::stable::Tensor(handle);
 }
 

@@ -113,13 +113,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   meet<Traits>();
 
   sm90::let_next_kernel_start();
+  int const number = draw_key_block<Traits>(params, shared);
 
   if (is_producer) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     if (warp_in_group == 0) {
       if (elect_one_sync()) {
         BackwardLoader<Traits, Params> loader(params, shared, pipeline_q, pipeline_grad_out);
-        hand_out_key_blocks<Traits>(params, shared,
+        hand_out_key_blocks<Traits>(params, shared, number,
                                     [&](KeyBlockCoord const& coord) { loader.load(coord); });
       }
     } else if (warp_in_group <= Traits::kConsumers && dq_through_memory) {
@@ -137,14 +138,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         };
         BackwardSender<Traits, Params> sender(params, shared, consumer);
         for_each_key_block<Traits, Caller::kThread>(
-            params, shared, [&](KeyBlockCoord const& coord) { sender.send(coord, release); });
+            params, shared, number, [&](KeyBlockCoord const& coord) { sender.send(coord, release); });
         sm90::bulk_wait_complete();
       }
     } else if (warp_in_group == Traits::kConsumers + 1 && params.dq_in_order) {
       if (elect_one_sync()) {
         BackwardTurns<Traits, Params> turns(params, shared);
         for_each_key_block<Traits, Caller::kThread>(
-            params, shared, [&](KeyBlockCoord const& coord) { turns.pass(coord); });
+            params, shared, number, [&](KeyBlockCoord const& coord) { turns.pass(coord); });
       }
     }
   } else {
@@ -153,11 +154,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if constexpr (Traits::kSplitProducts) {
       BackwardSplitMainloop<Traits>::compute(
           params, shared, pipeline_q, pipeline_grad_out,
-          key_block_of<Traits>(params, static_cast<int>(blockIdx.x)), consumer);
+          key_block_of<Traits>(params, number), consumer);
     } else {
       BackwardMainloop<Traits> mainloop(shared, pipeline_q, pipeline_grad_out, consumer);
       for_each_key_block<Traits, Caller::kWarp>(
-          params, shared, [&](KeyBlockCoord const& coord) { mainloop.compute(params, coord); });
+          params, shared, number, [&](KeyBlockCoord const& coord) { mainloop.compute(params, coord); });
     }
   }
   if constexpr (Traits::kCluster > 1) meet<Traits>();

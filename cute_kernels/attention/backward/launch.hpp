@@ -7,6 +7,7 @@
 #include "cute_kernels/attention/backward/preprocess.hpp"
 #include "cute_kernels/attention/global_tensor.hpp"
 #include "cute_kernels/attention/problem.hpp"
+#include "cute_kernels/attention/softmax_scale.hpp"
 #include "cute_kernels/sm90/launch.hpp"
 
 namespace cute_kernels::attention {
@@ -26,7 +27,7 @@ int heads_at_a_time(BackwardProblem const& problem, BackwardWorkspace const& wor
   int heads = 16 / Traits::kCluster;
   if constexpr (Traits::kTileM > 64) {  // a CTA has few steps, and each that it waits counts
     if (problem.causal) heads *= 2;
-    if (workspace.m_blocks <= 8) heads *= 2;
+    if (workspace.m_blocks.divisor <= 8) heads *= 2;
   }
   return heads;
 }
@@ -101,14 +102,15 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   using Traits = BackwardTraits<Tile>;
   BackwardWorkspace const workspace = backward_workspace<Traits>(problem);
   sm90::Launch of_queries{};
-  of_queries.grid = dim3(workspace.m_blocks, problem.heads_q, problem.batch);
+  of_queries.grid = dim3(workspace.m_blocks.divisor * problem.heads_q * problem.batch);
   of_queries.stream = stream;
   of_queries.device = problem.device.index;
 
   of_queries.threads = kPreprocessThreads;
   cudaError_t status = sm90::launch_kernel<preprocess_kernel<Traits>>(
       of_queries, PreprocessParams{problem.out, problem.grad_out, problem.lse, problem.grad_lse,
-                                   problem.seqlen_q, problem.heads_q, problem.head_dim,
+                                   problem.seqlen_q, cutlass::FastDivmod(problem.heads_q),
+                                   problem.head_dim,
                                    scale_of_scores(problem.softmax_scale), workspace});
   if (status != cudaSuccess) return status;
 
@@ -122,7 +124,8 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   of_queries.early = true;
   return sm90::launch_kernel<postprocess_kernel<Traits>>(
       of_queries, PostprocessParams{problem.grad_q, problem.softmax_scale, problem.seqlen_q,
-                                    problem.head_dim, problem.heads_q, workspace});
+                                    problem.head_dim, cutlass::FastDivmod(problem.heads_q),
+                                    workspace});
 }
 
 }  // namespace cute_kernels::attention

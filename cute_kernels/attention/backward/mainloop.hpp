@@ -7,6 +7,7 @@
 #include "cute_kernels/attention/backward/dq.hpp"
 #include "cute_kernels/attention/backward/ds.hpp"
 #include "cute_kernels/attention/backward/epilogue.hpp"
+#include "cute_kernels/attention/backward/hidden.hpp"
 #include "cute_kernels/attention/backward/scores.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
@@ -99,6 +100,11 @@ class BackwardMainloop {
     };
 
     shared_.k_full.wait(keys_phase_);
+    uint32_t spoilt_keys = 0;
+    if (params.mask.hides_values()) {
+      spoilt_keys = clear_rows<Traits::kTileN, Traits::kHeadDim>(
+          shared_.k.data(), warpgroup_ * Traits::kWarpgroupN + thread / 32 * 16);
+    }
     shared_.v_full.wait(keys_phase_);
     keys_phase_ ^= 1;
     auto const product_s =
@@ -119,20 +125,32 @@ class BackwardMainloop {
       if (!first_step) Dq::announce(shared_, warpgroup_, 0, thread);
       first_step = false;
 
+      uint32_t const flags = shared_.statistics[read_q_.index()].flags;
+      int const query = step.block() * kTileM;
       warpgroup_wait<1>();
-      if (step.masked()) {
-        params.mask.apply_transposed(p_rows, key, step.block() * kTileM + column);
-      }
       if constexpr (kStatisticsByProduct) {
         scores_to_probabilities(scores, params.scale_log2);
       } else {
         scores_to_probabilities(p_rows, lse_log2, params.scale_log2);
       }
+      if (flags != 0) bound_probabilities(scores);
+      if (spoilt_keys != 0) spoil_keys(p_rows, spoilt_keys, thread);
+      if (step.masked()) params.mask.clear_transposed(p_rows, key, query + column);
       warpgroup_wait<0>();
-      if constexpr (!kStatisticsByProduct) {
-        subtract_delta(make_tensor(gradients.data(), p_rows.layout()), minus_delta);
-      }
+      auto ds_rows = make_tensor(gradients.data(), p_rows.layout());
+      if constexpr (!kStatisticsByProduct) subtract_delta(ds_rows, minus_delta);
+      if (flags != 0) spoil_infinities(gradients);
       gradients_of_scores(gradients, scores);
+      if (step.masked()) {
+        params.mask.clear_transposed(ds_rows, key, query + column);
+        if (flags & kNonfinite) {
+          HiddenQueries<Traits>::clear(shared_, read_q_.index(), [&] {
+            HiddenQueries<Traits>::restore(
+                shared_, params.mask, read_q_.index(), key, query, thread,
+                make_tensor(dv.data(), sm90::accumulator_rows_cols(dv.layout())));
+          });
+        }
+      }
       auto p = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
       auto ds = make_tensor<Element>(OperandLayout{});

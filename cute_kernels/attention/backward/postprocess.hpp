@@ -13,7 +13,7 @@ struct PostprocessParams {
   float softmax_scale;
   int seqlen_q;
   int head_dim;
-  int heads;
+  cutlass::FastDivmod heads;
   BackwardWorkspace workspace;
 };
 
@@ -24,7 +24,7 @@ constexpr int postprocess_shared_bytes() {
   return Traits::kTileM * (Traits::kHeadDim + kPostprocessPad) * sizeof(typename Traits::Element);
 }
 
-/// Block (query block, head, batch): dQ from the order of the accumulators to rows, scaled and
+/// One CTA for each query block of a head of a batch entry: dQ from the order of the accumulators to rows, scaled and
 /// rounded. Warpgroup i reads slice i.
 template <class Traits>
 __global__ void __launch_bounds__(128 * Traits::kDqSlices)
@@ -37,13 +37,11 @@ __global__ void __launch_bounds__(128 * Traits::kDqSlices)
   extern __shared__ char shared_memory[];
   auto* rows = reinterpret_cast<Element*>(shared_memory);
 
-  int const block = blockIdx.x;
-  int const head = blockIdx.y;
-  int const batch = blockIdx.z;
   int const warpgroup = threadIdx.x / 128;
   int const thread = threadIdx.x % 128;
-  int64_t const block_index =
-      (static_cast<int64_t>(batch) * params.heads + head) * params.workspace.m_blocks + block;
+  int64_t const block_index = blockIdx.x;
+  int block, head, batch;
+  params.heads(batch, head, params.workspace.m_blocks.divmod(block, blockIdx.x));
 
   sm90::wait_for_previous_kernel();
   typename Traits::MmaDq mma;

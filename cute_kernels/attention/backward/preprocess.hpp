@@ -16,13 +16,13 @@ struct PreprocessParams {
   float const* lse;
   float const* grad_lse;
   int seqlen_q;
-  int heads;
+  cutlass::FastDivmod heads;
   int head_dim;
   float scale;  // of the scores
   BackwardWorkspace workspace;
 };
 
-/// Block (query block, head, batch): the statistics of kTileM queries, of which delta =
+/// One CTA for each query block of a head of a batch entry: the statistics of kTileM queries, of which delta =
 /// rowsum(dO * O) - grad_lse, and zeros where the main kernel counts and adds up dQ; in order,
 /// where the first to come writes dQ, only where it counts.
 template <class Traits>
@@ -35,11 +35,13 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   using Vector = cutlass::AlignedArray<Element, kVector>;
 
   sm90::let_next_kernel_start();
-  int const block = blockIdx.x;
-  int const head = blockIdx.y;
-  int const batch = blockIdx.z;
-  int64_t const row_of_heads = static_cast<int64_t>(batch) * params.heads + head;
-  int64_t const block_index = row_of_heads * params.workspace.m_blocks + block;
+  int64_t const block_index = blockIdx.x;
+  int block, head, batch;
+  int const row_of_heads = params.workspace.m_blocks.divmod(block, blockIdx.x);
+  params.heads(batch, head, row_of_heads);
+  auto* const statistics =
+      static_cast<typename Traits::Statistics*>(params.workspace.statistics) + block_index;
+  uint32_t flags = 0;
 
   int const lane = threadIdx.x % kLanes;
   int const column = lane * kVector;
@@ -69,16 +71,19 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       float lse = -INFINITY;
       float minus_delta = 0.f;
       if (inside) {
-        int64_t const at = row_of_heads * params.seqlen_q + query;
+        int64_t const at = static_cast<int64_t>(row_of_heads) * params.seqlen_q + query;
         lse = params.lse[at];
         minus_delta = (params.grad_lse == nullptr ? 0.f : params.grad_lse[at]) - sum;
+        flags |= flags_of(lse, minus_delta);
       }
-      auto* statistics = static_cast<typename Traits::Statistics*>(params.workspace.statistics);
-      statistics[block_index].set(row, lse, minus_delta, params.scale);
+      statistics->set(row, lse, minus_delta, params.scale);
     }
   }
+  uint32_t const nonfinite = __syncthreads_or(flags & kNonfinite) ? kNonfinite : 0;
+  uint32_t const large = __syncthreads_or(flags & kLargeLse) ? kLargeLse : 0;
+  if (threadIdx.x == 0) statistics->flags = nonfinite | large;
 
-  if (row_of_heads + block + threadIdx.x == 0) *params.workspace.drawn = 0;
+  if (blockIdx.x + threadIdx.x == 0) *params.workspace.drawn = 0;
   if (params.workspace.turns != nullptr) {
     if (threadIdx.x < Traits::kCluster) {
       params.workspace.turns[block_index * Traits::kCluster + threadIdx.x] = 0;

@@ -9,6 +9,7 @@
 #include "cute_kernels/attention/backward/dq.hpp"
 #include "cute_kernels/attention/backward/ds.hpp"
 #include "cute_kernels/attention/backward/epilogue.hpp"
+#include "cute_kernels/attention/backward/hidden.hpp"
 #include "cute_kernels/attention/backward/scores.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
@@ -95,18 +96,25 @@ class BackwardSplitMainloop {
     uint32_t phase = 0;
 
     shared.k_full.wait(0);
+    uint32_t spoilt_keys = 0;
+    if (params.mask.hides_values()) {
+      spoilt_keys =
+          clear_rows<Traits::kTileN, Traits::kHeadDim>(shared.k.data(), thread / 32 * 16);
+    }
     auto const product_s = Scores::template operands<Traits::kKeyBlocksInRegisters>(
         keys(shared.k.data()), shared.q, thread);
     for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
       auto scores = Scores::accumulator();
       pipeline_q.consumer_wait(read);
       Scores::template issue<Statistic::kLse>(shared, product_s, read.index(), thread, scores);
+      uint32_t const flags = shared.statistics[read.index()].flags;
+      int const query = step.block() * kTileM;
       warpgroup_wait<0>();
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
-      if (step.masked()) {
-        params.mask.apply_transposed(p_rows, key, step.block() * kTileM + column);
-      }
       scores_to_probabilities(scores, params.scale_log2);
+      if (flags != 0) bound_probabilities(scores);
+      if (spoilt_keys != 0) spoil_keys(p_rows, spoilt_keys, thread);
+      if (step.masked()) params.mask.clear_transposed(p_rows, key, query + column);
       auto p = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
       auto* parts = reinterpret_cast<uint4 const*>(p.data());
@@ -119,6 +127,13 @@ class BackwardSplitMainloop {
       if (thread % cutlass::NumThreadsPerWarp == 0) shared.p_full.arrive();
 
       pipeline_grad_out.consumer_wait(read);
+      if (step.masked() && (flags & kNonfinite)) {
+        HiddenQueries<Traits>::clear(shared, read.index(), [&] {
+          HiddenQueries<Traits>::restore(
+              shared, params.mask, read.index(), key, query, thread,
+              make_tensor(dv.data(), sm90::accumulator_rows_cols(dv.layout())));
+        });
+      }
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, p,
                                                operand_grad_out_t(_, _, _, read.index()), dv);
       auto dq = Dq::accumulator();
@@ -148,6 +163,10 @@ class BackwardSplitMainloop {
     uint32_t phase = 0;
 
     shared.k_full.wait(0);
+    if (params.mask.hides_values()) {
+      shared.peer_k_full.wait(0);
+      clear_rows<Traits::kTileN, Traits::kPeerChannels>(shared.own.data(), thread / 32 * 16);
+    }
     shared.v_full.wait(0);
     auto const product_dp = Scores::template operands<Traits::kKeyBlocksInRegisters>(
         keys(shared.v[0]), shared.grad_out, thread);
@@ -166,8 +185,16 @@ class BackwardSplitMainloop {
       }
       // dS overwrites P.
       sm90::barrier_sync(sm90::NamedBarrier::kStageRead, 1, cutlass::NumThreadsPerWarpGroup);
+      uint32_t const flags = shared.statistics[read.index()].flags;
       warpgroup_wait<0>();
+      if (flags != 0) spoil_infinities(gradients);
       gradients_of_scores(gradients, p);
+      if (step.masked()) {
+        params.mask.clear_transposed(
+            make_tensor(gradients.data(), sm90::accumulator_rows_cols(gradients.layout())),
+            coord.n_block * Traits::kTileN + thread / 32 * 16 + thread % 32 / 4,
+            step.block() * kTileM + thread % 4 * 2);
+      }
       auto ds = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(gradients.data(), OperandLayout{}), ds);
       Ds::store(ds, own_ds, rank);
@@ -175,6 +202,9 @@ class BackwardSplitMainloop {
       __syncwarp();
       if (thread % cutlass::NumThreadsPerWarp == 0) shared.ds_full[0].arrive();
 
+      if (step.masked() && (flags & kNonfinite)) {
+        HiddenQueries<Traits>::clear(shared, read.index(), [] {});
+      }
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read.index()), dk);
       auto dq = Dq::accumulator();
       dq_of_both.compute(shared, phase, dq);

@@ -1,7 +1,7 @@
 #pragma once
 
-#include <algorithm>
 #include <cmath>
+#include <cstdint>
 
 #include <cutlass/array.h>
 #include <cutlass/bfloat16.h>
@@ -14,18 +14,30 @@ namespace cute_kernels::attention {
 
 enum class Statistic { kLse, kDelta };
 
-/// What the scores are multiplied by. A softmax scale below 2^-100 does as well as that: all scores
-/// are 0 but for inputs beyond 2^40, and lse / scale stays finite.
-inline float scale_of_scores(float softmax_scale) { return std::max(softmax_scale, 0x1p-100f); }
+/// What a block of queries needs beside the usual.
+enum BlockFlags : uint32_t {
+  /// An lse or a delta is not finite: so may be Q or dO, also in rows that do not see every key.
+  kNonfinite = 1,
+  /// One fp32 cannot hold an lse closely enough for P to stay below 1 by itself.
+  kLargeLse = 2,
+};
+
+/// The flags that a query's statistics ask for.
+CUTLASS_DEVICE uint32_t flags_of(float lse, float minus_delta) {
+  constexpr float kLarge = 0x1p12f;
+  uint32_t const nonfinite = isfinite(lse) && isfinite(minus_delta) ? 0 : kNonfinite;
+  return nonfinite | (fabsf(lse) > kLarge ? kLargeLse : 0);
+}
 
 /// For threads to read.
 template <int kQueries>
-struct StatisticValues {
+struct alignas(128) StatisticValues {
   float lse_log2[kQueries];  // +inf where P is 0
   float minus_delta[kQueries];
+  uint32_t flags;
 
   CUTLASS_DEVICE void set(int query, float lse, float minus_delta, float) {
-    lse_log2[query] = lse == -INFINITY ? INFINITY : lse * sm90::kLog2e;
+    lse_log2[query] = isinf(lse) ? INFINITY : lse * sm90::kLog2e;
     this->minus_delta[query] = minus_delta;
   }
 };
@@ -34,21 +46,25 @@ struct StatisticValues {
 /// which hold a float's 24 bits. So no thread reads it, for which it would have to get through
 /// shared memory's port once for each of the warps, nor keeps it in registers.
 template <int kQueries>
-struct StatisticParts {
+struct alignas(128) StatisticParts {
   static constexpr int kColumns = 8;  // 16 bytes, a row of a core matrix
   static constexpr int kParts = 3;
 
   using Row = cutlass::AlignedArray<cutlass::bfloat16_t, kColumns>;
   Row rows[kQueries];
+  uint32_t flags;
 
   /// Where its parts begin in a row.
   static constexpr int first_column(Statistic statistic) {
     return statistic == Statistic::kLse ? 0 : kParts;
   }
 
+  /// Both statistics' products meet the parts of the other, times 0. So a delta that is not finite
+  /// becomes three times the largest bf16, which only their sum is not; a row whose lse is NaN is
+  /// NaN in every product.
   CUTLASS_DEVICE void set(int query, float lse, float minus_delta, float scale) {
-    // Finite, because other products multiply it by 0; at the least scale_of_scores() far enough.
-    constexpr float kFar = 0x1p120f;
+    constexpr float kFar = 0x1p120f;  // at the least scale_of_scores() far enough
+    constexpr float kLargest = 0x1.fep127f;
     Row row;
     row.clear();
     auto split = [&](Statistic statistic, float value) {
@@ -59,8 +75,14 @@ struct StatisticParts {
         value -= static_cast<float>(part);
       }
     };
-    split(Statistic::kLse, lse == -INFINITY ? -kFar : -lse / scale);
-    split(Statistic::kDelta, minus_delta);
+    split(Statistic::kLse, isinf(lse) ? -kFar : -lse / scale);
+    split(Statistic::kDelta, isfinite(minus_delta) ? minus_delta : 0.f);
+    if (!isfinite(minus_delta)) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kParts; ++i) {
+        row[first_column(Statistic::kDelta) + i] = cutlass::bfloat16_t(kLargest);
+      }
+    }
     rows[query] = row;
   }
 };

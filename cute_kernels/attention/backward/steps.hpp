@@ -23,7 +23,7 @@ class QuerySteps {
     // The CTAs of a cluster take the same steps.
     first_ = range_of(coord.n_block / Traits::kCluster * Traits::kCluster).first;
     full_ = range_of(coord.n_block).full;
-    block_ = params.workspace.m_blocks - 1;
+    block_ = params.workspace.m_blocks.divisor - 1;
     head_in_group_ = 0;
   }
 
@@ -31,7 +31,7 @@ class QuerySteps {
 
   CUTLASS_DEVICE void advance() {
     if (--block_ < first_) {
-      block_ = params_.workspace.m_blocks - 1;
+      block_ = params_.workspace.m_blocks.divisor - 1;
       ++head_in_group_;
     }
   }
@@ -43,7 +43,7 @@ class QuerySteps {
   /// Counts over all query blocks of a call.
   CUTLASS_DEVICE int64_t block_index() const {
     return (static_cast<int64_t>(coord_.batch) * params_.heads + head()) *
-               params_.workspace.m_blocks +
+               params_.workspace.m_blocks.divisor +
            block_;
   }
 

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include <cutlass/fast_math.h>
+
 #include "cute_kernels/attention/problem.hpp"
 
 namespace cute_kernels::attention {
@@ -10,7 +12,7 @@ namespace cute_kernels::attention {
 /// What the three kernels of a backward call hand to one another. Rows are (batch, head of q),
 /// queries are padded to blocks of kTileM.
 struct BackwardWorkspace {
-  int m_blocks;
+  cutlass::FastDivmod m_blocks;
   void* statistics;  // [rows][m_blocks] Traits::Statistics
   float* dq;         // [rows][m_blocks][kDqSlices][kSliceFloats], not yet scaled
   int* turns;        // [rows][m_blocks][kCluster], contributions added to dq, or null: in no order
@@ -33,8 +35,9 @@ bool adds_in_order(BackwardProblem const& problem) {
 template <class Traits>
 BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
   BackwardWorkspace result;
-  result.m_blocks = (problem.seqlen_q + Traits::kTileM - 1) / Traits::kTileM;
-  int64_t const blocks = static_cast<int64_t>(problem.batch) * problem.heads_q * result.m_blocks;
+  int const m_blocks = (problem.seqlen_q + Traits::kTileM - 1) / Traits::kTileM;
+  result.m_blocks = cutlass::FastDivmod(m_blocks);
+  int64_t const blocks = static_cast<int64_t>(problem.batch) * problem.heads_q * m_blocks;
   char* next = static_cast<char*>(problem.workspace);
   auto carve = [&](auto*& pointer, int64_t count, int64_t item_bytes) {
     pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);

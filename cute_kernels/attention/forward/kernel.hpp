@@ -6,6 +6,7 @@
 #include <cutlass/pipeline/pipeline.hpp>
 
 #include "cute_kernels/attention/mask.hpp"
+#include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/tile_scheduler.hpp"
 
 namespace cute_kernels::attention {
@@ -22,6 +23,7 @@ struct ForwardParams {
   Shape shape_k;
   Shape shape_v;
   Shape shape_o;
+  TensorView v;
   float* lse;
   float scale_log2;
   int heads;
@@ -38,7 +40,7 @@ struct ForwardParams {
   }
 };
 
-/// Warpgroup 0 moves data, the others compute. Both walk the same tiles in the same order, so that
+/// Warpgroup 0 moves data (its second warp looks at some of it), the others compute. All walk the same tiles in the same order, so that
 /// the barriers' phases are all they need to share.
 template <class Mainloop, class Epilogue, class Params>
 __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
@@ -81,7 +83,6 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
   cutlass::arch::fence_barrier_init();
   __syncthreads();
 
-  uint32_t q_phase = 0;
   if (is_producer) {
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
@@ -90,10 +91,11 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
       PipelineState write_k = cutlass::make_producer_start_state<Pipeline>();
       PipelineState write_v = cutlass::make_producer_start_state<Pipeline>();
       for (TileScheduler tile(params.scheduler); tile.valid(); tile.advance()) {
-        Mainloop::load(params, shared, pipeline_k, pipeline_v, write_k, write_v, q_phase,
+        Mainloop::load(params, shared, pipeline_k, pipeline_v, write_k, write_v, tile.phase(),
                        tile.coord());
-        q_phase ^= 1;
       }
+    } else if (warp_in_group == 1) {
+      Mainloop::guard(params, shared);
     }
   } else {
     if constexpr (Traits::kReconfigureRegisters) {
@@ -104,11 +106,10 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
     PipelineState read_k, read_v;
     for (TileScheduler tile(params.scheduler); tile.valid(); tile.advance()) {
       TileCoord const coord = tile.coord();
-      Mainloop::compute_tile(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord,
-                             consumer, [&](auto const& softmax, auto const& out) {
+      Mainloop::compute_tile(params, shared, pipeline_k, pipeline_v, read_k, read_v, tile.phase(),
+                             coord, consumer, [&](auto const& softmax, auto const& out) {
                                Epilogue::store(params, shared, coord, consumer, softmax, out);
                              });
-      q_phase ^= 1;
     }
     Epilogue::drain();
   }

@@ -9,6 +9,7 @@
 #include "cute_kernels/attention/forward/traits.hpp"
 #include "cute_kernels/attention/global_tensor.hpp"
 #include "cute_kernels/attention/problem.hpp"
+#include "cute_kernels/attention/softmax_scale.hpp"
 
 namespace cute_kernels::attention {
 
@@ -48,8 +49,9 @@ cudaError_t launch_forward(ForwardProblem const& problem, cudaStream_t stream) {
       k.shape(),
       v.shape(),
       o.shape(),
+      problem.v,
       problem.lse,
-      problem.softmax_scale * sm90::kLog2e,
+      scale_of_scores(problem.softmax_scale) * sm90::kLog2e,
       problem.heads_q,
       cutlass::FastDivmod(heads_per_kv),
       Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},

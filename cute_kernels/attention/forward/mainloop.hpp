@@ -4,6 +4,7 @@
 
 #include "cute_kernels/attention/forward/protocol.hpp"
 #include "cute_kernels/attention/forward/softmax.hpp"
+#include "cute_kernels/attention/forward/value_guard.hpp"
 #include "cute_kernels/attention/mask.hpp"
 #include "cute_kernels/sm90/warp_gemm.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
@@ -26,13 +27,25 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
   using typename Protocol::PipelineState;
   using typename Protocol::SharedStorage;
 
-  using Softmax = OnlineSoftmax<2>;
+  using Softmax = OnlineSoftmax<2, typename Traits::ProbabilityRange>;
+  using Guard = ValueGuard<Traits>;
 
  public:
+  /// What a mainloop writes to shared memory once, before any load.
+  CUTLASS_DEVICE static void prepare(SharedStorage& shared) {
+    if (threadIdx.x == 0) Guard::prepare(shared);
+  }
+
+  /// The work of a warp that the producer has to spare.
+  template <class Params>
+  CUTLASS_DEVICE static void guard(Params const& params, SharedStorage& shared) {
+    if (params.mask.hides_values()) Guard::watch(params, shared);
+  }
+
   /// Issues every load of one tile. Called by one thread.
   template <class Params>
   CUTLASS_DEVICE static void load(Params const& params, SharedStorage& shared, Pipeline& pipeline_k,
-                                  Pipeline& pipeline_v, PipelineState& write_k,
+                                  Pipeline& /*pipeline_v*/, PipelineState& write_k,
                                   PipelineState& write_v, uint32_t q_phase,
                                   TileCoord const& coord) {
     using namespace cute;
@@ -43,10 +56,15 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     auto stages_v = make_tensor(make_smem_ptr(shared.v.data()), typename Traits::LayoutV{});
     auto route_v = tma_partition(params.tma_v, _0{}, Layout<_1>{}, group_modes<0, 2>(stages_v),
                                  group_modes<0, 2>(blocks_v));
+    // Blocks from here on go through the guard.
+    int guarded = 1 << 30;
+    if (params.mask.hides_values()) {
+      guarded = params.mask.key_blocks(params.first_query(coord), Traits::kTileM, kTileN).full;
+    }
     auto load_v = [&](int block) {
-      pipeline_v.producer_acquire(write_v);
-      copy(params.tma_v.with(*pipeline_v.producer_get_barrier(write_v), 0, Hint::EVICT_LAST),
-           get<0>(route_v)(_, block), get<1>(route_v)(_, write_v.index()));
+      uint64_t* const landed = Guard::acquire(shared, write_v, block >= guarded);
+      copy(params.tma_v.with(*landed, 0, Hint::EVICT_LAST), get<0>(route_v)(_, block),
+           get<1>(route_v)(_, write_v.index()));
       ++write_v;
     };
     Protocol::load_tile(params, shared, pipeline_k, write_k, q_phase, coord, kv_head, load_v);
@@ -60,13 +78,14 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
                                           uint32_t q_phase, TileCoord const& coord, int warpgroup,
                                           Store const& store) {
     using namespace cute;
-    Softmax softmax(params.scale_log2, Traits::kLargestP);
+    Softmax softmax(params.scale_log2);
     auto out = partition_fragment_C(typename Traits::MmaPv{},
                                     Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDimV>>{});
     clear(out);
     compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord, warpgroup,
             softmax, out);
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
+    if (shared.v_cleared[q_phase]) Guard::restore(params, coord, warpgroup, out_rows);
     softmax.finalize(out_rows);
     store(softmax, out);
   }
@@ -108,25 +127,25 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     int const row = own_query + thread / 32 * 16 + thread % 32 / 4;
     int const column = thread % 4 * 2;
 
-    // Blocks from here on need the mask, or may be the first one in which a row has scores.
-    int careful_from = own.full;
-    // Scores -> P in place. But for the first block Q and K must still be there.
-    auto softmax_block = [&](auto& scores, int block, auto is_first, auto const& on_move) {
-      bool const careful = block >= careful_from;
+    // Blocks from here on are masked, or in another way the first in which a row has scores; or the
+    // row maxima rise too fast to do without.
+    int seek_from = min(own.visited, own.full) - 1;
+    // Scores -> P in place. Q and K must still be there.
+    auto softmax_block = [&](auto& scores, int block, bool seek, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       auto mask = [&](auto& rows) {
-        if (careful) params.mask.apply(rows, row, block * kTileN + column);
+        if (params.mask.visible_keys(row) < (block + 1) * kTileN) {
+          params.mask.apply(rows, row, block * kTileN + column);
+        }
       };
-      mask(rows);
-      // Rows without scores so far (no key, or only -inf) may have their first in the next block.
-      if (!is_first && careful && !softmax.settled()) careful_from = min(careful_from, block - 1);
-      auto restore = [&](auto& rows) {
+      if (seek) mask(rows);
+      auto restore = [&](auto&) {
         auto own_q = local_tile(shared_q, Shape<_16, Int<Traits::kHeadDim>>{},
                                 make_coord(thread / cutlass::NumThreadsPerWarp, _0{}));
         sm90::warp_gemm(own_q, shared_k(_, _, read_k.index()), scores);
         mask(rows);
       };
-      softmax.update(rows, is_first || careful, restore, on_move);
+      softmax.update(rows, seek, restore, [&] { seek_from = 0; }, on_move);
     };
     auto round_probabilities = [&](auto const& scores) {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
@@ -150,8 +169,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       warpgroup_wait<0>();
       release(pipeline_k, read_k);  // the first block's scores are never needed again
       if (block == 0) release_query(shared, warpgroup);
-      softmax_block(scores, block, true_type{}, [] {});
-      if (!softmax.settled()) careful_from = min(careful_from, block) - 1;
+      softmax_block(scores, block, true, [](auto const&) {});
       round_probabilities(scores);
     }
 
@@ -170,9 +188,9 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
                                                operand_v(_, _, _, read_v.index()), out);
       pass_turn(warpgroup);
       warpgroup_wait<Traits::kOverlap ? 1 : 0>();
-      softmax_block(scores, block, false_type{}, [&] {
+      softmax_block(scores, block, block >= seek_from, [&](auto const& factors) {
         warpgroup_wait<0>();
-        softmax.rescale(out_rows);
+        Softmax::scale_rows(out_rows, factors);
       });
       // The softmax ends with a branch, which keeps the exponentials on this side of the wait.
       sm90::warpgroup_wait_all();

@@ -36,8 +36,9 @@ class ForwardProtocol {
   static constexpr int kTileN = Traits::kTileN;
 
  public:
-  /// What a mainloop writes to shared memory once, before any load.
-  CUTLASS_DEVICE static void prepare(SharedStorage&) {}
+  /// The work of a warp that the producer has to spare.
+  template <class Params>
+  CUTLASS_DEVICE static void guard(Params const&, SharedStorage&) {}
 
   /// Pingpong's opening: the last warpgroup lets the first one begin.
   CUTLASS_DEVICE static void start_turns(int warpgroup) {

@@ -10,60 +10,72 @@ namespace cute_kernels::attention {
 /// 2307.08691, section 3.1), without a maximum in the steady state. Each thread keeps kRows rows;
 /// the four threads of a quad share them.
 ///
-/// P is measured from an origin, which is the row's maximum over the blocks up to the last one that
-/// looked for it: the first, and those that would have made P too large. In all others P is
-/// computed straight from the scores, and its sum, which is needed anyway, tells whether it was
-/// small enough: no value is larger than the sum. Otherwise the block starts again from its scores.
-/// The result is the same softmax: the origin cancels when O is divided by the row sum. The row sum
-/// stays one partial sum a thread and is reduced once, in finalize().
-template <int kRows>
+/// P = 2^(scale_log2 * (s - origin) - shift). A row's origin is its maximum as of the last block
+/// that sought it: those in which rows begin, and, once P has become too large, all that follow. In
+/// all others P is computed straight from the scores, and its sum, which is needed anyway, tells
+/// whether it was small enough: no value is larger than the sum. Otherwise the block starts again
+/// from its scores. The result is the same softmax: origin and shift cancel when O is divided by
+/// the row sum. The row sum stays one partial sum a thread and is reduced once, in finalize().
+///
+/// `Range` says what P may be: kShift, an integer, and kLargest. No P is above kLargest, so that P V
+/// is finite where the result is.
+///
+/// The exponent is one FMA: it subtracts the rounded offset, which is wrong by its last bit, for all
+/// keys of a row alike. That cancels, too, unless the bit is worth more than P's range. So where an
+/// offset is huge, the row's scores become relative to its origin first.
+template <int kRows, class Range>
 class OnlineSoftmax {
  public:
-  /// scale_log2 = softmax_scale * log2(e): exp(scale * s) = 2^(scale_log2 * s). A thread's P of one
-  /// block and row add up to at most `bound`.
-  CUTLASS_DEVICE OnlineSoftmax(float scale_log2, float bound)
-      : scale_log2_(scale_log2), bound_(bound), settled_(false) {
+  /// scale_log2 = softmax_scale * log2(e): exp(scale * s) = 2^(scale_log2 * s).
+  CUTLASS_DEVICE explicit OnlineSoftmax(float scale_log2) : scale_log2_(scale_log2) {
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
       origin_[row] = kMinusInf;
-      offset_[row] = 0.f;
+      offset_[row] = kNeverSmall;
       sum_[row] = 0.f;
     }
   }
 
-  /// Turns a block of scores into P = 2^(scale_log2 * (s - origin)) in place. restore(scores) must
-  /// bring the scores back. Calls on_move(), in a whole warp, where origins moved: then O must be
-  /// rescaled before this block's P V is added. Rows without an origin get one only if `careful`.
-  template <class Scores, class Restore, class OnMove>
-  CUTLASS_DEVICE void update(Scores& scores, bool careful, Restore const& restore,
-                             OnMove const& on_move) {
+  /// Turns a block of scores into P in place. Unless it is told to `seek` the rows' maxima, it does
+  /// so only after restore(scores), which must bring the scores back. Calls, in a whole warp,
+  /// keep_seeking() where all further blocks of the tile must be sought, too, and on_move(factors)
+  /// where origins moved: then the rows of O must be multiplied before this block's P V is added.
+  template <class Scores, class Restore, class KeepSeeking, class OnMove>
+  CUTLASS_DEVICE void update(Scores& scores, bool seek, Restore const& restore,
+                             KeepSeeking const& keep_seeking, OnMove const& on_move) {
     using namespace cute;
     static_assert(decltype(size<0>(scores))::value == kRows);
     float block_sum[kRows];
-    if (!careful || settled_) {
+    for (bool sought = seek;; sought = true) {
+      if (sought) {
+        move_origins(scores, on_move);
+        if (subtract_huge_origins(scores)) keep_seeking();
+      }
       exponentiate(scores, block_sum);
+      if (sought) break;
       float largest = block_sum[0];
       CUTLASS_PRAGMA_UNROLL
-      for (int row = 1; row < kRows; ++row) largest = sm90::max_nan(largest, block_sum[row]);
-      if (__all_sync(0xffffffff, largest <= bound_)) {  // not so if NaN
-        add(block_sum);
-        return;
-      }
+      for (int row = 1; row < kRows; ++row) largest = fmaxf(largest, block_sum[row]);
+      // NaN passes: no origin would mend it, and other rows shall not notice.
+      if (!__any_sync(0xffffffff, largest > Range::kLargest)) break;
       restore(scores);
+      keep_seeking();
     }
-    move_origins(scores);
-    exponentiate(scores, block_sum);
-    add(block_sum);
-    on_move();
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) sum_[row] += block_sum[row];
   }
 
-  /// Whether every row of the warp has an origin.
-  CUTLASS_DEVICE bool settled() const { return settled_; }
-
-  /// Multiplies the rows of O by the factors of the last update() that moved the origins.
+  /// Multiplies the rows of O.
   template <class Output>
-  CUTLASS_DEVICE void rescale(Output& out) const {
-    scale_rows(out, rescale_);
+  CUTLASS_DEVICE static void scale_rows(Output& out, float const (&factor)[kRows]) {
+    using namespace cute;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < size<1>(out); ++col) {
+        out(row, col) *= factor[row];
+      }
+    }
   }
 
   /// Divides O by the row sums. Rows that saw no key become 0. lse() is valid afterwards.
@@ -81,11 +93,21 @@ class OnlineSoftmax {
 
   /// ln(sum_j exp(softmax_scale * s_j)); -inf for a row that saw no key.
   CUTLASS_DEVICE float lse(int row) const {
-    return sum_[row] == 0.f ? kMinusInf : (offset_[row] + log2f(sum_[row])) * sm90::kLn2;
+    return sum_[row] == 0.f ? kMinusInf : (offset_of(origin_[row]) + log2f(sum_[row])) * sm90::kLn2;
   }
 
  private:
   static constexpr float kMinusInf = -INFINITY;
+  // The offset of a row without an origin: every P but that of -inf is above any bound.
+  static constexpr float kNeverSmall = -3e38f;
+  // The last bit of an offset beyond it is no longer small beside P's own rounding.
+  static constexpr float kHuge = 0x1p14f;
+  // Powers of two by which a maximum may pass the origin before the origin follows.
+  static constexpr float kSlack = 8.f;
+
+  CUTLASS_DEVICE float offset_of(float origin) const {
+    return __fmaf_rn(origin, scale_log2_, Range::kShift);
+  }
 
   /// Scores -> P in place, and the sums of P: in pairs where a block is short, which lets fewer
   /// additions wait for an exponential. With 128 keys that is slower (docs/tuning.md).
@@ -110,53 +132,57 @@ class OnlineSoftmax {
     }
   }
 
-  CUTLASS_DEVICE void add(float const (&block_sum)[kRows]) {
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) sum_[row] += block_sum[row];
-  }
-
-  template <class Scores>
-  CUTLASS_DEVICE void move_origins(Scores const& scores) {
+  /// Lets the origins follow the maxima of the scores, each row by itself.
+  template <class Scores, class OnMove>
+  CUTLASS_DEVICE void move_origins(Scores const& scores, OnMove const& on_move) {
     using namespace cute;
-    bool all_saw_a_key = true;
+    bool moved = false;
+    float factor[kRows];
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      float origin = origin_[row];
+      float most = kMinusInf;
       CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(scores); ++col) origin = fmaxf(origin, scores(row, col));
-      origin = fmaxf(origin, __shfl_xor_sync(0xffffffff, origin, 1));
-      origin = fmaxf(origin, __shfl_xor_sync(0xffffffff, origin, 2));
-      // -inf - -inf would be NaN: a row that has seen no key yet measures from 0 and gets P = 0.
-      bool const saw_a_key = origin != kMinusInf;
-      all_saw_a_key &= saw_a_key;
-      float const finite = saw_a_key ? origin : 0.f;
-      rescale_[row] = sm90::exp2_mufu((origin_[row] - finite) * scale_log2_);
-      sum_[row] *= rescale_[row];
-      offset_[row] = finite * scale_log2_;
-      origin_[row] = origin;
-    }
-    settled_ = __all_sync(0xffffffff, all_saw_a_key);
-  }
-
-  template <class Output>
-  CUTLASS_DEVICE static void scale_rows(Output& out, float const (&factor)[kRows]) {
-    using namespace cute;
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(out); ++col) {
-        out(row, col) *= factor[row];
+      for (int col = 0; col < size<1>(scores); ++col) most = fmaxf(most, scores(row, col));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+      float const last = origin_[row];
+      factor[row] = 1.f;
+      // Not by -inf - -inf, which is NaN, in a row that has seen no key yet.
+      if (most > kMinusInf && !((most - last) * scale_log2_ <= kSlack)) {
+        float const offset = offset_of(most);
+        bool const huge = is_huge(offset);
+        factor[row] =
+            sm90::exp2_mufu(huge ? (last - most) * scale_log2_ : offset_of(last) - offset);
+        sum_[row] *= factor[row];
+        origin_[row] = most;
+        offset_[row] = huge ? Range::kShift : offset;
+        moved = true;
       }
     }
+    if (__any_sync(0xffffffff, moved)) on_move(factor);
   }
 
+  /// Makes scores relative to origins that are huge, and says whether a row of the warp has one.
+  template <class Scores>
+  CUTLASS_DEVICE bool subtract_huge_origins(Scores& scores) const {
+    using namespace cute;
+    bool any = false;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      if (origin_[row] == kMinusInf || !is_huge(offset_of(origin_[row]))) continue;
+      any = true;
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < size<1>(scores); ++col) scores(row, col) -= origin_[row];
+    }
+    return __any_sync(0xffffffff, any);
+  }
+
+  CUTLASS_DEVICE static bool is_huge(float offset) { return fabsf(offset) > kHuge; }
+
   float scale_log2_;
-  float bound_;
-  bool settled_;         // every row of the warp has an origin
   float origin_[kRows];  // -inf until the row has seen a key
-  float offset_[kRows];  // origin in powers of two, 0 until then
+  float offset_[kRows];  // what an FMA subtracts: of a huge origin the shift alone
   float sum_[kRows];
-  float rescale_[kRows];
 };
 
 }  // namespace cute_kernels::attention

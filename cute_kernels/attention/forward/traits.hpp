@@ -38,7 +38,7 @@ struct ForwardTraits {
   // kThreads times kLaunchRegisters; asking for more would wait forever.
   static constexpr bool kReconfigureRegisters = kConsumers > 1;
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
+  static constexpr int kProducerRegisters = kConsumers >= 3 ? 32 : 24;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : kConsumers == 3 ? 160 : 112;
   static_assert(!kReconfigureRegisters || kProducerRegisters + kConsumers * kConsumerRegisters <=
                                               (1 + kConsumers) * kLaunchRegisters);
@@ -78,8 +78,13 @@ struct ForwardTraits {
                      cute::Shape<cute::Int<kHeadDimV>, cute::Int<kTileN>, cute::Int<kStages>>{},
                      cute::Stride<cute::Int<kTileN>, cute::_1, cute::Int<kTileN * kHeadDimV>>{})));
 
-  // Far from what Element, and in O's accumulators the product with V, can hold.
-  static constexpr float kLargestP = std::is_same_v<Element, cutlass::half_t> ? 0x1p15f : 0x1p40f;
+  // P's range (OnlineSoftmax): up to 2^15 in fp16, whose products with V no accumulator minds; in
+  // bf16 never above 1, from 2^-24 on, since V may be as large as a float.
+  struct ProbabilityRange {
+    static constexpr bool kIsHalf = std::is_same_v<Element, cutlass::half_t>;
+    static constexpr float kShift = kIsHalf ? 0.f : 24.f;
+    static constexpr float kLargest = kIsHalf ? 0x1p15f : 1.f;
+  };
 
   // What a block may have, less what barriers take.
   static constexpr int kSharedBytes = 227 * 1024 - 1024;
@@ -91,14 +96,13 @@ struct ForwardTraits {
   // O's store.
   static constexpr int kQueryReleases = kSeparateOutput ? cutlass::NumWarpsPerWarpGroup : 1;
 
-  // Memory of its own for each warpgroup's O, or where that does not fit, one that they use in
-  // turn.
+  // Memory of its own for each warpgroup's O, or where that does not fit, one that two use in turn.
   static constexpr int kBytesO = kWarpgroupM * kHeadDimV * sizeof(Element);
   static constexpr int kOutputBuffers =
       kStages * (kBytesK + kBytesV) + kConsumers * (kBytesQ + kBytesO) <= kSharedBytes ? kConsumers
                                                                                        : 1;
   static constexpr bool kSharedOutput = kSeparateOutput && kOutputBuffers == 1 && kConsumers > 1;
-  static_assert(!kSharedOutput || kConsumers % 2 == 0, "each warpgroup's turns are of one parity");
+  static_assert(!kSharedOutput || kConsumers == 2, "each warpgroup's turns are of one parity");
 
   using Pipeline = cutlass::PipelineTmaAsync<kStages>;
   using PipelineState = typename Pipeline::PipelineState;
@@ -123,6 +127,10 @@ struct ForwardTraits {
     cutlass::arch::ClusterBarrier q_empty[kConsumers];
     // Shared output buffer: TMA has read the warpgroup's O before.
     cutlass::arch::ClusterBarrier o_empty;
+    // ValueGuard: V's bytes have landed in a stage, not yet looked at; whether some of them, of this
+    // tile and of the next, were cleared.
+    cutlass::arch::ClusterTransactionBarrier v_landed[kStages];
+    bool v_cleared[2];
   };
 };
 
