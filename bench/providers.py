@@ -147,14 +147,13 @@ def backward_row(tile_config: str, name: str) -> Backward:
     """Our backward operator with a named row of the table."""
     operator = _import("cute_kernels.operators").flash_attn_backward
     row = tile_row(tile_config, "backward")
-    index = tile_rows("backward").index(row)
     automatic = ours()
 
     class Row(Backward):
         def bind(self, cell: Cell, *inputs: torch.Tensor) -> Call:
             *qkv, grad_out = inputs
             out, lse = partial(self.function(cell), return_lse=True)(*qkv)
-            options = (cell.head_dim**-0.5, cell.causal, False, index)
+            options = (cell.head_dim**-0.5, cell.causal, False, tile_config)
             return lambda: operator(grad_out, None, *qkv, out, lse, *options)
 
     return Row(

@@ -20,16 +20,16 @@ ROUNDS = 20
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def compete(row, index, key_blocks, causal) -> bool:
+def compete(row, key_blocks, causal) -> bool:
     """Whether all gradients are those of a call that runs alone."""
     sizes = 1, key_blocks * row["tile_n"], 1, row["head_dim"]
     options = {"device": "cuda", "dtype": DTYPES[row["dtype"]]}
     q, k, v, grad_out = (torch.randn(sizes, **options) for _ in range(4))
-    out, lse = flash_attn_forward(q, k, v, 0.1, causal, -1)
+    out, lse = flash_attn_forward(q, k, v, 0.1, causal)
 
     def call(keys, deterministic):
         given = grad_out, None, q, k[:, :keys], v[:, :keys], out, lse, 0.1, causal
-        return flash_attn_backward(*given, deterministic, index)
+        return flash_attn_backward(*given, deterministic, row["name"])
 
     alone = call(sizes[1], True)
     # A call of half the key blocks, if they are few, leaves half the GPU to the first stream. What
@@ -51,10 +51,10 @@ def compete(row, index, key_blocks, causal) -> bool:
 
 
 def main() -> int:
-    for index, row in enumerate(tile_configs("backward")):
+    for row in tile_configs("backward"):
         for key_blocks, causal in itertools.product(KEY_BLOCKS, (False, True)):
             if row["mask"] in ("any", "causal" if causal else "full"):
-                right = compete(row, index, key_blocks, causal)
+                right = compete(row, key_blocks, causal)
                 what = f"{row['name']} {key_blocks} key blocks, causal={causal}"
                 print(f"{what}: {'right' if right else 'WRONG'}", flush=True)
                 if not right:

@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from cute_kernels import autograd, flash_attn_func, interface, operators, tile_configs
+from cute_kernels.autograd import backward_without_gradient
 from cute_kernels.operators import BACKWARD, flash_attn_backward, flash_attn_forward
 
 MASKS = {"full": False, "causal": True}
@@ -230,10 +231,10 @@ def test_layouts_change_nothing(device, layout):
     grad_out, grad_lse = random_grads(q)
     if layout is expanded:
         grad_out = grad_out[:1, :1, :1, :1].expand(q.shape)
-    out, lse = flash_attn_forward(q, k, v, 0.125, True, -1)
+    out, lse = flash_attn_forward(q, k, v, 0.125, True)
 
     def call(*tensors):
-        return flash_attn_backward(*tensors, 0.125, True, True, -1)
+        return flash_attn_backward(*tensors, 0.125, True, True)
 
     def assert_same(grads):
         for grad, right in zip(grads, dense, strict=True):
@@ -254,10 +255,10 @@ def test_layouts_change_nothing(device, layout):
 def test_inputs_are_not_written(device):
     need_kernels(device, torch.bfloat16, 64, causal=True)
     q, k, v = random_qkv(device, torch.bfloat16)
-    out, lse = flash_attn_forward(q, k, v, 0.125, True, -1)
+    out, lse = flash_attn_forward(q, k, v, 0.125, True)
     arguments = (*random_grads(q), q, k, v, out, lse)
     copies = [t.clone() for t in arguments]
-    flash_attn_backward(*arguments, 0.125, True, False, -1)
+    flash_attn_backward(*arguments, 0.125, True, False)
     assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True))
 
 
@@ -303,52 +304,8 @@ def test_keeps_only_the_inputs_and_the_outputs(device, with_lse):
         assert lse.shape == (2, 4, 128)
 
 
-WAYS = {
-    "usual": (lambda *qkv: flash_attn_func(*qkv, causal=True), True),
-    "parameters": (
-        lambda *qkv: flash_attn_func(*map(torch.nn.Parameter, qkv), softmax_scale=0.1),
-        True,
-    ),
-    "lse": (lambda *qkv: flash_attn_func(*qkv, return_lse=True)[0], False),
-    "deterministic": (lambda *qkv: flash_attn_func(*qkv, deterministic=True), False),
-    "tile": (lambda *qkv: flash_attn_func(*qkv, tile_config=0), False),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_the_usual_call_has_a_node_in_cpp(hopper, way):
-    need_kernels("cuda", torch.bfloat16, 64, causal=True)
-    call, in_cpp = WAYS[way]
-    q, k, v = (t.requires_grad_() for t in random_qkv(hopper, torch.bfloat16))
-    node = type(call(q, k, v).grad_fn).__name__
-    assert ("FusedAttention" in node) == in_cpp
-    assert ("_Differentiable" in node) != in_cpp
-
-
-def test_both_nodes_agree(hopper):
-    """One key block, so that dQ has no order that could vary."""
-    need_kernels("cuda", torch.bfloat16, 64, causal=True)
-    q, k, v = random_qkv(hopper, torch.bfloat16, 2, 150, 60, 4, 2)
-    grad_out, _ = random_grads(q)
-    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-    results = []
-    for with_lse in (False, True):
-        out = flash_attn_func(*inputs, causal=True, return_lse=with_lse)
-        out = out[0] if with_lse else out
-        results.append([out, *torch.autograd.grad(out, inputs, grad_out)])
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_no_cpp_node_where_aten_is_not_as_known(hopper, monkeypatch):
-    need_kernels("cuda", torch.bfloat16, 64, causal=True)
-    q, k, v = (t.requires_grad_() for t in random_qkv(hopper, torch.bfloat16))
-    monkeypatch.setattr(autograd, "_has_aten_node", False)
-    assert "_Differentiable" in type(flash_attn_func(q, k, v).grad_fn).__name__
-
-
-def test_modes_see_the_library_s_own_operator(hopper):
-    need_kernels("cuda", torch.bfloat16, 64, causal=True)
+def test_modes_see_the_library_s_own_operator(device):
+    need_kernels(device, torch.bfloat16, 64, causal=True)
     seen = []
 
     class Mode(torch.utils._python_dispatch.TorchDispatchMode):
@@ -356,42 +313,25 @@ def test_modes_see_the_library_s_own_operator(hopper):
             seen.append(str(function))
             return function(*arguments, **(keywords or {}))
 
-    q, k, v = (t.requires_grad_() for t in random_qkv(hopper, torch.bfloat16))
+    q, k, v = (t.requires_grad_() for t in random_qkv(device, torch.bfloat16))
     with Mode():
         flash_attn_func(q, k, v)
     assert seen[0] == "cute_kernels.flash_attn_forward.default"
-    assert not any("overrideable" in name for name in seen)
 
 
-def test_the_aten_operator_is_for_this_library_alone(hopper):
-    need_kernels("cuda", torch.bfloat16, 64, causal=True)
-    q, k, v = random_qkv(hopper, torch.bfloat16)
-    operator = torch.ops.aten._scaled_dot_product_fused_attention_overrideable
-    for arguments in ({}, {"scale": 0.1, "dropout_p": 0.5}, {"scale": 0.1, "attn_bias": q}):
-        with pytest.raises(RuntimeError, match=r"for cute_kernels\.flash_attn_func alone"):
-            operator(q, k, v, **arguments)
-
-
-def test_second_derivative_is_refused():
-    q, k, v = (t.requires_grad_() for t in random_qkv("cpu", torch.float32))
+def test_second_derivative_is_refused(device):
+    need_kernels(device, torch.bfloat16, 64, causal=False)
+    q, k, v = (t.requires_grad_() for t in random_qkv(device, torch.bfloat16))
     (grad,) = torch.autograd.grad(flash_attn_func(q, k, v).sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
         grad.sum().backward()
 
 
-def test_second_derivative_is_refused_by_the_node_in_cpp(hopper):
-    need_kernels("cuda", torch.bfloat16, 64, causal=False)
-    q, k, v = (t.requires_grad_() for t in random_qkv(hopper, torch.bfloat16))
-    (grad,) = torch.autograd.grad(flash_attn_func(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):
-        grad.sum().backward()
-
-
 def operator_arguments(device, dtype, with_lse, make_grad=lambda x: x, **sizes):
     q, k, v = random_qkv(device, dtype, **sizes)
-    out, lse = flash_attn_forward(q, k, v, 0.3, True, -1)
+    out, lse = flash_attn_forward(q, k, v, 0.3, True)
     grad_out, grad_lse = random_grads(q, with_lse)
-    return make_grad(grad_out), grad_lse, q, k, v, out, lse, 0.3, True, True, -1
+    return make_grad(grad_out), grad_lse, q, k, v, out, lse, 0.3, True, True, None
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
@@ -413,8 +353,8 @@ def test_shape_inference_for_cuda_without_a_gpu():
     with FakeTensorMode():
         q = torch.empty(2, 6, 7, 72, device="cuda", dtype=torch.half).transpose(1, 2)
         k = torch.empty(2, 9, 3, 72, device="cuda", dtype=torch.half)
-        out, lse = flash_attn_forward(q, k, k, 0.1, True, -1)
-        grads = flash_attn_backward(q, None, q, k, k, out, lse, 0.1, True, False, -1)
+        out, lse = flash_attn_forward(q, k, k, 0.1, True)
+        grads = flash_attn_backward(q, None, q, k, k, out, lse, 0.1, True, False)
     device = torch.device("cuda:0")
     assert form(grads[0]) == ((2, 7, 6, 72), (3024, 432, 72, 1), torch.half, device)
     assert form(grads[1]) == ((2, 9, 3, 72), (1944, 216, 72, 1), torch.half, device)
@@ -530,11 +470,17 @@ BAD = {
         r"\bv has strides .*contiguous",
     ),
     "scale 0": ({"softmax_scale": lambda _: 0.0}, ValueError, "softmax_scale is 0.*greater than 0"),
-    "tile index too large": (
-        {"tile_config": lambda _: 10**6},
+    "a forward row": (
+        {"tile_config": lambda _: tile_configs("forward")[0]["name"] + "_"},
         ValueError,
-        r"tile_config is 1000000, must be -1 \(automatic\) or an index below",
+        r"tile_config is '.*', must be None \(automatic\) or the name of a backward row",
     ),
+    "an index of a row": (
+        {"tile_config": lambda _: 0},
+        TypeError,
+        r"tile_config is 0, must be None \(automatic\) or the name of a backward row",
+    ),
+    "k not a tensor": ({"k": lambda t: t.tolist()}, TypeError, r"\bk is a list, must be"),
 }
 NAMES = (
     "grad_out",
@@ -558,12 +504,12 @@ def test_refused(device, bad):
     sizes = {"seqlen_q": 24, "seqlen_k": 32, "heads": 4, "key_heads": 2}
     good = dict(zip(NAMES, operator_arguments(device, torch.bfloat16, True, **sizes), strict=True))
     changed = {**good, **{name: change(good[name]) for name, change in changes.items()}}
-    assert all(grad.isfinite().all() for grad in flash_attn_backward(**good))
-    with pytest.raises(RuntimeError if device == "cuda" else error, match=message):
-        flash_attn_backward(**changed)
+    assert all(grad.isfinite().all() for grad in backward_without_gradient(*good.values()))
+    with pytest.raises(error, match=message):
+        backward_without_gradient(*changed.values())
     if device == "cpu":
         with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(error, match=message):
-            flash_attn_backward(**changed)
+            backward_without_gradient(*changed.values())
 
 
 # On a Hopper GPU alone
@@ -571,7 +517,6 @@ def test_refused(device, bad):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_of_the_build(hopper, row):
-    index = tile_configs("backward").index(row)
     masks = MASKS.values() if row["mask"] == "any" else [MASKS[row["mask"]]]
     for causal in masks:
         for head_dim in (row["head_dim"], row["head_dim"] - 24):
@@ -579,10 +524,10 @@ def test_every_row_of_the_build(hopper, row):
                 dtype = DTYPES[row["dtype"]]
                 q, k, v = random_qkv(hopper, dtype, 2, seqlen_q, seqlen_k, 4, 2, head_dim)
                 grads, scale = random_grads(q), head_dim**-0.5
-                out, lse = flash_attn_forward(q, k, v, scale, causal, -1)
+                out, lse = flash_attn_forward(q, k, v, scale, causal)
                 for deterministic in (False, True):
                     result = flash_attn_backward(
-                        *grads, q, k, v, out, lse, scale, causal, deterministic, index
+                        *grads, q, k, v, out, lse, scale, causal, deterministic, row["name"]
                     )
                     assert_gradients_right(result, *grads, q, k, v, scale, causal)
 
@@ -593,10 +538,9 @@ def repeated_call(hopper, row, causal):
         hopper, DTYPES[row["dtype"]], 2, 1500, 1700, 8, 2, head_dim=row["head_dim"]
     )
     scale = row["head_dim"] ** -0.5
-    out, lse = flash_attn_forward(q, k, v, scale, causal, -1)
+    out, lse = flash_attn_forward(q, k, v, scale, causal)
     arguments = (*random_grads(q), q, k, v, out, lse, scale, causal)
-    index = tile_configs("backward").index(row)
-    return lambda deterministic: flash_attn_backward(*arguments, deterministic, index)
+    return lambda deterministic: flash_attn_backward(*arguments, deterministic, row["name"])
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside other work"])
@@ -743,8 +687,8 @@ def test_more_than_2_31_elements(hopper, long):
     q = normal(length if long == "queries" else short)
     k, v = (normal(length if long == "keys" else short) for _ in range(2))
     grad_out = normal(q.shape[1])
-    out, lse = flash_attn_forward(q, k, v, 128**-0.5, False, -1)
-    grads = flash_attn_backward(grad_out, None, q, k, v, out, lse, 128**-0.5, False, False, -1)
+    out, lse = flash_attn_forward(q, k, v, 128**-0.5, False)
+    grads = flash_attn_backward(grad_out, None, q, k, v, out, lse, 128**-0.5, False, False)
     for heads in (slice(0, 1), slice(15, 16)):
         q1, k1, v1, d1 = (t[:, :, heads] for t in (q, k, v, grad_out))
         if long == "queries":

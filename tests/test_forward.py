@@ -171,17 +171,13 @@ ROWS = [pytest.param(row, id=row["name"]) for row in cute_kernels.tile_configs("
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_of_the_build(hopper, row):
     masks = MASKS.values() if row["mask"] == "any" else [MASKS[row["mask"]]]
-    index = cute_kernels.tile_configs("forward").index(row)
     for causal in masks:
         for head_dim in (row["head_dim"], row["head_dim"] - 24):
             for seqlen_q, seqlen_k in [(1, 1), (113, 203), (300, 64), (64, 1111), (1023, 1024)]:
                 q, k, v = random_qkv(
                     hopper, DTYPES[row["dtype"]], 2, seqlen_q, seqlen_k, 4, 2, head_dim
                 )
-                out, lse = check(q, k, v, causal, tile_config=row["name"])
-                by_index = run(q, k, v, causal, tile_config=index)
-                assert torch.equal(out, by_index[0])
-                assert torch.equal(lse, by_index[1])
+                check(q, k, v, causal, tile_config=row["name"])
 
 
 def need_memory(gigabytes):

@@ -9,7 +9,7 @@ from parity import check, random_qkv, run, skip_unless_built
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
-from cute_kernels import flash_attn_func
+from cute_kernels import flash_attn_func, tile_configs
 from cute_kernels.operators import flash_attn_forward
 
 OPCHECK = (
@@ -32,9 +32,7 @@ def test_opcheck_cpu(make, requires_grad, causal):
     q, k, v = make("cpu", torch.float32, 2, 20, 30, 4, 2, head_dim=16)
     for tensor in (q, k, v):
         tensor.requires_grad_(requires_grad)
-    result = torch.library.opcheck(
-        flash_attn_forward, (q, k, v, 0.3, causal, -1), test_utils=OPCHECK
-    )
+    result = torch.library.opcheck(flash_attn_forward, (q, k, v, 0.3, causal), test_utils=OPCHECK)
     assert set(result.values()) == {"SUCCESS"}
 
 
@@ -43,9 +41,7 @@ def test_opcheck_cpu(make, requires_grad, causal):
 def test_opcheck_cuda(hopper, make, causal):
     skip_unless_built(torch.bfloat16, 64, causal)
     q, k, v = make(hopper, torch.bfloat16, 2, 100, 130, 4, 2)
-    result = torch.library.opcheck(
-        flash_attn_forward, (q, k, v, 0.3, causal, -1), test_utils=OPCHECK
-    )
+    result = torch.library.opcheck(flash_attn_forward, (q, k, v, 0.3, causal), test_utils=OPCHECK)
     assert set(result.values()) == {"SUCCESS"}
 
 
@@ -133,6 +129,26 @@ def test_export_keeps_the_operator():
     assert torch.equal(program.module()(*inputs), flash_attn_func(*inputs, causal=True))
 
 
+def test_compiled_and_exported_programs_name_their_tile(tmp_path):
+    """A name means the same in every build; an index would not."""
+    row = tile_configs("forward")[-1]["name"]
+
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return flash_attn_func(q, k, v, tile_config=row)
+
+    inputs = tuple(random_qkv("cpu", torch.bfloat16))
+    expected = flash_attn_func(*inputs)
+    torch.export.save(torch.export.export(Attention(), inputs), tmp_path / "attention.pt2")
+    program = torch.export.load(tmp_path / "attention.pt2")
+    (node,) = (node for node in program.graph.nodes if node.target is flash_attn_forward)
+    assert row in node.args
+    assert torch.equal(program.module()(*inputs), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(Attention(), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*inputs), expected)
+
+
 def test_gradient_flows_only_where_it_is_asked_for():
     q, k, v = random_qkv("cpu", torch.float32)
     assert not flash_attn_func(q, k, v).requires_grad
@@ -151,7 +167,7 @@ def test_gradient_flows_only_where_it_is_asked_for():
 
 def test_operator_called_directly_has_the_gradient_too():
     q, k, v = (t.requires_grad_() for t in random_qkv("cpu", torch.float32))
-    out, lse = torch.ops.cute_kernels.flash_attn_forward(q, k, v, 0.1, True, -1)
+    out, lse = torch.ops.cute_kernels.flash_attn_forward(q, k, v, 0.1, True)
     direct = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
     out, lse = flash_attn_func(q, k, v, 0.1, True, return_lse=True)
     for a, b in zip(direct, torch.autograd.grad(out.sum() + lse.sum(), (q, k, v)), strict=True):

@@ -15,7 +15,7 @@ namespace cute_kernels::attention {
 enum class ElementType { kFloat16, kBFloat16 };
 
 /// Which calls the automatic choice may give to a kernel; each kernel answers every mask when asked
-/// for by index.
+/// for by name.
 enum class MaskClass { kAny, kFull, kCausal };
 
 /// The columns of a row that decide whether a kernel can take a call, and how well.

@@ -1,15 +1,20 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <string_view>
+
+#include <torch/csrc/stable/c/shim.h>
 
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/require.hpp"
 
-// What the 16-bit operators share: the checks of q, k and v, and the look-up of a kernel.
+// What the 16-bit operators share: the checks of q, k and v, and the look-up of a kernel. They keep
+// kernels from what they cannot take; what is wrong with a call that they refuse its caller is told
+// in python/cute_kernels/checks.py.
 namespace cute_kernels::binding {
 
 constexpr int kElementBytes = 2;
-constexpr int64_t kAutomatic = -1;  // tile_config that asks for the automatic choice
 
 /// q, k and v as the caller gave them, checked.
 struct Call : attention::CallShape {
@@ -29,26 +34,44 @@ attention::ElementType element_type(torch::headeronly::ScalarType dtype);
 
 char const* name_of(attention::ElementType dtype);
 
-/// `chosen` by the automatic choice if that is what tile_config asks for, else the kernel of that
-/// index, checked for the call.
-template <class Kernel>
-Kernel const& kernel_for(attention::Registry<Kernel> const& registry, Kernel const* chosen,
-                         Call const& call, int64_t tile_config) {
-  if (tile_config == kAutomatic) {
+/// The operators' argument tile_config, which the caller owns: a row's name, or nothing for the
+/// automatic choice. A std::string parameter would be copied twice, and torch 2.13's conversion
+/// loses one of the copies.
+class TileName {
+ public:
+  explicit TileName(std::optional<StringHandle> handle);
+  ~TileName();
+  TileName(TileName const&) = delete;
+  TileName& operator=(TileName const&) = delete;
+
+  bool automatic() const { return !handle_.has_value(); }
+  std::string_view name() const { return name_; }
+
+ private:
+  std::optional<StringHandle> handle_;
+  std::string_view name_;
+};
+
+/// The kernel of a name, or what choose() finds where there is none, checked for the call.
+template <class Kernel, class Choose>
+Kernel const& kernel_for(attention::Registry<Kernel> const& registry, Choose choose,
+                         Call const& call, TileName const& tile) {
+  if (tile.automatic()) {
+    Kernel const* const chosen = choose();
     if (chosen != nullptr) return *chosen;
     std::ostringstream there;
     for (Kernel const& kernel : registry) there << ' ' << kernel.config.name;
     fail("no ", Kernel::kPass, " kernel for ", name_of(call.dtype), ", head_dim ", call.head_dim,
          ", ", call.causal ? "causal" : "full", " in this build, which has", there.str());
   }
-  require(tile_config >= 0 && tile_config < registry.count, "tile_config is ", tile_config,
-          ", must be ", kAutomatic, " (automatic) or an index below ", registry.count);
-  auto const& config = registry.kernels[tile_config].config;
-  require(config.dtype == call.dtype && config.head_dim >= call.head_dim, "tile_config ",
-          tile_config, " (", config.name, ") takes ", name_of(config.dtype),
-          " with head_dim up to ", config.head_dim, ", but q is ", name_of(call.dtype),
-          " with head_dim ", call.head_dim);
-  return registry.kernels[tile_config];
+  for (Kernel const& kernel : registry) {
+    auto const& config = kernel.config;
+    if (config.name != tile.name()) continue;
+    require(config.dtype == call.dtype && config.head_dim >= call.head_dim, "tile_config ",
+            config.name, " does not take q's dtype and head_dim");
+    return kernel;
+  }
+  fail("tile_config ", tile.name(), " is not a ", Kernel::kPass, " row of this build");
 }
 
 }  // namespace cute_kernels::binding

@@ -11,7 +11,6 @@
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
-#include "cute_kernels/torch/operators.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
 
@@ -27,31 +26,28 @@ using torch::stable::Tensor;
 /// The output or its gradient.
 void check_output(Argument const& a, Argument const& q) {
   check_like(a, q);
-  require(a.sizes.equals(q.sizes), a.name, " has shape ", Shape{a.sizes}, ", must be ",
-          Shape{q.sizes}, " like q");
+  require(a.sizes.equals(q.sizes), a.name, " does not have q's shape");
 }
 
 /// The LSE or its gradient.
 void check_lse(Argument const& a, Argument const& q) {
   check_device(a, q);
-  require(a.dtype == ScalarType::Float, a.name, " has dtype ", DtypeOf{a.dtype},
-          ", must be torch.float32");
+  require(a.dtype == ScalarType::Float, a.name, " is not float32");
   int64_t const sizes[] = {q.size(0), q.size(2), q.size(1)};
-  require(a.sizes.equals({sizes, 3}), a.name, " has shape ", Shape{a.sizes},
-          ", must be (batch, heads, seqlen_q) = ", Shape{{sizes, 3}});
+  require(a.sizes.equals({sizes, 3}), a.name, " is not (batch, heads, seqlen_q)");
 }
 
 Tensor dense(Argument const& a) {
   return a.tensor.is_contiguous() ? a.tensor : torch::stable::contiguous(a.tensor);
 }
 
-}  // namespace
-
+/// The gradients of q, k and v.
 std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
     Tensor const& grad_out_tensor, std::optional<Tensor> grad_lse_tensor, Tensor const& q_tensor,
     Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out_tensor,
     Tensor const& lse_tensor, double softmax_scale, bool causal, bool deterministic,
-    int64_t tile_config) {
+    std::optional<StringHandle> tile_config) {
+  TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   Argument const out("out", out_tensor), grad_out("grad_out", grad_out_tensor);
   Argument const lse("lse", lse_tensor);
@@ -65,9 +61,8 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
     check_lse(*grad_lse, q);
   }
   attention::Device const& device = hopper(q.device);
-  BackwardKernel const* const chosen =
-      tile_config == kAutomatic ? attention::choose_backward(call) : nullptr;
-  BackwardKernel const& kernel = kernel_for(kBackwardRegistry, chosen, call, tile_config);
+  auto const choose = [&] { return attention::choose_backward(call); };
+  BackwardKernel const& kernel = kernel_for(kBackwardRegistry, choose, call, tile);
 
   constexpr int kLeastQueries = 64;  // of a block
   require(static_cast<double>(call.batch) * call.heads_q *
@@ -77,8 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
           " queries must be below 2^30");
   int64_t const key_blocks = (call.seqlen_k + kernel.config.tile_n - 1) / kernel.config.tile_n;
   require(static_cast<double>(call.batch) * call.heads_kv * key_blocks < double{1 << 30},
-          "k has shape ", Shape{k.sizes}, ", batch * heads * blocks of ", kernel.config.tile_n,
-          " keys must be below 2^30");
+          "k has 2^30 blocks or more");
 
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor grad_q = empty(4, q.sizes.data(), q.dtype, q.device);
@@ -127,13 +121,14 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
   return {grad_q, grad_k, grad_v};
 }
 
+}  // namespace
 }  // namespace cute_kernels::binding
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
   library.def(
       "flash_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor lse, float softmax_scale, bool causal, bool deterministic, "
-      "int tile_config) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "str? tile_config=None) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {

@@ -1,4 +1,6 @@
 #include <cstdint>
+#include <optional>
+#include <string>
 #include <tuple>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -9,7 +11,6 @@
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
-#include "cute_kernels/torch/operators.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
 
@@ -22,27 +23,25 @@ using attention::kForwardRegistry;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-ForwardKernel const& kernel_for(Call const& call, int64_t tile_config, int multiprocessors) {
-  ForwardKernel const* const chosen =
-      tile_config == kAutomatic ? attention::choose_forward(call, multiprocessors) : nullptr;
-  return kernel_for(kForwardRegistry, chosen, call, tile_config);
+ForwardKernel const& forward_kernel_for(Call const& call, TileName const& tile,
+                                        int multiprocessors) {
+  auto const choose = [&] { return attention::choose_forward(call, multiprocessors); };
+  return kernel_for(kForwardRegistry, choose, call, tile);
 }
-
-}  // namespace
 
 /// `deterministic` is for the gradient; the forward pass always is.
 std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor const& k_tensor,
                                               Tensor const& v_tensor, double softmax_scale,
-                                              bool causal, int64_t tile_config,
+                                              bool causal, std::optional<StringHandle> tile_config,
                                               [[maybe_unused]] bool deterministic) {
+  TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   Call const call = check_call(q, k, v, softmax_scale, causal);
   attention::Device const& device = hopper(q.device);
-  ForwardKernel const& kernel = kernel_for(call, tile_config, device.multiprocessors);
+  ForwardKernel const& kernel = forward_kernel_for(call, tile, device.multiprocessors);
   int64_t const query_blocks = (call.seqlen_q + kernel.config.tile_m - 1) / kernel.config.tile_m;
   require(static_cast<double>(call.batch) * call.heads_q * query_blocks < double{1 << 30},
-          "q has shape ", Shape{q.sizes}, ", batch * heads * blocks of ", kernel.config.tile_m,
-          " queries must be below 2^30");
+          "q has 2^30 blocks or more");
 
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor out = empty(4, q.sizes.data(), q.dtype, q.device);
@@ -76,18 +75,17 @@ std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor con
   return {out, lse};
 }
 
-namespace {
-
-/// The automatic choice, for those who want to know it: an index into the registry.
-int64_t choose_tile_config(ScalarType dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
-                           int64_t heads, int64_t head_dim, bool causal, int64_t multiprocessors) {
+/// The automatic choice, for those who want to know it: a row's name.
+std::string choose_tile_config(ScalarType dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+                               int64_t heads, int64_t head_dim, bool causal,
+                               int64_t multiprocessors) {
   require(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "dtype is ", DtypeOf{dtype},
           ", must be float16 or bfloat16");
   require(seqlen_q > 0 && multiprocessors > 0, "seqlen_q is ", seqlen_q, " and multiprocessors is ",
           multiprocessors, ", both must be above 0");
   Call const call{{element_type(dtype), batch, seqlen_q, seqlen_k, heads, head_dim, causal}, heads};
-  return &kernel_for(call, kAutomatic, static_cast<int>(multiprocessors)) -
-         kForwardRegistry.begin();
+  TileName const automatic(std::nullopt);
+  return forward_kernel_for(call, automatic, static_cast<int>(multiprocessors)).config.name;
 }
 
 }  // namespace
@@ -96,10 +94,10 @@ int64_t choose_tile_config(ScalarType dtype, int64_t batch, int64_t seqlen_q, in
 STABLE_TORCH_LIBRARY(cute_kernels, library) {
   library.def(
       "flash_attn_forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
-      "int tile_config, bool deterministic=False) -> (Tensor out, Tensor lse)");
+      "str? tile_config=None, bool deterministic=False) -> (Tensor out, Tensor lse)");
   library.def(
       "choose_tile_config(ScalarType dtype, int batch, int seqlen_q, int seqlen_k, int heads, int "
-      "head_dim, bool causal, int multiprocessors) -> int");
+      "head_dim, bool causal, int multiprocessors) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {

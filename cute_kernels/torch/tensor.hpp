@@ -55,9 +55,15 @@ inline bool suits_tma(Argument const& a, int element_bytes) {
   return true;
 }
 
+/// Says once in a process, as Python's UserWarning, that `a` is copied since TMA cannot read it.
+void warn_of_copy(Argument const& a, int element_bytes);
+
 /// The tensor itself, or a dense copy where TMA cannot read it (an odd storage offset or stride).
+/// A gradient that is the same in all of head_dim is copied without a word: it comes from a sum,
+/// and nobody could lay it out in another way.
 inline torch::stable::Tensor tma_readable(Argument const& a, int element_bytes) {
   if (suits_tma(a, element_bytes)) return a.tensor;
+  if (a.stride(3) != 0) warn_of_copy(a, element_bytes);
   torch::stable::Tensor copy =
       empty(static_cast<int>(a.sizes.size()), a.sizes.data(), a.dtype, a.device);
   return torch::stable::copy_(copy, a.tensor);

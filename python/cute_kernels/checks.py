@@ -1,25 +1,76 @@
-"""What a call of the operators may look like, for the CPU and for shape inference: the functions
-take what the operators take.
+"""What a call of the operators may look like: the functions take what the operators take.
 
-The CUDA implementations check the same, in the same words, in C++ (cute_kernels/torch/call.cpp).
+The CPU implementations and shape inference ask first. The CUDA implementations refuse the same on
+their own, in C++ and in few words; then `explain` asks here what is wrong.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cute_kernels.reference import accumulator_dtype
-from cute_kernels.tiles import AUTOMATIC, tile_configs
+from cute_kernels.tiles import tile_configs
 
 MAX_HEAD_DIM = 256
 HEAD_DIM_MULTIPLE = 8
 
 _GPU_DTYPES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (*_GPU_DTYPES, torch.float32, torch.float64)
-_TILES = {name: len(tile_configs(name)) for name in ("forward", "backward")}
+_TILES = {
+    of_pass: {row["name"]: row for row in tile_configs(of_pass)}
+    for of_pass in ("forward", "backward")
+}
+_DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_SIZE_LIMIT = 2**31
+_BLOCK = 64  # rows of the smallest tile
+_BLOCKS_LIMIT = 2**30
+
+NO_FORWARD_MODE = (
+    "cute_kernels has no forward-mode derivatives (torch.func.jvp, jacfwd, linearize, dual "
+    "tensors): use torch.func.grad, vjp or jacrev"
+)
+
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+_unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual
+
+
+def explain(refusal: Exception, check: Callable[..., None], *inputs: Any) -> NoReturn:
+    """Raises the ValueError or TypeError that `check` has for the inputs of a call that was
+    refused, or if it has none the refusal itself."""
+    try:
+        check(*inputs)
+    except (TypeError, ValueError) as exact:
+        raise exact from None
+    raise refusal
+
+
+def outside_compilers(function: _Call) -> _Call:
+    """The function, which compilers may not trace. Only they pay for `torch.compiler.disable`: it
+    loads all of the compiler."""
+
+    @functools.wraps(function)
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            not_traced: Callable[[_Call], _Call] = torch.compiler.disable
+            return not_traced(function)(*inputs)
+        return function(*inputs)
+
+    return cast(_Call, call)
+
+
+@outside_compilers
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raises NotImplementedError if a tensor has a tangent; to be asked in forward mode only."""
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and _unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(NO_FORWARD_MODE)
 
 
 def check_forward(
@@ -28,12 +79,13 @@ def check_forward(
     v: Tensor,
     softmax_scale: float,
     causal: bool,
-    tile_config: int,
+    tile_config: str | None = None,
     deterministic: bool = False,
 ) -> None:
     """Raises ValueError or TypeError unless the forward operator can answer this call."""
-    _check_call(q, k, v, softmax_scale)
-    _check_tile_config(tile_config, "forward")
+    _check_call(q, k, v, softmax_scale, causal, deterministic)
+    _check_tile_config(tile_config, "forward", q)
+    _check_blocks("q", q)
 
 
 def check_backward(
@@ -47,10 +99,10 @@ def check_backward(
     softmax_scale: float,
     causal: bool,
     deterministic: bool,
-    tile_config: int,
+    tile_config: str | None = None,
 ) -> None:
     """Raises ValueError or TypeError unless the backward operator can answer this call."""
-    _check_call(q, k, v, softmax_scale)
+    _check_call(q, k, v, softmax_scale, causal, deterministic)
     for name, tensor in (("out", out), ("grad_out", grad_out)):
         _check_like(name, tensor, q)
         if tensor.shape != q.shape:
@@ -70,33 +122,69 @@ def check_backward(
                 f"{name} has shape {tuple(given.shape)}, must be (batch, heads, seqlen_q) = "
                 f"{(batch, heads, seqlen)}"
             )
-    _check_tile_config(tile_config, "backward")
+    _check_tile_config(tile_config, "backward", q)
+    _check_blocks("k", k)
 
 
-def _check_call(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> None:
+def _check_call(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, deterministic: bool
+) -> None:
+    for name, flag in (("causal", causal), ("deterministic", deterministic)):
+        if not isinstance(flag, (bool, int)):
+            raise TypeError(f"{name} is {flag!r}, must be True or False")
     _check_alone("q", q)
     for name, tensor in (("k", k), ("v", v)):
         _check_like(name, tensor, q)
         _check_alone(name, tensor)
     _check_shapes(q, k, v)
     check_softmax_scale(softmax_scale)
+    largest = torch.finfo(accumulator_dtype(q.dtype)).max
+    if softmax_scale > largest:
+        raise ValueError(f"softmax_scale is {softmax_scale}, must be at most {largest}")
 
 
 def check_softmax_scale(softmax_scale: float) -> None:
+    if isinstance(softmax_scale, (str, bytes, Tensor)) or not hasattr(softmax_scale, "__float__"):
+        raise TypeError(f"softmax_scale is {softmax_scale!r}, must be a number")
     if not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and greater than 0")
 
 
-def _check_tile_config(tile_config: int, of_pass: str) -> None:
-    count = _TILES[of_pass]
-    if tile_config != AUTOMATIC and not 0 <= tile_config < count:
+def _check_tile_config(tile_config: str | None, of_pass: str, q: Tensor) -> None:
+    if tile_config is None:
+        return
+    rows = _TILES[of_pass]
+    if not isinstance(tile_config, str):
+        error: type[Exception] = TypeError
+    elif tile_config not in rows:
+        error = ValueError
+    else:
+        row, dtype, head_dim = rows[tile_config], _DTYPE_NAMES.get(q.dtype), q.shape[3]
+        if q.device.type == "cuda" and (row["dtype"] != dtype or row["head_dim"] < head_dim):
+            raise ValueError(
+                f"tile_config {tile_config!r} takes {row['dtype']} with head_dim up to "
+                f"{row['head_dim']}, but q is {dtype} with head_dim {head_dim}"
+            )
+        return
+    raise error(
+        f"tile_config is {tile_config!r}, must be None (automatic) or the name of a {of_pass} row "
+        f"of this build: {', '.join(rows) or 'there is none'}"
+    )
+
+
+def _check_blocks(name: str, x: Tensor) -> None:
+    """The grid's limit, far from what fits into memory; compilers' symbols are not asked."""
+    batch, seqlen, heads, _ = x.shape
+    blocks = batch * heads * ((seqlen + _BLOCK - 1) // _BLOCK)
+    if x.device.type == "cuda" and isinstance(blocks, int) and blocks >= _BLOCKS_LIMIT:
         raise ValueError(
-            f"tile_config is {tile_config}, must be {AUTOMATIC} (automatic) or an index "
-            f"below {count}"
+            f"{name} has shape {tuple(x.shape)}, batch * heads * blocks of {_BLOCK} rows must be "
+            "below 2^30"
         )
 
 
 def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.device != q.device:
         raise ValueError(f"{name} is on {tensor.device}, must be on {q.device} like q")
 
@@ -107,7 +195,13 @@ def _check_like(name: str, tensor: Tensor, q: Tensor) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}, must be {q.dtype} like q")
 
 
+def check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
+
+
 def _check_alone(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.dim() != 4:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, must have 4 dimensions: "
@@ -118,6 +212,8 @@ def _check_alone(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in allowed:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"{name} has dtype {tensor.dtype}, must be {names} on {device}")
+    if device == "cuda" and any(isinstance(n, int) and n >= _SIZE_LIMIT for n in tensor.shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, each size must be below 2^31")
     if tensor.stride(3) != 1 and tensor.shape[3] != 1:
         raise ValueError(
             f"{name} has strides {tensor.stride()}, its last dimension (head_dim) must be "

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from cute_kernels.autograd import forward_with_gradient, forward_without_gradient
+from cute_kernels.autograd import (
+    forward_in_transform,
+    forward_with_gradient,
+    forward_without_gradient,
+)
+from cute_kernels.checks import check_forward, explain, refuse_tangents
+from cute_kernels.compat import in_forward_mode, in_transform
 from cute_kernels.fp8 import flash_attn_e4m3
 from cute_kernels.operators import flash_attn_forward
-from cute_kernels.tiles import AUTOMATIC, tile_index
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
-_in_functorch = torch._C._are_functorch_transforms_active
 _always_deterministic = torch.are_deterministic_algorithms_enabled
 
 # FlashAttention-3's arguments whose feature is not there yet, with the values that ask for nothing.
@@ -49,7 +55,7 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     *,
     return_lse: bool = False,
-    tile_config: str | int | None = None,
+    tile_config: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention, ``softmax(softmax_scale * q @ k^T) @ v`` for every head.
 
@@ -59,7 +65,9 @@ def flash_attn_func(
     Args:
         q: (batch, seqlen_q, heads, head_dim). On a GPU of compute capability 9.0 float16 or
             bfloat16, on the CPU also float32 and float64. head_dim is a multiple of 8 up to 256.
-            Any strides with a contiguous last dimension, here and in k and v.
+            Any strides with a contiguous last dimension, here and in k and v. On CUDA, a tensor
+            whose address or strides are not multiples of 16 bytes is copied in full, which a
+            UserWarning says once in a process.
         k: (batch, seqlen_k, key heads, head_dim), dtype and device of q. The number of query heads
             is a multiple of that of key heads (MHA, GQA, MQA).
         v: shape, dtype and device of k.
@@ -77,8 +85,8 @@ def flash_attn_func(
             CPU, which are always the same bits on one machine and build.
         return_attn_probs: FlashAttention-3's name for ``return_lse``.
         return_lse: also return the LSE.
-        tile_config: name or index of a row of ``cute_kernels.tile_configs()`` to run, instead of
-            the automatic choice. Has no effect on the CPU.
+        tile_config: name of a row of ``cute_kernels.tile_configs("forward")`` to run, instead of
+            the automatic choice. On the CPU it is only looked up.
 
     Returns:
         The output, like q but always contiguous, and if asked for the LSE: (batch, heads,
@@ -87,9 +95,10 @@ def flash_attn_func(
         them are q, k, v, the output and the LSE.
 
     Raises:
-        ValueError, TypeError: an argument on the CPU is not as described.
-        RuntimeError: the same on CUDA, or the GPU is not of compute capability 9.0.
-        NotImplementedError: an argument whose feature is not there yet.
+        ValueError, TypeError: an argument is not as described.
+        RuntimeError: the GPU is not of compute capability 9.0, or the build has no kernel for it.
+        NotImplementedError: an argument whose feature is not there yet, a second derivative, or a
+            forward-mode one (``torch.func.jvp``, dual tensors).
     """
     later = (
         qv,
@@ -108,23 +117,27 @@ def flash_attn_func(
             raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
         out, lse = flash_attn_e4m3(q, k, v, *descales, softmax_scale, causal)
         return (out, lse) if return_lse or return_attn_probs else out
-    index = AUTOMATIC if tile_config is None else tile_index(tile_config)
     try:
         if softmax_scale is None:
             softmax_scale = q.shape[-1] ** -0.5
+        elif isinstance(softmax_scale, Tensor) and softmax_scale.requires_grad:
+            raise TypeError("softmax_scale is a tensor that requires a gradient, must be a number")
         needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        forward = forward_without_gradient
-    except (AttributeError, IndexError, ZeroDivisionError):
-        # Something is wrong with q, k or v, and the operator says what.
-        softmax_scale, needs_grad, forward = 1.0, False, flash_attn_forward
-    options = (softmax_scale, causal, index, deterministic or _always_deterministic())
-    with_lse = return_lse or return_attn_probs
-    if _is_compiling() or _in_functorch():
-        forward = flash_attn_forward
-    elif needs_grad:
-        return forward_with_gradient(q, k, v, options, with_lse)
-    out, lse = forward(q, k, v, *options)
-    return (out, lse) if with_lse else out
+    except (AttributeError, IndexError, ZeroDivisionError) as error:
+        explain(error, check_forward, q, k, v, 1.0, causal, tile_config)
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    if in_transform():
+        forward = forward_in_transform
+    else:
+        if in_forward_mode():
+            refuse_tangents(q, k, v)
+        if _is_compiling():
+            forward = flash_attn_forward
+        else:
+            forward = forward_with_gradient if needs_grad else forward_without_gradient
+    deterministic = deterministic or _always_deterministic()
+    out, lse = forward(q, k, v, softmax_scale, causal, tile_config, deterministic)
+    return (out, lse) if return_lse or return_attn_probs else out
 
 
 def _refuse_unless_harmless(later: tuple[object, ...]) -> None:

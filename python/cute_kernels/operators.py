@@ -1,7 +1,7 @@
 """The registered operators: everything about them that is not compiled.
 
 The extension defines ``flash_attn_forward`` and ``flash_attn_backward`` with their CUDA
-implementations; here are their CPU implementations, shape inference and gradients.
+implementations; here are their CPU implementations, shape inference, gradients and vmap.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 import cute_kernels.extension  # noqa: F401  defines the operators
 from cute_kernels import reference
 from cute_kernels.checks import check_backward, check_forward
-from cute_kernels.tiles import AUTOMATIC, tile_configs
+from cute_kernels.tiles import tile_configs
+from cute_kernels.vmap import fold_into_batch
 
 NAMESPACE = "cute_kernels"
 FORWARD = f"{NAMESPACE}::flash_attn_forward"
@@ -41,9 +42,9 @@ def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
 @torch.library.impl(BACKWARD, "cpu")
 def _backward_cpu(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     check_backward(*inputs)
-    *rest, _, _ = inputs  # deterministic, tile_config
+    arguments = inputs[:9]  # without deterministic and tile_config
     with torch.autocast("cpu", enabled=False):
-        return reference.attention_backward(*rest)
+        return reference.attention_backward(*arguments)
 
 
 def _backward_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,19 +75,20 @@ def backward_inputs(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) 
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     softmax_scale, causal, _, deterministic = ctx.options
-    options = softmax_scale, causal, deterministic, AUTOMATIC
-    return grad_out, grad_lse, q, k, v, out, lse, *options
+    return grad_out, grad_lse, q, k, v, out, lse, softmax_scale, causal, deterministic, None
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*flash_attn_backward(*backward_inputs(ctx, *grads)), None, None, None, None)
 
 
-def _backward_of_backward(ctx: Any, *_: Tensor) -> None:
+def refuse_second_derivative(ctx: Any, *_: Tensor | None) -> None:
     raise NotImplementedError("flash_attn_func has no second derivative")
 
 
 torch.library.register_fake(FORWARD, _forward_fake)
 torch.library.register_fake(BACKWARD, _backward_fake)
 torch.library.register_autograd(FORWARD, _backward, setup_context=save_for_backward)
-torch.library.register_autograd(BACKWARD, _backward_of_backward)
+torch.library.register_autograd(BACKWARD, refuse_second_derivative)
+torch.library.register_vmap(FORWARD, fold_into_batch(flash_attn_forward, check_forward))
+torch.library.register_vmap(BACKWARD, fold_into_batch(flash_attn_backward, check_backward))

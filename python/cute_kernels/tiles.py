@@ -7,8 +7,6 @@ from typing import Any
 
 from cute_kernels.extension import FOLDER
 
-AUTOMATIC = -1  # the operators' tile_config for the automatic choice
-
 _ROWS: list[dict[str, Any]] = json.loads((FOLDER / "tile_configs.json").read_text("utf-8"))
 
 
@@ -19,9 +17,9 @@ def tile_configs(of_pass: str | None = None) -> list[dict[str, Any]]:
         of_pass: only those of this pass, "forward" or "backward".
 
     Returns:
-        One dict per kernel, a copy. ``"pass"`` is what it is for; a row's place among those of its
-        pass is its index, its ``"name"`` is unique. ``flash_attn_func(..., tile_config=)`` takes
-        either, of a forward row. Further keys: ``"dtype"`` ("bf16" or "fp16"), ``"head_dim"`` and
+        One dict per kernel, a copy. ``"pass"`` is what it is for, ``"name"`` is unique:
+        ``flash_attn_func(..., tile_config=)`` takes that of a forward row. Further keys:
+        ``"dtype"`` ("bf16" or "fp16"), ``"head_dim"`` and
         ``"head_dim_v"`` (elements, the largest that the kernel takes), ``"mask"`` ("any", "full"
         or "causal": the calls that the automatic choice may give it), ``"tile_m"`` (queries) and
         ``"tile_n"`` (keys of a block), ``"stages"`` (blocks in shared memory that the kernel walks
@@ -30,22 +28,6 @@ def tile_configs(of_pass: str | None = None) -> list[dict[str, Any]]:
         (cute_kernels/attention/tile_configs.toml).
     """
     return [dict(row) for row in _ROWS if of_pass in (None, row["pass"])]
-
-
-_INDEX = {row["name"]: index for index, row in enumerate(tile_configs("forward"))}
-
-
-def tile_index(tile_config: str | int) -> int:
-    """The index of a forward row given by name or index; the operator checks an index's range."""
-    if isinstance(tile_config, int):
-        return tile_config
-    try:
-        return _INDEX[tile_config]
-    except KeyError:
-        raise ValueError(
-            f"tile_config {tile_config!r} is not a forward row of this build; there are: "
-            f"{', '.join(_INDEX) or 'none'}"
-        ) from None
 
 
 def get_include() -> str:

@@ -1,0 +1,57 @@
+"""The names of PyTorch that are not public, all of them.
+
+Each saves a call some microseconds, which on a GPU is what a small call consists of. Where PyTorch
+no longer has one, what stands here in its place is public and right, only slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+# A context in which operators do not look for a gradient to record. It is entered only where there
+# is none, so that nothing is lost without it but the time to find that out.
+below_autograd: Callable[[], Any] = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext
+)
+
+
+def _unknown() -> bool:
+    """For questions whose answer may be true without need: outside of compilers, which would not
+    look further."""
+    return not torch.compiler.is_compiling()
+
+
+# Whether torch.func's transforms (grad, vmap, ...) surround the call, or may.
+in_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _unknown)
+
+# Whether a tensor is one of torch.func.functionalize; False if that is not known.
+is_functional: Callable[[Any], bool] = getattr(torch, "_is_functional_tensor", lambda _: False)
+
+
+def _has_level() -> bool:
+    return forward_ad._current_level >= 0
+
+
+# Whether tensors have tangents, or may.
+in_forward_mode = _has_level if hasattr(forward_ad, "_current_level") else _unknown
+
+
+def direct(operator: Any) -> Callable[..., Any]:
+    """What calls an operator without its Python object."""
+    function: Callable[..., Any] = getattr(operator, "_op", operator)
+    return function
+
+
+def apply_outside_transforms(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply`, for calls that torch.func's transforms do not surround: without looking
+    for them and without matching arguments with the names of forward's."""
+    base = getattr(torch._C, "_FunctionBase", None)
+    if base is None or "apply" not in vars(base):
+        return function.apply
+    apply: Callable[..., Any] = vars(base)["apply"].__get__(None, function)
+    return apply

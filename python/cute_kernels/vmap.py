@@ -1,0 +1,46 @@
+"""torch.func.vmap of attention: the mapped dimension becomes part of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+Rule = Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]]
+
+
+def fold_into_batch(call: Callable[..., tuple[Tensor, ...]], check: Callable[..., None]) -> Rule:
+    """The vmap rule of a call whose tensors, given and returned, all have the batch first.
+
+    Args:
+        call: what is mapped over.
+        check: raises unless one of the mapped calls can be answered; takes what `call` takes.
+    """
+
+    def rule(
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        mapped = [
+            _mapped_first(x, dim, info.batch_size) if isinstance(x, Tensor) else x
+            for x, dim in zip(inputs, in_dims, strict=True)
+        ]
+        check(*(_one(x) if isinstance(x, Tensor) else x for x in mapped))
+        outputs = call(*(x.flatten(0, 1) if isinstance(x, Tensor) else x for x in mapped))
+        batch = next(x.shape[1] for x in mapped if isinstance(x, Tensor))
+        apart = tuple(x.reshape(info.batch_size, batch, *x.shape[1:]) for x in outputs)
+        return apart, (0,) * len(apart)
+
+    return rule
+
+
+def _mapped_first(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """x with the mapped dimension in front, repeated where x has none. Which dimensions of a
+    mapped tensor lie side by side its user does not see: the last ones do afterwards."""
+    mapped = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return mapped if mapped.stride(-1) == 1 else mapped.contiguous()
+
+
+def _one(mapped: Tensor) -> Tensor:
+    """A tensor of one of the mapped calls, though there be none."""
+    return mapped[0] if mapped.shape[0] > 0 else mapped.new_empty(mapped.shape[1:])
