@@ -85,9 +85,10 @@ class Attention:
         query = torch.arange(first_query, first_query + rows, device=q.device)[:, None]
         key = torch.arange(keys, device=q.device)
         self.seen = key <= query + keys - seqlen_q if causal else (key >= 0).expand(rows, keys)
-        self.unseen = ~self.seen.any(-1)  # rows that see nothing
         scores.masked_fill_(~self.seen, -math.inf)
         self.lse = torch.logsumexp(scores, -1)
+        # Rows that see nothing, or nothing but scores of -inf: their output is 0
+        self.unseen = self.lse == -math.inf
         origin = self.lse.masked_fill(self.unseen, 0.0)[..., None]
         self.p = scores.sub_(origin).exp_().masked_fill_(~self.seen, 0.0)
         self.out_rows = total(self.p, self.v, self.seen)
