@@ -21,8 +21,9 @@ import torch
 # are in fp32 for dtypes up to fp32
 NOISE = {torch.float64: 2.0**-46}
 FP32_NOISE = 2.0**-21
-# fp16's P is subnormal below 2^-14: an absolute error
+# An absolute error: fp16's P is subnormal below 2^-14; exponentials flush fp32's subnormals to 0
 UNDERFLOW = {torch.float16: 2.0**-25}
+FP32_UNDERFLOW = 2.0**-126
 
 
 def finite(x):
@@ -74,7 +75,7 @@ class Attention:
         self.group = q.shape[2] // k.shape[2] if k.shape[2] else 1
         self.noise = NOISE.get(q.dtype, FP32_NOISE)
         self.u = torch.finfo(q.dtype).eps / 2
-        self.underflow = UNDERFLOW.get(q.dtype, 0.0)
+        self.underflow = UNDERFLOW.get(q.dtype, FP32_UNDERFLOW)
         self.q = q.double().transpose(1, 2)
         self.k, self.v = (
             t.double().transpose(1, 2).repeat_interleave(self.group, dim=1) for t in (k, v)
@@ -102,20 +103,24 @@ class Attention:
         longest = lengths(self.k).amax(-1, keepdim=True) if self.k.shape[2] else 0.0
         return self.noise * (1 + self.scale * lengths(self.q) * longest)
 
-    def _allowed(self, of, squares, noise, exact, terms, least=1.25):
-        """of: what is summed, squares: of the errors by chance, noise: the others' sum."""
+    def _allowed(self, of, squares, noise, exact, terms, scale=1.0, least=1.25):
+        """of: what is summed; squares: of the errors by chance; noise: the others' sum; scale: what
+        the sum is multiplied by at last."""
         length = lengths(exact)
-        squares = squares + (self.u * length).square()
+        squares = scale**2 * squares + (self.u * length).square()
         steps = (1 + terms / 16) * self.noise / 8  # the sum is rounded after each product of 16
-        least = torch.finfo(self.dtype).smallest_normal * self.u * 2 * exact.shape[-1] ** 0.5
-        return spread(of, least) * squares.sqrt() + noise + steps * length + least
+        subnormal = torch.finfo(self.dtype).smallest_normal * self.u * 2 * exact.shape[-1] ** 0.5
+        subnormal += scale * terms * 2.0**-149
+        return spread(of, least) * squares.sqrt() + scale * noise + steps * length + subnormal
 
     def out_allowed(self):
         """(batch, seqlen, heads)."""
         v = lengths(self.v)[..., None]
         squares = ((self.u * self.p).square() + self.underflow**2 * (self.p > 0)) @ v.square()
         noise = self.score_noise() * (self.p @ v)[..., 0]
-        allowed = self._allowed(self.v, squares[..., 0], noise, self.out_rows, self.v.shape[2], 1.0)
+        allowed = self._allowed(
+            self.v, squares[..., 0], noise, self.out_rows, self.v.shape[2], least=1.0
+        )
         return allowed.transpose(1, 2)
 
     def lse_allowed(self):
@@ -167,10 +172,10 @@ class Attention:
         )[..., 0]
         dq_noise = (ds_noise @ k2)[..., 0]
         q, do = (t.unflatten(1, (self.key_heads, self.group)).flatten(2, 3) for t in (q, do))
-        scale, terms = self.scale, queries * self.group
+        terms = queries * self.group
         allowed = (
-            self._allowed(k, scale**2 * dq_squares, scale * dq_noise, dq, keys),
-            self._allowed(q, scale**2 * dk_squares, scale * dk_noise, dk, terms),
+            self._allowed(k, dq_squares, dq_noise, dq, keys, self.scale),
+            self._allowed(q, dk_squares, dk_noise, dk, terms, self.scale),
             self._allowed(do, dv_squares, dv_noise, dv, terms),
         )
         return tuple(
