@@ -1,6 +1,8 @@
 """A few small calls of every kernel of the build, to run under compute-sanitizer on a Hopper GPU:
 
-compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py [passes]
+compute-sanitizer --tool TOOL --error-exitcode 9 python tests/sanitize.py [passes]
+
+TOOL is memcheck, synccheck or racecheck; docs/testing.md says what racecheck cannot know.
 """
 
 import itertools
@@ -17,7 +19,7 @@ SHAPES = [(1, 1), (113, 203), (300, 77), (77, 300), (64, 0)]  # seqlen_q, seqlen
 
 
 def forward(row, index, q, k, v, causal):
-    return [flash_attn_func(q, k, v, causal=causal, tile_config=index)]
+    return [flash_attn_func(q, k, v, causal=causal, tile_config=row["name"])]
 
 
 def backward(row, index, q, k, v, causal):
