@@ -4,8 +4,9 @@ A largest error says little of one row: a key lost at 4k keys hides behind the r
 that sees a single one. Here every row has a bound of its own, from what an implementation in
 the dtype has to round:
 
-- P and dS once, element by element, to the dtype: errors that are independent, so that their
-  squares add up: of sum_j p_j v_j it is u^2 sum_j p_j^2 |v_j|^2, u the unit roundoff;
+- P once and dS = P (dP - delta) at most twice, element by element, to the dtype: errors that are
+  independent, so that their squares add up: of sum_j p_j v_j it is u^2 sum_j p_j^2 |v_j|^2, u the
+  unit roundoff;
 - the result once: u^2 |row|^2;
 - delta = rowsum(dO * O) from an O that carries both of these;
 - scores, P and sums of products in fp32: a bound without chance, much smaller.
@@ -142,8 +143,11 @@ class Attention:
         delta_squares = 4 * u**2 * finite(delta_squares)
         if grad_lse is not None:
             delta = delta - grad_lse.double()[..., None]
-        ds = dp.sub_(delta).mul_(p).masked_fill_(~self.seen, 0.0)
-        ds_squares = (u * ds).square() + self.underflow**2 * (p > 0)
+        slope = dp.sub_(delta)
+        ds = (slope * p).masked_fill_(~self.seen, 0.0)
+        # Of P, before it is multiplied, and of dS
+        ds_squares = 2 * (u * ds).square()
+        ds_squares += torch.where(p > 0, self.underflow**2 * (1 + slope.square()), 0.0)
         p_squares = (u * p).square() + self.underflow**2 * (p > 0)
         q2, k2, do2 = (lengths(t)[..., None] for t in (q, k, do))
         score_noise = self.score_noise()[..., None]

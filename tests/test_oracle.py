@@ -21,8 +21,8 @@ def rounded(problem, dtype, grad_out, lost_key=None, lost_query=None):
     out = ((p / origin).to(dtype).float() @ v * origin / total.clamp(min=1e-30)).to(dtype)
     do = grad_out.float().transpose(1, 2)
     delta = (do * out.float()).sum(-1, keepdim=True)
-    ds = p * (do @ v.mT - delta)
-    p16, ds16 = p.to(dtype).float(), ds.to(dtype).float()
+    p16 = p.to(dtype).float()
+    ds16 = (p16 * (do @ v.mT - delta)).to(dtype).float()
     grad_q = (ds16 @ k * problem.scale).to(dtype)
     if lost_query is not None:
         p16[:, -1, lost_query, 1] = ds16[:, -1, lost_query, 1] = 0.0
