@@ -9,7 +9,6 @@ from oracle import Attention, assert_rows
 
 from cute_kernels import flash_attn_func, tile_configs
 from cute_kernels.operators import flash_attn_backward
-from cute_kernels.tiles import AUTOMATIC
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SEQLENS = [(1, 1), (1, 8192), (113, 203), (799, 3), (1023, 1024), (4224, 4224)]
@@ -43,17 +42,15 @@ class Kernel:
     dtype: torch.dtype
     head_dim: int
     causal: bool
-    row: dict | None = None
+    name: str | None = None
 
     def forward(self, q, k, v, softmax_scale=None):
-        name = None if self.row is None else self.row["name"]
-        return run(q, k, v, self.causal, softmax_scale=softmax_scale, tile_config=name)
+        return run(q, k, v, self.causal, softmax_scale=softmax_scale, tile_config=self.name)
 
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, softmax_scale):
         """Gradients of q, k and v, deterministic."""
-        tile = AUTOMATIC if self.row is None else tile_configs("backward").index(self.row)
         tensors = (grad_out, grad_lse, q, k, v, out, lse)
-        return flash_attn_backward(*tensors, softmax_scale, self.causal, True, tile)
+        return flash_attn_backward(*tensors, softmax_scale, self.causal, True, self.name)
 
 
 def _kernels(of_pass):
@@ -62,7 +59,7 @@ def _kernels(of_pass):
         yield pytest.param(Kernel("cpu", torch.bfloat16, 64, causal), id=f"cpu-{mask}")
         for row in tile_configs(of_pass):
             if row["mask"] in ("any", mask):
-                kernel = Kernel("cuda", DTYPES[row["dtype"]], row["head_dim"], causal, row)
+                kernel = Kernel("cuda", DTYPES[row["dtype"]], row["head_dim"], causal, row["name"])
                 yield pytest.param(kernel, id=f"{row['name']}-{mask}")
 
 
