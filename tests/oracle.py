@@ -58,7 +58,7 @@ def spread(x, least):
         return x.new_full((1, 1, 1), least)
     x = finite(x)
     x = x / x.abs().amax().clamp(min=1e-300)
-    gram = x.mT @ x
+    gram = x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT  # of the same squares and trace
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     alike = gram.square().sum((-2, -1)) / trace.square().clamp(min=1e-300)
     return (0.42 * (1 + 26 * (2 * alike).sqrt()).sqrt()).clamp(min=least)[..., None]
@@ -91,8 +91,9 @@ class Attention:
         self.lse = torch.logsumexp(scores, -1)
         # Rows that see nothing, or nothing but scores of -inf: their output is 0
         self.unseen = self.lse == -math.inf
-        origin = self.lse.masked_fill(self.unseen, 0.0)[..., None]
-        self.p = scores.sub_(origin).exp_().masked_fill_(~self.seen, 0.0)
+        # A score of +inf leaves nothing of its row
+        origin = self.lse.masked_fill(self.unseen, 0.0).masked_fill(self.lse == math.inf, math.nan)
+        self.p = scores.sub_(origin[..., None]).exp_().masked_fill_(~self.seen, 0.0)
         self.out_rows = total(self.p, self.v, self.seen)
 
     @property

@@ -107,7 +107,7 @@ def test_more_than_65535_entries_or_heads(hopper, sizes, head_dim, causal):
         call = {"causal": causal, "return_lse": True, "deterministic": deterministic}
         grads = torch.autograd.grad(flash_attn_func(*inputs, **call), inputs, (grad_out, grad_lse))
         # Parts of the batch, for the memory that fp64 takes
-        step = max(1, 20000 // sizes["heads"])
+        step = max(1, 4000 // sizes["heads"])
         for first in (0, 65536 // sizes["heads"], max(0, sizes["batch"] - step)):
             part = slice(first, first + step)
             assert_right(out[part], lse[part], q[part], k[part], v[part], scale, causal)
