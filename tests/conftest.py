@@ -37,3 +37,11 @@ def hopper() -> str:
 def device(request) -> str:
     """Both devices that the operator runs on."""
     return request.getfixturevalue("hopper") if request.param == "cuda" else "cpu"
+
+
+@pytest.fixture
+def kernel(request):
+    """One of `parity.FORWARD_KERNELS` or `BACKWARD_KERNELS`."""
+    if request.param.device == "cuda":
+        request.getfixturevalue("hopper")
+    return request.param

@@ -1,6 +1,8 @@
 """A few small calls of every kernel of the build, to run under compute-sanitizer on a Hopper GPU:
 
-compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py [passes]
+compute-sanitizer --tool TOOL --error-exitcode 9 python tests/sanitize.py [passes]
+
+TOOL is memcheck, synccheck or racecheck; docs/testing.md says what racecheck cannot know.
 """
 
 import itertools

@@ -58,6 +58,7 @@ def instructions(code: str, pattern: str) -> list[str]:
     return re.findall(rf"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?({pattern}\S*)", code, re.MULTILINE)
 
 
+@pytest.mark.performance
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_uses_hoppers_own_instructions(sass, name):
     code = of_kernel(sass, name)
@@ -70,6 +71,7 @@ def test_kernel_uses_hoppers_own_instructions(sass, name):
     assert instructions(code, "MUFU.EX2"), "exponentials in base 2"
 
 
+@pytest.mark.performance
 @pytest.mark.parametrize("name", BACKWARD_KERNELS)
 def test_backward_kernel_uses_hoppers_own_instructions(sass, name):
     code = of_kernel(sass, name, "backward_kernel")
@@ -92,6 +94,7 @@ def loops_of_products(code: str) -> list[str]:
     return bodies
 
 
+@pytest.mark.performance
 @pytest.mark.parametrize("name", BACKWARD_KERNELS)
 def test_backward_kernel_keeps_its_products_in_registers(sass, name):
     """Outside of the steps a kernel may use local memory: no product waits there."""
@@ -101,6 +104,7 @@ def test_backward_kernel_keeps_its_products_in_registers(sass, name):
         assert instructions(body, "(?:STL|LDL)") == [], "registers spilled to local memory"
 
 
+@pytest.mark.performance
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_keeps_everything_in_registers(sass, name):
     code = of_kernel(sass, name)
@@ -115,6 +119,7 @@ def test_every_kernel_is_a_row(sass):
         assert len([f for f in sass if kernel in f]) == len(BACKWARD_KERNELS)
 
 
+@pytest.mark.performance
 def test_fp8_kernels_multiply_bytes_and_keep_everything_in_registers(sass):
     for function, code in sass.items():
         if "Fp8ForwardMainloop" not in function:

@@ -3,7 +3,8 @@
 The algorithm, masks and results are those of the GPU kernels (forward: FlashAttention-3, arXiv
 2407.08608, section 2.3 and algorithm 1; backward: FlashAttention-2, arXiv 2307.08691, algorithm 2).
 Products and sums are in fp32, for fp64 inputs in fp64. Nothing of the size of all scores is ever
-stored: a block of queries walks over the blocks of keys that it sees.
+stored: a block of queries walks over the blocks of keys that it sees. What a row does not see has
+no part in its result, even if it is not finite.
 
 Inside, tensors are (batch, key heads, rows, head_dim), where the rows of a query block are its
 queries once for each query head of the key head; so GQA needs no copies of K and V.
@@ -28,16 +29,18 @@ class _Blocks:
         self.seqlen_q, self.heads = q.shape[1], q.shape[2]
         self.seqlen_k, self.key_heads = k.shape[1], k.shape[2]
         self.group = self.heads // self.key_heads
-        self.softmax_scale = softmax_scale
         self.causal = causal
         self.dtype = accumulator_dtype(q.dtype)
+        # As a number of that dtype it is neither 0 nor infinite.
+        limits = torch.finfo(self.dtype)
+        self.softmax_scale = min(max(softmax_scale, limits.tiny * limits.eps), limits.max)
 
     def queries(self) -> Iterator[slice]:
         for start in range(0, self.seqlen_q, QUERY_BLOCK):
             yield slice(start, min(start + QUERY_BLOCK, self.seqlen_q))
 
     def keys(self, queries: slice) -> Iterator[tuple[slice, Tensor | None]]:
-        """The key blocks that some query sees, and where a query does not see a key of a block."""
+        """The key blocks that some query sees, and where a row does not see a key of a block."""
         last_seen_by_first = queries.start + self.seqlen_k - self.seqlen_q  # bottom-right aligned
         end = self.seqlen_k
         if self.causal:
@@ -47,7 +50,7 @@ class _Blocks:
             hidden = None
             if self.causal and stop - 1 > last_seen_by_first:
                 seen = torch.arange(queries.stop - queries.start) + last_seen_by_first
-                hidden = torch.arange(start, stop) > seen[:, None]
+                hidden = (torch.arange(start, stop) > seen[:, None]).repeat(self.group, 1)
             yield slice(start, stop), hidden
 
     def rows(self, x: Tensor, queries: slice) -> Tensor:
@@ -73,13 +76,18 @@ class _Blocks:
         return x.to(self.dtype).transpose(1, 2)
 
     def scores(self, q_rows: Tensor, k_block: Tensor, hidden: Tensor | None) -> Tensor:
-        """softmax_scale Q K^T of a block, -inf where a query does not see a key."""
-        scores = (q_rows @ k_block.mT).mul_(self.softmax_scale)
-        if hidden is not None:
-            batch, key_heads, _, count = scores.shape
-            by_head = scores.view(batch, key_heads, self.group, -1, count)
-            by_head.masked_fill_(hidden, -math.inf)
-        return scores
+        """Q K^T of a block, -inf where a query does not see a key."""
+        scores = q_rows @ k_block.mT
+        return scores if hidden is None else scores.masked_fill_(hidden, -math.inf)
+
+
+def _product(weights: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
+    """weights @ values. Where hidden, the weight is 0, and the value adds nothing even if NaN."""
+    if hidden is None or values.isfinite().all():
+        return weights @ values
+    wild = ~values.isfinite()
+    seen = (~hidden).to(values.dtype) @ wild.to(values.dtype) > 0
+    return (weights @ values.masked_fill(wild, 0.0)).masked_fill_(seen, math.nan)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -119,14 +127,17 @@ def attention_forward(
             new_maximum = torch.maximum(maximum, scores.amax(-1, keepdim=True))
             # -inf - -inf would be NaN: a row that has seen no key yet measures from 0.
             origin = new_maximum.masked_fill(new_maximum == -math.inf, 0.0)
-            rescale = torch.exp(maximum - origin)
-            probabilities = scores.sub_(origin).exp_()
+            # Scaled are differences: scores may be beyond a float when they are scaled.
+            rescale = (maximum - origin).mul_(blocks.softmax_scale).exp_()
+            probabilities = scores.sub_(origin).mul_(blocks.softmax_scale).exp_()
             total = total * rescale + probabilities.sum(-1, keepdim=True)
-            accumulator = accumulator * rescale + probabilities @ all_v[:, :, keys]
+            part = _product(probabilities, all_v[:, :, keys], hidden)
+            accumulator = accumulator * rescale + part
             maximum = new_maximum
         accumulator /= total.masked_fill(total == 0, 1.0)
         out[:, queries] = blocks.from_rows(accumulator)
-        lse[:, :, queries] = (maximum + total.log()).view(q.shape[0], blocks.heads, -1)
+        row_lse = maximum * blocks.softmax_scale + total.log()
+        lse[:, :, queries] = row_lse.view(q.shape[0], blocks.heads, -1)
     return out, lse
 
 
@@ -159,13 +170,20 @@ def attention_backward(
         grad_q_rows = torch.zeros_like(q_rows)
         for keys, hidden in blocks.keys(queries):
             k_block, v_block = all_k[:, :, keys], all_v[:, :, keys]
-            probabilities = blocks.scores(q_rows, k_block, hidden).sub_(lse_rows).exp_()
-            grad_v[:, :, keys] += probabilities.mT @ grad_rows
+            scores = blocks.scores(q_rows, k_block, hidden).mul_(blocks.softmax_scale)
+            # No P is above 1, though the difference of large numbers may be above 0.
+            probabilities = scores.sub_(lse_rows).clamp_(max=0.0).exp_()
             grad_scores = (grad_rows @ v_block.mT).sub_(delta).mul_(probabilities)
-            grad_scores.mul_(softmax_scale)
-            grad_q_rows += grad_scores @ k_block
-            grad_k[:, :, keys] += grad_scores.mT @ q_rows
-        grad_q[:, queries] = blocks.from_rows(grad_q_rows)
+            unseen_by_keys = None
+            if hidden is not None:
+                probabilities.masked_fill_(hidden, 0.0)
+                grad_scores.masked_fill_(hidden, 0.0)
+                unseen_by_keys = hidden.mT
+            grad_v[:, :, keys] += _product(probabilities.mT, grad_rows, unseen_by_keys)
+            grad_k[:, :, keys] += _product(grad_scores.mT, q_rows, unseen_by_keys)
+            grad_q_rows += _product(grad_scores, k_block, hidden)
+        grad_q[:, queries] = blocks.from_rows(grad_q_rows.mul_(blocks.softmax_scale))
+    grad_k *= blocks.softmax_scale
     dense = torch.contiguous_format
     return (
         grad_q,

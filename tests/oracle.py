@@ -1,0 +1,207 @@
+"""Attention in fp64, and how far from it each row of a result may be.
+
+A largest error says little of one row: a key lost at 4k keys hides behind the rounding of the row
+that sees a single one. Here every row has a bound of its own, from what an implementation in
+the dtype has to round:
+
+- P once and dS = P (dP - delta) at most twice, element by element, to the dtype: errors that are
+  independent, so that their squares add up: of sum_j p_j v_j it is u^2 sum_j p_j^2 |v_j|^2, u the
+  unit roundoff;
+- the result once: u^2 |row|^2;
+- delta = rowsum(dO * O) from an O that carries both of these;
+- scores, P and sums of products in fp32: a bound without chance, much smaller.
+
+`spread` turns the root of such a sum into a bound.
+"""
+
+import math
+
+import torch
+
+# What products, their sums and exponentials may be off by, relative to the sum of magnitudes: they
+# are in fp32 for dtypes up to fp32
+NOISE = {torch.float64: 2.0**-46}
+FP32_NOISE = 2.0**-21
+# An absolute error: fp16's P is subnormal below 2^-14; exponentials flush fp32's subnormals to 0
+UNDERFLOW = {torch.float16: 2.0**-25}
+FP32_UNDERFLOW = 2.0**-126
+
+
+def finite(x):
+    return x.masked_fill(~x.isfinite(), 0.0)
+
+
+def lengths(x):
+    """Norms of the rows. What is not finite counts nothing: its weight is 0, or the result is not
+    finite, and then `assert_rows` asks for no more."""
+    return finite(x).norm(dim=-1)
+
+
+def total(weights, x, seen):
+    """weights @ x, to which x[j] adds nothing in rows that do not see j, even where it is NaN."""
+    wild = (~x.isfinite()).to(weights.dtype)
+    if not wild.any():
+        return weights @ x
+    return (weights @ finite(x)).masked_fill(seen.to(weights.dtype) @ wild > 0, math.nan)
+
+
+def spread(x, least):
+    """By which factor a row's error may exceed u times the root of its sum of squares, x being the
+    rows (batch, heads, rows, channels) that the sum is of: (batch, heads, 1).
+
+    An error's deviation is 0.42 u. Its length's square has the mean of a chi-squared variable with
+    as many degrees of freedom as x has independent channels, and is taken 6 deviations of a normal
+    variable into the tail where that is one (all channels alike). Few rows, nearly
+    orthogonal, can all have an error close to u: hence `least`.
+    """
+    if x.numel() == 0:
+        return x.new_full((1, 1, 1), least)
+    x = finite(x)
+    x = x / x.abs().amax().clamp(min=1e-300)
+    gram = x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT  # of the same squares and trace
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    alike = gram.square().sum((-2, -1)) / trace.square().clamp(min=1e-300)
+    return (0.42 * (1 + 26 * (2 * alike).sqrt()).sqrt()).clamp(min=least)[..., None]
+
+
+class Attention:
+    """The result for q, k and v (batch, seqlen, heads, head_dim), and what its rows may be off by.
+
+    q may hold only some rows of a longer tensor: those from first_query on, of seqlen_q.
+    """
+
+    def __init__(self, q, k, v, softmax_scale, causal, first_query=0, seqlen_q=None):
+        self.dtype, self.scale = q.dtype, softmax_scale
+        self.key_heads = k.shape[2]
+        self.group = q.shape[2] // k.shape[2] if k.shape[2] else 1
+        self.noise = NOISE.get(q.dtype, FP32_NOISE)
+        self.u = torch.finfo(q.dtype).eps / 2
+        self.underflow = UNDERFLOW.get(q.dtype, FP32_UNDERFLOW)
+        self.q = q.double().transpose(1, 2)
+        self.k, self.v = (
+            t.double().transpose(1, 2).repeat_interleave(self.group, dim=1) for t in (k, v)
+        )
+        scores = (self.q @ self.k.mT) * softmax_scale
+        rows, keys = scores.shape[-2:]
+        seqlen_q = rows if seqlen_q is None else seqlen_q
+        query = torch.arange(first_query, first_query + rows, device=q.device)[:, None]
+        key = torch.arange(keys, device=q.device)
+        self.seen = key <= query + keys - seqlen_q if causal else (key >= 0).expand(rows, keys)
+        scores.masked_fill_(~self.seen, -math.inf)
+        self.lse = torch.logsumexp(scores, -1)
+        # Rows that see nothing, or nothing but scores of -inf: their output is 0
+        self.unseen = self.lse == -math.inf
+        # A score of +inf leaves nothing of its row
+        origin = self.lse.masked_fill(self.unseen, 0.0).masked_fill(self.lse == math.inf, math.nan)
+        self.p = scores.sub_(origin[..., None]).exp_().masked_fill_(~self.seen, 0.0)
+        self.out_rows = total(self.p, self.v, self.seen)
+
+    @property
+    def out(self):
+        return self.out_rows.transpose(1, 2)
+
+    def score_noise(self):
+        """What a score may be off by, by query."""
+        longest = lengths(self.k).amax(-1, keepdim=True) if self.k.shape[2] else 0.0
+        return self.noise * (1 + self.scale * lengths(self.q) * longest)
+
+    def _allowed(self, of, squares, noise, exact, terms, scale=1.0, least=1.25):
+        """of: what is summed; squares: of the errors by chance; noise: the others' sum; scale: what
+        the sum is multiplied by at last."""
+        length = lengths(exact)
+        squares = scale**2 * squares + (self.u * length).square()
+        steps = (1 + terms / 16) * self.noise / 8  # the sum is rounded after each product of 16
+        subnormal = torch.finfo(self.dtype).smallest_normal * self.u * 2 * exact.shape[-1] ** 0.5
+        subnormal += scale * terms * 2.0**-149
+        return spread(of, least) * squares.sqrt() + scale * noise + steps * length + subnormal
+
+    def out_allowed(self):
+        """(batch, seqlen, heads)."""
+        v = lengths(self.v)[..., None]
+        squares = ((self.u * self.p).square() + self.underflow**2 * (self.p > 0)) @ v.square()
+        noise = self.score_noise() * (self.p @ v)[..., 0]
+        allowed = self._allowed(
+            self.v, squares[..., 0], noise, self.out_rows, self.v.shape[2], least=1.0
+        )
+        return allowed.transpose(1, 2)
+
+    def lse_allowed(self):
+        """(batch, heads, seqlen): an average key of 4096 is 2.4e-4 of it."""
+        length = self.lse.abs().masked_fill(self.unseen, 0.0)
+        return (40 + 2 * length) * self.noise + self.score_noise()
+
+    def gradients(self, grad_out, grad_lse=None, out=None):
+        """Of q, k and v: the right ones, and what each of their rows may be off by. With `out` they
+        are those of an output that is not this one."""
+        p, q, k, v, u = self.p, self.q, self.k, self.v, self.u
+        do = grad_out.double().transpose(1, 2)
+        dp = (do @ v.mT).masked_fill_(~self.seen, 0.0)
+        delta = do * (self.out_rows if out is None else out.double().transpose(1, 2))
+        delta = delta.sum(-1, keepdim=True)
+        # Of delta's error, one number for a row: twice, as nothing of it averages out
+        delta_squares = (do * self.out_rows).square().sum(-1, keepdim=True)
+        delta_squares = delta_squares + (p * dp).square().sum(-1, keepdim=True)
+        delta_squares = 4 * u**2 * finite(delta_squares)
+        if grad_lse is not None:
+            delta = delta - grad_lse.double()[..., None]
+        slope = dp.sub_(delta)
+        ds = (slope * p).masked_fill_(~self.seen, 0.0)
+        # Of P, before it is multiplied, and of dS
+        ds_squares = 2 * (u * ds).square()
+        ds_squares += torch.where(p > 0, self.underflow**2 * (1 + slope.square()), 0.0)
+        p_squares = (u * p).square() + self.underflow**2 * (p > 0)
+        q2, k2, do2 = (lengths(t)[..., None] for t in (q, k, do))
+        score_noise = self.score_noise()[..., None]
+        p_noise = p * score_noise
+        reach = lengths(v)[..., None, :] + lengths(self.out_rows)[..., None]
+        ds_noise = ds.abs() * score_noise + self.noise * p * do2 * reach
+        queries, keys = p.shape[-2:]
+
+        dq = total(ds, k, self.seen) * self.scale
+        dk = total(ds.mT, q, self.seen.mT) * self.scale
+        dv = total(p.mT, do, self.seen.mT)
+        dk, dv, *of_keys = (
+            t.unflatten(1, (self.key_heads, self.group)).sum(2)
+            for t in (
+                dk,
+                dv,
+                ds_squares.mT @ q2.square() + p.square().mT @ (delta_squares * q2.square()),
+                p_squares.mT @ do2.square(),
+                ds_noise.mT @ q2,
+                p_noise.mT @ do2,
+            )
+        )
+        dk_squares, dv_squares, dk_noise, dv_noise = (t[..., 0] for t in of_keys)
+        dq_squares = (
+            ds_squares @ k2.square() + delta_squares * lengths(p @ finite(k))[..., None] ** 2
+        )[..., 0]
+        dq_noise = (ds_noise @ k2)[..., 0]
+        q, do = (t.unflatten(1, (self.key_heads, self.group)).flatten(2, 3) for t in (q, do))
+        terms = queries * self.group
+        allowed = (
+            self._allowed(k, dq_squares, dq_noise, dq, keys, self.scale),
+            self._allowed(q, dk_squares, dk_noise, dk, terms, self.scale),
+            self._allowed(do, dv_squares, dv_noise, dv, terms),
+        )
+        return tuple(
+            (exact.transpose(1, 2), bound.transpose(1, 2))
+            for exact, bound in zip((dq, dk, dv), allowed, strict=True)
+        )
+
+
+def assert_rows(name, result, exact, allowed):
+    """|result - exact| is at most `allowed` in every row; where the definition gives no finite
+    number the result has none either."""
+    assert result.shape == exact.shape, f"{name} has shape {tuple(result.shape)}"
+    undefined = ~exact.isfinite()
+    assert not result[undefined].isfinite().any(), f"{name}: finite where the definition is not"
+    error = (result.double() - exact).masked_fill(undefined, 0.0).norm(dim=-1)
+    allowed = allowed.masked_fill(undefined.any(-1) & allowed.isnan(), math.inf)
+    wrong = ~(error <= allowed)  # NaN is wrong
+    if wrong.any():
+        ratio = (error / allowed).nan_to_num(math.inf, math.inf)
+        place = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} rows are wrong, most of all row "
+            f"{place}: off by {error[place]:.3g}, allowed {allowed[place]:.3g}"
+        )
