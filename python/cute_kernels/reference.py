@@ -74,7 +74,10 @@ class _Blocks:
 
     def scores(self, q_rows: Tensor, k_block: Tensor, hidden: Tensor | None) -> Tensor:
         """softmax_scale Q K^T of a block, -inf where a query does not see a key."""
-        scores = (q_rows @ k_block.mT).mul_(self.softmax_scale)
+        return self.hide((q_rows @ k_block.mT).mul_(self.softmax_scale), hidden)
+
+    def hide(self, scores: Tensor, hidden: Tensor | None) -> Tensor:
+        """-inf in place where a query does not see a key."""
         if hidden is not None:
             batch, key_heads, _, count = scores.shape
             by_head = scores.view(batch, key_heads, self.group, -1, count)
