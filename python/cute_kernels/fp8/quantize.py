@@ -1,22 +1,32 @@
 """Quantisation: one scale for each block of rows of a head, or for each channel. The kernels of
-cute_kernels/fp8 do it in the same bits."""
+cute_kernels/fp8 do it in the same bits. Nothing is copied to a GPU or back: a CUDA graph may
+capture it."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
+from cute_kernels.fp8.checks import (
+    E4M3,
+    check_input,
+    check_quantisation,
+    check_tensor,
+    refuse_derivatives,
+)
 from cute_kernels.fp8.kernels import quantize_cuda
-from cute_kernels.fp8.rotation import U64, norm_of, rotate_unscaled
-from cute_kernels.fp8.tensor import ROW_BLOCK, FP8Tensor, check_head_dim
+from cute_kernels.fp8.rotation import norm_of, rotate_unscaled
+from cute_kernels.fp8.tensor import ROW_BLOCK, FP8Tensor
 
 SATURATION = 2.0**48  # the scores of saturated inputs are still finite in fp32
 SMALLEST_MAXIMUM = 2.0**-60  # so that scales, their inverses and their products are finite
-SAMPLES = 256  # rows, evenly spaced, whose mean or maximum stands for that of all
-HEADROOM = 64.0  # of e4m3's range over the largest element of the samples
+SAMPLES = 256  # rows, evenly spaced, that stand for all
+GROUPS = 32  # of samples: the threads of a kernel that share a channel
+HEADROOM = 256.0  # of e4m3's range over the size of usual elements
 
-_INPUTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+_LARGEST = {E4M3: 448.0, torch.int8: 127.0}
 
 
 def quantize_fp8(
@@ -36,37 +46,35 @@ def quantize_fp8(
         incoherent: multiply every row by M first; the same seed for q and k.
         seed: of M's signs, 0 <= seed < 2**64.
         block: rows that share a scale, or None for one scale for each channel; that of e4m3 leaves
-            room for elements 64 times larger than those of SAMPLES rows.
+            room for elements 256 times larger than what is usual in SAMPLES rows.
         dtype: float8_e4m3fn, or int8 for q and k: as fast in the tensor cores, and after incoherent
             processing, which leaves no outliers, about three times more precise.
-        smooth: for k, subtract a row first: the mean of SAMPLES of its rows. Softmax does not
-            see it, and the constant part of large channels is gone before it is spread.
+        smooth: for k, subtract a row first: what most of SAMPLES of its rows have in common.
+            Softmax does not see it, and the constant part of large channels is gone before it is
+            spread.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
+        NotImplementedError: a derivative is asked for.
     """
-    if x.dim() != 4:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, must have 4 dimensions: "
-            "(batch, seqlen, heads, head_dim)"
-        )
-    if x.dtype not in _INPUTS:
-        names = ", ".join(str(d).removeprefix("torch.") for d in _INPUTS)
-        raise TypeError(f"x has dtype {x.dtype}, must be one of {names}")
-    if dtype not in _LARGEST:
-        raise TypeError(f"dtype is {dtype}, must be torch.float8_e4m3fn or torch.int8")
-    check_head_dim("x", x.shape[3])
-    if block is not None and block < 1:
-        raise ValueError(f"block is {block}, must be at least 1, or None")
-    if not 0 <= seed <= U64:
-        raise ValueError(f"seed is {seed}, must be at least 0 and below 2**64")
+    check_tensor("x", x)
+    check_input("x", x)
+    check_quantisation(block, seed, dtype)
+    refuse_derivatives("quantize_fp8", x)
     fused = quantize_cuda(x, incoherent, seed, block, dtype, smooth)
     if fused is not None:
         return fused
+    return quantize_by_operations(x, incoherent, seed, block, dtype, smooth)
+
+
+def quantize_by_operations(
+    x: Tensor, incoherent: bool, seed: int, block: int | None, dtype: torch.dtype, smooth: bool
+) -> FP8Tensor:
+    """quantize_fp8 in PyTorch's operations, of checked arguments, on any device."""
     rows = x.float().clamp(-SATURATION, SATURATION)
     shift = None
     if smooth:
-        shift = _sampled_mean(rows)
+        shift = _sampled_center(rows)
         rows = rows - shift.unsqueeze(1)
     norm = 1.0
     if incoherent:  # the norm is left to the scales
@@ -96,28 +104,56 @@ def _round(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _samples(x: Tensor, dim: int) -> Tensor:
-    """Some of x's rows. NaN and saturated elements count as 0, so that one of them does not cost
-    all rows their precision."""
+    """Some of x's rows, dealt to GROUPS groups in turn: dim becomes (rounds, groups), filled up
+    with zeros. NaN and saturated elements count as 0, so that one of them does not cost all rows
+    their precision."""
     step = max(1, x.shape[dim] // SAMPLES)
     samples = x.index_select(dim, torch.arange(0, x.shape[dim], step, device=x.device))
-    return torch.where(samples.abs() < SATURATION, samples, 0.0)
+    samples = samples.masked_fill(~(samples.abs() < SATURATION), 0.0)
+    rounds = (samples.shape[dim] + GROUPS - 1) // GROUPS
+    padding = (0, 0) * (x.dim() - 1 - dim) + (0, rounds * GROUPS - samples.shape[dim])
+    padded = torch.nn.functional.pad(samples, padding)
+    return padded.reshape(*x.shape[:dim], rounds, GROUPS, *x.shape[dim + 1 :])
 
 
-def _sampled_mean(x: Tensor) -> Tensor:
-    """(batch, heads, head_dim)."""
+def _median_of_means(samples: Tensor, counts: Tensor, dim: int) -> Tensor:
+    """Over the groups that count something, 0 without any; dim is the samples' rounds. As near to
+    all rows as their mean where they are alike, and not moved by outliers."""
+    total = samples.new_zeros(counts.shape)
+    for part in samples.unbind(dim):  # in this order: the same bits on all devices
+        total = total + part
+    counts_something = counts > 0
+    means = (total / counts.clamp_min(1.0)).masked_fill(~counts_something, math.inf)
+    means = means.sort(dim).values
+    groups = counts_something.sum(dim, keepdim=True)
+    low = means.gather(dim, (groups - 1).clamp_min(0) // 2)
+    high = means.gather(dim, groups // 2)
+    return ((low + high) * 0.5).masked_fill(groups == 0, 0.0)
+
+
+def _sampled_center(x: Tensor) -> Tensor:
+    """What most of a head's rows have in common, (batch, heads, head_dim). Outliers do not move it,
+    which would cost all other rows their precision."""
     samples = _samples(x, 1)
-    return samples.sum(1) / max(1, samples.shape[1])
+    group = torch.arange(GROUPS, device=x.device).view(1, -1, 1, 1)
+    count = len(range(0, x.shape[1], max(1, x.shape[1] // SAMPLES)))
+    counts = ((count - group + GROUPS - 1) // GROUPS).float()
+    counts = counts.expand(samples.shape[0], *samples.shape[2:])
+    return _median_of_means(samples, counts, 1).squeeze(1)
 
 
 def _channel_maximum(by_head: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is to be the largest number of each channel, (batch, heads, 1, head_dim). For e4m3 that
-    of samples, with HEADROOM: a float is only coarser below 1/450 of that, and a kernel need not
-    read all elements before it scales the first. In heads where an element is too large all the
-    same, and in int8, that of all elements."""
+    """What is to be the largest number of each channel, (batch, heads, 1, head_dim). For e4m3
+    HEADROOM times the size of usual elements, or the largest of the samples: a float is only
+    coarser below 1/110 of that size, and a kernel need not read all elements before it scales the
+    first. In heads where an element is too large all the same, and in int8, the largest of all."""
     exact = _maximum(by_head, (2,), dtype)
     if dtype == torch.int8 or by_head.numel() == 0:
         return exact
-    roomy = _samples(by_head, 2).abs().amax(2, keepdim=True) * HEADROOM
+    sizes = _samples(by_head, 2).abs()
+    sizes = sizes.masked_fill(sizes < SMALLEST_MAXIMUM, 0.0)
+    roomy = _median_of_means(sizes, (sizes > 0).sum(2).float(), 2) * HEADROOM
+    roomy = torch.maximum(roomy, sizes.amax((2, 3)).unsqueeze(2))
     roomy = roomy.clamp(SMALLEST_MAXIMUM, SATURATION)
     largest = _LARGEST[dtype]
     factor, _ = _factor_and_scale(roomy, 1.0, dtype)
