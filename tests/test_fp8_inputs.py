@@ -70,7 +70,7 @@ def test_tiny_descales(device, descale):
 @pytest.mark.parametrize("which", ["k", "v"])
 @pytest.mark.parametrize("size", [300, 3000, 30000])
 @pytest.mark.parametrize(
-    "keys", [[401], [448], [1023], [449, 500, 900], list(range(448, 1024, 37))], ids=str
+    "keys", [[401], [448], [1023], [449, 500, 900], list(range(400, 1024, 9))], ids=str
 )
 def test_outliers_do_not_reach_rows_before_them(device, keys, size, which, channels, to):
     """Sampled or not: every fourth key of 1024 is."""
@@ -88,7 +88,7 @@ def test_what_most_keys_have_in_common(device):
     """A channel's constant is taken away to the deviation of a few rows' mean, outliers or not."""
     k = random_qkv(device, torch.bfloat16, 1, 1, 1000, 2, head_dim=128)[1]
     k[..., 5] += 20
-    for keys in ([], [3], range(0, 60, 6)):
+    for keys in ([], [3], range(0, 1000, 12)):
         k[0, list(keys), 0] = 3e4
         shift = quantize_fp8(k, smooth=True).shift
         wanted = torch.zeros_like(shift)

@@ -50,10 +50,8 @@ class Chain {
   cudaError_t status_ = cudaSuccess;
 };
 
-template <class In, Statistic kStatistic>
-void sample(SampleProblem const& p, Chain& chain) {
-  dim3 const grid(p.heads, (p.head_dim + kSampleChannels - 1) / kSampleChannels, p.batch);
-  chain.launch<sample_kernel<In, kStatistic>>(grid, kSampleThreads, p);
+dim3 sample_grid(SampleProblem const& p) {
+  return dim3(p.heads, (p.head_dim + kSampleChannels - 1) / kSampleChannels, p.batch);
 }
 
 template <class Kernel>
@@ -104,12 +102,14 @@ cudaError_t launch_quantize(QuantizeProblem const& p, cudaStream_t stream) {
   // Few CTAs are hidden by what comes next: samples by V's first loads, V's second pass by Q.
   if (p.key_center) {
     with_element(p.key_center->type, [&](auto element) {
-      sample<decltype(element), Statistic::kCenter>(*p.key_center, chain);
+      chain.launch<center_kernel<decltype(element)>>(sample_grid(*p.key_center), kSampleThreads,
+                                                     *p.key_center);
     });
   }
   if (p.value_maximum) {
     with_element(p.value_maximum->type, [&](auto element) {
-      sample<decltype(element), Statistic::kRange>(*p.value_maximum, chain);
+      chain.launch<range_kernel<decltype(element)>>(sample_grid(*p.value_maximum), kSampleThreads,
+                                                    *p.value_maximum);
     });
   }
   if (p.v && p.v->type == InputType::kE4m3) {

@@ -3,17 +3,60 @@
 #include "cute_kernels/fp8/problem.hpp"
 #include "cute_kernels/fp8/quantize.hpp"
 
+// What some rows of a head tell of all, in the bits of python/cute_kernels/fp8. Outliers among them
+// do not move it, which would cost all other rows their precision.
 namespace cute_kernels::fp8 {
 
 inline constexpr int kSampleThreads = 256;
 inline constexpr int kSampleChannels = 64;
 inline constexpr int kSamples = 256;
-// Of e4m3's range over the size of usual elements: a float is only coarser below 1/110 of that.
-inline constexpr float kHeadroom = 256.f;
+// Of e4m3's range over the size of usual elements: a float is only coarser below 1/56 of that.
+inline constexpr float kHeadroom = 512.f;
 
-/// What samples tell: kCenter, what most rows have in common; kRange, what elements are to be
-/// scaled for, kHeadroom times the size of usual ones or the largest of the samples.
-enum class Statistic { kCenter, kRange };
+/// The samples of kSampleChannels channels of a head, a CTA's, dealt to the 32 groups in turn. A
+/// thread reads 8 channels of a group.
+template <class In>
+struct Samples {
+  static constexpr int kGroups = 32;
+  static constexpr int kChunks = kSampleChannels / 8;
+  static_assert(kGroups * kChunks == kSampleThreads);
+
+  int const batch;
+  int const first_channel;
+  int const channels;
+  int const step;
+  int const samples;
+  int64_t const pair;
+  int const chunk = threadIdx.x % kChunks;
+  int const group = threadIdx.x / kChunks;
+  int const count;  // of the group
+  In const* const in;
+
+  CUTLASS_DEVICE explicit Samples(SampleProblem const& p)
+      : batch(p.first_batch + blockIdx.z),
+        first_channel(blockIdx.y * kSampleChannels),
+        channels(min(kSampleChannels, p.head_dim - first_channel)),
+        step(max(1, p.seqlen / kSamples)),
+        samples((p.seqlen - 1) / step + 1),
+        pair(static_cast<int64_t>(batch) * p.heads + blockIdx.x),
+        count(chunk * 8 < channels ? (samples - group + kGroups - 1) / kGroups : 0),
+        in(static_cast<In const*>(p.in.data) + batch * p.in.batch_stride +
+           blockIdx.x * p.in.head_stride + first_channel + chunk * 8) {}
+
+  /// NaN and what is beyond kSaturation count as 0, so that one of them does not cost all rows
+  /// their precision.
+  CUTLASS_DEVICE void load(SampleProblem const& p, int turn, float (&x)[8]) const {
+    uint4 const raw = *reinterpret_cast<uint4 const*>(
+        in + static_cast<int64_t>(turn * kGroups + group) * step * p.in.seqlen_stride);
+    uint32_t const words[4] = {raw.x, raw.y, raw.z, raw.w};
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      float2 const pair_of_x = unpack<In>(words[i]);
+      x[2 * i] = fabsf(pair_of_x.x) < kSaturation ? pair_of_x.x : 0.f;
+      x[2 * i + 1] = fabsf(pair_of_x.y) < kSaturation ? pair_of_x.y : 0.f;
+    }
+  }
+};
 
 /// Sorts each of the numbers over the lanes of a warp.
 template <int kNumbers>
@@ -33,88 +76,101 @@ CUTLASS_DEVICE void sort_over_lanes(float (&x)[kNumbers]) {
   }
 }
 
-/// One CTA for kSampleChannels channels of a head. Samples are dealt to kLanes groups in turn; the
-/// median of the groups' means is as near to all rows as their mean where they are alike, and not
-/// moved by outliers, which would cost all other rows their precision. NaN and what is beyond
-/// kSaturation count as 0. The same bits as python/cute_kernels/fp8: sums are in a fixed order.
-template <class In, Statistic kStatistic>
+/// What most of a head's rows have in common: the median of the groups, each with the mean of the
+/// medians of its samples taken three at a time, the last one again where some lack. As near to all
+/// rows as their mean where they are alike.
+template <class In>
 __global__ void __launch_bounds__(kSampleThreads)
-    sample_kernel(CUTE_GRID_CONSTANT SampleProblem const p) {
-  constexpr bool kSizes = kStatistic == Statistic::kRange;  // magnitudes, of those that are not 0
-  constexpr int kChunks = kSampleChannels / 8;
-  constexpr int kLanes = kSampleThreads / kChunks;  // threads that share 8 channels
-  static_assert(kLanes == 32 && kSampleThreads / 32 == kChunks);
-  __shared__ float means[kLanes][kSampleChannels + 1];
-  __shared__ float largest[kSizes ? kLanes : 1][kSampleChannels + 1];
+    center_kernel(CUTE_GRID_CONSTANT SampleProblem const p) {
+  __shared__ float means[Samples<In>::kGroups][kSampleChannels + 1];
   cudaTriggerProgrammaticLaunchCompletion();
-  int const batch = p.first_batch + blockIdx.z;
-  int const first_channel = blockIdx.y * kSampleChannels;
-  int const channels = min(kSampleChannels, p.head_dim - first_channel);
-  {
-    int const chunk = threadIdx.x % kChunks;
-    int const lane = threadIdx.x / kChunks;
-    int const step = max(1, p.seqlen / kSamples);
-    int const samples = (p.seqlen + step - 1) / step;
-    In const* const in = static_cast<In const*>(p.in.data) + batch * p.in.batch_stride +
-                         blockIdx.x * p.in.head_stride + first_channel + chunk * 8;
-    float total[8] = {}, most[8] = {}, count[8] = {};
-    if (chunk * 8 < channels) {
-#pragma unroll 8
-      for (int sample = lane; sample < samples; sample += kLanes) {
-        uint4 const raw = *reinterpret_cast<uint4 const*>(in + static_cast<int64_t>(sample) * step *
-                                                                   p.in.seqlen_stride);
-        uint32_t const words[4] = {raw.x, raw.y, raw.z, raw.w};
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          float2 const pair = unpack<In>(words[i / 2]);
-          float const x = i % 2 == 0 ? pair.x : pair.y;
-          float const size = fabsf(x);
-          bool const counts = size < kSaturation && (!kSizes || size >= kSmallestMaximum);
-          total[i] += !counts ? 0.f : kSizes ? size : x;
-          if constexpr (kSizes) {
-            most[i] = fmaxf(most[i], counts ? size : 0.f);
-            count[i] += counts ? 1.f : 0.f;
-          } else {
-            count[i] += 1.f;
-          }
-        }
-      }
-    }
+  Samples<In> const s(p);
+  float total[8] = {};
+#pragma unroll 3
+  for (int first = 0; first < s.count; first += 3) {
+    float a[8], b[8], c[8];
+    s.load(p, first, a);
+    s.load(p, min(first + 1, s.count - 1), b);
+    s.load(p, min(first + 2, s.count - 1), c);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < 8; ++i) {
-      means[lane][chunk * 8 + i] = count[i] > 0.f ? __fdiv_rn(total[i], count[i]) : INFINITY;
-      if constexpr (kSizes) largest[lane][chunk * 8 + i] = most[i];
+      total[i] += fmaxf(fminf(a[i], b[i]), fminf(fmaxf(a[i], b[i]), c[i]));
     }
+  }
+  float const triples = static_cast<float>((s.count + 2) / 3);
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    means[s.group][s.chunk * 8 + i] = s.count > 0 ? __fdiv_rn(total[i], triples) : INFINITY;
   }
   __syncthreads();
   int const lane = threadIdx.x % 32;
-  int const chunk = threadIdx.x / 32;  // a warp has 8 channels, a lane one group
-  float mean[8];
-  int groups[8];  // that have a mean
+  int const chunk = threadIdx.x / 32;  // a warp has 8 channels, a lane a group
+  float sorted[8];
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < 8; ++i) sorted[i] = means[lane][chunk * 8 + i];
+  sort_over_lanes(sorted);
+  int const groups = min(s.samples, Samples<In>::kGroups);
+  float median = 0.f;  // of channel `lane`
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < 8; ++i) {
-    mean[i] = means[lane][chunk * 8 + i];
-    groups[i] = __popc(__ballot_sync(0xffffffff, mean[i] != INFINITY));
+    float const low = __shfl_sync(0xffffffff, sorted[i], (groups - 1) / 2);
+    float const high = __shfl_sync(0xffffffff, sorted[i], groups / 2);
+    if (lane == i) median = (low + high) * 0.5f;
   }
-  sort_over_lanes(mean);
-  float result = 0.f;
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    float const low = __shfl_sync(0xffffffff, mean[i], max(groups[i] - 1, 0) / 2);
-    float const high = __shfl_sync(0xffffffff, mean[i], groups[i] / 2);
-    float median = groups[i] > 0 ? (low + high) * 0.5f : 0.f;
-    if constexpr (kSizes) {
-      uint32_t const most =
-          __reduce_max_sync(0xffffffff, __float_as_uint(largest[lane][chunk * 8 + i]));
-      median = fmaxf(median * kHeadroom, __uint_as_float(most));
+  if (lane < 8 && chunk * 8 < s.channels) {
+    p.result[s.pair * p.head_dim + s.first_channel + chunk * 8 + lane] = median;
+  }
+  end_after_previous();
+}
+
+/// What elements are to be scaled for: kHeadroom times the usual size, or the largest sample. The
+/// usual size is a geometric mean, of numbers that are not 0: of floats' bits, whose mean is nearly
+/// one of logarithms, and exact in any order.
+template <class In>
+__global__ void __launch_bounds__(kSampleThreads)
+    range_kernel(CUTE_GRID_CONSTANT SampleProblem const p) {
+  __shared__ uint32_t logarithms[Samples<In>::kGroups][kSampleChannels + 1];
+  __shared__ uint32_t counts[Samples<In>::kGroups][kSampleChannels + 1];
+  __shared__ uint32_t largest[Samples<In>::kGroups][kSampleChannels + 1];
+  cudaTriggerProgrammaticLaunchCompletion();
+  Samples<In> const s(p);
+  uint32_t logarithm[8] = {}, count[8] = {}, most[8] = {};
+#pragma unroll 8
+  for (int turn = 0; turn < s.count; ++turn) {
+    float x[8];
+    s.load(p, turn, x);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      float const size = fabsf(x[i]);
+      bool const counts_too = size >= kSmallestMaximum;
+      uint32_t const bits = counts_too ? __float_as_uint(size) : 0;
+      logarithm[i] += bits >> 16;
+      count[i] += counts_too;
+      most[i] = max(most[i], bits);
     }
-    if (lane == i) result = median;
   }
-  int64_t const pair = static_cast<int64_t>(batch) * p.heads + blockIdx.x;
-  if (lane < 8 && chunk * 8 < channels) {
-    p.result[pair * p.head_dim + first_channel + chunk * 8 + lane] = result;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    logarithms[s.group][s.chunk * 8 + i] = logarithm[i];
+    counts[s.group][s.chunk * 8 + i] = count[i];
+    largest[s.group][s.chunk * 8 + i] = most[i];
   }
-  if (kSizes && threadIdx.x == 0) p.overflowed[pair] = 0;
+  __syncthreads();
+  int const lane = threadIdx.x % 32;
+  int const chunk = threadIdx.x / 32;  // a warp has 8 channels, a lane a group
+  float range = 0.f;                   // of channel `lane`
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    uint32_t const sum = __reduce_add_sync(0xffffffff, logarithms[lane][chunk * 8 + i]);
+    uint32_t const of_all = __reduce_add_sync(0xffffffff, counts[lane][chunk * 8 + i]);
+    uint32_t const highest = __reduce_max_sync(0xffffffff, largest[lane][chunk * 8 + i]);
+    float const usual = __uint_as_float(sum / max(of_all, 1u) << 16);
+    if (lane == i) range = fmaxf(usual * kHeadroom, __uint_as_float(highest));
+  }
+  if (lane < 8 && chunk * 8 < s.channels) {
+    p.result[s.pair * p.head_dim + s.first_channel + chunk * 8 + lane] = range;
+  }
+  if (threadIdx.x == 0) p.overflowed[s.pair] = 0;
   end_after_previous();
 }
 
