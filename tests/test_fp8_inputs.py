@@ -53,6 +53,17 @@ def test_tiny_scales(device, softmax_scale, to):
     assert (out - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("to", DTYPES)
+@pytest.mark.parametrize("softmax_scale", [1e10, 1e30, 3e38])
+def test_huge_scales(device, softmax_scale, to):
+    """Each query sees the key with its largest score; all of them are different keys."""
+    q = torch.eye(64, device=device, dtype=torch.bfloat16).view(1, 64, 1, 64)
+    v = random_qkv(device, torch.bfloat16, 1, 1, 64, 1)[2]
+    options = {"incoherent": False, "smooth_k": False, "qk_dtype": DTYPES[to]}
+    out = flash_attn_fp8_func(q, q, v, softmax_scale, **options)
+    assert (out - v).norm() < 0.04 * v.norm()
+
+
 @pytest.mark.parametrize("descale", [0.0, 1e-40, 1e-30])
 def test_tiny_descales(device, descale):
     q, k, v = (x.to(E4M3) for x in random_qkv(device, torch.float32, 1, 100, 100, 2))

@@ -255,8 +255,9 @@ def test_more_blocks_of_rows_than_a_grid_has(hopper, seqlen):
     wanted = quantize_fp8(x[:, tail].cpu(), incoherent=True, dtype=torch.int8)
     assert torch.equal(x8.data[:, tail].cpu(), wanted.data)
     assert torch.equal(x8.scale[..., 65535 - 64 :].cpu(), wanted.scale)
-    out = flash_attn_fp8_func(x[:, -200:], x, x, causal=True)
-    exact, _ = plain_attention(x[:, -200:], x, x, 0.125, True, torch.float32)
+    q = x[:, -200:] * 4  # each finds itself, so that no sum is of millions
+    out = flash_attn_fp8_func(q, x, x, causal=True)
+    exact, _ = plain_attention(q, x, x, 0.125, True, torch.float32)
     assert (out - exact).norm() < 0.1 * exact.norm()
     out = flash_attn_fp8_func(x, x[:, :100], x[:, :100])
     exact, _ = plain_attention(x[:, -200:], x[:, :100], x[:, :100], 0.125, False, torch.float32)

@@ -18,6 +18,7 @@ P_SHIFT, P_SLACK = 6.0, 2.0
 # fp8_softmax.hpp). Small P are wrong then: hence another range.
 LINEAR_P_SHIFT, LINEAR_P_SLACK = 7.0, 1.5
 LINEAR_BIAS = 7 - 0.0563
+LARGEST_SCALE = 2.0**64  # of scores: beyond it, the largest one has all the weight, too
 SMALLEST_FACTOR = 2.0**-100  # of scores to powers of two
 
 
@@ -33,7 +34,7 @@ def attention(
     lse = q.data.new_full((batch, heads, seqlen), -math.inf, dtype=torch.float32)
     if out.numel() == 0 or k.data.numel() == 0:
         return out, lse
-    to_log2 = softmax_scale * math.log2(math.e)
+    to_log2 = min(softmax_scale, LARGEST_SCALE) * math.log2(math.e)
     blocks = _Blocks(q.data, k.data, 1.0, causal)
     all_k, all_v = blocks.all_keys(k.data), blocks.all_keys(v.rows())
     q_scales = q.row_scales() * to_log2
