@@ -149,7 +149,7 @@ def refusals(device):
         (forward, changed(q=q8[:, :, :3]), ValueError, "q has 3 heads"),
         (whole, (q, k[:1], v, *tail), ValueError, "k has batch 1"),
         (whole, (q, k, v[:, 1:], *tail), ValueError, "v has seqlen"),
-        (whole, (q, k, v.to(E4M3)[:1], *tail), ValueError, "v has batch 1"),
+        (whole, (q, k, v.to(E4M3), *tail), TypeError, "v has dtype torch.float8_e4m3fn"),
     ]
 
 

@@ -275,6 +275,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_fp8(Tensor const& q_tensor, Tensor
   check_rows(q);
   check_rows(k);
   check_values(v);
+  check_16_bits(v);
   check_like(k, q);
   check_like(v, q);
   hopper(q.device);

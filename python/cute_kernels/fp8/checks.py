@@ -187,16 +187,16 @@ def check_rows(x: Tensor, *_: Any, name: str = "x") -> None:
     _check_layout(name, x)
 
 
-def check_values(v: Tensor) -> None:
+def check_values(v: Tensor, also: tuple[torch.dtype, ...] = (E4M3,)) -> None:
     inputs = _GPU_INPUTS if v.device.type == "cuda" else _INPUTS
-    check_input("v", v, (*inputs, E4M3))
+    check_input("v", v, (*inputs, *also))
     _check_layout("v", v)
 
 
 def check_whole(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, *_: Any) -> None:
     check_rows(q, name="q")
     check_rows(k, name="k")
-    check_values(v)
+    check_values(v, also=())
     for name, x in (("k", k), ("v", v)):
         check_device(name, x, q)
     _check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
