@@ -92,8 +92,8 @@ def test_channels_have_headroom_where_the_samples_foretell_them():
     x = torch.randn(1, 1000, 2, 64)
     x[0, 778, 1, 5] = 1e4  # between two samples
     v = quantize_fp8(x, block=None)
-    sampled, largest = x[:, ::3].abs().amax(1), x.abs().amax(1)
-    torch.testing.assert_close(v.scale[0, 0, 0], sampled[0, 0] * 64 / 448, rtol=1e-6, atol=0)
+    usual, largest = x[:, ::3].abs().log().mean(1).exp(), x.abs().amax(1)
+    torch.testing.assert_close(v.scale[0, 0, 0], usual[0, 0] * 512 / 448, rtol=0.1, atol=0)
     torch.testing.assert_close(v.scale[0, 1, 0], largest[0, 1] / 448, rtol=1e-6, atol=0)
     assert (v.dequantize()[0, 778, 1, 5] - 1e4).abs() < 1
     assert (quantize_fp8(x, block=None, dtype=torch.int8).data.abs().amax(1) == 127).all()

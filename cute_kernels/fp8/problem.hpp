@@ -45,6 +45,8 @@ struct Source {
   int heads;
   int head_dim;
   TensorView in;
+  int first_block = 0;  // of a launch, where one does not reach all
+  int first_batch = 0;
 };
 
 /// Q or K, in 16 bits and of head_dim 64, 128 or 256, to 8 bits.
@@ -57,8 +59,8 @@ struct QuantizeRowsProblem : Source {
   Signs signs;
 };
 
-/// What about 256 rows of every head, in 16 bits, tell: of K their mean, which is subtracted from
-/// all rows, of V the largest magnitudes.
+/// What about 256 rows of every head, in 16 bits, tell: of K what most have in common, which is
+/// subtracted from all rows, of V the range of elements.
 struct SampleProblem : Source {
   float* result;    // (batch, heads, head_dim), dense
   int* overflowed;  // of V: (batch, heads), cleared; else null
@@ -67,14 +69,14 @@ struct SampleProblem : Source {
 /// V, in 16 bits or e4m3, to e4m3, transposed.
 struct QuantizeValuesProblem : Source {
   void* out;        // (batch, heads, head_dim, seqlen padded to 16), keys in value_key_order
-  float* maximum;   // (batch, heads, head_dim), of a sample; what follows is null for e4m3
+  float* maximum;   // (batch, heads, head_dim), to be scaled for; what follows is null for e4m3
   int* overflowed;  // (batch, heads), scratch: whether an element was too large
   float* scale;     // (batch, heads, head_dim)
 };
 
 /// What one call quantises, of one GPU.
 struct QuantizeProblem {
-  std::optional<SampleProblem> key_mean;       // what k.shift is
+  std::optional<SampleProblem> key_center;     // what k.shift is
   std::optional<SampleProblem> value_maximum;  // what v.maximum is
   std::optional<QuantizeRowsProblem> q;
   std::optional<QuantizeRowsProblem> k;

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cute_kernels/fp8/quantize_launch.hpp"
 #include "cute_kernels/fp8/quantize_rows.hpp"
 #include "cute_kernels/fp8/quantize_values.hpp"
@@ -17,37 +19,45 @@ class Chain {
  public:
   explicit Chain(cudaStream_t stream) : stream_(stream) {}
 
+  /// `grid`: x counts heads, y blocks, z the batch; one launch after the other where a grid cannot
+  /// have as many of these.
   template <auto kKernel, class Problem>
-  void launch(dim3 grid, int threads, Problem const& problem) {
-    if (status_ != cudaSuccess) return;
-    sm90::Launch how{};
-    how.grid = grid;
-    how.threads = threads;
-    how.stream = stream_;
-    how.early = !is_first_;
-    is_first_ = false;
-    status_ = sm90::launch_kernel<kKernel>(how, problem);
+  void launch(dim3 grid, int threads, Problem problem) {
+    for (unsigned batch = 0; batch < grid.z; batch += kMost) {
+      for (unsigned block = 0; block < grid.y; block += kMost) {
+        if (status_ != cudaSuccess) return;
+        problem.first_block = static_cast<int>(block);
+        problem.first_batch = static_cast<int>(batch);
+        sm90::Launch how{};
+        how.grid = dim3(grid.x, std::min(grid.y - block, kMost), std::min(grid.z - batch, kMost));
+        how.threads = threads;
+        how.stream = stream_;
+        how.early = !is_first_;
+        is_first_ = false;
+        status_ = sm90::launch_kernel<kKernel>(how, problem);
+      }
+    }
   }
 
   void fail(cudaError_t status) { status_ = status; }
   cudaError_t status() const { return status_; }
 
  private:
+  static constexpr unsigned kMost = 65535;  // of y and z
+
   cudaStream_t stream_;
   bool is_first_ = true;
   cudaError_t status_ = cudaSuccess;
 };
 
-template <class In, Statistic kStatistic>
-void sample(SampleProblem const& p, Chain& chain) {
-  dim3 const grid(p.heads, p.batch, (p.head_dim + kSampleChannels - 1) / kSampleChannels);
-  chain.launch<sample_kernel<In, kStatistic>>(grid, kSampleThreads, p);
+dim3 sample_grid(SampleProblem const& p) {
+  return dim3(p.heads, (p.head_dim + kSampleChannels - 1) / kSampleChannels, p.batch);
 }
 
 template <class Kernel>
 void launch_rows(QuantizeRowsProblem const& p, Chain& chain) {
   // Heads first: CTAs that run together read what lies together.
-  dim3 const grid(p.heads, (p.seqlen + kBlockRows - 1) / kBlockRows, p.batch);
+  dim3 const grid(p.heads, blocks_of_rows(p.seqlen), p.batch);
   chain.launch<quantize_rows_kernel<Kernel>>(grid, Kernel::kThreads, p);
 }
 
@@ -72,7 +82,7 @@ void quantize_rows(QuantizeRowsProblem const& p, Chain& chain) {
 
 template <class In>
 void quantize_values(QuantizeValuesProblem const& p, Chain& chain) {
-  int const blocks = (p.seqlen + kValueKeys - 1) / kValueKeys;
+  int const blocks = (p.seqlen - 1) / kValueKeys + 1;
   chain.launch<quantize_values_kernel<In>>(values_grid(p, blocks), kValueThreads, p);
   if constexpr (!QuantizeValues<In>::kMove) {
     chain.launch<quantize_values_again_kernel<In>>(values_grid(p, 1), kValueThreads, p);
@@ -90,14 +100,16 @@ void with_element(InputType type, Launch const& launch) {
 cudaError_t launch_quantize(QuantizeProblem const& p, cudaStream_t stream) {
   Chain chain(stream);
   // Few CTAs are hidden by what comes next: samples by V's first loads, V's second pass by Q.
-  if (p.key_mean) {
-    with_element(p.key_mean->type, [&](auto element) {
-      sample<decltype(element), Statistic::kMean>(*p.key_mean, chain);
+  if (p.key_center) {
+    with_element(p.key_center->type, [&](auto element) {
+      chain.launch<center_kernel<decltype(element)>>(sample_grid(*p.key_center), kSampleThreads,
+                                                     *p.key_center);
     });
   }
   if (p.value_maximum) {
     with_element(p.value_maximum->type, [&](auto element) {
-      sample<decltype(element), Statistic::kMaximum>(*p.value_maximum, chain);
+      chain.launch<range_kernel<decltype(element)>>(sample_grid(*p.value_maximum), kSampleThreads,
+                                                    *p.value_maximum);
     });
   }
   if (p.v && p.v->type == InputType::kE4m3) {

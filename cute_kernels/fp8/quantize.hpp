@@ -8,6 +8,7 @@
 #include <cutlass/numeric_conversion.h>
 #include <cutlass/numeric_types.h>
 
+#include "cute_kernels/fp8/problem.hpp"
 #include "cute_kernels/sm90/math.hpp"
 
 // What the kernels that quantise have in common. Their arithmetic is that of
@@ -21,6 +22,9 @@ template <class Element>
 inline constexpr float kLargest = 448.f;
 template <>
 inline constexpr float kLargest<int8_t> = 127.f;
+
+/// Of kBlockRows rows, each with a scale.
+CUTLASS_HOST_DEVICE int blocks_of_rows(int seqlen) { return (seqlen - 1) / kBlockRows + 1; }
 
 /// Clamps to +-kSaturation; NaN stays NaN.
 CUTLASS_DEVICE float saturate(float x) {

@@ -47,8 +47,8 @@ struct QuantizeRows {
   QuantizeRowsProblem const& p;
   SharedStorage& shared;
   int const head = blockIdx.x;
-  int const block = blockIdx.y;
-  int const batch = blockIdx.z;
+  int const block = p.first_block + blockIdx.y;
+  int const batch = p.first_batch + blockIdx.z;
   int const lane = threadIdx.x % kLanes;
 
   CUTLASS_DEVICE int row(int i) const {
@@ -195,7 +195,7 @@ struct QuantizeRows {
     if (threadIdx.x == 0) {
       int64_t const pair = static_cast<int64_t>(batch) * p.heads + head;
       float const norm = p.incoherent ? kNorm : 1.f;
-      p.scale[pair * gridDim.y + block] =
+      p.scale[pair * blocks_of_rows(p.seqlen) + block] =
           lost ? NAN : __fdiv_rn(__fmul_rn(maximum, norm), kLargest<Out>);
     }
     store(x, lost ? NAN : __fdiv_rn(kLargest<Out>, maximum));

@@ -21,9 +21,8 @@ constexpr int values_slices(int head_dim) {
 /// V to e4m3, transposed: kValueKeys keys of a slice in turn.
 ///
 /// Scales are those of whole channels, which are not known before all of V was read. To read it
-/// once, they are made for kHeadroom times the largest element of a sample: e4m3 is a float, and is
-/// only coarser below 1/450 of that element. Where one is too large all the same, its head is
-/// quantised again (quantize_values_again_kernel).
+/// once, they are made for what a sample foretells, with headroom (sample.hpp). Where an element is
+/// too large all the same, its head is quantised again (quantize_values_again_kernel).
 ///
 /// In e4m3 V is only moved.
 template <class In_>
@@ -38,7 +37,6 @@ struct QuantizeValues {
   static constexpr int kPitch = kWords + 1;  // spreads a column of words over the banks
   static constexpr int kTurns = kWords * kChunks / kValueThreads;
   static constexpr int kWarps = kValueThreads / 32;
-  static constexpr float kHeadroom = 64.f;
   using Chunk = std::conditional_t<kMove, uint2, uint4>;
   using Raw = Chunk[kTurns][4];
 
@@ -101,7 +99,7 @@ struct QuantizeValues {
 
   CUTLASS_DEVICE void set_scales_of_sample(bool stores) const {
     if (int const i = threadIdx.x; i < channels) {
-      set_scale(i, kHeadroom * __ldcg(p.maximum + channel(i)), stores);
+      set_scale(i, __ldcg(p.maximum + channel(i)), stores);
     } else if (i < kChannels) {
       shared.factor[i] = 0.f;  // of no channel
     }
@@ -227,12 +225,13 @@ __global__ void __launch_bounds__(kValueThreads, 5)
   using Kernel = QuantizeValues<In>;
   __shared__ typename Kernel::SharedStorage shared;
   cudaTriggerProgrammaticLaunchCompletion();
-  Kernel const kernel(p, shared, blockIdx.x, blockIdx.z);
+  int const block = p.first_block + blockIdx.y;
+  Kernel const kernel(p, shared, blockIdx.x, p.first_batch + blockIdx.z);
   typename Kernel::Raw raw;
-  kernel.load(blockIdx.y, raw);  // all loads first
+  kernel.load(block, raw);  // all loads first
   cudaGridDependencySynchronize();
-  if constexpr (!Kernel::kMove) kernel.set_scales_of_sample(blockIdx.y == 0);
-  bool const overflowed = kernel.round_and_turn(blockIdx.y, raw);
+  if constexpr (!Kernel::kMove) kernel.set_scales_of_sample(block == 0);
+  bool const overflowed = kernel.round_and_turn(block, raw);
   if (!Kernel::kMove && overflowed && threadIdx.x == 0) p.overflowed[kernel.pair()] = 1;
 }
 
@@ -244,7 +243,7 @@ __global__ void __launch_bounds__(kValueThreads)
   using Kernel = QuantizeValues<In>;
   __shared__ typename Kernel::SharedStorage shared;
   cudaTriggerProgrammaticLaunchCompletion();
-  Kernel const kernel(p, shared, blockIdx.x, blockIdx.z);
+  Kernel const kernel(p, shared, blockIdx.x, p.first_batch + blockIdx.z);
   cudaGridDependencySynchronize();
   if (__ldcg(p.overflowed + kernel.pair()) == 0) return;
   int const blocks = (p.seqlen + kValueKeys - 1) / kValueKeys;

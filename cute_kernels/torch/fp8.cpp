@@ -1,6 +1,5 @@
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -26,33 +25,30 @@ using fp8::InputType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kKeyPadding = 16;  // V's keys are padded to a multiple of it
+// What is refused here is refused in few words: Python's fp8/checks.py then says what is wrong.
+constexpr int64_t kLimit = 1 << 30;  // of each size, and of the tiles of a call
+constexpr int kKeyPadding = 16;      // V's keys are padded to a multiple of it
 
 void check_tensor(Argument const& a, int rank) {
-  require(a.is_cuda, a.name, " is on ", DeviceOf{a}, ", must be on a CUDA device");
-  require(static_cast<int>(a.sizes.size()) == rank, a.name, " has shape ", Shape{a.sizes},
-          ", must have ", rank, " dimensions");
-  for (int64_t size : a.sizes) {
-    require(size <= std::numeric_limits<int>::max(), a.name, " has shape ", Shape{a.sizes},
-            ", each size must be below 2^31");
-  }
-  require(a.stride(rank - 1) == 1 || a.size(rank - 1) <= 1, a.name, " has strides ",
-          Shape{a.strides}, ", its last dimension must be contiguous (stride 1)");
+  require(a.is_cuda, a.name, " is not on CUDA");
+  require(static_cast<int>(a.sizes.size()) == rank, a.name, " does not have ", rank, " dimensions");
+  for (int64_t size : a.sizes) require(size < kLimit, a.name, " has a size of 2^30 or more");
+  require(a.stride(rank - 1) == 1 || a.size(rank - 1) <= 1, a.name,
+          "'s last dimension is not contiguous");
 }
 
 void check_like(Argument const& a, Argument const& q) {
-  require(a.device == q.device, a.name, " is on ", DeviceOf{a}, ", must be on ", DeviceOf{q},
-          " like ", q.name);
+  require(a.is_cuda && a.device == q.device, a.name, " is not where q is");
 }
 
 void check_head_dim(Argument const& a, int64_t head_dim) {
   require(head_dim % 16 == 0 && head_dim > 0 && head_dim <= fp8::kMaxHeadDim, a.name,
-          " has head_dim ", head_dim, ", must be a multiple of 16 from 16 to ", fp8::kMaxHeadDim);
+          "'s head_dim is not a multiple of 16 up to ", fp8::kMaxHeadDim);
 }
 
 void check_16_bits(Argument const& a) {
-  require(a.dtype == ScalarType::Half || a.dtype == ScalarType::BFloat16, a.name, " has dtype ",
-          DtypeOf{a.dtype}, ", must be float16 or bfloat16 on CUDA");
+  require(a.dtype == ScalarType::Half || a.dtype == ScalarType::BFloat16, a.name,
+          " is not float16 or bfloat16");
 }
 
 /// `readable`: a's elements where a kernel can read them.
@@ -70,20 +66,13 @@ fp8::Source source(Argument const& a, Tensor const& readable) {
 
 int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-void check_grid(Argument const& a) {
-  require(a.size(1) < 1 << 22, a.name, " has shape ", Shape{a.sizes},
-          ", seqlen must be below 2^22");
-  require(a.size(0) < 65536 && a.size(2) < 65536, a.name, " has shape ", Shape{a.sizes},
-          ", batch and heads must be below 65536");
-}
-
 /// Results that are not computed yet, and the tensors that live until they are.
 struct Rows {
   Tensor data;
   Tensor scale;
   Tensor shift;
   Tensor readable;
-  std::optional<fp8::SampleProblem> key_mean;
+  std::optional<fp8::SampleProblem> key_center;
   std::optional<fp8::QuantizeRowsProblem> problem;
 };
 
@@ -100,19 +89,17 @@ void check_rows(Argument const& x) {
   check_tensor(x, 4);
   check_16_bits(x);
   int64_t const head_dim = x.size(3);
-  require(head_dim == 64 || head_dim == 128 || head_dim == 256, x.name, " has head_dim ", head_dim,
-          ", must be 64, 128 or 256");
-  check_grid(x);
+  require(head_dim == 64 || head_dim == 128 || head_dim == 256, x.name,
+          "'s head_dim is not 64, 128 or 256");
 }
 
 void check_values(Argument const& v) {
   check_tensor(v, 4);
   if (v.dtype != ScalarType::Float8_e4m3fn) check_16_bits(v);
   check_head_dim(v, v.size(3));
-  check_grid(v);
 }
 
-/// Q or K. With smooth, the mean is subtracted from every row.
+/// Q or K. With smooth, what most rows have in common is subtracted from all.
 Rows prepare_rows(Argument const& x, bool smooth, bool incoherent, int64_t seed, bool to_int8) {
   int64_t const batch = x.size(0), seqlen = x.size(1), heads = x.size(2), head_dim = x.size(3);
   int64_t const blocks = blocks_of(seqlen, fp8::kBlockRows);
@@ -133,7 +120,7 @@ Rows prepare_rows(Argument const& x, bool smooth, bool incoherent, int64_t seed,
                                           shift,
                                           incoherent,
                                           fp8::random_signs(static_cast<uint64_t>(seed))};
-  if (smooth) rows.key_mean = fp8::SampleProblem{from, shift, nullptr};
+  if (smooth) rows.key_center = fp8::SampleProblem{from, shift, nullptr};
   return rows;
 }
 
@@ -167,10 +154,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(Tensor const& x_tensor, bool sm
   hopper(x.device);
   torch::stable::accelerator::DeviceGuard const guard(x.device);
   Rows const rows = prepare_rows(x, smooth, incoherent, seed, to_int8);
-  require_success(
-      fp8::launch_quantize({rows.key_mean, std::nullopt, rows.problem, std::nullopt, std::nullopt},
-                           current_stream(x.device)),
-      "quantize_fp8_rows");
+  require_success(fp8::launch_quantize(
+                      {rows.key_center, std::nullopt, rows.problem, std::nullopt, std::nullopt},
+                      current_stream(x.device)),
+                  "quantize_fp8_rows");
   return {rows.data, rows.scale, rows.shift};
 }
 
@@ -192,12 +179,10 @@ ScaleView scale_view(Argument const& a, Argument const& q, int64_t batch, int64_
                      int64_t blocks) {
   check_tensor(a, 3);
   check_like(a, q);
-  require(a.dtype == ScalarType::Float, a.name, " has dtype ", DtypeOf{a.dtype},
-          ", must be float32");
+  require(a.dtype == ScalarType::Float, a.name, " is not float32");
   bool const one = a.size(2) == 1;
   require(a.size(0) == batch && a.size(1) == heads && (one || a.size(2) == blocks), a.name,
-          " has shape ", Shape{a.sizes}, ", must be (", batch, ", ", heads, ", ", blocks, ") or (",
-          batch, ", ", heads, ", 1)");
+          "'s shape does not fit");
   return {static_cast<float const*>(a.tensor.data_ptr()), a.stride(0), a.stride(1), one ? 0 : 1};
 }
 
@@ -214,27 +199,24 @@ std::tuple<Tensor, Tensor> attend(Tensor const& q_tensor, Tensor const& k_tensor
     check_tensor(*a, 4);
     check_like(*a, q);
   }
-  require(q.dtype == ScalarType::Float8_e4m3fn || q.dtype == ScalarType::Char, "q has dtype ",
-          DtypeOf{q.dtype}, ", must be float8_e4m3fn or int8");
-  require(k.dtype == q.dtype, "k has dtype ", DtypeOf{k.dtype}, ", must be ", DtypeOf{q.dtype},
-          " like q");
-  require(v.dtype == ScalarType::Float8_e4m3fn, "v has dtype ", DtypeOf{v.dtype},
-          ", must be float8_e4m3fn");
+  require(q.dtype == ScalarType::Float8_e4m3fn || q.dtype == ScalarType::Char,
+          "q is not float8_e4m3fn or int8");
+  require(k.dtype == q.dtype, "k does not have q's dtype");
+  require(v.dtype == ScalarType::Float8_e4m3fn, "v is not float8_e4m3fn");
   int64_t const batch = q.size(0), seqlen_q = q.size(1), heads_q = q.size(2), head_dim = q.size(3);
   int64_t const seqlen_k = k.size(1), heads_kv = k.size(2);
   check_head_dim(q, head_dim);
-  require(k.size(0) == batch && k.size(3) == head_dim, "k has shape ", Shape{k.sizes},
-          ", must have batch ", batch, " and head_dim ", head_dim, " like q");
+  require(k.size(0) == batch && k.size(3) == head_dim, "k does not have q's batch and head_dim");
   int64_t const padded = blocks_of(seqlen_k, kKeyPadding) * kKeyPadding;
   require(v.size(0) == batch && v.size(1) == heads_kv && v.size(2) == head_dim &&
               v.size(3) == padded && v.tensor.is_contiguous(),
-          "v has shape ", Shape{v.sizes}, ", must be what quantize_fp8_values gives, (", batch,
-          ", ", heads_kv, ", ", head_dim, ", ", padded, "), contiguous");
-  require(heads_q == 0 || (heads_kv > 0 && heads_q % heads_kv == 0), "q has ", heads_q,
-          " heads, must be a multiple of k's ", heads_kv);
+          "v is not what quantize_fp8_values gives for k's shape");
+  require(heads_q == 0 || (heads_kv > 0 && heads_q % heads_kv == 0),
+          "q's heads are not a multiple of k's");
   float const scale = static_cast<float>(softmax_scale);
-  require(std::isfinite(scale) && scale > 0.0f, "softmax_scale is ", softmax_scale,
-          ", must be finite and greater than 0");
+  require(std::isfinite(scale) && softmax_scale > 0, "softmax_scale is not finite and above 0");
+  require(static_cast<double>(batch) * heads_q * blocks_of(seqlen_q, fp8::kBlockRows) < kLimit,
+          "q has 2^30 blocks of rows or more");
   attention::Device const& device = hopper(q.device);
 
   torch::stable::accelerator::DeviceGuard const guard(q.device);
@@ -246,10 +228,6 @@ std::tuple<Tensor, Tensor> attend(Tensor const& q_tensor, Tensor const& k_tensor
   Fp8ForwardKernel const* kernel = attention::choose_fp8_forward(type, static_cast<int>(head_dim));
   require(kernel != nullptr, "no FP8 kernel for q of ", DtypeOf{q.dtype}, ", head_dim ", head_dim,
           " in this build");
-  require(static_cast<double>(batch) * heads_q * blocks_of(seqlen_q, kernel->config.tile_m) <
-              double{1 << 30},
-          "q has shape ", Shape{q.sizes}, ", batch * heads * blocks of ", kernel->config.tile_m,
-          " queries must be below 2^30");
 
   bool const has_keys = seqlen_k > 0;
   Tensor const q_readable = tma_readable(q, 1);
@@ -297,6 +275,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_fp8(Tensor const& q_tensor, Tensor
   check_rows(q);
   check_rows(k);
   check_values(v);
+  check_16_bits(v);
   check_like(k, q);
   check_like(v, q);
   hopper(q.device);
@@ -304,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_fp8(Tensor const& q_tensor, Tensor
   Rows const q_rows = prepare_rows(q, false, incoherent, seed, to_int8);
   Rows const k_rows = prepare_rows(k, smooth_k, incoherent, seed, to_int8);
   Values const values = prepare_values(v);
-  require_success(fp8::launch_quantize({k_rows.key_mean, values.maximum, q_rows.problem,
+  require_success(fp8::launch_quantize({k_rows.key_center, values.maximum, q_rows.problem,
                                         k_rows.problem, values.problem},
                                        current_stream(q.device)),
                   "flash_attn_fp8");

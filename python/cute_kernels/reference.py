@@ -77,8 +77,12 @@ class _Blocks:
 
     def scores(self, q_rows: Tensor, k_block: Tensor, hidden: Tensor | None) -> Tensor:
         """Q K^T of a block, -inf where a query does not see a key."""
-        scores = q_rows @ k_block.mT
-        return scores if hidden is None else scores.masked_fill_(hidden, -math.inf)
+        return hide(q_rows @ k_block.mT, hidden)
+
+
+def hide(scores: Tensor, hidden: Tensor | None) -> Tensor:
+    """-inf in place where a row does not see a key."""
+    return scores if hidden is None else scores.masked_fill_(hidden, -math.inf)
 
 
 def _product(weights: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+
 #include <cuda_runtime.h>
 
 #include "cute_kernels/attention/forward/epilogue.hpp"
@@ -22,6 +24,10 @@ struct Fp8ForwardParams : ForwardParams<Traits, TmaQ, TmaK, TmaV, TmaO> {
   int head_dim;
   bool out_float16;
 };
+
+/// A softmax scale beyond it does as well as that: the largest score has all the weight, and scores
+/// stay finite.
+inline constexpr float kLargestScale = 0x1p64f;
 
 /// Starts the FP8 forward kernel of a tile on `stream`: TMA descriptors, grid, launch.
 /// Asynchronous.
@@ -53,9 +59,9 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
   using Params =
       Fp8ForwardParams<Traits, decltype(tma_q), decltype(tma_k), decltype(tma_v), decltype(tma_o)>;
   Params const params{
-      {tma_q, tma_k, tma_v, tma_o, q.shape(), k.shape(), v.shape(), o.shape(), problem.v, problem.lse,
-       problem.softmax_scale * sm90::kLog2e, problem.heads_q, cutlass::FastDivmod(heads_per_kv),
-       Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
+      {tma_q, tma_k, tma_v, tma_o, q.shape(), k.shape(), v.shape(), o.shape(), problem.v,
+       problem.lse, std::min(problem.softmax_scale, kLargestScale) * sm90::kLog2e, problem.heads_q,
+       cutlass::FastDivmod(heads_per_kv), Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
        TileScheduler::make_params(problem.seqlen_q, Traits::kTileM, problem.heads_q, problem.batch,
                                   problem.causal, kv_bytes, problem.device.multiprocessors)},
       problem.q_scale,

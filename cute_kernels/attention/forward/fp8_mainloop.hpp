@@ -28,6 +28,8 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
   using typename Protocol::SharedStorage;
 
   static constexpr int kGroups = Traits::kScaleGroups;
+  // Of scores to powers of two. As good as 0, but 0 * -inf is NaN.
+  static constexpr float kSmallestFactor = 0x1p-100f;
   static constexpr auto kOntoMagic =
       Traits::kIntegerScores ? sm90::Accumulate::kYes : sm90::Accumulate::kNo;
 
@@ -136,7 +138,10 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     int const row = own_query + thread / 32 * 16 + thread % 32 / 4;
     int const column = thread % 4 * 2;
 
-    int const last_scale = (params.mask.seqlen_k - 1) / kScaleRows;
+    // Keys behind the last one that any query of the warpgroup sees are -inf with any scale but
+    // their own, which may be NaN.
+    int const last_query = min(own_query + Traits::kWarpgroupM, params.mask.seqlen_q) - 1;
+    int const last_scale = (params.mask.visible_keys(last_query) - 1) / kScaleRows;
     float const* const k_scales = params.k_scale.data + coord.batch * params.k_scale.batch_stride +
                                   params.heads_per_kv.div(coord.head) * params.k_scale.head_stride;
     float q_scale = own.visited == 0
@@ -159,7 +164,9 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       if (block >= own.full) params.mask.apply(rows, row, block * kTileN + column);
       CUTLASS_PRAGMA_UNROLL
-      for (int group = 0; group < kGroups; ++group) scale[group] *= q_scale;
+      for (int group = 0; group < kGroups; ++group) {
+        scale[group] = sm90::max_nan(scale[group] * q_scale, kSmallestFactor);
+      }
       softmax.template update<decltype(is_first)::value>(rows, scale, on_move);
     };
 

@@ -5,6 +5,7 @@ Every input has a defined result: what is beyond +-SATURATION counts as +-SATURA
 and a block of zeros has a finite scale.
 """
 
+import cute_kernels.fp8.operators  # noqa: F401  registers what is not compiled
 from cute_kernels.fp8.attention import QK_DTYPE, flash_attn_e4m3, flash_attn_fp8_func
 from cute_kernels.fp8.kernels import GPU_BUILT
 from cute_kernels.fp8.quantize import SATURATION, quantize_fp8

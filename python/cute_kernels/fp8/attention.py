@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from cute_kernels.checks import check_softmax_scale
 from cute_kernels.fp8 import reference
+from cute_kernels.fp8.checks import (
+    check_device,
+    check_flag,
+    check_quantised,
+    check_tensor,
+    refuse_derivatives,
+)
 from cute_kernels.fp8.kernels import GPU_BUILT, attention_cuda, whole_attention_cuda
 from cute_kernels.fp8.quantize import SATURATION, quantize_fp8
-from cute_kernels.fp8.tensor import FP8Tensor, check_head_dim
+from cute_kernels.fp8.rotation import rotate
+from cute_kernels.fp8.tensor import FP8Tensor
 
 # What flash_attn_fp8_func makes of Q and K: int8's error is half of e4m3's after incoherent
 # processing, at a few percent of speed (docs/fp8.md).
 QK_DTYPE = torch.int8
+
+_LSE_CHUNK = 1 << 23  # elements of q that are in float32 at a time
 
 
 def flash_attn_fp8_func(
@@ -50,25 +62,26 @@ def flash_attn_fp8_func(
 
     Raises:
         ValueError, TypeError: an argument is not as described.
-        NotImplementedError: a gradient is asked for, or a tensor is on a GPU and the build has no
+        NotImplementedError: a derivative is asked for, or a tensor is on a GPU and the build has no
             FP8 kernels.
-        RuntimeError: the GPU is not of compute capability 9.0, or an argument on CUDA is not as
-            described.
+        RuntimeError: the GPU is not of compute capability 9.0.
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x, allows_quantised=True)
+    check_flag("causal", causal)
     if out_dtype is None:
         out_dtype = torch.bfloat16 if isinstance(q, FP8Tensor) else q.dtype
     if out_dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"out_dtype is {out_dtype}, must be float16, bfloat16 or float32")
-    device = (q.data if isinstance(q, FP8Tensor) else q).device
-    for name, x in (("k", k), ("v", v)):
-        found = (x.data if isinstance(x, FP8Tensor) else x).device
-        if found != device:
-            raise ValueError(f"{name} is on {found}, must be on {device} like q")
+    elements = [x.data if isinstance(x, FP8Tensor) else x for x in (q, k, v)]
+    for name, x in zip("kv", elements[1:], strict=True):
+        check_device(name, x, elements[0])
+    device = elements[0].device
     if device.type == "cuda":
         _check_built(device)
     if device.type == "cuda" and out_dtype == torch.float32:
         raise TypeError("out_dtype is torch.float32, must be float16 or bfloat16 on CUDA")
-    _refuse_gradients("flash_attn_fp8_func", q, k, v)
+    refuse_derivatives("flash_attn_fp8_func", q, k, v)
     if softmax_scale is None:
         has_head_dim = len(q.shape) == 4 and q.shape[3] > 0
         softmax_scale = q.shape[3] ** -0.5 if has_head_dim else 1.0
@@ -85,8 +98,7 @@ def flash_attn_fp8_func(
         out, lse = _attention_quantised(q8, k8, v8, softmax_scale, causal, out_dtype)
         shift = k8.shift
     if return_lse and shift is not None:
-        with torch.autocast(device.type, enabled=False):
-            lse = lse + _lse_of_shift(q, shift, softmax_scale)
+        lse = lse + _lse_of_shift(q, shift, softmax_scale)
     return (out, lse) if return_lse else out
 
 
@@ -128,14 +140,15 @@ def flash_attn_e4m3(
     """Output, in bfloat16, and LSE of e4m3 tensors with a number for each key head, as
     FlashAttention-3's function of the same arguments."""
     for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
         if x.dtype != torch.float8_e4m3fn:
             why = "with descales" if name == "q" else "like q"
             raise TypeError(f"{name} has dtype {x.dtype}, must be torch.float8_e4m3fn {why}")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, must be on {q.device} like q")
+        check_device(name, x, q)
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, must have 4 dimensions")
-    _refuse_gradients("flash_attn_func", q, k, v)
+    refuse_derivatives("flash_attn_func", q, k, v)
+    check_flag("causal", causal)
     heads, key_heads = q.shape[2], k.shape[2]
     pairs = (k.shape[0], key_heads)
     group = heads // key_heads if key_heads else 1
@@ -153,7 +166,7 @@ def flash_attn_e4m3(
             raise ValueError(f"{name} is on {descale.device}, must be on {x.device} like q")
         else:
             scale = descale.unsqueeze(2)
-        if repeats > 1:
+        if repeats != 1:
             scale = scale.repeat_interleave(repeats, dim=1)
         return FP8Tensor(x, scale[:, :, : x.shape[1]], max(1, x.shape[1]))
 
@@ -169,14 +182,6 @@ def flash_attn_e4m3(
     )
 
 
-def _refuse_gradients(function: str, *tensors: Tensor | FP8Tensor) -> None:
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
-        raise NotImplementedError(
-            f"{function} has no gradient in FP8: call it under torch.no_grad() or on tensors that "
-            "need no gradient"
-        )
-
-
 def _attention_quantised(
     q: FP8Tensor,
     k: FP8Tensor,
@@ -186,8 +191,12 @@ def _attention_quantised(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE, checked, on whatever device the tensors are on."""
-    _check_call(q, k, v)
+    check_quantised(q, k, v)
     check_softmax_scale(softmax_scale)
+    if k.shape[1] == 0 or q.data.is_meta:
+        batch, seqlen, heads, _ = q.shape
+        out = q.data.new_zeros(q.shape, dtype=out_dtype)
+        return out, q.data.new_full((batch, heads, seqlen), -math.inf, dtype=torch.float32)
     if q.data.is_cuda:
         _check_built(q.data.device)
         return attention_cuda(q, k, v, softmax_scale, causal, out_dtype)
@@ -205,50 +214,23 @@ def _check_built(device: torch.device) -> None:
 
 def _lse_of_shift(q: Tensor | FP8Tensor, shift: Tensor, softmax_scale: float) -> Tensor:
     """What the row that was subtracted from k adds to a query's scores, and so to its LSE."""
-    rows = q.dequantize() if isinstance(q, FP8Tensor) else q.float()
-    rows = rows.clamp(-SATURATION, SATURATION)
-    shift = shift.repeat_interleave(rows.shape[2] // max(1, shift.shape[1]), dim=1)
-    return softmax_scale * (rows * shift.unsqueeze(1)).sum(-1).transpose(1, 2)
-
-
-def _check_call(q: FP8Tensor, k: FP8Tensor, v: FP8Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.data.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(x.data.shape)}, must have 4 dimensions")
-        batch, seqlen, heads, head_dim = x.shape
-        check_head_dim(name, head_dim)
-        expected: tuple[int, ...] = (batch, heads, 1, head_dim)
-        if x.block is not None:
-            expected = (batch, heads, -(-seqlen // x.block))
-        if tuple(x.scale.shape) != expected:
-            raise ValueError(
-                f"{name}'s scale has shape {tuple(x.scale.shape)}, must be {expected} "
-                f"for block {x.block}"
-            )
-    if q.block is None or k.block is None:
-        raise ValueError("q and k need scales of row blocks, not of channels (block=None)")
-    if v.block is not None and v.scale.shape[2] > 1:
-        raise ValueError("v needs one scale for a head or for each channel (block=None)")
-    if q.seed != k.seed:
-        raise ValueError(f"k has seed {k.seed}, must be {q.seed} like q")
-    for name, x in (("q", q), ("v", v)):
-        if x.shift is not None:
-            raise ValueError(f"{name} has a shift, which only k may have")
-    if v.seed is not None:
-        raise ValueError(f"v has seed {v.seed}, must be quantised without incoherent processing")
-    if k.data.dtype != q.data.dtype:
-        raise TypeError(f"k has dtype {k.data.dtype}, must be {q.data.dtype} like q")
-    if v.data.dtype != torch.float8_e4m3fn:
-        raise TypeError(f"v has dtype {v.data.dtype}, must be torch.float8_e4m3fn")
-    batch, _, heads, head_dim = q.shape
-    for name, x in (("k", k), ("v", v)):
-        if x.shape[0] != batch:
-            raise ValueError(f"{name} has batch {x.shape[0]}, must be {batch} like q")
-        if x.shape[3] != head_dim:
-            raise ValueError(f"{name} has head_dim {x.shape[3]}, must be {head_dim} like q")
-    if v.shape[1:3] != k.shape[1:3]:
-        raise ValueError(
-            f"v has seqlen and heads {tuple(v.shape[1:3])}, must be {tuple(k.shape[1:3])} like k"
-        )
-    if heads and (k.shape[2] == 0 or heads % k.shape[2]):
-        raise ValueError(f"q has {heads} heads, must be a multiple of k's {k.shape[2]}")
+    rows = q.data if isinstance(q, FP8Tensor) else q
+    scale = None
+    if isinstance(q, FP8Tensor):
+        scale = q.row_scales().squeeze(-1)
+        if q.seed is not None:  # as M is orthogonal
+            shift = rotate(shift, q.seed)
+    batch, seqlen, heads, head_dim = rows.shape
+    shift = shift.repeat_interleave(heads // max(1, shift.shape[1]), dim=1).unsqueeze(1)
+    # In float32 a few rows at a time. Compilers fuse the product with the sum.
+    count = max(1, seqlen)
+    if not torch.compiler.is_compiling():
+        count = max(1, _LSE_CHUNK // max(1, batch * heads * head_dim))
+    sums = [
+        (chunk.float().clamp(-SATURATION, SATURATION) * shift).sum(-1)
+        for chunk in torch.split(rows, count, dim=1)
+    ]
+    products = torch.cat(sums, dim=1)
+    if scale is not None:
+        products = products * scale
+    return softmax_scale * products.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The FP8 operators of the compiled extension: calls, and the shapes that torch.compile is told."""
+"""Calls of the FP8 operators: what of a call the kernels take, and how."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 import cute_kernels.extension  # noqa: F401  defines the operators
+from cute_kernels.fp8.checks import (
+    GPU_ROTATIONS,
+    check_forward,
+    check_rows,
+    check_values,
+    check_whole,
+    explain,
+)
+from cute_kernels.fp8.rotation import signed
 from cute_kernels.fp8.tensor import ROW_BLOCK, FP8Tensor
 
 GPU_BUILT = hasattr(torch.ops.cute_kernels, "flash_attn_fp8_forward")
-GPU_ROTATIONS = (64, 128, 256)  # head dims that the fused kernel takes
 _GPU_INPUTS = (torch.float16, torch.bfloat16)
 
 
@@ -19,15 +27,16 @@ def quantize_cuda(
     """The fused kernels, which read x once; None for what they do not do."""
     if not GPU_BUILT or not _is_fusible(x):
         return None
-    ops = torch.ops.cute_kernels
     if block is None and dtype == torch.float8_e4m3fn and not incoherent and not smooth:
-        data, scale = ops.quantize_fp8_values(x)
+        data, scale = _quantize_values(x)
         return FP8Tensor(data, scale.unsqueeze(2), None, keys=x.shape[1])
     if block != ROW_BLOCK or x.shape[3] not in GPU_ROTATIONS:
         return None
-    data, scale, shift = ops.quantize_fp8_rows(
-        x, smooth, incoherent, _signed(seed), dtype == torch.int8
-    )
+    inputs = x, smooth, incoherent, signed(seed), dtype == torch.int8
+    try:
+        data, scale, shift = torch.ops.cute_kernels.quantize_fp8_rows(*inputs)
+    except RuntimeError as refusal:
+        explain(refusal, check_rows, *inputs)
     return FP8Tensor(data, scale, block, seed if incoherent else None, shift if smooth else None)
 
 
@@ -39,25 +48,21 @@ def attention_cuda(
     causal: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    ops = torch.ops.cute_kernels
     for name, x in (("q", q), ("k", k)):
         if x.block != ROW_BLOCK and x.scale.shape[2] > 1:
             raise ValueError(
                 f"{name} has scales of {x.block} rows, must be {ROW_BLOCK} or all rows on CUDA"
             )
-    v_data = ops.quantize_fp8_values(v.data)[0] if v.keys is None else v.data
+    v_data = _quantize_values(v.data)[0] if v.keys is None else v.data
     v_scale = v.scale if v.block is not None else v.scale.squeeze(2)
-    out, lse = ops.flash_attn_fp8_forward(
-        q.data,
-        k.data,
-        v_data,
-        q.scale,
-        k.scale,
-        v_scale,
-        softmax_scale,
-        causal,
-        out_dtype == torch.float16,
+    inputs = (
+        *(q.data, k.data, v_data, q.scale, k.scale, v_scale),
+        *(softmax_scale, causal, out_dtype == torch.float16),
     )
+    try:
+        out, lse = torch.ops.cute_kernels.flash_attn_fp8_forward(*inputs)
+    except RuntimeError as refusal:
+        explain(refusal, check_forward, *inputs)
     return out, lse
 
 
@@ -85,90 +90,30 @@ def whole_attention_cuda(
         return None
     if v.shape != k.shape or (k.shape[0], k.shape[3]) != (batch, head_dim):
         return None
-    out, lse, shift = torch.ops.cute_kernels.flash_attn_fp8(
-        q,
-        k,
-        v,
-        softmax_scale,
-        causal,
-        smooth_k,
-        incoherent,
-        _signed(seed),
-        dtype == torch.int8,
-        out_dtype == torch.float16,
+    inputs = (
+        *(q, k, v, softmax_scale, causal, smooth_k, incoherent, signed(seed)),
+        *(dtype == torch.int8, out_dtype == torch.float16),
     )
+    try:
+        out, lse, shift = torch.ops.cute_kernels.flash_attn_fp8(*inputs)
+    except RuntimeError as refusal:
+        explain(refusal, check_whole, *inputs)
     return out, lse, shift if smooth_k else None
 
 
 def _is_fusible(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in _GPU_INPUTS and x.dim() == 4 and x.shape[1] > 0
-
-
-def _signed(seed: int) -> int:
-    """Operators have no unsigned numbers."""
-    return seed - 2**64 if seed >= 2**63 else seed
-
-
-def _quantize_rows_fake(
-    x: Tensor, smooth: bool, incoherent: bool, seed: int, to_int8: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, seqlen, heads, head_dim = x.shape
-    data = x.new_empty(x.shape, dtype=torch.int8 if to_int8 else torch.float8_e4m3fn)
-    blocks = (seqlen + ROW_BLOCK - 1) // ROW_BLOCK
-    shift = (batch, heads, head_dim if smooth else 0)
     return (
-        data,
-        x.new_empty((batch, heads, blocks), dtype=torch.float32),
-        x.new_empty(shift, dtype=torch.float32),
+        x.is_cuda
+        and x.dtype in _GPU_INPUTS
+        and x.dim() == 4
+        and x.shape[1] > 0
+        and x.stride(3) == 1
     )
 
 
-def _quantize_values_fake(v: Tensor) -> tuple[Tensor, Tensor]:
-    batch, seqlen, heads, head_dim = v.shape
-    padded = (seqlen + 15) // 16 * 16
-    data = v.new_empty((batch, heads, head_dim, padded), dtype=torch.float8_e4m3fn)
-    channels = 0 if v.dtype == torch.float8_e4m3fn else head_dim
-    return data, v.new_empty((batch, heads, channels), dtype=torch.float32)
-
-
-def _outputs_fake(q: Tensor, out_float16: bool) -> tuple[Tensor, Tensor]:
-    batch, seqlen, heads, _ = q.shape
-    out = q.new_empty(q.shape, dtype=torch.float16 if out_float16 else torch.bfloat16)
-    return out, q.new_empty((batch, heads, seqlen), dtype=torch.float32)
-
-
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    out_float16: bool,
-) -> tuple[Tensor, Tensor]:
-    return _outputs_fake(q, out_float16)
-
-
-def _whole_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    smooth_k: bool,
-    incoherent: bool,
-    seed: int,
-    to_int8: bool,
-    out_float16: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shift = (k.shape[0], k.shape[2], k.shape[3] if smooth_k else 0)
-    return *_outputs_fake(q, out_float16), k.new_empty(shift, dtype=torch.float32)
-
-
-if GPU_BUILT:
-    torch.library.register_fake("cute_kernels::quantize_fp8_rows", _quantize_rows_fake)
-    torch.library.register_fake("cute_kernels::quantize_fp8_values", _quantize_values_fake)
-    torch.library.register_fake("cute_kernels::flash_attn_fp8_forward", _forward_fake)
-    torch.library.register_fake("cute_kernels::flash_attn_fp8", _whole_fake)
+def _quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        data, scale = torch.ops.cute_kernels.quantize_fp8_values(v)
+    except RuntimeError as refusal:
+        explain(refusal, check_values, v)
+    return data, scale

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cute_kernels.fp8.tensor import FP8Tensor
-from cute_kernels.reference import _Blocks
+from cute_kernels.reference import _Blocks, hide
 from cute_kernels.tiles import tile_configs
 
 # P is rounded to e4m3 as 2^(score - origin + shift), where the origin follows the row's maximum
@@ -18,6 +18,8 @@ P_SHIFT, P_SLACK = 6.0, 2.0
 # fp8_softmax.hpp). Small P are wrong then: hence another range.
 LINEAR_P_SHIFT, LINEAR_P_SLACK = 7.0, 1.5
 LINEAR_BIAS = 7 - 0.0563
+LARGEST_SCALE = 2.0**64  # of scores: beyond it, the largest one has all the weight, too
+SMALLEST_FACTOR = 2.0**-100  # of scores to powers of two
 
 
 def attention(
@@ -28,11 +30,11 @@ def attention(
     batch, seqlen, heads, head_dim = q.data.shape
     linear = uses_linear_exp(head_dim)
     shift, slack = (LINEAR_P_SHIFT, LINEAR_P_SLACK) if linear else (P_SHIFT, P_SLACK)
-    out = torch.zeros(q.data.shape, dtype=torch.float32)
-    lse = torch.full((batch, heads, seqlen), -math.inf)
+    out = q.data.new_zeros(q.data.shape, dtype=torch.float32)
+    lse = q.data.new_full((batch, heads, seqlen), -math.inf, dtype=torch.float32)
     if out.numel() == 0 or k.data.numel() == 0:
         return out, lse
-    to_log2 = softmax_scale * math.log2(math.e)
+    to_log2 = min(softmax_scale, LARGEST_SCALE) * math.log2(math.e)
     blocks = _Blocks(q.data, k.data, 1.0, causal)
     all_k, all_v = blocks.all_keys(k.data), blocks.all_keys(v.rows())
     q_scales = q.row_scales() * to_log2
@@ -43,8 +45,9 @@ def attention(
         origin = q_rows.new_full((*q_rows.shape[:3], 1), -math.inf)
         total = torch.zeros_like(origin)
         for keys, hidden in blocks.keys(queries):
-            products = blocks.scores(q_rows, all_k[:, :, keys], hidden)
-            scores = products * (q_scale * k_scales[..., keys])
+            # Factors as good as 0 are not 0; -inf after the factor, which may be NaN.
+            factor = (q_scale * k_scales[..., keys]).clamp_min(SMALLEST_FACTOR)
+            scores = hide((q_rows @ all_k[:, :, keys].mT) * factor, hidden)
             maximum = scores.amax(-1, keepdim=True)
             new_origin = torch.where(maximum <= origin + slack, origin, maximum)  # NaN moves it
             finite = new_origin.masked_fill(new_origin == -math.inf, 0.0)

@@ -9,12 +9,17 @@ M = H diag(signs) / sqrt(d), with H a Hadamard matrix where d is a power of two.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 U64 = 2**64 - 1
+_STEP = 0x9E3779B97F4A7C15  # of SplitMix64, and what it mixes with
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+def signed(number: int) -> int:
+    """A number below 2^64 as the int64 of the same bits: operators have no unsigned numbers."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def random_signs(head_dim: int, seed: int) -> list[int]:
@@ -22,19 +27,23 @@ def random_signs(head_dim: int, seed: int) -> list[int]:
 
     A function of seed and channel alone, which the CUDA kernel computes in the same bits.
     """
-    signs = []
-    for channel in range(head_dim):
-        z = (seed + (channel + 1) * 0x9E3779B97F4A7C15) & U64
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & U64
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & U64
-        z ^= z >> 31
-        signs.append(-1 if z >> 63 else 1)
-    return signs
+    return [int(sign) for sign in _signs(head_dim, seed, torch.device("cpu")).tolist()]
 
 
-@functools.lru_cache(maxsize=64)
-def _signs_tensor(head_dim: int, seed: int, device: torch.device) -> Tensor:
-    return torch.tensor(random_signs(head_dim, seed), dtype=torch.float32, device=device)
+def _signs(head_dim: int, seed: int, device: torch.device) -> Tensor:
+    """The same, (head_dim,), float32. Computed where they are needed: nothing is copied to a GPU,
+    so that a CUDA graph may capture it."""
+    channel = torch.arange(1, head_dim + 1, dtype=torch.int64, device=device)
+    z = channel * signed(_STEP) + signed(seed)  # int64 wraps
+    for shift, factor in _MIX:
+        z = (z ^ _logical_shift(z, shift)) * signed(factor)
+    z = z ^ _logical_shift(z, 31)
+    return 1.0 - 2.0 * (z < 0).float()
+
+
+def _logical_shift(z: Tensor, bits: int) -> Tensor:
+    shifted: Tensor = (z >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
 
 
 def norm_of(head_dim: int) -> float:
@@ -63,7 +72,7 @@ def _hadamard(x: Tensor) -> Tensor:
 
 def rotate_unscaled(x: Tensor, seed: int) -> Tensor:
     """M x for every row, in float32, but for the norm."""
-    return _hadamard(x.float() * _signs_tensor(x.shape[-1], seed, x.device))
+    return _hadamard(x.float() * _signs(x.shape[-1], seed, x.device))
 
 
 def rotate(x: Tensor, seed: int) -> Tensor:
@@ -73,4 +82,4 @@ def rotate(x: Tensor, seed: int) -> Tensor:
 
 def rotate_back(x: Tensor, seed: int) -> Tensor:
     """M^T x for every row, in float32."""
-    return _hadamard(x.float()) * norm_of(x.shape[-1]) * _signs_tensor(x.shape[-1], seed, x.device)
+    return _hadamard(x.float()) * norm_of(x.shape[-1]) * _signs(x.shape[-1], seed, x.device)

@@ -10,11 +10,7 @@ from torch import Tensor
 from cute_kernels.fp8.rotation import rotate_back
 
 ROW_BLOCK = 64  # rows of Q and K that share a scale
-HEAD_DIM_MULTIPLE = 16
-MAX_HEAD_DIM = 256
-
-# Position p of 16 keys of a transposed v holds key KEY_ORDER[p]: value_key_order in fp8_traits.hpp.
-KEY_ORDER = [p % 4 // 2 * 8 + p // 4 * 2 + p % 2 for p in range(16)]
+KEY_PADDING = 16  # the keys of a transposed v are padded to a multiple of it
 
 
 @dataclass(frozen=True)
@@ -52,10 +48,9 @@ class FP8Tensor:
         """`data` as (batch, seqlen, heads, head_dim)."""
         if self.keys is None:
             return self.data
-        inverse = sorted(range(16), key=KEY_ORDER.__getitem__)
         batch, heads, head_dim, padded = self.data.shape
-        bits = self.data.view(torch.uint8).reshape(batch, heads, head_dim, padded // 16, 16)
-        ordered = bits[..., inverse].reshape(batch, heads, head_dim, padded)[..., : self.keys]
+        keys = self.data.view(torch.uint8).reshape(batch, heads, head_dim, padded // 16, 4, 2, 2)
+        ordered = keys.transpose(4, 5).reshape(batch, heads, head_dim, padded)[..., : self.keys]
         return ordered.permute(0, 3, 1, 2).contiguous().view(self.data.dtype)
 
     def row_scales(self) -> Tensor:
@@ -73,9 +68,12 @@ class FP8Tensor:
         return x if self.shift is None else x + self.shift.unsqueeze(1)
 
 
-def check_head_dim(name: str, head_dim: int) -> None:
-    if head_dim % HEAD_DIM_MULTIPLE != 0 or not 0 < head_dim <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"{name} has head_dim {head_dim}, must be a multiple of {HEAD_DIM_MULTIPLE} "
-            f"from {HEAD_DIM_MULTIPLE} to {MAX_HEAD_DIM}"
-        )
+def in_key_order(v: Tensor) -> Tensor:
+    """An e4m3 v, (batch, seqlen, heads, head_dim), as the kernel reads it: (batch, heads, head_dim,
+    padded keys), where position (a, b, c) of (4, 2, 2) keys holds key (b, a, c) of (2, 4, 2):
+    value_key_order in fp8_traits.hpp."""
+    batch, seqlen, heads, head_dim = v.shape
+    turned = v.view(torch.uint8).permute(0, 2, 3, 1)
+    padded = torch.nn.functional.pad(turned, (0, -seqlen % KEY_PADDING))
+    keys = padded.reshape(batch, heads, head_dim, padded.shape[3] // 16, 2, 4, 2).transpose(4, 5)
+    return keys.reshape(padded.shape).contiguous().view(v.dtype)

@@ -1,0 +1,266 @@
+"""What a call may look like: of the public functions, then of the operators.
+
+The CPU implementations and shape inference ask first. The CUDA implementations refuse the same on
+their own, in C++ and in few words; then `explain` asks here what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from cute_kernels.checks import check_softmax_scale
+from cute_kernels.fp8.tensor import KEY_PADDING, ROW_BLOCK, FP8Tensor
+
+E4M3 = torch.float8_e4m3fn
+HEAD_DIM_MULTIPLE = 16
+MAX_HEAD_DIM = 256
+GPU_ROTATIONS = (64, 128, 256)  # head dims of rows that the fused kernel takes
+
+_GPU_INPUTS = (torch.float16, torch.bfloat16)
+_INPUTS = (*_GPU_INPUTS, torch.float32, torch.float64)
+_LIMIT = 2**30  # of each size, and of the tiles of a call
+
+_in_transform: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: False
+)
+
+
+def _in_forward_mode() -> bool:
+    """Whether tensors may have tangents; asked first, since it takes less time than they do."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+_unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual
+
+
+def explain(refusal: Exception, check: Callable[..., None], *inputs: Any) -> NoReturn:
+    """Raises the ValueError or TypeError that `check` has for the inputs of a call that was
+    refused, or if it has none the refusal itself."""
+    try:
+        check(*inputs)
+    except (TypeError, ValueError) as exact:
+        raise exact from None
+    raise refusal
+
+
+def refuse_derivatives(function: str, *tensors: Tensor | FP8Tensor) -> None:
+    """Rounding has no derivative, so none is dropped in silence."""
+    plain = [x for x in tensors if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in plain):
+        raise NotImplementedError(
+            f"{function} has no gradient in FP8: call it under torch.no_grad() or on tensors that "
+            "need no gradient"
+        )
+    if torch.compiler.is_compiling():
+        return
+    if _in_transform():
+        raise NotImplementedError(f"{function} has no torch.func transforms in FP8")
+    if _in_forward_mode() and any(_unpack_dual(x).tangent is not None for x in plain):
+        raise NotImplementedError(f"{function} has no forward-mode derivative in FP8")
+
+
+def check_tensor(name: str, x: object, allows_quantised: bool = False) -> None:
+    if isinstance(x, Tensor) or (allows_quantised and isinstance(x, FP8Tensor)):
+        return
+    wanted = "a torch.Tensor or an FP8Tensor" if allows_quantised else "a torch.Tensor"
+    raise TypeError(f"{name} is a {type(x).__name__}, must be {wanted}")
+
+
+def check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}, must be on {q.device} like q")
+
+
+def check_flag(name: str, flag: object) -> None:
+    if not isinstance(flag, int):
+        raise TypeError(f"{name} is {flag!r}, must be True or False")
+
+
+def check_input(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = _INPUTS) -> None:
+    """Of what is to be quantised."""
+    _check_rank(name, x, 4)
+    _check_dtype(name, x, dtypes)
+    check_head_dim(name, x.shape[3])
+
+
+def check_quantisation(block: int | None, seed: int, dtype: torch.dtype) -> None:
+    if dtype not in (E4M3, torch.int8):
+        raise TypeError(f"dtype is {dtype}, must be torch.float8_e4m3fn or torch.int8")
+    if block is not None and block < 1:
+        raise ValueError(f"block is {block}, must be at least 1, or None")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}, must be at least 0 and below 2**64")
+
+
+def check_quantised(q: FP8Tensor, k: FP8Tensor, v: FP8Tensor) -> None:
+    """Whether attention can be computed of these."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_rank(name, x.data, 4)
+        check_head_dim(name, x.shape[3])
+        _check_layout(name, x.data)
+    if q.block is None or k.block is None:
+        raise ValueError("q and k need scales of row blocks, not of channels (block=None)")
+    if v.block is not None and v.scale.dim() == 3 and v.scale.shape[2] > 1:
+        raise ValueError("v needs one scale for a head or for each channel (block=None)")
+    if q.seed != k.seed:
+        raise ValueError(f"k has seed {k.seed}, must be {q.seed} like q")
+    for name, x in (("q", q), ("v", v)):
+        if x.shift is not None:
+            raise ValueError(f"{name} has a shift, which only k may have")
+    if v.seed is not None:
+        raise ValueError(f"v has seed {v.seed}, must be quantised without incoherent processing")
+    _check_elements(q.data, k.data, v.data)
+    _check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        batch, seqlen, heads, head_dim = x.shape
+        expected: tuple[int, ...] = (batch, heads, 1, head_dim)
+        if x.block is not None:
+            expected = (batch, heads, -(-seqlen // x.block))
+        if tuple(x.scale.shape) != expected:
+            raise ValueError(
+                f"{name}'s scale has shape {tuple(x.scale.shape)}, must be {expected} "
+                f"for block {x.block}"
+            )
+        _check_scale(f"{name}'s scale", x.scale, q.data)
+
+
+def check_head_dim(name: str, head_dim: int) -> None:
+    if head_dim % HEAD_DIM_MULTIPLE != 0 or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{name} has head_dim {head_dim}, must be a multiple of {HEAD_DIM_MULTIPLE} "
+            f"from {HEAD_DIM_MULTIPLE} to {MAX_HEAD_DIM}"
+        )
+
+
+def _check_rank(name: str, x: Tensor, rank: int) -> None:
+    if x.dim() != rank:
+        order = ": (batch, seqlen, heads, head_dim)" if rank == 4 else ""
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, must have {rank} dimensions{order}")
+
+
+def _check_dtype(name: str, x: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if x.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{name} has dtype {x.dtype}, must be one of {names}")
+
+
+def _check_elements(q: Tensor, k: Tensor, v: Tensor) -> None:
+    _check_dtype("q", q, (E4M3, torch.int8))
+    if k.dtype != q.dtype:
+        raise TypeError(f"k has dtype {k.dtype}, must be {q.dtype} like q")
+    if v.dtype != E4M3:
+        raise TypeError(f"v has dtype {v.dtype}, must be {E4M3}")
+
+
+def _check_scale(name: str, scale: Tensor, q: Tensor) -> None:
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{name} has dtype {scale.dtype}, must be torch.float32")
+    check_device(name, scale, q)
+
+
+def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
+    batch, _, heads, head_dim = q
+    for name, shape in (("k", k), ("v", v)):
+        if shape[0] != batch:
+            raise ValueError(f"{name} has batch {shape[0]}, must be {batch} like q")
+        if shape[3] != head_dim:
+            raise ValueError(f"{name} has head_dim {shape[3]}, must be {head_dim} like q")
+    if v[1:3] != k[1:3]:
+        raise ValueError(f"v has seqlen and heads {v[1:3]}, must be {k[1:3]} like k")
+    if heads and (k[2] == 0 or heads % k[2]):
+        raise ValueError(f"q has {heads} heads, must be a multiple of k's {k[2]}")
+
+
+# Of the operators: the functions take what the operators take.
+
+
+def check_rows(x: Tensor, *_: Any, name: str = "x") -> None:
+    on_cuda = x.device.type == "cuda"
+    check_input(name, x, _GPU_INPUTS if on_cuda else _INPUTS)
+    if on_cuda and x.shape[3] not in GPU_ROTATIONS:
+        raise ValueError(f"{name} has head_dim {x.shape[3]}, must be 64, 128 or 256")
+    _check_layout(name, x)
+
+
+def check_values(v: Tensor, also: tuple[torch.dtype, ...] = (E4M3,)) -> None:
+    inputs = _GPU_INPUTS if v.device.type == "cuda" else _INPUTS
+    check_input("v", v, (*inputs, *also))
+    _check_layout("v", v)
+
+
+def check_whole(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, *_: Any) -> None:
+    check_rows(q, name="q")
+    check_rows(k, name="k")
+    check_values(v, also=())
+    for name, x in (("k", k), ("v", v)):
+        check_device(name, x, q)
+    _check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
+    check_softmax_scale(softmax_scale)
+    _check_tiles(q)
+
+
+def check_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    softmax_scale: float,
+    *_: Any,
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_rank(name, x, 4)
+        check_device(name, x, q)
+        _check_layout(name, x)
+    _check_elements(q, k, v)
+    batch, seqlen_q, heads, head_dim = q.shape
+    seqlen_k, key_heads = k.shape[1:3]
+    check_head_dim("q", head_dim)
+    _check_shapes(tuple(q.shape), tuple(k.shape), (batch, seqlen_k, key_heads, head_dim))
+    padded = (seqlen_k + KEY_PADDING - 1) // KEY_PADDING * KEY_PADDING
+    wanted = (batch, key_heads, head_dim, padded)
+    if tuple(v.shape) != wanted or not v.is_contiguous():
+        raise ValueError(
+            f"v has shape {tuple(v.shape)}, must be what quantize_fp8_values gives, {wanted}, "
+            "contiguous"
+        )
+    for name, scale, count_heads, count in (
+        ("q_scale", q_scale, heads, (seqlen_q + ROW_BLOCK - 1) // ROW_BLOCK),
+        ("k_scale", k_scale, key_heads, (seqlen_k + ROW_BLOCK - 1) // ROW_BLOCK),
+        ("v_scale", v_scale, key_heads, head_dim),
+    ):
+        _check_rank(name, scale, 3)
+        _check_scale(name, scale, q)
+        if tuple(scale.shape[:2]) != (batch, count_heads) or scale.shape[2] not in (1, count):
+            raise ValueError(
+                f"{name} has shape {tuple(scale.shape)}, must be {(batch, count_heads, count)} "
+                f"or {(batch, count_heads, 1)}"
+            )
+    check_softmax_scale(softmax_scale)
+    _check_tiles(q)
+
+
+def _check_layout(name: str, x: Tensor) -> None:
+    if x.stride(3) != 1 and x.shape[3] > 1:
+        raise ValueError(
+            f"{name} has strides {x.stride()}, its last dimension must be contiguous (stride 1)"
+        )
+    if any(isinstance(size, int) and size >= _LIMIT for size in x.shape):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, each size must be below 2^30")
+
+
+def _check_tiles(q: Tensor) -> None:
+    """The grid's limit, far from what fits into memory; compilers' symbols are not asked."""
+    batch, seqlen, heads, _ = q.shape
+    tiles = batch * heads * ((seqlen + ROW_BLOCK - 1) // ROW_BLOCK)
+    if isinstance(tiles, int) and tiles >= _LIMIT:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}, batch * heads * blocks of {ROW_BLOCK} queries must be "
+            "below 2^30"
+        )
