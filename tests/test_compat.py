@@ -41,7 +41,7 @@ for name in sys.argv[2:]:
         delattr(owner, name)
         assert not hasattr(owner, name)
 
-from cute_kernels import flash_attn_func
+from cute_kernels import flash_attn_fp8_func, flash_attn_func
 from cute_kernels import autograd, compat
 
 for owner, name, value in removed:
@@ -89,6 +89,12 @@ try:
     flash_attn_func(q, k[:1], v)
 except ValueError as error:
     print(error)
+on_cpu = [t.cpu().float() for t in (q, k, v)]
+show(flash_attn_fp8_func(*on_cpu))
+try:
+    torch.func.grad(lambda *qkv: flash_attn_fp8_func(*qkv).sum())(*on_cpu)
+except NotImplementedError as error:
+    print(error)
 """
 
 
@@ -96,7 +102,7 @@ def run_without(device, *names):
     arguments = [sys.executable, "-c", WITHOUT, device, *names]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 9
+    assert len(done.stdout.splitlines()) == 11
     return done.stdout
 
 

@@ -137,17 +137,18 @@ def _check_call(
         _check_like(name, tensor, q)
         _check_alone(name, tensor)
     _check_shapes(q, k, v)
-    check_softmax_scale(softmax_scale)
-    largest = torch.finfo(accumulator_dtype(q.dtype)).max
-    if softmax_scale > largest:
-        raise ValueError(f"softmax_scale is {softmax_scale}, must be at most {largest}")
+    check_softmax_scale(softmax_scale, accumulator_dtype(q.dtype))
 
 
-def check_softmax_scale(softmax_scale: float) -> None:
+def check_softmax_scale(softmax_scale: float, dtype: torch.dtype = torch.float32) -> None:
+    """Raises ValueError or TypeError unless scores in dtype can be multiplied by it."""
     if isinstance(softmax_scale, (str, bytes, Tensor)) or not hasattr(softmax_scale, "__float__"):
         raise TypeError(f"softmax_scale is {softmax_scale!r}, must be a number")
     if not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and greater than 0")
+    largest = torch.finfo(dtype).max
+    if softmax_scale > largest:
+        raise ValueError(f"softmax_scale is {softmax_scale}, must be at most {largest}")
 
 
 def _check_tile_config(tile_config: str | None, of_pass: str, q: Tensor) -> None:

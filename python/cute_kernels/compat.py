@@ -26,8 +26,16 @@ def _unknown() -> bool:
     return not torch.compiler.is_compiling()
 
 
+_transforms_active: Callable[[], bool] | None = getattr(
+    torch._C, "_are_functorch_transforms_active", None
+)
+
 # Whether torch.func's transforms (grad, vmap, ...) surround the call, or may.
-in_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _unknown)
+in_transform: Callable[[], bool] = _transforms_active or _unknown
+
+# The same; False if that is not known. Then grad's tensors still require a gradient, and jvp's have
+# tangents.
+surely_in_transform: Callable[[], bool] = _transforms_active or (lambda: False)
 
 # Whether a tensor is one of torch.func.functionalize; False if that is not known.
 is_functional: Callable[[Any], bool] = getattr(torch, "_is_functional_tensor", lambda _: False)

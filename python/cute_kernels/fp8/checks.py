@@ -1,19 +1,18 @@
 """What a call may look like: of the public functions, then of the operators.
 
 The CPU implementations and shape inference ask first. The CUDA implementations refuse the same on
-their own, in C++ and in few words; then `explain` asks here what is wrong.
+their own, in C++ and in few words; then `checks.explain` asks here what is wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from cute_kernels.checks import check_softmax_scale
+from cute_kernels.checks import check_softmax_scale, refuse_tangents
+from cute_kernels.compat import in_forward_mode, surely_in_transform
 from cute_kernels.fp8.tensor import KEY_PADDING, ROW_BLOCK, FP8Tensor
 
 E4M3 = torch.float8_e4m3fn
@@ -24,28 +23,6 @@ GPU_ROTATIONS = (64, 128, 256)  # head dims of rows that the fused kernel takes
 _GPU_INPUTS = (torch.float16, torch.bfloat16)
 _INPUTS = (*_GPU_INPUTS, torch.float32, torch.float64)
 _LIMIT = 2**30  # of each size, and of the tiles of a call
-
-_in_transform: Callable[[], bool] = getattr(
-    torch._C, "_are_functorch_transforms_active", lambda: False
-)
-
-
-def _in_forward_mode() -> bool:
-    """Whether tensors may have tangents; asked first, since it takes less time than they do."""
-    return getattr(forward_ad, "_current_level", 0) >= 0
-
-
-_unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual
-
-
-def explain(refusal: Exception, check: Callable[..., None], *inputs: Any) -> NoReturn:
-    """Raises the ValueError or TypeError that `check` has for the inputs of a call that was
-    refused, or if it has none the refusal itself."""
-    try:
-        check(*inputs)
-    except (TypeError, ValueError) as exact:
-        raise exact from None
-    raise refusal
 
 
 def refuse_derivatives(function: str, *tensors: Tensor | FP8Tensor) -> None:
@@ -58,10 +35,10 @@ def refuse_derivatives(function: str, *tensors: Tensor | FP8Tensor) -> None:
         )
     if torch.compiler.is_compiling():
         return
-    if _in_transform():
+    if surely_in_transform():
         raise NotImplementedError(f"{function} has no torch.func transforms in FP8")
-    if _in_forward_mode() and any(_unpack_dual(x).tangent is not None for x in plain):
-        raise NotImplementedError(f"{function} has no forward-mode derivative in FP8")
+    if in_forward_mode():
+        refuse_tangents(*plain)
 
 
 def check_tensor(name: str, x: object, allows_quantised: bool = False) -> None:

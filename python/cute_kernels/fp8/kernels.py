@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 import cute_kernels.extension  # noqa: F401  defines the operators
+from cute_kernels.checks import explain
 from cute_kernels.fp8.checks import (
     GPU_ROTATIONS,
     check_forward,
     check_rows,
     check_values,
     check_whole,
-    explain,
 )
 from cute_kernels.fp8.rotation import signed
 from cute_kernels.fp8.tensor import ROW_BLOCK, FP8Tensor
