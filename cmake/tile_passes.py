@@ -61,7 +61,7 @@ MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal"}
 ELEMENT_BYTES = 2
 ACCUMULATOR_BYTES = 4
 SCALE_ROWS = 64  # FP8: keys that share a scale
-STATISTICS_FLAGS = 128  # backward: bytes that a block's flags take, at the alignment of what follows
+STATISTICS_FLAGS = 128  # backward: bytes that a block's flags take, aligned for what follows
 KEY_BLOCK = 16  # backward: channels of a k-step of WGMMA, 4 registers as an operand
 SUM_CHANNELS = 8  # FP8 with linear_exp: channels of V that are ones
 WARPGROUP_M = 64
@@ -130,8 +130,8 @@ def forward_shared_memory(row: Row) -> dict[str, int]:
     q = consumers * WARPGROUP_M * row["head_dim"] * ELEMENT_BYTES
     one_o = WARPGROUP_M * row["head_dim_v"] * ELEMENT_BYTES
     # full and empty, 8 bytes each: for every stage of K and V, and for every warpgroup's Q; one
-    # more for an O that two warpgroups share, and for every stage of V that a guard looks at, beside
-    # two flags
+    # more for an O that two warpgroups share, and for every stage of V that a guard looks at,
+    # beside two flags
     barriers = 2 * 8 * (2 * stages + consumers) + 8 * (1 + stages) + 8
     parts = {"K": k, "V": v, "Q": q, "O": consumers * one_o, "barriers": barriers}
     if not row["separate_output"]:
