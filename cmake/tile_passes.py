@@ -61,12 +61,12 @@ MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal"}
 ELEMENT_BYTES = 2
 ACCUMULATOR_BYTES = 4
 SCALE_ROWS = 64  # FP8: keys that share a scale
-STATISTICS_FLAGS = 128  # backward: bytes that a block's flags take, aligned for what follows
 KEY_BLOCK = 16  # backward: channels of a k-step of WGMMA, 4 registers as an operand
 SUM_CHANNELS = 8  # FP8 with linear_exp: channels of V that are ones
 WARPGROUP_M = 64
 SWIZZLE_ELEMENTS = 64  # a row of the 128-byte swizzle
 WARPGROUP_THREADS = 128
+WARPGROUP_WARPS = 4
 SHARED_BYTES = 227 * 1024  # what a block of sm_90 can have
 SWIZZLE_BYTES = 1024  # every buffer, and so the whole, is aligned to the 128-byte swizzle's period
 # What setmaxnreg leaves a consumer thread (forward/traits.hpp); one consumer warpgroup keeps the
@@ -205,11 +205,12 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
     dq = row["tile_m"] * row["head_dim"] * ACCUMULATOR_BYTES
     # lse and delta: parts for WGMMA, or for threads in fp32
     row_bytes = 16 if subtracts_by_product(row) else 2 * ACCUMULATOR_BYTES
-    statistics = stages * (row["tile_m"] * row_bytes + STATISTICS_FLAGS)
+    statistics = stages * row["tile_m"] * row_bytes
     # full and empty: of every stage of Q and dO, of every warpgroup's dQ (full of each of its
     # buffers), of the next key block's number (and that); full: K, V, P, both dS, the other CTA's K
     # and dS, every warpgroup's dV; empty: K and V, dS
     barriers = 8 * (4 * stages + consumers * (2 + stages) + 12)
+    barriers += 5 * WARPGROUP_WARPS * consumers  # what a warp knows of keys and queries not finite
     return aligned(
         {
             "K": keys,

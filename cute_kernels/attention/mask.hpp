@@ -31,12 +31,7 @@ struct Mask {
   }
 
   /// Whether some queries do not see keys that are there. Beyond the last key TMA brings zeros.
-  CUTLASS_DEVICE bool hides_values() const {
-#ifdef CK_NO_GUARD
-    return false;
-#endif
-    return causal;
-  }
+  CUTLASS_DEVICE bool hides_values() const { return causal; }
 
   /// Some of the queries, or all, may lie before the first or behind the last.
   CUTLASS_DEVICE BlockRange key_blocks(int first_query, int queries, int block) const {

@@ -78,8 +78,14 @@ class TileScheduler {
     }
   }
 
-  /// Of the CTA's tiles every second one: the phase of a barrier with one use a tile.
-  CUTLASS_DEVICE uint32_t phase() const { return round_ % 2; }
+  /// The phase of a barrier with one use a tile, over both passes.
+  template <class Passes>
+  CUTLASS_DEVICE uint32_t phase(Passes const& passes) const {
+    return round_ % 2 ^ passes.first_tile;
+  }
+
+  /// How many tiles the CTA has done.
+  CUTLASS_DEVICE uint32_t round() const { return round_; }
 
   CUTLASS_DEVICE TileCoord coord() const {
     int band, in_band, pair, m_index;

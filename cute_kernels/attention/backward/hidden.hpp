@@ -12,7 +12,8 @@
 // Keeps NaN and infinities out of gradients of what a mask hides them from. P and dS are 0 there,
 // but 0 times NaN is NaN: so the other factor, K of dQ, Q of dK, dO of dV, is cleared where it is
 // not finite. Who does see it has NaN in P or dS by then, from lse or delta; but for dV, to which
-// dO is restored in the end.
+// dO is restored in the end. All of it only in calls in which an lse or a delta is not finite, or
+// too large (is_alarming()): a NaN that a query sees shows there, and the last query sees every key.
 namespace cute_kernels::attention {
 
 /// Clears what is not finite in a warp's 16 rows of a (rows, channels) tile of 128-byte swizzled
@@ -64,7 +65,7 @@ CUTLASS_DEVICE void clear_own_keys(Mask const& mask, typename Traits::SharedStor
   int const warp = warpgroup * 4 + threadIdx.x % cutlass::NumThreadsPerWarpGroup / 32;
   uint32_t const rows = clear_rows<Traits::kTileN, Traits::kHeadDim>(shared.k.data(), warp * 16);
   __syncwarp();
-  if (threadIdx.x % 32 == 0) shared.spoilt_keys[warp] = rows << 16;
+  if (threadIdx.x % 32 == 0) shared.spoilt_keys[warp] = rows;
   __syncwarp();
 }
 
@@ -79,22 +80,16 @@ struct Exponent {
   static constexpr float kHidden = -INFINITY;
 };
 
-/// What a step does that meets hidden keys, or statistics that are not finite or too large.
+/// What a careful step does.
 template <class Traits>
 class HiddenStep {
   using SharedStorage = typename Traits::SharedStorage;
 
  public:
-  CUTLASS_DEVICE HiddenStep(SharedStorage const& shared, int stage, bool masked, int warpgroup)
+  CUTLASS_DEVICE HiddenStep(SharedStorage const& shared, bool masked, int warpgroup)
       : masked_(masked),
-        flags_(shared.statistics[stage].flags |
-               shared.spoilt_keys[warpgroup * 4 +
-                                  threadIdx.x % cutlass::NumThreadsPerWarpGroup / 32]) {}
-
-  /// Whether there is anything to do.
-  CUTLASS_DEVICE bool special() const { return __builtin_expect(masked_ || flags_ != 0, 0); }
-
-  CUTLASS_DEVICE bool clears_queries() const { return masked_ && (flags_ & kNonfinite) != 0; }
+        spoilt_keys_(shared.spoilt_keys[warpgroup * cutlass::NumWarpsPerWarpGroup +
+                                        threadIdx.x % cutlass::NumThreadsPerWarpGroup / 32]) {}
 
   /// P never above 1, as rounding of a large lse would have it; NaN for a key that is not finite; 0
   /// where a query does not see the key. Values is Probability or Exponent.
@@ -102,15 +97,13 @@ class HiddenStep {
   CUTLASS_DEVICE void restrict(Fragment& values, Mask const& mask, int key, int query) const {
     using namespace cute;
     int const row_in_warp = threadIdx.x % 32 / 4;
-    if (flags_ != 0) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < size<0>(values); ++row) {
+      bool const spoilt = spoilt_keys_ >> (row_in_warp + 8 * row) & 1;
       CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < size<0>(values); ++row) {
-        bool const spoilt = flags_ >> (16 + row_in_warp + 8 * row) & 1;
-        CUTLASS_PRAGMA_UNROLL
-        for (int col = 0; col < size<1>(values); ++col) {
-          float const x = values(row, col);
-          values(row, col) = spoilt ? NAN : x > Values::kLargest ? Values::kLargest : x;
-        }
+      for (int col = 0; col < size<1>(values); ++col) {
+        float const x = values(row, col);
+        values(row, col) = spoilt ? NAN : x > Values::kLargest ? Values::kLargest : x;
       }
     }
     if (masked_) mask.apply_transposed(values, key, query, Values::kHidden);
@@ -120,17 +113,15 @@ class HiddenStep {
   template <class Gradients, class Mask>
   CUTLASS_DEVICE void clear(Gradients&& gradients, Mask const& mask, int key, int query) const {
     using namespace cute;
-    if (flags_ != 0) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < size(gradients); ++i) gradients(i) += gradients(i) - gradients(i);
-    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(gradients); ++i) gradients(i) += gradients(i) - gradients(i);
     if (masked_) mask.apply_transposed(gradients, key, query, 0.f);
   }
 
   /// The step's Q and dO, of all consumer threads, between everyone's S and dP, and the products
   /// that take them as the other factor.
   CUTLASS_DEVICE void clear_queries(SharedStorage& shared, int stage) const {
-    if (!clears_queries()) return;
+    if (!masked_) return;
     constexpr int kThreads = Traits::kConsumers * cutlass::NumThreadsPerWarpGroup;
     constexpr int kElements = Traits::kTileM * Traits::kHeadDim;
     auto meet = [] { sm90::barrier_sync(sm90::NamedBarrier::kQueriesCleared, 0, kThreads); };
@@ -145,7 +136,7 @@ class HiddenStep {
 
  private:
   bool masked_;
-  uint32_t flags_;  // of the block, and in the upper half a bit for each of the warp's keys
+  uint32_t spoilt_keys_;
 };
 
 /// Adds what was cleared of dO in a key block's steps to dV of the keys that see it, as P would.

@@ -30,6 +30,7 @@ struct BackwardParams {
   Shape shape_k;
   TensorView grad_out;
   BackwardWorkspace workspace;
+  uint64_t call;
   float scale_log2;
   float softmax_scale;
   int heads;
@@ -55,13 +56,17 @@ CUTLASS_DEVICE void meet() {
 
 /// Warpgroup 0 moves data (warp 0 loads, warp 1 + i sends what consumer warpgroup i hands out, warp
 /// 3, where dQ is in order, lets others add to it), the others compute.
-template <class Traits, class Params>
+template <class Traits, bool kCareful, class Params>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(CUTE_GRID_CONSTANT Params const params) {
   using namespace cute;
   using Pipeline = typename Traits::Pipeline;
   using PipelineState = typename Traits::PipelineState;
 
+  if constexpr (kCareful) {
+    sm90::wait_for_previous_kernel();
+    if (*params.workspace.alarm != params.call) return;
+  }
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
 
@@ -157,13 +162,24 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     int const consumer = warpgroup - 1;
     if constexpr (Traits::kSplitProducts) {
-      BackwardSplitMainloop<Traits>::compute(
-          params, shared, pipeline_q, pipeline_grad_out,
-          key_block_of<Traits>(params, number), consumer);
+      static_assert(!Traits::kCarefulKernel && !kCareful);
+      sm90::wait_for_previous_kernel();  // it raises the alarm
+      bool const careful = *params.workspace.alarm == params.call;
+      using Mainloop = BackwardSplitMainloop<Traits>;
+      KeyBlockCoord const coord = key_block_of<Traits>(params, number);
+      if (careful) {
+        Mainloop::template compute<true>(params, shared, pipeline_q, pipeline_grad_out, coord,
+                                         consumer);
+      } else {
+        Mainloop::template compute<false>(params, shared, pipeline_q, pipeline_grad_out, coord,
+                                          consumer);
+      }
     } else {
       BackwardMainloop<Traits> mainloop(shared, pipeline_q, pipeline_grad_out, consumer);
       for_each_key_block<Traits, Caller::kWarp>(
-          params, shared, number, [&](KeyBlockCoord const& coord) { mainloop.compute(params, coord); });
+          params, shared, number, [&](KeyBlockCoord const& coord) {
+            mainloop.template compute<kCareful>(params, coord);
+          });
     }
   }
   if constexpr (Traits::kCluster > 1) meet<Traits>();

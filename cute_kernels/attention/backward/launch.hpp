@@ -1,6 +1,8 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <random>
 
 #include "cute_kernels/attention/backward/kernel.hpp"
 #include "cute_kernels/attention/backward/postprocess.hpp"
@@ -11,6 +13,12 @@
 #include "cute_kernels/sm90/launch.hpp"
 
 namespace cute_kernels::attention {
+
+/// A number that memory nobody has written holds by chance once in 2^64 calls.
+inline uint64_t number_of_call() {
+  static std::atomic<uint64_t> next = std::random_device{}() * uint64_t{0x9e3779b97f4a7c15};
+  return next.fetch_add(0xd1342543de82ef95, std::memory_order_relaxed);
+}
 
 template <class Tile>
 int64_t backward_workspace_bytes(BackwardProblem const& problem) {
@@ -32,10 +40,11 @@ int heads_at_a_time(BackwardProblem const& problem, BackwardWorkspace const& wor
   return heads;
 }
 
-/// The main kernel: dK and dV, and dQ added up in the workspace.
-template <class Traits>
+/// The main kernel: dK and dV, and dQ added up in the workspace. Careful, it only does so in a call
+/// that has raised the alarm.
+template <class Traits, bool kCareful>
 cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspace const& workspace,
-                                 cudaStream_t stream) {
+                                 uint64_t call, cudaStream_t stream) {
   using namespace cute;
   using Element = typename Traits::Element;
 
@@ -70,6 +79,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
       make_shape(problem.seqlen_k, problem.head_dim, problem.heads_kv, problem.batch),
       problem.grad_out,
       workspace,
+      call,
       scale_of_scores(problem.softmax_scale) * sm90::kLog2e,
       problem.softmax_scale,
       problem.heads_q,
@@ -93,7 +103,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   how.shared_bytes = kSharedBytes;
   how.cluster = Traits::kCluster;
   how.early = true;
-  return sm90::launch_kernel<backward_kernel<Traits, Params>>(how, params);
+  return sm90::launch_kernel<backward_kernel<Traits, kCareful, Params>>(how, params);
 }
 
 /// Starts the backward kernels of a tile on `stream`: rows' statistics, gradients, dQ's rounding.
@@ -102,6 +112,7 @@ template <class Tile>
 cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream) {
   using Traits = BackwardTraits<Tile>;
   BackwardWorkspace const workspace = backward_workspace<Traits>(problem);
+  uint64_t const call = number_of_call();
   sm90::Launch of_queries{};
   of_queries.grid = dim3(workspace.m_blocks.divisor * problem.heads_q * problem.batch);
   of_queries.stream = stream;
@@ -112,12 +123,19 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
       of_queries, PreprocessParams{problem.out, problem.grad_out, problem.lse, problem.grad_lse,
                                    problem.seqlen_q, cutlass::FastDivmod(problem.heads_q),
                                    problem.head_dim,
-                                   scale_of_scores(problem.softmax_scale), workspace});
+                                   scale_of_scores(problem.softmax_scale), call, workspace});
   if (status != cudaSuccess) return status;
 
   if (problem.seqlen_k > 0) {  // otherwise dQ = 0
-    status = launch_backward_main<Traits>(problem, workspace, stream);
+    status = launch_backward_main<Traits, false>(problem, workspace, call, stream);
     if (status != cudaSuccess) return status;
+    if constexpr (Traits::kCarefulKernel) {
+      BackwardWorkspace again = workspace;  // in order: who comes first writes over what is there
+      again.turns = workspace.careful_turns;
+      again.drawn = workspace.careful_drawn;
+      status = launch_backward_main<Traits, true>(problem, again, call, stream);
+      if (status != cudaSuccess) return status;
+    }
   }
 
   of_queries.threads = cutlass::NumThreadsPerWarpGroup * Traits::kDqSlices;
@@ -126,7 +144,7 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   return sm90::launch_kernel<postprocess_kernel<Traits>>(
       of_queries, PostprocessParams{problem.grad_q, problem.softmax_scale, problem.seqlen_q,
                                     problem.head_dim, cutlass::FastDivmod(problem.heads_q),
-                                    workspace});
+                                    call, workspace});
 }
 
 }  // namespace cute_kernels::attention

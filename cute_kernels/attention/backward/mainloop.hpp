@@ -50,8 +50,9 @@ class BackwardMainloop {
         pipeline_grad_out_(pipeline_grad_out),
         warpgroup_(warpgroup) {}
 
-  /// Computes and hands out dK and dV of the warpgroup's 64 keys, and its part of their dQ.
-  template <class Params>
+  /// Computes and hands out dK and dV of the warpgroup's 64 keys, and its part of their dQ. Careful
+  /// about what a mask hides: HiddenStep.
+  template <bool kCareful, class Params>
   CUTLASS_DEVICE void compute(Params const& params, KeyBlockCoord const& coord) {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
@@ -100,7 +101,7 @@ class BackwardMainloop {
     };
 
     shared_.k_full.wait(keys_phase_);
-    clear_own_keys<Traits>(params.mask, shared_, warpgroup_);
+    if constexpr (kCareful) clear_own_keys<Traits>(params.mask, shared_, warpgroup_);
     shared_.v_full.wait(keys_phase_);
     keys_phase_ ^= 1;
     auto const product_s =
@@ -121,18 +122,21 @@ class BackwardMainloop {
       if (!first_step) Dq::announce(shared_, warpgroup_, 0, thread);
       first_step = false;
 
+      int const query = step.block() * kTileM + column;
       warpgroup_wait<1>();
+      if (!kCareful && step.masked()) {
+        params.mask.apply_transposed(p_rows, key, query, -INFINITY);
+      }
       if constexpr (kStatisticsByProduct) {
         scores_to_probabilities(scores, params.scale_log2);
       } else {
         scores_to_probabilities(p_rows, lse_log2, params.scale_log2);
       }
-      HiddenStep<Traits> const hidden(shared_, read_q_.index(), step.masked(), warpgroup_);
       warpgroup_wait<0>();
       auto ds_rows = make_tensor(gradients.data(), p_rows.layout());
       if constexpr (!kStatisticsByProduct) subtract_delta(ds_rows, minus_delta);
-      if (__builtin_expect(hidden.special(), 0)) {
-        int const query = step.block() * kTileM + column;
+      if constexpr (kCareful) {
+        HiddenStep<Traits> const hidden(shared_, step.masked(), warpgroup_);
         hidden.template restrict<Probability>(p_rows, params.mask, key, query);
         hidden.clear(ds_rows, params.mask, key, query);
         hidden.clear_queries(shared_, read_q_.index());
@@ -171,7 +175,7 @@ class BackwardMainloop {
       ds_phase_ ^= ds_buffer_;
       ds_buffer_ ^= 1;
     }
-    restore_dv<Traits>(params, shared_, coord, key, column, dv);
+    if constexpr (kCareful) restore_dv<Traits>(params, shared_, coord, key, column, dv);
     // The last key block's dV has left: the first dQ of this one waited for it.
     Epilogue::write(shared_.own.dv[warpgroup_], dv);
     Dq::announce(shared_, warpgroup_, 0, thread);

@@ -14,6 +14,7 @@ struct PostprocessParams {
   int seqlen_q;
   int head_dim;
   cutlass::FastDivmod heads;
+  uint64_t call;
   BackwardWorkspace workspace;
 };
 
@@ -44,13 +45,14 @@ __global__ void __launch_bounds__(128 * Traits::kDqSlices)
   params.heads(batch, head, params.workspace.m_blocks.divmod(block, blockIdx.x));
 
   sm90::wait_for_previous_kernel();
+  bool const careful = Traits::kCarefulKernel && *params.workspace.alarm == params.call;
+  int const* const turns = careful ? params.workspace.careful_turns : params.workspace.turns;
   typename Traits::MmaDq mma;
   auto dq = partition_fragment_C(mma, Shape<Int<Traits::kSliceM>, Int<Traits::kSliceN>>{});
   auto const* slice = reinterpret_cast<float4 const*>(
       params.workspace.dq + (block_index * Traits::kDqSlices + warpgroup) * Traits::kSliceFloats);
   // In order, no one has written what no key sees.
-  bool const seen = params.workspace.turns == nullptr ||
-                    params.workspace.turns[block_index * Traits::kCluster] > 0;
+  bool const seen = turns == nullptr || turns[block_index * Traits::kCluster] > 0;
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(dq) / 4; ++i) {
     float4 const part = seen ? slice[i * 128 + thread] : make_float4(0.f, 0.f, 0.f, 0.f);

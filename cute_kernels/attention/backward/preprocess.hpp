@@ -19,6 +19,7 @@ struct PreprocessParams {
   cutlass::FastDivmod heads;
   int head_dim;
   float scale;  // of the scores
+  uint64_t call;
   BackwardWorkspace workspace;
 };
 
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   params.heads(batch, head, row_of_heads);
   auto* const statistics =
       static_cast<typename Traits::Statistics*>(params.workspace.statistics) + block_index;
-  uint32_t flags = 0;
+  bool alarming = false;
 
   int const lane = threadIdx.x % kLanes;
   int const column = lane * kVector;
@@ -74,22 +75,19 @@ __global__ void __launch_bounds__(kPreprocessThreads)
         int64_t const at = static_cast<int64_t>(row_of_heads) * params.seqlen_q + query;
         lse = params.lse[at];
         minus_delta = (params.grad_lse == nullptr ? 0.f : params.grad_lse[at]) - sum;
-        flags |= flags_of(lse, minus_delta);
+        alarming |= is_alarming(lse, minus_delta);
       }
       statistics->set(row, lse, minus_delta, params.scale);
     }
   }
-  uint32_t const nonfinite = __syncthreads_or(flags & kNonfinite) ? kNonfinite : 0;
-  uint32_t const large = __syncthreads_or(flags & kLargeLse) ? kLargeLse : 0;
-  if (threadIdx.x == 0) statistics->flags = nonfinite | large;
-
-  if (blockIdx.x + threadIdx.x == 0) *params.workspace.drawn = 0;
-  if (params.workspace.turns != nullptr) {
-    if (threadIdx.x < Traits::kCluster) {
-      params.workspace.turns[block_index * Traits::kCluster + threadIdx.x] = 0;
-    }
-    return;
+  if (alarming) *params.workspace.alarm = params.call;
+  if (blockIdx.x + threadIdx.x == 0) *params.workspace.drawn = *params.workspace.careful_drawn = 0;
+  if (threadIdx.x < Traits::kCluster) {
+    int64_t const at = block_index * Traits::kCluster + threadIdx.x;
+    if (Traits::kCarefulKernel) params.workspace.careful_turns[at] = 0;
+    if (params.workspace.turns != nullptr) params.workspace.turns[at] = 0;
   }
+  if (params.workspace.turns != nullptr) return;
   constexpr int kFloat4s = Traits::kTileM * Traits::kHeadDim / 4;
   auto* dq = reinterpret_cast<float4*>(params.workspace.dq) + block_index * kFloat4s;
   for (int i = threadIdx.x; i < kFloat4s; i += kPreprocessThreads) {

@@ -47,8 +47,9 @@ class BackwardSplitMainloop {
   static constexpr int kTileM = Traits::kTileM;
 
  public:
-  /// Computes dV or dK and a quarter of dQ, and sends them.
-  template <class Params>
+  /// Computes dV or dK and a quarter of dQ, and sends them. Careful about what a mask hides:
+  /// HiddenStep.
+  template <bool kCareful, class Params>
   CUTLASS_DEVICE static void compute(Params const& params, SharedStorage& shared,
                                      Pipeline& pipeline_q, Pipeline& pipeline_grad_out,
                                      KeyBlockCoord const& coord, int warpgroup) {
@@ -57,9 +58,9 @@ class BackwardSplitMainloop {
     auto gradient = Epilogue::new_gradient();
     bool const is_dv = warpgroup == 0;
     if (is_dv) {
-      compute_dv(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);
+      compute_dv<kCareful>(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);
     } else {
-      compute_dk(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);
+      compute_dk<kCareful>(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);
     }
     auto meet = [] {
       sm90::barrier_sync(sm90::NamedBarrier::kGradientsReady, 0,
@@ -79,7 +80,7 @@ class BackwardSplitMainloop {
 
  private:
   /// The first warpgroup: adds up dV.
-  template <class Params, class Accumulator>
+  template <bool kCareful, class Params, class Accumulator>
   CUTLASS_DEVICE static void compute_dv(Params const& params, SharedStorage& shared,
                                         Pipeline& pipeline_q, Pipeline& pipeline_grad_out,
                                         KeyBlockCoord const& coord, Accumulator& dv) {
@@ -96,7 +97,7 @@ class BackwardSplitMainloop {
     uint32_t phase = 0;
 
     shared.k_full.wait(0);
-    clear_own_keys<Traits>(params.mask, shared, 0);
+    if constexpr (kCareful) clear_own_keys<Traits>(params.mask, shared, 0);
     auto const product_s = Scores::template operands<Traits::kKeyBlocksInRegisters>(
         keys(shared.k.data()), shared.q, thread);
     for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
@@ -104,13 +105,15 @@ class BackwardSplitMainloop {
       pipeline_q.consumer_wait(read);
       Scores::template issue<Statistic::kLse>(shared, product_s, read.index(), thread, scores);
       int const query = step.block() * kTileM + column;
-      HiddenStep<Traits> const hidden(shared, read.index(), step.masked(), 0);
       warpgroup_wait<0>();
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
-      if (__builtin_expect(hidden.special(), 0)) {
+      if constexpr (kCareful) {
+        HiddenStep<Traits> const hidden(shared, step.masked(), 0);
         hidden.template restrict<Exponent>(p_rows, params.mask, key, query);
         pipeline_grad_out.consumer_wait(read);
         hidden.clear_queries(shared, read.index());
+      } else if (step.masked()) {
+        params.mask.apply_transposed(p_rows, key, query, -INFINITY);
       }
       scores_to_probabilities(scores, params.scale_log2);
       auto p = make_tensor<Element>(OperandLayout{});
@@ -133,11 +136,11 @@ class BackwardSplitMainloop {
       ++read;
       phase ^= 1;
     }
-    restore_dv<Traits>(params, shared, coord, key, column, dv);
+    if constexpr (kCareful) restore_dv<Traits>(params, shared, coord, key, column, dv);
   }
 
   /// The second warpgroup: adds up dK (not yet scaled).
-  template <class Params, class Accumulator>
+  template <bool kCareful, class Params, class Accumulator>
   CUTLASS_DEVICE static void compute_dk(Params const& params, SharedStorage& shared,
                                         Pipeline& pipeline_q, Pipeline& pipeline_grad_out,
                                         KeyBlockCoord const& coord, Accumulator& dk) {
@@ -155,7 +158,7 @@ class BackwardSplitMainloop {
     uint32_t phase = 0;
 
     shared.k_full.wait(0);
-    if (params.mask.hides_values()) {
+    if (kCareful && params.mask.hides_values()) {
       shared.peer_k_full.wait(0);
       clear_rows<Traits::kTileN, Traits::kPeerChannels>(shared.own.data(), thread / 32 * 16);
     }
@@ -170,10 +173,10 @@ class BackwardSplitMainloop {
       pipeline_grad_out.consumer_wait(read);
       Scores::template issue<Statistic::kDelta>(shared, product_dp, read.index(), thread,
                                                 gradients);
-      HiddenStep<Traits> const hidden(shared, read.index(), step.masked(), 1);
-      if (__builtin_expect(hidden.clears_queries(), 0)) {  // so does the first, before it hands P on
+      if constexpr (kCareful) {
         warpgroup_wait<0>();
-        hidden.clear_queries(shared, read.index());
+        // So does the first, before it hands P on.
+        HiddenStep<Traits>(shared, step.masked(), 1).clear_queries(shared, read.index());
       }
       auto p = make_tensor<Element>(gradients.layout());
       auto* parts = reinterpret_cast<uint4*>(p.data());
@@ -185,9 +188,10 @@ class BackwardSplitMainloop {
       // dS overwrites P.
       sm90::barrier_sync(sm90::NamedBarrier::kStageRead, 1, cutlass::NumThreadsPerWarpGroup);
       warpgroup_wait<0>();
-      if (__builtin_expect(hidden.special(), 0)) {
-        hidden.clear(make_tensor(gradients.data(), sm90::accumulator_rows_cols(gradients.layout())),
-                     params.mask, key, step.block() * kTileM + column);
+      if constexpr (kCareful) {
+        auto rows = make_tensor(gradients.data(), sm90::accumulator_rows_cols(gradients.layout()));
+        HiddenStep<Traits>(shared, step.masked(), 1)
+            .clear(rows, params.mask, key, step.block() * kTileM + column);
       }
       gradients_of_scores(gradients, p);
       auto ds = make_tensor<Element>(OperandLayout{});

@@ -14,27 +14,18 @@ namespace cute_kernels::attention {
 
 enum class Statistic { kLse, kDelta };
 
-/// What a block of queries needs beside the usual.
-enum BlockFlags : uint32_t {
-  /// An lse or a delta is not finite: so may be Q or dO, also in rows that do not see every key.
-  kNonfinite = 1,
-  /// One fp32 cannot hold an lse closely enough for P to stay below 1 by itself.
-  kLargeLse = 2,
-};
-
-/// The flags that a query's statistics ask for.
-CUTLASS_DEVICE uint32_t flags_of(float lse, float minus_delta) {
+/// Whether a query's statistics ask for care: Q or dO may not be finite, also in rows that do not
+/// see every key, or one fp32 does not hold lse closely enough for P to stay below 1 by itself.
+CUTLASS_DEVICE bool is_alarming(float lse, float minus_delta) {
   constexpr float kLarge = 0x1p12f;
-  uint32_t const nonfinite = isfinite(lse) && isfinite(minus_delta) ? 0 : kNonfinite;
-  return nonfinite | (fabsf(lse) > kLarge ? kLargeLse : 0);
+  return !(fabsf(lse) <= kLarge) || !isfinite(minus_delta);
 }
 
 /// For threads to read.
 template <int kQueries>
-struct alignas(128) StatisticValues {
+struct StatisticValues {
   float lse_log2[kQueries];  // +inf where P is 0
   float minus_delta[kQueries];
-  uint32_t flags;
 
   CUTLASS_DEVICE void set(int query, float lse, float minus_delta, float) {
     lse_log2[query] = isinf(lse) ? INFINITY : lse * sm90::kLog2e;
@@ -46,13 +37,12 @@ struct alignas(128) StatisticValues {
 /// which hold a float's 24 bits. So no thread reads it, for which it would have to get through
 /// shared memory's port once for each of the warps, nor keeps it in registers.
 template <int kQueries>
-struct alignas(128) StatisticParts {
+struct StatisticParts {
   static constexpr int kColumns = 8;  // 16 bytes, a row of a core matrix
   static constexpr int kParts = 3;
 
   using Row = cutlass::AlignedArray<cutlass::bfloat16_t, kColumns>;
   Row rows[kQueries];
-  uint32_t flags;
 
   /// Where its parts begin in a row.
   static constexpr int first_column(Statistic statistic) {

@@ -3,6 +3,7 @@
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/tile_scheduler.hpp"
+#include "cute_kernels/sm90/bulk_reduce.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
@@ -81,8 +82,9 @@ class ForwardEpilogue {
     }
   }
 
-  /// Shared memory must outlive the last store's reads.
-  CUTLASS_DEVICE static void drain() { cute::tma_store_wait<0>(); }
+  /// Shared memory must outlive the last store's reads, and a later store to the same place its
+  /// writes.
+  CUTLASS_DEVICE static void drain() { sm90::bulk_wait_complete(); }
 
  private:
   CUTLASS_DEVICE static Element* buffer(SharedStorage& shared, int warpgroup) {

@@ -8,6 +8,8 @@
 #include <cute/tensor.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
+#include "cute_kernels/attention/forward/passes.hpp"
+
 namespace cute_kernels::attention {
 
 /// Rows of Q and K that share a scale.
@@ -127,6 +129,7 @@ struct Fp8ForwardTraits {
     typename Pipeline::SharedStorage pipeline_v;
     cutlass::arch::ClusterTransactionBarrier q_full[kConsumers];
     cutlass::arch::ClusterBarrier q_empty[kConsumers];
+    ForwardPasses passes;
   };
 
   /// What ForwardEpilogue asks of its traits.

@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
       shared.q_empty[i].init(Traits::kQueryReleases);
     }
     if constexpr (Traits::kSharedOutput) shared.o_empty.init(1);
+    shared.passes = {};
   }
   typename Pipeline::Params pipeline_params;
   pipeline_params.role =
@@ -79,7 +80,6 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
   pipeline_params.transaction_bytes = Traits::kBytesK;
   Pipeline pipeline_k(shared.pipeline_k, pipeline_params, Shape<_1, _1, _1>{});
   pipeline_params.transaction_bytes = Traits::kBytesV;
-  pipeline_params.num_producers = Mainloop::kValueArrivals;
   Pipeline pipeline_v(shared.pipeline_v, pipeline_params, Shape<_1, _1, _1>{});
   Mainloop::prepare(shared);
   cutlass::arch::fence_barrier_init();
@@ -89,16 +89,24 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     }
-    if (warp_in_group == 0 && elect_one_sync()) {
-      PipelineState write_k = cutlass::make_producer_start_state<Pipeline>();
-      PipelineState write_v = cutlass::make_producer_start_state<Pipeline>();
-      for (TileScheduler tile(params.scheduler); tile.valid(); tile.advance()) {
-        Mainloop::load(params, shared, pipeline_k, pipeline_v, write_k, write_v, tile.phase(),
-                       tile.coord());
+    PipelineState write_k = cutlass::make_producer_start_state<Pipeline>();
+    PipelineState write_v = cutlass::make_producer_start_state<Pipeline>();
+    do {
+      if (warp_in_group == 0) {
+        if (elect_one_sync()) {
+          TileScheduler tile(params.scheduler);
+          for (; tile.valid(); tile.advance()) {
+            Mainloop::load(params, shared, pipeline_k, pipeline_v, write_k, write_v,
+                           tile.phase(shared.passes), tile.coord());
+          }
+          shared.passes.next_first_tile = tile.round() % 2;
+          shared.passes.next_first_v_stage = write_v.index();
+        }
+        __syncwarp();
+      } else if (warp_in_group == 1 && shared.passes.guarded) {
+        Mainloop::guard(params, shared);
       }
-    } else if (warp_in_group > 0) {
-      Mainloop::guard(params, shared, warp_in_group - 1);
-    }
+    } while (shared.passes.go_on());
   } else {
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
@@ -106,14 +114,17 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
     int const consumer = warpgroup - 1;
     Mainloop::start_turns(consumer);
     PipelineState read_k, read_v;
-    for (TileScheduler tile(params.scheduler); tile.valid(); tile.advance()) {
-      TileCoord const coord = tile.coord();
-      Mainloop::compute_tile(params, shared, pipeline_k, pipeline_v, read_k, read_v, tile.phase(),
-                             coord, consumer, [&](auto const& softmax, auto const& out) {
-                               Epilogue::store(params, shared, coord, consumer, softmax, out);
-                             });
-    }
-    Epilogue::drain();
+    do {
+      for (TileScheduler tile(params.scheduler); tile.valid(); tile.advance()) {
+        TileCoord const coord = tile.coord();
+        Mainloop::compute_tile(params, shared, pipeline_k, pipeline_v, read_k, read_v,
+                               tile.phase(shared.passes), coord, consumer,
+                               [&](auto const& softmax, auto const& out) {
+                                 Epilogue::store(params, shared, coord, consumer, softmax, out);
+                               });
+      }
+      Epilogue::drain();  // a second pass writes there again
+    } while (shared.passes.go_on());
   }
 }
 

@@ -36,12 +36,10 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     if (threadIdx.x == 0) Guard::prepare(shared);
   }
 
-  static constexpr int kValueArrivals = Traits::kGuards;
-
-  /// The work of the warps that the producer has to spare.
+  /// The work of a warp that the producer has to spare, in a second pass.
   template <class Params>
-  CUTLASS_DEVICE static void guard(Params const& params, SharedStorage& shared, int warp) {
-    if (params.mask.hides_values()) Guard::watch(params, shared, warp);
+  CUTLASS_DEVICE static void guard(Params const& params, SharedStorage& shared) {
+    Guard::watch(params, shared, shared.passes.first_v_stage);
   }
 
   /// Issues every load of one tile. Called by one thread.
@@ -60,7 +58,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
                                  group_modes<0, 2>(blocks_v));
     // Blocks from here on go through the guard.
     int guarded = 1 << 30;
-    if (params.mask.hides_values()) {
+    if (shared.passes.guarded) {
       guarded = params.mask.key_blocks(params.first_query(coord), Traits::kTileM, kTileN).full;
     }
     auto load_v = [&](int block) {
@@ -87,12 +85,25 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord, warpgroup,
             softmax, out);
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
-    if (shared.v_cleared[q_phase].any != 0) Guard::restore(params, coord, warpgroup, out_rows);
+    if (shared.guard.cleared[q_phase]) Guard::restore(params, coord, warpgroup, out_rows);
     softmax.finalize(out_rows);
+    if (params.mask.hides_values() && !Guard::all_finite(out)) shared.passes.wanted = true;
     store(softmax, out);
   }
 
  private:
+  CUTLASS_DEVICE static int opaque(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+  }
+
+  /// The tile's first query, computed again where it is seldom needed.
+  template <class Params>
+  CUTLASS_DEVICE static int opaque_query(Params const& params, TileCoord coord) {
+    coord.m_block = opaque(coord.m_block);
+    return params.first_query(coord);
+  }
+
   /// Computes softmax(scale Q K^T) V, not yet divided by the row sums, of 64 queries into `out`.
   template <class Params, class Output>
   CUTLASS_DEVICE static void compute(Params const& params, SharedStorage& shared,
@@ -126,8 +137,6 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     // What the producer loads for the CTA, and what of it this warpgroup's queries see.
     BlockRange const loaded = params.mask.key_blocks(first_query, Traits::kTileM, kTileN);
     BlockRange const own = params.mask.key_blocks(own_query, Traits::kWarpgroupM, kTileN);
-    int const row = own_query + thread / 32 * 16 + thread % 32 / 4;
-    int const column = thread % 4 * 2;
 
     // From here on blocks are the first in which one of the warp's rows sees a key, among them all
     // that need a mask; or row maxima have risen too fast to do without.
@@ -137,8 +146,11 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     auto softmax_block = [&](auto& scores, int block, bool seek, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       auto mask = [&](auto& rows) {
+        int const lane = opaque(thread);  // not kept from step to step
+        int const row = opaque_query(params, coord) + warpgroup * Traits::kWarpgroupM +
+                        lane / 32 * 16 + lane % 32 / 4;
         if (params.mask.visible_keys(row) < (block + 1) * kTileN) {
-          params.mask.apply(rows, row, block * kTileN + column);
+          params.mask.apply(rows, row, block * kTileN + lane % 4 * 2);
         }
       };
       if (seek) mask(rows);
@@ -149,7 +161,11 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         mask(rows);
       };
       // As many blocks more as it took to come here: a tile starts few blocks again.
-      auto keep_seeking = [&] { seek_from = 2 * block - loaded.visited; };
+      auto keep_seeking = [&] {
+        int const first_query = opaque_query(params, coord);
+        seek_from =
+            2 * block - params.mask.key_blocks(first_query, Traits::kTileM, kTileN).visited;
+      };
       softmax.update(rows, seek, restore, keep_seeking, on_move);
     };
     auto round_probabilities = [&](auto const& scores) {

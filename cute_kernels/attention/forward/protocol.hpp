@@ -36,12 +36,9 @@ class ForwardProtocol {
   static constexpr int kTileN = Traits::kTileN;
 
  public:
-  /// How many arrive when a stage of V is full.
-  static constexpr int kValueArrivals = 1;
-
-  /// The work of the warps that the producer has to spare.
+  /// The work of a warp that the producer has to spare, in a second pass.
   template <class Params>
-  CUTLASS_DEVICE static void guard(Params const&, SharedStorage&, int /*warp*/) {}
+  CUTLASS_DEVICE static void guard(Params const&, SharedStorage&) {}
 
   /// Pingpong's opening: the last warpgroup lets the first one begin.
   CUTLASS_DEVICE static void start_turns(int warpgroup) {

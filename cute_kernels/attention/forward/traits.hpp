@@ -7,6 +7,7 @@
 #include <cute/tensor.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
+#include "cute_kernels/attention/forward/passes.hpp"
 #include "cute_kernels/attention/tile_scheduler.hpp"
 
 namespace cute_kernels::attention {
@@ -104,8 +105,6 @@ struct ForwardTraits {
   static constexpr bool kSharedOutput = kSeparateOutput && kOutputBuffers == 1 && kConsumers > 1;
   static_assert(!kSharedOutput || kConsumers == 2, "each warpgroup's turns are of one parity");
 
-  static constexpr int kGuards = cutlass::NumWarpsPerWarpGroup - 1;  // warps that look at V
-
   using Pipeline = cutlass::PipelineTmaAsync<kStages>;
   using PipelineState = typename Pipeline::PipelineState;
 
@@ -129,13 +128,12 @@ struct ForwardTraits {
     cutlass::arch::ClusterBarrier q_empty[kConsumers];
     // Shared output buffer: TMA has read the warpgroup's O before.
     cutlass::arch::ClusterBarrier o_empty;
-    // ValueGuard: V's bytes have landed in a stage, not yet looked at; whether some of them, of this
-    // tile and of the next, were cleared, and by which guard.
-    cutlass::arch::ClusterTransactionBarrier v_landed[kStages];
-    union {
-      uint32_t any;
-      bool by[kGuards];
-    } v_cleared[2];
+    ForwardPasses passes;
+    struct {
+      // V's bytes have landed in a stage, not yet looked at.
+      cutlass::arch::ClusterTransactionBarrier v_landed[kStages];
+      bool cleared[2];  // some of V, of this tile and of the next
+    } guard;
   };
 };
 

@@ -14,63 +14,68 @@ namespace cute_kernels::attention {
 /// Keeps NaN and infinities of V out of rows that do not see them: where P is 0, P V would still be
 /// NaN.
 ///
-/// A block that some query of the tile sees in part passes the guards, the producer's idle warps,
-/// between TMA and the consumers: the loader lets it land at v_landed, each guard clears what is not
-/// finite in its share, and only then arrives at the stage's full barrier. So consumers neither wait
-/// nor compute more. Rows that do see what was cleared get it back when the tile is complete.
+/// That shows: some element of O is not finite. So a CTA looks at its results, and if one is not
+/// finite, does all of its tiles again, guarded: blocks that some query of the tile sees in part
+/// then pass the guard, a warp that the producer has to spare, between TMA and the consumers. The
+/// loader lets them land at v_landed, the guard clears what is not finite, and only then arrives at
+/// the stage's full barrier. Rows that do see what was cleared get it back when the tile is
+/// complete.
 template <class Traits>
 class ValueGuard {
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
   using PipelineState = typename Traits::PipelineState;
-  using ClusterBarrier = cutlass::arch::ClusterBarrier;
 
   static constexpr int kBlockElements = Traits::kTileN * Traits::kHeadDimV;
-  static constexpr int kGuards = Traits::kGuards;
 
  public:
   CUTLASS_DEVICE static void prepare(SharedStorage& shared) {
     CUTLASS_PRAGMA_UNROLL
-    for (int stage = 0; stage < Traits::kStages; ++stage) shared.v_landed[stage].init(1);
-    shared.v_cleared[0].any = shared.v_cleared[1].any = 0;
+    for (int stage = 0; stage < Traits::kStages; ++stage) shared.guard.v_landed[stage].init(1);
+    shared.guard.cleared[0] = shared.guard.cleared[1] = false;
   }
 
-  /// The loader's producer_acquire(). Returns the barrier for TMA. A stage is full when kGuards
-  /// have arrived: the loader does for all where there is nothing to guard.
+  /// Of all threads that have some of O.
+  template <class Output>
+  CUTLASS_DEVICE static bool all_finite(Output const& out) {
+    float probe = 0.f;  // NaN from any that is not finite on
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < cute::size(out); ++i) probe = __fmaf_rn(out(i), 0.f, probe);
+    return probe == 0.f;
+  }
+
+  /// The loader's producer_acquire(). Returns the barrier for TMA.
   CUTLASS_DEVICE static uint64_t* acquire(SharedStorage& shared, PipelineState const& write,
                                           bool guarded) {
     int const stage = write.index();
     shared.pipeline_v.empty_barrier_[stage].wait(write.phase());
-    auto* const landed = guarded ? shared.v_landed : shared.pipeline_v.full_barrier_;
+    auto* const landed = guarded ? shared.guard.v_landed : shared.pipeline_v.full_barrier_;
     landed[stage].arrive_and_expect_tx(Traits::kBytesV);
-    if (!guarded) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 1; i < kGuards; ++i) landed[stage].ClusterBarrier::arrive();
-    }
     return reinterpret_cast<uint64_t*>(&landed[stage]);
   }
 
-  /// The work of a guard: its share of the guarded blocks, which are the first of each tile. Of one
-  /// warp.
+  /// The guard's work: the guarded blocks, which are the first of each tile, from V's stage `stage`
+  /// on. Of one warp.
   ///
-  /// A tile's flags are written before its first block is handed on, and no V of a tile is loaded
-  /// before all have read the flags of the tile before the last: Q of the last would not have been
+  /// A tile's flag is written before its first block is handed on, and no V of a tile is loaded
+  /// before all have read the flag of the tile before the last: Q of the last would not have been
   /// released.
   template <class Params>
-  CUTLASS_DEVICE static void watch(Params const& params, SharedStorage& shared, int guard) {
-    int stage = 0;
+  CUTLASS_DEVICE static void watch(Params const& params, SharedStorage& shared, int stage) {
     uint32_t phases = 0;  // of v_landed, a bit for each stage
     for (TileScheduler tile(params.scheduler); tile.valid(); tile.advance()) {
       BlockRange const loaded =
           params.mask.key_blocks(params.first_query(tile.coord()), Traits::kTileM, Traits::kTileN);
       bool cleared = false;
       for (int block = loaded.visited; block > loaded.full; --block) {
-        shared.v_landed[stage].wait(phases >> stage & 1);
+        shared.guard.v_landed[stage].wait(phases >> stage & 1);
         phases ^= 1u << stage;
-        cleared |= clear(shared.v.data() + stage * kBlockElements, guard);
-        shared.v_cleared[tile.phase()].by[guard] = cleared;
+        cleared |= clear(shared.v.data() + stage * kBlockElements);
+        shared.guard.cleared[tile.phase(shared.passes)] = cleared;
         __syncwarp();
-        if (cute::elect_one_sync()) shared.pipeline_v.full_barrier_[stage].ClusterBarrier::arrive();
+        if (cute::elect_one_sync()) {
+          shared.pipeline_v.full_barrier_[stage].cutlass::arch::ClusterBarrier::arrive();
+        }
         stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
       }
       stage = (stage + loaded.full) % Traits::kStages;
@@ -112,14 +117,14 @@ class ValueGuard {
   }
 
  private:
-  /// Makes what is not finite in a guard's share 0, and says whether there was any.
-  CUTLASS_DEVICE static bool clear(Element* values, int guard) {
-    constexpr int kThreads = kGuards * cutlass::NumThreadsPerWarp;
-    int const thread = guard * cutlass::NumThreadsPerWarp + threadIdx.x % 32;
-    if (__all_sync(0xffffffff, sm90::all_finite<kThreads, kBlockElements>(values, thread))) {
+  /// Makes what is not finite 0, and says whether there was any.
+  CUTLASS_DEVICE static bool clear(Element* values) {
+    constexpr int kLanes = cutlass::NumThreadsPerWarp;
+    int const lane = threadIdx.x % kLanes;
+    if (__all_sync(0xffffffff, sm90::all_finite<kLanes, kBlockElements>(values, lane))) {
       return false;
     }
-    sm90::clear_nonfinite<kThreads, kBlockElements>(values, thread);
+    sm90::clear_nonfinite<kLanes, kBlockElements>(values, lane);
     cutlass::arch::fence_view_async_shared();
     return true;
   }
