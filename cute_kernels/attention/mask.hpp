@@ -73,8 +73,8 @@ struct Mask {
     }
   }
 
-  /// The same for transposed scores, or others: rows are keys, columns are queries. What is not seen
-  /// becomes `hidden`.
+  /// The same for transposed scores, or others: rows are keys, columns are queries. What is not
+  /// seen becomes `hidden`.
   template <class Scores>
   CUTLASS_DEVICE void apply_transposed(Scores& scores, int key, int query, float hidden) const {
     using namespace cute;

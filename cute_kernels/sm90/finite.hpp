@@ -12,8 +12,8 @@ namespace cute_kernels::sm90 {
 
 /// The bits of infinity, the least of all magnitudes that are not finite.
 template <class Element>
-inline constexpr uint32_t kInfinityBits = std::is_same_v<Element, cutlass::half_t> ? 0x7c00
-                                                                                   : 0x7f80;
+inline constexpr uint32_t kInfinityBits =
+    std::is_same_v<Element, cutlass::half_t> ? 0x7c00 : 0x7f80;
 
 template <class Element>
 CUTLASS_DEVICE bool is_finite(Element const& x) {

@@ -13,64 +13,97 @@
 // but 0 times NaN is NaN: so the other factor, K of dQ, Q of dK, dO of dV, is cleared where it is
 // not finite. Who does see it has NaN in P or dS by then, from lse or delta; but for dV, to which
 // dO is restored in the end. All of it only in calls in which an lse or a delta is not finite, or
-// too large (is_alarming()): a NaN that a query sees shows there, and the last query sees every key.
+// too large (is_alarming()): a NaN that a query sees shows there, and the last query sees every
+// key.
 namespace cute_kernels::attention {
 
-/// Clears what is not finite in a warp's 16 rows of a (rows, channels) tile of 128-byte swizzled
-/// columns, and returns a bit for each row that had some. A swizzle keeps rows together.
+/// A warp's 16 rows of a (rows, channels) tile of 128-byte swizzled columns, in vectors of 16
+/// bytes, two lanes a row. A swizzle keeps rows together.
 template <int kRows, int kChannels, class Element>
-CUTLASS_DEVICE uint32_t clear_rows(Element* tile, int first_row) {
-  constexpr int kColumn = 64;  // elements of a swizzled column
-  constexpr int kVector = 8;   // of 16 bytes
-  constexpr int kLanesOfRow = 2;
-  constexpr int kTurns = kColumn / kVector / kLanesOfRow;
-  int const lane = threadIdx.x % cutlass::NumThreadsPerWarp;
-  int const row = lane / kLanesOfRow;
-  bool bad = false;
-  auto vector = [&](int column, int turn) {
-    int const at = lane % kLanesOfRow * kTurns + (turn + row) % kTurns;  // spread over the banks
-    return tile + (column * kRows + first_row + row) * kColumn + at * kVector;
-  };
-  CUTLASS_PRAGMA_UNROLL
-  for (int column = 0; column < kChannels / kColumn; ++column) {
+class WarpRows {
+ public:
+  CUTLASS_DEVICE WarpRows(Element* tile, int first_row) : tile_(tile + first_row * kColumn) {}
+
+  /// Two bits for each row, set if it is not finite. Of a whole warp.
+  CUTLASS_DEVICE uint32_t nonfinite() const {
+    bool finite = true;
+    for_each([&](Element const* vector) { finite &= sm90::all_finite<1, kVector>(vector, 0); });
+    uint32_t const lanes = __ballot_sync(0xffffffff, !finite);
+    return lanes | (lanes & 0x55555555u) << 1 | (lanes & 0xaaaaaaaau) >> 1;
+  }
+
+  /// Makes what is not finite 0.
+  CUTLASS_DEVICE void clear() const {
+    for_each([](Element* vector) { sm90::clear_nonfinite<1, kVector>(vector, 0); });
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+  }
+
+ private:
+  static constexpr int kColumn = 64;  // elements of a swizzled column
+  static constexpr int kVector = 8;
+  static constexpr int kLanesOfRow = 2;
+  static constexpr int kTurns = kColumn / kVector / kLanesOfRow;
+
+  template <class Function>
+  CUTLASS_DEVICE void for_each(Function const& function) const {
+    int const lane = threadIdx.x % cutlass::NumThreadsPerWarp;
+    int const row = lane / kLanesOfRow;
     CUTLASS_PRAGMA_UNROLL
-    for (int turn = 0; turn < kTurns; ++turn) {
-      bad |= !sm90::all_finite<1, kVector>(vector(column, turn), 0);
+    for (int column = 0; column < kChannels / kColumn; ++column) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int turn = 0; turn < kTurns; ++turn) {
+        int const at =
+            lane % kLanesOfRow * kTurns + (turn + row) % kTurns;  // spread over the banks
+        function(tile_ + (column * kRows + row) * kColumn + at * kVector);
+      }
     }
   }
-  uint32_t const lanes = __ballot_sync(0xffffffff, bad);
-  if (lanes == 0) return 0;
-  uint32_t rows = 0;
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < 16; ++i) rows |= (lanes >> (2 * i) & 3) != 0 ? 1u << i : 0u;
-  CUTLASS_PRAGMA_NO_UNROLL
-  for (int column = 0; column < kChannels / kColumn; ++column) {
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int turn = 0; turn < kTurns; ++turn) {
-      sm90::clear_nonfinite<1, kVector>(vector(column, turn), 0);
-    }
-  }
-  cutlass::arch::fence_view_async_shared();
-  __syncwarp();
-  return rows;
+
+  Element* tile_;
+};
+
+/// The warp of a consumer warpgroup that calls, counted over all of them from `warpgroup` on.
+CUTLASS_DEVICE int consumer_warp(int warpgroup) {
+  return warpgroup * cutlass::NumWarpsPerWarpGroup +
+         threadIdx.x % cutlass::NumThreadsPerWarpGroup / cutlass::NumThreadsPerWarp;
 }
 
-/// Clears what is not finite in the 64 keys whose scores are a warpgroup's, and notes which they are
-/// for HiddenStep. Each warp clears the keys of its own rows, so that none waits: S of the others is
-/// not looked at, and dQ waits for everyone's dS anyway.
+/// The keys whose scores are the warp's.
+template <class Traits>
+CUTLASS_DEVICE auto own_keys(typename Traits::SharedStorage& shared, int warpgroup) {
+  return WarpRows<Traits::kTileN, Traits::kHeadDim, typename Traits::Element>(
+      shared.k.data(), consumer_warp(warpgroup) * 16);
+}
+
+/// Raises the alarm if one of the warp's keys is not finite: an infinite key may show in no lse,
+/// where all that see it have a score of -inf.
+template <class Traits, class Params>
+CUTLASS_DEVICE void check_own_keys(Params const& params, typename Traits::SharedStorage& shared,
+                                   int warpgroup) {
+  if (!params.mask.hides_values()) return;
+  if (own_keys<Traits>(shared, warpgroup).nonfinite() != 0) {
+    *params.workspace.alarm = params.call;
+  }
+}
+
+/// Clears what is not finite in the warp's keys, and notes which they are for HiddenStep. No warp
+/// waits for another: S of the others is not looked at, and dQ waits for everyone's dS anyway.
 template <class Traits, class Mask>
 CUTLASS_DEVICE void clear_own_keys(Mask const& mask, typename Traits::SharedStorage& shared,
                                    int warpgroup) {
   if (!mask.hides_values()) return;
-  int const warp = warpgroup * 4 + threadIdx.x % cutlass::NumThreadsPerWarpGroup / 32;
-  uint32_t const rows = clear_rows<Traits::kTileN, Traits::kHeadDim>(shared.k.data(), warp * 16);
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) shared.spoilt_keys[warp] = rows;
+  auto const keys = own_keys<Traits>(shared, warpgroup);
+  uint32_t const spoilt = keys.nonfinite();
+  if (spoilt != 0) keys.clear();
+  if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) {
+    shared.spoilt_keys[consumer_warp(warpgroup)] = spoilt;
+  }
   __syncwarp();
 }
 
-/// P, or what P is 2 to the power of, in whatever unit: the largest value there is, and that of what
-/// is not seen.
+/// P, or what P is 2 to the power of, in whatever unit: the largest value there is, and that of
+/// what is not seen.
 struct Probability {
   static constexpr float kLargest = 1.f;
   static constexpr float kHidden = 0.f;
@@ -87,9 +120,7 @@ class HiddenStep {
 
  public:
   CUTLASS_DEVICE HiddenStep(SharedStorage const& shared, bool masked, int warpgroup)
-      : masked_(masked),
-        spoilt_keys_(shared.spoilt_keys[warpgroup * cutlass::NumWarpsPerWarpGroup +
-                                        threadIdx.x % cutlass::NumThreadsPerWarpGroup / 32]) {}
+      : masked_(masked), spoilt_keys_(shared.spoilt_keys[consumer_warp(warpgroup)]) {}
 
   /// P never above 1, as rounding of a large lse would have it; NaN for a key that is not finite; 0
   /// where a query does not see the key. Values is Probability or Exponent.
@@ -99,7 +130,7 @@ class HiddenStep {
     int const row_in_warp = threadIdx.x % 32 / 4;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < size<0>(values); ++row) {
-      bool const spoilt = spoilt_keys_ >> (row_in_warp + 8 * row) & 1;
+      bool const spoilt = spoilt_keys_ >> 2 * (row_in_warp + 8 * row) & 1;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(values); ++col) {
         float const x = values(row, col);

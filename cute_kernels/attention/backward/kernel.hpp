@@ -54,6 +54,10 @@ CUTLASS_DEVICE void meet() {
   }
 }
 
+/// Careful about what masks hide (hidden.hpp), it does the work of the kernel before it again, in a
+/// call that has raised the alarm, and nothing in others: one kernel would not have the registers
+/// for both loops.
+///
 /// Warpgroup 0 moves data (warp 0 loads, warp 1 + i sends what consumer warpgroup i hands out, warp
 /// 3, where dQ is in order, lets others add to it), the others compute.
 template <class Traits, bool kCareful, class Params>
@@ -148,7 +152,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         };
         BackwardSender<Traits, Params> sender(params, shared, consumer);
         for_each_key_block<Traits, Caller::kThread>(
-            params, shared, number, [&](KeyBlockCoord const& coord) { sender.send(coord, release); });
+            params, shared, number,
+            [&](KeyBlockCoord const& coord) { sender.send(coord, release); });
         sm90::bulk_wait_complete();
       }
     } else if (warp_in_group == Traits::kConsumers + 1 && params.dq_in_order) {
@@ -162,24 +167,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     int const consumer = warpgroup - 1;
     if constexpr (Traits::kSplitProducts) {
-      static_assert(!Traits::kCarefulKernel && !kCareful);
-      sm90::wait_for_previous_kernel();  // it raises the alarm
-      bool const careful = *params.workspace.alarm == params.call;
-      using Mainloop = BackwardSplitMainloop<Traits>;
-      KeyBlockCoord const coord = key_block_of<Traits>(params, number);
-      if (careful) {
-        Mainloop::template compute<true>(params, shared, pipeline_q, pipeline_grad_out, coord,
-                                         consumer);
-      } else {
-        Mainloop::template compute<false>(params, shared, pipeline_q, pipeline_grad_out, coord,
-                                          consumer);
-      }
+      BackwardSplitMainloop<Traits>::template compute<kCareful>(
+          params, shared, pipeline_q, pipeline_grad_out, key_block_of<Traits>(params, number),
+          consumer);
     } else {
       BackwardMainloop<Traits> mainloop(shared, pipeline_q, pipeline_grad_out, consumer);
       for_each_key_block<Traits, Caller::kWarp>(
-          params, shared, number, [&](KeyBlockCoord const& coord) {
-            mainloop.template compute<kCareful>(params, coord);
-          });
+          params, shared, number,
+          [&](KeyBlockCoord const& coord) { mainloop.template compute<kCareful>(params, coord); });
     }
   }
   if constexpr (Traits::kCluster > 1) meet<Traits>();

@@ -32,9 +32,10 @@ CUTLASS_DEVICE KeyBlockCoord key_block_of(Params const& params, int number) {
   return coord;
 }
 
-/// The number of the only key block of a CTA that does not stay. Of all threads of a cluster. Where dQ is in
-/// order, a CTA may have to wait for those with smaller numbers: then a cluster draws its number, so
-/// that all smaller ones have been drawn by clusters that run, in whatever order the GPU starts them.
+/// The number of the only key block of a CTA that does not stay. Of all threads of a cluster. Where
+/// dQ is in order, a CTA may have to wait for those with smaller numbers: then a cluster draws its
+/// number, so that all smaller ones have been drawn by clusters that run, in whatever order the GPU
+/// starts them.
 template <class Traits, class Params>
 CUTLASS_DEVICE int draw_key_block(Params const& params, typename Traits::SharedStorage& shared) {
   if (Traits::kPersistent || !params.dq_in_order) return blockIdx.x;
@@ -54,8 +55,8 @@ CUTLASS_DEVICE int draw_key_block(Params const& params, typename Traits::SharedS
 /// The loader's walk over the CTA's key blocks: work(coord) for each. A CTA that stays draws its
 /// numbers from a counter in global memory, the next one in time to load it while the others still
 /// compute. Even the first: every number is then drawn by a CTA that runs, after all smaller ones,
-/// which it may have to wait for (dQ in order). A CTA that does not stay has `number`. Called by one
-/// thread.
+/// which it may have to wait for (dQ in order). A CTA that does not stay has `number`. Called by
+/// one thread.
 template <class Traits, class Params, class Work>
 CUTLASS_DEVICE void hand_out_key_blocks(Params const& params,
                                         typename Traits::SharedStorage& shared, int number,

@@ -120,31 +120,29 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
 
   of_queries.threads = kPreprocessThreads;
   cudaError_t status = sm90::launch_kernel<preprocess_kernel<Traits>>(
-      of_queries, PreprocessParams{problem.out, problem.grad_out, problem.lse, problem.grad_lse,
-                                   problem.seqlen_q, cutlass::FastDivmod(problem.heads_q),
-                                   problem.head_dim,
-                                   scale_of_scores(problem.softmax_scale), call, workspace});
+      of_queries,
+      PreprocessParams{problem.out, problem.grad_out, problem.lse, problem.grad_lse,
+                       problem.seqlen_q, cutlass::FastDivmod(problem.heads_q), problem.head_dim,
+                       scale_of_scores(problem.softmax_scale), call, workspace});
   if (status != cudaSuccess) return status;
 
   if (problem.seqlen_k > 0) {  // otherwise dQ = 0
     status = launch_backward_main<Traits, false>(problem, workspace, call, stream);
     if (status != cudaSuccess) return status;
-    if constexpr (Traits::kCarefulKernel) {
-      BackwardWorkspace again = workspace;  // in order: who comes first writes over what is there
-      again.turns = workspace.careful_turns;
-      again.drawn = workspace.careful_drawn;
-      status = launch_backward_main<Traits, true>(problem, again, call, stream);
-      if (status != cudaSuccess) return status;
-    }
+    BackwardWorkspace again = workspace;  // in order: who comes first writes over what is there
+    again.turns = workspace.careful_turns;
+    again.drawn = workspace.careful_drawn;
+    status = launch_backward_main<Traits, true>(problem, again, call, stream);
+    if (status != cudaSuccess) return status;
   }
 
   of_queries.threads = cutlass::NumThreadsPerWarpGroup * Traits::kDqSlices;
   of_queries.shared_bytes = postprocess_shared_bytes<Traits>();
   of_queries.early = true;
   return sm90::launch_kernel<postprocess_kernel<Traits>>(
-      of_queries, PostprocessParams{problem.grad_q, problem.softmax_scale, problem.seqlen_q,
-                                    problem.head_dim, cutlass::FastDivmod(problem.heads_q),
-                                    call, workspace});
+      of_queries,
+      PostprocessParams{problem.grad_q, problem.softmax_scale, problem.seqlen_q, problem.head_dim,
+                        cutlass::FastDivmod(problem.heads_q), call, workspace});
 }
 
 }  // namespace cute_kernels::attention

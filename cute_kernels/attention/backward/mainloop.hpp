@@ -101,7 +101,11 @@ class BackwardMainloop {
     };
 
     shared_.k_full.wait(keys_phase_);
-    if constexpr (kCareful) clear_own_keys<Traits>(params.mask, shared_, warpgroup_);
+    if constexpr (kCareful) {
+      clear_own_keys<Traits>(params.mask, shared_, warpgroup_);
+    } else {
+      check_own_keys<Traits>(params, shared_, warpgroup_);
+    }
     shared_.v_full.wait(keys_phase_);
     keys_phase_ ^= 1;
     auto const product_s =

@@ -25,8 +25,8 @@ constexpr int postprocess_shared_bytes() {
   return Traits::kTileM * (Traits::kHeadDim + kPostprocessPad) * sizeof(typename Traits::Element);
 }
 
-/// One CTA for each query block of a head of a batch entry: dQ from the order of the accumulators to rows, scaled and
-/// rounded. Warpgroup i reads slice i.
+/// One CTA for each query block of a head of a batch entry: dQ from the order of the accumulators
+/// to rows, scaled and rounded. Warpgroup i reads slice i.
 template <class Traits>
 __global__ void __launch_bounds__(128 * Traits::kDqSlices)
     postprocess_kernel(CUTE_GRID_CONSTANT PostprocessParams const params) {
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(128 * Traits::kDqSlices)
   params.heads(batch, head, params.workspace.m_blocks.divmod(block, blockIdx.x));
 
   sm90::wait_for_previous_kernel();
-  bool const careful = Traits::kCarefulKernel && *params.workspace.alarm == params.call;
+  bool const careful = *params.workspace.alarm == params.call;
   int const* const turns = careful ? params.workspace.careful_turns : params.workspace.turns;
   typename Traits::MmaDq mma;
   auto dq = partition_fragment_C(mma, Shape<Int<Traits::kSliceM>, Int<Traits::kSliceN>>{});

@@ -23,9 +23,9 @@ struct PreprocessParams {
   BackwardWorkspace workspace;
 };
 
-/// One CTA for each query block of a head of a batch entry: the statistics of kTileM queries, of which delta =
-/// rowsum(dO * O) - grad_lse, and zeros where the main kernel counts and adds up dQ; in order,
-/// where the first to come writes dQ, only where it counts.
+/// One CTA for each query block of a head of a batch entry: the statistics of kTileM queries, of
+/// which delta = rowsum(dO * O) - grad_lse, and zeros where the main kernel counts and adds up dQ;
+/// in order, where the first to come writes dQ, only where it counts.
 template <class Traits>
 __global__ void __launch_bounds__(kPreprocessThreads)
     preprocess_kernel(CUTE_GRID_CONSTANT PreprocessParams const params) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   if (blockIdx.x + threadIdx.x == 0) *params.workspace.drawn = *params.workspace.careful_drawn = 0;
   if (threadIdx.x < Traits::kCluster) {
     int64_t const at = block_index * Traits::kCluster + threadIdx.x;
-    if (Traits::kCarefulKernel) params.workspace.careful_turns[at] = 0;
+    params.workspace.careful_turns[at] = 0;
     if (params.workspace.turns != nullptr) params.workspace.turns[at] = 0;
   }
   if (params.workspace.turns != nullptr) return;

@@ -97,7 +97,11 @@ class BackwardSplitMainloop {
     uint32_t phase = 0;
 
     shared.k_full.wait(0);
-    if constexpr (kCareful) clear_own_keys<Traits>(params.mask, shared, 0);
+    if constexpr (kCareful) {
+      clear_own_keys<Traits>(params.mask, shared, 0);
+    } else {
+      check_own_keys<Traits>(params, shared, 0);
+    }
     auto const product_s = Scores::template operands<Traits::kKeyBlocksInRegisters>(
         keys(shared.k.data()), shared.q, thread);
     for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
@@ -160,7 +164,8 @@ class BackwardSplitMainloop {
     shared.k_full.wait(0);
     if (kCareful && params.mask.hides_values()) {
       shared.peer_k_full.wait(0);
-      clear_rows<Traits::kTileN, Traits::kPeerChannels>(shared.own.data(), thread / 32 * 16);
+      WarpRows<Traits::kTileN, Traits::kPeerChannels, Element>(shared.own.data(), thread / 32 * 16)
+          .clear();
     }
     int const key = coord.n_block * Traits::kTileN + thread / 32 * 16 + thread % 32 / 4;
     int const column = thread % 4 * 2;

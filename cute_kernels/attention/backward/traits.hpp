@@ -60,9 +60,6 @@ struct BackwardTraits {
   // CTAs stay and take one key block after the other: the next one's keys and queries load while
   // the gradients of the last one leave.
   static constexpr bool kPersistent = !kSplitProducts;
-  // Calls that need care (is_alarming) have a kernel of their own, which does everything again:
-  // both loops in one would not have the registers. Split by products they do.
-  static constexpr bool kCarefulKernel = kPersistent;
   /// Of the CTA with this key block, in its cluster.
   CUTLASS_DEVICE static int rank(int n_block) { return n_block % kCluster; }
   // dQ = dS K: each warpgroup has 64 queries, or all 64 and some of the channels, or the same
@@ -184,7 +181,7 @@ struct BackwardTraits {
     struct alignas(1024) PeerKeys : cute::array<Element, cute::cosize_v<LayoutPeerK>> {};
     std::conditional_t<kSplitProducts, PeerKeys, WayOut> own;
     alignas(128) Statistics statistics[kStages];
-    // Careful: of each warp, a bit for each of its keys that was not finite; whether it has
+    // Careful: of each warp, two for each of its keys that was not finite; whether it has
     // cleared queries of this key block.
     uint32_t spoilt_keys[kConsumerWarps];
     bool queries_cleared[kConsumerWarps];

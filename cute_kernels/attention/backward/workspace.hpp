@@ -16,9 +16,9 @@ struct BackwardWorkspace {
   void* statistics;  // [rows][m_blocks] Traits::Statistics
   float* dq;         // [rows][m_blocks][kDqSlices][kSliceFloats], not yet scaled
   int* turns;        // [rows][m_blocks][kCluster], contributions added to dq, or null: in no order
-  int* careful_turns;  // the same of the careful kernel, where it is another one
-  uint64_t* alarm;   // the call's number if a query is alarming, anything else if none is
-  int* drawn;        // how many key blocks CTAs have drawn
+  int* careful_turns;  // the same of the careful kernel
+  uint64_t* alarm;     // the call's number if a query is alarming, anything else if none is
+  int* drawn;          // how many key blocks CTAs have drawn
   int* careful_drawn;
   int64_t bytes;
 };
@@ -51,7 +51,7 @@ BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
   carve(result.alarm, 1, sizeof(uint64_t));
   carve(result.drawn, 1, sizeof(int));
   carve(result.careful_drawn, 1, sizeof(int));
-  carve(result.careful_turns, Traits::kCarefulKernel ? blocks * Traits::kCluster : 0, sizeof(int));
+  carve(result.careful_turns, blocks * Traits::kCluster, sizeof(int));
   result.turns = nullptr;
   if (adds_in_order<Traits>(problem)) carve(result.turns, blocks * Traits::kCluster, sizeof(int));
   result.bytes = next - static_cast<char*>(problem.workspace);

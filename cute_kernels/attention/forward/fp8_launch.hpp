@@ -60,8 +60,9 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
       Fp8ForwardParams<Traits, decltype(tma_q), decltype(tma_k), decltype(tma_v), decltype(tma_o)>;
   Params const params{
       {tma_q, tma_k, tma_v, tma_o, q.shape(), k.shape(), v.shape(), o.shape(), problem.v,
-       problem.lse, std::min(problem.softmax_scale, kLargestScale) * sm90::kLog2e, problem.heads_q,
-       cutlass::FastDivmod(heads_per_kv), Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
+       problem.out, problem.lse, std::min(problem.softmax_scale, kLargestScale) * sm90::kLog2e,
+       problem.heads_q, cutlass::FastDivmod(heads_per_kv),
+       Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
        TileScheduler::make_params(problem.seqlen_q, Traits::kTileM, problem.heads_q, problem.batch,
                                   problem.causal, kv_bytes, problem.device.multiprocessors)},
       problem.q_scale,

@@ -24,6 +24,7 @@ struct ForwardParams {
   Shape shape_v;
   Shape shape_o;
   TensorView v;
+  TensorView out;
   float* lse;
   float scale_log2;
   int heads;

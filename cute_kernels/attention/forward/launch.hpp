@@ -50,6 +50,7 @@ cudaError_t launch_forward(ForwardProblem const& problem, cudaStream_t stream) {
       v.shape(),
       o.shape(),
       problem.v,
+      problem.out,
       problem.lse,
       scale_of_scores(problem.softmax_scale) * sm90::kLog2e,
       problem.heads_q,

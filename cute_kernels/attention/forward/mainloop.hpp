@@ -85,10 +85,10 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord, warpgroup,
             softmax, out);
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
-    if (shared.guard.cleared[q_phase]) Guard::restore(params, coord, warpgroup, out_rows);
     softmax.finalize(out_rows);
     if (params.mask.hides_values() && !Guard::all_finite(out)) shared.passes.wanted = true;
     store(softmax, out);
+    if (shared.guard.cleared[q_phase]) Guard::restore(params, coord, warpgroup);
   }
 
  private:
@@ -163,8 +163,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       // As many blocks more as it took to come here: a tile starts few blocks again.
       auto keep_seeking = [&] {
         int const first_query = opaque_query(params, coord);
-        seek_from =
-            2 * block - params.mask.key_blocks(first_query, Traits::kTileM, kTileN).visited;
+        seek_from = 2 * block - params.mask.key_blocks(first_query, Traits::kTileM, kTileN).visited;
       };
       softmax.update(rows, seek, restore, keep_seeking, on_move);
     };

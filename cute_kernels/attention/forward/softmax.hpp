@@ -17,12 +17,13 @@ namespace cute_kernels::attention {
 /// from its scores. The result is the same softmax: origin and shift cancel when O is divided by
 /// the row sum. The row sum stays one partial sum a thread and is reduced once, in finalize().
 ///
-/// `Range` says what P may be: kShift, an integer, and kLargest. No P is above kLargest, so that P V
-/// is finite where the result is.
+/// `Range` says what P may be: kShift, an integer, and kLargest. No P is above kLargest, so that P
+/// V is finite where the result is. The last bit of an offset beyond kHuge is no longer small
+/// beside P's own rounding.
 ///
-/// The exponent is one FMA: it subtracts the rounded offset, which is wrong by its last bit, for all
-/// keys of a row alike. That cancels, too, unless the bit is worth more than P's range. So where an
-/// offset is huge, the row's scores become relative to its origin first.
+/// The exponent is one FMA: it subtracts the rounded offset, which is wrong by its last bit, for
+/// all keys of a row alike. That cancels, too, unless the bit is worth more than P's range. So
+/// where an offset is huge, the row's scores become relative to its origin first.
 template <int kRows, class Range>
 class OnlineSoftmax {
  public:
@@ -104,8 +105,6 @@ class OnlineSoftmax {
   // The offset of a row without an origin, or with one that is huge: every P but that of -inf is
   // above any bound.
   static constexpr float kNeverSmall = -3e38f;
-  // The last bit of an offset beyond it is no longer small beside P's own rounding.
-  static constexpr float kHuge = 0x1p14f;
   // Powers of two by which a maximum may pass the origin before the origin follows.
   static constexpr float kSlack = 8.f;
 
@@ -140,30 +139,38 @@ class OnlineSoftmax {
   template <class Scores, class OnMove>
   CUTLASS_DEVICE void move_origins(Scores const& scores, OnMove const& on_move) {
     using namespace cute;
-    bool moved = false;
+    float most[kRows];
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      most[row] = scores(row, 0);
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 1; col < size<1>(scores); ++col)
+        most[row] = fmaxf(most[row], scores(row, col));
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int lanes = 1; lanes <= 2; ++lanes) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        most[row] = fmaxf(most[row], __shfl_xor_sync(0xffffffff, most[row], lanes));
+      }
+    }
+    bool any_moves = false;
     float factor[kRows];
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      float most = kMinusInf;
-      CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(scores); ++col) most = fmaxf(most, scores(row, col));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
       float const last = origin_[row];
-      factor[row] = 1.f;
       // Not by -inf - -inf, which is NaN, in a row that has seen no key yet.
-      if (most > kMinusInf && !((most - last) * scale_log2_ <= kSlack)) {
-        float const offset = offset_of(most);
-        bool const huge = is_huge(offset);
-        factor[row] =
-            sm90::exp2_mufu(huge ? (last - most) * scale_log2_ : offset_of(last) - offset);
-        sum_[row] *= factor[row];
-        origin_[row] = most;
-        offset_[row] = offset;
-        moved = true;
-      }
+      bool const moves = most[row] > kMinusInf && !((most[row] - last) * scale_log2_ <= kSlack);
+      float const offset = offset_of(most[row]);
+      float const fall =
+          is_huge(offset) ? (last - most[row]) * scale_log2_ : offset_of(last) - offset;
+      factor[row] = moves ? sm90::exp2_mufu(fall) : 1.f;
+      sum_[row] *= factor[row];
+      origin_[row] = moves ? most[row] : last;
+      offset_[row] = moves ? offset : offset_[row];
+      any_moves |= moves;
     }
-    if (__any_sync(0xffffffff, moved)) on_move(factor);
+    if (__any_sync(0xffffffff, any_moves)) on_move(factor);
   }
 
   /// Makes scores relative to origins that are huge, for once.
@@ -186,7 +193,7 @@ class OnlineSoftmax {
     }
   }
 
-  CUTLASS_DEVICE static bool is_huge(float offset) { return fabsf(offset) > kHuge; }
+  CUTLASS_DEVICE static bool is_huge(float offset) { return fabsf(offset) > Range::kHuge; }
 
   float scale_log2_;
   float origin_[kRows];  // -inf until the row has seen a key

@@ -85,6 +85,7 @@ struct ForwardTraits {
     static constexpr bool kIsHalf = std::is_same_v<Element, cutlass::half_t>;
     static constexpr float kShift = kIsHalf ? 0.f : 40.f;
     static constexpr float kLargest = kIsHalf ? 0x1p15f : 1.f;
+    static constexpr float kHuge = kIsHalf ? 0x1p10f : 0x1p14f;
   };
 
   // What a block may have, less what barriers take.

@@ -7,7 +7,9 @@
 
 #include "cute_kernels/attention/mask.hpp"
 #include "cute_kernels/attention/tile_scheduler.hpp"
+#include "cute_kernels/sm90/bulk_reduce.hpp"
 #include "cute_kernels/sm90/finite.hpp"
+#include "cute_kernels/sm90/named_barrier.hpp"
 
 namespace cute_kernels::attention {
 
@@ -19,7 +21,7 @@ namespace cute_kernels::attention {
 /// then pass the guard, a warp that the producer has to spare, between TMA and the consumers. The
 /// loader lets them land at v_landed, the guard clears what is not finite, and only then arrives at
 /// the stage's full barrier. Rows that do see what was cleared get it back when the tile is
-/// complete.
+/// stored.
 template <class Traits>
 class ValueGuard {
   using Element = typename Traits::Element;
@@ -38,10 +40,13 @@ class ValueGuard {
   /// Of all threads that have some of O.
   template <class Output>
   CUTLASS_DEVICE static bool all_finite(Output const& out) {
-    float probe = 0.f;  // NaN from any that is not finite on
+    constexpr int kProbes = 4;
+    float probe[kProbes] = {};  // NaN from any element that is not finite on
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < cute::size(out); ++i) probe = __fmaf_rn(out(i), 0.f, probe);
-    return probe == 0.f;
+    for (int i = 0; i < cute::size(out); ++i) {
+      probe[i % kProbes] = __fmaf_rn(out(i), 0.f, probe[i % kProbes]);
+    }
+    return probe[0] + probe[1] + probe[2] + probe[3] == 0.f;
   }
 
   /// The loader's producer_acquire(). Returns the barrier for TMA.
@@ -82,36 +87,35 @@ class ValueGuard {
     }
   }
 
-  /// Adds what was cleared of V to the rows that see it: their O becomes what is not finite. O is
-  /// the (row, column) view of the warpgroup's accumulator.
-  template <class Params, class Output>
-  CUTLASS_DEVICE static void restore(Params const& params, TileCoord const& coord, int warpgroup,
-                                     Output& out) {
-    using namespace cute;
+  /// Adds what was cleared of V to the rows of a warpgroup that see it, where they are stored: they
+  /// become what is not finite. Of all threads of the warpgroup, the first of which has stored.
+  template <class Params>
+  CUTLASS_DEVICE static void restore(Params const& params, TileCoord const& coord, int warpgroup) {
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
-    int const first_query = params.first_query(coord);
-    int const row = first_query + warpgroup * Traits::kWarpgroupM + thread / 32 * 16 +
-                    thread % 32 / 4;
-    int const column = thread % 4 * 2;
-    BlockRange const loaded = params.mask.key_blocks(first_query, Traits::kTileM, Traits::kTileN);
-    int const end = min(loaded.visited * Traits::kTileN, params.mask.seqlen_k);
-    auto const* values = static_cast<Element const*>(params.v.data) +
-                         coord.batch * params.v.batch_stride +
-                         params.heads_per_kv.div(coord.head) * params.v.head_stride + column;
+    sm90::bulk_wait_complete();
+    sm90::barrier_sync(sm90::NamedBarrier::kOutputReady, warpgroup,
+                       cutlass::NumThreadsPerWarpGroup);
+    int const tile_query = params.first_query(coord);
+    int const first_query = tile_query + warpgroup * Traits::kWarpgroupM;
+    BlockRange const loaded = params.mask.key_blocks(tile_query, Traits::kTileM, Traits::kTileN);
+    auto head_of = [&](TensorView const& view, int head) {
+      return static_cast<Element*>(view.data) + coord.batch * view.batch_stride +
+             head * view.head_stride;
+    };
+    Element const* const values = head_of(params.v, params.heads_per_kv.div(coord.head));
+    Element* const out = head_of(params.out, coord.head);
+    int const channels = cute::get<1>(params.shape_v);
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int key = loaded.full * Traits::kTileN; key < end; ++key) {
-      bool const seen[2] = {key < params.mask.visible_keys(row),
-                            key < params.mask.visible_keys(row + 8)};
-      CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(out); ++col) {
-        int const offset = 8 * (col / 2) + col % 2;
-        if (column + offset >= get<1>(params.shape_v)) continue;
-        Element const value = values[key * params.v.seqlen_stride + offset];
+    for (int i = thread; i < Traits::kWarpgroupM * channels; i += cutlass::NumThreadsPerWarpGroup) {
+      int const query = first_query + i / channels;
+      int const channel = i % channels;
+      if (query < 0 || query >= params.mask.seqlen_q) continue;
+      int const end = params.mask.visible_keys(query);
+      Element& result = out[query * params.out.seqlen_stride + channel];
+      for (int key = loaded.full * Traits::kTileN; key < end; ++key) {
+        Element const value = values[key * params.v.seqlen_stride + channel];
         if (sm90::is_finite(value)) continue;
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          if (seen[i]) out(i, col) += static_cast<float>(value);
-        }
+        result = static_cast<Element>(static_cast<float>(result) + static_cast<float>(value));
       }
     }
   }
