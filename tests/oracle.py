@@ -197,6 +197,8 @@ def assert_rows(name, result, exact, allowed):
     assert not result[undefined].isfinite().any(), f"{name}: finite where the definition is not"
     error = (result.double() - exact).masked_fill(undefined, 0.0).norm(dim=-1)
     allowed = allowed.masked_fill(undefined.any(-1) & allowed.isnan(), math.inf)
+    # Tensor cores and --use_fast_math take denormal numbers for 0.
+    allowed = allowed + 2 * torch.finfo(torch.float32).tiny * result.shape[-1] ** 0.5
     wrong = ~(error <= allowed)  # NaN is wrong
     if wrong.any():
         ratio = (error / allowed).nan_to_num(math.inf, math.inf)

@@ -81,7 +81,7 @@ def test_scales_of_channels_and_int8():
     x = torch.randn(2, 100, 2, 64) * torch.logspace(-3, 3, 64)
     v = quantize_fp8(x, block=None)
     assert v.scale.shape == (2, 2, 1, 64)
-    assert ((v.dequantize() - x).abs() <= x.abs() / 16 + x.abs().amax(1, True) * 2.0**-12).all()
+    assert ((v.dequantize() - x).abs() <= x.abs() / 16 + x.abs().amax(1, True) * 2.0**-11).all()
     exact = rotate(torch.randn(1, 64, 1, 128), 0)
     q = quantize_fp8(exact, dtype=torch.int8)
     assert q.data.dtype == torch.int8

@@ -90,6 +90,15 @@ class Places:
         wild = [b for b, entry in enumerate(self.entries) if not math.isfinite(entry[-1])]
         return [*wild, self.batch - 1]
 
+    def without_infinite_keys(self):
+        """Those of them in which no key is infinite. Where it is, one of weight 0 makes some elements
+        of its queries' gradients NaN by the definition, and all of them in a kernel."""
+        return [
+            b
+            for b in self.not_huge()
+            if b == self.batch - 1 or self.entries[b][0] != "k" or math.isnan(self.entries[b][-1])
+        ]
+
 
 def assert_same_bits(name, result, clean, touched):
     """Outside of what is touched."""
@@ -164,7 +173,7 @@ def test_gradients_of_what_does_not_see_it_have_the_same_bits(kernel):
         ):
             assert_same_bits(f"gradient of {name}", grad, same, touched[..., None])
 
-        chosen = places.not_huge()
+        chosen = places.without_infinite_keys()
         inputs = {name: tensor[chosen] for name, tensor in spoilt.items()}
         exact = Attention(*(inputs[name] for name in "qkv"), scale, kernel.causal)
         exact = exact.gradients(inputs["d"], inputs["grad_lse"], inputs["o"])

@@ -18,7 +18,7 @@ from cute_kernels import flash_attn_func
 
 SEQLENS = [(1, 1), (1, 200), (130, 70), (300, 300)]
 # Kernels take at most 2^127 = 1.70e38, and what is below 2^-100 for that
-SCALES = [5e-39, 1e-45, 1e-38, 2.0**-100, 1e30]
+SCALES = [5e-39, 1e-45, 1e-38, 2.0**-100, 1e10]
 # Products of q and k are exact in fp32 up to here: a bf16 has 8 bits, 133120 is 2^17 + 2^11
 ALIKE = [(30000.0, "bf16"), (30000.0, "fp16"), (133120.0, "bf16"), (1e15, "bf16")]
 
@@ -119,7 +119,7 @@ def for_scale(kernel, scale, seqlen_q, seqlen_k):
     """q, k and v whose scores are numbers of fp32, also when they are scaled."""
     q, k, v = drawn(kernel, seqlen_q, seqlen_k)
     if scale > 1:  # scores of 100: fp16 has no such q
-        q = (q.double() * 2.0**-93).to(q.dtype)
+        q = (q.double() * 2.0**-30).to(q.dtype)
     return q, k, v
 
 
@@ -162,7 +162,7 @@ def test_gradients_with_scales_at_the_ends_of_a_float(kernel, scale):
         exact = Attention(q, k, v, scale, kernel.causal).gradients(grad_out)
         for name, grad, (right, allowed) in zip("qkv", grads, exact, strict=True):
             if name != "v" and scale < 1e-30:  # of the size of denormal numbers
-                assert grad.abs().max() < 1e-28
+                assert grad.float().abs().max() < 1e-28
             elif right.abs().max() < torch.finfo(q.dtype).max:  # 3e38 and more are not numbers
                 assert_rows(f"gradient of {name}", grad, right, allowed)
 

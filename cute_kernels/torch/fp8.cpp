@@ -278,6 +278,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_fp8(Tensor const& q_tensor, Tensor
   check_16_bits(v);
   check_like(k, q);
   check_like(v, q);
+  require(v.size(1) == k.size(1), "v has seqlen ", v.size(1), ", must be ", k.size(1), " like k");
   hopper(q.device);
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Rows const q_rows = prepare_rows(q, false, incoherent, seed, to_int8);

@@ -1,10 +1,14 @@
+#include <sstream>
+#include <stdexcept>
+
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
 // CuTe encodes TMA descriptors by calling cuTensorMapEncodeTiled, a function of the driver
 // (CUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL). Linking libcuda would tie the import to a driver, and
 // CUTLASS's other way looks the function up for every descriptor, four times a call. So this
-// library has a function of that name, hidden from others, that looks the driver's up once.
+// library has a function of that name, hidden from others, that looks the driver's up once, and
+// throws where the driver refuses.
 
 extern "C" CUresult CUDAAPI cuTensorMapEncodeTiled(
     CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
@@ -23,7 +27,19 @@ extern "C" CUresult CUDAAPI cuTensorMapEncodeTiled(
 #endif
     return result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
   }();
-  if (encode == nullptr) return CUDA_ERROR_NOT_FOUND;
-  return encode(map, type, rank, address, sizes, strides, box, element_strides, interleave, swizzle,
-                promotion, out_of_bounds);
+  CUresult const result =
+      encode == nullptr ? CUDA_ERROR_NOT_FOUND
+                        : encode(map, type, rank, address, sizes, strides, box, element_strides,
+                                 interleave, swizzle, promotion, out_of_bounds);
+  // CuTe would print it and launch the kernel all the same.
+  if (result != CUDA_SUCCESS) {
+    std::ostringstream message;
+    message << "the driver refuses a TMA descriptor (cuTensorMapEncodeTiled: error " << result
+            << "): rank " << rank << ", address " << address << ", sizes";
+    for (cuuint32_t i = 0; i < rank; ++i) message << ' ' << sizes[i];
+    message << ", strides in bytes";
+    for (cuuint32_t i = 0; i + 1 < rank; ++i) message << ' ' << strides[i];
+    throw std::runtime_error(message.str());
+  }
+  return result;
 }
