@@ -125,12 +125,9 @@ def test_kernel_keeps_its_products_in_registers(sass, name):
 def test_every_kernel_is_a_row(sass):
     forward = [f for f in sass if "forward_kernel" in f and "Fp8ForwardMainloop" not in f]
     assert len(forward) == len(KERNELS)
-    for kernel, each in (
-        ("preprocess_kernel", 1),
-        ("backward_kernel", 2),
-        ("postprocess_kernel", 1),
-    ):
-        assert len([f for f in sass if kernel in f]) == each * len(BACKWARD_KERNELS)
+    for kernel, of_a_row in {"preprocess": 1, "backward": 2, "postprocess": 1}.items():
+        found = [f for f in sass if f"{kernel}_kernel" in f]
+        assert len(found) == of_a_row * len(BACKWARD_KERNELS)
 
 
 @pytest.mark.performance

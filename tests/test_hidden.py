@@ -91,8 +91,8 @@ class Places:
         return [*wild, self.batch - 1]
 
     def without_infinite_keys(self):
-        """Those of them in which no key is infinite. Where it is, one of weight 0 makes some elements
-        of its queries' gradients NaN by the definition, and all of them in a kernel."""
+        """Those of them in which no key is infinite: one of weight 0 makes some elements of its
+        queries' gradients NaN by the definition, and all of them in a kernel."""
         return [
             b
             for b in self.not_huge()

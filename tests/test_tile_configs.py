@@ -132,6 +132,14 @@ def test_two_warpgroups_share_an_output_buffer_where_two_do_not_fit():
     assert "+ 32768 Q + 16384 O + 1024 barriers = 246784 > 232448 bytes" in message
 
 
+def test_four_warpgroups_share_no_output_buffer():
+    """Turns of one parity would let the third pass beside the first."""
+    changes = {"tile_m": 256, "tile_n": 32, "stages": 7, "separate_output": True}
+    text = refusal(good(**changes))
+    assert "shared memory" in text
+    assert "65536 O" in text
+
+
 def test_registers_are_refused_with_their_sum():
     # 64 * 256 scores and 64 * 128 outputs over 128 threads, the scores once more as packed halves
     message = refusal(good(tile_n=256, stages=1))
