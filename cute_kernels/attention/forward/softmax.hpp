@@ -139,30 +139,38 @@ class OnlineSoftmax {
   template <class Scores, class OnMove>
   CUTLASS_DEVICE void move_origins(Scores const& scores, OnMove const& on_move) {
     using namespace cute;
-    bool moved = false;
+    float most[kRows];
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      most[row] = scores(row, 0);
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 1; col < size<1>(scores); ++col)
+        most[row] = fmaxf(most[row], scores(row, col));
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int lanes = 1; lanes <= 2; ++lanes) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        most[row] = fmaxf(most[row], __shfl_xor_sync(0xffffffff, most[row], lanes));
+      }
+    }
+    bool any_moves = false;
     float factor[kRows];
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      float most = kMinusInf;
-      CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(scores); ++col) most = fmaxf(most, scores(row, col));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
       float const last = origin_[row];
-      factor[row] = 1.f;
       // Not by -inf - -inf, which is NaN, in a row that has seen no key yet.
-      if (most > kMinusInf && !((most - last) * scale_log2_ <= kSlack)) {
-        float const offset = offset_of(most);
-        bool const huge = is_huge(offset);
-        factor[row] =
-            sm90::exp2_mufu(huge ? (last - most) * scale_log2_ : offset_of(last) - offset);
-        sum_[row] *= factor[row];
-        origin_[row] = most;
-        offset_[row] = offset;
-        moved = true;
-      }
+      bool const moves = most[row] > kMinusInf && !((most[row] - last) * scale_log2_ <= kSlack);
+      float const offset = offset_of(most[row]);
+      float const fall =
+          is_huge(offset) ? (last - most[row]) * scale_log2_ : offset_of(last) - offset;
+      factor[row] = moves ? sm90::exp2_mufu(fall) : 1.f;
+      sum_[row] *= factor[row];
+      origin_[row] = moves ? most[row] : last;
+      offset_[row] = moves ? offset : offset_[row];
+      any_moves |= moves;
     }
-    if (__any_sync(0xffffffff, moved)) on_move(factor);
+    if (__any_sync(0xffffffff, any_moves)) on_move(factor);
   }
 
   /// Makes scores relative to origins that are huge, for once.
