@@ -12,9 +12,9 @@
 // Keeps NaN and infinities out of gradients of what a mask hides them from. P and dS are 0 there,
 // but 0 times NaN is NaN: so the other factor, K of dQ, Q of dK, dO of dV, is cleared where it is
 // not finite. Who does see it has NaN in P or dS by then, from lse or delta; but for dV, to which
-// dO is restored in the end. All of it only in calls in which an lse or a delta is not finite, or
-// too large (is_alarming()): a NaN that a query sees shows there, and the last query sees every
-// key.
+// dO is restored in the end. All of it only in calls in which an lse, a delta or a key is not
+// finite, or an lse too large (is_alarming()): a NaN that a query sees shows in its lse or delta,
+// and the last query sees every key.
 namespace cute_kernels::attention {
 
 /// A warp's 16 rows of a (rows, channels) tile of 128-byte swizzled columns, in vectors of 16
