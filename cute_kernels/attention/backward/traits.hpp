@@ -181,7 +181,7 @@ struct BackwardTraits {
     struct alignas(1024) PeerKeys : cute::array<Element, cute::cosize_v<LayoutPeerK>> {};
     std::conditional_t<kSplitProducts, PeerKeys, WayOut> own;
     alignas(128) Statistics statistics[kStages];
-    // Careful: of each warp, two for each of its keys that was not finite; whether it has
+    // Careful: of each warp, two bits for each of its keys that was not finite; whether it has
     // cleared queries of this key block.
     uint32_t spoilt_keys[kConsumerWarps];
     bool queries_cleared[kConsumerWarps];

@@ -41,8 +41,8 @@ struct ForwardParams {
   }
 };
 
-/// Warpgroup 0 moves data (its first warp) and looks at some of it (the others), the other
-/// warpgroups compute. All walk the same tiles in the same order, so that
+/// Warpgroup 0 moves data (its first warp) and in a second pass looks at some of it (its second
+/// one), the other warpgroups compute. All walk the same tiles in the same order, so that
 /// the barriers' phases are all they need to share.
 template <class Mainloop, class Epilogue, class Params>
 __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
