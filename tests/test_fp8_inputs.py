@@ -125,7 +125,9 @@ def test_nan_of_a_key_that_is_not_seen(device, to):
     out = flash_attn_fp8_func(q, k, v, causal=True, smooth_k=False, qk_dtype=DTYPES[to])
     assert torch.equal(out[:, :192], wanted[:, :192])
     assert out[:, 200:].isnan().all()
-    if to == "e4m3":  # on a GPU rows that do see it move the origins of their warp
+    if to == "e4m3" and device == "cpu":
+        assert torch.equal(out[:, :200], wanted[:, :200])
+    elif to == "e4m3":  # rows that do see it move the origins of their warp
         torch.testing.assert_close(out[:, :200], wanted[:, :200], rtol=0.06, atol=0.02)
 
 
