@@ -64,13 +64,43 @@ def spread(x, least):
     return (0.42 * (1 + 26 * (2 * alike).sqrt()).sqrt()).clamp(min=least)[..., None]
 
 
+NO_WINDOW = (-1, -1)
+
+
+def visible(rows, keys, causal, window_size=NO_WINDOW, diagonal=None, device="cpu"):
+    """(rows, keys): whether a query sees a key. Query i stands at key position i + diagonal."""
+    diagonal = keys - rows if diagonal is None else diagonal
+    position = torch.arange(rows, device=device)[:, None] + diagonal
+    key = torch.arange(keys, device=device)[None].expand(rows, keys)
+    left, right = window_size
+    seen = torch.ones(rows, keys, dtype=torch.bool, device=device)
+    if causal:
+        seen &= key <= position
+    if left >= 0:
+        seen &= position - key <= left
+    if right >= 0:
+        seen &= key - position <= right
+    return seen
+
+
 class Attention:
     """The result for q, k and v (batch, seqlen, heads, head_dim), and what its rows may be off by.
 
     q may hold only some rows of a longer tensor: those from first_query on, of seqlen_q.
     """
 
-    def __init__(self, q, k, v, softmax_scale, causal, first_query=0, seqlen_q=None):
+    def __init__(
+        self,
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        first_query=0,
+        seqlen_q=None,
+        window_size=NO_WINDOW,
+        diagonal=None,
+    ):
         self.dtype, self.scale = q.dtype, softmax_scale
         self.key_heads = k.shape[2]
         self.group = q.shape[2] // k.shape[2] if k.shape[2] else 1
@@ -83,10 +113,10 @@ class Attention:
         )
         scores = (self.q @ self.k.mT) * softmax_scale
         rows, keys = scores.shape[-2:]
-        seqlen_q = rows if seqlen_q is None else seqlen_q
-        query = torch.arange(first_query, first_query + rows, device=q.device)[:, None]
-        key = torch.arange(keys, device=q.device)
-        self.seen = key <= query + keys - seqlen_q if causal else (key >= 0).expand(rows, keys)
+        if diagonal is None:
+            diagonal = keys - (rows if seqlen_q is None else seqlen_q)
+        diagonal += first_query
+        self.seen = visible(rows, keys, causal, window_size, diagonal, q.device)
         scores.masked_fill_(~self.seen, -math.inf)
         self.lse = torch.logsumexp(scores, -1)
         # Rows that see nothing, or nothing but scores of -inf: their output is 0

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from oracle import Attention, assert_rows
+from oracle import NO_WINDOW, Attention, assert_rows
 
 from cute_kernels import flash_attn_func, tile_configs
 from cute_kernels.operators import flash_attn_backward
@@ -113,9 +113,9 @@ def plain_attention(q, k, v, softmax_scale, causal, dtype, first_query=0, seqlen
     return (probabilities @ v).transpose(1, 2), lse
 
 
-def assert_right(out, lse, q, k, v, softmax_scale, causal, **rows):
+def assert_right(out, lse, q, k, v, softmax_scale, causal, **rows_and_mask):
     """Every row of the output and every LSE is as near as rounding explains: see oracle.py."""
-    exact = Attention(q, k, v, softmax_scale, causal, **rows)
+    exact = Attention(q, k, v, softmax_scale, causal, **rows_and_mask)
     assert_rows("output", out, exact.out, exact.out_allowed())
     unseen = exact.lse == -math.inf
     assert torch.equal(lse == -math.inf, unseen)
@@ -126,28 +126,29 @@ def assert_right(out, lse, q, k, v, softmax_scale, causal, **rows):
     assert not out.transpose(1, 2)[unseen].any()  # exactly 0 where nothing is seen
 
 
-def assert_gradients_right(grads, grad_out, grad_lse, q, k, v, softmax_scale, causal):
+def assert_gradients_right(grads, grad_out, grad_lse, q, k, v, softmax_scale, causal, **mask):
     """`assert_right`'s rule for each of the gradients of q, k and v."""
-    exact = Attention(q, k, v, softmax_scale, causal).gradients(grad_out, grad_lse)
+    exact = Attention(q, k, v, softmax_scale, causal, **mask).gradients(grad_out, grad_lse)
     for name, grad, right in zip("qkv", grads, exact, strict=True):
         assert grad.dtype == q.dtype
         assert_rows(f"gradient of {name}", grad, *right)
 
 
-def poison(q):
+def poison(q, v):
     """Leaves NaN in the freed memory that a call's outputs will be allocated from."""
-    batch, seqlen, heads, head_dim = q.shape
-    out = torch.full((batch, seqlen, heads, head_dim), math.nan, dtype=q.dtype, device=q.device)
+    batch, seqlen, heads, _ = q.shape
+    out_shape = (batch, seqlen, heads, v.shape[3])
+    out = torch.full(out_shape, math.nan, dtype=q.dtype, device=q.device)
     lse = torch.full((batch, heads, seqlen), math.nan, device=q.device)
     del out, lse
 
 
 def run(q, k, v, causal=False, **arguments):
     """flash_attn_func on poisoned memory, with what is promised of the outputs' form checked."""
-    poison(q)
+    poison(q, v)
     out, lse = flash_attn_func(q, k, v, causal=causal, return_lse=True, **arguments)
     batch, seqlen, heads, _ = q.shape
-    assert out.shape == q.shape
+    assert out.shape == (*q.shape[:3], v.shape[3])
     assert out.dtype == q.dtype
     assert out.device == q.device == lse.device
     assert lse.shape == (batch, heads, seqlen)
@@ -157,12 +158,35 @@ def run(q, k, v, causal=False, **arguments):
     return out, lse
 
 
-def check(q, k, v, causal=False, softmax_scale=None, **arguments):
+def check(q, k, v, causal=False, softmax_scale=None, window_size=NO_WINDOW, **arguments):
     """Runs a call and compares its output and LSE with the definition."""
-    out, lse = run(q, k, v, causal, softmax_scale=softmax_scale, **arguments)
+    arguments.update(softmax_scale=softmax_scale, window_size=window_size)
+    out, lse = run(q, k, v, causal, **arguments)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    assert_right(out, lse, q, k, v, scale, causal)
+    assert_right(out, lse, q, k, v, scale, causal, window_size=window_size)
     return out, lse
+
+
+def one_hot(seqlen, first_channel, channels, head_dim):
+    """(batch, seqlen, 1, head_dim): token b * channels + c has a 1 in channel first_channel + c of
+    entry b of the batch."""
+    batch = -(-seqlen // channels)
+    x = torch.zeros(batch, seqlen, 1, head_dim)
+    token = torch.arange(seqlen)
+    x[token // channels, token, 0, first_channel + token % channels] = 1.0
+    return x
+
+
+def by_token(x, first_channel, channels, seqlen):
+    """The inverse, of a result (batch, rows, heads, head_dim): (rows, heads, seqlen)."""
+    chosen = x[..., first_channel : first_channel + channels].double()
+    return chosen.permute(1, 2, 0, 3).flatten(2)[..., :seqlen]
+
+
+def skip_on_cuda(device, feature):
+    """Tests of what only the CPU has so far."""
+    if device == "cuda":
+        pytest.skip(f"{feature} on CUDA: not there yet")
 
 
 def skip_unless_built(dtype, head_dim, causal, of_pass="forward"):

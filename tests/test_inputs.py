@@ -205,10 +205,10 @@ BAD = {
         ValueError,
         r"\bk has head_dim 32, must be 64 like q",
     ),
-    "v of another head_dim": (
-        lambda q, k, v: {"v": v[..., :32]},
+    "v's head_dim 28": (
+        lambda q, k, v: {"v": v[..., :28]},
         ValueError,
-        r"\bv has head_dim 32, must be 64 like q",
+        r"\bv has head_dim 28, must be a multiple of 8",
     ),
     "k of another batch": (
         lambda q, k, v: {"k": k[:1]},
@@ -392,12 +392,8 @@ def test_mixed_devices_in_shape_inference():
 
 LATER = {
     "qv": torch.zeros(1),
-    "window_size": (128, 0),
     "attention_chunk": 64,
     "softcap": 30.0,
-    "num_splits": 4,
-    "pack_gqa": True,
-    "sm_margin": 8,
 }
 
 
@@ -416,6 +412,7 @@ def test_arguments_that_ask_for_nothing():
     for out in (
         flash_attn_func(q, k, v, 64**-0.5, True, *harmless),
         flash_attn_func(q, k, v, causal=True, window_size=[-1, -1], num_splits=0, pack_gqa=False),
+        flash_attn_func(q, k, v, causal=True, num_splits=4, pack_gqa=True, sm_margin=8),
         flash_attn_func(q, k, v, causal=True, deterministic=True),
     ):
         assert torch.equal(out, expected)

@@ -4,9 +4,10 @@ Lengths lie around the blocks, tiles and bands of every row of the build. Where 
 keys than channels, each entry of the batch tells apart as many as there are channels.
 """
 
+import oracle
 import pytest
 import torch
-from parity import BACKWARD_KERNELS, FORWARD_KERNELS, random_qkv
+from parity import BACKWARD_KERNELS, FORWARD_KERNELS, by_token, one_hot, random_qkv
 
 EDGES = [n + d for n in (64, 80, 96, 128, 176, 192, 256, 352, 512) for d in (-1, 0, 1)]
 LENGTHS = [1, 2, 15, 16, 17, *EDGES, 640]
@@ -26,26 +27,7 @@ def shapes(kernel):
 
 def visible(kernel, seqlen_q, seqlen_k):
     """(seqlen_q, seqlen_k): whether the query sees the key."""
-    query = torch.arange(seqlen_q, device=kernel.device)[:, None]
-    key = torch.arange(seqlen_k, device=kernel.device)
-    bottom_right = key <= query + seqlen_k - seqlen_q
-    return bottom_right if kernel.causal else torch.ones_like(bottom_right)
-
-
-def one_hot(seqlen, first_channel, channels, head_dim):
-    """(batch, seqlen, 1, head_dim): token b * channels + c has a 1 in channel first_channel + c of
-    entry b of the batch."""
-    batch = -(-seqlen // channels)
-    x = torch.zeros(batch, seqlen, 1, head_dim)
-    token = torch.arange(seqlen)
-    x[token // channels, token, 0, first_channel + token % channels] = 1.0
-    return x
-
-
-def by_token(x, first_channel, channels, seqlen):
-    """The inverse, of a result (batch, rows, heads, head_dim): (rows, heads, seqlen)."""
-    chosen = x[..., first_channel : first_channel + channels].double()
-    return chosen.permute(1, 2, 0, 3).flatten(2)[..., :seqlen]
+    return oracle.visible(seqlen_q, seqlen_k, kernel.causal, device=kernel.device)
 
 
 @pytest.mark.parametrize("kernel", FORWARD_KERNELS, indirect=True)

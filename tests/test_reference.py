@@ -126,7 +126,7 @@ def test_scores_are_never_stored_whole(monkeypatch):
 
     q, k, v = random_qkv("cpu", torch.float32, 1, 1000, 1000, 4, 1, head_dim=16)
     with Largest() as largest:
-        out, _ = reference.attention_forward(q, k, v, 0.25, True)
+        out, _ = reference.attention_forward(q, k, v, 0.25, reference.mask_of(causal=True))
     assert out.isfinite().all()
     block = reference.QUERY_BLOCK * reference.KEY_BLOCK * q.shape[2]
     assert 0 < largest.elements <= max(q.numel(), block)

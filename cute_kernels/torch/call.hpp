@@ -24,6 +24,12 @@ struct Call : attention::CallShape {
 Call check_call(Argument const& q, Argument const& k, Argument const& v, double softmax_scale,
                 bool causal);
 
+/// Throws where a call asks for more of a mask than `causal`: no kernel reads it yet.
+inline void refuse_windows(std::optional<int64_t> left, std::optional<int64_t> right,
+                           std::optional<int64_t> diagonal) {
+  require(!left && !right && !diagonal, "windows and diagonals are not there yet on CUDA");
+}
+
 /// Throws unless `a` is where q is.
 void check_device(Argument const& a, Argument const& q);
 

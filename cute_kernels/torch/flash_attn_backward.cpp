@@ -46,8 +46,10 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
     Tensor const& grad_out_tensor, std::optional<Tensor> grad_lse_tensor, Tensor const& q_tensor,
     Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out_tensor,
     Tensor const& lse_tensor, double softmax_scale, bool causal, bool deterministic,
-    std::optional<StringHandle> tile_config) {
+    std::optional<StringHandle> tile_config, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, std::optional<int64_t> diagonal) {
   TileName const tile(tile_config);
+  refuse_windows(window_left, window_right, diagonal);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   Argument const out("out", out_tensor), grad_out("grad_out", grad_out_tensor);
   Argument const lse("lse", lse_tensor);
@@ -128,7 +130,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
   library.def(
       "flash_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor lse, float softmax_scale, bool causal, bool deterministic, "
-      "str? tile_config=None) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "str? tile_config=None, *, SymInt? window_left=None, SymInt? window_right=None, "
+      "SymInt? diagonal=None) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {

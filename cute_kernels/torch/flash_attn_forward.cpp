@@ -33,8 +33,12 @@ ForwardKernel const& forward_kernel_for(Call const& call, TileName const& tile,
 std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor const& k_tensor,
                                               Tensor const& v_tensor, double softmax_scale,
                                               bool causal, std::optional<StringHandle> tile_config,
-                                              [[maybe_unused]] bool deterministic) {
+                                              [[maybe_unused]] bool deterministic,
+                                              std::optional<int64_t> window_left,
+                                              std::optional<int64_t> window_right,
+                                              std::optional<int64_t> diagonal) {
   TileName const tile(tile_config);
+  refuse_windows(window_left, window_right, diagonal);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   Call const call = check_call(q, k, v, softmax_scale, causal);
   attention::Device const& device = hopper(q.device);
@@ -94,7 +98,8 @@ std::string choose_tile_config(ScalarType dtype, int64_t batch, int64_t seqlen_q
 STABLE_TORCH_LIBRARY(cute_kernels, library) {
   library.def(
       "flash_attn_forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
-      "str? tile_config=None, bool deterministic=False) -> (Tensor out, Tensor lse)");
+      "str? tile_config=None, bool deterministic=False, *, SymInt? window_left=None, "
+      "SymInt? window_right=None, SymInt? diagonal=None) -> (Tensor out, Tensor lse)");
   library.def(
       "choose_tile_config(ScalarType dtype, int batch, int seqlen_q, int seqlen_k, int heads, int "
       "head_dim, bool causal, int multiprocessors) -> str");

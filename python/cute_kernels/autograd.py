@@ -9,19 +9,12 @@ call is host time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import (
-    NO_FORWARD_MODE,
-    check_backward,
-    check_forward,
-    explain,
-    outside_compilers,
-    refuse_tangents,
-)
+from cute_kernels.checks import NO_FORWARD_MODE, explain, outside_compilers, refuse_tangents
 from cute_kernels.compat import (
     apply_outside_transforms,
     below_autograd,
@@ -31,113 +24,164 @@ from cute_kernels.compat import (
     is_functional,
 )
 from cute_kernels.operators import (
+    DENSE,
+    VARLEN,
+    Family,
+    Pass,
     backward_inputs,
-    flash_attn_backward,
-    flash_attn_forward,
+    by_position,
+    gradients_of_inputs,
     refuse_second_derivative,
     save_for_backward,
 )
-from cute_kernels.vmap import fold_into_batch
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
-_run_forward, _run_backward = direct(flash_attn_forward), direct(flash_attn_backward)
+
+Forward = Callable[..., tuple[Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor, ...]]
 
 
-def forward_without_gradient(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """The forward operator past its autograd; of what it refuses, the exact error."""
-    try:
-        with below_autograd():
-            output: tuple[Tensor, Tensor] = _run_forward(*inputs)
-        return output
-    except RuntimeError as refusal:
-        explain(refusal, check_forward, *inputs)
+class Calls(NamedTuple):
+    """The ways to call a family's operators; all take the same inputs, by position."""
+
+    without_gradient: Forward
+    with_gradient: Forward
+    in_transform: Forward
+    compiled: Forward
+    backward_without_gradient: Backward
+
+    def choose(
+        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None
+    ) -> tuple[Forward, float]:
+        """The way to call forward here and now, and softmax_scale or its default.
+
+        Raises AttributeError, IndexError or ZeroDivisionError where `check_forward` has a better
+        error.
+        """
+        if softmax_scale is None:
+            softmax_scale = q.shape[-1] ** -0.5
+        elif isinstance(softmax_scale, Tensor) and softmax_scale.requires_grad:
+            raise TypeError("softmax_scale is a tensor that requires a gradient, must be a number")
+        needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if in_transform():
+            return self.in_transform, softmax_scale
+        if in_forward_mode():
+            refuse_tangents(q, k, v)
+        if _is_compiling():
+            return self.compiled, softmax_scale
+        return self.with_gradient if needs_grad else self.without_gradient, softmax_scale
 
 
-def backward_without_gradient(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward operator past its autograd; of what it refuses, the exact error."""
-    try:
-        with below_autograd():
-            grads: tuple[Tensor, Tensor, Tensor] = _run_backward(*inputs)
-        return grads
-    except RuntimeError as refusal:
-        explain(refusal, check_backward, *inputs)
+def _below_autograd(of_pass: Pass, keywords: tuple[str, ...]) -> Callable[..., Any]:
+    """An operator past its autograd; of what it refuses, the exact error."""
+    run, positional, check = direct(of_pass.operator), of_pass.positional, of_pass.check
+    run_with_keywords = by_position(run, positional, keywords)
+
+    def call(*inputs: Any) -> Any:
+        try:
+            with below_autograd():
+                if len(inputs) == positional:
+                    return run(*inputs)
+                return run_with_keywords(*inputs)
+        except RuntimeError as refusal:
+            explain(refusal, check, *inputs)
+
+    return call
 
 
-class FlashAttention(torch.autograd.Function):
-    """The forward operator: output and LSE."""
+def _calls(family: Family) -> Calls:
+    forward_without_gradient, backward_without_gradient = (
+        _below_autograd(of_pass, family.keywords) for of_pass in (family.forward, family.backward)
+    )
+    compiled_forward, compiled_backward = (
+        by_position(of_pass.operator, of_pass.positional, family.keywords)
+        for of_pass in (family.forward, family.backward)
+    )
 
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return forward_without_gradient(*inputs)
+    class FlashAttention(torch.autograd.Function):
+        """The forward operator: output and LSE."""
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        save_for_backward(ctx, inputs, output)
+        @staticmethod
+        def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+            output: tuple[Tensor, Tensor] = forward_without_gradient(*inputs)
+            return output
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = backward_inputs(ctx, *grads)
-        compiling = _is_compiling()
-        if in_transform() or (_is_grad_enabled() and not compiling):
-            results = _gradient_with_rules(*inputs)
-        elif compiling:
-            results = flash_attn_backward(*inputs)
-        else:
-            if in_forward_mode():
-                refuse_tangents(*inputs[:7])
-            results = backward_without_gradient(*inputs)
-        return (*results, None, None, None, None)
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+            save_for_backward(family, ctx, inputs, output)
 
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        raise NotImplementedError(NO_FORWARD_MODE)
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            inputs = backward_inputs(family, ctx, *grads)
+            compiling = _is_compiling()
+            if in_transform() or (_is_grad_enabled() and not compiling):
+                results = gradient_with_rules(*inputs)
+            elif compiling:
+                results = compiled_backward(*inputs)
+            else:
+                if in_forward_mode():
+                    refuse_tangents(*inputs[:7])
+                results = backward_without_gradient(*inputs)
+            return gradients_of_inputs(family, ctx, results)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        return _vmap_forward(info, in_dims, *inputs)
+        @staticmethod
+        def jvp(ctx: Any, *_: Any) -> None:
+            raise NotImplementedError(NO_FORWARD_MODE)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+            return vmap_forward(info, in_dims, *inputs)
+
+    class FlashAttentionGradient(torch.autograd.Function):
+        """The backward operator where someone might differentiate or map over it."""
+
+        @staticmethod
+        def forward(*inputs: Any) -> tuple[Tensor, ...]:
+            grads: tuple[Tensor, ...] = backward_without_gradient(*inputs)
+            return grads
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *_: Tensor | None) -> None:
+            refuse_second_derivative(family)
+
+        @staticmethod
+        def jvp(ctx: Any, *_: Any) -> None:
+            raise NotImplementedError(NO_FORWARD_MODE)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+            return vmap_backward(info, in_dims, *inputs)
+
+    forward_with_rules: Forward = FlashAttention.apply
+    gradient_with_rules: Backward = FlashAttentionGradient.apply
+    vmap_forward = family.vmap_rule(forward_with_rules, family.forward.check)
+    vmap_backward = family.vmap_rule(gradient_with_rules, family.backward.check)
+
+    @outside_compilers
+    def forward_in_transform(*inputs: Any) -> tuple[Tensor, Tensor]:
+        """The forward operator with its gradient where transforms of torch.func surround the call.
+
+        Compilers may not look inside: torch 2.13's takes the operator out of the node and drops the
+        rules, with them the error of `jvp`.
+        """
+        if is_functional(inputs[0]):
+            output: tuple[Tensor, Tensor] = compiled_forward(*inputs)
+            return output
+        return forward_with_rules(*inputs)
+
+    return Calls(
+        forward_without_gradient,
+        apply_outside_transforms(FlashAttention),
+        forward_in_transform,
+        compiled_forward,
+        backward_without_gradient,
+    )
 
 
-class FlashAttentionGradient(torch.autograd.Function):
-    """The backward operator where someone might differentiate or map over it."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return backward_without_gradient(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> None:
-        refuse_second_derivative(ctx, *grads)
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        raise NotImplementedError(NO_FORWARD_MODE)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        return _vmap_backward(info, in_dims, *inputs)
-
-
-_forward_with_rules: Callable[..., tuple[Tensor, Tensor]] = FlashAttention.apply
-_gradient_with_rules: Callable[..., tuple[Tensor, ...]] = FlashAttentionGradient.apply
-_vmap_forward = fold_into_batch(_forward_with_rules, check_forward)
-_vmap_backward = fold_into_batch(_gradient_with_rules, check_backward)
-
-forward_with_gradient = apply_outside_transforms(FlashAttention)
-
-
-@outside_compilers
-def forward_in_transform(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """The forward operator with its gradient where transforms of torch.func surround the call.
-
-    Compilers may not look inside: torch 2.13's takes the operator out of the node and drops the
-    rules, with them the error of `jvp`.
-    """
-    if is_functional(inputs[0]):
-        output: tuple[Tensor, Tensor] = flash_attn_forward(*inputs)
-        return output
-    return _forward_with_rules(*inputs)
+dense = _calls(DENSE)
+varlen = _calls(VARLEN)

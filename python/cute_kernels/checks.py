@@ -32,6 +32,10 @@ _SIZE_LIMIT = 2**31
 _BLOCK = 64  # rows of the smallest tile
 _BLOCKS_LIMIT = 2**30
 
+# The dimensions of q, k and v.
+DENSE = ("batch", "seqlen", "heads", "head_dim")
+PACKED = ("total", "heads", "head_dim")
+
 NO_FORWARD_MODE = (
     "cute_kernels has no forward-mode derivatives (torch.func.jvp, jacfwd, linearize, dual "
     "tensors): use torch.func.grad, vjp or jacrev"
@@ -42,11 +46,11 @@ _unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual
 
 
 def explain(refusal: Exception, check: Callable[..., None], *inputs: Any) -> NoReturn:
-    """Raises the ValueError or TypeError that `check` has for the inputs of a call that was
-    refused, or if it has none the refusal itself."""
+    """Raises what `check` raises for the inputs of a call that was refused, or if that is nothing
+    the refusal itself."""
     try:
         check(*inputs)
-    except (TypeError, ValueError) as exact:
+    except (TypeError, ValueError, NotImplementedError) as exact:
         raise exact from None
     raise refusal
 
@@ -73,6 +77,13 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
             raise NotImplementedError(NO_FORWARD_MODE)
 
 
+def refuse_on_cuda(feature: str, asked: bool, q: object) -> None:
+    """Raises NotImplementedError if q is on CUDA and the call asks for what has no kernels yet: the
+    one place that says so."""
+    if asked and isinstance(q, Tensor) and q.device.type == "cuda":
+        raise NotImplementedError(f"{feature} is not there yet on CUDA: CPU only so far")
+
+
 def check_forward(
     q: Tensor,
     k: Tensor,
@@ -81,10 +92,17 @@ def check_forward(
     causal: bool,
     tile_config: str | None = None,
     deterministic: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    diagonal: int | None = None,
 ) -> None:
-    """Raises ValueError or TypeError unless the forward operator can answer this call."""
-    _check_call(q, k, v, softmax_scale, causal, deterministic)
-    _check_tile_config(tile_config, "forward", q)
+    """Raises ValueError or TypeError unless the forward operator can answer this call, and
+    NotImplementedError if only the CPU can."""
+    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic)
+    _check_batch(q, k, v)
+    check_window(q, window_left, window_right)
+    check_diagonal(q, diagonal)
+    check_tile_config(tile_config, "forward", q)
     _check_blocks("q", q)
 
 
@@ -100,44 +118,97 @@ def check_backward(
     causal: bool,
     deterministic: bool,
     tile_config: str | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    diagonal: int | None = None,
 ) -> None:
-    """Raises ValueError or TypeError unless the backward operator can answer this call."""
-    _check_call(q, k, v, softmax_scale, causal, deterministic)
-    for name, tensor in (("out", out), ("grad_out", grad_out)):
-        _check_like(name, tensor, q)
-        if tensor.shape != q.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, must be {tuple(q.shape)} like q"
-            )
-    batch, seqlen, heads, _ = q.shape
-    dtype = accumulator_dtype(q.dtype)
-    for name, given in (("lse", lse), ("grad_lse", grad_lse)):
-        if given is None:
-            continue
-        _check_device(name, given, q)
-        if given.dtype != dtype:
-            raise TypeError(f"{name} has dtype {given.dtype}, must be {dtype}")
-        if given.shape != (batch, heads, seqlen):
-            raise ValueError(
-                f"{name} has shape {tuple(given.shape)}, must be (batch, heads, seqlen_q) = "
-                f"{(batch, heads, seqlen)}"
-            )
-    _check_tile_config(tile_config, "backward", q)
+    """Raises ValueError or TypeError unless the backward operator can answer this call, and
+    NotImplementedError if only the CPU can."""
+    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic)
+    _check_batch(q, k, v)
+    check_results(q, v, DENSE, out, grad_out, lse, grad_lse)
+    check_window(q, window_left, window_right)
+    check_diagonal(q, diagonal)
+    check_tile_config(tile_config, "backward", q)
     _check_blocks("k", k)
 
 
-def _check_call(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, deterministic: bool
+def check_results(
+    q: Tensor,
+    v: Tensor,
+    layout: tuple[str, ...],
+    out: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
 ) -> None:
+    """The results of a forward pass and their gradients, in a backward pass."""
+    *batch, seqlen, heads, head_dim = q.shape
+    shape = (*batch, seqlen, heads, v.shape[-1])
+    for name, tensor in (("out", out), ("grad_out", grad_out)):
+        _check_like(name, tensor, q)
+        if tensor.shape != shape:
+            like = "q" if shape[-1] == head_dim else "q, with v's head_dim"
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, must be {tuple(shape)} like {like}"
+            )
+    dtype = accumulator_dtype(q.dtype)
+    shape = (*batch, heads, seqlen)
+    for name, given in (("lse", lse), ("grad_lse", grad_lse)):
+        if given is None:
+            continue
+        check_device(name, given, q)
+        if given.dtype != dtype:
+            raise TypeError(f"{name} has dtype {given.dtype}, must be {dtype}")
+        if given.shape != shape:
+            *first, rows, of_heads, _ = layout
+            names = ", ".join([*first, of_heads, f"{rows}_q"])
+            raise ValueError(
+                f"{name} has shape {tuple(given.shape)}, must be ({names}) = {tuple(shape)}"
+            )
+
+
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: tuple[str, ...],
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+) -> None:
+    """What calls of every layout have in common."""
     for name, flag in (("causal", causal), ("deterministic", deterministic)):
         if not isinstance(flag, (bool, int)):
             raise TypeError(f"{name} is {flag!r}, must be True or False")
-    _check_alone("q", q)
+    _check_alone("q", q, layout)
     for name, tensor in (("k", k), ("v", v)):
         _check_like(name, tensor, q)
-        _check_alone(name, tensor)
-    _check_shapes(q, k, v)
+        _check_alone(name, tensor, layout)
+    _check_shapes(q, k, v, layout)
     check_softmax_scale(softmax_scale, accumulator_dtype(q.dtype))
+
+
+def check_window(q: Tensor, left: int | None, right: int | None) -> None:
+    """The operators' window: at least 0, or None for no limit."""
+    for name, limit in (("window_left", left), ("window_right", right)):
+        check_int(name, limit, least=0)
+    refuse_on_cuda("window_size", left is not None or right is not None, q)
+
+
+def check_diagonal(q: Tensor, diagonal: int | None) -> None:
+    check_int("diagonal", diagonal)
+    refuse_on_cuda("diagonal", diagonal is not None, q)
+
+
+def check_int(name: str, number: object, least: int | None = None, none: str = " or None") -> None:
+    """Raises ValueError or TypeError unless it is an int, at least `least`, or None if `none`."""
+    if number is None and none:
+        return
+    if not isinstance(number, (int, torch.SymInt)):
+        raise TypeError(f"{name} is {number!r}, must be an int{none}")
+    if least is not None and number < least:
+        raise ValueError(f"{name} is {number}, must be at least {least}{none}")
 
 
 def check_softmax_scale(softmax_scale: float, dtype: torch.dtype = torch.float32) -> None:
@@ -151,7 +222,7 @@ def check_softmax_scale(softmax_scale: float, dtype: torch.dtype = torch.float32
         raise ValueError(f"softmax_scale is {softmax_scale}, must be at most {largest}")
 
 
-def _check_tile_config(tile_config: str | None, of_pass: str, q: Tensor) -> None:
+def check_tile_config(tile_config: str | None, of_pass: str, q: Tensor) -> None:
     if tile_config is None:
         return
     rows = _TILES[of_pass]
@@ -160,7 +231,7 @@ def _check_tile_config(tile_config: str | None, of_pass: str, q: Tensor) -> None
     elif tile_config not in rows:
         error = ValueError
     else:
-        row, dtype, head_dim = rows[tile_config], _DTYPE_NAMES.get(q.dtype), q.shape[3]
+        row, dtype, head_dim = rows[tile_config], _DTYPE_NAMES.get(q.dtype), q.shape[-1]
         if q.device.type == "cuda" and (row["dtype"] != dtype or row["head_dim"] < head_dim):
             raise ValueError(
                 f"tile_config {tile_config!r} takes {row['dtype']} with head_dim up to "
@@ -184,14 +255,14 @@ def _check_blocks(name: str, x: Tensor) -> None:
         )
 
 
-def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, q: Tensor) -> None:
     check_tensor(name, tensor)
     if tensor.device != q.device:
         raise ValueError(f"{name} is on {tensor.device}, must be on {q.device} like q")
 
 
 def _check_like(name: str, tensor: Tensor, q: Tensor) -> None:
-    _check_device(name, tensor, q)
+    check_device(name, tensor, q)
     if tensor.dtype != q.dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}, must be {q.dtype} like q")
 
@@ -201,12 +272,12 @@ def check_tensor(name: str, tensor: object) -> None:
         raise TypeError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
 
 
-def _check_alone(name: str, tensor: Tensor) -> None:
+def _check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
     check_tensor(name, tensor)
-    if tensor.dim() != 4:
+    if tensor.dim() != len(layout):
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, must have 4 dimensions: "
-            "(batch, seqlen, heads, head_dim)"
+            f"{name} has shape {tuple(tensor.shape)}, must have {len(layout)} dimensions: "
+            f"({', '.join(layout)})"
         )
     device = tensor.device.type
     allowed = _GPU_DTYPES if device == "cuda" else _CPU_DTYPES
@@ -215,28 +286,33 @@ def _check_alone(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}, must be {names} on {device}")
     if device == "cuda" and any(isinstance(n, int) and n >= _SIZE_LIMIT for n in tensor.shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, each size must be below 2^31")
-    if tensor.stride(3) != 1 and tensor.shape[3] != 1:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
         raise ValueError(
             f"{name} has strides {tensor.stride()}, its last dimension (head_dim) must be "
             "contiguous (stride 1)"
         )
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    batch, _, heads, head_dim = q.shape
-    if head_dim % HEAD_DIM_MULTIPLE != 0 or not 0 < head_dim <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"q has head_dim {head_dim}, must be a multiple of {HEAD_DIM_MULTIPLE} "
-            f"from {HEAD_DIM_MULTIPLE} to {MAX_HEAD_DIM}"
-        )
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...]) -> None:
+    heads, head_dim = q.shape[-2:]
+    for name, size in (("q", head_dim), ("v", v.shape[-1])):
+        if size % HEAD_DIM_MULTIPLE != 0 or not 0 < size <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name} has head_dim {size}, must be a multiple of {HEAD_DIM_MULTIPLE} "
+                f"from {HEAD_DIM_MULTIPLE} to {MAX_HEAD_DIM}"
+            )
+    if k.shape[-1] != head_dim:
+        raise ValueError(f"k has head_dim {k.shape[-1]}, must be {head_dim} like q")
+    refuse_on_cuda("v with a head_dim other than q's", v.shape[-1] != head_dim, q)
+    if v.shape[-3] != k.shape[-3]:
+        raise ValueError(f"v has {layout[-3]} {v.shape[-3]}, must be {k.shape[-3]} like k")
+    if v.shape[-2] != k.shape[-2]:
+        raise ValueError(f"v has {v.shape[-2]} heads, must have {k.shape[-2]} like k")
+    if heads != 0 and (k.shape[-2] == 0 or heads % k.shape[-2] != 0):
+        raise ValueError(f"q has {heads} heads, must be a multiple of k's {k.shape[-2]}")
+
+
+def _check_batch(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape[0] != batch:
-            raise ValueError(f"{name} has batch {tensor.shape[0]}, must be {batch} like q")
-        if tensor.shape[3] != head_dim:
-            raise ValueError(f"{name} has head_dim {tensor.shape[3]}, must be {head_dim} like q")
-    if v.shape[1] != k.shape[1]:
-        raise ValueError(f"v has seqlen {v.shape[1]}, must be {k.shape[1]} like k")
-    if v.shape[2] != k.shape[2]:
-        raise ValueError(f"v has {v.shape[2]} heads, must have {k.shape[2]} like k")
-    if heads != 0 and (k.shape[2] == 0 or heads % k.shape[2] != 0):
-        raise ValueError(f"q has {heads} heads, must be a multiple of k's {k.shape[2]}")
+        if tensor.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has batch {tensor.shape[0]}, must be {q.shape[0]} like q")

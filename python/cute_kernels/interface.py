@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from cute_kernels.autograd import (
-    forward_in_transform,
-    forward_with_gradient,
-    forward_without_gradient,
-)
-from cute_kernels.checks import check_forward, explain, refuse_tangents
-from cute_kernels.compat import in_forward_mode, in_transform
+from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
+from cute_kernels.autograd import dense
+from cute_kernels.checks import check_forward, explain
 from cute_kernels.fp8 import flash_attn_e4m3
-from cute_kernels.operators import flash_attn_forward
 
-_is_compiling = torch.compiler.is_compiling
-_is_grad_enabled = torch.is_grad_enabled
 _always_deterministic = torch.are_deterministic_algorithms_enabled
+_choose = dense.choose
 
-# FlashAttention-3's arguments whose feature is not there yet, with the values that ask for nothing.
-_LATER: dict[str, tuple[object, ...]] = {
-    "qv": (None,),
-    "window_size": ((-1, -1), [-1, -1], (None, None)),
-    "attention_chunk": (0,),
-    "softcap": (0.0,),
-    "num_splits": (1, 0),
-    "pack_gqa": (None, False),
-    "sm_margin": (0,),
-}
-_NO_DESCALES = (None, None, None)
-_LATER_DEFAULTS = tuple(values[0] for values in _LATER.values())
+# What the arguments are that most calls leave alone.
+_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0)
 
 
 def flash_attn_func(
@@ -45,7 +27,7 @@ def flash_attn_func(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Window = (-1, -1),
     attention_chunk: int = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
@@ -70,15 +52,23 @@ def flash_attn_func(
             UserWarning says once in a process.
         k: (batch, seqlen_k, key heads, head_dim), dtype and device of q. The number of query heads
             is a multiple of that of key heads (MHA, GQA, MQA).
-        v: shape, dtype and device of k.
+        v: shape, dtype and device of k; its head_dim, which is the output's, may be another
+            multiple of 8 up to 256 (CPU only so far).
         softmax_scale: finite, greater than 0; ``head_dim ** -0.5`` if None.
         causal: query i sees key j only if ``j <= i + seqlen_k - seqlen_q`` (bottom-right aligned).
+        window_size: (left, right), two ints as a tuple, list or tensor: query i sees key j only if
+            ``i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q + right``, both ends
+            included; -1 is no limit. With ``causal`` right is 0. Beyond a causal mask: CPU only so
+            far.
         q_descale, k_descale, v_descale: for q, k and v of float8_e4m3fn, what they are to be
             multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
             are multiples of 16, returns bfloat16 and has no gradient. From 16-bit tensors,
             `flash_attn_fp8_func` loses less.
-        qv, window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin: not there yet;
-            anything that would change the call raises NotImplementedError.
+        qv, attention_chunk, softcap: not there yet; anything that would change the call raises
+            NotImplementedError.
+        num_splits, pack_gqa: hints, which change no result and so far nothing else.
+        sm_margin: how many multiprocessors to leave alone; other than 0 on the CPU only so far,
+            which has none.
         deterministic: gradients on CUDA are the same bits from run to run, at some cost; without
             it the order in which the blocks of keys add to q's gradient varies. Implied by
             ``torch.use_deterministic_algorithms(True)``. Has no effect on the output and on the
@@ -89,10 +79,10 @@ def flash_attn_func(
             the automatic choice. On the CPU it is only looked up.
 
     Returns:
-        The output, like q but always contiguous, and if asked for the LSE: (batch, heads,
-        seqlen_q), float32 (float64 for float64 inputs), the natural logarithm of the softmax's
-        denominator. A query that sees no key gets 0 and -inf. Both have gradients, once; kept for
-        them are q, k, v, the output and the LSE.
+        The output, like q but always contiguous and with v's head_dim, and if asked for the LSE:
+        (batch, heads, seqlen_q), float32 (float64 for float64 inputs), the natural logarithm of the
+        softmax's denominator. A query that sees no key gets 0 and -inf. Both have gradients, once;
+        kept for them are q, k, v, the output and the LSE.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -100,47 +90,26 @@ def flash_attn_func(
         NotImplementedError: an argument whose feature is not there yet, a second derivative, or a
             forward-mode one (``torch.func.jvp``, dual tensors).
     """
-    later = (
-        qv,
-        window_size,
-        attention_chunk,
-        softcap,
-        num_splits,
-        pack_gqa,
-        sm_margin,
-    )
-    if later != _LATER_DEFAULTS:
-        _refuse_unless_harmless(later)
     descales = (q_descale, k_descale, v_descale)
-    if descales != _NO_DESCALES or getattr(q, "dtype", None) is torch.float8_e4m3fn:
+    hints = (num_splits, pack_gqa, sm_margin)
+    mask: tuple[int | None, ...] = ()
+    if (qv, *descales, window_size, attention_chunk, softcap, *hints) != _USUAL:
+        refuse_later("flash_attn_func", qv=qv, attention_chunk=attention_chunk, softcap=softcap)
+        check_hints(q, *hints)
+        causal, left, right = window_of(window_size, causal)
+        if left is not None or right is not None:
+            mask = (left, right, None)
+    if descales != (None, None, None) or getattr(q, "dtype", None) is torch.float8_e4m3fn:
         if tile_config is not None:
             raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
+        if mask:
+            raise NotImplementedError("window_size is not there yet for float8_e4m3fn")
         out, lse = flash_attn_e4m3(q, k, v, *descales, softmax_scale, causal)
         return (out, lse) if return_lse or return_attn_probs else out
     try:
-        if softmax_scale is None:
-            softmax_scale = q.shape[-1] ** -0.5
-        elif isinstance(softmax_scale, Tensor) and softmax_scale.requires_grad:
-            raise TypeError("softmax_scale is a tensor that requires a gradient, must be a number")
-        needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        forward, softmax_scale = _choose(q, k, v, softmax_scale)
     except (AttributeError, IndexError, ZeroDivisionError) as error:
         explain(error, check_forward, q, k, v, 1.0, causal, tile_config)
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    if in_transform():
-        forward = forward_in_transform
-    else:
-        if in_forward_mode():
-            refuse_tangents(q, k, v)
-        if _is_compiling():
-            forward = flash_attn_forward
-        else:
-            forward = forward_with_gradient if needs_grad else forward_without_gradient
     deterministic = deterministic or _always_deterministic()
-    out, lse = forward(q, k, v, softmax_scale, causal, tile_config, deterministic)
+    out, lse = forward(q, k, v, softmax_scale, causal, tile_config, deterministic, *mask)
     return (out, lse) if return_lse or return_attn_probs else out
-
-
-def _refuse_unless_harmless(later: tuple[object, ...]) -> None:
-    for (name, harmless), value in zip(_LATER.items(), later, strict=True):
-        if isinstance(value, Tensor) or value not in harmless:
-            raise NotImplementedError(f"flash_attn_func: {name} is not there yet")

@@ -1,12 +1,14 @@
 """The registered operators: everything about them that is not compiled.
 
-The extension defines ``flash_attn_forward`` and ``flash_attn_backward`` with their CUDA
-implementations; here are their CPU implementations, shape inference, gradients and vmap.
+The extension defines two families, each of a forward and a backward operator: ``flash_attn_*`` with
+its CUDA implementations, and ``flash_attn_varlen_*``, which has none yet. Here are their CPU
+implementations, shape inference, gradients and vmap.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,80 +17,264 @@ import cute_kernels.extension  # noqa: F401  defines the operators
 from cute_kernels import reference
 from cute_kernels.checks import check_backward, check_forward
 from cute_kernels.tiles import tile_configs
-from cute_kernels.vmap import fold_into_batch
+from cute_kernels.varlen_checks import (
+    check_varlen_backward,
+    check_varlen_forward,
+    rows_of_sequences,
+)
+from cute_kernels.vmap import Rule, fold_into_batch, refuse_vmap
 
 NAMESPACE = "cute_kernels"
-FORWARD = f"{NAMESPACE}::flash_attn_forward"
 BACKWARD = f"{NAMESPACE}::flash_attn_backward"
 
 # Looked up once: torch.ops.x.y costs a call more.
-flash_attn_forward = getattr(torch.ops, NAMESPACE).flash_attn_forward.default
-flash_attn_backward = getattr(torch.ops, NAMESPACE).flash_attn_backward.default
+_operators = getattr(torch.ops, NAMESPACE)
+flash_attn_forward = _operators.flash_attn_forward.default
+flash_attn_backward = _operators.flash_attn_backward.default
+flash_attn_varlen_forward = _operators.flash_attn_varlen_forward.default
+flash_attn_varlen_backward = _operators.flash_attn_varlen_backward.default
 
 
-@torch.library.impl(FORWARD, "cpu")
-def _forward_cpu(*inputs: Any) -> tuple[Tensor, Tensor]:
-    check_forward(*inputs)
-    q, k, v, softmax_scale, causal, *_ = inputs
-    with torch.autocast("cpu", enabled=False):
-        return reference.attention_forward(q, k, v, softmax_scale, causal)
+class Pass(NamedTuple):
+    """One operator."""
+
+    operator: Any
+    check: Callable[..., None]  # raises unless the operator can answer a call
+    positional: int  # how many of its inputs are not keyword-only
 
 
-def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
-    check_forward(*inputs)
-    return reference.empty_outputs(inputs[0])
+class Family(NamedTuple):
+    """A forward and a backward operator, and what the package knows of both.
+
+    In the package inputs go by position: those that are keyword-only to an operator come last, in
+    the order of its schema.
+    """
+
+    function: str  # the public one
+    forward: Pass
+    backward: Pass
+    tensors: int  # the first inputs of forward: q, k, v and lengths
+    keywords: tuple[str, ...]  # the keyword-only inputs of both
+    # softmax_scale and what follows it: as backward takes it, from what forward was given
+    backward_options: Callable[..., tuple[Any, ...]]
+    vmap_rule: Callable[[Callable[..., Any], Callable[..., None]], Rule]
 
 
-@torch.library.impl(BACKWARD, "cpu")
-def _backward_cpu(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    check_backward(*inputs)
-    arguments = inputs[:9]  # without deterministic and tile_config
-    with torch.autocast("cpu", enabled=False):
-        return reference.attention_backward(*arguments)
+def _dense_options(
+    softmax_scale: float, causal: bool, _: str | None, deterministic: bool, *mask: int | None
+) -> tuple[Any, ...]:
+    return softmax_scale, causal, deterministic, None, *mask
 
 
-def _backward_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    check_backward(*inputs)
-    _, _, q, k, v, *_ = inputs
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _varlen_options(*options: Any) -> tuple[Any, ...]:
+    return *options[:-1], None  # forward's tile_config is not backward's
 
 
-def _backward_not_built(*_: Any) -> tuple[Tensor, Tensor, Tensor]:
+DENSE = Family(
+    function="flash_attn_func",
+    forward=Pass(flash_attn_forward, check_forward, 7),
+    backward=Pass(flash_attn_backward, check_backward, 11),
+    tensors=3,
+    keywords=("window_left", "window_right", "diagonal"),
+    backward_options=_dense_options,
+    vmap_rule=fold_into_batch,
+)
+VARLEN = Family(
+    function="flash_attn_varlen_func",
+    forward=Pass(flash_attn_varlen_forward, check_varlen_forward, 10),
+    backward=Pass(flash_attn_varlen_backward, check_varlen_backward, 14),
+    tensors=8,
+    keywords=(
+        "max_seqlen_q",
+        "max_seqlen_k",
+        "window_left",
+        "window_right",
+        "deterministic",
+        "tile_config",
+    ),
+    backward_options=_varlen_options,
+    vmap_rule=refuse_vmap,
+)
+
+
+def by_position(
+    operator: Callable[..., Any], positional: int, keywords: tuple[str, ...]
+) -> Callable[..., Any]:
+    """What calls an operator with its keyword-only inputs, if given, by position."""
+
+    def call(*inputs: Any) -> Any:
+        given = inputs[positional:]
+        return operator(*inputs[:positional], **dict(zip(keywords, given, strict=False)))
+
+    return call
+
+
+# Gradients
+
+
+def save_for_backward(
+    family: Family, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    ctx.options = inputs[family.tensors :]
+    ctx.save_for_backward(*inputs[: family.tensors], *output)
+    ctx.set_materialize_grads(False)  # an LSE that nobody uses costs nothing
+
+
+def backward_inputs(
+    family: Family, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Any, ...]:
+    q, k, v, *lengths, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    options = family.backward_options(*ctx.options)
+    return grad_out, grad_lse, q, k, v, out, lse, *lengths, *options
+
+
+def gradients_of_inputs(family: Family, ctx: Any, grads: Any) -> tuple[Tensor | None, ...]:
+    """Of q, k, v, and None for each other input of forward."""
+    return *grads, *(None,) * (family.tensors - 3 + len(ctx.options))
+
+
+def refuse_second_derivative(family: Family) -> None:
+    raise NotImplementedError(f"{family.function} has no second derivative")
+
+
+# The CPU's implementations
+
+
+def _forward_cpu(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, *_: Any, **mask: Any
+) -> tuple[Tensor, Tensor]:
+    return reference.attention_forward(q, k, v, softmax_scale, reference.mask_of(causal, **mask))
+
+
+def _backward_cpu(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    *_: Any,
+    **mask: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (grad_out, grad_lse, q, k, v, out, lse)
+    return reference.attention_backward(*tensors, softmax_scale, reference.mask_of(causal, **mask))
+
+
+def _varlen_forward_cpu(
+    q: Tensor, k: Tensor, v: Tensor, *inputs: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    *lengths, softmax_scale, causal = inputs
+    sequences, mask = _packed(q, k, lengths, causal, **options)
+    return reference.packed_forward(q, k, v, sequences, softmax_scale, mask)
+
+
+def _varlen_backward_cpu(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *inputs: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *lengths, softmax_scale, causal = inputs
+    sequences, mask = _packed(q, k, lengths, causal, **options)
+    tensors = (grad_out, grad_lse, q, k, v, out, lse)
+    return reference.packed_backward(*tensors, sequences, softmax_scale, mask)
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    lengths: list[Any],
+    causal: bool,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    **_: Any,
+) -> tuple[list[reference.Sequence], reference.Mask]:
+    """The sequences and the mask of a varlen call."""
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal = lengths
+    queries = rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
+    keys = rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
+    diagonals = [None] * len(keys) if diagonal is None else diagonal.tolist()
+    sequences = [reference.Sequence(*one) for one in zip(queries, keys, diagonals, strict=True)]
+    return sequences, reference.mask_of(causal, window_left, window_right)
+
+
+# Registration
+
+
+def _register(
+    of_pass: Pass,
+    family: Family,
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradient: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+) -> None:
+    def checked_cpu(*inputs: Any, **keywords: Any) -> Any:
+        of_pass.check(*inputs, **keywords)
+        with torch.autocast("cpu", enabled=False):
+            return cpu(*inputs, **keywords)
+
+    def checked_fake(*inputs: Any, **keywords: Any) -> Any:
+        of_pass.check(*inputs, **keywords)
+        return fake(*inputs)
+
+    name = of_pass.operator.name()
+    torch.library.impl(name, "cpu", checked_cpu)
+    torch.library.register_fake(name, checked_fake)
+    torch.library.register_autograd(name, gradient, setup_context=setup_context)
+    torch.library.register_vmap(name, family.vmap_rule(of_pass.operator, of_pass.check))
+
+
+def _register_family(
+    family: Family, forward_cpu: Callable[..., Any], backward_cpu: Callable[..., Any]
+) -> None:
+    backward, positional = family.backward.operator, family.backward.positional
+    run_backward = by_position(backward, positional, family.keywords)
+
+    def forward_fake(q: Tensor, _: Tensor, v: Tensor, *__: Any) -> tuple[Tensor, Tensor]:
+        return reference.empty_outputs(q, v)
+
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+    ) -> None:
+        save_for_backward(family, ctx, (*inputs, *keyword_only_inputs.values()), output)
+
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        results = run_backward(*backward_inputs(family, ctx, *grads))
+        return gradients_of_inputs(family, ctx, results)
+
+    def backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(x.new_empty(x.shape) for x in inputs[2:5])  # q, k, v
+
+    def second_derivative(*_: Any) -> None:
+        refuse_second_derivative(family)
+
+    _register(family.forward, family, forward_cpu, forward_fake, gradient, setup_context)
+    _register(family.backward, family, backward_cpu, backward_fake, second_derivative)
+
+
+def _backward_not_built(*_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
     raise NotImplementedError(
         "this build has no kernels for the gradient of flash_attn_func on CUDA: call it under "
         "torch.no_grad() or on tensors that need no gradient, or on the CPU"
     )
 
 
+_register_family(DENSE, _forward_cpu, _backward_cpu)
+_register_family(VARLEN, _varlen_forward_cpu, _varlen_backward_cpu)
 if not tile_configs("backward"):
     torch.library.impl(BACKWARD, "cuda", _backward_not_built)
-
-
-def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.set_materialize_grads(False)  # an LSE that nobody uses costs nothing
-
-
-def backward_inputs(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    softmax_scale, causal, _, deterministic = ctx.options
-    return grad_out, grad_lse, q, k, v, out, lse, softmax_scale, causal, deterministic, None
-
-
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*flash_attn_backward(*backward_inputs(ctx, *grads)), None, None, None, None)
-
-
-def refuse_second_derivative(ctx: Any, *_: Tensor | None) -> None:
-    raise NotImplementedError("flash_attn_func has no second derivative")
-
-
-torch.library.register_fake(FORWARD, _forward_fake)
-torch.library.register_fake(BACKWARD, _backward_fake)
-torch.library.register_autograd(FORWARD, _backward, setup_context=save_for_backward)
-torch.library.register_autograd(BACKWARD, refuse_second_derivative)
-torch.library.register_vmap(FORWARD, fold_into_batch(flash_attn_forward, check_forward))
-torch.library.register_vmap(BACKWARD, fold_into_batch(flash_attn_backward, check_backward))
+for _pass in (VARLEN.forward, VARLEN.backward):
+    torch.library.impl(_pass.operator.name(), "cuda", _pass.check)  # which says that there are none

@@ -4,7 +4,7 @@ The algorithm, masks and results are those of the GPU kernels (forward: FlashAtt
 2407.08608, section 2.3 and algorithm 1; backward: FlashAttention-2, arXiv 2307.08691, algorithm 2).
 Products and sums are in fp32, for fp64 inputs in fp64. Nothing of the size of all scores is ever
 stored: a block of queries walks over the blocks of keys that it sees. What a row does not see has
-no part in its result, even if it is not finite.
+no part in its result, even if it is not finite. Packed sequences are answered one by one.
 
 Inside, tensors are (batch, key heads, rows, head_dim), where the rows of a query block are its
 queries once for each query head of the key head; so GQA needs no copies of K and V.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +23,38 @@ QUERY_BLOCK = 128
 KEY_BLOCK = 256
 
 
+class Mask(NamedTuple):
+    """Which keys a query sees: query i stands at key position i + diagonal, and sees the keys from
+    `left` before it to `right` after it.
+
+    None is no limit, and for the diagonal seqlen_k - seqlen_q: bottom-right aligned.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    diagonal: int | None = None
+
+
+def mask_of(
+    causal: bool,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    diagonal: int | None = None,
+) -> Mask:
+    """The mask of the operators' arguments: causal queries see no key after their position."""
+    return Mask(window_left, 0 if causal else window_right, diagonal)
+
+
 class _Blocks:
     """The geometry of one problem: which queries meet which keys, and how heads become rows."""
 
-    def __init__(self, q: Tensor, k: Tensor, softmax_scale: float, causal: bool):
+    def __init__(self, q: Tensor, k: Tensor, softmax_scale: float, mask: Mask):
         self.seqlen_q, self.heads = q.shape[1], q.shape[2]
         self.seqlen_k, self.key_heads = k.shape[1], k.shape[2]
         self.group = self.heads // self.key_heads
-        self.causal = causal
+        self.left = math.inf if mask.left is None else mask.left
+        self.right = math.inf if mask.right is None else mask.right
+        self.diagonal = self.seqlen_k - self.seqlen_q if mask.diagonal is None else mask.diagonal
         self.dtype = accumulator_dtype(q.dtype)
         # As a number of that dtype it is neither 0 nor infinite.
         limits = torch.finfo(self.dtype)
@@ -41,16 +66,15 @@ class _Blocks:
 
     def keys(self, queries: slice) -> Iterator[tuple[slice, Tensor | None]]:
         """The key blocks that some query sees, and where a row does not see a key of a block."""
-        last_seen_by_first = queries.start + self.seqlen_k - self.seqlen_q  # bottom-right aligned
-        end = self.seqlen_k
-        if self.causal:
-            end = min(end, queries.stop + self.seqlen_k - self.seqlen_q)
-        for start in range(0, end, KEY_BLOCK):
+        first, last = queries.start + self.diagonal, queries.stop - 1 + self.diagonal
+        begin = int(max(0, first - self.left))
+        end = int(min(self.seqlen_k, last + self.right + 1))
+        for start in range(begin, end, KEY_BLOCK):
             stop = min(start + KEY_BLOCK, end)
             hidden = None
-            if self.causal and stop - 1 > last_seen_by_first:
-                seen = torch.arange(queries.stop - queries.start) + last_seen_by_first
-                hidden = (torch.arange(start, stop) > seen[:, None]).repeat(self.group, 1)
+            if start < last - self.left or stop - 1 > first + self.right:
+                after = torch.arange(start, stop) - torch.arange(first, last + 1)[:, None]
+                hidden = ((after > self.right) | (after < -self.left)).repeat(self.group, 1)
             yield slice(start, stop), hidden
 
     def rows(self, x: Tensor, queries: slice) -> Tensor:
@@ -99,31 +123,32 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """The output and the LSE as every implementation allocates them: dense."""
-    batch, seqlen, heads, head_dim = q.shape
-    out = q.new_empty((batch, seqlen, heads, head_dim))
-    lse = q.new_empty((batch, heads, seqlen), dtype=accumulator_dtype(q.dtype))
+def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and the LSE as every implementation allocates them, dense: (..., seqlen, heads,
+    v's head_dim) and (..., heads, seqlen)."""
+    *batch, seqlen, heads, _ = q.shape
+    out = q.new_empty((*batch, seqlen, heads, v.shape[-1]))
+    lse = q.new_empty((*batch, heads, seqlen), dtype=accumulator_dtype(q.dtype))
     return out, lse
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Mask
 ) -> tuple[Tensor, Tensor]:
     """softmax(softmax_scale q k^T) v and the natural logarithm of the softmax's denominator.
 
     Rows that see no key get 0 and -inf. Shapes as in `flash_attn_func`.
     """
-    out, lse = empty_outputs(q)
+    out, lse = empty_outputs(q, v)
     if out.numel() == 0:
         return out, lse
     if k.numel() == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    blocks = _Blocks(q, k, softmax_scale, causal)
+    blocks = _Blocks(q, k, softmax_scale, mask)
     all_k, all_v = blocks.all_keys(k), blocks.all_keys(v)
     for queries in blocks.queries():
         q_rows = blocks.rows(q, queries)
-        accumulator = torch.zeros_like(q_rows)
+        accumulator = q_rows.new_zeros((*q_rows.shape[:3], v.shape[3]))
         maximum = q_rows.new_full((*q_rows.shape[:3], 1), -math.inf)
         total = torch.zeros_like(maximum)
         for keys, hidden in blocks.keys(queries):
@@ -154,13 +179,13 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     softmax_scale: float,
-    causal: bool,
+    mask: Mask,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from those of the output and the LSE."""
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     if q.numel() == 0 or k.numel() == 0:
         return grad_q, torch.zeros_like(k), torch.zeros_like(v)
-    blocks = _Blocks(q, k, softmax_scale, causal)
+    blocks = _Blocks(q, k, softmax_scale, mask)
     all_k, all_v = blocks.all_keys(k), blocks.all_keys(v)
     grad_k, grad_v = torch.zeros_like(all_k), torch.zeros_like(all_v)
     # P = exp(S - LSE) must be 0, not NaN, in rows that see no key.
@@ -194,3 +219,64 @@ def attention_backward(
         grad_k.transpose(1, 2).to(k.dtype, memory_format=dense),
         grad_v.transpose(1, 2).to(v.dtype, memory_format=dense),
     )
+
+
+class Sequence(NamedTuple):
+    """One of several that are packed: the rows that it uses, and the position of its queries."""
+
+    queries: slice
+    keys: slice
+    diagonal: int | None
+
+
+def packed_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: list[Sequence],
+    softmax_scale: float,
+    mask: Mask,
+) -> tuple[Tensor, Tensor]:
+    """`attention_forward` of each sequence; rows of none get 0 and -inf. Shapes as in
+    `flash_attn_varlen_func`."""
+    out, lse = empty_outputs(q, v)
+    out.zero_()
+    lse.fill_(-math.inf)
+    for queries, keys, diagonal in sequences:
+        one = (q[None, queries], k[None, keys], v[None, keys])
+        part, part_lse = attention_forward(*one, softmax_scale, mask._replace(diagonal=diagonal))
+        out[queries], lse[:, queries] = part[0], part_lse[0]
+    return out, lse
+
+
+def packed_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sequences: list[Sequence],
+    softmax_scale: float,
+    mask: Mask,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention_backward` of each sequence; rows of none get 0."""
+    dense = torch.contiguous_format
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=dense) for x in (q, k, v))
+    for queries, keys, diagonal in sequences:
+        grad_q[queries], grad_k[keys], grad_v[keys] = (
+            part[0]
+            for part in attention_backward(
+                grad_out[None, queries],
+                None if grad_lse is None else grad_lse[None, :, queries],
+                q[None, queries],
+                k[None, keys],
+                v[None, keys],
+                out[None, queries],
+                lse[None, :, queries],
+                softmax_scale,
+                mask._replace(diagonal=diagonal),
+            )
+        )
+    return grad_q, grad_k, grad_v

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -19,17 +19,30 @@ def fold_into_batch(call: Callable[..., tuple[Tensor, ...]], check: Callable[...
     """
 
     def rule(
-        info: Any, in_dims: tuple[int | None, ...], *inputs: Any
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Any, **keywords: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         mapped = [
             _mapped_first(x, dim, info.batch_size) if isinstance(x, Tensor) else x
             for x, dim in zip(inputs, in_dims, strict=True)
         ]
-        check(*(_one(x) if isinstance(x, Tensor) else x for x in mapped))
-        outputs = call(*(x.flatten(0, 1) if isinstance(x, Tensor) else x for x in mapped))
+        check(*(_one(x) if isinstance(x, Tensor) else x for x in mapped), **keywords)
+        folded = (x.flatten(0, 1) if isinstance(x, Tensor) else x for x in mapped)
+        outputs = call(*folded, **keywords)
         batch = next(x.shape[1] for x in mapped if isinstance(x, Tensor))
         apart = tuple(x.reshape(info.batch_size, batch, *x.shape[1:]) for x in outputs)
         return apart, (0,) * len(apart)
+
+    return rule
+
+
+def refuse_vmap(call: Callable[..., tuple[Tensor, ...]], check: Callable[..., None]) -> Rule:
+    """The vmap rule of calls on packed sequences, of which each has lengths of its own."""
+
+    def rule(*_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError(
+            "flash_attn_varlen_func has no rule for torch.func.vmap, which jacrev and per-sample "
+            "gradients use too: pack the sequences of all mapped calls into one call"
+        )
 
     return rule
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cute_kernels.fp8.tensor import FP8Tensor
-from cute_kernels.reference import _Blocks, hide
+from cute_kernels.reference import _Blocks, hide, mask_of
 from cute_kernels.tiles import tile_configs
 
 # P is rounded to e4m3 as 2^(score - origin + shift), where the origin follows the row's maximum
@@ -35,7 +35,7 @@ def attention(
     if out.numel() == 0 or k.data.numel() == 0:
         return out, lse
     to_log2 = min(softmax_scale, LARGEST_SCALE) * math.log2(math.e)
-    blocks = _Blocks(q.data, k.data, 1.0, causal)
+    blocks = _Blocks(q.data, k.data, 1.0, mask_of(causal))
     all_k, all_v = blocks.all_keys(k.data), blocks.all_keys(v.rows())
     q_scales = q.row_scales() * to_log2
     k_scales = k.row_scales().permute(0, 2, 3, 1)  # (batch, key heads, 1, seqlen_k)

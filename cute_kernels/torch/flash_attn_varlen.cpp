@@ -1,0 +1,22 @@
+#include <torch/csrc/stable/library.h>
+
+// Sequences that lie one behind the other: q (total_q, heads, head_dim), LSE (heads, total_q).
+// Sequence i has the rows cu_seqlens[i] to cu_seqlens[i + 1], of which it uses the first
+// seqused[i]. Its query j stands at key position j + diagonal[i], without diagonals bottom-right
+// aligned. There are no kernels yet; the CPU's implementations are in
+// python/cute_kernels/operators.py.
+STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
+  library.def(
+      "flash_attn_varlen_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
+      "Tensor cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? diagonal, "
+      "float softmax_scale, bool causal, *, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, "
+      "SymInt? window_left=None, SymInt? window_right=None, bool deterministic=False, "
+      "str? tile_config=None) -> (Tensor out, Tensor lse)");
+  library.def(
+      "flash_attn_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, "
+      "Tensor? seqused_k, Tensor? diagonal, float softmax_scale, bool causal, *, "
+      "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, SymInt? window_left=None, "
+      "SymInt? window_right=None, bool deterministic=False, str? tile_config=None) -> "
+      "(Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+}

@@ -1,0 +1,73 @@
+"""FlashAttention-3's arguments that the operators do not have: windows in its notation, hints, and
+those whose feature is not there yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from cute_kernels.checks import check_int, refuse_on_cuda
+
+Window = Sequence[int | None] | Tensor | None
+
+# Of arguments whose feature is not there yet, the value that asks for nothing.
+_LATER = {
+    "qv": None,
+    "q_descale": None,
+    "k_descale": None,
+    "v_descale": None,
+    "attention_chunk": 0,
+    "softcap": 0.0,
+    "sinks": None,
+    "page_table": None,
+}
+_NO_LIMIT = 2**31  # sizes are below it
+
+
+def refuse_later(function: str, **arguments: object) -> None:
+    """Raises NotImplementedError if an argument asks for what is not there yet."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) or value != _LATER[name]:
+            raise NotImplementedError(f"{function}: {name} is not there yet")
+
+
+def check_hints(q: Tensor, num_splits: int, pack_gqa: bool | None, sm_margin: int) -> None:
+    """What may change how a result is computed, but not the result."""
+    check_int("num_splits", num_splits, least=0, none="")
+    if pack_gqa is not None and not isinstance(pack_gqa, bool):
+        raise TypeError(f"pack_gqa is {pack_gqa!r}, must be True, False or None")
+    check_int("sm_margin", sm_margin, least=0, none="")
+    refuse_on_cuda("sm_margin", sm_margin != 0, q)
+
+
+def window_of(window_size: Window, causal: bool) -> tuple[bool, int | None, int | None]:
+    """causal, window_left and window_right as the operators take them.
+
+    None is no limit. A window that ends at the query itself is causal, so that what is a call with
+    a causal mask alone looks like one.
+    """
+    if window_size is None:
+        return causal, None, None
+    limits = window_size.tolist() if isinstance(window_size, Tensor) else window_size
+    if isinstance(limits, (str, bytes)) or not hasattr(limits, "__len__"):
+        _refuse_window(TypeError, window_size)
+    if len(limits) != 2:
+        _refuse_window(ValueError, window_size)
+    for limit in limits:
+        if limit is not None and not isinstance(limit, (int, torch.SymInt)):
+            _refuse_window(TypeError, window_size)
+        if limit is not None and limit < -1:
+            _refuse_window(ValueError, window_size)
+    left, right = (None if n is None or n == -1 or n >= _NO_LIMIT else n for n in limits)
+    causal = causal or right == 0
+    return causal, left, None if causal else right
+
+
+def _refuse_window(error: type[Exception], window_size: Any) -> NoReturn:
+    raise error(
+        f"window_size is {window_size!r}, must be two ints (left, right) of at least 0, or -1 for "
+        "no limit"
+    )

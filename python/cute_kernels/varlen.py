@@ -1,0 +1,112 @@
+"""Attention of sequences that lie one behind the other, without padding."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
+from cute_kernels.autograd import varlen
+from cute_kernels.checks import explain
+from cute_kernels.varlen_checks import check_varlen_forward, rows_of_sequences
+
+_is_compiling = torch.compiler.is_compiling
+_always_deterministic = torch.are_deterministic_algorithms_enabled
+
+# On CUDA the contents of cu_seqlens and seqused are read only if asked for: it waits for the GPU.
+_CHECK_CONTENTS = os.environ.get("CUTE_KERNELS_CHECK") == "1"
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+    *,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    page_table: Tensor | None = None,
+    tile_config: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention inside each of several packed sequences: CPU only so far.
+
+    Names and order of the arguments are those of FlashAttention-3's function of this name.
+    Sequence i has a slot of rows, ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``, and uses the first
+    ``seqused[i]`` of them, without `seqused` all. Masks are those of `flash_attn_func` with the
+    used lengths as seqlen_q and seqlen_k. Other rows are not read.
+
+    Args:
+        q: (total_q, heads, head_dim), dtypes, head_dim and strides as of `flash_attn_func`.
+        k: (total_k, key heads, head_dim), dtype and device of q.
+        v: (total_k, key heads, v's head_dim), dtype and device of q; v's head_dim is a multiple
+            of 8 up to 256.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,), int32, on q's device: 0, and where each slot of q
+            and of k ends. Not decreasing, and at most total_q and total_k.
+        max_seqlen_q, max_seqlen_k: at least what the longest sequence uses; None if not known.
+        seqused_q, seqused_k: (batch,), int32, on q's device: how many rows of its slot a sequence
+            uses; all if None.
+        softmax_scale, causal, window_size, deterministic, return_attn_probs, return_lse,
+            tile_config: as of `flash_attn_func`.
+        qv, q_descale, k_descale, v_descale, attention_chunk, softcap, sinks, page_table: not there
+            yet; anything that would change the call raises NotImplementedError.
+        num_splits, pack_gqa, sm_margin: hints, which change no result and so far nothing else.
+
+    Returns:
+        The output, (total_q, heads, v's head_dim) in q's dtype, contiguous, and if asked for the
+        LSE: (heads, total_q), float32 (float64 for float64 inputs). A query that sees no key and a
+        row of q that no sequence uses get 0 and -inf, and have no gradient. Gradients are those
+        of `flash_attn_func`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described. What cu_seqlens and seqused hold is
+            looked at on the CPU only, and on CUDA, where that waits for the GPU, if the environment
+            had ``CUTE_KERNELS_CHECK=1`` when the package was imported.
+        NotImplementedError: tensors on CUDA, an argument whose feature is not there yet,
+            ``torch.func.vmap``, a second derivative, or a forward-mode one.
+    """
+    refuse_later(
+        "flash_attn_varlen_func",
+        qv=qv,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        sinks=sinks,
+        page_table=page_table,
+    )
+    check_hints(q, num_splits, pack_gqa, sm_margin)
+    causal, *window = window_of(window_size, causal)
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
+    try:
+        forward, softmax_scale = varlen.choose(q, k, v, softmax_scale)
+        if _CHECK_CONTENTS and q.is_cuda and not _is_compiling():
+            rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
+            rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
+    except (AttributeError, IndexError, ZeroDivisionError) as error:
+        explain(error, check_varlen_forward, *tensors, 1.0, causal)
+    deterministic = deterministic or _always_deterministic()
+    options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config)
+    out, lse = forward(*tensors, softmax_scale, causal, *options)
+    return (out, lse) if return_lse or return_attn_probs else out

@@ -1,0 +1,170 @@
+"""What a call of the varlen operators may look like, see checks.py."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from cute_kernels.checks import (
+    PACKED,
+    check_call,
+    check_device,
+    check_int,
+    check_results,
+    check_tile_config,
+    check_window,
+    refuse_on_cuda,
+)
+
+
+def check_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    diagonal: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    deterministic: bool = False,
+    tile_config: str | None = None,
+) -> None:
+    """Raises ValueError or TypeError unless the varlen forward operator can answer this call, and
+    NotImplementedError if only the CPU can. The contents of tensors are left to
+    `rows_of_sequences`."""
+    check_call(q, k, v, PACKED, softmax_scale, causal, deterministic)
+    _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
+    _check_options(q, max_seqlen_q, max_seqlen_k, window_left, window_right)
+    check_tile_config(tile_config, "forward", q)
+
+
+def check_varlen_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    diagonal: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    deterministic: bool = False,
+    tile_config: str | None = None,
+) -> None:
+    """The same for the varlen backward operator."""
+    check_call(q, k, v, PACKED, softmax_scale, causal, deterministic)
+    check_results(q, v, PACKED, out, grad_out, lse, grad_lse)
+    _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
+    _check_options(q, max_seqlen_q, max_seqlen_k, window_left, window_right)
+    check_tile_config(tile_config, "backward", q)
+
+
+def _check_options(
+    q: Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    window_left: int | None,
+    window_right: int | None,
+) -> None:
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        check_int(name, longest, least=0)
+    check_window(q, window_left, window_right)
+    refuse_on_cuda("flash_attn_varlen_func", True, q)
+
+
+def _check_lengths(
+    q: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    diagonal: Tensor | None,
+) -> None:
+    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check_int32(name, starts, q)
+        if starts.shape[0] == 0:
+            raise ValueError(f"{name} has shape (0,), must be (batch + 1,)")
+    slots = cu_seqlens_q.shape[0]
+    if cu_seqlens_k.shape[0] != slots:
+        raise ValueError(
+            f"cu_seqlens_k has shape ({cu_seqlens_k.shape[0]},), must be ({slots},) like "
+            "cu_seqlens_q"
+        )
+    of_batch = (("seqused_q", seqused_q), ("seqused_k", seqused_k), ("diagonal", diagonal))
+    for name, values in of_batch:
+        if values is None:
+            continue
+        _check_int32(name, values, q)
+        if values.shape[0] != slots - 1:
+            raise ValueError(
+                f"{name} has shape ({values.shape[0]},), must be (batch,) = ({slots - 1},)"
+            )
+
+
+def _check_int32(name: str, tensor: Tensor, q: Tensor) -> None:
+    check_device(name, tensor, q)
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, must be torch.int32")
+    if tensor.dim() != 1:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must have 1 dimension")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has stride {tensor.stride(0)}, must be contiguous (stride 1)")
+
+
+def rows_of_sequences(
+    which: str, x: Tensor, cu_seqlens: Tensor, seqused: Tensor | None, longest: int | None
+) -> list[slice]:
+    """The rows that each sequence uses, read on the host: on a GPU this waits for it.
+
+    Args:
+        which: "q" or "k", for messages.
+        x: that tensor.
+        cu_seqlens, seqused, longest: its cu_seqlens, seqused and max_seqlen.
+
+    Raises:
+        ValueError: a sequence is not a part of the tensor, or longer than max_seqlen.
+    """
+    name, starts = f"cu_seqlens_{which}", cu_seqlens.tolist()
+    if starts[0] != 0:
+        raise ValueError(f"{name}[0] is {starts[0]}, must be 0")
+    slots = list(itertools.pairwise(starts))
+    for i, (start, stop) in enumerate(slots):
+        if stop < start:
+            raise ValueError(f"{name}[{i + 1}] is {stop}, must be at least {name}[{i}] = {start}")
+    if starts[-1] > x.shape[0]:
+        raise ValueError(
+            f"{name}[{len(slots)}] is {starts[-1]}, must be at most {x.shape[0]}, the rows of "
+            f"{which}"
+        )
+    rows = []
+    counts = [stop - start for start, stop in slots] if seqused is None else seqused.tolist()
+    for i, (count, (start, stop)) in enumerate(zip(counts, slots, strict=True)):
+        if not 0 <= count <= stop - start:
+            raise ValueError(
+                f"seqused_{which}[{i}] is {count}, must be from 0 to {stop - start}, the rows from "
+                f"{name}[{i}] to {name}[{i + 1}]"
+            )
+        if longest is not None and count > longest:
+            raise ValueError(
+                f"max_seqlen_{which} is {longest}, must be at least {count}, the rows that "
+                f"sequence {i} uses"
+            )
+        rows.append(slice(start, start + count))
+    return rows
