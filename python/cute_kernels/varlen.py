@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
 from cute_kernels.autograd import varlen
-from cute_kernels.checks import explain
+from cute_kernels.checks import check_int, explain
 from cute_kernels.varlen_checks import check_varlen_forward, rows_of_sequences
 
 _is_compiling = torch.compiler.is_compiling
@@ -97,6 +97,8 @@ def flash_attn_varlen_func(
         page_table=page_table,
     )
     check_hints(q, num_splits, pack_gqa, sm_margin)
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        check_int(name, longest, least=0)  # the operator would read a tensor, and wait for the GPU
     causal, *window = window_of(window_size, causal)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
     try:
