@@ -16,6 +16,14 @@ HEAD_DIMS = [64, 128, 256, 40, 72, 96, 136]
 HEADS = [(4, 4), (6, 2), (4, 1)]  # MHA, GQA, MQA
 
 
+# Windows (left, right), around blocks of 64, 128 and 256 rows and at the ends
+_EDGES = [0, 1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000]
+WINDOWS = (
+    [(n, -1) for n in _EDGES] + [(-1, n) for n in _EDGES] + [(n, 300 - n) for n in _EDGES[:-1]]
+)
+WINDOWS += [(0, 0), (3, 0), (0, 3), (128, 128)]
+
+
 def _grid():
     """Everything on the GPU; less on the CPU, which has no kernels to choose from."""
     shapes = {
@@ -165,6 +173,15 @@ def check(q, k, v, causal=False, softmax_scale=None, window_size=NO_WINDOW, **ar
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     assert_right(out, lse, q, k, v, scale, causal, window_size=window_size)
     return out, lse
+
+
+def random_mask(chance):
+    """`causal` and `window_size`, of a random.Random."""
+
+    def limit():
+        return chance.choice([-1, -1, 0, 1, chance.randint(2, 40), chance.randint(40, 400)])
+
+    return {"causal": chance.random() < 0.4, "window_size": (limit(), limit())}
 
 
 def one_hot(seqlen, first_channel, channels, head_dim):

@@ -9,8 +9,7 @@ import pytest
 import torch
 from oracle import visible
 from packed import Packed, assert_packed_right, random_grads, random_packed
-from parity import DTYPES, one_hot, skip_on_cuda
-from test_windows import WINDOWS, random_mask
+from parity import DTYPES, WINDOWS, one_hot, random_mask, skip_on_cuda
 
 from cute_kernels import (
     flash_attn_func,

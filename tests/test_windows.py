@@ -1,4 +1,4 @@
-"""Sliding windows, explicit diagonals, and V with a head dim of its own: dense calls."""
+"""Sliding windows, explicit diagonals, and V with a head dim of its own: results of dense calls."""
 
 import itertools
 import math
@@ -9,49 +9,27 @@ import torch
 from oracle import visible
 from parity import (
     DTYPES,
+    WINDOWS,
     assert_gradients_right,
     assert_right,
     by_token,
     check,
     one_hot,
+    random_mask,
     random_qkv,
     run,
     skip_on_cuda,
 )
-from torch import func
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from cute_kernels import flash_attn_func, reference
 from cute_kernels.operators import flash_attn_backward, flash_attn_forward
-
-OPCHECK = (
-    "test_schema",
-    "test_autograd_registration",
-    "test_faketensor",
-    "test_aot_dispatch_dynamic",
-)
-# As (left, right), around blocks of 64, 128 and 256 rows and at the ends
-EDGES = [0, 1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000]
-WINDOWS = [(n, -1) for n in EDGES] + [(-1, n) for n in EDGES] + [(n, 300 - n) for n in EDGES[:-1]]
-WINDOWS += [(0, 0), (3, 0), (0, 3), (128, 128)]
 
 
 @pytest.fixture
 def windows(device):
     skip_on_cuda(device, "windows")
     return device
-
-
-def random_mask(chance):
-    """Arguments of flash_attn_func."""
-
-    def limit():
-        return chance.choice([-1, -1, 0, 1, chance.randint(2, 40), chance.randint(40, 400)])
-
-    return {"causal": chance.random() < 0.4, "window_size": (limit(), limit())}
 
 
 def random_qkv_and_grads(chance, device, dtype, batch, seqlen_q, seqlen_k):
@@ -167,89 +145,6 @@ def test_what_a_window_hides_changes_no_bit(windows, window_size, wild):
         assert all(rows.any() for rows in clean)
 
 
-def test_forms_of_a_window(windows):
-    q, k, v = random_qkv(windows, torch.bfloat16, 1, 100, 150, 2)
-    expected = flash_attn_func(q, k, v, window_size=(7, 5))
-    for form in ([7, 5], torch.tensor([7, 5]), torch.tensor([7, 5], dtype=torch.int32)):
-        assert torch.equal(flash_attn_func(q, k, v, window_size=form), expected)
-    full = flash_attn_func(q, k, v)
-    for none in (None, (None, None), [-1, -1], (2**40, -1), (-1, 2**31), (1000, 1000)):
-        assert torch.equal(flash_attn_func(q, k, v, window_size=none), full)
-    causal = flash_attn_func(q, k, v, causal=True)
-    assert torch.equal(flash_attn_func(q, k, v, window_size=(-1, 0)), causal)
-    for right in (-1, 0, 9):
-        assert torch.equal(flash_attn_func(q, k, v, causal=True, window_size=(-1, right)), causal)
-    left = flash_attn_func(q, k, v, window_size=(7, 0))
-    assert torch.equal(flash_attn_func(q, k, v, causal=True, window_size=(7, 9)), left)
-
-
-BAD = {
-    "a word": ("wide", TypeError),
-    "one number": (7, TypeError),
-    "one in a list": ([7], ValueError),
-    "three": ((1, 2, 3), ValueError),
-    "below -1": ((-2, 0), ValueError),
-    "a fraction": ((1.5, 0), TypeError),
-    "a tensor of floats": (torch.tensor([1.0, 2.0]), TypeError),
-    "a scalar tensor": (torch.tensor(3), TypeError),
-}
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_refused_windows(bad):
-    window_size, error = BAD[bad]
-    q, k, v = random_qkv("cpu", torch.bfloat16)
-    with pytest.raises(error, match=r"window_size is .*, must be two ints \(left, right\)"):
-        flash_attn_func(q, k, v, window_size=window_size)
-
-
-BAD_HINTS = {
-    "num_splits": [(-1, ValueError, "at least 0"), ("2", TypeError, "an int")],
-    "pack_gqa": [(1, TypeError, "True, False or None"), ("yes", TypeError, "True, False or None")],
-    "sm_margin": [(-1, ValueError, "at least 0"), (1.5, TypeError, "an int")],
-}
-
-
-@pytest.mark.parametrize("name", BAD_HINTS)
-def test_refused_hints(name):
-    q, k, v = random_qkv("cpu", torch.bfloat16)
-    for value, error, words in BAD_HINTS[name]:
-        with pytest.raises(error, match=rf"^{name} is {value!r}, must be .*{words}"):
-            flash_attn_func(q, k, v, **{name: value})
-
-
-def test_refused_by_the_operators():
-    q, k, v = random_qkv("cpu", torch.bfloat16)
-    out, lse = flash_attn_forward(q, k, v, 0.1, True, window_left=3)
-    for name in ("window_left", "window_right"):
-        with pytest.raises(ValueError, match=rf"{name} is -1, must be at least 0 or None"):
-            flash_attn_forward(q, k, v, 0.1, True, **{name: -1})
-        with pytest.raises(ValueError, match=rf"{name} is -1, must be at least 0 or None"):
-            flash_attn_backward(out, None, q, k, v, out, lse, 0.1, True, False, **{name: -1})
-
-
-CPU_ONLY = {
-    "window_size": lambda q: flash_attn_func(q, q, q, window_size=(5, 5)),
-    "sm_margin": lambda q: flash_attn_func(q, q, q, sm_margin=3),
-    "diagonal": lambda q: flash_attn_forward(q, q, q, 0.1, True, diagonal=3),
-    "v with a head_dim other than q's": lambda q: flash_attn_func(q, q, torch.cat([q, q], -1)),
-}
-
-
-@pytest.mark.parametrize("feature", CPU_ONLY)
-def test_what_cuda_does_not_have_is_named(feature):
-    message = f"^{feature} is not there yet on CUDA: CPU only so far$"
-    with FakeTensorMode(), pytest.raises(NotImplementedError, match=message):
-        CPU_ONLY[feature](torch.empty(1, 20, 2, 64, device="cuda", dtype=torch.half))
-
-
-@pytest.mark.parametrize("feature", CPU_ONLY)
-def test_what_a_gpu_does_not_have_is_named(hopper, feature):
-    message = f"^{feature} is not there yet on CUDA: CPU only so far$"
-    with pytest.raises(NotImplementedError, match=message):
-        CPU_ONLY[feature](torch.zeros(1, 20, 2, 64, device=hopper, dtype=torch.bfloat16))
-
-
 def test_blocks_out_of_sight_cost_nothing():
     """All products of a windowed call, forward and backward, are of blocks that it sees."""
 
@@ -303,94 +198,3 @@ def test_parts_of_a_sequence_are_its_rows(windows):
         )
         torch.testing.assert_close(part, whole[:, start:stop])
         torch.testing.assert_close(part_lse, lse[:, :, start:stop])
-
-
-def test_gradcheck():
-    torch.manual_seed(0)
-    shapes = [(1, 7, 4, 8), (1, 9, 2, 8), (1, 9, 2, 16)]
-    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-
-    def windowed(q, k, v):
-        return flash_attn_func(q, k, v, 0.5, window_size=(3, 2), return_lse=True)
-
-    assert torch.autograd.gradcheck(windowed, inputs)
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize(
-    "keywords",
-    [{"window_left": 5}, {"window_right": 3}, {"diagonal": 4}, {"window_left": 2, "diagonal": -3}],
-    ids=str,
-)
-def test_opcheck(keywords, requires_grad):
-    q, k, _ = random_qkv("cpu", torch.float32, 2, 20, 30, 4, 2, head_dim=16)
-    _, _, v = random_qkv("cpu", torch.float32, 2, 20, 30, 4, 2, head_dim=24)
-    inputs = [x.requires_grad_(requires_grad) for x in (q, k, v)]
-    result = torch.library.opcheck(
-        flash_attn_forward, (*inputs, 0.3, False), keywords, test_utils=OPCHECK
-    )
-    assert set(result.values()) == {"SUCCESS"}
-    if not requires_grad:
-        out, lse = flash_attn_forward(*inputs, 0.3, False, **keywords)
-        backward = (torch.randn_like(out), lse, *inputs, out, lse, 0.3, False, False)
-        result = torch.library.opcheck(flash_attn_backward, backward, keywords, test_utils=OPCHECK)
-        assert set(result.values()) == {"SUCCESS"}
-
-
-def attention(q, k, v, window_size=(6, 2)):
-    out, lse = flash_attn_func(q, k, v, window_size=window_size, return_lse=True)
-    return out.square().sum() + lse.clamp(min=-9).sin().sum()
-
-
-def gradients(function, *inputs):
-    inputs = [x.clone().requires_grad_() for x in inputs]
-    loss = function(*inputs)
-    return loss.detach(), *torch.autograd.grad(loss, inputs)
-
-
-def test_compiles_with_dynamic_shapes_and_windows():
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(attention, backend=counter, fullgraph=True, dynamic=True)
-    compilations = set()
-    for seqlen_q, seqlen_k, window_size in [(20, 30, (6, 2)), (25, 31, (7, 3)), (300, 40, (9, 4))]:
-        inputs = random_qkv("cpu", torch.float32, 2, seqlen_q, seqlen_k, 4, 2, head_dim=16)
-        actual = gradients(lambda *qkv, w=window_size: compiled(*qkv, w), *inputs)
-        expected = gradients(lambda *qkv, w=window_size: attention(*qkv, w), *inputs)
-        for a, b in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, b)
-        compilations.add(counter.frame_count)
-    assert len(compilations) == 1  # those of the first call
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant):
-    inputs = random_qkv("cpu", torch.float32, 2, 20, 30, 4, 2, head_dim=16)
-    expected = gradients(attention, *inputs)
-    inputs = [x.requires_grad_() for x in inputs]
-    checkpoint(attention, *inputs, use_reentrant=reentrant).backward()
-    for x, right in zip(inputs, expected[1:], strict=True):
-        torch.testing.assert_close(x.grad, right)
-
-
-def test_transforms():
-    inputs = random_qkv("cpu", torch.float64, 3, 20, 30, 4, 2, head_dim=16)
-    _, *right = gradients(attention, *inputs)
-    for a, b in zip(func.grad(attention, (0, 1, 2))(*inputs), right, strict=True):
-        torch.testing.assert_close(a, b)
-    samples = [x[:, None] for x in inputs]
-    for a, b in zip(func.vmap(func.grad(attention, (0, 1, 2)))(*samples), right, strict=True):
-        torch.testing.assert_close(a[:, 0], b)
-    mapped = func.vmap(lambda *qkv: flash_attn_forward(*qkv, 0.1, True, window_left=3))(*samples)
-    for a, b in zip(mapped, flash_attn_forward(*inputs, 0.1, True, window_left=3), strict=True):
-        torch.testing.assert_close(a[:, 0], b)
-    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
-        func.jvp(attention, tuple(inputs), tuple(inputs))
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        func.grad(lambda q: func.grad(attention)(q, *inputs[1:]).sum())(inputs[0])
-
-
-def test_fp8_has_no_windows():
-    q = torch.randn(1, 20, 2, 64).to(torch.float8_e4m3fn)
-    with pytest.raises(NotImplementedError, match="window_size is not there yet for float8_e4m3fn"):
-        flash_attn_func(q, q, q, window_size=(3, 3))

@@ -12,6 +12,7 @@ from cute_kernels.fp8 import flash_attn_e4m3
 
 _always_deterministic = torch.are_deterministic_algorithms_enabled
 _choose = dense.choose
+_E4M3 = torch.float8_e4m3fn
 
 # What the arguments are that most calls leave alone.
 _USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0)
@@ -90,26 +91,37 @@ def flash_attn_func(
         NotImplementedError: an argument whose feature is not there yet, a second derivative, or a
             forward-mode one (``torch.func.jvp``, dual tensors).
     """
-    descales = (q_descale, k_descale, v_descale)
-    hints = (num_splits, pack_gqa, sm_margin)
+    asked = (
+        qv,
+        q_descale,
+        k_descale,
+        v_descale,
+        window_size,
+        attention_chunk,
+        softcap,
+        num_splits,
+        pack_gqa,
+        sm_margin,
+    )
     mask: tuple[int | None, ...] = ()
-    if (qv, *descales, window_size, attention_chunk, softcap, *hints) != _USUAL:
+    if asked != _USUAL or getattr(q, "dtype", None) is _E4M3:
         refuse_later("flash_attn_func", qv=qv, attention_chunk=attention_chunk, softcap=softcap)
-        check_hints(q, *hints)
+        check_hints(q, num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
         if left is not None or right is not None:
             mask = (left, right, None)
-    if descales != (None, None, None) or getattr(q, "dtype", None) is torch.float8_e4m3fn:
-        if tile_config is not None:
-            raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-        if mask:
-            raise NotImplementedError("window_size is not there yet for float8_e4m3fn")
-        out, lse = flash_attn_e4m3(q, k, v, *descales, softmax_scale, causal)
-        return (out, lse) if return_lse or return_attn_probs else out
+        descales = (q_descale, k_descale, v_descale)
+        if descales != (None, None, None) or getattr(q, "dtype", None) is _E4M3:
+            if tile_config is not None:
+                raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
+            if mask:
+                raise NotImplementedError("window_size is not there yet for float8_e4m3fn")
+            out, lse = flash_attn_e4m3(q, k, v, *descales, softmax_scale, causal)
+            return (out, lse) if return_lse or return_attn_probs else out
     try:
         forward, softmax_scale = _choose(q, k, v, softmax_scale)
     except (AttributeError, IndexError, ZeroDivisionError) as error:
         explain(error, check_forward, q, k, v, 1.0, causal, tile_config)
-    deterministic = deterministic or _always_deterministic()
-    out, lse = forward(q, k, v, softmax_scale, causal, tile_config, deterministic, *mask)
+    inputs = (q, k, v, softmax_scale, causal, tile_config, deterministic or _always_deterministic())
+    out, lse = forward(*inputs, *mask) if mask else forward(*inputs)
     return (out, lse) if return_lse or return_attn_probs else out

@@ -55,7 +55,7 @@ class _Blocks:
         self.left = math.inf if mask.left is None else mask.left
         self.right = math.inf if mask.right is None else mask.right
         self.diagonal = self.seqlen_k - self.seqlen_q if mask.diagonal is None else mask.diagonal
-        self.dtype = accumulator_dtype(q.dtype)
+        self.dtype, self.device = accumulator_dtype(q.dtype), q.device
         # As a number of that dtype it is neither 0 nor infinite.
         limits = torch.finfo(self.dtype)
         self.softmax_scale = min(max(softmax_scale, limits.tiny * limits.eps), limits.max)
@@ -73,7 +73,8 @@ class _Blocks:
             stop = min(start + KEY_BLOCK, end)
             hidden = None
             if start < last - self.left or stop - 1 > first + self.right:
-                after = torch.arange(start, stop) - torch.arange(first, last + 1)[:, None]
+                key = torch.arange(start, stop, device=self.device)
+                after = key - torch.arange(first, last + 1, device=self.device)[:, None]
                 hidden = ((after > self.right) | (after < -self.left)).repeat(self.group, 1)
             yield slice(start, stop), hidden
 

@@ -15,6 +15,9 @@ from cute_kernels.varlen_checks import check_varlen_forward, rows_of_sequences
 _is_compiling = torch.compiler.is_compiling
 _always_deterministic = torch.are_deterministic_algorithms_enabled
 
+# What the arguments are that most calls leave alone.
+_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None)
+
 # On CUDA the contents of cu_seqlens and seqused are read only if asked for: it waits for the GPU.
 _CHECK_CONTENTS = os.environ.get("CUTE_KERNELS_CHECK") == "1"
 
@@ -85,21 +88,37 @@ def flash_attn_varlen_func(
         NotImplementedError: tensors on CUDA, an argument whose feature is not there yet,
             ``torch.func.vmap``, a second derivative, or a forward-mode one.
     """
-    refuse_later(
-        "flash_attn_varlen_func",
-        qv=qv,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        sinks=sinks,
-        page_table=page_table,
+    window: list[int | None] = [None, None]
+    asked = (
+        qv,
+        q_descale,
+        k_descale,
+        v_descale,
+        window_size,
+        attention_chunk,
+        softcap,
+        num_splits,
+        pack_gqa,
+        sm_margin,
+        sinks,
+        page_table,
     )
-    check_hints(q, num_splits, pack_gqa, sm_margin)
+    if asked != _USUAL:
+        refuse_later(
+            "flash_attn_varlen_func",
+            qv=qv,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            sinks=sinks,
+            page_table=page_table,
+        )
+        check_hints(q, num_splits, pack_gqa, sm_margin)
+        causal, *window = window_of(window_size, causal)
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         check_int(name, longest, least=0)  # the operator would read a tensor, and wait for the GPU
-    causal, *window = window_of(window_size, causal)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
     try:
         forward, softmax_scale = varlen.choose(q, k, v, softmax_scale)
