@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import visible
 from packed import Packed, assert_packed_right, random_grads, random_packed
-from parity import DTYPES, WINDOWS, one_hot, random_mask, skip_on_cuda
+from parity import DTYPES, WINDOWS, one_hot, random_mask, skip_on_cuda, skip_unless_built
 
 from cute_kernels import (
     flash_attn_func,
@@ -227,9 +227,12 @@ def test_signature():
 
 @pytest.mark.parametrize("num_heads_q", [None, 4])
 def test_qkvpacked(device, num_heads_q):
+    if device == "cuda":
+        skip_unless_built(torch.bfloat16, 64, causal=True)
+        skip_unless_built(torch.bfloat16, 64, causal=True, of_pass="backward")
     shape = (2, 50, 8, 64) if num_heads_q else (2, 50, 3, 4, 64)
     qkv = torch.randn(shape, device=device).to(torch.bfloat16).requires_grad_()
-    options = {"causal": True, "return_lse": True}
+    options = {"causal": True, "return_lse": True, "deterministic": True}
     out, lse = flash_attn_qkvpacked_func(qkv, num_heads_q=num_heads_q, **options)
     q, k, v = qkv.split([4, 2, 2], 2) if num_heads_q else qkv.unbind(2)
     right, right_lse = flash_attn_func(q, k, v, **options)

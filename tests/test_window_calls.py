@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from cute_kernels import flash_attn_func
+from cute_kernels.autograd import dense
 from cute_kernels.operators import flash_attn_backward, flash_attn_forward
 
 OPCHECK = (
@@ -103,7 +104,7 @@ def test_calls_that_need_no_window_are_those_without(arguments):
 CPU_ONLY = {
     "window_size": lambda q: flash_attn_func(q, q, q, window_size=(5, 5)),
     "sm_margin": lambda q: flash_attn_func(q, q, q, sm_margin=3),
-    "diagonal": lambda q: flash_attn_forward(q, q, q, 0.1, True, diagonal=3),
+    "diagonal": lambda q: dense.without_gradient(q, q, q, 0.1, True, None, False, None, None, 3),
     "v with a head_dim other than q's": lambda q: flash_attn_func(q, q, torch.cat([q, q], -1)),
 }
 
