@@ -1,11 +1,14 @@
-"""Stand-ins for nvcc, and processes that compile without torch."""
+"""Programs in C++, stand-ins for nvcc, and processes that compile without torch."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import cute_kernels
+from cute_kernels.compile.nvcc import CompilerError, Toolchain
 
 PACKAGE = Path(cute_kernels.__file__).parent
 
@@ -45,6 +48,25 @@ try:
 except (CacheError, CompilerError) as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
+
+
+def find_toolchain() -> Toolchain:
+    """The real one; the test is skipped where there is none."""
+    try:
+        return Toolchain.find()
+    except CompilerError as error:
+        pytest.skip(f"needs a compiler: {error}")
+
+
+def compile_program(text: str, folder: Path) -> Path:
+    """A program for the CPU, from C++ that includes headers of the package."""
+    source, program = folder / "main.cpp", folder / "main"
+    source.write_text(text)
+    command = find_toolchain().command(Path(cute_kernels.get_include()), source, program)
+    # It is no plug-in.
+    command = [part for part in command if part != "-shared" and not part.endswith("_map.cpp")]
+    subprocess.run(command, check=True)
+    return program
 
 
 class Compiler:

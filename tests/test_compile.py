@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from compilers import Compiler
+from compilers import Compiler, find_toolchain
 from configure import ROOT, configure, missing_tool
 
 import cute_kernels
@@ -259,6 +259,7 @@ def test_cmake_and_the_package_ask_for_the_same_nvcc():
 
 
 def test_cmake_compiles_with_the_same_options(tmp_path):
+    find_toolchain()
     if tool := missing_tool():
         pytest.skip(f"needs {tool}")
     done = configure(tmp_path, CMAKE_EXPORT_COMPILE_COMMANDS="ON", CUTE_KERNELS_DTYPES="bf16")

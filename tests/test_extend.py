@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from compilers import compile_program, find_toolchain
 from configure import ROOT
 from conftest import no_hopper
 from test_build import cuda_tools, instructions
 
 import cute_kernels
 from cute_kernels import __main__ as command_line
-from cute_kernels.compile.nvcc import CompilerError, Toolchain
 
 ROW = {
     **{"dtype": "bf16", "head_dim": 64, "tile_m": 64, "tile_n": 64, "pingpong": False},
@@ -42,10 +42,7 @@ class Ran(NamedTuple):
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """The folder of the one kernel, in which python() runs."""
-    try:
-        Toolchain.find()
-    except CompilerError as error:
-        pytest.skip(f"needs a compiler: {error}")
+    find_toolchain()
     if not any(row["head_dim"] == 64 for row in cute_kernels.tile_configs("forward")):
         pytest.skip("this build has no forward rows of head_dim 64 to choose among")
     folder = tmp_path_factory.mktemp("extend")
@@ -120,6 +117,14 @@ def test_the_second_process_compiles_nothing_and_no_name_is_taken_twice(compiled
     taken = "name is 'bf16_mine', and there is a row of that name"
     assert refusals[:2] == [taken, taken]
     assert "kernel.so holds bf16_mine, and there is a kernel of that name already" in refusals[2]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+def test_a_plugin_shows_its_entry_alone(library):
+    """Two CUDA runtimes in a process, and two plug-ins, must not meet."""
+    command = ["nm", "--dynamic", "--defined-only", library]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[-1] for line in text.splitlines()] == ["cute_kernels_plugin"]
 
 
 def test_a_call_names_what_there_is():
@@ -273,13 +278,8 @@ def test_a_refused_descriptor_is_an_exception_for_who_called_the_plugin(library,
     """Without a driver every descriptor is refused."""
     if no_hopper() is None:
         pytest.skip("needs a machine without an NVIDIA driver")
-    (tmp_path / "harness.cpp").write_text(HARNESS)
-    toolchain = Toolchain.find()
-    include = Path(cute_kernels.get_include())
-    command = toolchain.command(include, tmp_path / "harness.cpp", tmp_path / "harness")
-    command = [part for part in command if part != "-shared" and not part.endswith("_map.cpp")]
-    subprocess.run(command, check=True)
-    done = subprocess.run([tmp_path / "harness", library], capture_output=True, text=True)
+    program = compile_program(HARNESS, tmp_path)
+    done = subprocess.run([program, library], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("the driver refuses a TMA descriptor (cuTensorMapEncodeTiled:")
 

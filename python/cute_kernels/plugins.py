@@ -64,9 +64,12 @@ def load_tile_configs(path: str | os.PathLike[str], *, jobs: int | None = None) 
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a row cannot become a kernel, with the arithmetic; a name is taken.
+        ValueError: a row cannot become a kernel, with the arithmetic; a name is taken; jobs is
+            not above 0.
         RuntimeError: as `add_tile_config`.
     """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs is {jobs}, must be at least 1, or None")
     rows = read_rows(path)
     _add(rows, jobs)
     return [row["name"] for row in rows]
