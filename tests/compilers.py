@@ -74,6 +74,7 @@ class Compiler:
 
     def __init__(self, folder: Path) -> None:
         self.log, self.cache = folder / "log", folder / "cache"
+        self.include = cute_kernels.get_include()
         self.log.touch()
         include = folder / "cutlass_library" / "source" / "include"
         for file in ("cute/tensor.hpp", "cutlass/version.h", "../../__init__.py"):
@@ -100,7 +101,7 @@ class Compiler:
     def start(self, *names: str, **environment: str) -> subprocess.Popen:
         """A process that builds rows of these names and prints the libraries."""
         return subprocess.Popen(
-            [sys.executable, "-c", BUILD, cute_kernels.get_include(), *(names or ["mine"])],
+            [sys.executable, "-c", BUILD, self.include, *(names or ["mine"])],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

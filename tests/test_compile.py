@@ -17,7 +17,7 @@ from compilers import Compiler, find_toolchain
 from configure import ROOT, configure, missing_tool
 
 import cute_kernels
-from cute_kernels import TileConfig
+from cute_kernels import TileConfig, plugins
 from cute_kernels.compile import build, nvcc
 from cute_kernels.compile.passes import PASSES
 
@@ -131,6 +131,31 @@ def test_another_compiler_has_entries_of_its_own(compiler):
     assert first != second
     assert compiler.run() == ([first], "")
     assert compiler.calls == 2
+
+
+@pytest.fixture
+def other_headers(tmp_path) -> Path:
+    """Those of another version."""
+    include = tmp_path / "include"
+    shutil.copytree(cute_kernels.get_include(), include)
+    with open(include / "cute_kernels" / "attention" / "problem.hpp", "a") as header:
+        header.write("// changed\n")
+    return include
+
+
+def test_another_version_of_the_package_has_entries_of_its_own(compiler, other_headers):
+    (first,), _ = compiler.run()
+    compiler.include = str(other_headers)
+    (second,), _ = compiler.run()
+    assert first != second
+    assert first.exists()
+    assert compiler.calls == 2
+
+
+def test_headers_that_are_not_the_extensions_compile_nothing(other_headers, monkeypatch):
+    monkeypatch.setattr(plugins, "get_include", lambda: str(other_headers))
+    with pytest.raises(RuntimeError, match=f"the headers in {other_headers} have digest .*again"):
+        cute_kernels.compile_tile_config(TileConfig("forward", **GOOD))
 
 
 def test_without_a_compiler_the_cache_is_enough(compiler):
