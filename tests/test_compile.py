@@ -167,6 +167,19 @@ def test_without_a_compiler_the_cache_is_enough(compiler):
     assert "pip install cute-kernels[compile]" in said
 
 
+def test_what_cannot_be_written_serves_every_compiler(compiler, monkeypatch, tmp_path):
+    """Such as a folder that was shipped."""
+    (library,), _ = compiler.run()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, value in {**compiler.environment, "RELEASE": "13.1"}.items():
+        monkeypatch.setenv(name, value)
+    row, include = TileConfig("forward", **GOOD).as_dict(), Path(cute_kernels.get_include())
+    recipe = build.Recipe(row, include, compiler.cache, nvcc.Toolchain.find())
+    assert recipe.find() is None
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    assert recipe.find() == library
+
+
 def test_an_old_nvcc_is_refused(compiler):
     _, said = compiler.run(RELEASE="12.3")
     assert "is of CUDA 12.3.88: too old" in said

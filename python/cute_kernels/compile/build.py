@@ -96,14 +96,18 @@ class Recipe:
         return self.root / f"{self.stem}-{short_hash(toolchain.version, 8)}"
 
     def find(self) -> Path | None:
-        """The library, if it is in the cache. Without a compiler, that of any compiler's."""
+        """The library, if it is in the cache: that of any compiler's version, where there is no
+        compiler or nothing can be written."""
         if isinstance(self.toolchain, Toolchain):
-            entries = [self.entry(self.toolchain)]
-        else:
-            try:
-                entries = sorted(self.root.glob(f"{self.stem}-*"))
-            except OSError:  # a folder that may not be read
-                entries = []
+            entry = self.entry(self.toolchain)
+            if is_whole(entry):
+                return entry / "kernel.so"
+            if os.access(self.root, os.W_OK, effective_ids=True):
+                return None
+        try:
+            entries = sorted(self.root.glob(f"{self.stem}-*"))
+        except OSError:  # a folder that may not be read
+            return None
         return next((entry / "kernel.so" for entry in entries if is_whole(entry)), None)
 
     def make(self, progress: str) -> Path:
