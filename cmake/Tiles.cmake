@@ -17,7 +17,7 @@ endif()
 execute_process(
   COMMAND
     "${CMAKE_COMMAND}" -E env --modify "PYTHONPATH=path_list_prepend:${_package}" --
-    "${Python_EXECUTABLE}" -m compile.generate --table "${_table}" --include
+    "${Python_EXECUTABLE}" -B -m compile.generate --table "${_table}" --include
     "${CMAKE_CURRENT_SOURCE_DIR}" --out "${_out}" --head-dims "${CUTE_KERNELS_HEAD_DIMS}" --dtypes
     "${CUTE_KERNELS_DTYPES}" --passes "${_passes}"
   RESULT_VARIABLE _status
@@ -30,7 +30,7 @@ if(NOT _status EQUAL 0)
 endif()
 # The headers are in the digest that plug-ins must agree with.
 file(GLOB_RECURSE _headers CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/cute_kernels/*.hpp"
-     "${CMAKE_CURRENT_SOURCE_DIR}/cute_kernels/sm90/*.cpp")
+     "${CMAKE_CURRENT_SOURCE_DIR}/cute_kernels/sm90/tensor_map.cpp")
 file(GLOB _generator CONFIGURE_DEPENDS "${_package}/compile/*")
 list(FILTER _generator INCLUDE REGEX "\\.(py|txt)$")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${_generator} ${_headers} "${_table}")

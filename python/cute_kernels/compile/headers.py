@@ -6,14 +6,16 @@ import hashlib
 from pathlib import Path
 
 DIGEST_FILE = "headers_digest.hpp"
+# The one source beside the headers that is part of every plug-in
+TENSOR_MAP = Path("cute_kernels") / "sm90" / "tensor_map.cpp"
 
 
 def shipped(include: Path) -> list[Path]:
     """The sources in the folder `include` that a plug-in may be compiled from; also in the
     repository, whose binding to PyTorch no plug-in sees."""
     root = include / "cute_kernels"
-    found = [path for kind in ("*.hpp", "*.cpp") for path in root.rglob(kind)]
-    return sorted(path for path in found if (root / "torch") not in path.parents)
+    headers = [path for path in root.rglob("*.hpp") if (root / "torch") not in path.parents]
+    return sorted([*headers, include / TENSOR_MAP])
 
 
 def digest(include: Path) -> str:

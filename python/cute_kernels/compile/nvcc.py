@@ -11,6 +11,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from .headers import TENSOR_MAP
+
 FLOOR = (12, 4)  # the release of CUDA
 INSTALL = "pip install cute-kernels[compile]"
 OPTIONS = tuple(
@@ -138,6 +140,6 @@ class Toolchain:
         if any(root in self.nvcc.parents for root in roots):  # a toolkit finds its own
             for root in roots:
                 found += [f"-I{root}/include", "-isystem", f"{root}/include/cccl", f"-L{root}/lib"]
-        sources = [source, include / "cute_kernels" / "sm90" / "tensor_map.cpp"]
+        sources = [source, include / TENSOR_MAP]
         options = [*PLUGIN_OPTIONS, *OPTIONS, f"-ccbin={self.host}"]
         return [str(self.nvcc), *options, *found, *map(str, sources), "-o", str(out)]
