@@ -288,19 +288,21 @@ RUN = f"""
 import torch
 import cute_kernels
 from cute_kernels import flash_attn_func
+from parity import check
 
 cute_kernels.add_tile_config(cute_kernels.TileConfig("forward", **{ROW!r}))
 q, k, v = torch.randn(3, 2, 333, 4, 64, device="cuda", dtype=torch.bfloat16)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):  # the first call: nothing that a capture forbids happens lazily
+    captured = flash_attn_func(q, k, v, tile_config="bf16_mine")
+graph.replay()
+assert torch.equal(captured, flash_attn_func(q, k, v, tile_config="bf16_mine"))
 for causal in (False, True):
-    out, lse = flash_attn_func(q, k, v, causal=causal, return_lse=True, tile_config="bf16_mine")
-    right, right_lse = flash_attn_func(q, k, v, causal=causal, return_lse=True)
-    exact = flash_attn_func(*(x.double().cpu() for x in (q, k, v)), causal=causal)
-    error, built = ((o.double().cpu() - exact).abs().max().item() for o in (out, right))
-    assert error <= 2 * built + 1e-3, (error, built)
-    assert (lse - right_lse).abs().max() < 1e-3
+    check(q, k, v, causal, tile_config="bf16_mine")
 print("right")
 """
 
 
 def test_the_kernel_runs(hopper, compiled):
-    assert python(compiled.folder, RUN).out == "right\n"
+    ran = python(compiled.folder, RUN, PYTHONPATH=str(Path(__file__).parent))
+    assert ran.out == "right\n"

@@ -179,18 +179,15 @@ def build(
     except CompilerError as error:
         toolchain = error
     recipes = [Recipe(row, include, root or cache_folder(), toolchain) for row in rows]
-    libraries = [recipe.find() for recipe in recipes]
-    missing = [i for i, library in enumerate(libraries) if library is None]
-    if not missing:
-        return [library for library in libraries if library is not None]
+    found = [recipe.find() for recipe in recipes]
+    missing = [r for r, library in zip(recipes, found, strict=True) if library is None]
     with ThreadPoolExecutor(max_workers=jobs or jobs_that_fit()) as pool:
-        made = [
-            pool.submit(recipes[i].make, f"({number} of {len(missing)})")
-            for number, i in enumerate(missing, 1)
+        making = [
+            pool.submit(recipe.make, f"({number} of {len(missing)})")
+            for number, recipe in enumerate(missing, 1)
         ]
         try:
-            for i, future in zip(missing, made, strict=True):
-                libraries[i] = future.result()
+            made = iter([future.result() for future in making])
         finally:
             pool.shutdown(cancel_futures=True)
-    return [library for library in libraries if library is not None]
+    return [library or next(made) for library in found]
