@@ -1,8 +1,8 @@
-# Runs tile_configs.py. Sets CUTE_KERNELS_TILE_SOURCES (.cu), CUTE_KERNELS_REGISTRY_SOURCES (.cpp)
-# and CUTE_KERNELS_TILE_JSON.
+# Writes the kernels' sources from the table of tiles, with python/cute_kernels/compile, which also
+# compiles users' rows. Sets CUTE_KERNELS_TILE_SOURCES (.cu), CUTE_KERNELS_TABLE_SOURCES (.cpp),
+# CUTE_KERNELS_TILE_FOLDER (of a header), CUTE_KERNELS_TILE_JSON and CUTE_KERNELS_TILE_OPTIONS.
 
-set(_generator "${CMAKE_CURRENT_LIST_DIR}/tile_configs.py")
-set(_passes_module "${CMAKE_CURRENT_LIST_DIR}/tile_passes.py")
+set(_package "${CMAKE_CURRENT_SOURCE_DIR}/python/cute_kernels")
 set(_table "${CUTE_KERNELS_TILE_CONFIGS}")
 if(NOT _table)
   set(_table "cute_kernels/attention/tile_configs.toml")
@@ -15,8 +15,11 @@ if(CUTE_KERNELS_FP8)
   list(APPEND _passes forward_fp8)
 endif()
 execute_process(
-  COMMAND "${Python_EXECUTABLE}" "${_generator}" --table "${_table}" --out "${_out}" --head-dims
-          "${CUTE_KERNELS_HEAD_DIMS}" --dtypes "${CUTE_KERNELS_DTYPES}" --passes "${_passes}"
+  COMMAND
+    "${CMAKE_COMMAND}" -E env --modify "PYTHONPATH=path_list_prepend:${_package}" --
+    "${Python_EXECUTABLE}" -B -m compile.generate --table "${_table}" --include
+    "${CMAKE_CURRENT_SOURCE_DIR}" --out "${_out}" --head-dims "${CUTE_KERNELS_HEAD_DIMS}" --dtypes
+    "${CUTE_KERNELS_DTYPES}" --passes "${_passes}"
   RESULT_VARIABLE _status
   OUTPUT_VARIABLE CUTE_KERNELS_TILE_SOURCES
   ERROR_VARIABLE _error)
@@ -25,12 +28,18 @@ if(NOT _status EQUAL 0)
   string(REPLACE "\n" "\n  " _error "${_error}")
   message(FATAL_ERROR "The table of tiles was refused.\n  ${_error}")
 endif()
-set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${_generator}" "${_passes_module}"
-                                                    "${_table}")
+# The headers are in the digest that plug-ins must agree with.
+file(GLOB_RECURSE _headers CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/cute_kernels/*.hpp"
+     "${CMAKE_CURRENT_SOURCE_DIR}/cute_kernels/sm90/tensor_map.cpp")
+file(GLOB _generator CONFIGURE_DEPENDS "${_package}/compile/*")
+list(FILTER _generator INCLUDE REGEX "\\.(py|txt)$")
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${_generator} ${_headers} "${_table}")
 
-set(CUTE_KERNELS_REGISTRY_SOURCES ${CUTE_KERNELS_TILE_SOURCES})
-list(FILTER CUTE_KERNELS_REGISTRY_SOURCES INCLUDE REGEX "\\.cpp$")
+set(CUTE_KERNELS_TABLE_SOURCES ${CUTE_KERNELS_TILE_SOURCES})
+list(FILTER CUTE_KERNELS_TABLE_SOURCES INCLUDE REGEX "\\.cpp$")
 list(FILTER CUTE_KERNELS_TILE_SOURCES INCLUDE REGEX "\\.cu$")
+set(CUTE_KERNELS_TILE_FOLDER "${_out}")
 set(CUTE_KERNELS_TILE_JSON "${_out}/tile_configs.json")
+file(STRINGS "${_package}/compile/nvcc_options.txt" CUTE_KERNELS_TILE_OPTIONS REGEX "^-")
 list(LENGTH CUTE_KERNELS_TILE_SOURCES _count)
 message(STATUS "${_count} kernels from ${_table}")

@@ -15,9 +15,9 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "cmake"))
+sys.path.append(str(ROOT / "python" / "cute_kernels"))  # without what is compiled
 
-from tile_configs import read_table  # noqa: E402
+from compile.table import read_table  # noqa: E402
 
 TABLE = ROOT / "cute_kernels" / "attention" / "tile_configs.toml"
 

@@ -9,10 +9,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from configure import failing_configure
 
 import cute_kernels
 from cute_kernels import _C
+from cute_kernels.compile import headers
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = Path(_C.__file__)
@@ -184,6 +186,12 @@ def test_package_has_the_headers():
         if path.parent.name != "torch"  # the binding is of no use to users' kernels
     }
     assert shipped == sources
+    assert (INCLUDE / "cute_kernels/sm90/tensor_map.cpp").is_file()  # of every plug-in
+
+
+def test_headers_are_those_that_the_extension_was_compiled_from():
+    _, of_extension = torch.ops.cute_kernels.plugin_requirements()
+    assert headers.digest(INCLUDE) == of_extension
 
 
 def test_headers_include_only_headers_of_the_package():
@@ -195,7 +203,7 @@ def test_headers_include_only_headers_of_the_package():
 def test_package_holds_nothing_unexpected():
     folder = EXTENSION.parent
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
-    assert suffixes <= {".py", ".pyc", ".so", ".json", ".hpp", ".typed"}
+    assert suffixes <= {".py", ".pyc", ".so", ".json", ".hpp", ".cpp", ".txt", ".typed"}
 
 
 def test_an_old_compiler_is_refused_in_words(tmp_path):

@@ -226,7 +226,7 @@ def test_attention(hopper, head_dim, to, causal):
             assert not out.transpose(1, 2)[unseen].any()
             size = exact_lse.masked_fill(unseen, 0).abs().max().clamp_min(1.0)
             lse_error = (lse - exact_lse).masked_fill(unseen, 0).abs().max()
-            of_p = 0.1 if uses_linear_exp(head_dim) else 0.0  # row sums are those of rounded P
+            of_p = 0.1 if uses_linear_exp(to, head_dim) else 0.0  # row sums are of rounded P
             assert lse_error <= LSE_TOLERANCE[to] * size + of_p
 
 

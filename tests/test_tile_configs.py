@@ -1,6 +1,7 @@
 """From the table of tiles to the kernels of a build. Nothing here needs a GPU or a compiler."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,15 +11,12 @@ import pytest
 from configure import failing_configure
 
 import cute_kernels
+from cute_kernels.compile import passes, source
+from cute_kernels.compile import table as generator
 
 ROOT = Path(__file__).resolve().parent.parent
-GENERATOR = ROOT / "cmake" / "tile_configs.py"
+PACKAGE = Path(cute_kernels.__file__).parent
 TABLE = ROOT / "cute_kernels" / "attention" / "tile_configs.toml"
-
-sys.path.append(str(GENERATOR.parent))
-
-import tile_configs as generator  # noqa: E402
-import tile_passes  # noqa: E402
 
 GOOD = {
     "name": "d128_m128n176",
@@ -36,6 +34,10 @@ def table(*rows: dict, of_pass: str = "forward") -> str:
         text += f"[[{of_pass}]]\n"
         text += "".join(f"{key} = {json.dumps(value)}\n" for key, value in row.items())
     return text
+
+
+def write_sources(rows: list[dict], out: Path) -> list[Path]:
+    return source.write_sources(rows, out, Path(cute_kernels.get_include()))
 
 
 def good(**changes) -> dict:
@@ -186,12 +188,12 @@ def test_selection_by_head_dim_and_dtype():
 
 def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_path):
     rows = generator.read_table(table(good(), good(name="d64", head_dim=64)))
-    sources = generator.write_sources(rows, tmp_path)
+    sources = write_sources(rows, tmp_path)
     assert [path.name for path in sources] == [
         *(f"{row['name']}.cu" for row in rows),
-        "forward_registry.cpp",
-        "backward_registry.cpp",
-        "forward_fp8_registry.cpp",
+        "forward_table.cpp",
+        "backward_table.cpp",
+        "forward_fp8_table.cpp",
     ]
     text = (tmp_path / "fp16_d128_m128n176.cu").read_text()
     assert "using Element = cutlass::half_t;" in text
@@ -210,23 +212,23 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     rows[0]["why"] = "measured again"
-    generator.write_sources(rows[:3], tmp_path)
+    write_sources(rows[:3], tmp_path)
     after = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert {path.name for path in before if path not in after} == {"fp16_d64.cu"}
     changed = {path.name for path in after if after[path] != before[path]}
-    assert changed == {"tile_configs.json", "forward_registry.cpp"}  # no kernel is compiled again
+    assert changed == {"tile_configs.json", "forward_table.cpp"}  # no kernel is compiled again
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
 def test_traits_read_the_constants_that_the_generator_writes(name):
     traits = (ROOT / "cute_kernels" / "attention" / name / "traits.hpp").read_text()
-    written = {field.constant for field in generator.constants(tile_passes.PASSES[name])}
+    written = {field.constant for field in source.constants(passes.PASSES[name])}
     assert set(re.findall(r"Tile::(k\w+)", traits)) == written
 
 
 def test_the_projects_own_table_is_right_and_serves_every_call():
     rows = generator.read_table(TABLE.read_text())
-    for dtype in generator.DTYPES:
+    for dtype in passes.DTYPES:
         for mask in ("full", "causal"):
             fitting = [
                 row for row in rows if row["dtype"] == dtype and row["mask"] in ("any", mask)
@@ -239,15 +241,21 @@ def test_tile_configs_are_copies_of_the_rows_built():
     assert built
     names = [row["name"] for row in built]
     assert len(set(names)) == len(names)
-    fields = {"pass", "dtype", "consumer_warpgroups"} | {f.name for f in tile_passes.FORWARD_FIELDS}
+    fields = {"pass", "dtype", "consumer_warpgroups"} | {f.name for f in passes.FORWARD_FIELDS}
     assert set(built[0]) == fields - {"dtypes"}
     built[0]["tile_n"] = -1
     assert cute_kernels.tile_configs("forward")[0]["tile_n"] != -1
 
 
 def run_generator(*arguments: str) -> subprocess.CompletedProcess:
+    """As CMake does."""
     return subprocess.run(
-        [sys.executable, GENERATOR, *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "compile.generate", "--include", cute_kernels.get_include()]
+        + [str(argument) for argument in arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
     )
 
 
@@ -302,7 +310,7 @@ def test_backward_rows_become_kernels(tmp_path):
     rows = generator.read_table(backward())
     names = [row["name"] for row in rows if row["pass"] == "backward"]
     assert names == ["bf16_backward_d128", "fp16_backward_d128"]
-    sources = generator.write_sources(rows, tmp_path)
+    sources = write_sources(rows, tmp_path)
     text = (tmp_path / "fp16_backward_d128.cu").read_text()
     assert tmp_path / "fp16_backward_d128.cu" in sources
     assert "using Element = cutlass::half_t;" in text
@@ -310,15 +318,15 @@ def test_backward_rows_become_kernels(tmp_path):
         assert f"static constexpr int k{constant} = {value};" in text
     assert "return backward_workspace_bytes<Tile>(problem);" in text
     assert "return launch_backward<Tile>(problem, stream);" in text
-    registry = (tmp_path / "backward_registry.cpp").read_text()
-    assert "Registry<BackwardKernel> const kBackwardRegistry{kKernels, 2};" in registry
+    kernels = (tmp_path / "backward_table.cpp").read_text()
+    assert "KernelTable<BackwardKernel> backward_kernels{kBuilt, 2};" in kernels
     assert json.loads((tmp_path / "tile_configs.json").read_text()) == rows
 
 
-def test_a_table_without_backward_rows_has_an_empty_registry(tmp_path):
-    generator.write_sources(generator.read_table(table(good())), tmp_path)
-    registry = (tmp_path / "backward_registry.cpp").read_text()
-    assert "kBackwardRegistry{nullptr, 0};" in registry
+def test_a_table_without_backward_rows_has_an_empty_one(tmp_path):
+    write_sources(generator.read_table(table(good())), tmp_path)
+    kernels = (tmp_path / "backward_table.cpp").read_text()
+    assert "backward_kernels{nullptr, 0};" in kernels
 
 
 @pytest.mark.parametrize(
@@ -384,12 +392,12 @@ def test_fp8_rows_become_kernels(tmp_path):
     names = [row["name"] for row in rows if row["pass"] == "forward_fp8"]
     assert names == ["e4m3_fp8", "int8_fp8"]
     assert len(generator.select(rows, [128], ["bf16"])) == 3
-    generator.write_sources(rows, tmp_path)
+    write_sources(rows, tmp_path)
     text = (tmp_path / "int8_fp8.cu").read_text()
     assert "using ElementQk = int8_t;" in text
     assert "static constexpr bool kLinearExp = true;" in text
     assert json.loads((tmp_path / "tile_configs.json").read_text()) == rows
-    assert (tmp_path / "forward_fp8_registry.cpp").read_text().count("::launch}") == 2
+    assert (tmp_path / "forward_fp8_table.cpp").read_text().count("::launch}") == 2
 
 
 @pytest.mark.parametrize(

@@ -16,19 +16,22 @@ struct Fp8TileConfig {
 };
 
 struct Fp8ForwardKernel {
+  using Problem = Fp8ForwardProblem;
+  static constexpr char const* kPass = "forward_fp8";
   Fp8TileConfig config;
-  cudaError_t (*launch)(Fp8ForwardProblem const&, cudaStream_t);
+  cudaError_t (*launch)(Problem const&, cudaStream_t);
 };
 
-extern Registry<Fp8ForwardKernel> const kFp8ForwardRegistry;
+extern KernelTable<Fp8ForwardKernel> fp8_forward_kernels;
 
-/// The first row of the smallest fitting head dim; null where there is none.
+/// The last of the kernels with the smallest fitting head dim, as choose_backward; null where there
+/// is none.
 inline Fp8ForwardKernel const* choose_fp8_forward(ScoreType dtype, int head_dim) {
   Fp8ForwardKernel const* best = nullptr;
-  for (Fp8ForwardKernel const& kernel : kFp8ForwardRegistry) {
+  for (Fp8ForwardKernel const& kernel : fp8_forward_kernels) {
     Fp8TileConfig const& config = kernel.config;
     if (config.dtype != dtype || config.head_dim < head_dim) continue;
-    if (best == nullptr || config.head_dim < best->config.head_dim) best = &kernel;
+    if (best == nullptr || config.head_dim <= best->config.head_dim) best = &kernel;
   }
   return best;
 }

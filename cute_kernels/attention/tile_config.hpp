@@ -6,10 +6,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cute_kernels/attention/kernel_table.hpp"
 #include "cute_kernels/attention/problem.hpp"
 
-// What the dispatcher knows of the compiled kernels. Filled by cmake/tile_configs.py from
-// tile_configs.toml.
+// What the dispatcher knows of the compiled kernels: rows of tile_configs.toml, and users' own.
 namespace cute_kernels::attention {
 
 enum class ElementType { kFloat16, kBFloat16 };
@@ -42,9 +42,10 @@ struct CallShape {
 };
 
 struct ForwardKernel {
+  using Problem = ForwardProblem;
   static constexpr char const* kPass = "forward";
   TileConfig config;
-  cudaError_t (*launch)(ForwardProblem const&, cudaStream_t);
+  cudaError_t (*launch)(Problem const&, cudaStream_t);
 };
 
 struct BackwardTileConfig {
@@ -56,24 +57,15 @@ struct BackwardTileConfig {
 };
 
 struct BackwardKernel {
+  using Problem = BackwardProblem;
   static constexpr char const* kPass = "backward";
   BackwardTileConfig config;
-  int64_t (*workspace_bytes)(BackwardProblem const&);
-  cudaError_t (*launch)(BackwardProblem const&, cudaStream_t);
+  int64_t (*workspace_bytes)(Problem const&);
+  cudaError_t (*launch)(Problem const&, cudaStream_t);
 };
 
-/// A pass's kernels of this build in the order of the table; tile_configs.json lists the same rows.
-template <class Kernel>
-struct Registry {
-  Kernel const* kernels;
-  int count;
-
-  Kernel const* begin() const { return kernels; }
-  Kernel const* end() const { return kernels + count; }
-};
-
-extern Registry<ForwardKernel> const kForwardRegistry;
-extern Registry<BackwardKernel> const kBackwardRegistry;
+extern KernelTable<ForwardKernel> forward_kernels;
+extern KernelTable<BackwardKernel> backward_kernels;
 
 /// Whether the automatic choice may give the call to the kernel of this row.
 template <class Config>
@@ -108,7 +100,7 @@ inline double estimate_forward(TileConfig const& config, CallShape const& shape,
 inline ForwardKernel const* choose_forward(CallShape const& shape, int multiprocessors) {
   ForwardKernel const* best = nullptr;
   double best_time = 0;
-  for (ForwardKernel const& kernel : kForwardRegistry) {
+  for (ForwardKernel const& kernel : forward_kernels) {
     TileConfig const& config = kernel.config;
     if (!may_take(config, shape)) continue;
     if (best != nullptr && config.head_dim > best->config.head_dim) continue;
@@ -121,12 +113,13 @@ inline ForwardKernel const* choose_forward(CallShape const& shape, int multiproc
   return best;
 }
 
-/// The first of the kernels with the smallest fitting head dim; null where there is none.
+/// The last of the kernels with the smallest fitting head dim, so that one that was added comes
+/// before the build's; null where there is none.
 inline BackwardKernel const* choose_backward(CallShape const& shape) {
   BackwardKernel const* best = nullptr;
-  for (BackwardKernel const& kernel : kBackwardRegistry) {
+  for (BackwardKernel const& kernel : backward_kernels) {
     if (!may_take(kernel.config, shape)) continue;
-    if (best == nullptr || kernel.config.head_dim < best->config.head_dim) best = &kernel;
+    if (best == nullptr || kernel.config.head_dim <= best->config.head_dim) best = &kernel;
   }
   return best;
 }

@@ -60,17 +60,17 @@ class TileName {
 
 /// The kernel of a name, or what choose() finds where there is none, checked for the call.
 template <class Kernel, class Choose>
-Kernel const& kernel_for(attention::Registry<Kernel> const& registry, Choose choose,
+Kernel const& kernel_for(attention::KernelTable<Kernel> const& kernels, Choose choose,
                          Call const& call, TileName const& tile) {
   if (tile.automatic()) {
     Kernel const* const chosen = choose();
     if (chosen != nullptr) return *chosen;
     std::ostringstream there;
-    for (Kernel const& kernel : registry) there << ' ' << kernel.config.name;
+    for (Kernel const& kernel : kernels) there << ' ' << kernel.config.name;
     fail("no ", Kernel::kPass, " kernel for ", name_of(call.dtype), ", head_dim ", call.head_dim,
          ", ", call.causal ? "causal" : "full", " in this build, which has", there.str());
   }
-  for (Kernel const& kernel : registry) {
+  for (Kernel const& kernel : kernels) {
     auto const& config = kernel.config;
     if (config.name != tile.name()) continue;
     require(config.dtype == call.dtype && config.head_dim >= call.head_dim, "tile_config ",

@@ -19,7 +19,6 @@ namespace {
 
 using attention::BackwardKernel;
 using attention::BackwardProblem;
-using attention::kBackwardRegistry;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -64,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
   }
   attention::Device const& device = hopper(q.device);
   auto const choose = [&] { return attention::choose_backward(call); };
-  BackwardKernel const& kernel = kernel_for(kBackwardRegistry, choose, call, tile);
+  BackwardKernel const& kernel = kernel_for(attention::backward_kernels, choose, call, tile);
 
   constexpr int kLeastQueries = 64;  // of a block
   require(static_cast<double>(call.batch) * call.heads_q *
@@ -136,6 +135,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   // A build without backward rows answers from Python, with an error that says so.
-  if (cute_kernels::attention::kBackwardRegistry.count == 0) return;
+  if (!cute_kernels::attention::backward_kernels.is_built()) return;
   library.impl("flash_attn_backward", TORCH_BOX(&cute_kernels::binding::flash_attn_backward));
 }

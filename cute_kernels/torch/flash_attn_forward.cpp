@@ -19,14 +19,13 @@ namespace {
 
 using attention::ForwardKernel;
 using attention::ForwardProblem;
-using attention::kForwardRegistry;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 ForwardKernel const& forward_kernel_for(Call const& call, TileName const& tile,
                                         int multiprocessors) {
   auto const choose = [&] { return attention::choose_forward(call, multiprocessors); };
-  return kernel_for(kForwardRegistry, choose, call, tile);
+  return kernel_for(attention::forward_kernels, choose, call, tile);
 }
 
 /// `deterministic` is for the gradient; the forward pass always is.

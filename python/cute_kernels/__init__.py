@@ -2,8 +2,15 @@
 
 from importlib.metadata import version as _version
 
+from cute_kernels.compile.config import TileConfig
 from cute_kernels.fp8 import FP8Tensor, flash_attn_fp8_func, quantize_fp8
 from cute_kernels.interface import flash_attn_func
+from cute_kernels.plugins import (
+    add_tile_config,
+    compile_tile_config,
+    load_named_by_environment,
+    load_tile_configs,
+)
 from cute_kernels.qkvpacked import flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
 from cute_kernels.tiles import get_include, tile_configs
 from cute_kernels.varlen import flash_attn_varlen_func
@@ -11,13 +18,19 @@ from cute_kernels.varlen import flash_attn_varlen_func
 __version__ = _version("cute-kernels")
 __all__ = [
     "FP8Tensor",
+    "TileConfig",
     "__version__",
+    "add_tile_config",
+    "compile_tile_config",
     "flash_attn_fp8_func",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_varlen_qkvpacked_func",
     "get_include",
+    "load_tile_configs",
     "quantize_fp8",
     "tile_configs",
 ]
+
+load_named_by_environment()

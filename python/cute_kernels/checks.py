@@ -16,17 +16,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cute_kernels.reference import accumulator_dtype
-from cute_kernels.tiles import tile_configs
+from cute_kernels.tiles import ROWS
 
 MAX_HEAD_DIM = 256
 HEAD_DIM_MULTIPLE = 8
 
 _GPU_DTYPES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (*_GPU_DTYPES, torch.float32, torch.float64)
-_TILES = {
-    of_pass: {row["name"]: row for row in tile_configs(of_pass)}
-    for of_pass in ("forward", "backward")
-}
 _DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _SIZE_LIMIT = 2**31
 _BLOCK = 64  # rows of the smallest tile
@@ -225,7 +221,7 @@ def check_softmax_scale(softmax_scale: float, dtype: torch.dtype = torch.float32
 def check_tile_config(tile_config: str | None, of_pass: str, q: Tensor) -> None:
     if tile_config is None:
         return
-    rows = _TILES[of_pass]
+    rows = ROWS[of_pass]
     if not isinstance(tile_config, str):
         error: type[Exception] = TypeError
     elif tile_config not in rows:

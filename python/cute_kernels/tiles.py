@@ -1,4 +1,4 @@
-"""The rows of the tile table that this build has kernels for."""
+"""The rows that there are kernels for: the build's, and those that were added."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from typing import Any
 
 from cute_kernels.extension import FOLDER
 
-_ROWS: list[dict[str, Any]] = json.loads((FOLDER / "tile_configs.json").read_text("utf-8"))
+_BUILT: list[dict[str, Any]] = json.loads((FOLDER / "tile_configs.json").read_text("utf-8"))
+# By pass and name, in the order of the kernel tables in C++. Only `add_row` changes it.
+ROWS: dict[str, dict[str, dict[str, Any]]] = {
+    of_pass: {row["name"]: row for row in _BUILT if row["pass"] == of_pass}
+    for of_pass in ("forward", "backward", "forward_fp8")
+}
 
 
 def tile_configs(of_pass: str | None = None) -> list[dict[str, Any]]:
-    """The kernels of this build, in the order of the table.
+    """The kernels of this build in the order of the table, and behind each pass's those that were
+    added by `add_tile_config` and `load_tile_configs`.
 
     Args:
-        of_pass: only those of this pass, "forward" or "backward".
+        of_pass: only those of this pass, "forward", "backward" or "forward_fp8".
 
     Returns:
         One dict per kernel, a copy. ``"pass"`` is what it is for, ``"name"`` is unique:
@@ -27,7 +33,17 @@ def tile_configs(of_pass: str | None = None) -> list[dict[str, Any]]:
         there, and the pass's own columns, which the head of the table explains
         (cute_kernels/attention/tile_configs.toml).
     """
-    return [dict(row) for row in _ROWS if of_pass in (None, row["pass"])]
+    return [
+        dict(row)
+        for name, rows in ROWS.items()
+        if of_pass in (None, name)
+        for row in list(rows.values())
+    ]
+
+
+def add_row(row: dict[str, Any]) -> None:
+    """Lists a kernel that the extension has been given."""
+    ROWS[row["pass"]][row["name"]] = row
 
 
 def get_include() -> str:

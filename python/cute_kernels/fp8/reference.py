@@ -28,7 +28,7 @@ def attention(
     """The kernel's arithmetic, in units of powers of two: exact products of 8-bit numbers, scaled;
     a lazily moving origin; P in e4m3; V's scale at the end."""
     batch, seqlen, heads, head_dim = q.data.shape
-    linear = uses_linear_exp(head_dim)
+    linear = uses_linear_exp(q.data.dtype, head_dim)
     shift, slack = (LINEAR_P_SHIFT, LINEAR_P_SLACK) if linear else (P_SHIFT, P_SLACK)
     out = q.data.new_zeros(q.data.shape, dtype=torch.float32)
     lse = q.data.new_full((batch, heads, seqlen), -math.inf, dtype=torch.float32)
@@ -66,10 +66,16 @@ def attention(
     return out * v_scale, lse
 
 
-def uses_linear_exp(head_dim: int) -> bool:
-    """Whether the kernel that the table has for this head dim does without exponentials."""
-    rows = (row for row in tile_configs("forward_fp8") if row["head_dim"] >= head_dim)
-    return bool(next(rows, {"linear_exp": False})["linear_exp"])
+def uses_linear_exp(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel that is chosen for Q and K of this dtype does without exponentials: the
+    last one of the smallest head dim that fits."""
+    name = "int8" if dtype == torch.int8 else "e4m3"
+    rows = [
+        row
+        for row in reversed(tile_configs("forward_fp8"))
+        if row["dtype"] == name and row["head_dim"] >= head_dim
+    ]
+    return bool(rows) and bool(min(rows, key=lambda row: row["head_dim"])["linear_exp"])
 
 
 def _probabilities(exponents: Tensor, linear: bool) -> tuple[Tensor, Tensor]:

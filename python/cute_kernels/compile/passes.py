@@ -1,7 +1,4 @@
-"""The passes that a table of tiles has rows for: columns, what fits, and the names in C++.
-
-tile_configs.py reads the table and writes the sources.
-"""
+"""The passes that a table of tiles has rows for: columns, what fits, and the names in C++."""
 
 from __future__ import annotations
 
@@ -28,16 +25,16 @@ class Field:
 @dataclass(frozen=True)
 class Pass:
     """A kind of rows. `cpp` names it in C++: "Forward" for ForwardTraits, ForwardProblem,
-    kForwardRegistry and launch_forward."""
+    ForwardKernel, forward_kernels and launch_forward."""
 
     name: str  # of the table, and "pass" in tile_configs.json
     cpp: str
     launch_header: str
-    registry_header: str
+    table_header: str
     fields: tuple[Field, ...]
-    dtypes: Mapping[str, tuple[str, str]]  # name: (C++ element, registry's enumerator)
+    dtypes: Mapping[str, tuple[str, str]]  # name: (C++ element, the kernel table's enumerator)
     element: str  # what Tile calls the C++ element
-    config: Callable[[Row], tuple[object, ...]]  # the registry's columns after name and dtype
+    config: Callable[[Row], tuple[object, ...]]  # the kernel table's columns after name and dtype
     shared_memory: Callable[[Row], dict[str, int]]  # bytes by part, as SharedStorage has them
     registers: Callable[[Row], dict[str, int]]  # 32-bit registers of a consumer thread by use
     problems: Callable[[Row], list[str]]  # what is wrong with a row of this pass alone
@@ -362,7 +359,7 @@ PASSES = {
             name="forward",
             cpp="Forward",
             launch_header="forward/launch.hpp",
-            registry_header="tile_config.hpp",
+            table_header="tile_config.hpp",
             fields=FORWARD_FIELDS,
             dtypes=DTYPES,
             element="Element",
@@ -375,7 +372,7 @@ PASSES = {
             name="backward",
             cpp="Backward",
             launch_header="backward/launch.hpp",
-            registry_header="tile_config.hpp",
+            table_header="tile_config.hpp",
             fields=BACKWARD_FIELDS,
             dtypes=DTYPES,
             element="Element",
@@ -389,7 +386,7 @@ PASSES = {
             name="forward_fp8",
             cpp="Fp8Forward",
             launch_header="forward/fp8_launch.hpp",
-            registry_header="fp8_tile_config.hpp",
+            table_header="fp8_tile_config.hpp",
             fields=FP8_FIELDS,
             dtypes=FP8_DTYPES,
             element="ElementQk",

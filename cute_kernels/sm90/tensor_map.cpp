@@ -6,9 +6,10 @@
 
 // CuTe encodes TMA descriptors by calling cuTensorMapEncodeTiled, a function of the driver
 // (CUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL). Linking libcuda would tie the import to a driver, and
-// CUTLASS's other way looks the function up for every descriptor, four times a call. So this
-// library has a function of that name, hidden from others, that looks the driver's up once, and
-// throws where the driver refuses.
+// CUTLASS's other way looks the function up for every descriptor, four times a call. So the
+// extension and every plug-in have a function of that name, hidden from others, that looks the
+// driver's up once, and throws where the driver refuses: an exception of libstdc++, which they
+// share.
 
 extern "C" CUresult CUDAAPI cuTensorMapEncodeTiled(
     CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,

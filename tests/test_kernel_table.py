@@ -1,0 +1,125 @@
+"""What the dispatcher chooses among, in C++: the kernels of a build and added ones. No GPU."""
+
+import subprocess
+
+import pytest
+from compilers import compile_program
+
+MAIN = r"""
+#include <cstdio>
+#include <string>
+#include <thread>
+#include <vector>
+#include "cute_kernels/attention/fp8_tile_config.hpp"
+#include "cute_kernels/attention/tile_config.hpp"
+
+namespace cute_kernels::attention {
+constexpr auto kBf16 = ElementType::kBFloat16;
+ForwardKernel const kForward[] = {{{"f64", kBf16, 64, 64, MaskClass::kAny, 128, 1.0, 0}, nullptr}};
+BackwardKernel const kBackward[] = {{{"b64", kBf16, 64, MaskClass::kAny, 128}, nullptr, nullptr},
+                                    {{"b128", kBf16, 128, MaskClass::kAny, 128}, nullptr, nullptr}};
+KernelTable<ForwardKernel> forward_kernels{kForward, 1};
+KernelTable<BackwardKernel> backward_kernels{kBackward, 2};
+KernelTable<Fp8ForwardKernel> fp8_forward_kernels{nullptr, 0};
+}  // namespace cute_kernels::attention
+
+using namespace cute_kernels::attention;
+
+template <class Kernel>
+void show(char const* what, Kernel const* kernel) {
+  std::printf("%s: %s\n", what, kernel == nullptr ? "none" : kernel->config.name);
+}
+
+CallShape call(int head_dim, bool causal) { return {kBf16, 1, 1024, 1024, 8, head_dim, causal}; }
+
+int main() {
+  show("built backward 64", choose_backward(call(64, false)));
+  static BackwardKernel const added[] = {
+      {{"mine64", kBf16, 64, MaskClass::kCausal, 64}, nullptr, nullptr},
+      {{"mine192", kBf16, 192, MaskClass::kAny, 64}, nullptr, nullptr},
+      {{"b64", kBf16, 64, MaskClass::kAny, 64}, nullptr, nullptr}};
+  for (auto const& kernel : added) std::printf("%d", backward_kernels.add(kernel));
+  std::printf("\n");
+  for (auto const& kernel : backward_kernels) std::printf("%s ", kernel.config.name);
+  std::printf("\n");
+  show("causal 64", choose_backward(call(64, true)));
+  show("full 64", choose_backward(call(64, false)));
+  show("full 136", choose_backward(call(136, false)));
+  show("full 200", choose_backward(call(200, false)));
+
+  show("no fp8", choose_fp8_forward(ScoreType::kInt8, 64));
+  static Fp8ForwardKernel const fp8{{"int8", ScoreType::kInt8, 64, 128}, nullptr};
+  static Fp8ForwardKernel const e4m3{{"e4m3", ScoreType::kE4m3, 64, 128}, nullptr};
+  fp8_forward_kernels.add(fp8);
+  fp8_forward_kernels.add(e4m3);
+  show("fp8", choose_fp8_forward(ScoreType::kInt8, 64));
+  std::printf("%d\n", fp8_forward_kernels.is_built());
+
+  show("forward", choose_forward(call(64, false), 132));
+  static ForwardKernel const fast{{"fast", kBf16, 64, 64, MaskClass::kFull, 128, 1.5, 0}, nullptr};
+  forward_kernels.add(fast);
+  show("full forward", choose_forward(call(64, false), 132));
+  show("causal forward", choose_forward(call(64, true), 132));
+
+  // Readers beside four that add: each sees all that was there when it started.
+  constexpr int kEach = 500;
+  static std::vector<std::string> names;
+  static std::vector<ForwardKernel> kernels;
+  for (int i = 0; i < 4 * kEach; ++i) names.push_back("k" + std::to_string(i / 2));
+  for (auto const& name : names) {
+    kernels.push_back({{name.c_str(), kBf16, 64, 64, MaskClass::kAny, 128, 1.0, 0}, nullptr});
+  }
+  std::atomic<int> added_count{0}, lost{0};
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < 4; ++thread) {
+    threads.emplace_back([&, thread] {
+      for (int i = thread; i < 4 * kEach; i += 4) added_count += forward_kernels.add(kernels[i]);
+    });
+    threads.emplace_back([&] {
+      for (int last = 0, round = 0; round < 200; ++round) {
+        int count = 0;
+        for (ForwardKernel const& kernel : forward_kernels) count += kernel.config.head_dim == 64;
+        if (count < last) ++lost;
+        last = count;
+      }
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  int count = 0;
+  for ([[maybe_unused]] ForwardKernel const& kernel : forward_kernels) ++count;
+  std::printf("%d added, %d there, %d lost\n", added_count.load(), count, lost.load());
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> list[str]:
+    program = compile_program(MAIN, tmp_path_factory.mktemp("table"))
+    done = subprocess.run([program], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_added_kernels_stand_behind_the_builds_and_no_name_twice(said):
+    assert said[1:3] == ["110", "b64 b128 mine64 mine192 "]
+
+
+def test_of_backward_kernels_the_last_that_fits_is_chosen(said):
+    assert said[0] == "built backward 64: b64"
+    assert said[3:7] == [
+        "causal 64: mine64",
+        "full 64: b64",
+        "full 136: mine192",
+        "full 200: none",
+    ]
+
+
+def test_an_empty_table_takes_kernels(said):
+    assert said[7:10] == ["no fp8: none", "fp8: int8", "0"]
+
+
+def test_the_estimate_weighs_added_forward_kernels(said):
+    assert said[10:13] == ["forward: f64", "full forward: fast", "causal forward: f64"]
+
+
+def test_many_threads_may_add_while_others_read(said):
+    assert said[13] == "1000 added, 1002 there, 0 lost"
