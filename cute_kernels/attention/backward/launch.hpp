@@ -33,7 +33,7 @@ template <class Traits>
 int heads_at_a_time(BackwardProblem const& problem, BackwardWorkspace const& workspace) {
   if (workspace.turns == nullptr) return 4;
   int heads = 16 / Traits::kCluster;
-  if constexpr (Traits::kTileM > 64) {  // a CTA has few steps, and each that it waits counts
+  if constexpr (Traits::kLongSteps) {
     if (problem.causal) heads *= 2;
     if (workspace.m_blocks.divisor <= 8) heads *= 2;
   }

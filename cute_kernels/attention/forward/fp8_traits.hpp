@@ -38,9 +38,9 @@ struct Fp8ForwardTraits {
   // is kMagic + n for |n| < 2^22.
   static constexpr float kMagic = 0x1.8p23f;
   static constexpr int32_t kMagicBits = 0x4B400000;
-  // Of four products how many are set by moves, the others by loads. At head dim 128 three
-  // warpgroups' loads alone keep shared memory's port busy for a third of a step.
-  static constexpr int kMovesOfFour = Tile::kHeadDim == 128 ? 1 : 0;
+  // Of four groups of products how many are set by moves, the others by loads. At head dim 128
+  // three warpgroups' loads alone keep shared memory's port busy for a third of a step.
+  static constexpr int kMovesOfFour = Tile::kMovesOfFour;
 
   static constexpr int kHeadDim = Tile::kHeadDim;
   static constexpr int kTileN = Tile::kTileN;

@@ -27,7 +27,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
   using typename Protocol::PipelineState;
   using typename Protocol::SharedStorage;
 
-  using Softmax = OnlineSoftmax<2, typename Traits::ProbabilityRange>;
+  using Softmax = OnlineSoftmax<2, typename Traits::ProbabilityRange, Traits::kSumInPairs>;
   using Guard = ValueGuard<Traits>;
 
  public:

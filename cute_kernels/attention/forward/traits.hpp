@@ -30,6 +30,7 @@ struct ForwardTraits {
   static constexpr bool kOverlap = Tile::kOverlap;
   static constexpr bool kPingpong = Tile::kPingpong;
   static constexpr bool kSeparateOutput = Tile::kSeparateOutput;
+  static constexpr bool kSumInPairs = Tile::kSumInPairs;  // of P, in OnlineSoftmax
 
   static constexpr int kWarpgroupM = 64;
   static constexpr int kTileM = kWarpgroupM * kConsumers;
