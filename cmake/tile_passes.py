@@ -352,11 +352,12 @@ def forward_config(row: Row) -> tuple[object, ...]:
 
 
 def fp8_config(row: Row) -> tuple[object, ...]:
-    return row["head_dim"], row["tile_m"]
+    return row["head_dim"], row["head_dim"], "MaskClass::kAny", row["tile_m"]
 
 
 def backward_config(row: Row) -> tuple[object, ...]:
-    return row["head_dim"], f"MaskClass::{MASKS[row['mask']]}", row["tile_n"]
+    mask = f"MaskClass::{MASKS[row['mask']]}"
+    return row["head_dim"], row["head_dim"], mask, row["tile_n"]
 
 
 PASSES = {

@@ -218,9 +218,17 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
     assert changed == {"tile_configs.json", "forward_registry.cpp"}  # no kernel is compiled again
 
 
-@pytest.mark.parametrize("name", ["forward", "backward"])
-def test_traits_read_the_constants_that_the_generator_writes(name):
-    traits = (ROOT / "cute_kernels" / "attention" / name / "traits.hpp").read_text()
+@pytest.mark.parametrize(
+    ("name", "headers"),
+    [
+        ("forward", ["forward/tile_traits.hpp", "forward/traits.hpp"]),
+        ("forward_fp8", ["forward/tile_traits.hpp", "forward/fp8_traits.hpp"]),
+        ("backward", ["backward/traits.hpp"]),
+    ],
+)
+def test_traits_read_the_constants_that_the_generator_writes(name, headers):
+    folder = ROOT / "cute_kernels" / "attention"
+    traits = "".join((folder / header).read_text() for header in headers)
     written = {field.constant for field in generator.constants(tile_passes.PASSES[name])}
     assert set(re.findall(r"Tile::(k\w+)", traits)) == written
 

@@ -268,7 +268,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
   template <class Output>
   CUTLASS_DEVICE static auto without_ones(Output& out) {
     using namespace cute;
-    using Mma = typename Traits::Epilogue::MmaPv;
+    using Mma = typename Traits::MmaOut;
     auto layout =
         partition_fragment_C(Mma{}, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDim>>{})
             .layout();
@@ -297,7 +297,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
                                 params.heads_per_kv.div(coord.head) * params.v_scale.head_stride;
     for (int channel = opaque_thread(); channel < Traits::kHeadDim;
          channel += cutlass::NumThreadsPerWarpGroup) {
-      bool const is_there = channel < params.head_dim;
+      bool const is_there = channel < params.head_dim_v;
       cutlass::arch::cp_async_zfill<sizeof(float)>(
           &shared.v_scale[warpgroup][channel],
           scales + (is_there ? channel * params.v_scale.stride : 0), is_there);

@@ -6,6 +6,7 @@
 #include <cutlass/pipeline/pipeline.hpp>
 
 #include "cute_kernels/attention/mask.hpp"
+#include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/tile_scheduler.hpp"
 #include "cute_kernels/sm90/bulk_reduce.hpp"
 #include "cute_kernels/sm90/finite.hpp"
