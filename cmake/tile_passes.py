@@ -292,7 +292,7 @@ def query_block_problems(row: Row) -> list[str]:
 
 def backward_problems(row: Row) -> list[str]:
     found = []
-    consumers = row["consumer_warpgroups"]
+    consumers, split = row["consumer_warpgroups"], row["split_products"]
     if row["tile_m"] % WARPGROUP_M or not WARPGROUP_M <= row["tile_m"] <= 256:
         found.append(
             f"tile_m = {row['tile_m']} must be 64, 128, 192 or 256: it is N of the WGMMA K Q^T (at "
@@ -306,7 +306,7 @@ def backward_problems(row: Row) -> list[str]:
             f"{row['head_dim']}: dQ is split over {slices} warpgroups, each with 64 of the "
             f"queries, or with channels, 64 of them if tile_m is not 64"
         )
-    if row["split_products"] and row["head_dim"] % (2 * SWIZZLE_ELEMENTS):
+    if split and row["head_dim"] % (2 * SWIZZLE_ELEMENTS):
         found.append(
             f"head_dim = {row['head_dim']} must be a multiple of {2 * SWIZZLE_ELEMENTS} with "
             f"tile_n = {row['tile_n']}: two CTAs have half of dQ's channels each, in rows of "
@@ -328,19 +328,14 @@ def backward_problems(row: Row) -> list[str]:
             f"consumer_warpgroups = {consumers} must be 2: of the four warps that move data one "
             f"loads, one adds the dQ of each consumer warpgroup, one keeps deterministic order"
         )
-    elif row["split_products"] and row["tile_n"] != WARPGROUP_M:
+    elif row["tile_n"] != WARPGROUP_M * (1 if split else consumers):
         found.append(
-            f"tile_n = {row['tile_n']} must be {WARPGROUP_M} with split_products, keys that the "
-            f"warpgroups share"
+            f"tile_n = {row['tile_n']} must be {consumers * WARPGROUP_M}, 64 keys for each of "
+            f"{consumers} warpgroups, or {WARPGROUP_M} with split_products, which they share"
         )
-    elif not row["split_products"] and row["tile_n"] != consumers * WARPGROUP_M:
-        found.append(
-            f"tile_n = {row['tile_n']} must be {consumers * WARPGROUP_M} without split_products, "
-            f"{WARPGROUP_M} keys for each of {consumers} warpgroups"
-        )
-    if row["split_products"] and not row["statistics_by_product"]:
+    if split and not row["statistics_by_product"]:
         found.append("split_products needs statistics_by_product: no thread reads lse or delta")
-    if row["split_products"] and row["scores_behind_dk"]:
+    if split and row["scores_behind_dk"]:
         found.append("scores_behind_dk needs split_products = false: no warpgroup has S and dK")
     return found
 

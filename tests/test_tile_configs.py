@@ -347,10 +347,10 @@ def test_a_table_without_backward_rows_has_an_empty_registry(tmp_path):
         ),
         (
             {"tile_n": 192},
-            "tile_n = 192 must be 128 without split_products, 64 keys for each of 2 warpgroups",
+            "tile_n = 192 must be 128, 64 keys for each of 2 warpgroups, or 64 with split_products",
         ),
-        ({"tile_n": 64}, "tile_n = 64 must be 128 without split_products"),
-        ({"split_products": True}, "tile_n = 128 must be 64 with split_products"),
+        ({"tile_n": 64}, "tile_n = 64 must be 128, 64 keys for each"),
+        ({"split_products": True}, "warpgroups, or 64 with split_products, which they share"),
         (
             {"tile_n": 64, "split_products": True, "statistics_by_product": False},
             "split_products needs statistics_by_product",

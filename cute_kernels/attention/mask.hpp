@@ -7,7 +7,7 @@
 namespace cute_kernels::attention {
 
 /// Which keys a query sees, and what scores become of those that it does not.
-struct Mask : Visibility {
+struct Mask : CausalRanges {
   /// Whether some queries do not see keys that are there. Beyond the last key TMA brings zeros.
   CUTLASS_DEVICE bool hides_values() const { return causal; }
 
@@ -19,7 +19,7 @@ struct Mask : Visibility {
     using namespace cute;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < size<0>(scores); ++row) {
-      int const limit = visible_keys(query + 8 * row) - key;
+      int const limit = end_key(query + 8 * row) - key;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
         int const offset = 8 * (col / 2) + col % 2;  // pairs of columns, 8 apart

@@ -30,7 +30,7 @@ struct RowConfig {
   MaskClass mask;
 };
 
-/// And how well.
+/// Of a forward row also those that tell how well.
 struct TileConfig : RowConfig<ElementType> {
   int tile_m;    // queries of one CTA
   double speed;  // throughput on long sequences, relative to the other rows of the head dim
@@ -71,7 +71,7 @@ extern Registry<BackwardKernel> const kBackwardRegistry;
 template <class Dtype>
 bool can_take(RowConfig<Dtype> const& config, Dtype dtype, AttentionCall const& call) {
   return config.dtype == dtype && config.head_dim >= call.sizes.head_dim &&
-         config.head_dim_v >= call.sizes.head_dim_v && visibility(call).has_value();
+         config.head_dim_v >= call.sizes.head_dim_v && kernel_ranges(call).has_value();
 }
 
 /// Whether the automatic choice may give the call to it.
@@ -87,48 +87,13 @@ int channels(RowConfig<Dtype> const& config) {
   return config.head_dim + config.head_dim_v;
 }
 
-/// How many keys the tiles of a head visit.
-struct KeysOfTiles {
-  double mean;  // of a query's tile
-  double most;
-  double least;  // that the queries of a tile all see
-};
-
-/// Of a few tiles that stand for all: the first one, which may be short, and of the others some at
-/// equal distances, among them the last.
-inline KeysOfTiles keys_of_tiles(Visibility const& visible, int tile_m) {
-  constexpr int kSamples = 8;
-  int const tiles = (visible.seqlen_q + tile_m - 1) / tile_m;
-  auto keys_of = [&](int tile) {
-    return visible.key_blocks(first_query_of_tile(visible.seqlen_q, tile_m, tiles, tile), tile_m,
-                              1);
-  };
-  BlockRange const first = keys_of(0);
-  int const others = tiles - 1;
-  int const samples = std::min(others, kSamples);
-  int const gaps = std::max(1, samples - 1);
-  int most = first.visited, least = first.full;
-  double sum = 0;
-  for (int i = 0; i < samples; ++i) {
-    BlockRange const sample = keys_of(1 + (i * (others - 1) + gaps / 2) / gaps);
-    sum += sample.visited;
-    most = std::max(most, sample.visited);
-    least = std::min(least, sample.full);
-  }
-  double mean = first.visited;
-  if (samples > 0) {
-    double const share = static_cast<double>(others) * tile_m / visible.seqlen_q;  // of the queries
-    mean += share * (sum / samples - mean);
-  }
-  return {mean, static_cast<double>(most), static_cast<double>(least)};
-}
-
 /// Time of a call in arbitrary units: rounds of tiles over the multiprocessors, each as long as its
 /// queries and keys. A tile that is not full costs only what it has. Tiles of unequal length fill
 /// the last round, as far as they are unequal; but nothing is faster than the longest.
-inline double estimate_forward(TileConfig const& config, CallSizes const& sizes,
-                               Visibility const& visible, int multiprocessors) {
-  KeysOfTiles const keys = keys_of_tiles(visible, config.tile_m);
+inline double estimate_forward(TileConfig const& config, AttentionCall const& call,
+                               int multiprocessors) {
+  CallSizes const& sizes = call.sizes;
+  VisitedKeys const keys = visited_keys(WindowRanges(call), config.tile_m);
   double rounds = static_cast<double>(sizes.seqlen_q) / config.tile_m * sizes.batch *
                   sizes.heads_q / multiprocessors;
   if (keys.most > 0) rounds += (std::ceil(rounds) - rounds) * keys.least / keys.most;
@@ -146,7 +111,7 @@ inline ForwardKernel const* choose_forward(ElementType dtype, AttentionCall cons
     TileConfig const& config = kernel.config;
     if (!may_take(config, dtype, call)) continue;
     if (best != nullptr && channels(config) > channels(best->config)) continue;
-    double const time = estimate_forward(config, call.sizes, *visibility(call), multiprocessors);
+    double const time = estimate_forward(config, call, multiprocessors);
     if (best == nullptr || channels(config) < channels(best->config) || time < best_time) {
       best = &kernel;
       best_time = time;
@@ -157,8 +122,8 @@ inline ForwardKernel const* choose_forward(ElementType dtype, AttentionCall cons
 
 /// The first of the kernels with the smallest fitting head dims; null where there is none.
 template <class Kernel, class Dtype>
-Kernel const* choose_first(Registry<Kernel> const& registry, Dtype dtype,
-                           AttentionCall const& call) {
+Kernel const* choose_fitting(Registry<Kernel> const& registry, Dtype dtype,
+                             AttentionCall const& call) {
   Kernel const* best = nullptr;
   for (Kernel const& kernel : registry) {
     if (!may_take(kernel.config, dtype, call)) continue;

@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
   }
   attention::Device const& device = hopper(q.device);
   ElementType const dtype = element_type(q.dtype);
-  auto const choose = [&] { return attention::choose_first(kBackwardRegistry, dtype, call); };
+  auto const choose = [&] { return attention::choose_fitting(kBackwardRegistry, dtype, call); };
   BackwardKernel const& kernel = kernel_for(kBackwardRegistry, choose, dtype, call, tile);
 
   constexpr int kLeastQueries = 64;  // of a block

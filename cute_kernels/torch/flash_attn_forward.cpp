@@ -82,6 +82,9 @@ std::string choose_tile_config(ScalarType dtype, int64_t batch, int64_t seqlen_q
           ", must be float16 or bfloat16");
   require(seqlen_q > 0 && multiprocessors > 0, "seqlen_q is ", seqlen_q, " and multiprocessors is ",
           multiprocessors, ", both must be above 0");
+  for (int64_t size : {batch, seqlen_q, seqlen_k, heads, head_dim, multiprocessors}) {
+    require(size >= 0 && size < int64_t{1} << 30, size, " is not a size from 0 to below 2^30");
+  }
   AttentionCall call{};
   call.sizes.batch = static_cast<int>(batch);
   call.sizes.seqlen_q = static_cast<int>(seqlen_q);

@@ -220,7 +220,7 @@ std::tuple<Tensor, Tensor> attend(Tensor const& q_tensor, Tensor const& k_tensor
   if (sizes.batch == 0 || sizes.heads_q == 0 || sizes.seqlen_q == 0) return {out, lse};
   ScoreType const type = q.dtype == ScalarType::Char ? ScoreType::kInt8 : ScoreType::kE4m3;
   Fp8ForwardKernel const* kernel =
-      attention::choose_first(attention::kFp8ForwardRegistry, type, call);
+      attention::choose_fitting(attention::kFp8ForwardRegistry, type, call);
   require(kernel != nullptr, "no FP8 kernel for q of ", DtypeOf{q.dtype}, ", head_dim ",
           sizes.head_dim, " in this build");
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <random>
+#include <type_traits>
 
 #include "cute_kernels/attention/backward/kernel.hpp"
 #include "cute_kernels/attention/backward/postprocess.hpp"
@@ -48,7 +49,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   using namespace cute;
   using Element = typename Traits::Element;
   CallSizes const& sizes = problem.call.sizes;
-  Mask const mask{visibility(problem.call).value()};
+  Mask const mask{kernel_ranges(problem.call).value()};
 
   auto queries = [&](TensorView const& view, int channels) {
     return make_tma_copy(
@@ -74,27 +75,28 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   int const pairs = sizes.heads_kv * sizes.batch;
   using Params = BackwardParams<std::decay_t<decltype(tma_q)>, std::decay_t<decltype(tma_k)>,
                                 std::decay_t<decltype(tma_v)>, std::decay_t<decltype(tma_dk)>>;
-  Params const params{tma_q,
-                      tma_grad_out,
-                      tma_k,
-                      tma_v,
-                      tma_dk,
-                      tma_dv,
-                      make_shape(sizes.seqlen_q, sizes.head_dim, sizes.heads_q, sizes.batch),
-                      make_shape(sizes.seqlen_k, sizes.head_dim, sizes.heads_kv, sizes.batch),
-                      problem.grad_out,
-                      workspace,
-                      call_number,
-                      scale_of_scores(problem.call.scale) * sm90::kLog2e,
-                      problem.call.scale,
-                      sizes.heads_q,
-                      sizes.heads_q / sizes.heads_kv,
-                      workspace.turns != nullptr,
-                      mask,
-                      clusters,
-                      pairs,
-                      std::min(pairs, heads_at_a_time<Traits>(mask, workspace)),
-                      cutlass::FastDivmod(sizes.heads_kv)};
+  Params params{};
+  params.tma_q = tma_q;
+  params.tma_grad_out = tma_grad_out;
+  params.tma_k = tma_k;
+  params.tma_v = tma_v;
+  params.tma_dk = tma_dk;
+  params.tma_dv = tma_dv;
+  params.shape_q = make_shape(sizes.seqlen_q, sizes.head_dim, sizes.heads_q, sizes.batch);
+  params.shape_k = make_shape(sizes.seqlen_k, sizes.head_dim, sizes.heads_kv, sizes.batch);
+  params.grad_out = problem.grad_out;
+  params.workspace = workspace;
+  params.call_number = call_number;
+  params.scale_log2 = scale_of_scores(problem.call.scale) * sm90::kLog2e;
+  params.softmax_scale = problem.call.scale;
+  params.heads = sizes.heads_q;
+  params.heads_per_kv = sizes.heads_q / sizes.heads_kv;
+  params.dq_in_order = workspace.turns != nullptr;
+  params.mask = mask;
+  params.clusters = clusters;
+  params.pairs = pairs;
+  params.group = std::min(pairs, heads_at_a_time<Traits>(mask, workspace));
+  params.heads_kv = cutlass::FastDivmod(sizes.heads_kv);
 
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
   static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KB of shared memory");

@@ -32,14 +32,14 @@ template <class Tile>
 cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t stream) {
   using Traits = Fp8ForwardTraits<Tile>;
   float const scale_log2 = std::min(problem.call.scale, kLargestScale) * sm90::kLog2e;
-  auto const common = forward_params<Traits>(problem, scale_log2);
-  Fp8ForwardParams<std::remove_const_t<decltype(common)>> const params{
-      common,
-      problem.q_scale,
-      problem.k_scale,
-      problem.v_scale,
-      problem.call.sizes.head_dim_v,
-      problem.out_float16};
+  using CommonParams = decltype(forward_params<Traits>(problem, scale_log2));
+  Fp8ForwardParams<CommonParams> params{};
+  static_cast<CommonParams&>(params) = forward_params<Traits>(problem, scale_log2);
+  params.q_scale = problem.q_scale;
+  params.k_scale = problem.k_scale;
+  params.v_scale = problem.v_scale;
+  params.head_dim_v = problem.call.sizes.head_dim_v;
+  params.out_float16 = problem.out_float16;
   return start_forward<Fp8ForwardMainloop<Traits>>(params, problem.device, stream,
                                                    problem.overlaps);
 }

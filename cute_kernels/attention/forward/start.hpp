@@ -18,7 +18,7 @@ template <class Traits>
 auto forward_params(ForwardProblem const& problem, float scale_log2) {
   using namespace cute;
   CallSizes const& sizes = problem.call.sizes;
-  Mask const mask{visibility(problem.call).value()};
+  Mask const mask{kernel_ranges(problem.call).value()};
   // A descriptor of no keys is not allowed; with seqlen_k = 0 nothing is loaded through it.
   int const keys = std::max(1, sizes.seqlen_k);
   auto q = global_tensor<typename Traits::ElementQk>(problem.q, sizes.seqlen_q, sizes.head_dim,
@@ -37,23 +37,25 @@ auto forward_params(ForwardProblem const& problem, float scale_log2) {
                            sizes.heads_kv * sizes.seqlen_k * (sizes.head_dim + sizes.head_dim_v);
   using Params =
       ForwardParams<Traits, decltype(tma_q), decltype(tma_k), decltype(tma_v), decltype(tma_o)>;
-  return Params{tma_q,
-                tma_k,
-                tma_v,
-                tma_o,
-                q.shape(),
-                k.shape(),
-                v.shape(),
-                o.shape(),
-                problem.v,
-                problem.out,
-                problem.lse,
-                scale_log2,
-                sizes.heads_q,
-                cutlass::FastDivmod(sizes.heads_q / sizes.heads_kv),
-                mask,
-                TileScheduler::make_params(sizes, mask.causal, Traits::kTileM, kv_bytes,
-                                           problem.device.multiprocessors)};
+  Params params{};
+  params.tma_q = tma_q;
+  params.tma_k = tma_k;
+  params.tma_v = tma_v;
+  params.tma_o = tma_o;
+  params.shape_q = q.shape();
+  params.shape_k = k.shape();
+  params.shape_v = v.shape();
+  params.shape_o = o.shape();
+  params.v = problem.v;
+  params.out = problem.out;
+  params.lse = problem.lse;
+  params.scale_log2 = scale_log2;
+  params.heads = sizes.heads_q;
+  params.heads_per_kv = cutlass::FastDivmod(sizes.heads_q / sizes.heads_kv);
+  params.mask = mask;
+  params.scheduler = TileScheduler::make_params(sizes, mask.causal, Traits::kTileM, kv_bytes,
+                                                problem.device.multiprocessors);
+  return params;
 }
 
 /// Starts a forward kernel, a CTA for each multiprocessor or for each tile. With `overlaps` while
