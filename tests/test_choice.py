@@ -89,3 +89,14 @@ def test_a_head_dim_without_a_kernel_is_an_error():
 def test_nonsense_is_an_error():
     with pytest.raises(RuntimeError, match="seqlen_q is 0"):
         choose("bf16", 64, seqlen_q=0)
+    for wrong in (-1, 2**30, 2**40):
+        with pytest.raises(RuntimeError, match=f"{wrong} is not a size from 0 to below 2"):
+            choose("bf16", 64, seqlen_k=wrong)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_choice_answers_calls_of_any_size(causal):
+    for seqlen_q in (1, 64, 65, 1000, 2**30 - 1):
+        for seqlen_k in (0, 1, 77, 2**30 - 1):
+            row = choose(*BUILT[0], seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal)
+            assert (row["dtype"], row["head_dim"]) == BUILT[0]

@@ -15,9 +15,10 @@ MAIN = r"""
 
 namespace cute_kernels::attention {
 constexpr auto kBf16 = ElementType::kBFloat16;
-ForwardKernel const kForward[] = {{{"f64", kBf16, 64, 64, MaskClass::kAny, 128, 1.0, 0}, nullptr}};
-BackwardKernel const kBackward[] = {{{"b64", kBf16, 64, MaskClass::kAny, 128}, nullptr, nullptr},
-                                    {{"b128", kBf16, 128, MaskClass::kAny, 128}, nullptr, nullptr}};
+constexpr auto kAny = MaskClass::kAny;
+ForwardKernel const kForward[] = {{{"f64", kBf16, 64, 64, kAny, 128, 1.0, 0}, nullptr}};
+BackwardKernel const kBackward[] = {{{"b64", kBf16, 64, 64, kAny, 128}, nullptr, nullptr},
+                                    {{"b128", kBf16, 128, 128, kAny, 128}, nullptr, nullptr}};
 KernelTable<ForwardKernel> forward_kernels{kForward, 1};
 KernelTable<BackwardKernel> backward_kernels{kBackward, 2};
 KernelTable<Fp8ForwardKernel> fp8_forward_kernels{nullptr, 0};
@@ -30,36 +31,48 @@ void show(char const* what, Kernel const* kernel) {
   std::printf("%s: %s\n", what, kernel == nullptr ? "none" : kernel->config.name);
 }
 
-CallShape call(int head_dim, bool causal) { return {kBf16, 1, 1024, 1024, 8, head_dim, causal}; }
+AttentionCall call(int head_dim, bool causal) {
+  return {{1, 1024, 1024, 8, 8, head_dim, head_dim}, mask_spec(causal), 1.f};
+}
+
+ForwardKernel const* forward(bool causal) { return choose_forward(kBf16, call(64, causal), 132); }
+
+BackwardKernel const* backward(int head_dim, bool causal) {
+  return choose_fitting(backward_kernels, kBf16, call(head_dim, causal));
+}
+
+Fp8ForwardKernel const* int8() {
+  return choose_fitting(fp8_forward_kernels, ScoreType::kInt8, call(64, false));
+}
 
 int main() {
-  show("built backward 64", choose_backward(call(64, false)));
+  show("built backward 64", backward(64, false));
   static BackwardKernel const added[] = {
-      {{"mine64", kBf16, 64, MaskClass::kCausal, 64}, nullptr, nullptr},
-      {{"mine192", kBf16, 192, MaskClass::kAny, 64}, nullptr, nullptr},
-      {{"b64", kBf16, 64, MaskClass::kAny, 64}, nullptr, nullptr}};
+      {{"mine64", kBf16, 64, 64, MaskClass::kCausal, 64}, nullptr, nullptr},
+      {{"mine192", kBf16, 192, 192, kAny, 64}, nullptr, nullptr},
+      {{"b64", kBf16, 64, 64, kAny, 64}, nullptr, nullptr}};
   for (auto const& kernel : added) std::printf("%d", backward_kernels.add(kernel));
   std::printf("\n");
   for (auto const& kernel : backward_kernels) std::printf("%s ", kernel.config.name);
   std::printf("\n");
-  show("causal 64", choose_backward(call(64, true)));
-  show("full 64", choose_backward(call(64, false)));
-  show("full 136", choose_backward(call(136, false)));
-  show("full 200", choose_backward(call(200, false)));
+  show("causal 64", backward(64, true));
+  show("full 64", backward(64, false));
+  show("full 136", backward(136, false));
+  show("full 200", backward(200, false));
 
-  show("no fp8", choose_fp8_forward(ScoreType::kInt8, 64));
-  static Fp8ForwardKernel const fp8{{"int8", ScoreType::kInt8, 64, 128}, nullptr};
-  static Fp8ForwardKernel const e4m3{{"e4m3", ScoreType::kE4m3, 64, 128}, nullptr};
+  show("no fp8", int8());
+  static Fp8ForwardKernel const fp8{{"int8", ScoreType::kInt8, 64, 64, kAny, 128}, nullptr};
+  static Fp8ForwardKernel const e4m3{{"e4m3", ScoreType::kE4m3, 64, 64, kAny, 128}, nullptr};
   fp8_forward_kernels.add(fp8);
   fp8_forward_kernels.add(e4m3);
-  show("fp8", choose_fp8_forward(ScoreType::kInt8, 64));
+  show("fp8", int8());
   std::printf("%d\n", fp8_forward_kernels.is_built());
 
-  show("forward", choose_forward(call(64, false), 132));
+  show("forward", forward(false));
   static ForwardKernel const fast{{"fast", kBf16, 64, 64, MaskClass::kFull, 128, 1.5, 0}, nullptr};
   forward_kernels.add(fast);
-  show("full forward", choose_forward(call(64, false), 132));
-  show("causal forward", choose_forward(call(64, true), 132));
+  show("full forward", forward(false));
+  show("causal forward", forward(true));
 
   // Readers beside four that add: each sees all that was there when it started.
   constexpr int kEach = 500;
@@ -67,7 +80,7 @@ int main() {
   static std::vector<ForwardKernel> kernels;
   for (int i = 0; i < 4 * kEach; ++i) names.push_back("k" + std::to_string(i / 2));
   for (auto const& name : names) {
-    kernels.push_back({{name.c_str(), kBf16, 64, 64, MaskClass::kAny, 128, 1.0, 0}, nullptr});
+    kernels.push_back({{name.c_str(), kBf16, 64, 64, kAny, 128, 1.0, 0}, nullptr});
   }
   std::atomic<int> added_count{0}, lost{0};
   std::vector<std::thread> threads;

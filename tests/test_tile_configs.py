@@ -67,6 +67,7 @@ def test_a_row_becomes_one_kernel_per_dtype_with_defaults_filled_in():
         "pingpong": True,
         "overlap": True,
         "separate_output": False,
+        "sum_in_pairs": False,
         "speed": 1.0,
         "overhead": 0,
         "why": "measured",
@@ -219,9 +220,17 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
     assert changed == {"tile_configs.json", "forward_table.cpp"}  # no kernel is compiled again
 
 
-@pytest.mark.parametrize("name", ["forward", "backward"])
-def test_traits_read_the_constants_that_the_generator_writes(name):
-    traits = (ROOT / "cute_kernels" / "attention" / name / "traits.hpp").read_text()
+@pytest.mark.parametrize(
+    ("name", "headers"),
+    [
+        ("forward", ["forward/tile_traits.hpp", "forward/traits.hpp"]),
+        ("forward_fp8", ["forward/tile_traits.hpp", "forward/fp8_traits.hpp"]),
+        ("backward", ["backward/traits.hpp"]),
+    ],
+)
+def test_traits_read_the_constants_that_the_generator_writes(name, headers):
+    folder = ROOT / "cute_kernels" / "attention"
+    traits = "".join((folder / header).read_text() for header in headers)
     written = {field.constant for field in source.constants(passes.PASSES[name])}
     assert set(re.findall(r"Tile::(k\w+)", traits)) == written
 
@@ -298,6 +307,7 @@ BACKWARD = {
     "head_dim": 128,
     "tile_m": 64,
     "tile_n": 128,
+    "statistics_by_product": True,
     "why": "measured",
 }
 
@@ -336,20 +346,33 @@ def test_a_table_without_backward_rows_has_an_empty_one(tmp_path):
         ({"tile_m": 80}, "tile_m = 80 must be 64, 128"),
         ({"tile_m": 192, "head_dim": 64}, "tile_m = 192 must be 64 or 128 with head_dim = 64"),
         (
-            {"tile_m": 128, "tile_n": 64},
+            {"tile_m": 128, "tile_n": 64, "split_products": True},
             "tile_m = 128 must be 64 or 256 with head_dim = 128: dQ is split over 4 warpgroups",
         ),
         (
-            {"head_dim": 64, "tile_n": 64},
+            {"head_dim": 64, "tile_n": 64, "split_products": True},
             "head_dim = 64 must be a multiple of 128 with tile_n = 64: two CTAs",
         ),
-        ({"tile_n": 192}, "tile_n = 192 must be 128, 64 keys for each of 2 warpgroups, or 64"),
+        (
+            {"tile_n": 192},
+            "tile_n = 192 must be 128, 64 keys for each of 2 warpgroups, or 64 with split_products",
+        ),
+        ({"tile_n": 64}, "tile_n = 64 must be 128, 64 keys for each"),
+        ({"split_products": True}, "warpgroups, or 64 with split_products, which they share"),
+        (
+            {"tile_n": 64, "split_products": True, "statistics_by_product": False},
+            "split_products needs statistics_by_product",
+        ),
+        (
+            {"tile_n": 64, "split_products": True, "scores_behind_dk": True},
+            "scores_behind_dk needs split_products = false",
+        ),
         ({"mask": "window"}, "'window' is none of any, full, causal"),
         ({"stages": 1}, "stages = 1 must be at least 2"),
         ({"consumer_warpgroups": 3}, "consumer_warpgroups = 3 must be 2: of the four warps"),
         ({"name": GOOD["name"]}, "the name stands 2 times"),
         (
-            {"tile_m": 128},
+            {"tile_m": 128, "statistics_by_product": False},
             "registers of a consumer thread: 128 scores and dP, then dQ + 64 dK + 64 dV + 16 "
             "working = 272 > 240",
         ),
@@ -378,13 +401,14 @@ tile_m = {tile_m}
 tile_n = {tile_n}
 linear_exp = {linear_exp}
 overlap = {overlap}
+moves_of_four = {moves_of_four}
 why = "measured"
 """
 
 
-def fp8_table(tile_m=128, tile_n=128, linear_exp="false", overlap="true"):
-    values = {"tile_m": tile_m, "tile_n": tile_n, "linear_exp": linear_exp, "overlap": overlap}
-    return table(good()) + FP8_ROW.format(**values)
+def fp8_table(**changes):
+    values = {"tile_m": 128, "tile_n": 128, "linear_exp": "false", "overlap": "true"}
+    return table(good()) + FP8_ROW.format(**{**values, "moves_of_four": 0, **changes})
 
 
 def test_fp8_rows_become_kernels(tmp_path):
@@ -408,6 +432,7 @@ def test_fp8_rows_become_kernels(tmp_path):
         ({"linear_exp": "true"}, "linear_exp needs overlap = false"),
         ({"tile_m": 256}, "registers of a consumer thread: 64 scores [+] 64 output"),
         ({"tile_m": 100}, "tile_m = 100"),
+        ({"moves_of_four": 5}, "moves_of_four = 5 must be 0 to 4"),
     ],
 )
 def test_fp8_rows_that_cannot_fit_are_refused(change, message):

@@ -8,10 +8,7 @@ namespace cute_kernels::attention {
 /// What Q and K are; P and V are always e4m3.
 enum class ScoreType { kE4m3, kInt8 };
 
-struct Fp8TileConfig {
-  char const* name;
-  ScoreType dtype;
-  int head_dim;  // the kernel takes head dims up to this one
+struct Fp8TileConfig : RowConfig<ScoreType> {
   int tile_m;
 };
 
@@ -23,17 +20,5 @@ struct Fp8ForwardKernel {
 };
 
 extern KernelTable<Fp8ForwardKernel> fp8_forward_kernels;
-
-/// The last of the kernels with the smallest fitting head dim, as choose_backward; null where there
-/// is none.
-inline Fp8ForwardKernel const* choose_fp8_forward(ScoreType dtype, int head_dim) {
-  Fp8ForwardKernel const* best = nullptr;
-  for (Fp8ForwardKernel const& kernel : fp8_forward_kernels) {
-    Fp8TileConfig const& config = kernel.config;
-    if (config.dtype != dtype || config.head_dim < head_dim) continue;
-    if (best == nullptr || config.head_dim <= best->config.head_dim) best = &kernel;
-  }
-  return best;
-}
 
 }  // namespace cute_kernels::attention

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "cute_kernels/attention/call.hpp"
+
 // Plain structs that the framework binding fills and the launch code reads. Nothing here needs a
 // CUDA compiler.
 namespace cute_kernels::attention {
@@ -22,16 +24,10 @@ struct Device {
 };
 
 /// One call of exact attention, forward. Requires heads_q % heads_kv == 0, every pointer and byte
-/// stride a multiple of 16, batch, heads and seqlen_q at least 1; seqlen_k may be 0.
+/// stride a multiple of 16, batch, heads and seqlen_q at least 1, a row that can_take() the call;
+/// seqlen_k may be 0.
 struct ForwardProblem {
-  int batch;
-  int seqlen_q;
-  int seqlen_k;
-  int heads_q;
-  int heads_kv;
-  int head_dim;
-  bool causal;          // bottom-right aligned: query i sees keys j <= i + seqlen_k - seqlen_q
-  float softmax_scale;  // finite, > 0
+  AttentionCall call;
   TensorView q;
   TensorView k;
   TensorView v;
@@ -42,15 +38,8 @@ struct ForwardProblem {
 
 /// The gradients of one call of exact attention. Requires what ForwardProblem does.
 struct BackwardProblem {
-  int batch;
-  int seqlen_q;
-  int seqlen_k;
-  int heads_q;
-  int heads_kv;
-  int head_dim;
-  bool causal;
+  AttentionCall call;
   bool deterministic;  // the same bits from run to run: dQ is summed in a fixed order
-  float softmax_scale;
   TensorView q;
   TensorView k;
   TensorView v;

@@ -6,8 +6,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cute_kernels/attention/call.hpp"
 #include "cute_kernels/attention/kernel_table.hpp"
 #include "cute_kernels/attention/problem.hpp"
+#include "cute_kernels/attention/ranges.hpp"
 
 // What the dispatcher knows of the compiled kernels: rows of tile_configs.toml, and users' own.
 namespace cute_kernels::attention {
@@ -18,27 +20,21 @@ enum class ElementType { kFloat16, kBFloat16 };
 /// for by name.
 enum class MaskClass { kAny, kFull, kCausal };
 
-/// The columns of a row that decide whether a kernel can take a call, and how well.
-struct TileConfig {
+/// The columns of a row that decide whether a kernel can take a call.
+template <class Dtype>
+struct RowConfig {
   char const* name;
-  ElementType dtype;
-  int head_dim;  // the kernel takes head dims up to this one
+  Dtype dtype;
+  int head_dim;  // the kernel takes head dims up to these
   int head_dim_v;
   MaskClass mask;
+};
+
+/// Of a forward row also those that tell how well.
+struct TileConfig : RowConfig<ElementType> {
   int tile_m;    // queries of one CTA
   double speed;  // throughput on long sequences, relative to the other rows of the head dim
   int overhead;  // what a tile costs beside its keys, in keys
-};
-
-/// What the automatic choice looks at.
-struct CallShape {
-  ElementType dtype;
-  int64_t batch;
-  int64_t seqlen_q;
-  int64_t seqlen_k;
-  int64_t heads_q;
-  int64_t head_dim;
-  bool causal;
 };
 
 struct ForwardKernel {
@@ -48,11 +44,7 @@ struct ForwardKernel {
   cudaError_t (*launch)(Problem const&, cudaStream_t);
 };
 
-struct BackwardTileConfig {
-  char const* name;
-  ElementType dtype;
-  int head_dim;  // the kernel takes head dims up to this one
-  MaskClass mask;
+struct BackwardTileConfig : RowConfig<ElementType> {
   int tile_n;  // keys of one CTA
 };
 
@@ -67,45 +59,52 @@ struct BackwardKernel {
 extern KernelTable<ForwardKernel> forward_kernels;
 extern KernelTable<BackwardKernel> backward_kernels;
 
-/// Whether the automatic choice may give the call to the kernel of this row.
-template <class Config>
-bool may_take(Config const& config, CallShape const& shape) {
-  MaskClass const wanted = shape.causal ? MaskClass::kCausal : MaskClass::kFull;
-  return config.dtype == shape.dtype && config.head_dim >= shape.head_dim &&
-         (config.mask == MaskClass::kAny || config.mask == wanted);
+/// Whether the kernel of this row computes the call: every launch asks here first.
+template <class Dtype>
+bool can_take(RowConfig<Dtype> const& config, Dtype dtype, AttentionCall const& call) {
+  return config.dtype == dtype && config.head_dim >= call.sizes.head_dim &&
+         config.head_dim_v >= call.sizes.head_dim_v && kernel_ranges(call).has_value();
+}
+
+/// Whether the automatic choice may give the call to it.
+template <class Dtype>
+bool may_take(RowConfig<Dtype> const& config, Dtype dtype, AttentionCall const& call) {
+  MaskClass const wanted = call.mask.right ? MaskClass::kCausal : MaskClass::kFull;
+  return can_take(config, dtype, call) && (config.mask == MaskClass::kAny || config.mask == wanted);
+}
+
+/// What the products of a row cost, for each query and key: it pads the head dims to its own.
+template <class Dtype>
+int channels(RowConfig<Dtype> const& config) {
+  return config.head_dim + config.head_dim_v;
 }
 
 /// Time of a call in arbitrary units: rounds of tiles over the multiprocessors, each as long as its
 /// queries and keys. A tile that is not full costs only what it has. Tiles of unequal length fill
-/// the last round, as far as they are unequal; but nothing is faster than the longest. What the
-/// diagonal of a causal mask wastes grows with tile_m.
-inline double estimate_forward(TileConfig const& config, CallShape const& shape,
+/// the last round, as far as they are unequal; but nothing is faster than the longest.
+inline double estimate_forward(TileConfig const& config, AttentionCall const& call,
                                int multiprocessors) {
-  double const seqlen_q = static_cast<double>(shape.seqlen_q);
-  double const longest = static_cast<double>(shape.seqlen_k);
-  double const shortest = shape.causal ? std::max(0.0, longest - seqlen_q) : longest;
-  double keys = longest;
-  if (shape.causal) {
-    keys = longest >= seqlen_q ? longest - seqlen_q / 2 : longest * longest / (2 * seqlen_q);
-    keys += config.tile_m / 2;
-  }
-  double rounds = seqlen_q / config.tile_m * shape.batch * shape.heads_q / multiprocessors;
-  if (longest > 0) rounds += (std::ceil(rounds) - rounds) * shortest / longest;
-  double const time = std::max(rounds * (keys + config.overhead), longest + config.overhead);
+  CallSizes const& sizes = call.sizes;
+  VisitedKeys const keys = visited_keys(WindowRanges(call), config.tile_m);
+  double rounds = static_cast<double>(sizes.seqlen_q) / config.tile_m * sizes.batch *
+                  sizes.heads_q / multiprocessors;
+  if (keys.most > 0) rounds += (std::ceil(rounds) - rounds) * keys.least / keys.most;
+  double const time = std::max(rounds * (keys.mean + config.overhead), keys.most + config.overhead);
   return time * config.tile_m / config.speed;
 }
 
-/// Of the kernels with the smallest fitting head dim whose mask class allows the call, the one with
-/// the shortest estimate, the first of equals; null where there is none.
-inline ForwardKernel const* choose_forward(CallShape const& shape, int multiprocessors) {
+/// Of the kernels with the smallest fitting head dims whose mask class allows the call, the one
+/// with the shortest estimate, the first of equals; null where there is none.
+inline ForwardKernel const* choose_forward(ElementType dtype, AttentionCall const& call,
+                                           int multiprocessors) {
   ForwardKernel const* best = nullptr;
   double best_time = 0;
   for (ForwardKernel const& kernel : forward_kernels) {
     TileConfig const& config = kernel.config;
-    if (!may_take(config, shape)) continue;
-    if (best != nullptr && config.head_dim > best->config.head_dim) continue;
-    double const time = estimate_forward(config, shape, multiprocessors);
-    if (best == nullptr || config.head_dim < best->config.head_dim || time < best_time) {
+    if (!may_take(config, dtype, call)) continue;
+    if (best != nullptr && channels(config) > channels(best->config)) continue;
+    double const time = estimate_forward(config, call, multiprocessors);
+    if (best == nullptr || channels(config) < channels(best->config) || time < best_time) {
       best = &kernel;
       best_time = time;
     }
@@ -113,13 +112,15 @@ inline ForwardKernel const* choose_forward(CallShape const& shape, int multiproc
   return best;
 }
 
-/// The last of the kernels with the smallest fitting head dim, so that one that was added comes
+/// The last of the kernels with the smallest fitting head dims, so that one that was added comes
 /// before the build's; null where there is none.
-inline BackwardKernel const* choose_backward(CallShape const& shape) {
-  BackwardKernel const* best = nullptr;
-  for (BackwardKernel const& kernel : backward_kernels) {
-    if (!may_take(kernel.config, shape)) continue;
-    if (best == nullptr || kernel.config.head_dim <= best->config.head_dim) best = &kernel;
+template <class Kernel, class Dtype>
+Kernel const* choose_fitting(KernelTable<Kernel> const& kernels, Dtype dtype,
+                             AttentionCall const& call) {
+  Kernel const* best = nullptr;
+  for (Kernel const& kernel : kernels) {
+    if (!may_take(kernel.config, dtype, call)) continue;
+    if (best == nullptr || channels(kernel.config) <= channels(best->config)) best = &kernel;
   }
   return best;
 }

@@ -5,6 +5,8 @@
 
 #include <cutlass/fast_math.h>
 
+#include "cute_kernels/attention/call.hpp"
+
 namespace cute_kernels::attention {
 
 /// The work of one CTA at a time: kTileM queries of one head of one batch entry.
@@ -40,9 +42,10 @@ class TileScheduler {
   };
 
   /// kv_bytes: all of K and V.
-  static Params make_params(int seqlen_q, int tile_m, int heads, int batch, bool causal,
-                            int64_t kv_bytes, int ctas) {
-    int const m_blocks = (seqlen_q + tile_m - 1) / tile_m;
+  static Params make_params(CallSizes const& sizes, bool causal, int tile_m, int64_t kv_bytes,
+                            int ctas) {
+    int const m_blocks = (sizes.seqlen_q + tile_m - 1) / tile_m;
+    int const heads = sizes.heads_q, batch = sizes.batch;
     int band = m_blocks;
     if (causal) {
       int const narrow = narrow_band(tile_m, heads * batch, ctas);

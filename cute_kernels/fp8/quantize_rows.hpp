@@ -22,10 +22,12 @@ struct QuantizeRows {
   using Out = Out_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = 2;
-  static constexpr int kLanes = kHeadDim == 256 ? 8 : 4;  // threads of a row
-  static constexpr int kChunks = kHeadDim / 8 / kLanes;   // runs of 8 elements of a thread
+  // Threads of a row: more than four where one would have more than four runs of 8 elements.
+  static constexpr int kLanes = kHeadDim > 4 * 4 * 8 ? kHeadDim / (4 * 8) : 4;
+  static constexpr int kChunks = kHeadDim / 8 / kLanes;  // runs of 8 elements of a thread
   static constexpr int kThreads = kBlockRows / kRows * kLanes;
-  static constexpr int kResidentThreads = kHeadDim == 64 ? 1024 : 512;
+  static constexpr int kResidentThreads = 2048 / kChunks;  // whose elements registers hold
+  // 1 / sqrt(kHeadDim)
   static constexpr float kNorm = kHeadDim == 64    ? 0.125f
                                  : kHeadDim == 256 ? 0.0625f
                                                    : 0.08838834764831845f;

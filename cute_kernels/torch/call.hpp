@@ -9,26 +9,25 @@
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/require.hpp"
 
-// What the 16-bit operators share: the checks of q, k and v, and the look-up of a kernel. They keep
+// What the operators share: the checks of q, k and v, and the look-up of a kernel. They keep
 // kernels from what they cannot take; what is wrong with a call that they refuse its caller is told
 // in python/cute_kernels/checks.py.
 namespace cute_kernels::binding {
 
 constexpr int kElementBytes = 2;
 
-/// q, k and v as the caller gave them, checked.
-struct Call : attention::CallShape {
-  int64_t heads_kv;
-};
+/// The call that q and k, of any number format and with sizes that an int holds, make with a V of
+/// head_dim_v, checked.
+attention::AttentionCall call_of(Argument const& q, Argument const& k, int64_t head_dim_v,
+                                 double softmax_scale, attention::MaskSpec const& mask);
 
-Call check_call(Argument const& q, Argument const& k, Argument const& v, double softmax_scale,
-                bool causal);
+/// The same of 16-bit q, k and v as the caller gave them, all of it checked.
+attention::AttentionCall check_call(Argument const& q, Argument const& k, Argument const& v,
+                                    double softmax_scale, attention::MaskSpec const& mask);
 
-/// Throws where a call asks for more of a mask than `causal`: no kernel reads it yet.
-inline void refuse_windows(std::optional<int64_t> left, std::optional<int64_t> right,
-                           std::optional<int64_t> diagonal) {
-  require(!left && !right && !diagonal, "windows and diagonals are not there yet on CUDA");
-}
+/// The operators' arguments of a mask.
+attention::MaskSpec mask_of(bool causal, std::optional<int64_t> left, std::optional<int64_t> right,
+                            std::optional<int64_t> diagonal);
 
 /// Throws unless `a` is where q is.
 void check_device(Argument const& a, Argument const& q);
@@ -39,6 +38,7 @@ void check_like(Argument const& a, Argument const& q);
 attention::ElementType element_type(torch::headeronly::ScalarType dtype);
 
 char const* name_of(attention::ElementType dtype);
+char const* name_of(attention::MaskSpec const& mask);
 
 /// The operators' argument tile_config, which the caller owns: a row's name, or nothing for the
 /// automatic choice. A std::string parameter would be copied twice, and torch 2.13's conversion
@@ -61,20 +61,20 @@ class TileName {
 /// The kernel of a name, or what choose() finds where there is none, checked for the call.
 template <class Kernel, class Choose>
 Kernel const& kernel_for(attention::KernelTable<Kernel> const& kernels, Choose choose,
-                         Call const& call, TileName const& tile) {
+                         attention::ElementType dtype, attention::AttentionCall const& call,
+                         TileName const& tile) {
   if (tile.automatic()) {
     Kernel const* const chosen = choose();
     if (chosen != nullptr) return *chosen;
     std::ostringstream there;
     for (Kernel const& kernel : kernels) there << ' ' << kernel.config.name;
-    fail("no ", Kernel::kPass, " kernel for ", name_of(call.dtype), ", head_dim ", call.head_dim,
-         ", ", call.causal ? "causal" : "full", " in this build, which has", there.str());
+    fail("no ", Kernel::kPass, " kernel for ", name_of(dtype), ", head_dim ", call.sizes.head_dim,
+         ", ", name_of(call.mask), " in this build, which has", there.str());
   }
   for (Kernel const& kernel : kernels) {
-    auto const& config = kernel.config;
-    if (config.name != tile.name()) continue;
-    require(config.dtype == call.dtype && config.head_dim >= call.head_dim, "tile_config ",
-            config.name, " does not take q's dtype and head_dim");
+    if (kernel.config.name != tile.name()) continue;
+    require(attention::can_take(kernel.config, dtype, call), "tile_config ", tile.name(),
+            " does not take q's dtype and head_dim, or the mask");
     return kernel;
   }
   fail("tile_config ", tile.name(), " is not a ", Kernel::kPass, " row of this build");

@@ -17,8 +17,11 @@
 namespace cute_kernels::binding {
 namespace {
 
+using attention::AttentionCall;
 using attention::BackwardKernel;
 using attention::BackwardProblem;
+using attention::CallSizes;
+using attention::ElementType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -48,11 +51,12 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
     std::optional<StringHandle> tile_config, std::optional<int64_t> window_left,
     std::optional<int64_t> window_right, std::optional<int64_t> diagonal) {
   TileName const tile(tile_config);
-  refuse_windows(window_left, window_right, diagonal);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   Argument const out("out", out_tensor), grad_out("grad_out", grad_out_tensor);
   Argument const lse("lse", lse_tensor);
-  Call const call = check_call(q, k, v, softmax_scale, causal);
+  AttentionCall const call =
+      check_call(q, k, v, softmax_scale, mask_of(causal, window_left, window_right, diagonal));
+  CallSizes const& sizes = call.sizes;
   check_output(out, q);
   check_output(grad_out, q);
   check_lse(lse, q);
@@ -62,24 +66,27 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
     check_lse(*grad_lse, q);
   }
   attention::Device const& device = hopper(q.device);
-  auto const choose = [&] { return attention::choose_backward(call); };
-  BackwardKernel const& kernel = kernel_for(attention::backward_kernels, choose, call, tile);
+  ElementType const dtype = element_type(q.dtype);
+  auto const choose = [&] {
+    return attention::choose_fitting(attention::backward_kernels, dtype, call);
+  };
+  BackwardKernel const& kernel = kernel_for(attention::backward_kernels, choose, dtype, call, tile);
 
   constexpr int kLeastQueries = 64;  // of a block
-  require(static_cast<double>(call.batch) * call.heads_q *
-                  ((call.seqlen_q + kLeastQueries - 1) / kLeastQueries) <
+  require(static_cast<double>(sizes.batch) * sizes.heads_q *
+                  ((q.size(1) + kLeastQueries - 1) / kLeastQueries) <
               double{1 << 30},
           "q has shape ", Shape{q.sizes}, ", batch * heads * blocks of ", kLeastQueries,
           " queries must be below 2^30");
-  int64_t const key_blocks = (call.seqlen_k + kernel.config.tile_n - 1) / kernel.config.tile_n;
-  require(static_cast<double>(call.batch) * call.heads_kv * key_blocks < double{1 << 30},
+  int64_t const key_blocks = (k.size(1) + kernel.config.tile_n - 1) / kernel.config.tile_n;
+  require(static_cast<double>(sizes.batch) * sizes.heads_kv * key_blocks < double{1 << 30},
           "k has 2^30 blocks or more");
 
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor grad_q = empty(4, q.sizes.data(), q.dtype, q.device);
   Tensor grad_k = empty(4, k.sizes.data(), q.dtype, q.device);
   Tensor grad_v = empty(4, v.sizes.data(), q.dtype, q.device);
-  if (call.batch == 0 || call.heads_q == 0 || call.seqlen_q == 0 || call.seqlen_k == 0) {
+  if (sizes.batch == 0 || sizes.heads_q == 0 || sizes.seqlen_q == 0 || sizes.seqlen_k == 0) {
     for (Tensor* grad : {&grad_q, &grad_k, &grad_v}) torch::stable::zero_(*grad);
     return {grad_q, grad_k, grad_v};
   }
@@ -94,28 +101,20 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
   Tensor const lse_dense = dense(lse);
   std::optional<Tensor> grad_lse_dense;
   if (grad_lse.has_value()) grad_lse_dense = dense(*grad_lse);
-  BackwardProblem problem{
-      static_cast<int>(call.batch),
-      static_cast<int>(call.seqlen_q),
-      static_cast<int>(call.seqlen_k),
-      static_cast<int>(call.heads_q),
-      static_cast<int>(call.heads_kv),
-      static_cast<int>(call.head_dim),
-      causal,
-      deterministic,
-      static_cast<float>(softmax_scale),
-      view(q_readable),
-      view(k_readable),
-      view(v_readable),
-      view(out_readable),
-      view(grad_out_readable),
-      static_cast<float const*>(lse_dense.data_ptr()),
-      grad_lse_dense.has_value() ? static_cast<float const*>(grad_lse_dense->data_ptr()) : nullptr,
-      view(grad_q),
-      view(grad_k),
-      view(grad_v),
-      nullptr,
-      device};
+  BackwardProblem problem{};
+  problem.call = call;
+  problem.deterministic = deterministic;
+  problem.q = view(q_readable);
+  problem.k = view(k_readable);
+  problem.v = view(v_readable);
+  problem.out = view(out_readable);
+  problem.grad_out = view(grad_out_readable);
+  problem.lse = static_cast<float const*>(lse_dense.data_ptr());
+  if (grad_lse_dense) problem.grad_lse = static_cast<float const*>(grad_lse_dense->data_ptr());
+  problem.grad_q = view(grad_q);
+  problem.grad_k = view(grad_k);
+  problem.grad_v = view(grad_v);
+  problem.device = device;
   Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, q.device);
   problem.workspace = workspace.data_ptr();
   require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);

@@ -17,15 +17,18 @@
 namespace cute_kernels::binding {
 namespace {
 
+using attention::AttentionCall;
+using attention::CallSizes;
+using attention::ElementType;
 using attention::ForwardKernel;
 using attention::ForwardProblem;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-ForwardKernel const& forward_kernel_for(Call const& call, TileName const& tile,
-                                        int multiprocessors) {
-  auto const choose = [&] { return attention::choose_forward(call, multiprocessors); };
-  return kernel_for(attention::forward_kernels, choose, call, tile);
+ForwardKernel const& forward_kernel_for(ElementType dtype, AttentionCall const& call,
+                                        TileName const& tile, int multiprocessors) {
+  auto const choose = [&] { return attention::choose_forward(dtype, call, multiprocessors); };
+  return kernel_for(attention::forward_kernels, choose, dtype, call, tile);
 }
 
 /// `deterministic` is for the gradient; the forward pass always is.
@@ -37,43 +40,39 @@ std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor con
                                               std::optional<int64_t> window_right,
                                               std::optional<int64_t> diagonal) {
   TileName const tile(tile_config);
-  refuse_windows(window_left, window_right, diagonal);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
-  Call const call = check_call(q, k, v, softmax_scale, causal);
+  AttentionCall const call =
+      check_call(q, k, v, softmax_scale, mask_of(causal, window_left, window_right, diagonal));
+  CallSizes const& sizes = call.sizes;
   attention::Device const& device = hopper(q.device);
-  ForwardKernel const& kernel = forward_kernel_for(call, tile, device.multiprocessors);
-  int64_t const query_blocks = (call.seqlen_q + kernel.config.tile_m - 1) / kernel.config.tile_m;
-  require(static_cast<double>(call.batch) * call.heads_q * query_blocks < double{1 << 30},
+  ForwardKernel const& kernel =
+      forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
+  int64_t const query_blocks = (q.size(1) + kernel.config.tile_m - 1) / kernel.config.tile_m;
+  require(static_cast<double>(sizes.batch) * sizes.heads_q * query_blocks < double{1 << 30},
           "q has 2^30 blocks or more");
 
   torch::stable::accelerator::DeviceGuard const guard(q.device);
-  Tensor out = empty(4, q.sizes.data(), q.dtype, q.device);
-  int64_t const lse_sizes[] = {call.batch, call.heads_q, call.seqlen_q};
-  Tensor lse = empty(3, lse_sizes, ScalarType::Float, q.device);
-  if (call.batch == 0 || call.heads_q == 0 || call.seqlen_q == 0) return {out, lse};
+  Tensor out =
+      empty({sizes.batch, sizes.seqlen_q, sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device);
+  Tensor lse = empty({sizes.batch, sizes.heads_q, sizes.seqlen_q}, ScalarType::Float, q.device);
+  if (sizes.batch == 0 || sizes.heads_q == 0 || sizes.seqlen_q == 0) return {out, lse};
 
   // The copies, if any, live until the launch is enqueued: the allocator reuses memory in stream
   // order.
-  bool const has_keys = call.seqlen_k > 0;
+  bool const has_keys = sizes.seqlen_k > 0;
   Tensor const q_readable = tma_readable(q, kElementBytes);
   Tensor const k_readable = has_keys
                                 ? tma_readable(k, kElementBytes)
                                 : out;  // without keys nothing is read, but an address is needed
   Tensor const v_readable = has_keys ? tma_readable(v, kElementBytes) : out;
-  ForwardProblem const problem{static_cast<int>(call.batch),
-                               static_cast<int>(call.seqlen_q),
-                               static_cast<int>(call.seqlen_k),
-                               static_cast<int>(call.heads_q),
-                               static_cast<int>(call.heads_kv),
-                               static_cast<int>(call.head_dim),
-                               causal,
-                               static_cast<float>(softmax_scale),
-                               view(q_readable),
-                               view(k_readable),
-                               view(v_readable),
-                               view(out),
-                               static_cast<float*>(lse.data_ptr()),
-                               device};
+  ForwardProblem problem{};
+  problem.call = call;
+  problem.q = view(q_readable);
+  problem.k = view(k_readable);
+  problem.v = view(v_readable);
+  problem.out = view(out);
+  problem.lse = static_cast<float*>(lse.data_ptr());
+  problem.device = device;
   require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
   return {out, lse};
 }
@@ -86,9 +85,19 @@ std::string choose_tile_config(ScalarType dtype, int64_t batch, int64_t seqlen_q
           ", must be float16 or bfloat16");
   require(seqlen_q > 0 && multiprocessors > 0, "seqlen_q is ", seqlen_q, " and multiprocessors is ",
           multiprocessors, ", both must be above 0");
-  Call const call{{element_type(dtype), batch, seqlen_q, seqlen_k, heads, head_dim, causal}, heads};
+  for (int64_t size : {batch, seqlen_q, seqlen_k, heads, head_dim, multiprocessors}) {
+    require(size >= 0 && size < int64_t{1} << 30, size, " is not a size from 0 to below 2^30");
+  }
+  AttentionCall call{};
+  call.sizes.batch = static_cast<int>(batch);
+  call.sizes.seqlen_q = static_cast<int>(seqlen_q);
+  call.sizes.seqlen_k = static_cast<int>(seqlen_k);
+  call.sizes.heads_q = call.sizes.heads_kv = static_cast<int>(heads);
+  call.sizes.head_dim = call.sizes.head_dim_v = static_cast<int>(head_dim);
+  call.mask = attention::mask_spec(causal);
   TileName const automatic(std::nullopt);
-  return forward_kernel_for(call, automatic, static_cast<int>(multiprocessors)).config.name;
+  return forward_kernel_for(element_type(dtype), call, automatic, static_cast<int>(multiprocessors))
+      .config.name;
 }
 
 }  // namespace

@@ -1,4 +1,3 @@
-#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -10,6 +9,7 @@
 #include "cute_kernels/attention/fp8_problem.hpp"
 #include "cute_kernels/attention/fp8_tile_config.hpp"
 #include "cute_kernels/fp8/quantize_launch.hpp"
+#include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
@@ -17,6 +17,8 @@
 namespace cute_kernels::binding {
 namespace {
 
+using attention::AttentionCall;
+using attention::CallSizes;
 using attention::Fp8ForwardKernel;
 using attention::Fp8ForwardProblem;
 using attention::ScaleView;
@@ -35,10 +37,6 @@ void check_tensor(Argument const& a, int rank) {
   for (int64_t size : a.sizes) require(size < kLimit, a.name, " has a size of 2^30 or more");
   require(a.stride(rank - 1) == 1 || a.size(rank - 1) <= 1, a.name,
           "'s last dimension is not contiguous");
-}
-
-void check_like(Argument const& a, Argument const& q) {
-  require(a.is_cuda && a.device == q.device, a.name, " is not where q is");
 }
 
 void check_head_dim(Argument const& a, int64_t head_dim) {
@@ -178,7 +176,7 @@ std::tuple<Tensor, Tensor> quantize_values(Tensor const& v_tensor) {
 ScaleView scale_view(Argument const& a, Argument const& q, int64_t batch, int64_t heads,
                      int64_t blocks) {
   check_tensor(a, 3);
-  check_like(a, q);
+  check_device(a, q);
   require(a.dtype == ScalarType::Float, a.name, " is not float32");
   bool const one = a.size(2) == 1;
   require(a.size(0) == batch && a.size(1) == heads && (one || a.size(2) == blocks), a.name,
@@ -197,64 +195,54 @@ std::tuple<Tensor, Tensor> attend(Tensor const& q_tensor, Tensor const& k_tensor
       v_scale("v_scale", v_scale_tensor);
   for (Argument const* a : {&q, &k, &v}) {
     check_tensor(*a, 4);
-    check_like(*a, q);
+    check_device(*a, q);
   }
   require(q.dtype == ScalarType::Float8_e4m3fn || q.dtype == ScalarType::Char,
           "q is not float8_e4m3fn or int8");
   require(k.dtype == q.dtype, "k does not have q's dtype");
   require(v.dtype == ScalarType::Float8_e4m3fn, "v is not float8_e4m3fn");
-  int64_t const batch = q.size(0), seqlen_q = q.size(1), heads_q = q.size(2), head_dim = q.size(3);
-  int64_t const seqlen_k = k.size(1), heads_kv = k.size(2);
-  check_head_dim(q, head_dim);
-  require(k.size(0) == batch && k.size(3) == head_dim, "k does not have q's batch and head_dim");
-  int64_t const padded = blocks_of(seqlen_k, kKeyPadding) * kKeyPadding;
-  require(v.size(0) == batch && v.size(1) == heads_kv && v.size(2) == head_dim &&
-              v.size(3) == padded && v.tensor.is_contiguous(),
+  check_head_dim(q, q.size(3));
+  AttentionCall const call = call_of(q, k, v.size(2), softmax_scale, attention::mask_spec(causal));
+  CallSizes const& sizes = call.sizes;
+  int64_t const padded = blocks_of(sizes.seqlen_k, kKeyPadding) * kKeyPadding;
+  require(v.size(0) == sizes.batch && v.size(1) == sizes.heads_kv &&
+              sizes.head_dim_v == sizes.head_dim && v.size(3) == padded && v.tensor.is_contiguous(),
           "v is not what quantize_fp8_values gives for k's shape");
-  require(heads_q == 0 || (heads_kv > 0 && heads_q % heads_kv == 0),
-          "q's heads are not a multiple of k's");
-  float const scale = static_cast<float>(softmax_scale);
-  require(std::isfinite(scale) && softmax_scale > 0, "softmax_scale is not finite and above 0");
-  require(static_cast<double>(batch) * heads_q * blocks_of(seqlen_q, fp8::kBlockRows) < kLimit,
+  int64_t const query_blocks = blocks_of(sizes.seqlen_q, fp8::kBlockRows);
+  require(static_cast<double>(sizes.batch) * sizes.heads_q * query_blocks < kLimit,
           "q has 2^30 blocks of rows or more");
   attention::Device const& device = hopper(q.device);
 
   torch::stable::accelerator::DeviceGuard const guard(q.device);
-  Tensor out = empty({batch, seqlen_q, heads_q, head_dim},
+  Tensor out = empty({sizes.batch, sizes.seqlen_q, sizes.heads_q, sizes.head_dim_v},
                      out_float16 ? ScalarType::Half : ScalarType::BFloat16, q.device);
-  Tensor lse = empty({batch, heads_q, seqlen_q}, ScalarType::Float, q.device);
-  if (batch == 0 || heads_q == 0 || seqlen_q == 0) return {out, lse};
+  Tensor lse = empty({sizes.batch, sizes.heads_q, sizes.seqlen_q}, ScalarType::Float, q.device);
+  if (sizes.batch == 0 || sizes.heads_q == 0 || sizes.seqlen_q == 0) return {out, lse};
   ScoreType const type = q.dtype == ScalarType::Char ? ScoreType::kInt8 : ScoreType::kE4m3;
-  Fp8ForwardKernel const* kernel = attention::choose_fp8_forward(type, static_cast<int>(head_dim));
-  require(kernel != nullptr, "no FP8 kernel for q of ", DtypeOf{q.dtype}, ", head_dim ", head_dim,
-          " in this build");
+  Fp8ForwardKernel const* kernel =
+      attention::choose_fitting(attention::fp8_forward_kernels, type, call);
+  require(kernel != nullptr, "no FP8 kernel for q of ", DtypeOf{q.dtype}, ", head_dim ",
+          sizes.head_dim, " in this build");
 
-  bool const has_keys = seqlen_k > 0;
+  bool const has_keys = sizes.seqlen_k > 0;
   Tensor const q_readable = tma_readable(q, 1);
   Tensor const k_readable =
       has_keys ? tma_readable(k, 1) : out;  // without keys nothing is read, an address is needed
-  attention::TensorView v_view{out.data_ptr(), kKeyPadding, kKeyPadding, kKeyPadding};
-  if (has_keys) v_view = {v.tensor.data_ptr(), v.stride(0), padded, v.stride(1)};
-  Fp8ForwardProblem const problem{
-      static_cast<int>(batch),
-      static_cast<int>(seqlen_q),
-      static_cast<int>(seqlen_k),
-      static_cast<int>(heads_q),
-      static_cast<int>(heads_kv),
-      static_cast<int>(head_dim),
-      causal,
-      out_float16,
-      overlaps,
-      scale,
-      view(q_readable),
-      view(k_readable),
-      v_view,
-      view(out),
-      scale_view(q_scale, q, batch, heads_q, blocks_of(seqlen_q, fp8::kBlockRows)),
-      scale_view(k_scale, q, batch, heads_kv, blocks_of(seqlen_k, fp8::kBlockRows)),
-      scale_view(v_scale, q, batch, heads_kv, head_dim),
-      static_cast<float*>(lse.data_ptr()),
-      device};
+  Fp8ForwardProblem problem{};
+  problem.call = call;
+  problem.q = view(q_readable);
+  problem.k = view(k_readable);
+  problem.v = {out.data_ptr(), kKeyPadding, kKeyPadding, kKeyPadding};
+  if (has_keys) problem.v = {v.tensor.data_ptr(), v.stride(0), padded, v.stride(1)};
+  problem.out = view(out);
+  problem.lse = static_cast<float*>(lse.data_ptr());
+  problem.device = device;
+  problem.out_float16 = out_float16;
+  problem.overlaps = overlaps;
+  problem.q_scale = scale_view(q_scale, q, sizes.batch, sizes.heads_q, query_blocks);
+  problem.k_scale = scale_view(k_scale, q, sizes.batch, sizes.heads_kv,
+                               blocks_of(sizes.seqlen_k, fp8::kBlockRows));
+  problem.v_scale = scale_view(v_scale, q, sizes.batch, sizes.heads_kv, sizes.head_dim_v);
   require_success(kernel->launch(problem, current_stream(q.device)), kernel->config.name);
   return {out, lse};
 }
@@ -276,8 +264,8 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_fp8(Tensor const& q_tensor, Tensor
   check_rows(k);
   check_values(v);
   check_16_bits(v);
-  check_like(k, q);
-  check_like(v, q);
+  check_device(k, q);
+  check_device(v, q);
   require(v.size(1) == k.size(1), "v has seqlen ", v.size(1), ", must be ", k.size(1), " like k");
   hopper(q.device);
   torch::stable::accelerator::DeviceGuard const guard(q.device);

@@ -83,7 +83,7 @@ CUTLASS_DEVICE void check_own_keys(Params const& params, typename Traits::Shared
                                    int warpgroup) {
   if (!params.mask.hides_values()) return;
   if (own_keys<Traits>(shared, warpgroup).nonfinite() != 0) {
-    *params.workspace.alarm = params.call;
+    *params.workspace.alarm = params.call_number;
   }
 }
 

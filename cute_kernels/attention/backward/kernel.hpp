@@ -30,7 +30,7 @@ struct BackwardParams {
   Shape shape_k;
   TensorView grad_out;
   BackwardWorkspace workspace;
-  uint64_t call;
+  uint64_t call_number;
   float scale_log2;
   float softmax_scale;
   int heads;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
   if constexpr (kCareful) {
     sm90::wait_for_previous_kernel();
-    if (*params.workspace.alarm != params.call) return;
+    if (*params.workspace.alarm != params.call_number) return;
   }
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);

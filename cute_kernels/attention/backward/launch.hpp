@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <random>
+#include <type_traits>
 
 #include "cute_kernels/attention/backward/kernel.hpp"
 #include "cute_kernels/attention/backward/postprocess.hpp"
@@ -30,11 +31,11 @@ int64_t backward_workspace_bytes(BackwardProblem const& problem) {
 /// the key blocks before, and the more heads, the fewer of these start with it; but what CTAs touch
 /// between the first and the last of a query block's should stay in L2. Measured.
 template <class Traits>
-int heads_at_a_time(BackwardProblem const& problem, BackwardWorkspace const& workspace) {
+int heads_at_a_time(Mask const& mask, BackwardWorkspace const& workspace) {
   if (workspace.turns == nullptr) return 4;
   int heads = 16 / Traits::kCluster;
-  if constexpr (Traits::kTileM > 64) {  // a CTA has few steps, and each that it waits counts
-    if (problem.causal) heads *= 2;
+  if constexpr (Traits::kLongSteps) {
+    if (mask.causal) heads *= 2;
     if (workspace.m_blocks.divisor <= 8) heads *= 2;
   }
   return heads;
@@ -44,52 +45,58 @@ int heads_at_a_time(BackwardProblem const& problem, BackwardWorkspace const& wor
 /// that has raised the alarm.
 template <class Traits, bool kCareful>
 cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspace const& workspace,
-                                 uint64_t call, cudaStream_t stream) {
+                                 uint64_t call_number, cudaStream_t stream) {
   using namespace cute;
   using Element = typename Traits::Element;
+  CallSizes const& sizes = problem.call.sizes;
+  Mask const mask{kernel_ranges(problem.call).value()};
 
-  auto tensor = [&](TensorView const& view, int seqlen, int heads) {
-    return global_tensor<Element>(view, seqlen, problem.head_dim, heads, problem.batch);
+  auto queries = [&](TensorView const& view, int channels) {
+    return make_tma_copy(
+        SM90_TMA_LOAD{},
+        global_tensor<Element>(view, sizes.seqlen_q, channels, sizes.heads_q, sizes.batch),
+        take<0, 2>(typename Traits::LayoutQ{}));
   };
-  auto queries = [&](TensorView const& view) {
-    return make_tma_copy(SM90_TMA_LOAD{}, tensor(view, problem.seqlen_q, problem.heads_q),
-                         take<0, 2>(typename Traits::LayoutQ{}));
+  auto keys = [&](auto operation, TensorView const& view, int channels, auto layout) {
+    return make_tma_copy(
+        operation,
+        global_tensor<Element>(view, sizes.seqlen_k, channels, sizes.heads_kv, sizes.batch),
+        layout);
   };
-  auto keys = [&](auto operation, TensorView const& view, auto layout) {
-    return make_tma_copy(operation, tensor(view, problem.seqlen_k, problem.heads_kv), layout);
-  };
-  auto own_keys = [&](auto operation, TensorView const& view) {
-    return keys(operation, view, typename Traits::LayoutOwnKeys{});
-  };
-  auto const tma_k = keys(SM90_TMA_LOAD{}, problem.k, typename Traits::LayoutK{});
+  typename Traits::LayoutOwnKeys const own{};
+  auto const tma_q = queries(problem.q, sizes.head_dim);
+  auto const tma_grad_out = queries(problem.grad_out, sizes.head_dim_v);
+  auto const tma_k = keys(SM90_TMA_LOAD{}, problem.k, sizes.head_dim, typename Traits::LayoutK{});
+  auto const tma_v = keys(SM90_TMA_LOAD{}, problem.v, sizes.head_dim_v, own);
+  auto const tma_dk = keys(SM90_TMA_STORE{}, problem.grad_k, sizes.head_dim, own);
+  auto const tma_dv = keys(SM90_TMA_STORE{}, problem.grad_v, sizes.head_dim_v, own);
   constexpr int kClusterKeys = Traits::kTileN * Traits::kCluster;
-  int const clusters = (problem.seqlen_k + kClusterKeys - 1) / kClusterKeys;
-  int const pairs = problem.heads_kv * problem.batch;
-  using Params = BackwardParams<decltype(queries(problem.q)), decltype(tma_k),
-                                decltype(own_keys(SM90_TMA_LOAD{}, problem.v)),
-                                decltype(own_keys(SM90_TMA_STORE{}, problem.grad_k))>;
-  Params const params{
-      queries(problem.q),
-      queries(problem.grad_out),
-      tma_k,
-      own_keys(SM90_TMA_LOAD{}, problem.v),
-      own_keys(SM90_TMA_STORE{}, problem.grad_k),
-      own_keys(SM90_TMA_STORE{}, problem.grad_v),
-      make_shape(problem.seqlen_q, problem.head_dim, problem.heads_q, problem.batch),
-      make_shape(problem.seqlen_k, problem.head_dim, problem.heads_kv, problem.batch),
-      problem.grad_out,
-      workspace,
-      call,
-      scale_of_scores(problem.softmax_scale) * sm90::kLog2e,
-      problem.softmax_scale,
-      problem.heads_q,
-      problem.heads_q / problem.heads_kv,
-      workspace.turns != nullptr,
-      Mask{problem.seqlen_q, problem.seqlen_k, problem.causal},
-      clusters,
-      pairs,
-      std::min(pairs, heads_at_a_time<Traits>(problem, workspace)),
-      cutlass::FastDivmod(problem.heads_kv)};
+  int const clusters = (sizes.seqlen_k + kClusterKeys - 1) / kClusterKeys;
+  int const pairs = sizes.heads_kv * sizes.batch;
+  using Params = BackwardParams<std::decay_t<decltype(tma_q)>, std::decay_t<decltype(tma_k)>,
+                                std::decay_t<decltype(tma_v)>, std::decay_t<decltype(tma_dk)>>;
+  Params params{};
+  params.tma_q = tma_q;
+  params.tma_grad_out = tma_grad_out;
+  params.tma_k = tma_k;
+  params.tma_v = tma_v;
+  params.tma_dk = tma_dk;
+  params.tma_dv = tma_dv;
+  params.shape_q = make_shape(sizes.seqlen_q, sizes.head_dim, sizes.heads_q, sizes.batch);
+  params.shape_k = make_shape(sizes.seqlen_k, sizes.head_dim, sizes.heads_kv, sizes.batch);
+  params.grad_out = problem.grad_out;
+  params.workspace = workspace;
+  params.call_number = call_number;
+  params.scale_log2 = scale_of_scores(problem.call.scale) * sm90::kLog2e;
+  params.softmax_scale = problem.call.scale;
+  params.heads = sizes.heads_q;
+  params.heads_per_kv = sizes.heads_q / sizes.heads_kv;
+  params.dq_in_order = workspace.turns != nullptr;
+  params.mask = mask;
+  params.clusters = clusters;
+  params.pairs = pairs;
+  params.group = std::min(pairs, heads_at_a_time<Traits>(mask, workspace));
+  params.heads_kv = cutlass::FastDivmod(sizes.heads_kv);
 
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
   static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KB of shared memory");
@@ -112,27 +119,29 @@ template <class Tile>
 cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream) {
   using Traits = BackwardTraits<Tile>;
   BackwardWorkspace const workspace = backward_workspace<Traits>(problem);
-  uint64_t const call = number_of_call();
+  AttentionCall const& call = problem.call;
+  CallSizes const& sizes = call.sizes;
+  uint64_t const call_number = number_of_call();
   sm90::Launch of_queries{};
-  of_queries.grid = dim3(workspace.m_blocks.divisor * problem.heads_q * problem.batch);
+  of_queries.grid = dim3(workspace.m_blocks.divisor * sizes.heads_q * sizes.batch);
   of_queries.stream = stream;
   of_queries.device = problem.device.index;
 
   of_queries.threads = kPreprocessThreads;
   cudaError_t status = sm90::launch_kernel<preprocess_kernel<Traits>>(
       of_queries,
-      PreprocessParams{problem.out, problem.grad_out, problem.lse, problem.grad_lse,
-                       problem.seqlen_q, cutlass::FastDivmod(problem.heads_q), problem.head_dim,
-                       scale_of_scores(problem.softmax_scale), call, workspace});
+      PreprocessParams{problem.out, problem.grad_out, problem.lse, problem.grad_lse, sizes.seqlen_q,
+                       cutlass::FastDivmod(sizes.heads_q), sizes.head_dim_v,
+                       scale_of_scores(call.scale), call_number, workspace});
   if (status != cudaSuccess) return status;
 
-  if (problem.seqlen_k > 0) {  // otherwise dQ = 0
-    status = launch_backward_main<Traits, false>(problem, workspace, call, stream);
+  if (sizes.seqlen_k > 0) {  // otherwise dQ = 0
+    status = launch_backward_main<Traits, false>(problem, workspace, call_number, stream);
     if (status != cudaSuccess) return status;
     BackwardWorkspace again = workspace;  // in order: who comes first writes over what is there
     again.turns = workspace.careful_turns;
     again.drawn = workspace.careful_drawn;
-    status = launch_backward_main<Traits, true>(problem, again, call, stream);
+    status = launch_backward_main<Traits, true>(problem, again, call_number, stream);
     if (status != cudaSuccess) return status;
   }
 
@@ -140,9 +149,8 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   of_queries.shared_bytes = postprocess_shared_bytes<Traits>();
   of_queries.early = true;
   return sm90::launch_kernel<postprocess_kernel<Traits>>(
-      of_queries,
-      PostprocessParams{problem.grad_q, problem.softmax_scale, problem.seqlen_q, problem.head_dim,
-                        cutlass::FastDivmod(problem.heads_q), call, workspace});
+      of_queries, PostprocessParams{problem.grad_q, call.scale, sizes.seqlen_q, sizes.head_dim,
+                                    cutlass::FastDivmod(sizes.heads_q), call_number, workspace});
 }
 
 }  // namespace cute_kernels::attention

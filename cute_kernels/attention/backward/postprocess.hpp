@@ -14,7 +14,7 @@ struct PostprocessParams {
   int seqlen_q;
   int head_dim;
   cutlass::FastDivmod heads;
-  uint64_t call;
+  uint64_t call_number;
   BackwardWorkspace workspace;
 };
 
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(128 * Traits::kDqSlices)
   params.heads(batch, head, params.workspace.m_blocks.divmod(block, blockIdx.x));
 
   sm90::wait_for_previous_kernel();
-  bool const careful = *params.workspace.alarm == params.call;
+  bool const careful = *params.workspace.alarm == params.call_number;
   int const* const turns = careful ? params.workspace.careful_turns : params.workspace.turns;
   typename Traits::MmaDq mma;
   auto dq = partition_fragment_C(mma, Shape<Int<Traits::kSliceM>, Int<Traits::kSliceN>>{});

@@ -17,9 +17,9 @@ struct PreprocessParams {
   float const* grad_lse;
   int seqlen_q;
   cutlass::FastDivmod heads;
-  int head_dim;
+  int head_dim_v;
   float scale;  // of the scores
-  uint64_t call;
+  uint64_t call_number;
   BackwardWorkspace workspace;
 };
 
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     int const query = block * Traits::kTileM + row;
     bool const inside = query < params.seqlen_q && row < Traits::kTileM;
     float sum = 0.f;
-    if (inside && column < params.head_dim) {
+    if (inside && column < params.head_dim_v) {
       cutlass::NumericArrayConverter<float, Element, kVector> widen;
       auto const out = widen(row_of(params.out, query));
       auto const grad_out = widen(row_of(params.grad_out, query));
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       statistics->set(row, lse, minus_delta, params.scale);
     }
   }
-  if (alarming) *params.workspace.alarm = params.call;
+  if (alarming) *params.workspace.alarm = params.call_number;
   if (blockIdx.x + threadIdx.x == 0) *params.workspace.drawn = *params.workspace.careful_drawn = 0;
   if (threadIdx.x < Traits::kCluster) {
     int64_t const at = block_index * Traits::kCluster + threadIdx.x;

@@ -21,8 +21,8 @@ class QuerySteps {
   CUTLASS_DEVICE QuerySteps(Params const& params, KeyBlockCoord const& coord)
       : params_(params), coord_(coord) {
     // The CTAs of a cluster take the same steps.
-    first_ = range_of(coord.n_block / Traits::kCluster * Traits::kCluster).first;
-    full_ = range_of(coord.n_block).full;
+    first_ = range_of(coord.n_block / Traits::kCluster * Traits::kCluster).begin;
+    full_ = range_of(coord.n_block).full_begin;
     block_ = params.workspace.m_blocks.divisor - 1;
     head_in_group_ = 0;
   }
@@ -63,7 +63,7 @@ class QuerySteps {
   }
 
  private:
-  CUTLASS_DEVICE QueryRange range_of(int n_block) const {
+  CUTLASS_DEVICE BlockRange range_of(int n_block) const {
     return params_.mask.query_blocks(n_block * Traits::kTileN, Traits::kTileN, Traits::kTileM);
   }
 

@@ -50,9 +50,10 @@ struct BackwardTraits {
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (1 + kConsumers) * kLaunchRegisters);
 
-  static constexpr bool kSplitProducts = kTileN == kWarpgroupN;
+  static constexpr bool kSplitProducts = Tile::kSplitProducts;
   static_assert(kConsumers == 2, "beside the loader, a warp for the dQ of each, and one for turns");
-  static_assert(kSplitProducts || kTileN == kWarpgroupN * kConsumers, "a warpgroup owns 64 keys");
+  static_assert(kTileN == (kSplitProducts ? kWarpgroupN : kWarpgroupN * kConsumers),
+                "warpgroups share 64 keys, or each has 64 of its own");
   static_assert(kTileM % 16 == 0 && kTileM <= 256, "tile_m is N of S^T and K of dV");
   static_assert(kHeadDim % 64 == 0, "the 128-byte swizzle is 64 elements wide");
 
@@ -103,14 +104,17 @@ struct BackwardTraits {
 
   // lse and delta are subtracted by WGMMA; or, where no registers are left for its operand of ones,
   // by the threads.
-  static constexpr bool kStatisticsByProduct = kTileM == 64;
+  static constexpr bool kStatisticsByProduct = Tile::kStatisticsByProduct;
   using Statistics =
       std::conditional_t<kStatisticsByProduct, StatisticParts<kTileM>, StatisticValues<kTileM>>;
   using MmaStatistic = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<cutlass::bfloat16_t, cutlass::bfloat16_t, float,
                                  MnkShape<kWarpgroupN, kTileM, 16>>()));
   // S^T is issued while the last step's dK is in flight.
-  static constexpr bool kScoresBehindDk = !kSplitProducts && kHeadDim == 64;
+  static constexpr bool kScoresBehindDk = Tile::kScoresBehindDk;
+  static_assert(!kScoresBehindDk || !kSplitProducts, "no warpgroup has both S^T and dK");
+  // The longer a step, the fewer a CTA has, and the more each that it waits in order for costs.
+  static constexpr bool kLongSteps = kTileM > 64;
 
   // S^T's and dP^T's accumulators, 16-bit, as the A operand of dV and dK.
   using ScoresAsOperand =

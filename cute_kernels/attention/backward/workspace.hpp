@@ -29,18 +29,20 @@ struct BackwardWorkspace {
 template <class Traits>
 bool adds_in_order(BackwardProblem const& problem) {
   constexpr int kFewTurns = 8;
-  bool const few_turns = problem.seqlen_k <= kFewTurns * Traits::kTileN * Traits::kCluster;
-  bool const many_heads = int64_t{problem.batch} * problem.heads_kv * Traits::kCluster >=
-                          problem.device.multiprocessors;
+  CallSizes const& sizes = problem.call.sizes;
+  bool const few_turns = sizes.seqlen_k <= kFewTurns * Traits::kTileN * Traits::kCluster;
+  bool const many_heads =
+      int64_t{sizes.batch} * sizes.heads_kv * Traits::kCluster >= problem.device.multiprocessors;
   return problem.deterministic || (few_turns && many_heads);
 }
 
 template <class Traits>
 BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
+  CallSizes const& sizes = problem.call.sizes;
   BackwardWorkspace result;
-  int const m_blocks = (problem.seqlen_q + Traits::kTileM - 1) / Traits::kTileM;
+  int const m_blocks = (sizes.seqlen_q + Traits::kTileM - 1) / Traits::kTileM;
   result.m_blocks = cutlass::FastDivmod(m_blocks);
-  int64_t const blocks = static_cast<int64_t>(problem.batch) * problem.heads_q * m_blocks;
+  int64_t const blocks = static_cast<int64_t>(sizes.batch) * sizes.heads_q * m_blocks;
   char* next = static_cast<char*>(problem.workspace);
   auto carve = [&](auto*& pointer, int64_t count, int64_t item_bytes) {
     pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);

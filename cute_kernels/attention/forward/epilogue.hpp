@@ -13,7 +13,7 @@ namespace cute_kernels::attention {
 /// outside the tensor, and LSE straight from registers.
 template <class Traits>
 class ForwardEpilogue {
-  using Element = typename Traits::Element;
+  using Element = typename Traits::Output;
   using SharedStorage = typename Traits::SharedStorage;
 
  public:
@@ -42,7 +42,7 @@ class ForwardEpilogue {
     auto shared_o =
         make_tensor(make_smem_ptr(buffer(shared, warpgroup)), typename Traits::LayoutO{});
     auto tiled_copy =
-        make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaPv{});
+        make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaOut{});
     auto slice = tiled_copy.get_thread_slice(thread);
 
     if constexpr (Traits::kSharedOutput) {

@@ -141,10 +141,10 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     // Keys behind the last one that any query of the warpgroup sees are -inf with any scale but
     // their own, which may be NaN.
     int const last_query = min(own_query + Traits::kWarpgroupM, params.mask.seqlen_q) - 1;
-    int const last_scale = (params.mask.visible_keys(last_query) - 1) / kScaleRows;
+    int const last_scale = (params.mask.end_key(last_query) - 1) / kScaleRows;
     float const* const k_scales = params.k_scale.data + coord.batch * params.k_scale.batch_stride +
                                   params.heads_per_kv.div(coord.head) * params.k_scale.head_stride;
-    float q_scale = own.visited == 0
+    float q_scale = own.end == 0
                         ? 0.f
                         : params.q_scale.data[coord.batch * params.q_scale.batch_stride +
                                               coord.head * params.q_scale.head_stride +
@@ -162,7 +162,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     // Products -> P in place.
     auto softmax_block = [&](auto& scores, int block, auto is_first, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
-      if (block >= own.full) params.mask.apply(rows, row, block * kTileN + column);
+      if (block >= own.full_end) params.mask.apply(rows, row, block * kTileN + column);
       CUTLASS_PRAGMA_UNROLL
       for (int group = 0; group < kGroups; ++group) {
         scale[group] = sm90::max_nan(scale[group] * q_scale, kSmallestFactor);
@@ -171,8 +171,8 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     };
 
     shared.q_full[warpgroup].wait(q_phase);
-    int block = loaded.visited - 1;
-    Protocol::skip_blocks(block, own.visited, pipeline_k, pipeline_v, read_k, read_v, warpgroup);
+    int block = loaded.end - 1;
+    Protocol::skip_blocks(block, own.end, pipeline_k, pipeline_v, read_k, read_v, warpgroup);
     if (block < 0) {  // no visible key: O stays 0
       release_query(shared, warpgroup);
       return;
@@ -186,10 +186,10 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
         auto products = new_products();
         load_scales(block);
         pipeline_k.consumer_wait(read_k);
-        if (block + 1 < own.visited) wait_turn(warpgroup);
+        if (block + 1 < own.end) wait_turn(warpgroup);
         sm90::issue_gemm<kOntoMagic>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
                                      products);
-        if (block + 1 < own.visited) pass_turn(warpgroup);
+        if (block + 1 < own.end) pass_turn(warpgroup);
         warpgroup_wait<0>();
         release(pipeline_k, read_k);
         if (block == 0) release_query(shared, warpgroup);
@@ -268,7 +268,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
   template <class Output>
   CUTLASS_DEVICE static auto without_ones(Output& out) {
     using namespace cute;
-    using Mma = typename Traits::Epilogue::MmaPv;
+    using Mma = typename Traits::MmaOut;
     auto layout =
         partition_fragment_C(Mma{}, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDim>>{})
             .layout();
@@ -297,7 +297,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
                                 params.heads_per_kv.div(coord.head) * params.v_scale.head_stride;
     for (int channel = opaque_thread(); channel < Traits::kHeadDim;
          channel += cutlass::NumThreadsPerWarpGroup) {
-      bool const is_there = channel < params.head_dim;
+      bool const is_there = channel < params.head_dim_v;
       cutlass::arch::cp_async_zfill<sizeof(float)>(
           &shared.v_scale[warpgroup][channel],
           scales + (is_there ? channel * params.v_scale.stride : 0), is_there);

@@ -9,6 +9,8 @@
 #include <cutlass/pipeline/pipeline.hpp>
 
 #include "cute_kernels/attention/forward/passes.hpp"
+#include "cute_kernels/attention/forward/tile_traits.hpp"
+#include "cute_kernels/attention/global_tensor.hpp"
 
 namespace cute_kernels::attention {
 
@@ -23,11 +25,19 @@ CUTLASS_HOST_DEVICE constexpr int value_key_order(int position) {
   return position % 4 / 2 * 8 + position / 4 * 2 + position % 2;
 }
 
-/// Everything about an FP8 forward kernel that is known when it is compiled. As ForwardTraits, with
-/// 8-bit operands, all K-major: V comes transposed.
-template <class Tile_>
-struct Fp8ForwardTraits {
-  using Tile = Tile_;
+/// Everything about an FP8 forward kernel that is known when it is compiled: 8-bit operands, all
+/// K-major, so that V comes transposed.
+template <class Tile>
+struct Fp8ForwardTraits : ForwardTileTraits<Tile> {
+  using Common = ForwardTileTraits<Tile>;
+  using Common::kConsumers;
+  using Common::kHeadDim;
+  using Common::kOverlap;
+  using Common::kStages;
+  using Common::kTileN;
+  using Common::kWarpgroupM;
+  using typename Common::Pipeline;
+
   using ElementQk = typename Tile::ElementQk;  // e4m3 or int8
   using ElementPv = cutlass::float_e4m3_t;
   using Output = cutlass::bfloat16_t;  // or, decided at run time, the bits of fp16
@@ -38,16 +48,11 @@ struct Fp8ForwardTraits {
   // is kMagic + n for |n| < 2^22.
   static constexpr float kMagic = 0x1.8p23f;
   static constexpr int32_t kMagicBits = 0x4B400000;
-  // Of four products how many are set by moves, the others by loads. At head dim 128 three
-  // warpgroups' loads alone keep shared memory's port busy for a third of a step.
-  static constexpr int kMovesOfFour = Tile::kHeadDim == 128 ? 1 : 0;
+  // Of four groups of products how many are set by moves, the others by loads. At head dim 128
+  // three warpgroups' loads alone keep shared memory's port busy for a third of a step.
+  static constexpr int kMovesOfFour = Tile::kMovesOfFour;
 
-  static constexpr int kHeadDim = Tile::kHeadDim;
-  static constexpr int kTileN = Tile::kTileN;
-  static constexpr int kStages = Tile::kStages;
-  static constexpr int kConsumers = Tile::kConsumerWarpgroups;
-  static constexpr bool kOverlap = Tile::kOverlap;
-  static constexpr bool kPingpong = Tile::kPingpong;
+  static constexpr int kHeadDimV = kHeadDim;
   static constexpr bool kSeparateOutput = true;
   static constexpr bool kSharedOutput = false;
   static constexpr int kScaleGroups = kTileN / kScaleRows;
@@ -57,20 +62,6 @@ struct Fp8ForwardTraits {
   static constexpr int kSumChannels = kLinearExp ? 8 : 0;
   static constexpr int kValueChannels = kHeadDim + kSumChannels;
 
-  static constexpr int kWarpgroupM = 64;
-  static constexpr int kTileM = kWarpgroupM * kConsumers;
-  static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup * (1 + kConsumers);
-
-  // Registers of a thread after setmaxnreg; see ForwardTraits.
-  static constexpr bool kReconfigureRegisters = kConsumers > 1;
-  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : kConsumers == 3 ? 160 : 112;
-  static_assert(!kReconfigureRegisters || kProducerRegisters + kConsumers * kConsumerRegisters <=
-                                              (1 + kConsumers) * kLaunchRegisters);
-
-  static_assert(kConsumers >= 1 && kConsumers <= 4);
-  static_assert(!kPingpong || kConsumers > 1, "pingpong needs two consumer warpgroups or more");
   static_assert(kTileN % kScaleRows == 0 && kTileN <= 256, "a block is whole blocks of scales");
   static_assert(kHeadDim % 64 == 0);
   static_assert(kWarpgroupM == kScaleRows, "a warpgroup's queries share a scale");
@@ -85,6 +76,7 @@ struct Fp8ForwardTraits {
           ElementPv, ElementPv, float,
           cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kChannels>, cute::Int<kTileN>>>()));
   using MmaPv = ValueMma<kValueChannels>;
+  using MmaOut = ValueMma<kHeadDimV>;  // whose accumulator is O, without the row sums
 
   // The widest swizzle that the contiguous dimension fills.
   template <class Element, int kWidth>
@@ -113,8 +105,12 @@ struct Fp8ForwardTraits {
   static constexpr int kBytesV = kTileN * kHeadDim;
   static constexpr int kQueryReleases = cutlass::NumWarpsPerWarpGroup;
 
-  using Pipeline = cutlass::PipelineTmaAsync<kStages>;
-  using PipelineState = typename Pipeline::PipelineState;
+  /// V as TMA reads it: (head_dim_v, keys, heads, batch).
+  static auto value_tensor(TensorView const& view, int keys, CallSizes const& sizes) {
+    int const padded_keys = (keys + 15) / 16 * 16;
+    return global_tensor<ElementPv>(view, sizes.head_dim_v, padded_keys, sizes.heads_kv,
+                                    sizes.batch);
+  }
 
   struct SharedStorage {
     alignas(1024) cute::array<ElementQk, cute::cosize_v<LayoutK>> k;
@@ -130,20 +126,6 @@ struct Fp8ForwardTraits {
     cutlass::arch::ClusterTransactionBarrier q_full[kConsumers];
     cutlass::arch::ClusterBarrier q_empty[kConsumers];
     ForwardPasses passes;
-  };
-
-  /// What ForwardEpilogue asks of its traits.
-  struct Epilogue {
-    using Element = Output;
-    using SharedStorage = typename Fp8ForwardTraits::SharedStorage;
-    using MmaPv = ValueMma<kHeadDim>;
-    using LayoutO = typename Fp8ForwardTraits::LayoutO;
-    static constexpr bool kSeparateOutput = Fp8ForwardTraits::kSeparateOutput;
-    static constexpr bool kSharedOutput = Fp8ForwardTraits::kSharedOutput;
-    static constexpr int kHeadDimV = kHeadDim;
-    static constexpr int kConsumers = Fp8ForwardTraits::kConsumers;
-    static constexpr int kWarpgroupM = Fp8ForwardTraits::kWarpgroupM;
-    static constexpr int kTileM = Fp8ForwardTraits::kTileM;
   };
 };
 

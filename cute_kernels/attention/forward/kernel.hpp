@@ -32,12 +32,8 @@ struct ForwardParams {
   Mask mask;
   TileScheduler::Params scheduler;
 
-  /// Where seqlen_q is no multiple of the tile, the first tile is the short one, because under a
-  /// causal mask that is the one with the fewest keys: its first warpgroups get negative queries
-  /// and have nothing to do.
   CUTLASS_DEVICE int first_query(TileCoord const& coord) const {
-    int const padded = (mask.seqlen_q + Traits::kWarpgroupM - 1) & -Traits::kWarpgroupM;
-    return padded - (scheduler.m_blocks - coord.m_block) * Traits::kTileM;
+    return first_query_of_tile(mask.seqlen_q, Traits::kTileM, scheduler.m_blocks, coord.m_block);
   }
 };
 

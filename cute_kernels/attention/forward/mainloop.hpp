@@ -27,7 +27,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
   using typename Protocol::PipelineState;
   using typename Protocol::SharedStorage;
 
-  using Softmax = OnlineSoftmax<2, typename Traits::ProbabilityRange>;
+  using Softmax = OnlineSoftmax<2, typename Traits::ProbabilityRange, Traits::kSumInPairs>;
   using Guard = ValueGuard<Traits>;
 
  public:
@@ -59,7 +59,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     // Blocks from here on go through the guard.
     int guarded = 1 << 30;
     if (shared.passes.guarded) {
-      guarded = params.mask.key_blocks(params.first_query(coord), Traits::kTileM, kTileN).full;
+      guarded = params.mask.key_blocks(params.first_query(coord), Traits::kTileM, kTileN).full_end;
     }
     auto load_v = [&](int block) {
       uint64_t* const landed = Guard::acquire(shared, write_v, block >= guarded);
@@ -141,7 +141,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     // From here on blocks are the first in which one of the warp's rows sees a key, among them all
     // that need a mask; or row maxima have risen too fast to do without.
     int const warp_row = own_query + thread / 32 * 16;
-    int seek_from = (max(0, params.mask.visible_keys(warp_row)) + kTileN - 1) / kTileN - 1;
+    int seek_from = (max(0, params.mask.end_key(warp_row)) + kTileN - 1) / kTileN - 1;
     // Scores -> P in place. Q and K must still be there.
     auto softmax_block = [&](auto& scores, int block, bool seek, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
@@ -149,7 +149,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         int const lane = opaque(thread);  // not kept from step to step
         int const row = opaque_query(params, coord) + warpgroup * Traits::kWarpgroupM +
                         lane / 32 * 16 + lane % 32 / 4;
-        if (params.mask.visible_keys(row) < (block + 1) * kTileN) {
+        if (params.mask.end_key(row) < (block + 1) * kTileN) {
           params.mask.apply(rows, row, block * kTileN + lane % 4 * 2);
         }
       };
@@ -163,7 +163,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       // As many blocks more as it took to come here: a tile starts few blocks again.
       auto keep_seeking = [&] {
         int const first_query = opaque_query(params, coord);
-        seek_from = 2 * block - params.mask.key_blocks(first_query, Traits::kTileM, kTileN).visited;
+        seek_from = 2 * block - params.mask.key_blocks(first_query, Traits::kTileM, kTileN).end;
       };
       softmax.update(rows, seek, restore, keep_seeking, on_move);
     };
@@ -173,8 +173,8 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     };
 
     shared.q_full[warpgroup].wait(q_phase);
-    int block = loaded.visited - 1;
-    Protocol::skip_blocks(block, own.visited, pipeline_k, pipeline_v, read_k, read_v, warpgroup);
+    int block = loaded.end - 1;
+    Protocol::skip_blocks(block, own.end, pipeline_k, pipeline_v, read_k, read_v, warpgroup);
     if (block < 0) {  // no visible key: O stays 0
       release_query(shared, warpgroup);
       return;

@@ -77,7 +77,7 @@ class ForwardProtocol {
       prefetch(params.tma_q, remote_q(_, _, _, query_block(i)));
     }
 
-    int block = params.mask.key_blocks(first_query, Traits::kTileM, kTileN).visited - 1;
+    int block = params.mask.key_blocks(first_query, Traits::kTileM, kTileN).end - 1;
     if (block >= 0) load_k(block);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kConsumers; ++i) {
@@ -111,12 +111,12 @@ class ForwardProtocol {
     }
   }
 
-  /// Blocks that only other warpgroups' queries see, from `block` down to `visited`: nothing to
+  /// Blocks that only other warpgroups' queries see, from `block` down to `end`: nothing to
   /// compute, but stages and turns go round.
-  CUTLASS_DEVICE static void skip_blocks(int& block, int visited, Pipeline& pipeline_k,
+  CUTLASS_DEVICE static void skip_blocks(int& block, int end, Pipeline& pipeline_k,
                                          Pipeline& pipeline_v, PipelineState& read_k,
                                          PipelineState& read_v, int warpgroup) {
-    for (; block >= visited; --block) {
+    for (; block >= end; --block) {
       pipeline_k.consumer_wait(read_k);
       release(pipeline_k, read_k);
       pipeline_v.consumer_wait(read_v);

@@ -24,7 +24,7 @@ namespace cute_kernels::attention {
 /// The exponent is one FMA: it subtracts the rounded offset, which is wrong by its last bit, for
 /// all keys of a row alike. That cancels, too, unless the bit is worth more than P's range. So
 /// where an offset is huge, the row's scores become relative to its origin first.
-template <int kRows, class Range>
+template <int kRows, class Range, bool kSumInPairs>
 class OnlineSoftmax {
  public:
   /// scale_log2 = softmax_scale * log2(e): exp(scale * s) = 2^(scale_log2 * s).
@@ -112,13 +112,13 @@ class OnlineSoftmax {
     return __fmaf_rn(origin, scale_log2_, Range::kShift);
   }
 
-  /// Scores -> P in place, and the sums of P: in pairs where a block is short, which lets fewer
-  /// additions wait for an exponential. With 128 keys that is slower (docs/tuning.md).
+  /// Scores -> P in place, and the sums of P. In pairs, fewer additions wait for an exponential;
+  /// with 128 keys that is slower (docs/tuning.md).
   template <class Scores>
   CUTLASS_DEVICE void exponentiate(Scores& scores, float (&block_sum)[kRows]) const {
     using namespace cute;
     constexpr int kColumns = decltype(size<1>(scores))::value;
-    constexpr int kAddends = kColumns <= 64 / 4 ? 2 : 1;
+    constexpr int kAddends = kSumInPairs ? 2 : 1;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
       block_sum[row] = 0.f;

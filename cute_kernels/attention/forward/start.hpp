@@ -1,17 +1,69 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
+#include "cute_kernels/attention/forward/epilogue.hpp"
+#include "cute_kernels/attention/forward/kernel.hpp"
+#include "cute_kernels/attention/global_tensor.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/sm90/launch.hpp"
 
+// What the launches of 16-bit and FP8 forward kernels have in common.
 namespace cute_kernels::attention {
+
+/// The parameters of every forward kernel: TMA descriptors, mask, order of the tiles. scale_log2
+/// takes products to scores in powers of two.
+template <class Traits>
+auto forward_params(ForwardProblem const& problem, float scale_log2) {
+  using namespace cute;
+  CallSizes const& sizes = problem.call.sizes;
+  Mask const mask{kernel_ranges(problem.call).value()};
+  // A descriptor of no keys is not allowed; with seqlen_k = 0 nothing is loaded through it.
+  int const keys = std::max(1, sizes.seqlen_k);
+  auto q = global_tensor<typename Traits::ElementQk>(problem.q, sizes.seqlen_q, sizes.head_dim,
+                                                     sizes.heads_q, sizes.batch);
+  auto k = global_tensor<typename Traits::ElementQk>(problem.k, keys, sizes.head_dim,
+                                                     sizes.heads_kv, sizes.batch);
+  auto v = Traits::value_tensor(problem.v, keys, sizes);
+  auto o = global_tensor<typename Traits::Output>(problem.out, sizes.seqlen_q, sizes.head_dim_v,
+                                                  sizes.heads_q, sizes.batch);
+  auto tma_q = make_tma_copy(SM90_TMA_LOAD{}, q, typename Traits::LayoutQ{});
+  auto tma_k = make_tma_copy(SM90_TMA_LOAD{}, k, take<0, 2>(typename Traits::LayoutK{}));
+  auto tma_v = make_tma_copy(SM90_TMA_LOAD{}, v, typename Traits::LayoutValueLoad{});
+  auto tma_o = make_tma_copy(SM90_TMA_STORE{}, o, typename Traits::LayoutO{});
+
+  int64_t const kv_bytes = int64_t{sizeof(typename Traits::ElementQk)} * sizes.batch *
+                           sizes.heads_kv * sizes.seqlen_k * (sizes.head_dim + sizes.head_dim_v);
+  using Params =
+      ForwardParams<Traits, decltype(tma_q), decltype(tma_k), decltype(tma_v), decltype(tma_o)>;
+  Params params{};
+  params.tma_q = tma_q;
+  params.tma_k = tma_k;
+  params.tma_v = tma_v;
+  params.tma_o = tma_o;
+  params.shape_q = q.shape();
+  params.shape_k = k.shape();
+  params.shape_v = v.shape();
+  params.shape_o = o.shape();
+  params.v = problem.v;
+  params.out = problem.out;
+  params.lse = problem.lse;
+  params.scale_log2 = scale_log2;
+  params.heads = sizes.heads_q;
+  params.heads_per_kv = cutlass::FastDivmod(sizes.heads_q / sizes.heads_kv);
+  params.mask = mask;
+  params.scheduler = TileScheduler::make_params(sizes, mask.causal, Traits::kTileM, kv_bytes,
+                                                problem.device.multiprocessors);
+  return params;
+}
 
 /// Starts a forward kernel, a CTA for each multiprocessor or for each tile. With `overlaps` while
 /// the kernel before it on the stream ends: then it waits for that one itself.
-template <class Traits, auto kKernel, class Params>
+template <class Mainloop, class Params>
 cudaError_t start_forward(Params const& params, Device const& device, cudaStream_t stream,
                           bool overlaps = false) {
+  using Traits = typename Mainloop::Traits;
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
   static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KB of shared memory");
   sm90::Launch how{};
@@ -21,7 +73,8 @@ cudaError_t start_forward(Params const& params, Device const& device, cudaStream
   how.device = device.index;
   how.shared_bytes = kSharedBytes;
   how.early = overlaps;
-  return sm90::launch_kernel<kKernel>(how, params);
+  return sm90::launch_kernel<forward_kernel<Mainloop, ForwardEpilogue<Traits>, Params>>(how,
+                                                                                        params);
 }
 
 }  // namespace cute_kernels::attention

@@ -8,44 +8,29 @@
 #include <cutlass/pipeline/pipeline.hpp>
 
 #include "cute_kernels/attention/forward/passes.hpp"
-#include "cute_kernels/attention/tile_scheduler.hpp"
+#include "cute_kernels/attention/forward/tile_traits.hpp"
+#include "cute_kernels/attention/global_tensor.hpp"
 
 namespace cute_kernels::attention {
 
-/// Everything about a forward kernel that is known when it is compiled, from one row of
-/// tile_configs.toml.
-///
-/// The unit of work is a consumer warpgroup with 64 queries: its own slice of Q and O in shared
-/// memory, its own accumulators. K and V blocks are shared by all consumer warpgroups of the CTA.
-template <class Tile_>
-struct ForwardTraits {
-  using Tile = Tile_;
+/// Everything about a 16-bit forward kernel that is known when it is compiled.
+template <class Tile>
+struct ForwardTraits : ForwardTileTraits<Tile> {
+  using Common = ForwardTileTraits<Tile>;
+  using Common::kConsumers;
+  using Common::kHeadDim;
+  using Common::kStages;
+  using Common::kTileN;
+  using Common::kWarpgroupM;
+  using typename Common::Pipeline;
+
   using Element = typename Tile::Element;
-
-  static constexpr int kHeadDim = Tile::kHeadDim;
+  using ElementQk = Element;
+  using Output = Element;
   static constexpr int kHeadDimV = Tile::kHeadDimV;
-  static constexpr int kTileN = Tile::kTileN;
-  static constexpr int kStages = Tile::kStages;
-  static constexpr int kConsumers = Tile::kConsumerWarpgroups;
-  static constexpr bool kOverlap = Tile::kOverlap;
-  static constexpr bool kPingpong = Tile::kPingpong;
   static constexpr bool kSeparateOutput = Tile::kSeparateOutput;
+  static constexpr bool kSumInPairs = Tile::kSumInPairs;  // of P, in OnlineSoftmax
 
-  static constexpr int kWarpgroupM = 64;
-  static constexpr int kTileM = kWarpgroupM * kConsumers;
-  static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup * (1 + kConsumers);
-
-  // Registers of a thread after setmaxnreg, multiples of 8. A block's pool is what it starts with,
-  // kThreads times kLaunchRegisters; asking for more would wait forever.
-  static constexpr bool kReconfigureRegisters = kConsumers > 1;
-  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers >= 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : kConsumers == 3 ? 160 : 112;
-  static_assert(!kReconfigureRegisters || kProducerRegisters + kConsumers * kConsumerRegisters <=
-                                              (1 + kConsumers) * kLaunchRegisters);
-
-  static_assert(kConsumers >= 1 && kConsumers <= 4);
-  static_assert(!kPingpong || kConsumers > 1, "pingpong needs two consumer warpgroups or more");
   static_assert(kTileN % 16 == 0 && kTileN <= 256, "tile_n is N of Q K^T and K of P V");
   static_assert(kHeadDim % 64 == 0 && kHeadDimV % 64 == 0,
                 "the 128-byte swizzle is 64 elements wide");
@@ -61,6 +46,7 @@ struct ForwardTraits {
           Element, Element, float,
           cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDimV>, cute::Int<kTileN>>,
           cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+  using MmaOut = MmaPv;  // whose accumulator is O
 
   // Shared-memory layouts: 128-byte swizzled, as TMA writes and WGMMA reads them.
   using SwizzleAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
@@ -72,6 +58,7 @@ struct ForwardTraits {
       SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
   using LayoutV = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDimV>, cute::Int<kStages>>{}));
+  using LayoutValueLoad = decltype(cute::take<0, 2>(LayoutV{}));
   // V seen as the B operand (head_dim_v, keys): the same memory, transposed by the WGMMA
   // descriptor.
   using LayoutVt = decltype(cute::composition(
@@ -106,8 +93,10 @@ struct ForwardTraits {
   static constexpr bool kSharedOutput = kSeparateOutput && kOutputBuffers == 1 && kConsumers > 1;
   static_assert(!kSharedOutput || kConsumers == 2, "each warpgroup's turns are of one parity");
 
-  using Pipeline = cutlass::PipelineTmaAsync<kStages>;
-  using PipelineState = typename Pipeline::PipelineState;
+  /// V as TMA reads it: (keys, head_dim_v, heads, batch).
+  static auto value_tensor(TensorView const& view, int keys, CallSizes const& sizes) {
+    return global_tensor<Element>(view, keys, sizes.head_dim_v, sizes.heads_kv, sizes.batch);
+  }
 
   struct SharedStorage {
     // 1024 bytes is the period of the 128-byte swizzle.

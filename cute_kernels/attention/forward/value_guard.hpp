@@ -6,6 +6,7 @@
 #include <cutlass/pipeline/pipeline.hpp>
 
 #include "cute_kernels/attention/mask.hpp"
+#include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/tile_scheduler.hpp"
 #include "cute_kernels/sm90/bulk_reduce.hpp"
 #include "cute_kernels/sm90/finite.hpp"
@@ -72,7 +73,7 @@ class ValueGuard {
       BlockRange const loaded =
           params.mask.key_blocks(params.first_query(tile.coord()), Traits::kTileM, Traits::kTileN);
       bool cleared = false;
-      for (int block = loaded.visited; block > loaded.full; --block) {
+      for (int block = loaded.end; block > loaded.full_end; --block) {
         shared.guard.v_landed[stage].wait(phases >> stage & 1);
         phases ^= 1u << stage;
         cleared |= clear(shared.v.data() + stage * kBlockElements);
@@ -83,7 +84,7 @@ class ValueGuard {
         }
         stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
       }
-      stage = (stage + loaded.full) % Traits::kStages;
+      stage = (stage + loaded.full_end) % Traits::kStages;
     }
   }
 
@@ -110,9 +111,9 @@ class ValueGuard {
       int const query = first_query + i / channels;
       int const channel = i % channels;
       if (query < 0 || query >= params.mask.seqlen_q) continue;
-      int const end = params.mask.visible_keys(query);
+      int const end = params.mask.end_key(query);
       Element& result = out[query * params.out.seqlen_stride + channel];
-      for (int key = loaded.full * Traits::kTileN; key < end; ++key) {
+      for (int key = loaded.full_end * Traits::kTileN; key < end; ++key) {
         Element const value = values[key * params.v.seqlen_stride + channel];
         if (sm90::is_finite(value)) continue;
         result = static_cast<Element>(static_cast<float>(result) + static_cast<float>(value));

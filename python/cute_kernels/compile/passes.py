@@ -88,6 +88,7 @@ FORWARD_FIELDS = (
     Field("pingpong", bool, True, "kPingpong"),
     Field("overlap", bool, True, "kOverlap"),
     Field("separate_output", bool, False, "kSeparateOutput"),
+    Field("sum_in_pairs", bool, False, "kSumInPairs"),
     Field("speed", float, 1.0),
     Field("overhead", int, 0),
     Field("why", str),
@@ -100,6 +101,7 @@ FP8_FIELDS = (
     Field("pingpong", bool, True, "kPingpong"),
     Field("overlap", bool, True, "kOverlap"),
     Field("linear_exp", bool, False, "kLinearExp"),
+    Field("moves_of_four", int, 0, "kMovesOfFour"),
     Field("why", str),
 )
 BACKWARD_FIELDS = (
@@ -110,6 +112,9 @@ BACKWARD_FIELDS = (
     Field("stages", int, 2, "kStages"),
     Field("consumer_warpgroups", int, 2, "kConsumerWarpgroups"),
     Field("key_blocks_in_registers", int, 0, "kKeyBlocksInRegisters"),
+    Field("split_products", bool, False, "kSplitProducts"),
+    Field("statistics_by_product", bool, False, "kStatisticsByProduct"),
+    Field("scores_behind_dk", bool, False, "kScoresBehindDk"),
     Field("why", str),
 )
 # A forward tile has 64 queries for each consumer warpgroup; a backward row says both.
@@ -176,32 +181,20 @@ def fp8_registers(row: Row) -> dict[str, int]:
     }
 
 
-def splits_products(row: Row) -> bool:
-    """Whether the warpgroups share 64 keys rather than having 64 each, and two CTAs work on dQ
-    together (backward/traits.hpp).
-    """
-    return bool(row["tile_n"] == WARPGROUP_M)
-
-
 def dq_slices(row: Row) -> int:
     """How many warpgroups, in both CTAs where there are two, share the product dQ."""
-    return int(row["consumer_warpgroups"]) * (2 if splits_products(row) else 1)
-
-
-def subtracts_by_product(row: Row) -> bool:
-    """Whether WGMMA subtracts lse and delta (kStatisticsByProduct in backward/traits.hpp)."""
-    return bool(row["tile_m"] == WARPGROUP_M)
+    return int(row["consumer_warpgroups"]) * (2 if row["split_products"] else 1)
 
 
 def backward_shared_memory(row: Row) -> dict[str, int]:
     stages, consumers = row["stages"], row["consumer_warpgroups"]
     keys = row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
     queries = stages * row["tile_m"] * row["head_dim"] * ELEMENT_BYTES
-    split = splits_products(row)
+    split = row["split_products"]
     scores = row["tile_m"] * row["tile_n"] * ELEMENT_BYTES
     dq = row["tile_m"] * row["head_dim"] * ACCUMULATOR_BYTES
     # lse and delta: parts for WGMMA, or for threads in fp32
-    row_bytes = 16 if subtracts_by_product(row) else 2 * ACCUMULATOR_BYTES
+    row_bytes = 16 if row["statistics_by_product"] else 2 * ACCUMULATOR_BYTES
     statistics = stages * row["tile_m"] * row_bytes
     # full and empty: of every stage of Q and dO, of every warpgroup's dQ (full of each of its
     # buffers), of the next key block's number (and that); full: K, V, P, both dS, the other CTA's K
@@ -223,14 +216,14 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
 
 
 def backward_registers(row: Row) -> dict[str, int]:
-    split = splits_products(row)
+    split = row["split_products"]
     scores = WARPGROUP_M * row["tile_m"] // WARPGROUP_THREADS
     dq = row["tile_m"] * row["head_dim"] // (WARPGROUP_THREADS * dq_slices(row))
     gradient = WARPGROUP_M * row["head_dim"] // WARPGROUP_THREADS
     return {
         "scores and dP, then dQ": max(scores if split else 2 * scores, dq),
         "keys": 4 * row["key_blocks_in_registers"],
-        "ones": 8 if subtracts_by_product(row) else 0,  # WGMMA's operands for lse and delta
+        "ones": 8 if row["statistics_by_product"] else 0,  # WGMMA's operands for lse and delta
         "dK": gradient,
         "dV": 0 if split else gradient,
         "working": WORKING_REGISTERS,
@@ -273,6 +266,8 @@ def fp8_problems(row: Row) -> list[str]:
             "linear_exp needs overlap = false: each block's row sums would take registers that the "
             "scores and P of two blocks do not leave"
         )
+    if not 0 <= row["moves_of_four"] <= 4:
+        found.append(f"moves_of_four = {row['moves_of_four']} must be 0 to 4")
     return found
 
 
@@ -294,7 +289,7 @@ def query_block_problems(row: Row) -> list[str]:
 
 def backward_problems(row: Row) -> list[str]:
     found = []
-    consumers = row["consumer_warpgroups"]
+    consumers, split = row["consumer_warpgroups"], row["split_products"]
     if row["tile_m"] % WARPGROUP_M or not WARPGROUP_M <= row["tile_m"] <= 256:
         found.append(
             f"tile_m = {row['tile_m']} must be 64, 128, 192 or 256: it is N of the WGMMA K Q^T (at "
@@ -308,7 +303,7 @@ def backward_problems(row: Row) -> list[str]:
             f"{row['head_dim']}: dQ is split over {slices} warpgroups, each with 64 of the "
             f"queries, or with channels, 64 of them if tile_m is not 64"
         )
-    if splits_products(row) and row["head_dim"] % (2 * SWIZZLE_ELEMENTS):
+    if split and row["head_dim"] % (2 * SWIZZLE_ELEMENTS):
         found.append(
             f"head_dim = {row['head_dim']} must be a multiple of {2 * SWIZZLE_ELEMENTS} with "
             f"tile_n = {row['tile_n']}: two CTAs have half of dQ's channels each, in rows of "
@@ -330,11 +325,15 @@ def backward_problems(row: Row) -> list[str]:
             f"consumer_warpgroups = {consumers} must be 2: of the four warps that move data one "
             f"loads, one adds the dQ of each consumer warpgroup, one keeps deterministic order"
         )
-    elif row["tile_n"] not in (WARPGROUP_M, consumers * WARPGROUP_M):
+    elif row["tile_n"] != WARPGROUP_M * (1 if split else consumers):
         found.append(
             f"tile_n = {row['tile_n']} must be {consumers * WARPGROUP_M}, 64 keys for each of "
-            f"{consumers} warpgroups, or 64, which they share"
+            f"{consumers} warpgroups, or {WARPGROUP_M} with split_products, which they share"
         )
+    if split and not row["statistics_by_product"]:
+        found.append("split_products needs statistics_by_product: no thread reads lse or delta")
+    if split and row["scores_behind_dk"]:
+        found.append("scores_behind_dk needs split_products = false: no warpgroup has S and dK")
     return found
 
 
@@ -345,11 +344,12 @@ def forward_config(row: Row) -> tuple[object, ...]:
 
 
 def fp8_config(row: Row) -> tuple[object, ...]:
-    return row["head_dim"], row["tile_m"]
+    return row["head_dim"], row["head_dim"], "MaskClass::kAny", row["tile_m"]
 
 
 def backward_config(row: Row) -> tuple[object, ...]:
-    return row["head_dim"], f"MaskClass::{MASKS[row['mask']]}", row["tile_n"]
+    mask = f"MaskClass::{MASKS[row['mask']]}"
+    return row["head_dim"], row["head_dim"], mask, row["tile_n"]
 
 
 PASSES = {

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <optional>
+
+// What one call of attention computes, in whatever pass and number format. Plain structs: nothing
+// here needs a CUDA compiler.
+namespace cute_kernels::attention {
+
+struct CallSizes {
+  int batch;
+  int seqlen_q;
+  int seqlen_k;
+  int heads_q;
+  int heads_kv;
+  int head_dim;    // of Q and K
+  int head_dim_v;  // of V and the output
+};
+
+/// Which keys a query sees. Query i stands at key position i + diagonal and sees the keys j with
+///
+///   i + diagonal - left <= j <= i + diagonal + right  and  0 <= j < seqlen_k.
+///
+/// No value is no limit on that side; without a diagonal it is seqlen_k - seqlen_q, by the lengths
+/// of each batch entry, so that the last query stands at the last key (bottom-right aligned).
+/// Limits may be negative. So
+/// - all keys: nothing is set, and the diagonal has no meaning;
+/// - causal: right = 0;
+/// - a window: left and right, and with right = 0 causal beside it;
+/// - top-left aligned: diagonal = 0;
+/// - a part of the queries against a part of the keys: diagonal = the position of the first query
+///   less that of the first key.
+struct MaskSpec {
+  std::optional<int> diagonal;
+  std::optional<int> left;
+  std::optional<int> right;
+};
+
+inline MaskSpec mask_spec(bool causal) {
+  MaskSpec mask;
+  if (causal) mask.right = 0;
+  return mask;
+}
+
+struct AttentionCall {
+  CallSizes sizes;
+  MaskSpec mask;
+  float scale;  // of the scores, finite, > 0
+};
+
+}  // namespace cute_kernels::attention

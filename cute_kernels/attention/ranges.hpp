@@ -1,0 +1,190 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "cute_kernels/attention/call.hpp"
+
+// Which blocks a mask leaves to do, for kernels and for those who choose them: one arithmetic on
+// the device and on the host. Nothing here needs a CUDA compiler.
+namespace cute_kernels::attention {
+
+// By value, as std::min and std::max are not: on the device those read through a pointer.
+constexpr int lesser(int a, int b) { return b < a ? b : a; }
+constexpr int greater(int a, int b) { return a < b ? b : a; }
+
+/// The blocks of keys that some queries see, or of queries that see some keys: those from `begin`
+/// up to before `end`, of which those from `full_begin` up to before `full_end` need no mask (none,
+/// where full_begin >= full_end). Forward walks from the last block to the first, so that the
+/// diagonal's come first and a window's left end last.
+struct BlockRange {
+  int begin;
+  int end;
+  int full_begin;
+  int full_end;
+};
+
+/// The block ranges of a mask. It has seqlen_q and seqlen_k; a query sees the keys from
+/// first_key(query) up to before end_key(query), and a key is seen by the queries from
+/// first_query(key) up to before end_query(key). None of these decreases. Without a left end
+/// (kHasLeftEnd), where first_key and end_query do not exist, they cost nothing.
+template <class Ranges>
+struct MaskRanges {
+  static constexpr int kNoQuery = 1 << 30;
+
+  /// Some of the queries, or all, may lie before the first or behind the last.
+  constexpr BlockRange key_blocks(int first_query, int queries, int block) const {
+    int const last_query = lesser(first_query + queries, mask().seqlen_q) - 1;
+    if (first_query > last_query || last_query < 0) return {0, 0, 0, 0};
+    int const most = greater(0, mask().end_key(last_query));
+    int const least = greater(0, mask().end_key(greater(0, first_query)));
+    BlockRange range{0, blocks(most, block), 0, least / block};
+    if constexpr (Ranges::kHasLeftEnd) {
+      int const begin = mask().first_key(greater(0, first_query));
+      if (begin >= most) return {0, 0, 0, 0};
+      range.begin = begin / block;
+      range.full_begin = blocks(mask().first_key(last_query), block);
+    }
+    return range;
+  }
+
+  /// Some of the keys may lie behind the last one, where blocks are not full. Queries behind the
+  /// last need no mask.
+  constexpr BlockRange query_blocks(int first_key, int keys, int block) const {
+    int const all_seen = mask().first_query(first_key + keys - 1);
+    int const begin = mask().first_query(first_key);
+    int const end = blocks(mask().seqlen_q, block);
+    BlockRange range{begin / block, end, all_seen == kNoQuery ? kNoQuery : blocks(all_seen, block),
+                     end};
+    if constexpr (Ranges::kHasLeftEnd) {
+      int const last_key = lesser(first_key + keys, mask().seqlen_k) - 1;
+      int const most = lesser(mask().end_query(last_key), mask().seqlen_q);
+      int const least = mask().end_query(first_key);
+      if (begin >= most) return {0, 0, 0, 0};
+      if (least < mask().seqlen_q) range.full_end = least / block;
+      range.end = blocks(most, block);
+    }
+    return range;
+  }
+
+ private:
+  constexpr Ranges const& mask() const { return static_cast<Ranges const&>(*this); }
+  static constexpr int blocks(int rows, int block) { return (rows + block - 1) / block; }
+};
+
+/// What today's kernels know of a call's mask, decided at run time: a query sees all keys, or those
+/// up to its own position (causal, bottom-right aligned). One kernel serves both.
+struct CausalRanges : MaskRanges<CausalRanges> {
+  static constexpr bool kHasLeftEnd = false;
+  int seqlen_q;
+  int seqlen_k;
+  bool causal;
+
+  /// May be negative.
+  constexpr int end_key(int query) const {
+    return causal ? lesser(seqlen_k, query + 1 + seqlen_k - seqlen_q) : seqlen_k;
+  }
+
+  constexpr int first_query(int key) const {
+    if (key >= seqlen_k) return kNoQuery;
+    return causal ? greater(0, key + seqlen_q - seqlen_k) : 0;
+  }
+};
+
+/// Every mask: the keys that query 0 would see, were there no first and no last one, are those from
+/// `left_edge` up to before `right_edge`.
+struct WindowRanges : MaskRanges<WindowRanges> {
+  static constexpr bool kHasLeftEnd = true;
+  int seqlen_q;
+  int seqlen_k;
+  int left_edge;
+  int right_edge;
+
+  explicit WindowRanges(AttentionCall const& call)
+      : seqlen_q(call.sizes.seqlen_q), seqlen_k(call.sizes.seqlen_k) {
+    MaskSpec const& mask = call.mask;
+    int64_t const diagonal = mask.diagonal.value_or(seqlen_k - seqlen_q);
+    // Beyond these an edge is no edge, or hides all.
+    auto edge = [&](int64_t at) {
+      return static_cast<int>(at < -seqlen_q ? -seqlen_q : at > seqlen_k ? seqlen_k : at);
+    };
+    left_edge = mask.left ? edge(diagonal - *mask.left) : -seqlen_q;
+    right_edge = mask.right ? edge(diagonal + *mask.right + 1) : seqlen_k;
+    if (left_edge >= right_edge) left_edge = right_edge = -seqlen_q;  // no query sees a key
+  }
+
+  constexpr int first_key(int query) const { return greater(0, query + left_edge); }
+  constexpr int end_key(int query) const { return lesser(seqlen_k, query + right_edge); }
+  constexpr int first_query(int key) const {
+    return key >= seqlen_k ? kNoQuery : greater(0, key + 1 - right_edge);
+  }
+  constexpr int end_query(int key) const { return key + 1 - left_edge; }
+};
+
+/// What kernels make of a call's mask; nothing where none reads it yet: windows and diagonals of
+/// one's own, but for those that are the causal mask in other words.
+inline std::optional<CausalRanges> kernel_ranges(AttentionCall const& call) {
+  CallSizes const& sizes = call.sizes;
+  MaskSpec const& mask = call.mask;
+  if (mask.left) return std::nullopt;
+  if (!mask.right) return CausalRanges{{}, sizes.seqlen_q, sizes.seqlen_k, false};
+  int const bottom_right = sizes.seqlen_k - sizes.seqlen_q;
+  int64_t const diagonal = mask.diagonal.value_or(bottom_right);
+  if (diagonal + *mask.right != bottom_right) return std::nullopt;
+  return CausalRanges{{}, sizes.seqlen_q, sizes.seqlen_k, true};
+}
+
+/// Forward. The first query of a tile, one of `tiles`. Where seqlen_q is no multiple of tile_m, the
+/// first tile is the short one, because under a causal mask that is the one with the fewest keys:
+/// its first warpgroups get negative queries and have nothing to do.
+constexpr int first_query_of_tile(int seqlen_q, int tile_m, int tiles, int tile) {
+  constexpr int kWarpgroupM = 64;
+  int const padded = (seqlen_q + kWarpgroupM - 1) & -kWarpgroupM;
+  return padded - (tiles - tile) * tile_m;
+}
+
+/// Forward. How many keys the tiles of a head visit.
+struct VisitedKeys {
+  double mean;   // of a query's tile
+  double most;   // of a tile
+  double least;  // of a query alone
+};
+
+/// Of a few tiles that stand for all: the first one, which may be short, and of the others, of
+/// which the last may lack some queries, a few at equal distances, among them the last.
+inline VisitedKeys visited_keys(WindowRanges const& ranges, int tile_m) {
+  constexpr int kSamples = 8;
+  int const tiles = (ranges.seqlen_q + tile_m - 1) / tile_m;
+  int most = 0, least = ranges.seqlen_k;
+  auto first_query = [&](int tile) {
+    return first_query_of_tile(ranges.seqlen_q, tile_m, tiles, tile);
+  };
+  auto visited = [&](int query, int queries) {
+    BlockRange const keys = ranges.key_blocks(query, queries, 1);
+    return keys.end - keys.begin;
+  };
+  auto sample = [&](int tile) {
+    int const keys = visited(first_query(tile), tile_m);
+    most = greater(most, keys);
+    least = lesser(least, visited(greater(0, first_query(tile)), 1));
+    return keys;
+  };
+  // Over all queries.
+  double sum = static_cast<double>(lesser(first_query(1), ranges.seqlen_q)) * sample(0);
+  int const others = tiles - 1;
+  int const samples = lesser(others, kSamples);
+  if (samples > 0) {
+    int const gaps = greater(1, samples - 1);
+    double of_samples = 0;
+    int last = 0;
+    for (int i = 0; i < samples; ++i) {
+      last = sample(1 + (i * (others - 1) + gaps / 2) / gaps);
+      of_samples += last;
+    }
+    int const lacking = first_query(tiles) - ranges.seqlen_q;
+    sum += of_samples / samples * others * tile_m - static_cast<double>(lacking) * last;
+  }
+  return {sum / greater(1, ranges.seqlen_q), static_cast<double>(most), static_cast<double>(least)};
+}
+
+}  // namespace cute_kernels::attention

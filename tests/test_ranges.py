@@ -1,0 +1,208 @@
+"""Which blocks a mask leaves to do (attention/ranges.hpp), against all pairs of a query and a key.
+The same functions run on the GPU. Nothing here needs one."""
+
+import random
+import shutil
+import subprocess
+
+import pytest
+from configure import PATH, ROOT
+
+CXX = shutil.which("c++", path=PATH)
+pytestmark = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+
+NONE = -1000  # a mask's field without a value
+MAIN = f"""
+#include <iostream>
+#include "cute_kernels/attention/ranges.hpp"
+using namespace cute_kernels::attention;
+
+void print(BlockRange range) {{
+  std::cout << ' ' << range.begin << ' ' << range.full_begin << ' ' << range.full_end << ' '
+            << range.end;
+}}
+
+int main(int count_of_arguments, char**) {{
+  AttentionCall call{{}};
+  int diagonal, left, right, first, count, block;
+  auto field = [](int value) {{
+    return value == {NONE} ? std::nullopt : std::optional<int>(value);
+  }};
+  while (std::cin >> call.sizes.seqlen_q >> call.sizes.seqlen_k >> diagonal >> left >> right >>
+         first >> count >> block) {{
+    call.mask = {{field(diagonal), field(left), field(right)}};
+    WindowRanges const window(call);
+    if (count_of_arguments > 1) {{
+      VisitedKeys const keys = visited_keys(window, block);
+      std::cout << keys.mean << ' ' << keys.most << ' ' << keys.least << '\\n';
+      continue;
+    }}
+    print(window.key_blocks(first, count, block));
+    print(window.query_blocks(first, count, block));
+    if (auto const kernel = kernel_ranges(call)) {{
+      print(kernel->key_blocks(first, count, block));
+      print(kernel->query_blocks(first, count, block));
+    }}
+    std::cout << '\\n';
+  }}
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """The C++ functions: lines of numbers for cases."""
+    folder = tmp_path_factory.mktemp("ranges")
+    (folder / "main.cpp").write_text(MAIN)
+    command = [CXX, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined"]
+    command += ["-fsanitize-undefined-trap-on-error", "-I", ROOT, "-o", "main", "main.cpp"]
+    subprocess.run(command, cwd=folder, check=True)
+
+    def run(cases: list[tuple[int, ...]], *arguments: str) -> list[list[float]]:
+        text = "\n".join(" ".join(map(str, case)) for case in cases)
+        done = subprocess.run(
+            [folder / "main", *arguments], input=text, capture_output=True, text=True, check=True
+        )
+        return [list(map(float, line.split())) for line in done.stdout.splitlines()]
+
+    return run
+
+
+@pytest.fixture
+def block_ranges(program):
+    """Of each case a range of key blocks, one of query blocks, and the kernels' where they read
+    the mask."""
+
+    def call(cases: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+        lines = [list(map(int, line)) for line in program(cases)]
+        return [[tuple(line[i : i + 4]) for i in range(0, len(line), 4)] for line in lines]
+
+    return call
+
+
+def sees(case: tuple[int, ...], query: int, key: int) -> bool:
+    """MaskSpec's definition (attention/call.hpp)."""
+    seqlen_q, seqlen_k, diagonal, left, right = case[:5]
+    at = query + (seqlen_k - seqlen_q if diagonal == NONE else diagonal)
+    return (left == NONE or key >= at - left) and (right == NONE or key <= at + right)
+
+
+def expected(case: tuple[int, ...], of_queries: bool) -> tuple[set[int], set[int]]:
+    """The blocks that some or all of the rows `first` to `first + count` see or are seen by, and
+    those of them that need no mask."""
+    seqlen_q, seqlen_k, *_, first, count, block = case
+    rows = seqlen_k if of_queries else seqlen_q
+    others = seqlen_q if of_queries else seqlen_k
+    there = [row for row in range(first, first + count) if 0 <= row < rows]
+    pairs = {
+        other: [sees(case, *((other, row) if of_queries else (row, other))) for row in there]
+        for other in range(others)
+    }
+    numbers = range(-(-others // block))
+    members = {b: range(b * block, min((b + 1) * block, others)) for b in numbers}
+    some = {b for b in numbers if any(any(pairs[other]) for other in members[b])}
+    # Keys behind the last one need a mask, queries behind it do not.
+    whole = {b for b in some if all(all(pairs[other]) for other in members[b])}
+    if of_queries:
+        return some, whole if first + count <= seqlen_k else set()
+    return some, {b for b in whole if (b + 1) * block <= seqlen_k}
+
+
+def blocks_of(answer: tuple[int, ...]) -> tuple[set[int], set[int]]:
+    begin, full_begin, full_end, end = answer
+    visited = set(range(begin, end))
+    return visited, visited & set(range(full_begin, full_end))
+
+
+def random_case(rng: random.Random) -> tuple[int, ...]:
+    seqlen_q, seqlen_k = rng.randint(1, 40), rng.choice([0, 1, *range(2, 60)])
+    diagonal = rng.choice([NONE, NONE, 0, rng.randint(-50, 70)])
+    left = rng.choice([NONE, 0, rng.randint(-4, 20), rng.randint(0, 80)])
+    right = rng.choice([NONE, 0, 0, rng.randint(-4, 20), rng.randint(0, 80)])
+    first = rng.randint(0, max(seqlen_q, seqlen_k))
+    return seqlen_q, seqlen_k, diagonal, left, right, first, rng.randint(1, 24), rng.randint(1, 24)
+
+
+def test_ranges_hold_the_blocks_that_are_seen_and_only_them(block_ranges):
+    rng = random.Random(22)
+    cases = [random_case(rng) for _ in range(4000)]
+    kernels = 0
+    for case, (keys, queries, *of_kernels) in zip(cases, block_ranges(cases), strict=True):
+        assert blocks_of(keys) == expected(case, False), case
+        assert blocks_of(queries) == expected(case, True), case
+        if of_kernels:
+            kernels += 1
+            assert [blocks_of(answer) for answer in of_kernels] == [
+                expected(case, False),
+                expected(case, True),
+            ], case
+    assert 300 < kernels < len(cases) / 2
+
+
+def test_tiles_may_begin_before_the_first_query(block_ranges):
+    rng = random.Random(23)
+    cases = [(*case[:5], -rng.randint(1, 30), *case[6:]) for case in map(random_case, [rng] * 500)]
+    for case, (keys, *_) in zip(cases, block_ranges(cases), strict=True):
+        assert blocks_of(keys) == expected(case, False), case
+
+
+@pytest.mark.parametrize(
+    ("mask", "is_read"),
+    [
+        ((NONE, NONE, NONE), True),
+        ((7, NONE, NONE), True),  # a diagonal without an end has no meaning
+        ((NONE, NONE, 0), True),
+        ((20, NONE, 0), True),  # bottom-right in other words
+        ((18, NONE, 2), True),
+        ((0, NONE, 0), False),
+        ((NONE, NONE, 1), False),
+        ((NONE, 5, 0), False),
+        ((NONE, 100, 100), False),
+    ],
+)
+def test_which_masks_kernels_read(block_ranges, mask, is_read):
+    (answer,) = block_ranges([(10, 30, *mask, 0, 4, 4)])
+    assert (len(answer) > 2) == is_read
+
+
+def test_limits_as_large_as_an_int_holds(block_ranges):
+    most = 2**31 - 1
+    full = [(10, 30, most, most, most, 0, 10, 4), (10, 30, NONE, most, most, 0, 10, 4)]
+    none = [(10, 30, most, NONE, -most, 0, 10, 4), (10, 30, -most, most, NONE, 0, 10, 4)]
+    *_, hidden, shown = block_ranges([*full, *none])
+    for (keys, *_), case in zip(block_ranges(full), full, strict=True):
+        assert blocks_of(keys) == expected(case, False)
+    assert blocks_of(hidden[0]) == expected(none[0], False)
+    assert blocks_of(shown[0]) == expected(none[1], False)
+
+
+def visited_keys(case: tuple[int, ...], tile_m: int) -> tuple[float, int]:
+    """Of all tiles: the mean of a query's tile, and the most of a tile."""
+    seqlen_q, seqlen_k, diagonal, left, right = case
+    at = seqlen_k - seqlen_q if diagonal == NONE else diagonal
+    tiles = -(-seqlen_q // tile_m)
+    first = -(-seqlen_q // 64) * 64 - tiles * tile_m
+    of_tiles = []
+    for start in range(first, first + tiles * tile_m, tile_m):
+        queries = range(max(0, start), min(start + tile_m, seqlen_q))
+        begin = 0 if left == NONE else max(0, queries[0] + at - left)
+        end = seqlen_k if right == NONE else min(seqlen_k, queries[-1] + at + right + 1)
+        of_tiles.append((len(queries), max(0, end - begin)))
+    return sum(n * keys for n, keys in of_tiles) / seqlen_q, max(keys for _, keys in of_tiles)
+
+
+def test_sampled_tiles_stand_for_all(program):
+    rng = random.Random(24)
+    cases = []
+    for _ in range(500):
+        seqlen_q = rng.choice([rng.randint(1, 1000), rng.randint(1, 20000)])
+        seqlen_k = rng.choice([seqlen_q, rng.randint(0, 40000)])
+        left = rng.choice([NONE, NONE, rng.randint(0, 5000)])
+        right = rng.choice([NONE, 0, 0, rng.randint(0, 5000)])
+        cases.append((seqlen_q, seqlen_k, NONE, left, right, 0, 0, rng.choice([64, 128, 192, 256])))
+    for case, (mean, most, least) in zip(cases, program(cases, "tiles"), strict=True):
+        exact_mean, exact_most = visited_keys(case[:5], case[-1])
+        sampled = case[0] > 9 * case[-1]
+        assert most == pytest.approx(exact_most, rel=0.1 if sampled else 1e-4), case
+        assert abs(mean - exact_mean) <= (0.1 if sampled else 1e-4) * exact_most, case
+        assert 0 <= least <= most, case
