@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import report, session
+from bench import fa3_library, report, session
 from bench.cells import Cell, cell_name, on_data
 from bench.distributions import chosen
 
@@ -48,9 +47,9 @@ def parser(description: str, kind: str, peers: Iterable[str]) -> argparse.Argume
     result.add_argument(
         "--fa3-library",
         type=Path,
-        default=os.environ.get("CUTE_KERNELS_FA3_LIBRARY"),
         metavar="PATH",
-        help="the _C.so of FlashAttention-3 inside xformers, for the peer fa3-xformers",
+        help="the _C.so of FlashAttention-3 inside xformers, for the peer fa3-xformers; default: "
+        f"what {fa3_library.VARIABLE} names",
     )
     result.add_argument(
         "--host-batches", type=int, default=40, help="batches of 100 calls; 0: no host time"

@@ -7,11 +7,14 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
+VARIABLE = "CUTE_KERNELS_FA3_LIBRARY"
 HOW_TO_GET = (
-    "--fa3-library PATH or CUTE_KERNELS_FA3_LIBRARY names it: xformers/flash_attn_3/_C.so of "
+    f"--fa3-library PATH or {VARIABLE} names it: xformers/flash_attn_3/_C.so of "
     "`python -m pip download --no-deps xformers==0.0.34`, with libcudart.so.12 of the package "
     "nvidia-cuda-runtime-cu12 in the same folder"
 )
@@ -24,6 +27,8 @@ ONE_IN_A_PROCESS = (
 
 def registered() -> bool:
     """Whether some library has registered the operators; a second one would end the process."""
+    import torch
+
     return hasattr(torch.ops.flash_attn_3, "fwd")
 
 
@@ -35,6 +40,8 @@ def load(path: Path):
         OSError: it is not there or does not load.
         RuntimeError: another library has registered operators of the same names.
     """
+    import torch
+
     if registered():
         raise RuntimeError(ONE_IN_A_PROCESS)
     if not path.is_file():
@@ -49,6 +56,8 @@ def load(path: Path):
 
 def attention(operators) -> Callable[..., torch.Tensor]:
     """q, k, v and causal -> the output, differentiable by the library's own backward operator."""
+
+    import torch
 
     class Attention(torch.autograd.Function):
         @staticmethod

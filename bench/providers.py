@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -234,10 +235,12 @@ def _fa3_from_source() -> Provider:
 
 
 def _fa3_of_a_library(path: Path | None) -> Provider:
-    if path is None:
+    named = path or os.environ.get(fa3_library.VARIABLE)
+    if not named:
         raise Unavailable(f"no library is given; {fa3_library.HOW_TO_GET}")
+    library = Path(named)
     try:
-        function = fa3_library.attention(fa3_library.load(path))
+        function = fa3_library.attention(fa3_library.load(library))
     except OSError as error:
         reason = error.__cause__ or error  # PyTorch's own says only which file
         raise Unavailable(f"{reason}; {fa3_library.HOW_TO_GET}") from error
@@ -247,7 +250,7 @@ def _fa3_of_a_library(path: Path | None) -> Provider:
     return Provider(
         name="fa3-xformers",
         label="FA3 (xformers)",
-        version=f"flash_attn_3 of {path.name}",
+        version=f"flash_attn_3 of {library.name}",
         function=lambda cell: lambda q, k, v: function(q, k, v, cell.causal),
     )
 

@@ -44,12 +44,12 @@ def lowest(
 ) -> tuple[float, dict[str, Any]] | None:
     """The candidate's lowest ratio in any of the cells, and the cell: 0 where it failed."""
     peers = tuple(peers)
-    ratios = [
-        (0.0 if "error" in entry["results"].get(candidate, {}) else known, entry)
-        for entry in entries
-        if (known := ratio(entry, peers, candidate)) is not None
-        or "error" in entry["results"].get(candidate, {})
-    ]
+    ratios = []
+    for entry in entries:
+        failed = "error" in entry["results"].get(candidate, {})
+        known = 0.0 if failed else ratio(entry, peers, candidate)
+        if known is not None:
+            ratios.append((known, entry))
     return min(ratios, key=lambda pair: pair[0], default=None)
 
 

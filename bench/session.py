@@ -47,13 +47,15 @@ def add_grid_options(to: argparse.ArgumentParser) -> None:
 
 
 def add_data_option(to: argparse.ArgumentParser) -> None:
+    meanings = "; ".join(f"{name}: {data.meaning}" for name, data in DISTRIBUTIONS.items())
+    to.epilog = f"Data. {meanings}."
     to.add_argument(
         "--data",
         nargs="+",
         choices=[*DISTRIBUTIONS, ALL],
         default=[NORMAL],
         metavar="NAME",
-        help=f"what the numbers are like: {', '.join(DISTRIBUTIONS)}, or {ALL}",
+        help=f"what the numbers are like: {', '.join(DISTRIBUTIONS)}, or {ALL} (see below)",
     )
 
 

@@ -12,6 +12,7 @@ from bench import (
     backward,
     cells,
     comparison,
+    fa3_library,
     forward,
     measure,
     plot,
@@ -112,6 +113,7 @@ def test_a_run_over_data(monkeypatch, tmp_path, capsys):
     def times(captured, rounds):
         return {name: Spread(1.0, 0.9, 1.1, rounds) for name in captured}
 
+    monkeypatch.delenv(fa3_library.VARIABLE, raising=False)
     monkeypatch.setattr(cells, "PAPER_TOKENS", 192)
     monkeypatch.setattr(cells, "PAPER_HIDDEN", 128)
     monkeypatch.setattr(session, "_machine", lambda: {"gpu": "none", "torch": "2", "cuda": "13"})

@@ -53,7 +53,9 @@ def test_fa3_library_is_a_peer_of_both_passes(monkeypatch, tmp_path, mask):
     assert gradients.error(grads) <= gradients.tolerance
 
 
-def test_fa3_library_that_is_missing_says_how_to_get_it(tmp_path):
+def test_fa3_library_that_is_missing_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.delenv(fa3_library.VARIABLE, raising=False)
+
     def reason(**options):
         loaded, missing = providers.load_peers(["fa3-xformers"], **options)
         assert not loaded
@@ -76,6 +78,11 @@ def test_two_libraries_of_the_same_operators_are_not_loaded(monkeypatch, tmp_pat
 
 
 def test_fa3_library_may_be_named_by_the_environment(monkeypatch):
-    monkeypatch.setenv("CUTE_KERNELS_FA3_LIBRARY", "some/_C.so")
-    assert backward.parse([]).fa3_library == Path("some/_C.so")
-    assert backward.parse(["--fa3-library", "other.so"]).fa3_library == Path("other.so")
+    def reason(*options):
+        chosen = backward.parse(["--peers", "fa3-xformers", *options])
+        _, missing = providers.load_peers(chosen.peers, fa3_library=chosen.fa3_library)
+        return missing["fa3-xformers"]
+
+    monkeypatch.setenv(fa3_library.VARIABLE, "no/such/_C.so")
+    assert "no file no/such/_C.so" in reason()
+    assert "no file other.so" in reason("--fa3-library", "other.so")
