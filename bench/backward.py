@@ -11,7 +11,7 @@ from typing import Any
 from bench import comparison, report, session
 from bench.cells import BackwardCell, paper_grid
 
-PEER_NAMES = ("sdpa-cudnn", "sdpa-flash", "fa3", "fa4")
+PEER_NAMES = ("sdpa-cudnn", "sdpa-flash", "fa3", "fa3-xformers", "fa4")
 DETERMINISTIC = f"{report.OURS}:deterministic"
 
 

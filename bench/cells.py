@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 MASKS = ("full", "causal")
 DTYPES = ("bf16", "fp16")
@@ -14,11 +14,15 @@ PAPER_HIDDEN = 2048
 LATENCY_SEQLENS = (128, 256, 512, 1024, 2048)
 LLAMA_SEQLENS = (2048, 4096, 8192, 16384, 32768)
 PREFILL_CHUNKS = (512, 2048)
+NORMAL = "normal"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """`seqlen` queries; where nothing else is said, as many keys, and a key head for each head."""
+    """`seqlen` queries; where nothing else is said, as many keys, and a key head for each head.
+
+    `data`: which of `distributions.DISTRIBUTIONS` the numbers have.
+    """
 
     dtype: str
     mask: str
@@ -28,6 +32,7 @@ class Cell:
     head_dim: int
     seqlen_k: int = 0
     heads_kv: int = 0
+    data: str = NORMAL
 
     def __post_init__(self):
         object.__setattr__(self, "seqlen_k", self.seqlen_k or self.seqlen)
@@ -50,7 +55,11 @@ class Cell:
         return self.flops / milliseconds / 1e9
 
     def as_dict(self) -> dict[str, object]:
-        return {**asdict(self), "flops": self.flops}
+        """As it is recorded: `data` only where it is not normal."""
+        fields = asdict(self)
+        if self.data == NORMAL:
+            del fields["data"]
+        return {**fields, "flops": self.flops}
 
     def __str__(self) -> str:
         return f"{self.dtype} {cell_name(asdict(self))}"
@@ -72,7 +81,18 @@ def cell_name(cell: dict) -> str:
         name += f" on {cell['seqlen_k']} keys"
     if cell.get("heads_kv", cell.get("heads")) != cell.get("heads"):
         name += f" {cell['heads']}/{cell['heads_kv']} heads"
-    return name
+    return name if data_of(cell) == NORMAL else f"{name} {data_of(cell)}"
+
+
+def data_of(cell: dict) -> str:
+    """The distribution of a recorded cell's numbers."""
+    return cell.get("data", NORMAL)
+
+
+def on_data(grid: Iterable[Cell], names: Iterable[str]) -> list[Cell]:
+    """Every cell with each of the distributions."""
+    names = tuple(names)
+    return [replace(cell, data=name) for cell in grid for name in names]
 
 
 def paper_cell(dtype: str, head_dim: int, mask: str, seqlen: int, kind: type[Cell] = Cell) -> Cell:

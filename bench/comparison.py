@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from bench import report, session
-from bench.cells import Cell
+from bench import fa3_library, report, session
+from bench.cells import Cell, cell_name, on_data
+from bench.distributions import chosen
 
 QUICK = {"head_dims": [128], "seqlens": [2048, 16384]}
 KINDS = {"forward": "Forward", "backward": "Backward"}
@@ -21,6 +23,7 @@ def host_cell(dtype: str) -> Cell:
 def parser(description: str, kind: str, peers: Iterable[str]) -> argparse.ArgumentParser:
     result = session.parser(description, kind)
     session.add_grid_options(result)
+    session.add_data_option(result)
     peers = tuple(peers)
     result.add_argument("--peers", nargs="*", choices=peers, default=list(peers))
     result.add_argument(
@@ -40,6 +43,13 @@ def parser(description: str, kind: str, peers: Iterable[str]) -> argparse.Argume
         default=[],
         metavar="S",
         help="time FA4 at these lengths only (it compiles once for each head dim and mask)",
+    )
+    result.add_argument(
+        "--fa3-library",
+        type=Path,
+        metavar="PATH",
+        help="the _C.so of FlashAttention-3 inside xformers, for the peer fa3-xformers; default: "
+        f"what {fa3_library.VARIABLE} names",
     )
     result.add_argument(
         "--host-batches", type=int, default=40, help="batches of 100 calls; 0: no host time"
@@ -62,8 +72,9 @@ def load_peers(arguments: argparse.Namespace) -> tuple[list[Any], list[Any], dic
     """The peers to time, those of the host time alone, and why others are missing."""
     from bench import providers
 
-    peers, missing = providers.load_peers(arguments.peers, arguments.fa4_seqlens)
-    host_peers, missing_on_host = providers.load_peers(arguments.host_peers)
+    options = {"fa4_seqlens": arguments.fa4_seqlens, "fa3_library": arguments.fa3_library}
+    peers, missing = providers.load_peers(arguments.peers, **options)
+    host_peers, missing_on_host = providers.load_peers(arguments.host_peers, **options)
     return peers, host_peers, missing | missing_on_host
 
 
@@ -109,7 +120,8 @@ def run(
         timed = measure.time_host(cell, host_providers, arguments.host_batches, task)
         data["host"] = {**cell.as_dict(), "results": timed}
         record.save()
-    for number, cell in enumerate([] if arguments.only_host else grid, start=1):
+    grid = [] if arguments.only_host else on_data(grid, chosen(arguments.data))
+    for number, cell in enumerate(grid, start=1):
         timed = measure.time_cell(cell, providers, arguments.rounds, arguments.target_ms, task)
         entry = record.add(cell, timed)
         progress(number, len(grid), entry, cell, report.peers_of(data))
@@ -127,11 +139,16 @@ def print_summary(data: dict[str, Any]) -> None:
     if data["cells"]:
         print(f"\nTFLOP/s, {kind}, {data['settings']['dtype']}")
         print(report.text_table(*report.cell_rows(data)))
-        print("\nours / best peer, geometric mean")
+        peers = report.peers_of(data)
+        print("\nours / best peer, geometric mean on N(0, 1)")
         print(report.show_means(report.ratio_means(data), 3))
+        print("\nours / best peer, lowest of any length, by data")
+        print(report.text_table(*report.lowest_rows(data, peers)))
         for name, means in report.variant_means(data).items():
             print(f"\ntime of {name} / ours, geometric mean")
             print(report.show_means(means, 3))
+            worst = report.lowest(data["cells"], peers, name)
+            print(f"{name} / best peer, lowest: {report.show_lowest(worst, cell_name)}")
     if "host" in data:
         print(f"\nhost time of {HOST_CALL[kind]} (1, 128, 16, 128), us")
         print(report.text_table(*report.host_row(data)))

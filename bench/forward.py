@@ -8,7 +8,7 @@ from typing import Any
 from bench import comparison, report, session
 from bench.cells import Cell, latency_grid, llama_grid, paper_grid
 
-PEER_NAMES = ("sdpa-cudnn", "sdpa-flash", "fa3-fwd", "fa3", "fa4")
+PEER_NAMES = ("sdpa-cudnn", "sdpa-flash", "fa3-fwd", "fa3", "fa3-xformers", "fa4")
 
 
 def parse(arguments: list[str] | None = None):

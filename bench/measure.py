@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from bench.cells import Cell
+from bench.cells import NORMAL, Cell
 from bench.check import Reference
 from bench.check_backward import GradientReference
+from bench.distributions import draw
 from bench.providers import Provider
 from bench.timing import (
     Call,
@@ -22,7 +23,6 @@ from bench.timing import (
     interleaved_host_times,
 )
 
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Results = dict[str, dict[str, Any]]
 
 
@@ -30,19 +30,14 @@ class WrongResult(Exception):
     """An output outside the tolerance."""
 
 
-def random_inputs(cell: Cell, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v ~ N(0, 1); never zeros, which a GPU multiplies at less power and so faster."""
-    generator = torch.Generator(device="cuda").manual_seed(seed)
-    queries = (cell.batch, cell.seqlen, cell.heads, cell.head_dim)
-    keys = (cell.batch, cell.seqlen_k, cell.heads_kv, cell.head_dim)
-    options = {"generator": generator, "device": "cuda", "dtype": TORCH_DTYPES[cell.dtype]}
-    return tuple(torch.randn(shape, **options) for shape in (queries, keys, keys))
+def random_inputs(cell: Cell) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v; never zeros, which a GPU multiplies at less power and so faster."""
+    return draw(cell)
 
 
 def random_inputs_and_gradient(cell: Cell) -> tuple[torch.Tensor, ...]:
-    """q, k, v and the gradient of the output."""
-    q, k, v = random_inputs(cell)
-    return q, k, v, random_inputs(cell, seed=1)[0]
+    """q, k, v and the gradient of the output, which is always N(0, 1)."""
+    return *draw(cell), draw(replace(cell, data=NORMAL), seed=1)[0]
 
 
 @dataclass(frozen=True)

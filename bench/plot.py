@@ -1,4 +1,5 @@
-"""Draws a comparison's results: one panel for each head dim and mask, ours beside the peers."""
+"""Draws a comparison's results on N(0, 1): one panel for each head dim and mask, ours beside the
+peers."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ COLORS = {
     "sdpa-flash": "#dfe5ea",
     "fa3-fwd": "#e3b778",
     "fa3": "#c98f42",
+    "fa3-xformers": "#a5652e",
     "fa4": "#8f9fc4",
 }
 FALLBACK = "#c9b7d1"
@@ -29,7 +31,7 @@ def shown_seqlen(seqlen: int) -> str:
 
 def panels(data: dict[str, Any]) -> dict[tuple[int, str], list[dict[str, Any]]]:
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for entry in data["cells"]:
+    for entry in report.normal_cells(data):
         groups.setdefault((entry["head_dim"], entry["mask"]), []).append(entry)
     return groups
 
@@ -71,7 +73,7 @@ def draw(data: dict[str, Any]):
     providers = [
         name
         for name in data["providers"]
-        if any(report.tflops(entry, name) is not None for entry in data["cells"])
+        if any(report.tflops(entry, name) is not None for entry in report.normal_cells(data))
     ]
     labels = {name: data["providers"][name]["label"] for name in providers}
     groups = panels(data)
@@ -126,8 +128,8 @@ def main() -> int:
     parser.add_argument("--formats", nargs="+", default=["svg", "png"])
     chosen = parser.parse_args()
     data = report.load(chosen.results)
-    if data.get("kind") not in KINDS or not data.get("cells"):
-        print(f"bench: {chosen.results} holds no cells of a comparison", file=sys.stderr)
+    if data.get("kind") not in KINDS or not report.normal_cells(data):
+        print(f"bench: {chosen.results} holds no cells of a comparison on N(0, 1)", file=sys.stderr)
         return 2
     figure = draw(data)
     for kind in chosen.formats:

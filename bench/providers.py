@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from bench import fa3_library
 from bench.cells import Cell
 from bench.timing import Call
 
@@ -222,6 +227,34 @@ def _flash_attn_like(
     )
 
 
+def _fa3_from_source() -> Provider:
+    module = "flash_attn_interface"
+    if module not in sys.modules and fa3_library.registered():
+        raise Unavailable(fa3_library.ONE_IN_A_PROCESS)
+    return _flash_attn_like("fa3", "FA3 (source)", module, "flash-attn-3", "flash_attn_3")
+
+
+def _fa3_of_a_library(path: Path | None) -> Provider:
+    named = path or os.environ.get(fa3_library.VARIABLE)
+    if not named:
+        raise Unavailable(f"no library is given; {fa3_library.HOW_TO_GET}")
+    library = Path(named)
+    try:
+        function = fa3_library.attention(fa3_library.load(library))
+    except OSError as error:
+        reason = error.__cause__ or error  # PyTorch's own says only which file
+        raise Unavailable(f"{reason}; {fa3_library.HOW_TO_GET}") from error
+    except RuntimeError as error:
+        raise Unavailable(str(error)) from error
+
+    return Provider(
+        name="fa3-xformers",
+        label="FA3 (xformers)",
+        version=f"flash_attn_3 of {library.name}",
+        function=lambda cell: lambda q, k, v: function(q, k, v, cell.causal),
+    )
+
+
 # Name on the command line -> how to load it; a loader raises Unavailable where it cannot run.
 PEERS: dict[str, Callable[..., Provider]] = {
     "sdpa-cudnn": lambda **_: _sdpa("sdpa-cudnn", "SDPA cuDNN", "CUDNN_ATTENTION"),
@@ -229,24 +262,21 @@ PEERS: dict[str, Callable[..., Provider]] = {
     "fa3-fwd": lambda **_: _flash_attn_like(
         "fa3-fwd", "FA3 (fa3-fwd)", "fa3_fwd_interface", "fa3-fwd"
     ),
-    "fa3": lambda **_: _flash_attn_like(
-        "fa3", "FA3 (source)", "flash_attn_interface", "flash-attn-3", "flash_attn_3"
-    ),
+    "fa3": lambda **_: _fa3_from_source(),
+    "fa3-xformers": lambda fa3_library=None, **_: _fa3_of_a_library(fa3_library),
     "fa4": lambda fa4_seqlens=(), **_: _flash_attn_like(
         "fa4", "FA4 (CuTe DSL)", "flash_attn.cute", "flash-attn-4", seqlens=fa4_seqlens
     ),
 }
 
 
-def load_peers(
-    names: Iterable[str], fa4_seqlens: Iterable[int] = ()
-) -> tuple[list[Provider], dict[str, str]]:
-    """The peers that can run here, and why each of the others cannot."""
+def load_peers(names: Iterable[str], **options: Any) -> tuple[list[Provider], dict[str, str]]:
+    """The peers that can run here, and why each of the others cannot. Options: of the loaders."""
     loaded: list[Provider] = []
     missing: dict[str, str] = {}
     for name in names:
         try:
-            loaded.append(PEERS[name](fa4_seqlens=tuple(fa4_seqlens)))
+            loaded.append(PEERS[name](**options))
         except Unavailable as error:
             missing[name] = str(error)
     return loaded, missing

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import ablation, report
-from bench.cells import cell_name
+from bench.cells import NORMAL, cell_name, data_of
 from bench.comparison import HOST_CALL, KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +54,9 @@ def comparison_section(path: Path, root: Path) -> str:
     data = report.load(path)
     kind = KINDS[data["kind"]]
     peers = report.peers_of(data)
+    problems = report.problems(data)
     timed = [p for p in peers if any(report.tflops(cell, p) for cell in data["cells"])]
+    other = report.other_data(data["cells"])
     dtype = data["settings"]["dtype"]
     what = GRIDS[data["settings"].get("grid", "paper")]
     lines = [f"**{kind}, {dtype}, {what}**: {provenance(data)}", ""]
@@ -62,21 +64,35 @@ def comparison_section(path: Path, root: Path) -> str:
     if plot.exists():
         relative = plot.relative_to(root).as_posix()
         lines += [f"![{kind}, {dtype}, TFLOP/s by sequence length]({relative})", ""]
-    header = ["cell", "cute_kernels", *timed, "ours / best peer"]
+    header = [
+        "cell",
+        "cute_kernels",
+        *timed,
+        "ours / best peer",
+        *(f"lowest on {x}" for x in other),
+    ]
     rows = []
-    for cell in data["cells"]:
-        ratio = report.ratio(cell, peers)
+    for name, cells in problems.items():
+        normal = cells.get(NORMAL, {"results": {}})
+        elsewhere = report.other_data(cells.values())
         rows.append(
             [
-                cell_name(cell),
-                report.show(report.tflops(cell, report.OURS)),
-                *(report.show(report.tflops(cell, peer)) for peer in timed),
-                report.show(ratio, 2),
+                name,
+                report.show(report.tflops(normal, report.OURS)),
+                *(report.show(report.tflops(normal, peer)) for peer in timed),
+                report.show(report.ratio(normal, peers), 2),
+                *(
+                    report.show_lowest(report.lowest(elsewhere.get(x, []), peers), data_of)
+                    for x in other
+                ),
             ]
         )
     means = [pair for pair in report.ratio_means(data) if pair[1]]
     table = report.markdown_table(header, rows)
-    lines += [f"Geometric mean of ours / best peer: {shown_means(means)}.", ""]
+    lines += [f"Geometric mean of ours / best peer: {shown_means(means)}.", ""] if means else []
+    if other:
+        by_data = report.markdown_table(*report.lowest_rows(data, peers))
+        lines += [lowest_line(data, peers, other), "", by_data, ""]
     for name, variant in report.variant_means(data).items():
         label = data["providers"][name]["label"]
         lines += [f"Time of {label} / ours, geometric mean: {shown_means(variant)}.", ""]
@@ -92,6 +108,18 @@ def comparison_section(path: Path, root: Path) -> str:
         shown = ", ".join(f"{name} {us} µs" for name, us in zip(names, rows[0], strict=True))
         lines += ["", f"Host time of {HOST_CALL[data['kind']]} (1, 128, 16, 128): {shown}."]
     return "\n".join(lines)
+
+
+def lowest_line(
+    data: dict[str, Any], peers: list[str], other: dict[str, list[dict[str, Any]]]
+) -> str:
+    """The worst of all cells, beside the means on N(0, 1)."""
+    kinds = {"N(0, 1)": report.normal_cells(data), **other}
+    shown = (
+        f"on {kind} {report.show_lowest(report.lowest(cells, peers), cell_name)}"
+        for kind, cells in kinds.items()
+    )
+    return f"Lowest ours / best peer of any cell: {', '.join(shown)}."
 
 
 def shown_means(means: Iterable[tuple[str, float | None]]) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.cells import cell_name
+from bench.cells import NORMAL, cell_name, data_of
+from bench.distributions import DISTRIBUTIONS
 
 OURS = "ours"
 
@@ -36,6 +37,46 @@ def ratio(entry: dict[str, Any], peers: Iterable[str], candidate: str = OURS) ->
     """The candidate's speed over the best peer's in the same cell."""
     mine, best = tflops(entry, candidate), best_peer(entry, peers)
     return None if mine is None or best is None else mine / best[1]
+
+
+def lowest(
+    entries: Iterable[dict[str, Any]], peers: Iterable[str], candidate: str = OURS
+) -> tuple[float, dict[str, Any]] | None:
+    """The candidate's lowest ratio in any of the cells, and the cell: 0 where it failed."""
+    peers = tuple(peers)
+    ratios = []
+    for entry in entries:
+        failed = "error" in entry["results"].get(candidate, {})
+        known = 0.0 if failed else ratio(entry, peers, candidate)
+        if known is not None:
+            ratios.append((known, entry))
+    return min(ratios, key=lambda pair: pair[0], default=None)
+
+
+def problems(data: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The cells of each problem, by name and then by their data."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in data["cells"]:
+        found.setdefault(cell_name({**entry, "data": NORMAL}), {})[data_of(entry)] = entry
+    return found
+
+
+def on_data(entries: Iterable[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [entry for entry in entries if data_of(entry) == name]
+
+
+def normal_cells(data: dict[str, Any]) -> list[dict[str, Any]]:
+    return on_data(data["cells"], NORMAL)
+
+
+def other_data(entries: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Cells of other data than N(0, 1), those as models have them and adversarial ones apart."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        if data_of(entry) != NORMAL:
+            adversarial = DISTRIBUTIONS[data_of(entry)].adversarial
+            kinds.setdefault("adversarial data" if adversarial else "other data", []).append(entry)
+    return kinds
 
 
 def geometric_mean(values: Iterable[float | None]) -> float | None:
@@ -98,23 +139,53 @@ def _shown(entry: dict[str, Any], provider: str) -> str:
 
 
 def ratio_means(data: dict[str, Any]) -> list[tuple[str, float | None]]:
-    """Geometric means of the ratio: of each head dim and mask, then of all cells."""
+    """Geometric means of the ratio on N(0, 1): of each head dim and mask, then of all cells."""
     peers = peers_of(data)
-    groups: dict[str, list[float | None]] = {}
-    for entry in data["cells"]:
-        key = f"D={entry['head_dim']} {entry['mask']}"
-        groups.setdefault(key, []).append(ratio(entry, peers))
-    means = [(key, geometric_mean(values)) for key, values in groups.items()]
-    return [*means, ("all", geometric_mean(ratio(entry, peers) for entry in data["cells"]))]
+    entries = normal_cells(data)
+    means = [
+        (key, geometric_mean(ratio(entry, peers) for entry in group))
+        for key, group in _by_head_dim_and_mask(entries).items()
+    ]
+    return [*means, ("all", geometric_mean(ratio(entry, peers) for entry in entries))]
+
+
+def _by_head_dim_and_mask(entries: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault(f"D={entry['head_dim']} {entry['mask']}", []).append(entry)
+    return groups
+
+
+def lowest_rows(data: dict[str, Any], peers: list[str]) -> tuple[list[str], list[list[str]]]:
+    """The lowest ratio of any length: one line for each head dim and mask, one column for each
+    distribution."""
+    names = [name for name in DISTRIBUTIONS if on_data(data["cells"], name)]
+    rows = [
+        [key, *(show_lowest(lowest(on_data(group, name), peers)) for name in names)]
+        for key, group in _by_head_dim_and_mask(data["cells"]).items()
+    ]
+    return ["lowest of any length", *names], rows
+
+
+def show_lowest(
+    found: tuple[float, dict[str, Any]] | None, name: Callable[[dict[str, Any]], str] | None = None
+) -> str:
+    """A ratio, with the name of its cell if that is asked for."""
+    if found is None:
+        return "-"
+    value, entry = found
+    shown = show(value, 2) if value else "failed"
+    return shown if name is None else f"{shown} {name(entry)}"
 
 
 def variant_means(data: dict[str, Any]) -> dict[str, list[tuple[str, float | None]]]:
-    """Of each of our other candidates: geometric means by head dim of its time over ours."""
+    """Of each of our other candidates: geometric means by head dim of its time over ours,
+    on N(0, 1)."""
     variants = [name for name in data["providers"] if name.startswith(f"{OURS}:")]
     result = {}
     for name in variants:
         groups: dict[str, list[float | None]] = {}
-        for entry in data["cells"]:
+        for entry in normal_cells(data):
             of_variant = ratio(entry, [OURS], name)
             key = f"D={entry['head_dim']}"
             groups.setdefault(key, []).append(None if of_variant is None else 1 / of_variant)

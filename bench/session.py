@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.cells import DTYPES, MASKS, PAPER_HEAD_DIMS, PAPER_SEQLENS, Cell
+from bench.cells import DTYPES, MASKS, NORMAL, PAPER_HEAD_DIMS, PAPER_SEQLENS, Cell
+from bench.distributions import ALL, DISTRIBUTIONS
 
 NO_GPU = 2
 SCHEMA = 1
@@ -43,6 +44,19 @@ def add_grid_options(to: argparse.ArgumentParser) -> None:
     to.add_argument("--head-dims", type=int, nargs="+", default=list(PAPER_HEAD_DIMS), metavar="D")
     to.add_argument("--seqlens", type=int, nargs="+", default=list(PAPER_SEQLENS), metavar="S")
     to.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
+
+
+def add_data_option(to: argparse.ArgumentParser) -> None:
+    meanings = "; ".join(f"{name}: {data.meaning}" for name, data in DISTRIBUTIONS.items())
+    to.epilog = f"Data. {meanings}."
+    to.add_argument(
+        "--data",
+        nargs="+",
+        choices=[*DISTRIBUTIONS, ALL],
+        default=[NORMAL],
+        metavar="NAME",
+        help=f"what the numbers are like: {', '.join(DISTRIBUTIONS)}, or {ALL} (see below)",
+    )
 
 
 def require_gpu() -> None:
