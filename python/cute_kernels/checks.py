@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from cute_kernels.compat import surely
 from cute_kernels.reference import accumulator_dtype
 from cute_kernels.tiles import tile_configs
 
@@ -207,7 +208,7 @@ def check_int(name: str, number: object, least: int | None = None, none: str = "
         return
     if not isinstance(number, (int, torch.SymInt)):
         raise TypeError(f"{name} is {number!r}, must be an int{none}")
-    if least is not None and number < least:
+    if least is not None and surely(number < least):
         raise ValueError(f"{name} is {number}, must be at least {least}{none}")
 
 
