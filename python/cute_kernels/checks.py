@@ -179,9 +179,8 @@ def check_call(
     deterministic: bool,
 ) -> None:
     """What calls of every layout have in common."""
-    for name, flag in (("causal", causal), ("deterministic", deterministic)):
-        if not isinstance(flag, (bool, int)):
-            raise TypeError(f"{name} is {flag!r}, must be True or False")
+    check_flag("causal", causal)
+    check_flag("deterministic", deterministic)
     _check_alone("q", q, layout)
     for name, tensor in (("k", k), ("v", v)):
         _check_like(name, tensor, q)
@@ -200,6 +199,11 @@ def check_window(q: Tensor, left: int | None, right: int | None) -> None:
 def check_diagonal(q: Tensor, diagonal: int | None) -> None:
     check_int("diagonal", diagonal)
     refuse_on_cuda("diagonal", diagonal is not None, q)
+
+
+def check_flag(name: str, flag: object) -> None:
+    if not isinstance(flag, (bool, int)):
+        raise TypeError(f"{name} is {flag!r}, must be True or False")
 
 
 def check_int(name: str, number: object, least: int | None = None, none: str = " or None") -> None:
