@@ -275,6 +275,8 @@ def _check_like(name: str, tensor: Tensor, q: Tensor) -> None:
 def check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}, must be torch.strided")
 
 
 def _check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
