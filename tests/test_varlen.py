@@ -267,7 +267,11 @@ BAD_QKV = {
     "not three": ((50, 2, 4, 64), None, r"qkv has shape \(50, 2, 4, 64\), must be \(total, 3, "),
     "rank with heads": ((50, 3, 4, 64), 2, r"must be \(total, heads of q, k and v, head_dim\)"),
     "odd rest": ((50, 7, 64), 4, "num_heads_q is 4, must leave an even number of qkv's 7 heads"),
-    "no rest": ((50, 4, 64), 4, "num_heads_q is 4, must leave an even number of qkv's 4 heads"),
+    "no rest": (
+        (50, 4, 64),
+        4,
+        "num_heads_q is 4, must leave an even number of qkv's 4 heads, 2 or more",
+    ),
     "none of q": ((50, 4, 64), 0, "num_heads_q is 0, must be at least 1"),
 }
 

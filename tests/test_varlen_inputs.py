@@ -72,6 +72,16 @@ BAD = {
         TypeError,
         "q is a list, must be a torch.Tensor",
     ),
+    "q sparse": (
+        {"q": lambda x: x.to_sparse()},
+        TypeError,
+        "q has layout torch.sparse_coo, must be torch.strided",
+    ),
+    "cu_seqlens_q sparse": (
+        {"cu_seqlens_q": lambda x: x.to_sparse()},
+        TypeError,
+        "cu_seqlens_q has layout torch.sparse_coo, must be torch.strided",
+    ),
     "q a string": ({"q": lambda x: "q"}, TypeError, "q is a str, must be a torch.Tensor"),
     "v strided": (
         {"v": lambda x: x.repeat(1, 1, 2)[..., ::2]},
@@ -276,6 +286,23 @@ def test_later_arguments_are_named(name):
     message = f"^flash_attn_varlen_func: {name} is not there yet$"
     with pytest.raises(NotImplementedError, match=message):
         flash_attn_varlen_func(**good_call(), **{name: LATER[name]})
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_later_arguments_of_several_numbers_are_named(name):
+    message = f"^flash_attn_varlen_func: {name} is not there yet$"
+    with pytest.raises(NotImplementedError, match=message):
+        flash_attn_varlen_func(**good_call(), **{name: torch.zeros(2)})
+
+
+def test_jagged_tensors_are_named():
+    """Packed sequences in PyTorch's own form."""
+    call = good_call()
+    for name in "qkv":
+        lengths = torch.tensor([0, 4, call[name].shape[0]])
+        call[name] = torch.nested.nested_tensor_from_jagged(call[name], lengths)
+    with pytest.raises(TypeError, match=r"^q has layout torch\.jagged, must be torch\.strided$"):
+        flash_attn_varlen_func(**call)
 
 
 def test_hints_change_nothing():

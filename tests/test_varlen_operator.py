@@ -133,6 +133,26 @@ def test_contents_need_no_compilation():
     assert counter.frame_count == 1
 
 
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_compiles_with_max_seqlen_from_a_tensor():
+    """Its value is not known to the compiler. The operator checks it as it runs."""
+    torch._dynamo.reset()
+
+    def attend(q, cu_seqlens, bounds):
+        longest = bounds.max().item()
+        lengths = (cu_seqlens, cu_seqlens, longest, longest)
+        return flash_attn_varlen_func(q, q, q, *lengths, causal=True)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    q, cu_seqlens = torch.randn(30, 2, 16), torch.tensor([0, 10, 30], dtype=torch.int32)
+    expected = flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, causal=True)
+    assert torch.equal(compiled(q, cu_seqlens, torch.tensor([10, 20])), expected)
+    with pytest.raises(ValueError, match="max_seqlen_q is 19, must be at least 20"):
+        compiled(q, cu_seqlens, torch.tensor([10, 19]))
+    with pytest.raises(ValueError, match="max_seqlen_q is -1, must be at least 0 or None"):
+        compiled(q, cu_seqlens, torch.tensor([-2, -1]))
+
+
 def test_errors_come_through_the_compiler():
     torch._dynamo.reset()
     compiled = torch.compile(flash_attn_varlen_func, backend="aot_eager")

@@ -20,11 +20,28 @@ OPCHECK = (
 )
 
 
+class Numbers:
+    """As an array of NumPy's, which a user need not have: compared with what has not as many
+    elements, it has no answer."""
+
+    def __init__(self, *values):
+        self.values = values
+
+    def tolist(self):
+        return list(self.values)
+
+    def __eq__(self, other):
+        raise ValueError("ambiguous")
+
+    __hash__ = None
+
+
 def test_forms_of_a_window(device):
     skip_on_cuda(device, "windows")
     q, k, v = random_qkv(device, torch.bfloat16, 1, 100, 150, 2)
     expected = flash_attn_func(q, k, v, window_size=(7, 5))
-    for form in ([7, 5], torch.tensor([7, 5]), torch.tensor([7, 5], dtype=torch.int32)):
+    tensors = torch.tensor([7, 5]), torch.tensor([7, 5], dtype=torch.int32)
+    for form in ([7, 5], *tensors, Numbers(7, 5)):
         assert torch.equal(flash_attn_func(q, k, v, window_size=form), expected)
     full = flash_attn_func(q, k, v)
     for none in (None, (None, None), [-1, -1], (2**40, -1), (-1, 2**31), (1000, 1000)):
@@ -53,6 +70,9 @@ BAD = {
     "a fraction": ((1.5, 0), TypeError),
     "a tensor of floats": (torch.tensor([1.0, 2.0]), TypeError),
     "a scalar tensor": (torch.tensor(3), TypeError),
+    "an array of floats": (Numbers(1.5, 2.0), TypeError),
+    "no order": ({7, 5}, TypeError),
+    "keys": ({7: 0, 5: 0}, TypeError),
 }
 
 
@@ -77,6 +97,38 @@ def test_refused_hints(name):
     for value, error, words in BAD_HINTS[name]:
         with pytest.raises(error, match=rf"^{name} is {value!r}, must be .*{words}"):
             flash_attn_func(q, k, v, **{name: value})
+
+
+SEVERAL = [torch.tensor([0, 0]), Numbers(0, 0)]
+
+
+@pytest.mark.parametrize("several", SEVERAL, ids=["tensor", "array"])
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [
+        ("num_splits", TypeError, "num_splits is .*, must be an int"),
+        ("sm_margin", TypeError, "sm_margin is .*, must be an int"),
+        ("pack_gqa", TypeError, "pack_gqa is .*, must be True, False or None"),
+        ("causal", TypeError, "causal is .*, must be True or False"),
+        ("deterministic", TypeError, "deterministic is .*, must be True or False"),
+        ("attention_chunk", NotImplementedError, "flash_attn_func: attention_chunk is not there"),
+        ("softcap", NotImplementedError, "flash_attn_func: softcap is not there yet"),
+        ("qv", NotImplementedError, "flash_attn_func: qv is not there yet"),
+    ],
+)
+def test_several_numbers_where_there_is_one(name, error, words, several):
+    q, k, v = random_qkv("cpu", torch.bfloat16)
+    with pytest.raises(error, match=f"^{words}"):
+        flash_attn_func(q, k, v, **{name: several})
+
+
+@pytest.mark.parametrize("window_size", [(-1, -1), (5, 0), (5, 5)], ids=str)
+@pytest.mark.parametrize("value", ["", [], torch.tensor([1, 0])], ids=["word", "list", "tensor"])
+@pytest.mark.parametrize("name", ["causal", "deterministic"])
+def test_flags_beside_a_window(name, value, window_size):
+    q, k, v = random_qkv("cpu", torch.bfloat16)
+    with pytest.raises(TypeError, match=f"^{name} is .*, must be True or False"):
+        flash_attn_func(q, k, v, window_size=window_size, **{name: value})
 
 
 def test_refused_by_the_operators():

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_int, refuse_on_cuda
+from cute_kernels.checks import check_flag, check_int, refuse_on_cuda
 
 Window = Sequence[int | None] | Tensor | None
 
@@ -24,13 +24,15 @@ _LATER = {
     "sinks": None,
     "page_table": None,
 }
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _NO_LIMIT = 2**31  # sizes are below it
 
 
 def refuse_later(function: str, **arguments: object) -> None:
     """Raises NotImplementedError if an argument asks for what is not there yet."""
     for name, value in arguments.items():
-        if isinstance(value, Tensor) or value != _LATER[name]:
+        nothing = _LATER[name]
+        if value is not nothing and not (isinstance(value, _NUMBERS) and value == nothing):
             raise NotImplementedError(f"{function}: {name} is not there yet")
 
 
@@ -49,10 +51,11 @@ def window_of(window_size: Window, causal: bool) -> tuple[bool, int | None, int 
     None is no limit. A window that ends at the query itself is causal, so that what is a call with
     a causal mask alone looks like one.
     """
+    check_flag("causal", causal)
     if window_size is None:
         return causal, None, None
-    limits = window_size.tolist() if isinstance(window_size, Tensor) else window_size
-    if isinstance(limits, (str, bytes)) or not hasattr(limits, "__len__"):
+    limits: Any = window_size.tolist() if hasattr(window_size, "tolist") else window_size
+    if isinstance(limits, (str, bytes)) or not isinstance(limits, Sequence):
         _refuse_window(TypeError, window_size)
     if len(limits) != 2:
         _refuse_window(ValueError, window_size)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from cute_kernels.compat import surely
 from cute_kernels.reference import accumulator_dtype
 from cute_kernels.tiles import ROWS
 
@@ -174,9 +175,8 @@ def check_call(
     deterministic: bool,
 ) -> None:
     """What calls of every layout have in common."""
-    for name, flag in (("causal", causal), ("deterministic", deterministic)):
-        if not isinstance(flag, (bool, int)):
-            raise TypeError(f"{name} is {flag!r}, must be True or False")
+    check_flag("causal", causal)
+    check_flag("deterministic", deterministic)
     _check_alone("q", q, layout)
     for name, tensor in (("k", k), ("v", v)):
         _check_like(name, tensor, q)
@@ -197,13 +197,18 @@ def check_diagonal(q: Tensor, diagonal: int | None) -> None:
     refuse_on_cuda("diagonal", diagonal is not None, q)
 
 
+def check_flag(name: str, flag: object) -> None:
+    if not isinstance(flag, (bool, int)):
+        raise TypeError(f"{name} is {flag!r}, must be True or False")
+
+
 def check_int(name: str, number: object, least: int | None = None, none: str = " or None") -> None:
     """Raises ValueError or TypeError unless it is an int, at least `least`, or None if `none`."""
     if number is None and none:
         return
     if not isinstance(number, (int, torch.SymInt)):
         raise TypeError(f"{name} is {number!r}, must be an int{none}")
-    if least is not None and number < least:
+    if least is not None and surely(number < least):
         raise ValueError(f"{name} is {number}, must be at least {least}{none}")
 
 
@@ -266,6 +271,8 @@ def _check_like(name: str, tensor: Tensor, q: Tensor) -> None:
 def check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}, must be torch.strided")
 
 
 def _check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:

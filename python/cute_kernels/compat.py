@@ -49,6 +49,16 @@ def _has_level() -> bool:
 in_forward_mode = _has_level if hasattr(forward_ad, "_current_level") else _unknown
 
 
+def surely(condition: Any) -> bool:
+    """Whether it is true. While compilers trace, a number that a program reads from a tensor has no
+    value: of that nothing is sure."""
+    if torch.compiler.is_compiling() or not isinstance(condition, bool):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # loads the compiler
+
+        return guard_or_false(condition)
+    return condition
+
+
 def direct(operator: Any) -> Callable[..., Any]:
     """What calls an operator without its Python object."""
     function: Callable[..., Any] = getattr(operator, "_op", operator)

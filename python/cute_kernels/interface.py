@@ -57,10 +57,10 @@ def flash_attn_func(
             multiple of 8 up to 256 (CPU only so far).
         softmax_scale: finite, greater than 0; ``head_dim ** -0.5`` if None.
         causal: query i sees key j only if ``j <= i + seqlen_k - seqlen_q`` (bottom-right aligned).
-        window_size: (left, right), two ints as a tuple, list or tensor: query i sees key j only if
-            ``i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q + right``, both ends
-            included; -1 is no limit. With ``causal`` right is 0. Beyond a causal mask: CPU only so
-            far.
+        window_size: (left, right), two ints as a tuple, list, tensor or array: query i sees key j
+            only if ``i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q + right``, both
+            ends included; -1 is no limit. With ``causal`` right is 0. Beyond a causal mask: CPU
+            only so far.
         q_descale, k_descale, v_descale: for q, k and v of float8_e4m3fn, what they are to be
             multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
             are multiples of 16, returns bfloat16 and has no gradient. From 16-bit tensors,
@@ -104,14 +104,18 @@ def flash_attn_func(
         sm_margin,
     )
     mask: tuple[int | None, ...] = ()
-    if asked != _USUAL or getattr(q, "dtype", None) is _E4M3:
+    try:
+        unusual = asked != _USUAL or getattr(q, "dtype", None) is _E4M3
+    except (ValueError, RuntimeError):  # arrays do not compare to one answer
+        unusual = True
+    if unusual:
         refuse_later("flash_attn_func", qv=qv, attention_chunk=attention_chunk, softcap=softcap)
         check_hints(q, num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
         if left is not None or right is not None:
             mask = (left, right, None)
         descales = (q_descale, k_descale, v_descale)
-        if descales != (None, None, None) or getattr(q, "dtype", None) is _E4M3:
+        if any(x is not None for x in descales) or getattr(q, "dtype", None) is _E4M3:
             if tile_config is not None:
                 raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
             if mask:
@@ -122,6 +126,6 @@ def flash_attn_func(
         forward, softmax_scale = _choose(q, k, v, softmax_scale)
     except (AttributeError, IndexError, ZeroDivisionError) as error:
         explain(error, check_forward, q, k, v, 1.0, causal, tile_config)
-    inputs = (q, k, v, softmax_scale, causal, tile_config, deterministic or _always_deterministic())
+    inputs = (q, k, v, softmax_scale, causal, tile_config, _always_deterministic() or deterministic)
     out, lse = forward(*inputs, *mask) if mask else forward(*inputs)
     return (out, lse) if return_lse or return_attn_probs else out

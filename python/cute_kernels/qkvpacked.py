@@ -134,7 +134,7 @@ def _apart(qkv: Tensor, num_heads_q: int | None, rows: tuple[str, ...]) -> tuple
     if others <= 0 or others % 2 != 0:
         raise ValueError(
             f"num_heads_q is {num_heads_q}, must leave an even number of qkv's {qkv.shape[-2]} "
-            "heads to k and v"
+            "heads, 2 or more, to k and v"
         )
     heads = (slice(num_heads_q), slice(num_heads_q, -others // 2), slice(-others // 2, None))
     return tuple(qkv[..., part, :] for part in heads)
