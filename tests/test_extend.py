@@ -264,7 +264,8 @@ int main(int, char** arguments) {
   auto const& kernel = *static_cast<ForwardKernel const*>(entry()->kernel);
   static float memory[1 << 16];
   TensorView view{memory, 64, 64, 64};
-  ForwardProblem problem{1, 64, 64, 1, 1, 64, false, 1.f, view, view, view, view, memory, {0, 132}};
+  AttentionCall const call{{1, 64, 64, 1, 1, 64, 64}, mask_spec(false), 1.f};
+  ForwardProblem problem{call, view, view, view, view, memory, {0, 132}};
   try {
     kernel.launch(problem, nullptr);
   } catch (std::runtime_error const& error) {

@@ -49,7 +49,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   using namespace cute;
   using Element = typename Traits::Element;
   CallSizes const& sizes = problem.call.sizes;
-  Mask const mask{kernel_ranges(problem.call).value()};
+  Mask const mask{*kernel_ranges(problem.call)};  // the row can_take() the call
 
   auto queries = [&](TensorView const& view, int channels) {
     return make_tma_copy(

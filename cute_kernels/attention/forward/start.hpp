@@ -18,7 +18,7 @@ template <class Traits>
 auto forward_params(ForwardProblem const& problem, float scale_log2) {
   using namespace cute;
   CallSizes const& sizes = problem.call.sizes;
-  Mask const mask{kernel_ranges(problem.call).value()};
+  Mask const mask{*kernel_ranges(problem.call)};  // the row can_take() the call
   // A descriptor of no keys is not allowed; with seqlen_k = 0 nothing is loaded through it.
   int const keys = std::max(1, sizes.seqlen_k);
   auto q = global_tensor<typename Traits::ElementQk>(problem.q, sizes.seqlen_q, sizes.head_dim,
