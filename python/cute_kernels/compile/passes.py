@@ -34,7 +34,7 @@ class Pass:
     fields: tuple[Field, ...]
     dtypes: Mapping[str, tuple[str, str]]  # name: (C++ element, the kernel table's enumerator)
     element: str  # what Tile calls the C++ element
-    config: Callable[[Row], tuple[object, ...]]  # the kernel table's columns after name and dtype
+    config: tuple[str, ...]  # the columns that its C++ config has beside RowConfig's, in its order
     shared_memory: Callable[[Row], dict[str, int]]  # bytes by part, as SharedStorage has them
     registers: Callable[[Row], dict[str, int]]  # 32-bit registers of a consumer thread by use
     problems: Callable[[Row], list[str]]  # what is wrong with a row of this pass alone
@@ -337,19 +337,11 @@ def backward_problems(row: Row) -> list[str]:
     return found
 
 
-def forward_config(row: Row) -> tuple[object, ...]:
-    mask = f"MaskClass::{MASKS[row['mask']]}"
-    sizes = (row["head_dim"], row["head_dim_v"], mask, row["tile_m"])
-    return (*sizes, row["speed"], row["overhead"])
-
-
-def fp8_config(row: Row) -> tuple[object, ...]:
-    return row["head_dim"], row["head_dim"], "MaskClass::kAny", row["tile_m"]
-
-
-def backward_config(row: Row) -> tuple[object, ...]:
-    mask = f"MaskClass::{MASKS[row['mask']]}"
-    return row["head_dim"], row["head_dim"], mask, row["tile_n"]
+def row_config(row: Row) -> tuple[object, ...]:
+    """What the C++ RowConfig has after name and dtype."""
+    head_dim = row["head_dim"]
+    mask = f"MaskClass::{MASKS[row.get('mask', 'any')]}"
+    return head_dim, row.get("head_dim_v", head_dim), mask
 
 
 PASSES = {
@@ -363,7 +355,7 @@ PASSES = {
             fields=FORWARD_FIELDS,
             dtypes=DTYPES,
             element="Element",
-            config=forward_config,
+            config=("tile_m", "speed", "overhead"),
             shared_memory=forward_shared_memory,
             registers=forward_registers,
             problems=forward_problems,
@@ -376,7 +368,7 @@ PASSES = {
             fields=BACKWARD_FIELDS,
             dtypes=DTYPES,
             element="Element",
-            config=backward_config,
+            config=("tile_n",),
             shared_memory=backward_shared_memory,
             registers=backward_registers,
             problems=backward_problems,
@@ -390,7 +382,7 @@ PASSES = {
             fields=FP8_FIELDS,
             dtypes=FP8_DTYPES,
             element="ElementQk",
-            config=fp8_config,
+            config=("tile_m",),
             shared_memory=fp8_shared_memory,
             registers=fp8_registers,
             problems=fp8_problems,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .headers import DIGEST_FILE, digest_source
-from .passes import CONSUMER_WARPGROUPS, PASSES, Field, Pass, Row
+from .passes import CONSUMER_WARPGROUPS, PASSES, Field, Pass, Row, row_config
 
 
 def literal(value: Any) -> str:
@@ -39,9 +39,8 @@ def functions(pass_: Pass) -> dict[str, str]:
 
 def kernel_entry(row: Row, pass_: Pass) -> str:
     """The braced initialiser of a kernel's struct."""
-    config = ", ".join(
-        [f'"{row["name"]}"', pass_.dtypes[row["dtype"]][1], *map(str, pass_.config(row))]
-    )
+    columns = (*row_config(row), *(row[column] for column in pass_.config))
+    config = ", ".join([f'"{row["name"]}"', pass_.dtypes[row["dtype"]][1], *map(str, columns)])
     found = ", ".join(f"tiles::{namespace(row)}::{function}" for function in functions(pass_))
     return f"{{{{{config}}}, {found}}}"
 
