@@ -45,7 +45,11 @@ MaskSpec mask_of(bool causal, std::optional<int64_t> left, std::optional<int64_t
             "a limit of the mask is not an int");
     return static_cast<int>(*value);
   };
-  return {as_int(diagonal), as_int(left), causal ? 0 : as_int(right)};
+  MaskSpec mask = attention::mask_spec(causal);
+  mask.diagonal = as_int(diagonal);
+  mask.left = as_int(left);
+  if (!causal) mask.right = as_int(right);
+  return mask;
 }
 
 void check_device(Argument const& a, Argument const& q) {
