@@ -9,8 +9,12 @@ from torch import Tensor
 
 from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
 from cute_kernels.autograd import varlen
-from cute_kernels.checks import check_int, explain
-from cute_kernels.varlen_checks import check_varlen_forward, rows_of_sequences
+from cute_kernels.checks import explain
+from cute_kernels.varlen_checks import (
+    check_max_seqlens,
+    check_varlen_forward,
+    rows_of_sequences,
+)
 
 _is_compiling = torch.compiler.is_compiling
 _always_deterministic = torch.are_deterministic_algorithms_enabled
@@ -121,8 +125,8 @@ def flash_attn_varlen_func(
         )
         check_hints(q, num_splits, pack_gqa, sm_margin)
         causal, *window = window_of(window_size, causal)
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        check_int(name, longest, least=0)  # the operator would read a tensor, and wait for the GPU
+    # Here too: the operator would read a tensor, and wait for the GPU.
+    check_max_seqlens(max_seqlen_q, max_seqlen_k)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
     try:
         forward, softmax_scale = varlen.choose(q, k, v, softmax_scale)

@@ -76,6 +76,11 @@ def check_varlen_backward(
     check_tile_config(tile_config, "backward", q)
 
 
+def check_max_seqlens(max_seqlen_q: int | None, max_seqlen_k: int | None) -> None:
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        check_int(name, longest, least=0)
+
+
 def _check_options(
     q: Tensor,
     max_seqlen_q: int | None,
@@ -83,8 +88,7 @@ def _check_options(
     window_left: int | None,
     window_right: int | None,
 ) -> None:
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        check_int(name, longest, least=0)
+    check_max_seqlens(max_seqlen_q, max_seqlen_k)
     check_window(q, window_left, window_right)
     refuse_on_cuda("flash_attn_varlen_func", True, q)
 
