@@ -10,8 +10,8 @@ import torch
 
 import cute_kernels
 from cute_kernels.compile.build import cache_folder, is_whole
-from cute_kernels.compile.headers import digest
 from cute_kernels.compile.nvcc import CompilerError, Toolchain
+from cute_kernels.plugins import wrong_headers
 
 _DRIVER = Path("/sys/module/nvidia/version")
 
@@ -57,14 +57,10 @@ def _rows(_: list[str]) -> dict[str, str]:
 
 
 def _headers(wrong: list[str]) -> dict[str, str]:
-    include = Path(cute_kernels.get_include())
-    abi, of_extension = torch.ops.cute_kernels.plugin_requirements()
-    if (found := digest(include)) != of_extension:
-        wrong.append(
-            f"the headers in {include} have digest {found}, but the extension was compiled from "
-            f"those of {of_extension}: no row can be added"
-        )
-    return {"plug-ins": f"ABI {abi}, headers {of_extension}"}
+    if problem := wrong_headers():
+        wrong.append(problem)
+    abi, headers = torch.ops.cute_kernels.plugin_requirements()
+    return {"plug-ins": f"ABI {abi}, headers {headers}"}
 
 
 def _cache(wrong: list[str]) -> dict[str, str]:

@@ -101,18 +101,27 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         raise TableError(f"{os.fspath(path)}: {error}") from None
 
 
+def wrong_headers() -> str | None:
+    """What is wrong with the installed headers: plug-ins of others than the extension's own would
+    be refused."""
+    include = Path(get_include())
+    _, of_extension = torch.ops.cute_kernels.plugin_requirements()
+    if (found := digest(include)) == of_extension:
+        return None
+    return (
+        f"the headers in {include} have digest {found}, but this build was compiled from those of "
+        f"{of_extension}: no row can be added; install cute-kernels again"
+    )
+
+
 def compile_rows(
     rows: Sequence[dict[str, Any]],
     folder: str | os.PathLike[str] | None = None,
     jobs: int | None = None,
 ) -> list[Path]:
+    if problem := wrong_headers():
+        raise RuntimeError(problem)
     include = Path(get_include())
-    _, of_extension = torch.ops.cute_kernels.plugin_requirements()
-    if (found := digest(include)) != of_extension:
-        raise RuntimeError(
-            f"the headers in {include} have digest {found}, but this build was compiled from those "
-            f"of {of_extension}: install cute-kernels again"
-        )
     return build(rows, include, None if folder is None else Path(folder), jobs)
 
 
