@@ -29,6 +29,16 @@ CUTLASS_DEVICE void add_gemm(TiledMma mma, FragmentA const& a, FragmentB const& 
   }
 }
 
+/// The same operand in shared memory, whose descriptors are made where they are used: of those that
+/// do not change in a loop the compiler would keep one in uniform registers for each k-block, and
+/// there are not enough of them.
+template <class Fragment>
+CUTLASS_DEVICE auto described_here(Fragment const& fragment) {
+  auto descriptor = fragment.data();
+  asm volatile("" : "+r"(descriptor.desc_.reg32_[0]));
+  return cute::make_tensor(descriptor, fragment.layout());
+}
+
 /// Issues C (+)= A * B as one committed group of asynchronous WGMMAs over all k-blocks of the
 /// fragments. The caller waits with cute::warpgroup_wait<N>() before it touches C, or A when A
 /// lives in registers.

@@ -29,10 +29,8 @@ class ForwardEpilogue {
     bool const leader = thread == 0;
     int const first_query = params.first_query(coord) + warpgroup * Traits::kWarpgroupM;
     if (first_query < 0) {
-      if (leader) {
-        if constexpr (Traits::kSharedOutput) shared.o_empty.wait((warpgroup + 1) % 2);
-        free_buffer(shared, warpgroup);
-      }
+      if constexpr (Traits::kSharedOutput) wait_for_buffer(shared, warpgroup);
+      if (leader) free_buffer(shared, warpgroup);
       return;
     }
 
@@ -46,8 +44,7 @@ class ForwardEpilogue {
     auto slice = tiled_copy.get_thread_slice(thread);
 
     if constexpr (Traits::kSharedOutput) {
-      // One use is one phase; warpgroup i's uses are those of parity i.
-      if (leader) shared.o_empty.wait((warpgroup + 1) % 2);
+      wait_for_buffer(shared, warpgroup);
     } else if constexpr (Traits::kSeparateOutput) {
       if (leader) tma_store_wait<0>();  // TMA has read the tile before
     }
@@ -93,6 +90,15 @@ class ForwardEpilogue {
     } else {
       return shared.q[warpgroup].data();
     }
+  }
+
+  /// Of a buffer that two warpgroups use in turn. One use is one phase; warpgroup i's uses are
+  /// those of parity i. Of a whole warp, and ended by a vote: behind a loop that ends thread by
+  /// thread the compiler no longer knows what is the same in all threads, and keeps the mainloop's
+  /// state out of uniform registers.
+  CUTLASS_DEVICE static void wait_for_buffer(SharedStorage& shared, int warpgroup) {
+    if (cutlass::canonical_warp_idx_sync() % cutlass::NumWarpsPerWarpGroup != 0) return;
+    while (!__any_sync(0xffffffff, shared.o_empty.try_wait((warpgroup + 1) % 2))) continue;
   }
 
   /// Tells whoever waits for O's memory that TMA has read it.

@@ -21,6 +21,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
   using Protocol::pass_turn;
   using Protocol::release;
   using Protocol::release_query;
+  using Protocol::release_step;
   using Protocol::wait_turn;
   using typename Protocol::Hint;
   using typename Protocol::Pipeline;
@@ -29,6 +30,9 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
 
   using Softmax = OnlineSoftmax<2, typename Traits::ProbabilityRange, Traits::kSumInPairs>;
   using Guard = ValueGuard<Traits>;
+
+  static constexpr int kWarpM = 16;
+  static constexpr int kKeysOfOrigin = 16;
 
  public:
   /// What a mainloop writes to shared memory once, before any load.
@@ -125,11 +129,8 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     auto operand_v = slice_pv.make_fragment_B(slice_pv.partition_B(
         make_tensor(make_smem_ptr(shared.v.data()), typename Traits::LayoutVt{})));
 
-    auto new_scores = [&] {
-      return partition_fragment_C(mma_qk, Shape<Int<Traits::kWarpgroupM>, Int<kTileN>>{});
-    };
-    auto probabilities =
-        make_tensor<Element>(sm90::accumulator_as_operand_a(new_scores().layout()));
+    auto scores = partition_fragment_C(mma_qk, Shape<Int<Traits::kWarpgroupM>, Int<kTileN>>{});
+    auto probabilities = make_tensor<Element>(sm90::accumulator_as_operand_a(scores.layout()));
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
 
     int const first_query = params.first_query(coord);
@@ -138,36 +139,36 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     BlockRange const loaded = params.mask.key_blocks(first_query, Traits::kTileM, kTileN);
     BlockRange const own = params.mask.key_blocks(own_query, Traits::kWarpgroupM, kTileN);
 
-    // From here on blocks are the first in which one of the warp's rows sees a key, among them all
-    // that need a mask; or row maxima have risen too fast to do without.
-    int const warp_row = own_query + thread / 32 * 16;
-    int seek_from = (max(0, params.mask.end_key(warp_row)) + kTileN - 1) / kTileN - 1;
+    // Of the warp's first row, which sees the fewest keys.
+    int const warp = cutlass::canonical_warp_idx_sync() % cutlass::NumWarpsPerWarpGroup;
+    int const visible = params.mask.end_key(own_query + warp * kWarpM);
+    // From here on rows' maxima are sought: until every row has seen enough keys for its origin to
+    // last, and where maxima have risen too fast to do without.
+    int seek_from = max(0, visible - kKeysOfOrigin) / kTileN;
     // Scores -> P in place. Q and K must still be there.
-    auto softmax_block = [&](auto& scores, int block, bool seek, auto const& on_move) {
+    auto softmax_block = [&](int block, bool seek, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
-      auto mask = [&](auto& rows) {
+      auto mask = [&] {
         int const lane = opaque(thread);  // not kept from step to step
         int const row = opaque_query(params, coord) + warpgroup * Traits::kWarpgroupM +
-                        lane / 32 * 16 + lane % 32 / 4;
+                        lane / 32 * kWarpM + lane % 32 / 4;
         if (params.mask.end_key(row) < (block + 1) * kTileN) {
           params.mask.apply(rows, row, block * kTileN + lane % 4 * 2);
         }
       };
-      if (seek) mask(rows);
-      auto restore = [&](auto&) {
-        auto own_q = local_tile(shared_q, Shape<_16, Int<Traits::kHeadDim>>{},
-                                make_coord(thread / cutlass::NumThreadsPerWarp, _0{}));
-        sm90::warp_gemm(own_q, shared_k(_, _, read_k.index()), scores);
-        mask(rows);
-      };
-      // As many blocks more as it took to come here: a tile starts few blocks again.
-      auto keep_seeking = [&] {
+      auto overflow = [&] {
+        // No mask: the block would have been sought.
+        auto own_q = local_tile(shared_q, Shape<Int<kWarpM>, Int<Traits::kHeadDim>>{},
+                                make_coord(opaque(thread) / 32, _0{}));
+        sm90::warp_gemm(own_q, shared_k(_, _, opaque(read_k.index())), scores);
+        // As many blocks more as it took to come here: a tile starts few blocks again.
         int const first_query = opaque_query(params, coord);
-        seek_from = 2 * block - params.mask.key_blocks(first_query, Traits::kTileM, kTileN).end;
+        seek_from =
+            2 * opaque(block) - params.mask.key_blocks(first_query, Traits::kTileM, kTileN).end;
       };
-      softmax.update(rows, seek, restore, keep_seeking, on_move);
+      softmax.update(rows, seek, mask, overflow, on_move);
     };
-    auto round_probabilities = [&](auto const& scores) {
+    auto round_probabilities = [&] {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
       sm90::convert_fragment<Element>(p, probabilities);
     };
@@ -181,48 +182,40 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     }
 
     // Prologue: the first block's scores, nothing to overlap with yet.
-    {
-      auto scores = new_scores();
-      pipeline_k.consumer_wait(read_k);
-      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
-                                              scores);
-      warpgroup_wait<0>();
-      release(pipeline_k, read_k);  // the first block's scores are never needed again
-      if (block == 0) release_query(shared, warpgroup);
-      softmax_block(scores, block, true, [](auto const&) {});
-      round_probabilities(scores);
-    }
+    pipeline_k.consumer_wait(read_k);
+    sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
+                                            scores);
+    warpgroup_wait<0>();
+    release(pipeline_k, read_k);  // the first block's scores are never needed again
+    softmax_block(block, true, [](auto const&) {});
 
     // Steady state: this step's Q K^T and the last step's P V are issued back to back; the softmax
     // of the new scores runs while P V is in flight.
-    auto k_token = pipeline_k.consumer_test_wait(read_k);
     while (block > 0) {
       --block;
-      auto scores = new_scores();
+      auto const k_token = pipeline_k.consumer_test_wait(read_k);  // answered while P is rounded
+      round_probabilities();
       pipeline_k.consumer_wait(read_k, k_token);
       wait_turn(warpgroup);
-      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
-                                              scores);
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, sm90::described_here(operand_q),
+                                              operand_k(_, _, _, read_k.index()), scores);
       pipeline_v.consumer_wait(read_v);
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
                                                operand_v(_, _, _, read_v.index()), out);
       pass_turn(warpgroup);
       warpgroup_wait<Traits::kOverlap ? 1 : 0>();
-      softmax_block(scores, block, block >= seek_from, [&](auto const& factors) {
+      softmax_block(block, block >= seek_from, [&](auto const& factors) {
         warpgroup_wait<0>();
         Softmax::scale_rows(out_rows, factors);
       });
       // The softmax ends with a branch, which keeps the exponentials on this side of the wait.
       sm90::warpgroup_wait_all();
-      release(pipeline_k, read_k);
-      release(pipeline_v, read_v);
-      if (block == 0) release_query(shared, warpgroup);
-      // Answered while P is rounded; as the `else` of the line before it would be waited for there.
-      if (block > 0) k_token = pipeline_k.consumer_test_wait(read_k);
-      round_probabilities(scores);
+      release_step(shared, read_k, read_v);
     }
+    release_query(shared, warpgroup);
 
     // Tail: the last block's P V.
+    round_probabilities();
     pipeline_v.consumer_wait(read_v);
     sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
                                              operand_v(_, _, _, read_v.index()), out);

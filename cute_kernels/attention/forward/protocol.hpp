@@ -6,6 +6,7 @@
 
 #include "cute_kernels/attention/tile_scheduler.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/tma_pipeline.hpp"
 
 namespace cute_kernels::attention {
 
@@ -140,6 +141,17 @@ class ForwardProtocol {
   CUTLASS_DEVICE static void release(Pipeline& pipeline, PipelineState& state) {
     if (cute::elect_one_sync()) pipeline.consumer_release(state);
     ++state;
+  }
+
+  /// A step's K and V together. K's pipeline is one block ahead of V's, in all but the prologue and
+  /// the tail.
+  CUTLASS_DEVICE static void release_step(SharedStorage& shared, PipelineState& read_k,
+                                          PipelineState& read_v) {
+    bool const elected = cute::elect_one_sync();
+    sm90::arrive_if(elected, shared.pipeline_k.empty_barrier_[read_k.index()]);
+    sm90::arrive_if(elected, shared.pipeline_v.empty_barrier_[read_v.index()]);
+    read_v = read_k;
+    ++read_k;
   }
 };
 

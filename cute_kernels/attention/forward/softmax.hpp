@@ -37,36 +37,35 @@ class OnlineSoftmax {
     }
   }
 
-  /// Turns a block of scores into P in place. Unless it is told to `seek` the rows' maxima, it does
-  /// so only after restore(scores), which must bring the scores back. Calls, in a whole warp,
-  /// keep_seeking() where further blocks are better sought, too, and on_move(factors)
-  /// where origins moved: then the rows of O must be multiplied before this block's P V is added.
-  template <class Scores, class Restore, class KeepSeeking, class OnMove>
-  CUTLASS_DEVICE void update(Scores& scores, bool seek, Restore const& restore,
-                             KeepSeeking const& keep_seeking, OnMove const& on_move) {
+  /// Turns a block of scores into P in place. Where it is told to `seek` the rows' maxima, it calls
+  /// mask() first. Where it is not and P is too large, it calls overflow(), which must bring the
+  /// scores back, and seeks them after all. Calls, in a whole warp, on_move(factors) where origins
+  /// moved: then the rows of O must be multiplied before this block's P V is added.
+  template <class Scores, class MaskScores, class Overflow, class OnMove>
+  CUTLASS_DEVICE void update(Scores& scores, bool seek, MaskScores const& mask,
+                             Overflow const& overflow, OnMove const& on_move) {
     using namespace cute;
     static_assert(decltype(size<0>(scores))::value == kRows);
     float block_sum[kRows];
-    for (bool sought = seek;; sought = true) {
-      if (sought) {
-        move_origins(scores, on_move);
-        subtract_huge_origins(scores);
-      }
+    if (!seek) {
       exponentiate(scores, block_sum);
-      if (sought) {
-        forbid_huge_offsets();
-        break;
-      }
       float largest = block_sum[0];
       CUTLASS_PRAGMA_UNROLL
       for (int row = 1; row < kRows; ++row) largest = fmaxf(largest, block_sum[row]);
       // NaN passes: no origin would mend it, and other rows shall not notice.
-      if (!__any_sync(0xffffffff, largest > Range::kLargest)) break;
-      restore(scores);
-      keep_seeking();
+      if (!__any_sync(0xffffffff, largest > Range::kLargest)) {
+        add(block_sum);
+        return;
+      }
+      overflow();
+    } else {
+      mask();
     }
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) sum_[row] += block_sum[row];
+    move_origins(scores, on_move);
+    subtract_huge_origins(scores);
+    exponentiate(scores, block_sum);
+    forbid_huge_offsets();
+    add(block_sum);
   }
 
   /// Multiplies the rows of O.
@@ -133,6 +132,11 @@ class OnlineSoftmax {
         block_sum[row] += kAddends == 2 ? p[0] + p[kAddends - 1] : p[0];
       }
     }
+  }
+
+  CUTLASS_DEVICE void add(float const (&block_sum)[kRows]) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) sum_[row] += block_sum[row];
   }
 
   /// Lets the origins follow the maxima of the scores, each row by itself.
