@@ -54,10 +54,11 @@ def test_tiny_scales(device, softmax_scale, to):
 
 
 @pytest.mark.parametrize("to", DTYPES)
+@pytest.mark.parametrize("size", [1, 1e14])
 @pytest.mark.parametrize("softmax_scale", [1e10, 1e30, 3e38])
-def test_huge_scales(device, softmax_scale, to):
+def test_huge_scales(device, softmax_scale, size, to):
     """Each query sees the key with its largest score; all of them are different keys."""
-    q = torch.eye(64, device=device, dtype=torch.bfloat16).view(1, 64, 1, 64)
+    q = size * torch.eye(64, device=device, dtype=torch.bfloat16).view(1, 64, 1, 64)
     v = random_qkv(device, torch.bfloat16, 1, 1, 64, 1)[2]
     options = {"incoherent": False, "smooth_k": False, "qk_dtype": DTYPES[to]}
     out = flash_attn_fp8_func(q, q, v, softmax_scale, **options)

@@ -25,6 +25,13 @@ CUTLASS_DEVICE float max_nan(float a, float b) {
   return most;
 }
 
+/// The smaller one; NaN if one is.
+CUTLASS_DEVICE float min_nan(float a, float b) {
+  float least;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(a), "f"(b));
+  return least;
+}
+
 /// Four numbers rounded to (u)int8_t and saturated, the first one in the lowest byte; NaN is 0. Two
 /// instructions (F2IP), into which ptxas joins the conversions if they keep subnormals.
 template <class Byte>

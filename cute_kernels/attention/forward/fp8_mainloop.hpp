@@ -30,6 +30,9 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
   static constexpr int kGroups = Traits::kScaleGroups;
   // Of scores to powers of two. As good as 0, but 0 * -inf is NaN.
   static constexpr float kSmallestFactor = 0x1p-100f;
+  // Of a query's scale in powers of two: scores so large that the largest one has all the weight,
+  // and yet finite with keys up to 2^56.
+  static constexpr float kLargestQueryFactor = 0x1p56f;
   static constexpr auto kOntoMagic =
       Traits::kIntegerScores ? sm90::Accumulate::kYes : sm90::Accumulate::kNo;
 
@@ -179,7 +182,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     }
 
     if constexpr (!Traits::kOverlap) {
-      q_scale *= params.scale_log2;
+      q_scale = sm90::min_nan(q_scale * params.scale_log2, kLargestQueryFactor);
       // One step after the other, so that scores and P never need registers at the same time: the
       // other warpgroups keep the tensor cores busy.
       for (; block >= 0; --block) {
@@ -217,7 +220,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       if (block == 0) release_query(shared, warpgroup);
       // Not sooner, as the compiler would: Q's scale comes from device memory meanwhile.
       asm volatile("" : "+f"(q_scale));
-      q_scale *= params.scale_log2;
+      q_scale = sm90::min_nan(q_scale * params.scale_log2, kLargestQueryFactor);
       auto scores = as_float(products);
       softmax_block(scores, block, true_type{}, [] {});
       Softmax::pack(scores, probabilities);

@@ -20,6 +20,7 @@ LINEAR_P_SHIFT, LINEAR_P_SLACK = 7.0, 1.5
 LINEAR_BIAS = 7 - 0.0563
 LARGEST_SCALE = 2.0**64  # of scores: beyond it, the largest one has all the weight, too
 SMALLEST_FACTOR = 2.0**-100  # of scores to powers of two
+LARGEST_QUERY_FACTOR = 2.0**56
 
 
 def attention(
@@ -37,7 +38,7 @@ def attention(
     to_log2 = min(softmax_scale, LARGEST_SCALE) * math.log2(math.e)
     blocks = _Blocks(q.data, k.data, 1.0, mask_of(causal))
     all_k, all_v = blocks.all_keys(k.data), blocks.all_keys(v.rows())
-    q_scales = q.row_scales() * to_log2
+    q_scales = (q.row_scales() * to_log2).clamp_max(LARGEST_QUERY_FACTOR)  # NaN stays
     k_scales = k.row_scales().permute(0, 2, 3, 1)  # (batch, key heads, 1, seqlen_k)
     for queries in blocks.queries():
         q_rows, q_scale = blocks.rows(q.data, queries), blocks.rows(q_scales, queries)
