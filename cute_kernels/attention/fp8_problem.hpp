@@ -7,12 +7,12 @@
 namespace cute_kernels::attention {
 
 /// Scales of a quantised tensor: one float for (batch, head, i), where i counts blocks of rows or
-/// channels. A stride of 0 repeats a scale.
+/// channels. A stride of 0 repeats a scale, otherwise it is 1.
 struct ScaleView {
   float const* data;
   int64_t batch_stride;
   int64_t head_stride;
-  int64_t stride;
+  int stride;
 };
 
 /// One call of FP8 attention, forward, and what ForwardProblem says of it. Q and K have 8 bits an

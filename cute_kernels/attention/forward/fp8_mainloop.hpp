@@ -145,8 +145,9 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     // their own, which may be NaN.
     int const last_query = min(own_query + Traits::kWarpgroupM, params.mask.seqlen_q) - 1;
     int const last_scale = (params.mask.end_key(last_query) - 1) / kScaleRows;
-    float const* const k_scales = params.k_scale.data + coord.batch * params.k_scale.batch_stride +
-                                  params.heads_per_kv.div(coord.head) * params.k_scale.head_stride;
+    float const* k_scales = params.k_scale.data + coord.batch * params.k_scale.batch_stride +
+                            params.heads_per_kv.div(coord.head) * params.k_scale.head_stride;
+    asm volatile("" : "+l"(k_scales));  // not computed again in every step
     float q_scale = own.end == 0
                         ? 0.f
                         : params.q_scale.data[coord.batch * params.q_scale.batch_stride +
