@@ -20,6 +20,17 @@ CUTLASS_DEVICE bool is_finite(Element const& x) {
   return (reinterpret_cast<uint16_t const&>(x) & 0x7fffu) < kInfinityBits<Element>;
 }
 
+/// 0 times both of a pair, added to what came of other pairs: 0 if all have been finite.
+template <class Element>
+CUTLASS_DEVICE uint32_t probe_pair(uint32_t pair, uint32_t probe) {
+  if constexpr (std::is_same_v<Element, cutlass::half_t>) {
+    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(probe) : "r"(pair), "r"(0));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(probe) : "r"(pair), "r"(0));
+  }
+  return probe;
+}
+
 /// Whether a thread's share of kElements elements in shared memory, every kThreads-th run of 16
 /// bytes, is finite. `data` is a multiple of 16.
 template <int kThreads, int kElements, class Element>

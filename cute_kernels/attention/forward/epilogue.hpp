@@ -34,9 +34,6 @@ class ForwardEpilogue {
       return;
     }
 
-    auto rounded = make_tensor<Element>(out.layout());
-    sm90::convert_fragment<Element>(out, rounded);
-
     auto shared_o =
         make_tensor(make_smem_ptr(buffer(shared, warpgroup)), typename Traits::LayoutO{});
     auto tiled_copy =
@@ -51,7 +48,7 @@ class ForwardEpilogue {
     // Where O overwrites Q: all four warps are done with their products.
     sm90::barrier_sync(sm90::NamedBarrier::kOutputReady, warpgroup,
                        cutlass::NumThreadsPerWarpGroup);
-    copy(tiled_copy, slice.retile_S(rounded), slice.partition_D(shared_o));
+    copy(tiled_copy, slice.retile_S(out), slice.partition_D(shared_o));
     tma_store_fence();
     sm90::barrier_sync(sm90::NamedBarrier::kOutputReady, warpgroup,
                        cutlass::NumThreadsPerWarpGroup);

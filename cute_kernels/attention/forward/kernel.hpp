@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
         Mainloop::guard(params, shared);
       }
     } while (shared.passes.go_on());
+    if (shared.passes.guarded) Mainloop::restore(params);
   } else {
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();

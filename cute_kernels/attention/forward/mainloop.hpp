@@ -33,6 +33,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
 
   static constexpr int kWarpM = 16;
   static constexpr int kKeysOfOrigin = 16;
+  static constexpr int kSeekNoMore = 1 << 30;
 
  public:
   /// What a mainloop writes to shared memory once, before any load.
@@ -44,6 +45,11 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
   template <class Params>
   CUTLASS_DEVICE static void guard(Params const& params, SharedStorage& shared) {
     Guard::watch(params, shared, shared.passes.first_v_stage);
+  }
+
+  template <class Params>
+  CUTLASS_DEVICE static void restore(Params const& params) {
+    Guard::restore(params);
   }
 
   /// Issues every load of one tile. Called by one thread.
@@ -90,9 +96,10 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
             softmax, out);
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
     softmax.finalize(out_rows);
-    if (params.mask.hides_values() && !Guard::all_finite(out)) shared.passes.wanted = true;
-    store(softmax, out);
-    if (shared.guard.cleared[q_phase]) Guard::restore(params, coord, warpgroup);
+    auto rounded = make_tensor<Element>(out.layout());
+    sm90::convert_fragment<Element>(out, rounded);
+    if (params.mask.hides_values() && !Guard::all_finite(rounded)) shared.passes.wanted = true;
+    store(softmax, rounded);
   }
 
  private:
@@ -139,12 +146,15 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     BlockRange const loaded = params.mask.key_blocks(first_query, Traits::kTileM, kTileN);
     BlockRange const own = params.mask.key_blocks(own_query, Traits::kWarpgroupM, kTileN);
 
-    // Of the warp's first row, which sees the fewest keys.
-    int const warp = cutlass::canonical_warp_idx_sync() % cutlass::NumWarpsPerWarpGroup;
-    int const visible = params.mask.end_key(own_query + warp * kWarpM);
-    // From here on rows' maxima are sought: until every row has seen enough keys for its origin to
-    // last, and where maxima have risen too fast to do without.
-    int seek_from = max(0, visible - kKeysOfOrigin) / kTileN;
+    // The keys that the warp's first row sees, which are the fewest.
+    auto fewest_keys = [&](int tile_query) {
+      int const warp = cutlass::canonical_warp_idx_sync() % cutlass::NumWarpsPerWarpGroup;
+      return params.mask.end_key(tile_query + warpgroup * Traits::kWarpgroupM + warp * kWarpM);
+    };
+    // From here on rows' maxima are sought: until every row has an origin that lasts, and where
+    // maxima have risen too fast to do without.
+    constexpr int kKeysSought = Softmax::kHasMargin ? 1 : kKeysOfOrigin;
+    int seek_from = max(0, fewest_keys(first_query) - kKeysSought) / kTileN;
     // Scores -> P in place. Q and K must still be there.
     auto softmax_block = [&](int block, bool seek, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
@@ -161,12 +171,21 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         auto own_q = local_tile(shared_q, Shape<Int<kWarpM>, Int<Traits::kHeadDim>>{},
                                 make_coord(opaque(thread) / 32, _0{}));
         sm90::warp_gemm(own_q, shared_k(_, _, opaque(read_k.index())), scores);
-        // As many blocks more as it took to come here: a tile starts few blocks again.
-        int const first_query = opaque_query(params, coord);
-        seek_from =
-            2 * opaque(block) - params.mask.key_blocks(first_query, Traits::kTileM, kTileN).end;
+        // Every second time as many blocks more as it took to come here: a tile starts few blocks
+        // again, and where it does so once, its origins' margin is likely to be enough.
+        if (Softmax::kHasMargin && seek_from < kSeekNoMore) {
+          seek_from = kSeekNoMore;
+        } else {
+          int const first_query = opaque_query(params, coord);
+          seek_from =
+              2 * opaque(block) - params.mask.key_blocks(first_query, Traits::kTileM, kTileN).end;
+        }
       };
-      softmax.update(rows, seek, mask, overflow, on_move);
+      // Whether the margin replaces a second look at more keys.
+      auto few = [&] {
+        return fewest_keys(opaque_query(params, coord)) - kKeysOfOrigin < block * kTileN;
+      };
+      softmax.update(rows, seek, few, mask, overflow, on_move);
     };
     auto round_probabilities = [&] {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));

@@ -41,6 +41,10 @@ class ForwardProtocol {
   template <class Params>
   CUTLASS_DEVICE static void guard(Params const&, SharedStorage&) {}
 
+  /// The work of the producer's warps when a second pass is over.
+  template <class Params>
+  CUTLASS_DEVICE static void restore(Params const&) {}
+
   /// Pingpong's opening: the last warpgroup lets the first one begin.
   CUTLASS_DEVICE static void start_turns(int warpgroup) {
     if (warpgroup == kConsumers - 1) pass_turn(warpgroup);

@@ -11,15 +11,16 @@ namespace cute_kernels::attention {
 /// the four threads of a quad share them.
 ///
 /// P = 2^(scale_log2 * (s - origin) - shift). A row's origin is its maximum as of the last block
-/// that sought it: those in which rows begin, and, once P has become too large, all that follow. In
-/// all others P is computed straight from the scores, and its sum, which is needed anyway, tells
-/// whether it was small enough: no value is larger than the sum. Otherwise the block starts again
-/// from its scores. The result is the same softmax: origin and shift cancel when O is divided by
-/// the row sum. The row sum stays one partial sum a thread and is reduced once, in finalize().
+/// that sought it, or above: those in which rows begin, and, once P has become too large, some that
+/// follow. In all others P is computed straight from the scores, and its sum, which is needed
+/// anyway, tells whether it was small enough: no value is larger than the sum. Otherwise the block
+/// starts again from its scores. The result is the same softmax: origin and shift cancel when O is
+/// divided by the row sum. The row sum stays one partial sum a thread and is reduced once, in
+/// finalize().
 ///
-/// `Range` says what P may be: kShift, an integer, and kLargest. No P is above kLargest, so that P
-/// V is finite where the result is. The last bit of an offset beyond kHuge is no longer small
-/// beside P's own rounding.
+/// `Range` says what P may be: kShift, an integer, kMargin and kLargest. No P is above kLargest, so
+/// that P V is finite where the result is. The last bit of an offset beyond kHuge is no longer
+/// small beside P's own rounding.
 ///
 /// The exponent is one FMA: it subtracts the rounded offset, which is wrong by its last bit, for
 /// all keys of a row alike. That cancels, too, unless the bit is worth more than P's range. So
@@ -27,6 +28,8 @@ namespace cute_kernels::attention {
 template <int kRows, class Range, bool kSumInPairs>
 class OnlineSoftmax {
  public:
+  static constexpr bool kHasMargin = Range::kMargin > 0;
+
   /// scale_log2 = softmax_scale * log2(e): exp(scale * s) = 2^(scale_log2 * s).
   CUTLASS_DEVICE explicit OnlineSoftmax(float scale_log2) : scale_log2_(scale_log2) {
     CUTLASS_PRAGMA_UNROLL
@@ -39,10 +42,11 @@ class OnlineSoftmax {
 
   /// Turns a block of scores into P in place. Where it is told to `seek` the rows' maxima, it calls
   /// mask() first. Where it is not and P is too large, it calls overflow(), which must bring the
-  /// scores back, and seeks them after all. Calls, in a whole warp, on_move(factors) where origins
-  /// moved: then the rows of O must be multiplied before this block's P V is added.
-  template <class Scores, class MaskScores, class Overflow, class OnMove>
-  CUTLASS_DEVICE void update(Scores& scores, bool seek, MaskScores const& mask,
+  /// scores back, and seeks them after all. Origins that few() keys have made, or that did not
+  /// last, lie above the maximum by a margin. Calls, in a whole warp, on_move(factors) where
+  /// origins moved: then the rows of O must be multiplied before this block's P V is added.
+  template <class Scores, class Few, class MaskScores, class Overflow, class OnMove>
+  CUTLASS_DEVICE void update(Scores& scores, bool seek, Few const& few, MaskScores const& mask,
                              Overflow const& overflow, OnMove const& on_move) {
     using namespace cute;
     static_assert(decltype(size<0>(scores))::value == kRows);
@@ -61,7 +65,7 @@ class OnlineSoftmax {
     } else {
       mask();
     }
-    move_origins(scores, on_move);
+    move_origins(scores, !seek || few(), on_move);
     subtract_huge_origins(scores);
     exponentiate(scores, block_sum);
     forbid_huge_offsets();
@@ -107,6 +111,10 @@ class OnlineSoftmax {
   // Powers of two by which a maximum may pass the origin before the origin follows.
   static constexpr float kSlack = 8.f;
 
+  CUTLASS_DEVICE float margin_of_scores() const {
+    return fminf(Range::kMargin / scale_log2_, 1e37f);  // finite for every scale
+  }
+
   CUTLASS_DEVICE float offset_of(float origin) const {
     return __fmaf_rn(origin, scale_log2_, Range::kShift);
   }
@@ -141,7 +149,7 @@ class OnlineSoftmax {
 
   /// Lets the origins follow the maxima of the scores, each row by itself.
   template <class Scores, class OnMove>
-  CUTLASS_DEVICE void move_origins(Scores const& scores, OnMove const& on_move) {
+  CUTLASS_DEVICE void move_origins(Scores const& scores, bool margin, OnMove const& on_move) {
     using namespace cute;
     float most[kRows];
     CUTLASS_PRAGMA_UNROLL
@@ -165,6 +173,7 @@ class OnlineSoftmax {
       float const last = origin_[row];
       // Not by -inf - -inf, which is NaN, in a row that has seen no key yet.
       bool const moves = most[row] > kMinusInf && !((most[row] - last) * scale_log2_ <= kSlack);
+      if (kHasMargin && margin) most[row] += margin_of_scores();
       float const offset = offset_of(most[row]);
       float const fall =
           is_huge(offset) ? (last - most[row]) * scale_log2_ : offset_of(last) - offset;
