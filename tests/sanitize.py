@@ -10,27 +10,60 @@ import sys
 
 import torch
 
-from cute_kernels import flash_attn_fp8_func, flash_attn_func, tile_configs
-from cute_kernels.operators import flash_attn_backward, flash_attn_forward
+from cute_kernels import (
+    flash_attn_fp8_func,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    tile_configs,
+)
+from cute_kernels.operators import (
+    flash_attn_backward,
+    flash_attn_forward,
+    flash_attn_varlen_backward,
+    flash_attn_varlen_forward,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 SHAPES = [(1, 1), (113, 203), (300, 77), (77, 300), (64, 0)]  # seqlen_q, seqlen_k
 
 
+def packed(q, k, v):
+    """The same rows as three sequences, the last rows unused: with the starts of q's and k's."""
+    lengths = []
+    for x in (q, k):
+        rows = x.shape[0] * x.shape[1]
+        starts = [0, rows // 3, rows // 3, rows - rows // 5]
+        lengths.append(torch.tensor(starts, dtype=torch.int32, device="cuda"))
+    return *(x.flatten(0, 1) for x in (q, k, v)), *lengths
+
+
 def forward(row, q, k, v, causal):
-    return [flash_attn_func(q, k, v, causal=causal, tile_config=row["name"])]
+    options = {"causal": causal, "tile_config": row["name"]}
+    results = [flash_attn_func(q, k, v, **options)]
+    if row["any_call"]:
+        results.append(flash_attn_func(q, k, v, window_size=(90, 20), **options))
+        results.append(flash_attn_varlen_func(*packed(q, k, v), **options))
+    return results
 
 
 def backward(row, q, k, v, causal):
-    out, lse = flash_attn_forward(q, k, v, 0.1, causal)
-    grads = torch.randn_like(out), torch.randn_like(lse)
-    arguments = (*grads, q, k, v, out, lse, 0.1, causal)
-    return [
-        grad
-        for deterministic in (False, True)
-        for grad in flash_attn_backward(*arguments, deterministic, row["name"])
-    ]
+    results = []
+    windows = [{}, {"window_left": 90, "window_right": 20}] if row["any_call"] else [{}]
+    for window, deterministic in itertools.product(windows, (False, True)):
+        out, lse = flash_attn_forward(q, k, v, 0.1, causal, **window)
+        grads = torch.randn_like(out), torch.randn_like(lse)
+        arguments = (*grads, q, k, v, out, lse, 0.1, causal, deterministic, row["name"])
+        results += flash_attn_backward(*arguments, **window)
+        if row["any_call"]:
+            inputs = packed(q, k, v)
+            qkv, lengths = inputs[:3], (*inputs[3:], None, None, None)
+            out, lse = flash_attn_varlen_forward(*qkv, *lengths, 0.1, causal, **window)
+            grads = torch.randn_like(out), torch.randn_like(lse)
+            arguments = (*grads, *qkv, out, lse, *lengths, 0.1, causal)
+            options = {"deterministic": deterministic, "tile_config": row["name"], **window}
+            results += flash_attn_varlen_backward(*arguments, **options)
+    return results
 
 
 def forward_fp8(row, q, k, v, causal):
@@ -48,9 +81,12 @@ def main() -> int:
         rows = tile_configs(of_pass)
         for row, lengths, causal in itertools.product(rows, SHAPES, (False, True)):
             options = {"device": "cuda", "dtype": DTYPES.get(row["dtype"], torch.bfloat16)}
+            head_dims = (row["head_dim"],) * 2 + (row.get("head_dim_v", row["head_dim"]),)
             q, k, v = (
-                torch.randn(2, seqlen, heads, row["head_dim"], **options)
-                for seqlen, heads in zip((*lengths, lengths[1]), (4, 2, 2), strict=True)
+                torch.randn(2, seqlen, heads, head_dim, **options)
+                for seqlen, heads, head_dim in zip(
+                    (*lengths, lengths[1]), (4, 2, 2), head_dims, strict=True
+                )
             )
             results = CALLS[of_pass](row, q, k, v, causal)
             if not all(torch.isfinite(result).all() for result in results):

@@ -28,6 +28,8 @@ def test_the_smallest_head_dim_that_fits(dtype, built, causal):
         row = choose(dtype, head_dim, causal=causal)
         assert (row["dtype"], row["head_dim"]) == (dtype, built)
         assert row["mask"] in ("any", "causal" if causal else "full")
+        dense = [r for r in ROWS if r["head_dim"] == built and not r["any_call"]]
+        assert row["any_call"] == (not dense)  # those for any call only where there are no others
 
 
 @pytest.mark.parametrize("causal", [False, True])

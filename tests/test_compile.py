@@ -51,7 +51,7 @@ def test_every_pass_has_rows(of_pass):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"head_dim": 96}, "forward row mine: head_dim = 96 must be a multiple of 64"),
+        ({"head_dim": 80}, "forward row mine: head_dim = 80 must be a multiple of 32"),
         ({"tile_n": 100}, "tile_n = 100 must be a multiple of 16"),
         ({"tile_m": None}, "tile_m is None, expected int"),
         ({"stages": 9}, r"shared memory: 147456 K \+ 147456 V .* > 232448 bytes"),

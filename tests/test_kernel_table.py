@@ -16,9 +16,11 @@ MAIN = r"""
 namespace cute_kernels::attention {
 constexpr auto kBf16 = ElementType::kBFloat16;
 constexpr auto kAny = MaskClass::kAny;
-ForwardKernel const kForward[] = {{{"f64", kBf16, 64, 64, kAny, 128, 1.0, 0}, nullptr}};
-BackwardKernel const kBackward[] = {{{"b64", kBf16, 64, 64, kAny, 128}, nullptr, nullptr},
-                                    {{"b128", kBf16, 128, 128, kAny, 128}, nullptr, nullptr}};
+ForwardKernel const kForward[] = {
+    {{"f64", kBf16, 64, 64, false, kAny, 128, 1.0, 0}, nullptr, nullptr}};
+BackwardKernel const kBackward[] = {
+    {{"b64", kBf16, 64, 64, false, kAny, 128}, nullptr, nullptr},
+    {{"b128", kBf16, 128, 128, false, kAny, 128}, nullptr, nullptr}};
 KernelTable<ForwardKernel> forward_kernels{kForward, 1};
 KernelTable<BackwardKernel> backward_kernels{kBackward, 2};
 KernelTable<Fp8ForwardKernel> fp8_forward_kernels{nullptr, 0};
@@ -48,9 +50,9 @@ Fp8ForwardKernel const* int8() {
 int main() {
   show("built backward 64", backward(64, false));
   static BackwardKernel const added[] = {
-      {{"mine64", kBf16, 64, 64, MaskClass::kCausal, 64}, nullptr, nullptr},
-      {{"mine192", kBf16, 192, 192, kAny, 64}, nullptr, nullptr},
-      {{"b64", kBf16, 64, 64, kAny, 64}, nullptr, nullptr}};
+      {{"mine64", kBf16, 64, 64, false, MaskClass::kCausal, 64}, nullptr, nullptr},
+      {{"mine192", kBf16, 192, 192, false, kAny, 64}, nullptr, nullptr},
+      {{"b64", kBf16, 64, 64, false, kAny, 64}, nullptr, nullptr}};
   for (auto const& kernel : added) std::printf("%d", backward_kernels.add(kernel));
   std::printf("\n");
   for (auto const& kernel : backward_kernels) std::printf("%s ", kernel.config.name);
@@ -61,18 +63,41 @@ int main() {
   show("full 200", backward(200, false));
 
   show("no fp8", int8());
-  static Fp8ForwardKernel const fp8{{"int8", ScoreType::kInt8, 64, 64, kAny, 128}, nullptr};
-  static Fp8ForwardKernel const e4m3{{"e4m3", ScoreType::kE4m3, 64, 64, kAny, 128}, nullptr};
+  static Fp8ForwardKernel const fp8{{"int8", ScoreType::kInt8, 64, 64, false, kAny, 128}, nullptr};
+  static Fp8ForwardKernel const e4m3{{"e4m3", ScoreType::kE4m3, 64, 64, false, kAny, 128}, nullptr};
   fp8_forward_kernels.add(fp8);
   fp8_forward_kernels.add(e4m3);
   show("fp8", int8());
   std::printf("%d\n", fp8_forward_kernels.is_built());
 
   show("forward", forward(false));
-  static ForwardKernel const fast{{"fast", kBf16, 64, 64, MaskClass::kFull, 128, 1.5, 0}, nullptr};
+  static ForwardKernel const fast{
+      {"fast", kBf16, 64, 64, false, MaskClass::kFull, 128, 1.5, 0}, nullptr, nullptr};
   forward_kernels.add(fast);
   show("full forward", forward(false));
   show("causal forward", forward(true));
+
+  // For any call, and faster than all.
+  AttentionCall window = call(64, true), covering = call(64, true), packed = call(64, false);
+  window.mask.left = 100;
+  covering.mask.left = 1023;
+  int const starts[] = {0, 1024};
+  packed.packed = {starts, starts, nullptr, nullptr, nullptr, 1024, 1024};
+  AttentionCall wide = call(64, false);
+  wide.sizes.head_dim_v = 128;
+  auto any = [&](char const* what, AttentionCall const& call) {
+    show(what, choose_forward(kBf16, call, 132));
+  };
+  any("window without one", window);
+  static ForwardKernel const for_any[] = {
+      {{"any64", kBf16, 64, 64, true, kAny, 128, 9.0, 0}, nullptr, nullptr},
+      {{"any128", kBf16, 64, 128, true, kAny, 128, 9.0, 0}, nullptr, nullptr}};
+  for (auto const& kernel : for_any) forward_kernels.add(kernel);
+  any("window", window);
+  any("window that hides nothing", covering);
+  any("packed", packed);
+  any("causal", call(64, true));
+  any("wide v", wide);
 
   // Readers beside four that add: each sees all that was there when it started.
   constexpr int kEach = 500;
@@ -80,7 +105,7 @@ int main() {
   static std::vector<ForwardKernel> kernels;
   for (int i = 0; i < 4 * kEach; ++i) names.push_back("k" + std::to_string(i / 2));
   for (auto const& name : names) {
-    kernels.push_back({{name.c_str(), kBf16, 64, 64, kAny, 128, 1.0, 0}, nullptr});
+    kernels.push_back({{name.c_str(), kBf16, 64, 64, false, kAny, 128, 1.0, 0}, nullptr, nullptr});
   }
   std::atomic<int> added_count{0}, lost{0};
   std::vector<std::thread> threads;
@@ -134,5 +159,16 @@ def test_the_estimate_weighs_added_forward_kernels(said):
     assert said[10:13] == ["forward: f64", "full forward: fast", "causal forward: f64"]
 
 
+def test_kernels_for_any_call_take_what_those_for_dense_ones_do_not(said):
+    assert said[13:19] == [
+        "window without one: none",
+        "window: any64",
+        "window that hides nothing: f64",
+        "packed: any64",
+        "causal: f64",
+        "wide v: any128",
+    ]
+
+
 def test_many_threads_may_add_while_others_read(said):
-    assert said[13] == "1000 added, 1002 there, 0 lost"
+    assert said[-1] == "1000 added, 1004 there, 0 lost"

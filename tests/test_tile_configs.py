@@ -59,6 +59,7 @@ def test_a_row_becomes_one_kernel_per_dtype_with_defaults_filled_in():
         "dtype": "bf16",
         "head_dim": 128,
         "head_dim_v": 128,
+        "any_call": False,
         "mask": "any",
         "tile_m": 128,
         "tile_n": 176,
@@ -94,7 +95,9 @@ def test_order_of_the_table_is_kept():
         ({"dtypes": ["bf16", "bf16"]}, ["once"]),
         ({"dtypes": ["fp8"]}, ["'fp8' is none of bf16, fp16"]),
         ({"mask": "window"}, ["'window' is none of any, full, causal"]),
-        ({"head_dim": 96}, ["head_dim = 96 must be a multiple of 64"]),
+        ({"head_dim": 80}, ["head_dim = 80 must be a multiple of 32"]),
+        ({"head_dim_v": 80}, ["head_dim_v = 80 must be a multiple of 32"]),
+        ({"any_call": True, "mask": "causal"}, ["any_call needs mask = 'any', but it is 'causal'"]),
         ({"head_dim": 320}, ["head_dim = 320", "at most 256"]),
         ({"head_dim_v": 256}, ["head_dim_v = 256 > head_dim = 128", "separate_output"]),
         ({"tile_n": 136}, ["tile_n = 136 must be a multiple of 16", "K of P V"]),
@@ -116,6 +119,20 @@ def test_a_row_that_makes_no_kernel_is_refused(changes, reasons):
 
 def test_one_consumer_warpgroup_without_pingpong_is_a_row():
     assert generator.read_table(table(good(tile_m=64, pingpong=False)))
+
+
+def test_head_dims_of_half_a_swizzled_row_and_of_v_are_rows():
+    (row, _) = generator.read_table(table(good(head_dim=96, head_dim_v=64, tile_n=128)))
+    assert (row["head_dim"], row["head_dim_v"]) == (96, 64)
+
+
+def test_v_and_the_output_have_their_own_head_dim():
+    wide = {"head_dim": 192, "tile_n": 128, "separate_output": True}
+    assert generator.read_table(table(good(**wide, head_dim_v=128)))
+    message = refusal(good(**wide))
+    assert "98304 K + 98304 V + 49152 Q + 24576 O + 1024 barriers = 271360 > 232448" in message
+    message = refusal(good(head_dim=192, head_dim_v=128, tile_n=224, stages=1))
+    assert "112 scores + 64 output + 56 packed P + 16 working = 248 > 240" in message
 
 
 def test_shared_memory_is_refused_with_its_sum():
@@ -243,6 +260,16 @@ def test_the_projects_own_table_is_right_and_serves_every_call():
                 row for row in rows if row["dtype"] == dtype and row["mask"] in ("any", mask)
             ]
             assert {64, 128, 256} <= {row["head_dim"] for row in fitting}
+        forward, backward = (
+            {
+                (row["head_dim"], row.get("head_dim_v", row["head_dim"]))
+                for row in rows
+                if row["pass"] == of_pass and row["dtype"] == dtype and row["any_call"]
+            }
+            for of_pass in ("forward", "backward")
+        )
+        assert {(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)} <= forward
+        assert {(64, 64), (128, 128), (256, 256)} <= backward
 
 
 def test_tile_configs_are_copies_of_the_rows_built():

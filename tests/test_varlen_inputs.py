@@ -10,13 +10,12 @@ import sys
 import pytest
 import torch
 from packed import random_packed
-from parity import skip_on_cuda
+from parity import skip_unless_answered
 from torch._subclasses import FakeTensorMode
 
 import cute_kernels.varlen
-from cute_kernels import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
+from cute_kernels import flash_attn_varlen_func
 from cute_kernels.autograd import varlen
-from cute_kernels.operators import flash_attn_varlen_forward
 
 
 def good_call(device="cpu"):
@@ -322,20 +321,12 @@ def on_cuda(call):
     }
 
 
-def test_cuda_is_not_there_yet():
-    """Wrong arguments are told first."""
+def test_shape_inference_on_cuda():
     call = good_call()
-    message = "^flash_attn_varlen_func is not there yet on CUDA: CPU only so far$"
     with FakeTensorMode():
         call = on_cuda(call)
-        with pytest.raises(NotImplementedError, match=message):
-            flash_attn_varlen_func(**call)
-        lengths = (call["cu_seqlens_q"], call["cu_seqlens_k"], None, None, None)
-        with pytest.raises(NotImplementedError, match=message):
-            flash_attn_varlen_forward(call["q"], call["k"], call["v"], *lengths, 0.1, False)
-        qkv = torch.empty(24, 3, 4, 64, dtype=torch.half, device="cuda")
-        with pytest.raises(NotImplementedError, match=message):
-            flash_attn_varlen_qkvpacked_func(qkv, call["cu_seqlens_q"])
+        out, lse = flash_attn_varlen_func(**call, return_lse=True)
+        assert (out.shape, lse.shape) == ((24, 4, 64), (4, 24))
         with pytest.raises(TypeError, match=r"cu_seqlens_q has dtype torch\.int64"):
             flash_attn_varlen_func(**{**call, "cu_seqlens_q": call["cu_seqlens_q"].long()})
         cpu = torch.empty(4, dtype=torch.int32)
@@ -343,16 +334,28 @@ def test_cuda_is_not_there_yet():
             flash_attn_varlen_func(**{**call, "cu_seqlens_k": cpu})
 
 
-def test_a_gpu_is_not_there_yet(hopper):
-    with pytest.raises(
-        NotImplementedError,
-        match=r"^flash_attn_varlen_func is not there yet on CUDA: CPU only so far$",
-    ):
-        flash_attn_varlen_func(**good_call(hopper))
+@pytest.mark.parametrize("bad", BAD)
+def test_refused_on_a_gpu(hopper, bad):
+    skip_unless_answered(hopper, torch.bfloat16)
+    changes, error, message = BAD[bad]
+    call = good_call(hopper)
+    assert flash_attn_varlen_func(**call).isfinite().all()
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        flash_attn_varlen_func(**changed(call, changes))
+
+
+@pytest.mark.parametrize("bad", BAD_CONTENTS)
+def test_wrong_contents_on_a_gpu_do_no_harm(hopper, bad):
+    """They are not looked at: results are any, but of this call alone."""
+    skip_unless_answered(hopper, torch.bfloat16)
+    changes, _ = BAD_CONTENTS[bad]
+    right = flash_attn_varlen_func(**good_call(hopper))
+    assert flash_attn_varlen_func(**changed(good_call(hopper), changes)).shape == right.shape
+    assert torch.equal(flash_attn_varlen_func(**good_call(hopper)), right)
 
 
 def test_inputs_are_not_written(device):
-    skip_on_cuda(device, "packed sequences")
+    skip_unless_answered(device, torch.bfloat16)
     call = good_call(device)
     copies = {name: x.clone() for name, x in call.items() if isinstance(x, torch.Tensor)}
     for name in "qkv":

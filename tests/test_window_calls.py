@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from parity import random_qkv, skip_on_cuda
+from parity import random_qkv, skip_unless_answered
 from torch import func
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from cute_kernels import flash_attn_func
+from cute_kernels import flash_attn_func, tile_configs
 from cute_kernels.autograd import dense
 from cute_kernels.operators import flash_attn_backward, flash_attn_forward
 
@@ -37,7 +37,7 @@ class Numbers:
 
 
 def test_forms_of_a_window(device):
-    skip_on_cuda(device, "windows")
+    skip_unless_answered(device, torch.bfloat16)
     q, k, v = random_qkv(device, torch.bfloat16, 1, 100, 150, 2)
     expected = flash_attn_func(q, k, v, window_size=(7, 5))
     tensors = torch.tensor([7, 5]), torch.tensor([7, 5], dtype=torch.int32)
@@ -153,26 +153,38 @@ def test_calls_that_need_no_window_are_those_without(arguments):
         assert flash_attn_func(q, q, q, **arguments).device.type == "cuda"
 
 
-CPU_ONLY = {
-    "window_size": lambda q: flash_attn_func(q, q, q, window_size=(5, 5)),
-    "sm_margin": lambda q: flash_attn_func(q, q, q, sm_margin=3),
-    "diagonal": lambda q: dense.without_gradient(q, q, q, 0.1, True, None, False, None, None, 3),
-    "v with a head_dim other than q's": lambda q: flash_attn_func(q, q, torch.cat([q, q], -1)),
-}
+def test_what_cuda_does_not_have_is_named():
+    message = "^sm_margin is not there yet on CUDA: CPU only so far$"
+    with FakeTensorMode():
+        q = torch.empty(1, 20, 2, 64, device="cuda", dtype=torch.half)
+        with pytest.raises(NotImplementedError, match=message):
+            flash_attn_func(q, q, q, sm_margin=3)
 
 
-@pytest.mark.parametrize("feature", CPU_ONLY)
-def test_what_cuda_does_not_have_is_named(feature):
-    message = f"^{feature} is not there yet on CUDA: CPU only so far$"
-    with FakeTensorMode(), pytest.raises(NotImplementedError, match=message):
-        CPU_ONLY[feature](torch.empty(1, 20, 2, 64, device="cuda", dtype=torch.half))
+# What CUDA has the output of, and no gradient.
+@pytest.mark.parametrize("name", ["window_left", "window_right"])
+def test_limits_below_0_on_a_gpu(hopper, name):
+    q, k, v = random_qkv(hopper, torch.bfloat16)
+    limits = (-1, None) if name == "window_left" else (None, -1)
+    with pytest.raises(ValueError, match=rf"{name} is -1, must be at least 0 or None"):
+        dense.without_gradient(q, k, v, 0.1, False, None, False, *limits, None)
 
 
-@pytest.mark.parametrize("feature", CPU_ONLY)
-def test_what_a_gpu_does_not_have_is_named(hopper, feature):
-    message = f"^{feature} is not there yet on CUDA: CPU only so far$"
-    with pytest.raises(NotImplementedError, match=message):
-        CPU_ONLY[feature](torch.zeros(1, 20, 2, 64, device=hopper, dtype=torch.bfloat16))
+@pytest.mark.parametrize("window_size", [(5, 5), (-1, 0), (500, 500)], ids=str)
+def test_rows_for_dense_calls_take_no_window(hopper, window_size):
+    """But one that is no window."""
+    names = [
+        row["name"]
+        for row in tile_configs("forward")
+        if not row["any_call"] and row["mask"] == "any" and row["dtype"] == "bf16"
+    ]
+    q, k, v = random_qkv(hopper, torch.bfloat16)
+    if window_size != (5, 5):
+        flash_attn_func(q, k, v, window_size=window_size, tile_config=names[0])
+        return
+    message = f"^tile_config '{names[0]}' takes no window, no diagonal and no packed sequences"
+    with pytest.raises(ValueError, match=message):
+        flash_attn_func(q, k, v, window_size=window_size, tile_config=names[0])
 
 
 def test_fp8_has_no_windows():

@@ -18,18 +18,12 @@ from parity import (
     random_mask,
     random_qkv,
     run,
-    skip_on_cuda,
+    skip_unless_answered,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cute_kernels import flash_attn_func, reference
 from cute_kernels.operators import flash_attn_backward, flash_attn_forward
-
-
-@pytest.fixture
-def windows(device):
-    skip_on_cuda(device, "windows")
-    return device
 
 
 def random_qkv_and_grads(chance, device, dtype, batch, seqlen_q, seqlen_k):
@@ -53,30 +47,31 @@ def random_qkv_and_grads(chance, device, dtype, batch, seqlen_q, seqlen_k):
 
 
 @pytest.mark.parametrize("seed", range(80))
-def test_random_calls(windows, seed):
+def test_random_calls(device, seed):
     chance = random.Random(seed)
     lengths = [0, 1, 2, chance.randint(3, 100), *(chance.randint(100, 600) for _ in range(3))]
     dtype = chance.choice(list(DTYPES.values()))
     sizes = chance.randint(1, 2), chance.choice(lengths), chance.choice(lengths)
-    qkv, grad_out, grad_lse = random_qkv_and_grads(chance, windows, dtype, *sizes)
+    qkv, grad_out, grad_lse = random_qkv_and_grads(chance, device, dtype, *sizes)
+    skip_unless_answered(device, dtype, qkv[0].shape[-1], qkv[2].shape[-1])
     mask, scale = random_mask(chance), chance.choice([None, 0.05, 0.4])
     inputs = [x.requires_grad_() for x in qkv]
     out, lse = run(*inputs, **mask, softmax_scale=scale)
+    qkv = [x.detach() for x in qkv]
+    right_scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
+    assert_right(out.detach(), lse.detach(), *qkv, right_scale, **mask)
     grads = torch.autograd.grad(
         [out] if grad_lse is None else [out, lse],
         inputs,
         [grad_out] if grad_lse is None else [grad_out, grad_lse],
     )
-    qkv = [x.detach() for x in qkv]
-    scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
-    assert_right(out.detach(), lse.detach(), *qkv, scale, **mask)
-    assert_gradients_right(grads, grad_out, grad_lse, *qkv, scale, **mask)
+    assert_gradients_right(grads, grad_out, grad_lse, *qkv, right_scale, **mask)
 
 
 @pytest.mark.parametrize("head_dims", [(192, 128), (64, 128), (128, 64), (8, 256), (256, 8)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_head_dims_of_v(device, head_dims, causal):
-    skip_on_cuda(device, "V's own head dim")
+    skip_unless_answered(device, torch.bfloat16, *head_dims)
     q, k, _ = random_qkv(device, torch.bfloat16, 2, 150, 200, 4, 2, head_dims[0])
     _, v, _ = random_qkv(device, torch.bfloat16, 2, 150, 200, 4, 2, head_dims[1], seed=1)
     out, _ = check(q, k, v, causal)
@@ -85,44 +80,48 @@ def test_head_dims_of_v(device, head_dims, causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [(257, 257), (130, 515), (300, 129)], ids=str)
-def test_every_visible_key_has_its_weight(windows, lengths, causal):
+def test_every_visible_key_has_its_weight(device, lengths, causal):
     """Scores are all 0 and V is one-hot: a row that sees n keys has 1 / n of each."""
     seqlen_q, seqlen_k = lengths
-    v = one_hot(seqlen_k, 0, 256, 256).to(windows, torch.float16)
-    q = torch.zeros(v.shape[0], seqlen_q, 2, 8, device=windows, dtype=torch.float16)
+    skip_unless_answered(device, torch.float16, 8, 256)
+    v = one_hot(seqlen_k, 0, 256, 256).to(device, torch.float16)
+    q = torch.zeros(v.shape[0], seqlen_q, 2, 8, device=device, dtype=torch.float16)
     k = q.new_zeros(v.shape[0], seqlen_k, 1, 8)
     for window_size in WINDOWS:
         out = flash_attn_func(q, k, v, causal=causal, window_size=window_size)
         weights = by_token(out, 0, 256, seqlen_k)
-        seen = visible(seqlen_q, seqlen_k, causal, window_size, device=windows)
+        seen = visible(seqlen_q, seqlen_k, causal, window_size, device=device)
         right = (seen / seen.sum(-1, keepdim=True).clamp(min=1))[:, None]
         assert ((weights - right).abs() <= 1e-3 * right).all(), window_size
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [(257, 257), (130, 515), (300, 129)], ids=str)
-def test_every_pair_has_its_gradient(windows, lengths, causal):
+def test_every_pair_has_its_gradient(device, lengths, causal):
     """Scores are all 0 and dO is one-hot by query: dV holds P^T."""
     seqlen_q, seqlen_k = lengths
-    grad_out = one_hot(seqlen_q, 0, 256, 256).to(windows)
-    q = torch.zeros(grad_out.shape[0], seqlen_q, 1, 8, device=windows)
+    dtype, error = (torch.float32, 1e-6) if device == "cpu" else (torch.float16, 1e-3)
+    skip_unless_answered(device, dtype, 8, 256)
+    grad_out = one_hot(seqlen_q, 0, 256, 256).to(device, dtype)
+    q = torch.zeros(grad_out.shape[0], seqlen_q, 1, 8, device=device, dtype=dtype)
     k, v = q.new_zeros(q.shape[0], seqlen_k, 1, 8), q.new_zeros(q.shape[0], seqlen_k, 1, 256)
     v.requires_grad_()
     for window_size in WINDOWS[::2]:
         out = flash_attn_func(q, k, v, causal=causal, window_size=window_size)
         (grad_v,) = torch.autograd.grad(out, v, grad_out)
-        seen = visible(seqlen_q, seqlen_k, causal, window_size, device=windows)
+        seen = visible(seqlen_q, seqlen_k, causal, window_size, device=device)
         right = (seen / seen.sum(-1, keepdim=True).clamp(min=1)).mT[:, None]
         weights = by_token(grad_v, 0, 256, seqlen_q)
-        assert ((weights - right).abs() <= 1e-6 * right).all(), window_size
+        assert ((weights - right).abs() <= error * right).all(), window_size
 
 
 @pytest.mark.parametrize("window_size", [(20, 0), (20, 30), (-1, 5), (300, -1), (0, 0)], ids=str)
 @pytest.mark.parametrize("wild", [math.nan, math.inf])
-def test_what_a_window_hides_changes_no_bit(windows, window_size, wild):
+def test_what_a_window_hides_changes_no_bit(device, window_size, wild):
     """NaN in tokens of K and V, and in queries and their gradients, beside 0 in their place."""
-    q, k, v = random_qkv(windows, torch.bfloat16, 1, 400, 500, 4, 2, 64)
-    grad_out = random_qkv(windows, torch.bfloat16, 1, 400, 1, 4, 2, 64, seed=1)[0]
+    skip_unless_answered(device, torch.bfloat16)
+    q, k, v = random_qkv(device, torch.bfloat16, 1, 400, 500, 4, 2, 64)
+    grad_out = random_qkv(device, torch.bfloat16, 1, 400, 1, 4, 2, 64, seed=1)[0]
     keys, queries = [0, 99, 255, 256, 380, 499], [0, 128, 399]
     results = []
     for value in (0.0, wild):
@@ -131,14 +130,15 @@ def test_what_a_window_hides_changes_no_bit(windows, window_size, wild):
             x[:, tokens] = value
         *qkv, grad = inputs
         qkv = [x.requires_grad_() for x in qkv]
-        out, lse = flash_attn_func(*qkv, window_size=window_size, return_lse=True)
+        options = {"window_size": window_size, "deterministic": True}
+        out, lse = flash_attn_func(*qkv, **options, return_lse=True)
         results.append((out, lse.mT, *torch.autograd.grad(out, qkv, grad)))
-    seen = visible(400, 500, False, window_size, device=windows)
+    seen = visible(400, 500, False, window_size, device=device)
     reached = seen[:, keys].any(-1)
     reached[queries] = True  # queries that see a spoilt key or are spoilt
     reached_keys = seen[reached].any(0)
     clean = (~reached, ~reached, ~reached, ~reached_keys, ~reached_keys)
-    for right, result, rows in zip(*results, clean, strict=True):
+    for right, result, rows in zip(*results, clean[: len(results[0])], strict=True):
         assert torch.equal(result[0, rows], right[0, rows])
         assert right.isfinite().logical_or(right == -math.inf).all()
     if window_size == (20, 0):
@@ -175,22 +175,26 @@ def test_blocks_out_of_sight_cost_nothing():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("diagonal", [-500, -70, -1, 0, 1, 33, 200, 700])
 @pytest.mark.parametrize("limits", [(None, None), (40, None), (None, 10), (40, 10)], ids=str)
-def test_diagonals(windows, limits, diagonal, causal):
+def test_diagonals(device, limits, diagonal, causal):
     """0 is top-left aligned; others are a part of a longer sequence's queries."""
-    q, k, v = random_qkv(windows, torch.bfloat16, 1, 150, 300, 2, 1, 40)
-    grad_out = random_qkv(windows, torch.bfloat16, 1, 150, 300, 2, 1, 40, seed=1)[0]
+    skip_unless_answered(device, torch.bfloat16, 40)
+    q, k, v = random_qkv(device, torch.bfloat16, 1, 150, 300, 2, 1, 40)
+    grad_out = random_qkv(device, torch.bfloat16, 1, 150, 300, 2, 1, 40, seed=1)[0]
     keywords = {"window_left": limits[0], "window_right": limits[1], "diagonal": diagonal}
     window_size = tuple(-1 if n is None else n for n in limits)
     mask = {"window_size": window_size, "diagonal": diagonal}
     out, lse = flash_attn_forward(q, k, v, 0.2, causal, **keywords)
     assert_right(out, lse, q, k, v, 0.2, causal, **mask)
-    grads = flash_attn_backward(grad_out, None, q, k, v, out, lse, 0.2, causal, False, **keywords)
+    tensors = (grad_out, None, q, k, v, out, lse)
+    grads = flash_attn_backward(*tensors, 0.2, causal, False, **keywords)
     assert_gradients_right(grads, grad_out, None, q, k, v, 0.2, causal, **mask)
 
 
-def test_parts_of_a_sequence_are_its_rows(windows):
+def test_parts_of_a_sequence_are_its_rows(device):
     """As context parallelism has them: each rank's queries against all keys."""
-    q, k, v = random_qkv(windows, torch.float32, 1, 300, 300, 2, 1, 32)
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    skip_unless_answered(device, dtype, 32)
+    q, k, v = random_qkv(device, dtype, 1, 300, 300, 2, 1, 32)
     whole, lse = flash_attn_func(q, k, v, 0.2, window_size=(70, 0), return_lse=True)
     for start, stop in itertools.pairwise([0, 1, 100, 228, 300]):
         part, part_lse = flash_attn_forward(

@@ -41,10 +41,27 @@ inline MaskSpec mask_spec(bool causal) {
   return mask;
 }
 
+/// Where packed sequences lie: one behind the other, in tensors without a batch. Sequence i has the
+/// rows from cu_seqlens[i] up to before cu_seqlens[i + 1], of which it uses the first seqused[i].
+/// What the pointers, all of device memory, hold is known to the device alone, and may change from
+/// run to run of a CUDA graph. lengths.hpp reads it.
+struct PackedLengths {
+  int const* cu_seqlens_q;  // (batch + 1); null: the call is dense
+  int const* cu_seqlens_k;
+  int const* seqused_q;  // (batch), or null: all of them
+  int const* seqused_k;
+  int const* diagonal;  // (batch), or null: that of the call's mask
+  int total_q;          // rows of Q
+  int total_k;
+};
+
 struct AttentionCall {
-  CallSizes sizes;
+  CallSizes sizes;  // of packed sequences: how many, and no less than the longest one's lengths
   MaskSpec mask;
   float scale;  // of the scores, finite, > 0
+  PackedLengths packed{};
+
+  constexpr bool is_packed() const { return packed.cu_seqlens_q != nullptr; }
 };
 
 }  // namespace cute_kernels::attention

@@ -49,4 +49,43 @@ struct Mask : CausalRanges {
   }
 };
 
+/// The same of every mask, which has two ends.
+struct WindowMask : WindowRanges {
+  explicit constexpr WindowMask(WindowRanges const& ranges) : WindowRanges(ranges) {}
+
+  /// Keys behind a sequence's last one are there too, and of another sequence.
+  CUTLASS_DEVICE constexpr bool hides_values() const { return true; }
+
+  template <class Scores>
+  CUTLASS_DEVICE void apply(Scores& scores, int query, int key) const {
+    using namespace cute;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < size<0>(scores); ++row) {
+      int const first = first_key(query + 8 * row) - key;
+      int const limit = end_key(query + 8 * row) - key;
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < size<1>(scores); ++col) {
+        int const offset = 8 * (col / 2) + col % 2;
+        if (offset < first || offset >= limit) scores(row, col) = -INFINITY;
+      }
+    }
+  }
+
+  /// Also behind the sequence's last query, where rows of another one are.
+  template <class Scores>
+  CUTLASS_DEVICE void apply_transposed(Scores& scores, int key, int query, float hidden) const {
+    using namespace cute;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < size<0>(scores); ++row) {
+      int const first = first_query(key + 8 * row) - query;
+      int const limit = lesser(end_query(key + 8 * row), seqlen_q) - query;
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < size<1>(scores); ++col) {
+        int const offset = 8 * (col / 2) + col % 2;
+        if (offset < first || offset >= limit) scores(row, col) = hidden;
+      }
+    }
+  }
+};
+
 }  // namespace cute_kernels::attention

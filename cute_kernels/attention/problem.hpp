@@ -9,13 +9,20 @@
 namespace cute_kernels::attention {
 
 /// A (batch, seqlen, heads, head_dim) tensor in device memory. Strides count elements; the last
-/// dimension is contiguous.
+/// dimension is contiguous. Packed sequences are one batch entry.
 struct TensorView {
   void* data;
   int64_t batch_stride;
   int64_t seqlen_stride;
   int64_t head_stride;
 };
+
+/// A sequence's rows of a head, from first_row of the batch entry on.
+template <class Element>
+constexpr Element* rows_of(TensorView const& view, int batch, int head, int first_row) {
+  return static_cast<Element*>(view.data) + batch * view.batch_stride + head * view.head_stride +
+         first_row * view.seqlen_stride;
+}
 
 /// The facts about a GPU that shape a launch.
 struct Device {
@@ -32,7 +39,8 @@ struct ForwardProblem {
   TensorView k;
   TensorView v;
   TensorView out;
-  float* lse;  // (batch, heads_q, seqlen_q), natural logarithm
+  float* lse;       // (batch, heads_q, seqlen_q), packed (heads_q, total_q), natural logarithm
+  void* workspace;  // 16-byte aligned, contents undefined on entry
   Device device;
 };
 

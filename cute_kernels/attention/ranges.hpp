@@ -22,6 +22,12 @@ struct BlockRange {
   int end;
   int full_begin;
   int full_end;
+
+  constexpr bool has_full() const { return full_begin < full_end; }
+  /// The masked blocks are those from `begin` up to before left_end(), and those from right_begin()
+  /// up to before `end`; without a full block all are of the right end.
+  constexpr int left_end() const { return has_full() ? full_begin : begin; }
+  constexpr int right_begin() const { return has_full() ? full_end : begin; }
 };
 
 /// The block ranges of a mask. It has seqlen_q and seqlen_k; a query sees the keys from
@@ -48,6 +54,16 @@ struct MaskRanges {
     return range;
   }
 
+  /// The same of some of the queries that `all` is of: a part of it, though they see nothing.
+  constexpr BlockRange key_blocks_of(BlockRange const& all, int first_query, int queries,
+                                     int block) const {
+    BlockRange part = key_blocks(first_query, queries, block);
+    if constexpr (Ranges::kHasLeftEnd) {
+      if (part.begin == part.end) part.begin = part.end = all.begin;
+    }
+    return part;
+  }
+
   /// Some of the keys may lie behind the last one, where blocks are not full. Queries behind the
   /// last need no mask.
   constexpr BlockRange query_blocks(int first_key, int keys, int block) const {
@@ -72,8 +88,8 @@ struct MaskRanges {
   static constexpr int blocks(int rows, int block) { return (rows + block - 1) / block; }
 };
 
-/// What today's kernels know of a call's mask, decided at run time: a query sees all keys, or those
-/// up to its own position (causal, bottom-right aligned). One kernel serves both.
+/// What the kernels for dense calls know of a mask, decided at run time: a query sees all keys, or
+/// those up to its own position (causal, bottom-right aligned). One kernel serves both.
 struct CausalRanges : MaskRanges<CausalRanges> {
   static constexpr bool kHasLeftEnd = false;
   int seqlen_q;
@@ -100,18 +116,26 @@ struct WindowRanges : MaskRanges<WindowRanges> {
   int left_edge;
   int right_edge;
 
-  explicit WindowRanges(AttentionCall const& call)
-      : seqlen_q(call.sizes.seqlen_q), seqlen_k(call.sizes.seqlen_k) {
-    MaskSpec const& mask = call.mask;
-    int64_t const diagonal = mask.diagonal.value_or(seqlen_k - seqlen_q);
+  /// The diagonal that a call with such a mask has, of any sequence.
+  constexpr WindowRanges(MaskSpec const& mask, int64_t diagonal, int seqlen_q, int seqlen_k)
+      : WindowRanges(seqlen_q, seqlen_k, -seqlen_q, seqlen_k) {
     // Beyond these an edge is no edge, or hides all.
     auto edge = [&](int64_t at) {
       return static_cast<int>(at < -seqlen_q ? -seqlen_q : at > seqlen_k ? seqlen_k : at);
     };
-    left_edge = mask.left ? edge(diagonal - *mask.left) : -seqlen_q;
-    right_edge = mask.right ? edge(diagonal + *mask.right + 1) : seqlen_k;
+    if (mask.left) left_edge = edge(diagonal - *mask.left);
+    if (mask.right) right_edge = edge(diagonal + *mask.right + 1);
     if (left_edge >= right_edge) left_edge = right_edge = -seqlen_q;  // no query sees a key
   }
+
+  constexpr WindowRanges(int seqlen_q, int seqlen_k, int left_edge, int right_edge)
+      : seqlen_q(seqlen_q), seqlen_k(seqlen_k), left_edge(left_edge), right_edge(right_edge) {}
+
+  /// Of a dense call's batch entries, or of a sequence that is as long as the call's longest.
+  explicit constexpr WindowRanges(AttentionCall const& call)
+      : WindowRanges(call.mask,
+                     call.mask.diagonal.value_or(call.sizes.seqlen_k - call.sizes.seqlen_q),
+                     call.sizes.seqlen_q, call.sizes.seqlen_k) {}
 
   constexpr int first_key(int query) const { return greater(0, query + left_edge); }
   constexpr int end_key(int query) const { return lesser(seqlen_k, query + right_edge); }
@@ -121,17 +145,18 @@ struct WindowRanges : MaskRanges<WindowRanges> {
   constexpr int end_query(int key) const { return key + 1 - left_edge; }
 };
 
-/// What kernels make of a call's mask; nothing where none reads it yet: windows and diagonals of
-/// one's own, but for those that are the causal mask in other words.
+/// What the kernels for dense calls make of a call's mask; nothing where they do not read it:
+/// windows and diagonals of one's own, but for those that are no mask or the causal one in other
+/// words.
 inline std::optional<CausalRanges> kernel_ranges(AttentionCall const& call) {
-  CallSizes const& sizes = call.sizes;
-  MaskSpec const& mask = call.mask;
-  if (mask.left) return std::nullopt;
-  if (!mask.right) return CausalRanges{{}, sizes.seqlen_q, sizes.seqlen_k, false};
-  int const bottom_right = sizes.seqlen_k - sizes.seqlen_q;
-  int64_t const diagonal = mask.diagonal.value_or(bottom_right);
-  if (diagonal + *mask.right != bottom_right) return std::nullopt;
-  return CausalRanges{{}, sizes.seqlen_q, sizes.seqlen_k, true};
+  if (call.is_packed()) return std::nullopt;
+  WindowRanges const window(call);
+  int const seqlen_q = window.seqlen_q, seqlen_k = window.seqlen_k;
+  if (window.left_edge + seqlen_q - 1 > 0)
+    return std::nullopt;  // the last query does not see key 0
+  bool const causal = call.mask.right && window.right_edge == seqlen_k - seqlen_q + 1;
+  if (!causal && window.right_edge < seqlen_k) return std::nullopt;
+  return CausalRanges{{}, seqlen_q, seqlen_k, causal};
 }
 
 /// Forward. The first query of a tile, one of `tiles`. Where seqlen_q is no multiple of tile_m, the

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <tuple>
 
 #include <cuda_runtime_api.h>
 
@@ -27,6 +28,7 @@ struct RowConfig {
   Dtype dtype;
   int head_dim;  // the kernel takes head dims up to these
   int head_dim_v;
+  bool any_call;  // every call, rather than the dense ones whose mask is none or causal
   MaskClass mask;
 };
 
@@ -41,6 +43,7 @@ struct ForwardKernel {
   using Problem = ForwardProblem;
   static constexpr char const* kPass = "forward";
   TileConfig config;
+  int64_t (*workspace_bytes)(Problem const&);
   cudaError_t (*launch)(Problem const&, cudaStream_t);
 };
 
@@ -63,13 +66,15 @@ extern KernelTable<BackwardKernel> backward_kernels;
 template <class Dtype>
 bool can_take(RowConfig<Dtype> const& config, Dtype dtype, AttentionCall const& call) {
   return config.dtype == dtype && config.head_dim >= call.sizes.head_dim &&
-         config.head_dim_v >= call.sizes.head_dim_v && kernel_ranges(call).has_value();
+         config.head_dim_v >= call.sizes.head_dim_v &&
+         (config.any_call || kernel_ranges(call).has_value());
 }
 
 /// Whether the automatic choice may give the call to it.
 template <class Dtype>
 bool may_take(RowConfig<Dtype> const& config, Dtype dtype, AttentionCall const& call) {
-  MaskClass const wanted = call.mask.right ? MaskClass::kCausal : MaskClass::kFull;
+  auto const ranges = kernel_ranges(call);
+  MaskClass const wanted = ranges && !ranges->causal ? MaskClass::kFull : MaskClass::kCausal;
   return can_take(config, dtype, call) && (config.mask == MaskClass::kAny || config.mask == wanted);
 }
 
@@ -81,10 +86,15 @@ int channels(RowConfig<Dtype> const& config) {
 
 /// Time of a call in arbitrary units: rounds of tiles over the multiprocessors, each as long as its
 /// queries and keys. A tile that is not full costs only what it has. Tiles of unequal length fill
-/// the last round, as far as they are unequal; but nothing is faster than the longest.
-inline double estimate_forward(TileConfig const& config, AttentionCall const& call,
-                               int multiprocessors) {
-  CallSizes const& sizes = call.sizes;
+/// the last round, as far as they are unequal; but nothing is faster than the longest. Of packed
+/// sequences the host knows no more than the sum of their lengths: they count as equal.
+inline double estimate_forward(TileConfig const& config, AttentionCall call, int multiprocessors) {
+  CallSizes& sizes = call.sizes;
+  if (call.is_packed()) {
+    auto mean = [&](int rows) { return (rows + sizes.batch - 1) / std::max(1, sizes.batch); };
+    sizes.seqlen_q = mean(call.packed.total_q);
+    sizes.seqlen_k = mean(call.packed.total_k);
+  }
   VisitedKeys const keys = visited_keys(WindowRanges(call), config.tile_m);
   double rounds = static_cast<double>(sizes.seqlen_q) / config.tile_m * sizes.batch *
                   sizes.heads_q / multiprocessors;
@@ -94,33 +104,38 @@ inline double estimate_forward(TileConfig const& config, AttentionCall const& ca
 }
 
 /// Of the kernels with the smallest fitting head dims whose mask class allows the call, the one
-/// with the shortest estimate, the first of equals; null where there is none.
+/// with the shortest estimate, the first of equals; null where there is none. Where kernels for
+/// dense calls fit, none that takes any.
 inline ForwardKernel const* choose_forward(ElementType dtype, AttentionCall const& call,
                                            int multiprocessors) {
   ForwardKernel const* best = nullptr;
-  double best_time = 0;
+  std::tuple<int, bool, double> best_cost;  // the first that differs decides
   for (ForwardKernel const& kernel : forward_kernels) {
     TileConfig const& config = kernel.config;
     if (!may_take(config, dtype, call)) continue;
-    if (best != nullptr && channels(config) > channels(best->config)) continue;
-    double const time = estimate_forward(config, call, multiprocessors);
-    if (best == nullptr || channels(config) < channels(best->config) || time < best_time) {
+    std::tuple const cost(channels(config), config.any_call,
+                          estimate_forward(config, call, multiprocessors));
+    if (best == nullptr || cost < best_cost) {
       best = &kernel;
-      best_time = time;
+      best_cost = cost;
     }
   }
   return best;
 }
 
 /// The last of the kernels with the smallest fitting head dims, so that one that was added comes
-/// before the build's; null where there is none.
+/// before the build's; null where there is none. Where kernels for dense calls fit, none that takes
+/// any.
 template <class Kernel, class Dtype>
 Kernel const* choose_fitting(KernelTable<Kernel> const& kernels, Dtype dtype,
                              AttentionCall const& call) {
   Kernel const* best = nullptr;
+  auto cost = [](Kernel const& kernel) {
+    return std::tuple(channels(kernel.config), kernel.config.any_call);
+  };
   for (Kernel const& kernel : kernels) {
     if (!may_take(kernel.config, dtype, call)) continue;
-    if (best == nullptr || channels(kernel.config) <= channels(best->config)) best = &kernel;
+    if (best == nullptr || cost(kernel) <= cost(*best)) best = &kernel;
   }
   return best;
 }

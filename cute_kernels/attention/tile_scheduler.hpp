@@ -16,19 +16,52 @@ struct TileCoord {
   int batch;
 };
 
-/// Hands tiles to a persistent grid without any communication: CTA c takes the tiles c, 2G-1-c,
-/// 2G+c, 4G-1-c, ... of a fixed order (G = CTAs; every second round runs backwards, so that a CTA
-/// that got the longest tile of one round gets the shortest of the next). After every two rounds
-/// CTAs move on some places: a quarter of them where there are several bands, since a band ends in
-/// the same places each time; one without a causal mask, since the short tiles, where seqlen_q is
-/// no multiple of kTileM, stand in the same places each time.
+/// A CTA's places in an order, of a persistent grid without any communication: CTA c takes the
+/// places c, 2G-1-c, 2G+c, 4G-1-c, ... (G = CTAs; every second round runs backwards, so that a CTA
+/// that got the longest tile of one round gets the shortest of the next).
+class CtaRounds {
+ public:
+  /// The phase of a barrier with one use a tile, over both passes.
+  template <class Passes>
+  CUTLASS_DEVICE uint32_t phase(Passes const& passes) const {
+    return round_ % 2 ^ passes.first_tile;
+  }
+
+  /// How many tiles the CTA has done.
+  CUTLASS_DEVICE uint32_t round() const { return round_; }
+
+ protected:
+  CUTLASS_DEVICE CtaRounds() : round_(0), turn_(blockIdx.x) {}
+
+  /// After every two rounds CTAs move on `shift` places.
+  CUTLASS_DEVICE void next_round(int shift) {
+    ++round_;
+    turn_ = gridDim.x - 1 - turn_;
+    if (round_ % 2 == 0) {  // forwards again
+      turn_ += shift;
+      if (turn_ >= gridDim.x) turn_ -= gridDim.x;
+    }
+  }
+
+  /// Of the tile in the order.
+  CUTLASS_DEVICE int number() const { return round_ * gridDim.x + turn_; }
+
+ private:
+  uint32_t round_;
+  int turn_;
+};
+
+/// The order of a dense call's tiles. After every two rounds CTAs move on some places: a quarter of
+/// them where there are several bands, since a band ends in the same places each time; one without
+/// a causal mask, since the short tiles, where seqlen_q is no multiple of kTileM, stand in the same
+/// places each time.
 ///
 /// The order takes `band` query blocks at a time, from the last ones to the first (under a causal
 /// mask that is longest first), and inside a band walks the (batch, head) pairs, with all of the
 /// band's blocks for each. A band is one pass over all of K and V; the CTAs that work on the same
 /// pair at the same time share what they read in L2. A wide band saves memory traffic, a narrow one
 /// balances a causal mask.
-class TileScheduler {
+class TileScheduler : public CtaRounds {
  public:
   struct Params {
     int tiles;
@@ -67,28 +100,11 @@ class TileScheduler {
     return params;
   }
 
-  CUTLASS_DEVICE explicit TileScheduler(Params const& params)
-      : params_(params), round_(0), turn_(blockIdx.x) {}
+  CUTLASS_DEVICE explicit TileScheduler(Params const& params) : params_(params) {}
 
   CUTLASS_DEVICE bool valid() const { return number() < params_.tiles; }
 
-  CUTLASS_DEVICE void advance() {
-    ++round_;
-    turn_ = gridDim.x - 1 - turn_;
-    if (round_ % 2 == 0) {  // forwards again
-      turn_ += params_.shift;
-      if (turn_ >= gridDim.x) turn_ -= gridDim.x;
-    }
-  }
-
-  /// The phase of a barrier with one use a tile, over both passes.
-  template <class Passes>
-  CUTLASS_DEVICE uint32_t phase(Passes const& passes) const {
-    return round_ % 2 ^ passes.first_tile;
-  }
-
-  /// How many tiles the CTA has done.
-  CUTLASS_DEVICE uint32_t round() const { return round_; }
+  CUTLASS_DEVICE void advance() { next_round(params_.shift); }
 
   CUTLASS_DEVICE TileCoord coord() const {
     int band, in_band, pair, m_index;
@@ -115,12 +131,7 @@ class TileScheduler {
   static constexpr int kQueriesForALoad = 384;
   static constexpr int kShortOrder = 4;
 
-  /// Of the tile in the order.
-  CUTLASS_DEVICE int number() const { return round_ * gridDim.x + turn_; }
-
   Params const& params_;
-  uint32_t round_;
-  int turn_;
 };
 
 }  // namespace cute_kernels::attention

@@ -25,6 +25,19 @@ attention::AttentionCall call_of(Argument const& q, Argument const& k, int64_t h
 attention::AttentionCall check_call(Argument const& q, Argument const& k, Argument const& v,
                                     double softmax_scale, attention::MaskSpec const& mask);
 
+/// What check_call asks of q, k and v each, and of their dtypes and devices, whatever their rank.
+void check_inputs(Argument const& q, Argument const& k, Argument const& v, size_t rank);
+
+/// Throws unless it is a multiple of 8 up to 256.
+void check_head_dim(char const* name, int64_t head_dim);
+
+/// Heads and head dims of a call, checked to be those of some; its lengths are left 0.
+attention::CallSizes sizes_of(int64_t heads_q, int64_t heads_kv, int64_t head_dim,
+                              int64_t head_dim_v);
+
+/// As float32, checked.
+float checked_scale(double softmax_scale);
+
 /// The operators' arguments of a mask.
 attention::MaskSpec mask_of(bool causal, std::optional<int64_t> left, std::optional<int64_t> right,
                             std::optional<int64_t> diagonal);
@@ -38,7 +51,8 @@ void check_like(Argument const& a, Argument const& q);
 attention::ElementType element_type(torch::headeronly::ScalarType dtype);
 
 char const* name_of(attention::ElementType dtype);
-char const* name_of(attention::MaskSpec const& mask);
+/// Of its kind of mask, or that it is packed.
+char const* name_of(attention::AttentionCall const& call);
 
 /// The operators' argument tile_config, which the caller owns: a row's name, or nothing for the
 /// automatic choice. A std::string parameter would be copied twice, and torch 2.13's conversion
@@ -68,13 +82,16 @@ Kernel const& kernel_for(attention::KernelTable<Kernel> const& kernels, Choose c
     if (chosen != nullptr) return *chosen;
     std::ostringstream there;
     for (Kernel const& kernel : kernels) there << ' ' << kernel.config.name;
-    fail("no ", Kernel::kPass, " kernel for ", name_of(dtype), ", head_dim ", call.sizes.head_dim,
-         ", ", name_of(call.mask), " in this build, which has", there.str());
+    attention::CallSizes const& sizes = call.sizes;
+    std::ostringstream of_v;
+    if (sizes.head_dim_v != sizes.head_dim) of_v << " and " << sizes.head_dim_v << " of v";
+    fail("no ", Kernel::kPass, " kernel for ", name_of(dtype), ", head_dim ", sizes.head_dim,
+         of_v.str(), ", ", name_of(call), " in this build, which has", there.str());
   }
   for (Kernel const& kernel : kernels) {
     if (kernel.config.name != tile.name()) continue;
     require(attention::can_take(kernel.config, dtype, call), "tile_config ", tile.name(),
-            " does not take q's dtype and head_dim, or the mask");
+            " does not take q's dtype, the head dims, the mask or packed sequences");
     return kernel;
   }
   fail("tile_config ", tile.name(), " is not a ", Kernel::kPass, " row of this build");

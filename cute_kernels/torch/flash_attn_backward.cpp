@@ -1,4 +1,5 @@
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -7,10 +8,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "cute_kernels/attention/backward/slots.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
+#include "cute_kernels/torch/packed_call.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
 
@@ -25,68 +28,80 @@ using attention::ElementType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-/// The output or its gradient.
-void check_output(Argument const& a, Argument const& q) {
-  check_like(a, q);
-  require(a.sizes.equals(q.sizes), a.name, " does not have q's shape");
-}
+/// What a forward pass left, and the gradients of its results.
+struct Results {
+  Argument grad_out;
+  std::optional<Argument> grad_lse;
+  Argument out;
+  Argument lse;
 
-/// The LSE or its gradient.
-void check_lse(Argument const& a, Argument const& q) {
-  check_device(a, q);
-  require(a.dtype == ScalarType::Float, a.name, " is not float32");
-  int64_t const sizes[] = {q.size(0), q.size(2), q.size(1)};
-  require(a.sizes.equals({sizes, 3}), a.name, " is not (batch, heads, seqlen_q)");
+  Results(Tensor const& grad_out, std::optional<Tensor> const& grad_lse, Tensor const& out,
+          Tensor const& lse)
+      : grad_out("grad_out", grad_out), out("out", out), lse("lse", lse) {
+    if (grad_lse) this->grad_lse.emplace("grad_lse", *grad_lse);
+  }
+
+  /// Throws unless they are those of a call of q and v.
+  void check(Argument const& q, Argument const& v, std::initializer_list<int64_t> lse_shape) const {
+    size_t const last = q.sizes.size() - 1;
+    for (Argument const* a : {&out, &grad_out}) {
+      check_like(*a, q);
+      require(a->sizes.size() == q.sizes.size() &&
+                  a->sizes.slice(0, last).equals(q.sizes.slice(0, last)) &&
+                  a->sizes[last] == v.sizes[last],
+              a->name, " does not have q's shape with v's head_dim");
+    }
+    check_lse(lse, q, lse_shape);
+    if (grad_lse) check_lse(*grad_lse, q, lse_shape);
+  }
+
+ private:
+  static void check_lse(Argument const& a, Argument const& q,
+                        std::initializer_list<int64_t> shape) {
+    check_device(a, q);
+    require(a.dtype == ScalarType::Float, a.name, " is not float32");
+    require(a.sizes.equals({shape.begin(), shape.size()}), a.name,
+            " does not have a value for each query of each head");
+  }
+};
+
+BackwardKernel const& backward_kernel_for(ElementType dtype, AttentionCall const& call,
+                                          TileName const& tile) {
+  auto const choose = [&] {
+    return attention::choose_fitting(attention::backward_kernels, dtype, call);
+  };
+  BackwardKernel const& kernel = kernel_for(attention::backward_kernels, choose, dtype, call, tile);
+  constexpr int kLeastQueries = 64;  // of a block
+  double const entries = attention::tensor_batch(call);
+  require(entries * call.sizes.heads_q * attention::query_block_numbers(call, kLeastQueries) <
+              double{1 << 30},
+          "q has 2^30 blocks of ", kLeastQueries, " queries or more");
+  require(entries * call.sizes.heads_kv * attention::key_block_numbers(call, kernel.config.tile_n) <
+              double{1 << 30},
+          "k has 2^30 blocks or more");
+  return kernel;
 }
 
 Tensor dense(Argument const& a) {
   return a.tensor.is_contiguous() ? a.tensor : torch::stable::contiguous(a.tensor);
 }
 
-/// The gradients of q, k and v.
-std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
-    Tensor const& grad_out_tensor, std::optional<Tensor> grad_lse_tensor, Tensor const& q_tensor,
-    Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out_tensor,
-    Tensor const& lse_tensor, double softmax_scale, bool causal, bool deterministic,
-    std::optional<StringHandle> tile_config, std::optional<int64_t> window_left,
-    std::optional<int64_t> window_right, std::optional<int64_t> diagonal) {
-  TileName const tile(tile_config);
-  Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
-  Argument const out("out", out_tensor), grad_out("grad_out", grad_out_tensor);
-  Argument const lse("lse", lse_tensor);
-  AttentionCall const call =
-      check_call(q, k, v, softmax_scale, mask_of(causal, window_left, window_right, diagonal));
-  CallSizes const& sizes = call.sizes;
-  check_output(out, q);
-  check_output(grad_out, q);
-  check_lse(lse, q);
-  std::optional<Argument> grad_lse;
-  if (grad_lse_tensor.has_value()) {
-    grad_lse.emplace("grad_lse", *grad_lse_tensor);
-    check_lse(*grad_lse, q);
-  }
+Tensor empty_like(Argument const& a) {
+  return empty(static_cast<int>(a.sizes.size()), a.sizes.data(), a.dtype, a.device);
+}
+
+/// The gradients of q, k and v, all of them and the results checked.
+std::tuple<Tensor, Tensor, Tensor> answer(AttentionCall const& call, bool deterministic,
+                                          TileName const& tile, Argument const& q,
+                                          Argument const& k, Argument const& v,
+                                          Results const& results) {
   attention::Device const& device = hopper(q.device);
-  ElementType const dtype = element_type(q.dtype);
-  auto const choose = [&] {
-    return attention::choose_fitting(attention::backward_kernels, dtype, call);
-  };
-  BackwardKernel const& kernel = kernel_for(attention::backward_kernels, choose, dtype, call, tile);
-
-  constexpr int kLeastQueries = 64;  // of a block
-  require(static_cast<double>(sizes.batch) * sizes.heads_q *
-                  ((q.size(1) + kLeastQueries - 1) / kLeastQueries) <
-              double{1 << 30},
-          "q has shape ", Shape{q.sizes}, ", batch * heads * blocks of ", kLeastQueries,
-          " queries must be below 2^30");
-  int64_t const key_blocks = (k.size(1) + kernel.config.tile_n - 1) / kernel.config.tile_n;
-  require(static_cast<double>(sizes.batch) * sizes.heads_kv * key_blocks < double{1 << 30},
-          "k has 2^30 blocks or more");
-
+  BackwardKernel const& kernel = backward_kernel_for(element_type(q.dtype), call, tile);
   torch::stable::accelerator::DeviceGuard const guard(q.device);
-  Tensor grad_q = empty(4, q.sizes.data(), q.dtype, q.device);
-  Tensor grad_k = empty(4, k.sizes.data(), q.dtype, q.device);
-  Tensor grad_v = empty(4, v.sizes.data(), q.dtype, q.device);
-  if (sizes.batch == 0 || sizes.heads_q == 0 || sizes.seqlen_q == 0 || sizes.seqlen_k == 0) {
+  Tensor grad_q = empty_like(q), grad_k = empty_like(k), grad_v = empty_like(v);
+  CallSizes const& sizes = call.sizes;
+  if (sizes.batch == 0 || sizes.heads_q == 0 || attention::tensor_rows_q(call) == 0 ||
+      attention::tensor_rows_k(call) == 0) {
     for (Tensor* grad : {&grad_q, &grad_k, &grad_v}) torch::stable::zero_(*grad);
     return {grad_q, grad_k, grad_v};
   }
@@ -96,11 +111,11 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
   Tensor const q_readable = tma_readable(q, kElementBytes);
   Tensor const k_readable = tma_readable(k, kElementBytes);
   Tensor const v_readable = tma_readable(v, kElementBytes);
-  Tensor const out_readable = tma_readable(out, kElementBytes);
-  Tensor const grad_out_readable = tma_readable(grad_out, kElementBytes);
-  Tensor const lse_dense = dense(lse);
+  Tensor const out_readable = tma_readable(results.out, kElementBytes);
+  Tensor const grad_out_readable = tma_readable(results.grad_out, kElementBytes);
+  Tensor const lse_dense = dense(results.lse);
   std::optional<Tensor> grad_lse_dense;
-  if (grad_lse.has_value()) grad_lse_dense = dense(*grad_lse);
+  if (results.grad_lse) grad_lse_dense = dense(*results.grad_lse);
   BackwardProblem problem{};
   problem.call = call;
   problem.deterministic = deterministic;
@@ -121,6 +136,41 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
   return {grad_q, grad_k, grad_v};
 }
 
+std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
+    Tensor const& grad_out, std::optional<Tensor> grad_lse, Tensor const& q_tensor,
+    Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out, Tensor const& lse,
+    double softmax_scale, bool causal, bool deterministic, std::optional<StringHandle> tile_config,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+    std::optional<int64_t> diagonal) {
+  TileName const tile(tile_config);
+  Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
+  AttentionCall const call =
+      check_call(q, k, v, softmax_scale, mask_of(causal, window_left, window_right, diagonal));
+  Results const results(grad_out, grad_lse, out, lse);
+  results.check(q, v, {q.size(0), q.size(2), q.size(1)});
+  return answer(call, deterministic, tile, q, k, v, results);
+}
+
+/// The same of packed sequences. What cu_seqlens and seqused hold is not looked at here.
+std::tuple<Tensor, Tensor, Tensor> flash_attn_varlen_backward(
+    Tensor const& grad_out, std::optional<Tensor> grad_lse, Tensor const& q_tensor,
+    Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out, Tensor const& lse,
+    Tensor const& cu_seqlens_q, Tensor const& cu_seqlens_k, std::optional<Tensor> seqused_q,
+    std::optional<Tensor> seqused_k, std::optional<Tensor> diagonal, double softmax_scale,
+    bool causal, std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right, bool deterministic,
+    std::optional<StringHandle> tile_config) {
+  TileName const tile(tile_config);
+  Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
+  PackedCall const packed{cu_seqlens_q, cu_seqlens_k, seqused_q,   seqused_k,
+                          diagonal,     max_seqlen_q, max_seqlen_k};
+  AttentionCall const call = check_packed_call(
+      q, k, v, softmax_scale, mask_of(causal, window_left, window_right, std::nullopt), packed);
+  Results const results(grad_out, grad_lse, out, lse);
+  results.check(q, v, {q.size(1), q.size(0)});
+  return answer(call, deterministic, tile, q, k, v, results);
+}
+
 }  // namespace
 }  // namespace cute_kernels::binding
 
@@ -136,4 +186,6 @@ STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   // A build without backward rows answers from Python, with an error that says so.
   if (!cute_kernels::attention::backward_kernels.is_built()) return;
   library.impl("flash_attn_backward", TORCH_BOX(&cute_kernels::binding::flash_attn_backward));
+  library.impl("flash_attn_varlen_backward",
+               TORCH_BOX(&cute_kernels::binding::flash_attn_varlen_backward));
 }

@@ -8,9 +8,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cute_kernels/attention/problem.hpp"
+#include "cute_kernels/attention/schedule/work_list.hpp"
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
+#include "cute_kernels/torch/packed_call.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
 
@@ -29,6 +31,36 @@ ForwardKernel const& forward_kernel_for(ElementType dtype, AttentionCall const& 
                                         TileName const& tile, int multiprocessors) {
   auto const choose = [&] { return attention::choose_forward(dtype, call, multiprocessors); };
   return kernel_for(attention::forward_kernels, choose, dtype, call, tile);
+}
+
+/// Output and LSE of a call that was checked, of shapes that fit it. Where they have no elements
+/// nothing is launched.
+void answer(AttentionCall const& call, ForwardKernel const& kernel, attention::Device const& device,
+            Argument const& q, Argument const& k, Argument const& v, Tensor const& out,
+            Tensor const& lse) {
+  if (lse.numel() == 0) return;
+  // The copies, if any, and the workspace live until the launch is enqueued: the allocator reuses
+  // memory in stream order.
+  bool const has_keys = attention::tensor_rows_k(call) > 0;
+  Tensor const q_readable = tma_readable(q, kElementBytes);
+  Tensor const k_readable = has_keys
+                                ? tma_readable(k, kElementBytes)
+                                : out;  // without keys nothing is read, but an address is needed
+  Tensor const v_readable = has_keys ? tma_readable(v, kElementBytes) : out;
+  ForwardProblem problem{};
+  problem.call = call;
+  problem.q = view(q_readable);
+  problem.k = view(k_readable);
+  problem.v = view(v_readable);
+  problem.out = view(out);
+  problem.lse = static_cast<float*>(lse.data_ptr());
+  problem.device = device;
+  std::optional<Tensor> workspace;
+  if (int64_t const bytes = kernel.workspace_bytes(problem)) {
+    workspace = empty({bytes}, ScalarType::Byte, q.device);
+    problem.workspace = workspace->data_ptr();
+  }
+  require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
 }
 
 /// `deterministic` is for the gradient; the forward pass always is.
@@ -55,25 +87,35 @@ std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor con
   Tensor out =
       empty({sizes.batch, sizes.seqlen_q, sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device);
   Tensor lse = empty({sizes.batch, sizes.heads_q, sizes.seqlen_q}, ScalarType::Float, q.device);
-  if (sizes.batch == 0 || sizes.heads_q == 0 || sizes.seqlen_q == 0) return {out, lse};
+  answer(call, kernel, device, q, k, v, out, lse);
+  return {out, lse};
+}
 
-  // The copies, if any, live until the launch is enqueued: the allocator reuses memory in stream
-  // order.
-  bool const has_keys = sizes.seqlen_k > 0;
-  Tensor const q_readable = tma_readable(q, kElementBytes);
-  Tensor const k_readable = has_keys
-                                ? tma_readable(k, kElementBytes)
-                                : out;  // without keys nothing is read, but an address is needed
-  Tensor const v_readable = has_keys ? tma_readable(v, kElementBytes) : out;
-  ForwardProblem problem{};
-  problem.call = call;
-  problem.q = view(q_readable);
-  problem.k = view(k_readable);
-  problem.v = view(v_readable);
-  problem.out = view(out);
-  problem.lse = static_cast<float*>(lse.data_ptr());
-  problem.device = device;
-  require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
+/// The same of packed sequences. What cu_seqlens and seqused hold is not looked at here.
+std::tuple<Tensor, Tensor> flash_attn_varlen_forward(
+    Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor,
+    Tensor const& cu_seqlens_q, Tensor const& cu_seqlens_k, std::optional<Tensor> seqused_q,
+    std::optional<Tensor> seqused_k, std::optional<Tensor> diagonal, double softmax_scale,
+    bool causal, std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+    [[maybe_unused]] bool deterministic, std::optional<StringHandle> tile_config) {
+  TileName const tile(tile_config);
+  Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
+  PackedCall const packed{cu_seqlens_q, cu_seqlens_k, seqused_q,   seqused_k,
+                          diagonal,     max_seqlen_q, max_seqlen_k};
+  AttentionCall const call = check_packed_call(
+      q, k, v, softmax_scale, mask_of(causal, window_left, window_right, std::nullopt), packed);
+  CallSizes const& sizes = call.sizes;
+  attention::Device const& device = hopper(q.device);
+  ForwardKernel const& kernel =
+      forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
+  int64_t const most = attention::most_tiles(call, kernel.config.tile_m) * sizes.heads_q;
+  require(most < 1 << 30, "q has 2^30 blocks or more");
+
+  torch::stable::accelerator::DeviceGuard const guard(q.device);
+  Tensor out = empty({q.size(0), sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device);
+  Tensor lse = empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device);
+  answer(call, kernel, device, q, k, v, out, lse);
   return {out, lse};
 }
 
@@ -115,6 +157,8 @@ STABLE_TORCH_LIBRARY(cute_kernels, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   library.impl("flash_attn_forward", TORCH_BOX(&cute_kernels::binding::flash_attn_forward));
+  library.impl("flash_attn_varlen_forward",
+               TORCH_BOX(&cute_kernels::binding::flash_attn_varlen_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CompositeExplicitAutograd, library) {

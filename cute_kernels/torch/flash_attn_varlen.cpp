@@ -3,8 +3,7 @@
 // Sequences that lie one behind the other: q (total_q, heads, head_dim), LSE (heads, total_q).
 // Sequence i has the rows cu_seqlens[i] to cu_seqlens[i + 1], of which it uses the first
 // seqused[i]. Its query j stands at key position j + diagonal[i], without diagonals bottom-right
-// aligned. There are no kernels yet; the CPU's implementations are in
-// python/cute_kernels/operators.py.
+// aligned.
 STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
   library.def(
       "flash_attn_varlen_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "

@@ -13,12 +13,15 @@ namespace cute_kernels::binding {
 
 constexpr int kTmaBytes = 16;  // a TMA descriptor's address and strides are multiples of it
 
+/// Of a (batch, seqlen, heads, head_dim) tensor, or of a packed (total, heads, head_dim) one.
 inline attention::TensorView view(torch::stable::Tensor const& tensor) {
   auto const sizes = tensor.sizes();
   auto const strides = tensor.strides();
+  size_t const last = sizes.size() - 1;
   // Nothing reads the stride of a dimension of size 1, but a descriptor wants a valid one.
-  auto stride = [&](int dim) { return sizes[dim] > 1 ? strides[dim] : sizes[3]; };
-  return {tensor.data_ptr(), stride(0), stride(1), stride(2)};
+  auto stride = [&](size_t dim) { return sizes[dim] > 1 ? strides[dim] : sizes[last]; };
+  return {tensor.data_ptr(), last == 3 ? stride(0) : sizes[last], stride(last - 2),
+          stride(last - 1)};
 }
 
 /// A dense tensor on GPU `device`, not initialised.
@@ -45,11 +48,12 @@ inline torch::stable::Tensor empty(std::initializer_list<int64_t> sizes,
   return empty(static_cast<int>(sizes.size()), sizes.begin(), dtype, device);
 }
 
-/// Whether TMA and 16-byte accesses can read a (batch, seqlen, heads, head_dim) tensor.
+/// Whether TMA and 16-byte accesses can read a tensor whose last dimension is head_dim.
 inline bool suits_tma(Argument const& a, int element_bytes) {
   if (reinterpret_cast<uintptr_t>(a.tensor.data_ptr()) % kTmaBytes != 0) return false;
-  if (a.stride(3) != 1 && a.size(3) > 1) return false;
-  for (int dim = 0; dim < 3; ++dim) {
+  int const last = static_cast<int>(a.sizes.size()) - 1;
+  if (a.stride(last) != 1 && a.size(last) > 1) return false;
+  for (int dim = 0; dim < last; ++dim) {
     if (a.size(dim) > 1 && a.stride(dim) * element_bytes % kTmaBytes != 0) return false;
   }
   return true;
@@ -63,7 +67,7 @@ void warn_of_copy(Argument const& a, int element_bytes);
 /// and nobody could lay it out in another way.
 inline torch::stable::Tensor tma_readable(Argument const& a, int element_bytes) {
   if (suits_tma(a, element_bytes)) return a.tensor;
-  if (a.stride(3) != 0) warn_of_copy(a, element_bytes);
+  if (a.strides.back() != 0) warn_of_copy(a, element_bytes);
   torch::stable::Tensor copy =
       empty(static_cast<int>(a.sizes.size()), a.sizes.data(), a.dtype, a.device);
   return torch::stable::copy_(copy, a.tensor);

@@ -93,13 +93,14 @@ def check_forward(
     window_right: int | None = None,
     diagonal: int | None = None,
 ) -> None:
-    """Raises ValueError or TypeError unless the forward operator can answer this call, and
-    NotImplementedError if only the CPU can."""
+    """Raises ValueError or TypeError unless the forward operator can answer this call."""
     check_call(q, k, v, DENSE, softmax_scale, causal, deterministic)
     _check_batch(q, k, v)
-    check_window(q, window_left, window_right)
-    check_diagonal(q, diagonal)
-    check_tile_config(tile_config, "forward", q)
+    check_window(window_left, window_right)
+    check_int("diagonal", diagonal)
+    right = 0 if causal else window_right
+    any_call = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
+    check_tile_config(tile_config, "forward", q, v, any_call)
     _check_blocks("q", q)
 
 
@@ -119,14 +120,15 @@ def check_backward(
     window_right: int | None = None,
     diagonal: int | None = None,
 ) -> None:
-    """Raises ValueError or TypeError unless the backward operator can answer this call, and
-    NotImplementedError if only the CPU can."""
+    """Raises ValueError or TypeError unless the backward operator can answer this call."""
     check_call(q, k, v, DENSE, softmax_scale, causal, deterministic)
     _check_batch(q, k, v)
     check_results(q, v, DENSE, out, grad_out, lse, grad_lse)
-    check_window(q, window_left, window_right)
-    check_diagonal(q, diagonal)
-    check_tile_config(tile_config, "backward", q)
+    check_window(window_left, window_right)
+    check_int("diagonal", diagonal)
+    right = 0 if causal else window_right
+    any_call = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
+    check_tile_config(tile_config, "backward", q, v, any_call)
     _check_blocks("k", k)
 
 
@@ -185,16 +187,10 @@ def check_call(
     check_softmax_scale(softmax_scale, accumulator_dtype(q.dtype))
 
 
-def check_window(q: Tensor, left: int | None, right: int | None) -> None:
+def check_window(left: int | None, right: int | None) -> None:
     """The operators' window: at least 0, or None for no limit."""
     for name, limit in (("window_left", left), ("window_right", right)):
         check_int(name, limit, least=0)
-    refuse_on_cuda("window_size", left is not None or right is not None, q)
-
-
-def check_diagonal(q: Tensor, diagonal: int | None) -> None:
-    check_int("diagonal", diagonal)
-    refuse_on_cuda("diagonal", diagonal is not None, q)
 
 
 def check_flag(name: str, flag: object) -> None:
@@ -223,7 +219,10 @@ def check_softmax_scale(softmax_scale: float, dtype: torch.dtype = torch.float32
         raise ValueError(f"softmax_scale is {softmax_scale}, must be at most {largest}")
 
 
-def check_tile_config(tile_config: str | None, of_pass: str, q: Tensor) -> None:
+def check_tile_config(
+    tile_config: str | None, of_pass: str, q: Tensor, v: Tensor, any_call: bool = False
+) -> None:
+    """`any_call`: what a call needs a row with this column for."""
     if tile_config is None:
         return
     rows = ROWS[of_pass]
@@ -232,17 +231,45 @@ def check_tile_config(tile_config: str | None, of_pass: str, q: Tensor) -> None:
     elif tile_config not in rows:
         error = ValueError
     else:
-        row, dtype, head_dim = rows[tile_config], _DTYPE_NAMES.get(q.dtype), q.shape[-1]
-        if q.device.type == "cuda" and (row["dtype"] != dtype or row["head_dim"] < head_dim):
-            raise ValueError(
-                f"tile_config {tile_config!r} takes {row['dtype']} with head_dim up to "
-                f"{row['head_dim']}, but q is {dtype} with head_dim {head_dim}"
-            )
+        if q.device.type == "cuda":
+            _check_row(rows[tile_config], q, v, any_call)
         return
     raise error(
         f"tile_config is {tile_config!r}, must be None (automatic) or the name of a {of_pass} row "
         f"of this build: {', '.join(rows) or 'there is none'}"
     )
+
+
+def _is_own_mask(
+    q: Tensor, k: Tensor, left: int | None, right: int | None, diagonal: int | None
+) -> bool:
+    """Whether it is neither none nor the causal one, as kernel_ranges has it
+    (attention/ranges.hpp)."""
+    bottom_right = k.shape[1] - q.shape[1]
+    at = bottom_right if diagonal is None else diagonal
+    if left is not None and q.shape[1] - 1 + at > left:
+        return True
+    return right is not None and at + right < k.shape[1] - 1 and at + right != bottom_right
+
+
+def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool) -> None:
+    name, dtype = row["name"], _DTYPE_NAMES.get(q.dtype)
+    head_dim_v = row.get("head_dim_v", row["head_dim"])
+    if row["dtype"] != dtype or row["head_dim"] < q.shape[-1]:
+        raise ValueError(
+            f"tile_config {name!r} takes {row['dtype']} with head_dim up to {row['head_dim']}, but "
+            f"q is {dtype} with head_dim {q.shape[-1]}"
+        )
+    if head_dim_v < v.shape[-1]:
+        raise ValueError(
+            f"tile_config {name!r} takes v with head_dim up to {head_dim_v}, but v has "
+            f"{v.shape[-1]}"
+        )
+    if any_call and not row.get("any_call", False):
+        raise ValueError(
+            f"tile_config {name!r} takes no window, no diagonal and no packed sequences, must be "
+            "a row with any_call"
+        )
 
 
 def _check_blocks(name: str, x: Tensor) -> None:
@@ -306,7 +333,6 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...]) -> N
             )
     if k.shape[-1] != head_dim:
         raise ValueError(f"k has head_dim {k.shape[-1]}, must be {head_dim} like q")
-    refuse_on_cuda("v with a head_dim other than q's", v.shape[-1] != head_dim, q)
     if v.shape[-3] != k.shape[-3]:
         raise ValueError(f"v has {layout[-3]} {v.shape[-3]}, must be {k.shape[-3]} like k")
     if v.shape[-2] != k.shape[-2]:

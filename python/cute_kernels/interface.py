@@ -54,13 +54,12 @@ def flash_attn_func(
         k: (batch, seqlen_k, key heads, head_dim), dtype and device of q. The number of query heads
             is a multiple of that of key heads (MHA, GQA, MQA).
         v: shape, dtype and device of k; its head_dim, which is the output's, may be another
-            multiple of 8 up to 256 (CPU only so far).
+            multiple of 8 up to 256.
         softmax_scale: finite, greater than 0; ``head_dim ** -0.5`` if None.
         causal: query i sees key j only if ``j <= i + seqlen_k - seqlen_q`` (bottom-right aligned).
         window_size: (left, right), two ints as a tuple, list, tensor or array: query i sees key j
             only if ``i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q + right``, both
-            ends included; -1 is no limit. With ``causal`` right is 0. Beyond a causal mask: CPU
-            only so far.
+            ends included; -1 is no limit. With ``causal`` right is 0.
         q_descale, k_descale, v_descale: for q, k and v of float8_e4m3fn, what they are to be
             multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
             are multiples of 16, returns bfloat16 and has no gradient. From 16-bit tensors,

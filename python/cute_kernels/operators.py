@@ -25,7 +25,6 @@ from cute_kernels.varlen_checks import (
 from cute_kernels.vmap import Rule, fold_into_batch, refuse_vmap
 
 NAMESPACE = "cute_kernels"
-BACKWARD = f"{NAMESPACE}::flash_attn_backward"
 
 # Looked up once: torch.ops.x.y costs a call more.
 _operators = getattr(torch.ops, NAMESPACE)
@@ -267,7 +266,7 @@ def _register_family(
 
 def _backward_not_built(*_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
     raise NotImplementedError(
-        "this build has no kernels for the gradient of flash_attn_func on CUDA: call it under "
+        "this build has no kernels for gradients on CUDA: call attention under "
         "torch.no_grad() or on tensors that need no gradient, or on the CPU"
     )
 
@@ -275,6 +274,5 @@ def _backward_not_built(*_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
 _register_family(DENSE, _forward_cpu, _backward_cpu)
 _register_family(VARLEN, _varlen_forward_cpu, _varlen_backward_cpu)
 if not tile_configs("backward"):
-    torch.library.impl(BACKWARD, "cuda", _backward_not_built)
-for _pass in (VARLEN.forward, VARLEN.backward):
-    torch.library.impl(_pass.operator.name(), "cuda", _pass.check)  # which says that there are none
+    for _family in (DENSE, VARLEN):
+        torch.library.impl(_family.backward.operator.name(), "cuda", _backward_not_built)

@@ -79,7 +79,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_lse: bool = False,
     tile_config: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`flash_attn_varlen_func` of a q, k and v that lie in one tensor: CPU only so far.
+    """`flash_attn_varlen_func` of a q, k and v that lie in one tensor.
 
     Args:
         qkv: (total, 3, heads, head_dim), or with `num_heads_q` (total, heads of q, k and v one

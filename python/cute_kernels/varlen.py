@@ -56,7 +56,7 @@ def flash_attn_varlen_func(
     page_table: Tensor | None = None,
     tile_config: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact attention inside each of several packed sequences: CPU only so far.
+    """Exact attention inside each of several packed sequences.
 
     Names and order of the arguments are those of FlashAttention-3's function of this name.
     Sequence i has a slot of rows, ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``, and uses the first
@@ -89,7 +89,8 @@ def flash_attn_varlen_func(
         ValueError, TypeError: an argument is not as described. What cu_seqlens and seqused hold is
             looked at on the CPU only, and on CUDA, where that waits for the GPU, if the environment
             had ``CUTE_KERNELS_CHECK=1`` when the package was imported.
-        NotImplementedError: tensors on CUDA, an argument whose feature is not there yet,
+        RuntimeError: the GPU is not of compute capability 9.0, or the build has no kernel for it.
+        NotImplementedError: an argument whose feature is not there yet,
             ``torch.func.vmap``, a second derivative, or a forward-mode one.
     """
     window: list[int | None] = [None, None]

@@ -15,7 +15,6 @@ from cute_kernels.checks import (
     check_results,
     check_tile_config,
     check_window,
-    refuse_on_cuda,
 )
 
 
@@ -37,13 +36,13 @@ def check_varlen_forward(
     deterministic: bool = False,
     tile_config: str | None = None,
 ) -> None:
-    """Raises ValueError or TypeError unless the varlen forward operator can answer this call, and
-    NotImplementedError if only the CPU can. The contents of tensors are left to
-    `rows_of_sequences`."""
+    """Raises ValueError or TypeError unless the varlen forward operator can answer this call. The
+    contents of tensors are left to `rows_of_sequences`."""
     check_call(q, k, v, PACKED, softmax_scale, causal, deterministic)
     _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
-    _check_options(q, max_seqlen_q, max_seqlen_k, window_left, window_right)
-    check_tile_config(tile_config, "forward", q)
+    check_max_seqlens(max_seqlen_q, max_seqlen_k)
+    check_window(window_left, window_right)
+    check_tile_config(tile_config, "forward", q, v, any_call=True)
 
 
 def check_varlen_backward(
@@ -72,25 +71,14 @@ def check_varlen_backward(
     check_call(q, k, v, PACKED, softmax_scale, causal, deterministic)
     check_results(q, v, PACKED, out, grad_out, lse, grad_lse)
     _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
-    _check_options(q, max_seqlen_q, max_seqlen_k, window_left, window_right)
-    check_tile_config(tile_config, "backward", q)
+    check_max_seqlens(max_seqlen_q, max_seqlen_k)
+    check_window(window_left, window_right)
+    check_tile_config(tile_config, "backward", q, v, any_call=True)
 
 
 def check_max_seqlens(max_seqlen_q: int | None, max_seqlen_k: int | None) -> None:
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         check_int(name, longest, least=0)
-
-
-def _check_options(
-    q: Tensor,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    window_left: int | None,
-    window_right: int | None,
-) -> None:
-    check_max_seqlens(max_seqlen_q, max_seqlen_k)
-    check_window(q, window_left, window_right)
-    refuse_on_cuda("flash_attn_varlen_func", True, q)
 
 
 def _check_lengths(

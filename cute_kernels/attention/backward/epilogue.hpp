@@ -43,10 +43,12 @@ class BackwardEpilogue {
   /// `part` counts the 64 keys within the key block.
   template <class Tma, class Params>
   CUTLASS_DEVICE static void store(Tma const& tma, Params const& params, Element const* buffer,
-                                   KeyBlockCoord const& coord, int part) {
+                                   typename Traits::KeyBlock const& coord, int part) {
     using namespace cute;
     constexpr int kParts = Traits::kTileN / Traits::kWarpgroupN;
-    auto keys = local_tile(tma.get_tma_tensor(params.shape_k)(_, _, coord.kv_head, coord.batch),
+    auto const [first_row, entry] = coord.tma_grad_k();
+    auto all_keys = tma.get_tma_tensor(params.shape_k)(_, _, coord.kv_head, entry);
+    auto keys = local_tile(domain_offset(make_coord(first_row, _0{}), all_keys),
                            Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>{},
                            make_coord(coord.n_block * kParts + part, _0{}));
     auto tile = make_tensor(make_smem_ptr(buffer), typename Traits::LayoutOwnKeys{});

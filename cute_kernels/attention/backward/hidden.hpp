@@ -1,5 +1,7 @@
 #pragma once
 
+#include <type_traits>
+
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/backward/key_blocks.hpp"
@@ -79,27 +81,47 @@ CUTLASS_DEVICE auto own_keys(typename Traits::SharedStorage& shared, int warpgro
 /// Raises the alarm if one of the warp's keys is not finite: an infinite key may show in no lse,
 /// where all that see it have a score of -inf.
 template <class Traits, class Params>
-CUTLASS_DEVICE void check_own_keys(Params const& params, typename Traits::SharedStorage& shared,
-                                   int warpgroup) {
-  if (!params.mask.hides_values()) return;
+CUTLASS_DEVICE void check_own_keys(Params const& params, typename Traits::KeyBlock const& coord,
+                                   typename Traits::SharedStorage& shared, int warpgroup) {
+  if (!coord.hides_values(params)) return;
   if (own_keys<Traits>(shared, warpgroup).nonfinite() != 0) {
     *params.workspace.alarm = params.call_number;
   }
 }
 
-/// Clears what is not finite in the warp's keys, and notes which they are for HiddenStep. No warp
-/// waits for another: S of the others is not looked at, and dQ waits for everyone's dS anyway.
-template <class Traits, class Mask>
-CUTLASS_DEVICE void clear_own_keys(Mask const& mask, typename Traits::SharedStorage& shared,
-                                   int warpgroup) {
-  if (!mask.hides_values()) return;
-  auto const keys = own_keys<Traits>(shared, warpgroup);
-  uint32_t const spoilt = keys.nonfinite();
-  if (spoilt != 0) keys.clear();
+/// The same of a warpgroup's V, where some keys may be seen by no query: then V shows in no delta.
+template <class Traits, class Params>
+CUTLASS_DEVICE void check_own_values(Params const& params, typename Traits::KeyBlock const& coord,
+                                     typename Traits::Element* values) {
+  if (!coord.hides_values(params)) return;
+  WarpRows<Traits::kWarpgroupN, Traits::kHeadDim, typename Traits::Element> const own(
+      values, consumer_warp(0) * 16);
+  if (own.nonfinite() != 0) *params.workspace.alarm = params.call_number;
+}
+
+/// Of a whole warp.
+template <class Traits>
+CUTLASS_DEVICE void note_spoilt_keys(typename Traits::SharedStorage& shared, int warpgroup,
+                                     uint32_t spoilt) {
   if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) {
     shared.spoilt_keys[consumer_warp(warpgroup)] = spoilt;
   }
   __syncwarp();
+}
+
+/// Clears what is not finite in the warp's keys, and notes which they are for HiddenStep. No warp
+/// waits for another: S of the others is not looked at, and dQ waits for everyone's dS anyway.
+template <class Traits, class Params>
+CUTLASS_DEVICE void clear_own_keys(Params const& params, typename Traits::KeyBlock const& coord,
+                                   typename Traits::SharedStorage& shared, int warpgroup) {
+  if (!coord.hides_values(params)) {
+    if constexpr (Traits::kAnyCall) note_spoilt_keys<Traits>(shared, warpgroup, 0);
+    return;
+  }
+  auto const keys = own_keys<Traits>(shared, warpgroup);
+  uint32_t const spoilt = keys.nonfinite();
+  if (spoilt != 0) keys.clear();
+  note_spoilt_keys<Traits>(shared, warpgroup, spoilt);
 }
 
 /// P, or what P is 2 to the power of, in whatever unit: the largest value there is, and that of
@@ -173,7 +195,7 @@ class HiddenStep {
 /// Adds what was cleared of dO in a key block's steps to dV of the keys that see it, as P would.
 template <class Traits, class Params, class Gradient>
 CUTLASS_DEVICE void restore_dv(Params const& params, typename Traits::SharedStorage& shared,
-                               KeyBlockCoord const& coord, int key, int column,
+                               typename Traits::KeyBlock const& coord, int key, int column,
                                Gradient& gradient) {
   using namespace cute;
   using Element = typename Traits::Element;
@@ -182,25 +204,31 @@ CUTLASS_DEVICE void restore_dv(Params const& params, typename Traits::SharedStor
   __syncwarp();
   cleared = false;
   auto dv = make_tensor(gradient.data(), sm90::accumulator_rows_cols(gradient.layout()));
-  int const first[2] = {params.mask.first_query(key), params.mask.first_query(key + 8)};
+  auto const& mask = coord.mask(params);
+  int const first[2] = {mask.first_query(key), mask.first_query(key + 8)};
+  auto is_seen = [&](int query, int i) {
+    if constexpr (std::decay_t<decltype(mask)>::kHasLeftEnd) {
+      if (query >= mask.end_query(key + 8 * i)) return false;
+    }
+    return query >= first[i];
+  };
   TensorView const& view = params.grad_out;
   for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
     if (!step.masked()) continue;
-    int const end = min((step.block() + 1) * Traits::kTileM, params.mask.seqlen_q);
-    auto const* grad_out = static_cast<Element const*>(view.data) +
-                           coord.batch * view.batch_stride + step.head() * view.head_stride +
-                           column;
+    int const end = min((step.block() + 1) * Traits::kTileM, mask.seqlen_q);
+    auto const* grad_out = static_cast<Element const*>(view.data) + coord.first_of_q(view) +
+                           step.head() * view.head_stride + column;
     CUTLASS_PRAGMA_NO_UNROLL
     for (int query = step.block() * Traits::kTileM; query < end; ++query) {
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(dv); ++col) {
         int const offset = 8 * (col / 2) + col % 2;
-        if (column + offset >= get<1>(params.shape_q)) continue;
+        if (column + offset >= params.head_dim_v) continue;
         Element const value = grad_out[query * view.seqlen_stride + offset];
         if (sm90::is_finite(value)) continue;
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 2; ++i) {
-          if (query >= first[i]) dv(i, col) += static_cast<float>(value);
+          if (is_seen(query, i)) dv(i, col) += static_cast<float>(value);
         }
       }
     }

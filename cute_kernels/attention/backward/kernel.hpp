@@ -17,7 +17,7 @@ namespace cute_kernels::attention {
 
 /// What the main backward kernel is told at run time. Tensors are (seqlen, head_dim, heads, batch)
 /// to TMA.
-template <class TmaQ, class TmaK, class TmaV, class TmaDkv>
+template <class Traits, class TmaQ, class TmaK, class TmaV, class TmaDkv>
 struct BackwardParams {
   using Shape = cute::Shape<int, int, int, int>;
   TmaQ tma_q;
@@ -36,11 +36,12 @@ struct BackwardParams {
   int heads;
   int heads_per_kv;
   bool dq_in_order;  // deterministic mode, or faster so (adds_in_order)
-  Mask mask;
-  int clusters;  // of CTAs, for one KV head of one batch entry
+  typename Traits::Masks masks;
+  int clusters;  // of CTAs, for one KV head of one batch entry, or of all packed sequences
   int pairs;     // of batch entries and KV heads
   int group;     // how many of them are worked on together
   cutlass::FastDivmod heads_kv;
+  int head_dim_v;
 };
 
 /// All threads of the cluster, whose barriers are ready, or whose memory no one needs any more.
@@ -128,6 +129,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
   sm90::let_next_kernel_start();
   int const number = draw_key_block<Traits>(params, shared);
+  if constexpr (Traits::kAnyCall && !Traits::kPersistent) {
+    if (!find_only_key_block<Traits>(params, shared, number)) {
+      sm90::wait_for_previous_kernel();  // so does every CTA, for the kernel behind this one
+      return;
+    }
+  }
 
   if (is_producer) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
@@ -135,7 +142,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       if (elect_one_sync()) {
         BackwardLoader<Traits, Params> loader(params, shared, pipeline_q, pipeline_grad_out);
         hand_out_key_blocks<Traits>(params, shared, number,
-                                    [&](KeyBlockCoord const& coord) { loader.load(coord); });
+                                    [&](auto const& coord) { loader.load(coord); });
       }
     } else if (warp_in_group <= Traits::kConsumers && dq_through_memory) {
       int const consumer = warp_in_group - 1;
@@ -152,15 +159,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         };
         BackwardSender<Traits, Params> sender(params, shared, consumer);
         for_each_key_block<Traits, Caller::kThread>(
-            params, shared, number,
-            [&](KeyBlockCoord const& coord) { sender.send(coord, release); });
+            params, shared, number, [&](auto const& coord) { sender.send(coord, release); });
         sm90::bulk_wait_complete();
       }
     } else if (warp_in_group == Traits::kConsumers + 1 && params.dq_in_order) {
       if (elect_one_sync()) {
         BackwardTurns<Traits, Params> turns(params, shared);
-        for_each_key_block<Traits, Caller::kThread>(
-            params, shared, number, [&](KeyBlockCoord const& coord) { turns.pass(coord); });
+        for_each_key_block<Traits, Caller::kThread>(params, shared, number,
+                                                    [&](auto const& coord) { turns.pass(coord); });
       }
     }
   } else {
@@ -168,13 +174,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     int const consumer = warpgroup - 1;
     if constexpr (Traits::kSplitProducts) {
       BackwardSplitMainloop<Traits>::template compute<kCareful>(
-          params, shared, pipeline_q, pipeline_grad_out, key_block_of<Traits>(params, number),
-          consumer);
+          params, shared, pipeline_q, pipeline_grad_out,
+          key_block<Traits>(params, shared, number, 0), consumer);
     } else {
       BackwardMainloop<Traits> mainloop(shared, pipeline_q, pipeline_grad_out, consumer);
-      for_each_key_block<Traits, Caller::kWarp>(
-          params, shared, number,
-          [&](KeyBlockCoord const& coord) { mainloop.template compute<kCareful>(params, coord); });
+      for_each_key_block<Traits, Caller::kWarp>(params, shared, number, [&](auto const& coord) {
+        mainloop.template compute<kCareful>(params, coord);
+      });
     }
   }
   if constexpr (Traits::kCluster > 1) meet<Traits>();

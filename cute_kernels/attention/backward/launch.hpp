@@ -31,11 +31,11 @@ int64_t backward_workspace_bytes(BackwardProblem const& problem) {
 /// the key blocks before, and the more heads, the fewer of these start with it; but what CTAs touch
 /// between the first and the last of a query block's should stay in L2. Measured.
 template <class Traits>
-int heads_at_a_time(Mask const& mask, BackwardWorkspace const& workspace) {
+int heads_at_a_time(AttentionCall const& call, BackwardWorkspace const& workspace) {
   if (workspace.turns == nullptr) return 4;
   int heads = 16 / Traits::kCluster;
   if constexpr (Traits::kLongSteps) {
-    if (mask.causal) heads *= 2;
+    if (call.mask.right) heads *= 2;
     if (workspace.m_blocks.divisor <= 8) heads *= 2;
   }
   return heads;
@@ -48,20 +48,19 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
                                  uint64_t call_number, cudaStream_t stream) {
   using namespace cute;
   using Element = typename Traits::Element;
-  CallSizes const& sizes = problem.call.sizes;
-  Mask const mask{*kernel_ranges(problem.call)};  // the row can_take() the call
-
+  AttentionCall const& call = problem.call;
+  CallSizes const& sizes = call.sizes;
+  auto tensor = [&](TensorView const& view, int rows, int channels, int heads) {
+    return call.is_packed() ? packed_tensor<Element>(view, rows, channels, heads)
+                            : global_tensor<Element>(view, rows, channels, heads, sizes.batch);
+  };
+  int const rows_q = tensor_rows_q(call), rows_k = tensor_rows_k(call);
   auto queries = [&](TensorView const& view, int channels) {
-    return make_tma_copy(
-        SM90_TMA_LOAD{},
-        global_tensor<Element>(view, sizes.seqlen_q, channels, sizes.heads_q, sizes.batch),
-        take<0, 2>(typename Traits::LayoutQ{}));
+    return make_tma_copy(SM90_TMA_LOAD{}, tensor(view, rows_q, channels, sizes.heads_q),
+                         take<0, 2>(typename Traits::LayoutQ{}));
   };
   auto keys = [&](auto operation, TensorView const& view, int channels, auto layout) {
-    return make_tma_copy(
-        operation,
-        global_tensor<Element>(view, sizes.seqlen_k, channels, sizes.heads_kv, sizes.batch),
-        layout);
+    return make_tma_copy(operation, tensor(view, rows_k, channels, sizes.heads_kv), layout);
   };
   typename Traits::LayoutOwnKeys const own{};
   auto const tma_q = queries(problem.q, sizes.head_dim);
@@ -71,10 +70,11 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   auto const tma_dk = keys(SM90_TMA_STORE{}, problem.grad_k, sizes.head_dim, own);
   auto const tma_dv = keys(SM90_TMA_STORE{}, problem.grad_v, sizes.head_dim_v, own);
   constexpr int kClusterKeys = Traits::kTileN * Traits::kCluster;
-  int const clusters = (sizes.seqlen_k + kClusterKeys - 1) / kClusterKeys;
-  int const pairs = sizes.heads_kv * sizes.batch;
-  using Params = BackwardParams<std::decay_t<decltype(tma_q)>, std::decay_t<decltype(tma_k)>,
-                                std::decay_t<decltype(tma_v)>, std::decay_t<decltype(tma_dk)>>;
+  int const clusters = key_block_numbers(call, kClusterKeys);
+  int const pairs = sizes.heads_kv * tensor_batch(call);
+  using Params =
+      BackwardParams<Traits, std::decay_t<decltype(tma_q)>, std::decay_t<decltype(tma_k)>,
+                     std::decay_t<decltype(tma_v)>, std::decay_t<decltype(tma_dk)>>;
   Params params{};
   params.tma_q = tma_q;
   params.tma_grad_out = tma_grad_out;
@@ -82,20 +82,27 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   params.tma_v = tma_v;
   params.tma_dk = tma_dk;
   params.tma_dv = tma_dv;
-  params.shape_q = make_shape(sizes.seqlen_q, sizes.head_dim, sizes.heads_q, sizes.batch);
-  params.shape_k = make_shape(sizes.seqlen_k, sizes.head_dim, sizes.heads_kv, sizes.batch);
+  int const entries_q = call.is_packed() ? rows_q + 1 : sizes.batch;  // as packed_tensor() has them
+  int const entries_k = call.is_packed() ? rows_k + 1 : sizes.batch;
+  params.shape_q = make_shape(rows_q, sizes.head_dim, sizes.heads_q, entries_q);
+  params.shape_k = make_shape(rows_k, sizes.head_dim, sizes.heads_kv, entries_k);
   params.grad_out = problem.grad_out;
   params.workspace = workspace;
   params.call_number = call_number;
   params.scale_log2 = scale_of_scores(problem.call.scale) * sm90::kLog2e;
   params.softmax_scale = problem.call.scale;
   params.heads = sizes.heads_q;
+  params.head_dim_v = sizes.head_dim_v;
   params.heads_per_kv = sizes.heads_q / sizes.heads_kv;
   params.dq_in_order = workspace.turns != nullptr;
-  params.mask = mask;
+  if constexpr (Traits::kAnyCall) {
+    params.masks = call;
+  } else {
+    params.masks = Mask{*kernel_ranges(call)};  // the row can_take() the call
+  }
   params.clusters = clusters;
   params.pairs = pairs;
-  params.group = std::min(pairs, heads_at_a_time<Traits>(mask, workspace));
+  params.group = std::min(pairs, heads_at_a_time<Traits>(call, workspace));
   params.heads_kv = cutlass::FastDivmod(sizes.heads_kv);
 
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
@@ -122,20 +129,22 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   AttentionCall const& call = problem.call;
   CallSizes const& sizes = call.sizes;
   uint64_t const call_number = number_of_call();
+  typename Traits::CallOfSequences of_sequences{};
+  if constexpr (Traits::kAnyCall) of_sequences = call;
   sm90::Launch of_queries{};
-  of_queries.grid = dim3(workspace.m_blocks.divisor * sizes.heads_q * sizes.batch);
+  of_queries.grid = dim3(workspace.m_blocks.divisor * sizes.heads_q * tensor_batch(call));
   of_queries.stream = stream;
   of_queries.device = problem.device.index;
 
   of_queries.threads = kPreprocessThreads;
   cudaError_t status = sm90::launch_kernel<preprocess_kernel<Traits>>(
-      of_queries,
-      PreprocessParams{problem.out, problem.grad_out, problem.lse, problem.grad_lse, sizes.seqlen_q,
-                       cutlass::FastDivmod(sizes.heads_q), sizes.head_dim_v,
-                       scale_of_scores(call.scale), call_number, workspace});
+      of_queries, PreprocessParams<Traits>{
+                      problem.out, problem.grad_out, problem.lse, problem.grad_lse,
+                      tensor_rows_q(call), cutlass::FastDivmod(sizes.heads_q), sizes.head_dim_v,
+                      scale_of_scores(call.scale), call_number, workspace, of_sequences});
   if (status != cudaSuccess) return status;
 
-  if (sizes.seqlen_k > 0) {  // otherwise dQ = 0
+  if (tensor_rows_k(call) > 0) {  // otherwise dQ = 0
     status = launch_backward_main<Traits, false>(problem, workspace, call_number, stream);
     if (status != cudaSuccess) return status;
     BackwardWorkspace again = workspace;  // in order: who comes first writes over what is there
@@ -149,8 +158,9 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   of_queries.shared_bytes = postprocess_shared_bytes<Traits>();
   of_queries.early = true;
   return sm90::launch_kernel<postprocess_kernel<Traits>>(
-      of_queries, PostprocessParams{problem.grad_q, call.scale, sizes.seqlen_q, sizes.head_dim,
-                                    cutlass::FastDivmod(sizes.heads_q), call_number, workspace});
+      of_queries, PostprocessParams<Traits>{problem.grad_q, call.scale, tensor_rows_q(call),
+                                            sizes.head_dim, cutlass::FastDivmod(sizes.heads_q),
+                                            call_number, workspace, of_sequences});
 }
 
 }  // namespace cute_kernels::attention

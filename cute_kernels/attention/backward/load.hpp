@@ -13,6 +13,7 @@ namespace cute_kernels::attention {
 /// Of one thread.
 template <class Traits, class Params>
 class BackwardLoader {
+  using KeyBlock = typename Traits::KeyBlock;
   using SharedStorage = typename Traits::SharedStorage;
   using Pipeline = typename Traits::Pipeline;
   using PipelineState = typename Traits::PipelineState;
@@ -25,11 +26,15 @@ class BackwardLoader {
         pipeline_q_(pipeline_q),
         pipeline_grad_out_(pipeline_grad_out) {}
 
-  CUTLASS_DEVICE void load(KeyBlockCoord const& coord) {
+  CUTLASS_DEVICE void load(KeyBlock const& coord) {
     using namespace cute;
     if constexpr (Traits::kPersistent) {
       shared_.keys_empty.wait(keys_phase_);
       keys_phase_ ^= 1;
+    }
+    if (Traits::kAnyCall && !QuerySteps<Traits, Params>(params_, coord).valid()) {
+      sm90::wait_for_previous_kernel();  // so does every CTA, for the kernel behind this one
+      return;
     }
     shared_.k_full.arrive_and_expect_tx(sizeof(shared_.k));
     load_keys(params_.tma_k, shared_.k.data(), typename Traits::LayoutK{}, coord,
@@ -42,7 +47,7 @@ class BackwardLoader {
     sm90::wait_for_previous_kernel();  // it writes the statistics
     bool v_pending = true;
     for (QuerySteps<Traits, Params> step(params_, coord); step.valid(); step.advance()) {
-      auto* full = load_queries(params_.tma_q, shared_.q, pipeline_q_, write_q_, step, coord.batch);
+      auto* full = load_queries(params_.tma_q, shared_.q, pipeline_q_, write_q_, step, coord);
       auto const* statistics =
           static_cast<typename Traits::Statistics const*>(params_.workspace.statistics);
       SM90_BULK_COPY_G2S::copy(statistics + step.block_index(), full,
@@ -51,13 +56,13 @@ class BackwardLoader {
       if (v_pending) load_v(coord);
       v_pending = false;
       load_queries(params_.tma_grad_out, shared_.grad_out, pipeline_grad_out_, write_grad_out_,
-                   step, coord.batch);
+                   step, coord);
       ++write_grad_out_;
     }
   }
 
  private:
-  CUTLASS_DEVICE void load_v(KeyBlockCoord const& coord) {
+  CUTLASS_DEVICE void load_v(KeyBlock const& coord) {
     using namespace cute;
     constexpr int kParts = Traits::kTileN / Traits::kWarpgroupN;
     shared_.v_full.arrive_and_expect_tx(sizeof(shared_.v));
@@ -70,10 +75,12 @@ class BackwardLoader {
 
   template <class Tma, class Layout, class Where>
   CUTLASS_DEVICE void load_keys(Tma const& tma, typename Traits::Element* buffer, Layout layout,
-                                KeyBlockCoord const& coord, Where const& where,
+                                KeyBlock const& coord, Where const& where,
                                 cutlass::arch::ClusterTransactionBarrier& full) {
     using namespace cute;
-    auto keys = local_tile(tma.get_tma_tensor(params_.shape_k)(_, _, coord.kv_head, coord.batch),
+    auto const [first_row, entry] = coord.tma_k();
+    auto all_keys = tma.get_tma_tensor(params_.shape_k)(_, _, coord.kv_head, entry);
+    auto keys = local_tile(domain_offset(make_coord(first_row, _0{}), all_keys),
                            make_shape(size<0>(layout), size<1>(layout)), where);
     auto tile = make_tensor(make_smem_ptr(buffer), layout);
     auto [from, to] = tma_partition(tma, _0{}, cute::Layout<_1>{}, group_modes<0, 2>(tile),
@@ -85,9 +92,12 @@ class BackwardLoader {
   template <class Tma, class Buffer>
   CUTLASS_DEVICE uint64_t* load_queries(Tma const& tma, Buffer& buffer, Pipeline& pipeline,
                                         PipelineState const& write,
-                                        QuerySteps<Traits, Params> const& step, int batch) {
+                                        QuerySteps<Traits, Params> const& step,
+                                        KeyBlock const& coord) {
     using namespace cute;
-    auto queries = local_tile(tma.get_tma_tensor(params_.shape_q)(_, _, step.head(), batch),
+    auto const [first_row, entry] = coord.tma_q();
+    auto all_queries = tma.get_tma_tensor(params_.shape_q)(_, _, step.head(), entry);
+    auto queries = local_tile(domain_offset(make_coord(first_row, _0{}), all_queries),
                               Shape<Int<Traits::kTileM>, Int<Traits::kHeadDim>>{},
                               make_coord(step.block(), _0{}));
     auto stages = make_tensor(make_smem_ptr(buffer.data()), typename Traits::LayoutQ{});

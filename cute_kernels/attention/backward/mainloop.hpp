@@ -29,6 +29,7 @@ namespace cute_kernels::attention {
 template <class Traits>
 class BackwardMainloop {
   using Element = typename Traits::Element;
+  using KeyBlock = typename Traits::KeyBlock;
   using SharedStorage = typename Traits::SharedStorage;
   using Pipeline = typename Traits::Pipeline;
   using PipelineState = typename Traits::PipelineState;
@@ -53,7 +54,7 @@ class BackwardMainloop {
   /// Computes and hands out dK and dV of the warpgroup's 64 keys, and its part of their dQ. Careful
   /// about what a mask hides: HiddenStep.
   template <bool kCareful, class Params>
-  CUTLASS_DEVICE void compute(Params const& params, KeyBlockCoord const& coord) {
+  CUTLASS_DEVICE void compute(Params const& params, KeyBlock const& coord) {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
     typename Traits::MmaDkv mma_dkv;
@@ -100,14 +101,20 @@ class BackwardMainloop {
       if (!first_step) release(pipeline_q_, read_by_dk);
     };
 
+    if constexpr (Traits::kAnyCall) {
+      if (!QuerySteps<Traits, Params>(params, coord).valid()) return hand_out_zeros();
+    }
     shared_.k_full.wait(keys_phase_);
     if constexpr (kCareful) {
-      clear_own_keys<Traits>(params.mask, shared_, warpgroup_);
+      clear_own_keys<Traits>(params, coord, shared_, warpgroup_);
     } else {
-      check_own_keys<Traits>(params, shared_, warpgroup_);
+      check_own_keys<Traits>(params, coord, shared_, warpgroup_);
     }
     shared_.v_full.wait(keys_phase_);
     keys_phase_ ^= 1;
+    if constexpr (Traits::kAnyCall && !kCareful) {
+      check_own_values<Traits>(params, coord, shared_.v[warpgroup_]);
+    }
     auto const product_s =
         Scores::template operands<Traits::kKeyBlocksInRegisters>(own_k, shared_.q, thread);
     auto const product_dp = Scores::template operands<0>(own_v, shared_.grad_out, thread);
@@ -129,7 +136,7 @@ class BackwardMainloop {
       int const query = step.block() * kTileM + column;
       warpgroup_wait<1>();
       if (!kCareful && step.masked()) {
-        params.mask.apply_transposed(p_rows, key, query, -INFINITY);
+        coord.mask(params).apply_transposed(p_rows, key, query, -INFINITY);
       }
       if constexpr (kStatisticsByProduct) {
         scores_to_probabilities(scores, params.scale_log2);
@@ -141,8 +148,8 @@ class BackwardMainloop {
       if constexpr (!kStatisticsByProduct) subtract_delta(ds_rows, minus_delta);
       if constexpr (kCareful) {
         HiddenStep<Traits> const hidden(shared_, step.masked(), warpgroup_);
-        hidden.template restrict<Probability>(p_rows, params.mask, key, query);
-        hidden.clear(ds_rows, params.mask, key, query);
+        hidden.template restrict<Probability>(p_rows, coord.mask(params), key, query);
+        hidden.clear(ds_rows, coord.mask(params), key, query);
         hidden.clear_queries(shared_, read_q_.index());
       }
       gradients_of_scores(gradients, scores);
@@ -197,6 +204,22 @@ class BackwardMainloop {
   }
 
  private:
+  /// dK and dV of keys that no query sees: nothing is loaded and no dQ leaves. The memory of dV is
+  /// free with that of dQ, through which dK of the last key block has left, behind its dV.
+  CUTLASS_DEVICE void hand_out_zeros() {
+    int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
+    auto zeros = Epilogue::new_gradient();
+    shared_.dq_empty[warpgroup_].wait(dq_phase_ ^ 1);
+    Epilogue::write(shared_.own.dv[warpgroup_], zeros);
+    Epilogue::write(reinterpret_cast<Element*>(shared_.own.dq[warpgroup_]), zeros);
+    Dq::announce(shared_, warpgroup_, 0, thread);
+    if (thread % cutlass::NumThreadsPerWarp == 0) {
+      shared_.keys_empty.arrive();
+      shared_.dv_full[warpgroup_].arrive();
+    }
+    dq_phase_ ^= 1;
+  }
+
   /// One arrival a warp: a warp's own WGMMA wait says nothing of the other warps' reads.
   CUTLASS_DEVICE static void release(Pipeline& pipeline, PipelineState& state) {
     if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) pipeline.consumer_release(state);

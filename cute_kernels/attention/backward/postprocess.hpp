@@ -8,6 +8,7 @@
 
 namespace cute_kernels::attention {
 
+template <class Traits>
 struct PostprocessParams {
   TensorView grad_q;
   float softmax_scale;
@@ -16,6 +17,7 @@ struct PostprocessParams {
   cutlass::FastDivmod heads;
   uint64_t call_number;
   BackwardWorkspace workspace;
+  typename Traits::CallOfSequences call;
 };
 
 inline constexpr int kPostprocessPad = 8;  // elements, against bank conflicts
@@ -29,7 +31,7 @@ constexpr int postprocess_shared_bytes() {
 /// to rows, scaled and rounded. Warpgroup i reads slice i.
 template <class Traits>
 __global__ void __launch_bounds__(128 * Traits::kDqSlices)
-    postprocess_kernel(CUTE_GRID_CONSTANT PostprocessParams const params) {
+    postprocess_kernel(CUTE_GRID_CONSTANT PostprocessParams<Traits> const params) {
   using namespace cute;
   using Element = typename Traits::Element;
   constexpr int kThreads = 128 * Traits::kDqSlices;
@@ -43,6 +45,13 @@ __global__ void __launch_bounds__(128 * Traits::kDqSlices)
   int64_t const block_index = blockIdx.x;
   int block, head, batch;
   params.heads(batch, head, params.workspace.m_blocks.divmod(block, blockIdx.x));
+  Slot const slot = [&] {
+    if constexpr (Traits::kAnyCall) {
+      return slot_of_queries(params.call, block, Traits::kTileM);
+    } else {
+      return Slot{0, params.seqlen_q, params.seqlen_q};
+    }
+  }();
 
   sm90::wait_for_previous_kernel();
   bool const careful = *params.workspace.alarm == params.call_number;
@@ -86,9 +95,11 @@ __global__ void __launch_bounds__(128 * Traits::kDqSlices)
                  head * params.grad_q.head_stride + column;
   for (int row = threadIdx.x / kLanes; row < Traits::kTileM; row += kThreads / kLanes) {
     int const query = block * Traits::kTileM + row;
-    if (query < params.seqlen_q && column < params.head_dim) {
-      *reinterpret_cast<uint4*>(grad_q + query * params.grad_q.seqlen_stride) =
-          *reinterpret_cast<uint4 const*>(rows + row * kRowElements + column);
+    if (query < slot.rows && column < params.head_dim) {
+      auto& to =
+          *reinterpret_cast<uint4*>(grad_q + (slot.first + query) * params.grad_q.seqlen_stride);
+      to = *reinterpret_cast<uint4 const*>(rows + row * kRowElements + column);
+      if (Traits::kAnyCall && query >= slot.used) to = make_uint4(0, 0, 0, 0);
     }
   }
 }

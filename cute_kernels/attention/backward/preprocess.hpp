@@ -10,25 +10,38 @@ namespace cute_kernels::attention {
 
 inline constexpr int kPreprocessThreads = 256;
 
+template <class Traits>
 struct PreprocessParams {
   TensorView out;
   TensorView grad_out;
   float const* lse;
   float const* grad_lse;
-  int seqlen_q;
+  int seqlen_q;  // rows of a batch entry, or of all packed sequences
   cutlass::FastDivmod heads;
   int head_dim_v;
   float scale;  // of the scores
   uint64_t call_number;
   BackwardWorkspace workspace;
+  typename Traits::CallOfSequences call;
 };
+
+/// Of all threads of a CTA.
+CUTLASS_DEVICE bool has_reversed_sequence(AttentionCall const& call) {
+  bool found = false;
+  if (call.is_packed()) {
+    for (int i = threadIdx.x; i < call.sizes.batch; i += kPreprocessThreads) {
+      found |= is_reversed(call.packed, i);
+    }
+  }
+  return __syncthreads_or(found);
+}
 
 /// One CTA for each query block of a head of a batch entry: the statistics of kTileM queries, of
 /// which delta = rowsum(dO * O) - grad_lse, and zeros where the main kernel counts and adds up dQ;
 /// in order, where the first to come writes dQ, only where it counts.
 template <class Traits>
 __global__ void __launch_bounds__(kPreprocessThreads)
-    preprocess_kernel(CUTE_GRID_CONSTANT PreprocessParams const params) {
+    preprocess_kernel(CUTE_GRID_CONSTANT PreprocessParams<Traits> const params) {
   using Element = typename Traits::Element;
   constexpr int kVector = 8;                          // elements of 16 bytes
   constexpr int kLanes = Traits::kHeadDim / kVector;  // threads of a row
@@ -40,6 +53,13 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   int block, head, batch;
   int const row_of_heads = params.workspace.m_blocks.divmod(block, blockIdx.x);
   params.heads(batch, head, row_of_heads);
+  Slot const slot = [&] {
+    if constexpr (Traits::kAnyCall) {
+      return slot_of_queries(params.call, block, Traits::kTileM);
+    } else {
+      return Slot{0, params.seqlen_q, params.seqlen_q};
+    }
+  }();
   auto* const statistics =
       static_cast<typename Traits::Statistics*>(params.workspace.statistics) + block_index;
   bool alarming = false;
@@ -47,15 +67,15 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   int const lane = threadIdx.x % kLanes;
   int const column = lane * kVector;
   auto row_of = [&](TensorView const& view, int query) {
-    return *reinterpret_cast<Vector const*>(static_cast<Element const*>(view.data) +
-                                            batch * view.batch_stride + query * view.seqlen_stride +
-                                            head * view.head_stride + column);
+    return *reinterpret_cast<Vector const*>(
+        static_cast<Element const*>(view.data) + batch * view.batch_stride +
+        (slot.first + query) * view.seqlen_stride + head * view.head_stride + column);
   };
   CUTLASS_PRAGMA_UNROLL
   for (int base = 0; base < Traits::kTileM; base += kRows) {
     int const row = base + threadIdx.x / kLanes;
     int const query = block * Traits::kTileM + row;
-    bool const inside = query < params.seqlen_q && row < Traits::kTileM;
+    bool const inside = query < slot.used && row < Traits::kTileM;
     float sum = 0.f;
     if (inside && column < params.head_dim_v) {
       cutlass::NumericArrayConverter<float, Element, kVector> widen;
@@ -72,7 +92,8 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       float lse = -INFINITY;
       float minus_delta = 0.f;
       if (inside) {
-        int64_t const at = static_cast<int64_t>(row_of_heads) * params.seqlen_q + query;
+        int64_t const at =
+            static_cast<int64_t>(row_of_heads) * params.seqlen_q + slot.first + query;
         lse = params.lse[at];
         minus_delta = (params.grad_lse == nullptr ? 0.f : params.grad_lse[at]) - sum;
         alarming |= is_alarming(lse, minus_delta);
@@ -81,7 +102,13 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     }
   }
   if (alarming) *params.workspace.alarm = params.call_number;
-  if (blockIdx.x + threadIdx.x == 0) *params.workspace.drawn = *params.workspace.careful_drawn = 0;
+  int first_number = 0;
+  if constexpr (Traits::kAnyCall) {
+    if (blockIdx.x == 0 && has_reversed_sequence(params.call)) first_number = kNoMoreKeyBlocks;
+  }
+  if (blockIdx.x + threadIdx.x == 0) {
+    *params.workspace.drawn = *params.workspace.careful_drawn = first_number;
+  }
   if (threadIdx.x < Traits::kCluster) {
     int64_t const at = block_index * Traits::kCluster + threadIdx.x;
     params.workspace.careful_turns[at] = 0;

@@ -14,6 +14,7 @@ namespace cute_kernels::attention {
 /// is added there, and then the gradients of its keys. Of one thread.
 template <class Traits, class Params>
 class BackwardSender {
+  using KeyBlock = typename Traits::KeyBlock;
   using SharedStorage = typename Traits::SharedStorage;
   using Dq = BackwardDq<Traits>;
 
@@ -24,7 +25,7 @@ class BackwardSender {
   /// Calls release() whenever TMA has read a slice; dK is one more. In order, the first to come to
   /// a slice of dQ writes it.
   template <class Release>
-  CUTLASS_DEVICE void send(KeyBlockCoord const& coord, Release const& release) {
+  CUTLASS_DEVICE void send(KeyBlock const& coord, Release const& release) {
     for (QuerySteps<Traits, Params> step(params_, coord); step.valid(); step.advance()) {
       if (params_.dq_in_order) sm90::semaphore_wait(step.turns(), step.turn());
       wait_for_consumers();
@@ -88,7 +89,7 @@ class BackwardTurns {
   CUTLASS_DEVICE BackwardTurns(Params const& params, typename Traits::SharedStorage& shared)
       : params_(params), shared_(shared) {}
 
-  CUTLASS_DEVICE void pass(KeyBlockCoord const& coord) {
+  CUTLASS_DEVICE void pass(typename Traits::KeyBlock const& coord) {
     for (QuerySteps<Traits, Params> step(params_, coord); step.valid(); step.advance()) {
       ++done_;
       CUTLASS_PRAGMA_UNROLL

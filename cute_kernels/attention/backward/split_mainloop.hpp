@@ -35,6 +35,7 @@ namespace cute_kernels::attention {
 template <class Traits>
 class BackwardSplitMainloop {
   using Element = typename Traits::Element;
+  using KeyBlock = typename Traits::KeyBlock;
   using SharedStorage = typename Traits::SharedStorage;
   using Pipeline = typename Traits::Pipeline;
   using PipelineState = typename Traits::PipelineState;
@@ -52,12 +53,14 @@ class BackwardSplitMainloop {
   template <bool kCareful, class Params>
   CUTLASS_DEVICE static void compute(Params const& params, SharedStorage& shared,
                                      Pipeline& pipeline_q, Pipeline& pipeline_grad_out,
-                                     KeyBlockCoord const& coord, int warpgroup) {
+                                     KeyBlock const& coord, int warpgroup) {
     using namespace cute;
     using Epilogue = BackwardEpilogue<Traits>;
     auto gradient = Epilogue::new_gradient();
     bool const is_dv = warpgroup == 0;
-    if (is_dv) {
+    if (Traits::kAnyCall && !QuerySteps<Traits, Params>(params, coord).valid()) {
+      // No query sees the keys, and nothing is loaded.
+    } else if (is_dv) {
       compute_dv<kCareful>(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);
     } else {
       compute_dk<kCareful>(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);
@@ -83,7 +86,7 @@ class BackwardSplitMainloop {
   template <bool kCareful, class Params, class Accumulator>
   CUTLASS_DEVICE static void compute_dv(Params const& params, SharedStorage& shared,
                                         Pipeline& pipeline_q, Pipeline& pipeline_grad_out,
-                                        KeyBlockCoord const& coord, Accumulator& dv) {
+                                        KeyBlock const& coord, Accumulator& dv) {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
     typename Traits::MmaDkv mma_dkv;
@@ -98,9 +101,9 @@ class BackwardSplitMainloop {
 
     shared.k_full.wait(0);
     if constexpr (kCareful) {
-      clear_own_keys<Traits>(params.mask, shared, 0);
+      clear_own_keys<Traits>(params, coord, shared, 0);
     } else {
-      check_own_keys<Traits>(params, shared, 0);
+      check_own_keys<Traits>(params, coord, shared, 0);
     }
     auto const product_s = Scores::template operands<Traits::kKeyBlocksInRegisters>(
         keys(shared.k.data()), shared.q, thread);
@@ -113,11 +116,11 @@ class BackwardSplitMainloop {
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       if constexpr (kCareful) {
         HiddenStep<Traits> const hidden(shared, step.masked(), 0);
-        hidden.template restrict<Exponent>(p_rows, params.mask, key, query);
+        hidden.template restrict<Exponent>(p_rows, coord.mask(params), key, query);
         pipeline_grad_out.consumer_wait(read);
         hidden.clear_queries(shared, read.index());
       } else if (step.masked()) {
-        params.mask.apply_transposed(p_rows, key, query, -INFINITY);
+        coord.mask(params).apply_transposed(p_rows, key, query, -INFINITY);
       }
       scores_to_probabilities(scores, params.scale_log2);
       auto p = make_tensor<Element>(OperandLayout{});
@@ -147,7 +150,7 @@ class BackwardSplitMainloop {
   template <bool kCareful, class Params, class Accumulator>
   CUTLASS_DEVICE static void compute_dk(Params const& params, SharedStorage& shared,
                                         Pipeline& pipeline_q, Pipeline& pipeline_grad_out,
-                                        KeyBlockCoord const& coord, Accumulator& dk) {
+                                        KeyBlock const& coord, Accumulator& dk) {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
     typename Traits::MmaDkv mma_dkv;
@@ -162,7 +165,7 @@ class BackwardSplitMainloop {
     uint32_t phase = 0;
 
     shared.k_full.wait(0);
-    if (kCareful && params.mask.hides_values()) {
+    if (kCareful && coord.hides_values(params)) {
       shared.peer_k_full.wait(0);
       WarpRows<Traits::kTileN, Traits::kPeerChannels, Element>(shared.own.data(), thread / 32 * 16)
           .clear();
@@ -170,6 +173,9 @@ class BackwardSplitMainloop {
     int const key = coord.n_block * Traits::kTileN + thread / 32 * 16 + thread % 32 / 4;
     int const column = thread % 4 * 2;
     shared.v_full.wait(0);
+    if constexpr (Traits::kAnyCall && !kCareful) {
+      check_own_values<Traits>(params, coord, shared.v[0]);
+    }
     auto const product_dp = Scores::template operands<Traits::kKeyBlocksInRegisters>(
         keys(shared.v[0]), shared.grad_out, thread);
     for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
@@ -196,7 +202,7 @@ class BackwardSplitMainloop {
       if constexpr (kCareful) {
         auto rows = make_tensor(gradients.data(), sm90::accumulator_rows_cols(gradients.layout()));
         HiddenStep<Traits>(shared, step.masked(), 1)
-            .clear(rows, params.mask, key, step.block() * kTileM + column);
+            .clear(rows, coord.mask(params), key, step.block() * kTileM + column);
       }
       gradients_of_scores(gradients, p);
       auto ds = make_tensor<Element>(OperandLayout{});
@@ -216,7 +222,7 @@ class BackwardSplitMainloop {
   }
 
   /// P lies where this CTA's dS will.
-  CUTLASS_DEVICE static uint4* where_p_is(SharedStorage& shared, KeyBlockCoord const& coord) {
+  CUTLASS_DEVICE static uint4* where_p_is(SharedStorage& shared, KeyBlock const& coord) {
     return reinterpret_cast<uint4*>(shared.ds.data() +
                                     Traits::rank(coord.n_block) * kTileM * Traits::kTileN);
   }
@@ -224,8 +230,7 @@ class BackwardSplitMainloop {
   /// dQ of both CTAs' keys, in a warpgroup's channels of this CTA.
   class DqOfBoth {
    public:
-    CUTLASS_DEVICE DqOfBoth(SharedStorage& shared, KeyBlockCoord const& coord, int warpgroup,
-                            int thread)
+    CUTLASS_DEVICE DqOfBoth(SharedStorage& shared, KeyBlock const& coord, int warpgroup, int thread)
         : rank_(Traits::rank(coord.n_block)),
           sends_(warpgroup == 1 && thread == 0),
           own_(Dq::operands(shared, shared.k, typename Traits::LayoutKt{},

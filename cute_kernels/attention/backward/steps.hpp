@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <cutlass/cutlass.h>
 
@@ -17,38 +18,56 @@ namespace cute_kernels::attention {
 /// before it, follows a step behind.
 template <class Traits, class Params>
 class QuerySteps {
+  using KeyBlock = typename Traits::KeyBlock;
+
  public:
-  CUTLASS_DEVICE QuerySteps(Params const& params, KeyBlockCoord const& coord)
+  CUTLASS_DEVICE QuerySteps(Params const& params, KeyBlock const& coord)
       : params_(params), coord_(coord) {
     // The CTAs of a cluster take the same steps.
-    first_ = range_of(coord.n_block / Traits::kCluster * Traits::kCluster).begin;
-    full_ = range_of(coord.n_block).full_begin;
-    block_ = params.workspace.m_blocks.divisor - 1;
-    head_in_group_ = 0;
+    if constexpr (Traits::kAnyCall) {
+      first_ = coord.queries.begin;
+      full_ = coord.queries.full_begin;
+    } else {
+      first_ = range_of(coord.n_block / Traits::kCluster * Traits::kCluster).begin;
+      full_ = range_of(coord.n_block).full_begin;
+    }
+    block_ = end() - 1;
+    head_in_group_ = Traits::kAnyCall && block_ < first_ ? params.heads_per_kv : 0;
   }
 
   CUTLASS_DEVICE bool valid() const { return head_in_group_ < params_.heads_per_kv; }
 
   CUTLASS_DEVICE void advance() {
     if (--block_ < first_) {
-      block_ = params_.workspace.m_blocks.divisor - 1;
+      block_ = end() - 1;
       ++head_in_group_;
     }
   }
 
   CUTLASS_DEVICE int head() const { return coord_.kv_head * params_.heads_per_kv + head_in_group_; }
   CUTLASS_DEVICE int block() const { return block_; }
-  CUTLASS_DEVICE bool masked() const { return block_ < full_; }
+  CUTLASS_DEVICE bool masked() const {
+    if constexpr (Traits::kAnyCall) {
+      if (block_ >= coord_.queries.full_end) return true;
+    }
+    return block_ < full_;
+  }
 
   /// Counts over all query blocks of a call.
   CUTLASS_DEVICE int64_t block_index() const {
-    return (static_cast<int64_t>(coord_.batch) * params_.heads + head()) *
-               params_.workspace.m_blocks.divisor +
-           block_;
+    return coord_.first_query_block(params_, head()) + block_;
   }
 
   /// How many add to the same slices of this step's dQ before, in order.
-  CUTLASS_DEVICE int turn() const { return coord_.n_block / Traits::kCluster; }
+  CUTLASS_DEVICE int turn() const {
+    int const cluster = coord_.n_block / Traits::kCluster;
+    if constexpr (Traits::kAnyCall) {
+      return turn_of(coord_.sequence.ranges, cluster, Traits::kTileN * Traits::kCluster, block_,
+                     Traits::kTileM);
+    } else {
+      return cluster;
+    }
+  }
 
   /// Whose turn it is to add to the slices that are this CTA's of a cluster.
   CUTLASS_DEVICE int* turns() const {
@@ -64,11 +83,20 @@ class QuerySteps {
 
  private:
   CUTLASS_DEVICE BlockRange range_of(int n_block) const {
-    return params_.mask.query_blocks(n_block * Traits::kTileN, Traits::kTileN, Traits::kTileM);
+    return params_.masks.query_blocks(n_block * Traits::kTileN, Traits::kTileN, Traits::kTileM);
+  }
+
+  /// Of the blocks that see the keys.
+  CUTLASS_DEVICE int end() const {
+    if constexpr (Traits::kAnyCall) {
+      return coord_.queries.end;
+    } else {
+      return params_.workspace.m_blocks.divisor;
+    }
   }
 
   Params const& params_;
-  KeyBlockCoord const coord_;
+  std::conditional_t<Traits::kAnyCall, KeyBlock const&, KeyBlock const> coord_;
   int first_;  // of the blocks that see the keys
   int full_;   // the first that needs no mask
   int block_;

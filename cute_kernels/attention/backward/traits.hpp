@@ -7,6 +7,7 @@
 #include <cute/tensor.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
+#include "cute_kernels/attention/backward/key_blocks.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/statistics.hpp"
 #include "cute_kernels/sm90/tma_pipeline.hpp"
@@ -56,6 +57,14 @@ struct BackwardTraits {
                 "warpgroups share 64 keys, or each has 64 of its own");
   static_assert(kTileM % 16 == 0 && kTileM <= 256, "tile_m is N of S^T and K of dV");
   static_assert(kHeadDim % 64 == 0, "the 128-byte swizzle is 64 elements wide");
+
+  // One kernel takes the dense calls whose masks have one end (Mask), another every call: windows
+  // and diagonals of one's own, packed sequences.
+  static constexpr bool kAnyCall = Tile::kAnyCall;
+  struct Nothing {};
+  using CallOfSequences = std::conditional_t<kAnyCall, AttentionCall, Nothing>;
+  using Masks = std::conditional_t<kAnyCall, AttentionCall, Mask>;
+  using KeyBlock = std::conditional_t<kAnyCall, SequenceKeyBlock, KeyBlockCoord>;
 
   static constexpr int kCluster = kSplitProducts ? 2 : 1;  // CTAs that compute dQ together
   // CTAs stay and take one key block after the other: the next one's keys and queries load while
@@ -216,6 +225,8 @@ struct BackwardTraits {
     cutlass::arch::ClusterBarrier dv_full[kConsumers];  // the same of dV, read before dK
     // dQ in order: how many of warpgroup i's slices of dQ are complete in global memory.
     int dq_added[kConsumers];
+    // What the loader has found, for everyone.
+    std::conditional_t<kAnyCall, cute::array<SequenceKeyBlock, 2>, Nothing> key_blocks;
   };
 };
 

@@ -5,17 +5,22 @@
 
 #include <cutlass/fast_math.h>
 
+#include "cute_kernels/attention/backward/slots.hpp"
 #include "cute_kernels/attention/problem.hpp"
 
 namespace cute_kernels::attention {
 
-/// What the three kernels of a backward call hand to one another. Rows are (batch, head of q),
-/// queries are padded to blocks of kTileM.
+/// More clusters of key blocks than any call has: who draws this ends. For lengths that make no
+/// sense.
+inline constexpr int kNoMoreKeyBlocks = 1 << 29;
+
+/// What the three kernels of a backward call hand to one another. Rows are (batch, head of q), of
+/// packed sequences heads; queries are padded to blocks of kTileM.
 struct BackwardWorkspace {
-  cutlass::FastDivmod m_blocks;
-  void* statistics;  // [rows][m_blocks] Traits::Statistics
-  float* dq;         // [rows][m_blocks][kDqSlices][kSliceFloats], not yet scaled
-  int* turns;        // [rows][m_blocks][kCluster], contributions added to dq, or null: in no order
+  cutlass::FastDivmod m_blocks;  // numbers of them (slots.hpp)
+  void* statistics;              // [rows][m_blocks] Traits::Statistics
+  float* dq;                     // [rows][m_blocks][kDqSlices][kSliceFloats], not yet scaled
+  int* turns;  // [rows][m_blocks][kCluster], contributions added to dq, or null: in no order
   int* careful_turns;  // the same of the careful kernel
   uint64_t* alarm;     // the call's number if a query is alarming, anything else if none is
   int* drawn;          // how many key blocks CTAs have drawn
@@ -29,6 +34,7 @@ struct BackwardWorkspace {
 template <class Traits>
 bool adds_in_order(BackwardProblem const& problem) {
   constexpr int kFewTurns = 8;
+  if (Traits::kAnyCall) return problem.deterministic;  // turns of other calls are not measured
   CallSizes const& sizes = problem.call.sizes;
   bool const few_turns = sizes.seqlen_k <= kFewTurns * Traits::kTileN * Traits::kCluster;
   bool const many_heads =
@@ -38,11 +44,11 @@ bool adds_in_order(BackwardProblem const& problem) {
 
 template <class Traits>
 BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
-  CallSizes const& sizes = problem.call.sizes;
+  AttentionCall const& call = problem.call;
   BackwardWorkspace result;
-  int const m_blocks = (sizes.seqlen_q + Traits::kTileM - 1) / Traits::kTileM;
+  int const m_blocks = query_block_numbers(call, Traits::kTileM);
   result.m_blocks = cutlass::FastDivmod(m_blocks);
-  int64_t const blocks = static_cast<int64_t>(sizes.batch) * sizes.heads_q * m_blocks;
+  int64_t const blocks = int64_t{tensor_batch(call)} * call.sizes.heads_q * m_blocks;
   char* next = static_cast<char*>(problem.workspace);
   auto carve = [&](auto*& pointer, int64_t count, int64_t item_bytes) {
     pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);

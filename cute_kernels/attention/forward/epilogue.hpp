@@ -2,7 +2,7 @@
 
 #include <cute/tensor.hpp>
 
-#include "cute_kernels/attention/tile_scheduler.hpp"
+#include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/sm90/bulk_reduce.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
@@ -22,8 +22,8 @@ class ForwardEpilogue {
   /// tells the producer.
   template <class Params, class Softmax, class Output>
   CUTLASS_DEVICE static void store(Params const& params, SharedStorage& shared,
-                                   TileCoord const& coord, int warpgroup, Softmax const& softmax,
-                                   Output const& out) {
+                                   typename Params::Tile const& coord, int warpgroup,
+                                   Softmax const& softmax, Output const& out) {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
     bool const leader = thread == 0;
@@ -52,8 +52,20 @@ class ForwardEpilogue {
     tma_store_fence();
     sm90::barrier_sync(sm90::NamedBarrier::kOutputReady, warpgroup,
                        cutlass::NumThreadsPerWarpGroup);
-    if (leader) {
-      auto o = params.tma_o.get_tma_tensor(params.shape_o)(_, _, coord.head, coord.batch);
+    // TMA would write on, into the rows of the next sequence.
+    bool const is_whole = !Traits::kAnyCall || rows_are_whole(params, coord, first_query);
+    if constexpr (Traits::kAnyCall) {
+      if (!is_whole) {
+        store_rows(params, coord, first_query, thread, shared_o);
+        sm90::barrier_sync(sm90::NamedBarrier::kOutputReady, warpgroup,
+                           cutlass::NumThreadsPerWarpGroup);
+        if (leader) free_buffer(shared, warpgroup);
+      }
+    }
+    if (is_whole && leader) {
+      auto o = domain_offset(
+          make_coord(params.row_q(coord), _0{}),
+          params.tma_o.get_tma_tensor(params.shape_o)(_, _, coord.head, params.batch(coord)));
       auto block = local_tile(o, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDimV>>{},
                               make_coord(first_query / Traits::kWarpgroupM, _0{}));
       auto store = params.tma_o.get_slice(_0{});
@@ -67,11 +79,13 @@ class ForwardEpilogue {
 
     int const row = first_query + thread / 32 * 16 + thread % 32 / 4;
     if (thread % 4 == 0) {
-      int64_t const base =
-          (static_cast<int64_t>(coord.batch) * params.heads + coord.head) * params.mask.seqlen_q;
+      int64_t const base = (static_cast<int64_t>(params.batch(coord)) * params.heads + coord.head) *
+                               get<0>(params.shape_q) +
+                           params.row_q(coord);
+      int const seqlen_q = params.mask_of(coord).seqlen_q;
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < 2; ++i) {
-        if (row + 8 * i < params.mask.seqlen_q) params.lse[base + row + 8 * i] = softmax.lse(i);
+        if (row + 8 * i < seqlen_q) params.lse[base + row + 8 * i] = softmax.lse(i);
       }
     }
   }
@@ -81,6 +95,33 @@ class ForwardEpilogue {
   CUTLASS_DEVICE static void drain() { sm90::bulk_wait_complete(); }
 
  private:
+  /// Whether the warpgroup's 64 rows are the sequence's, or behind it the tensor ends.
+  template <class Params>
+  CUTLASS_DEVICE static bool rows_are_whole(Params const& params,
+                                            typename Params::Tile const& coord, int first_query) {
+    int const seqlen_q = params.mask_of(coord).seqlen_q;
+    return first_query + Traits::kWarpgroupM <= seqlen_q ||
+           params.row_q(coord) + seqlen_q == cute::get<0>(params.shape_o);
+  }
+
+  /// The rows of the sequence, from shared memory.
+  template <class Params, class SharedOutput>
+  CUTLASS_DEVICE static void store_rows(Params const& params, typename Params::Tile const& coord,
+                                        int first_query, int thread, SharedOutput const& shared_o) {
+    constexpr int kVector = sizeof(uint4) / sizeof(Element);
+    constexpr int kVectors = Traits::kHeadDimV / kVector;
+    Element* const out = rows_of<Element>(params.out, params.batch(coord), coord.head,
+                                          params.row_q(coord) + first_query);
+    int const rows = params.mask_of(coord).seqlen_q - first_query;
+    int const channels = cute::get<1>(params.shape_o);
+    for (int i = thread; i < rows * kVectors; i += cutlass::NumThreadsPerWarpGroup) {
+      int const row = i / kVectors, channel = i % kVectors * kVector;
+      if (channel >= channels) continue;
+      *reinterpret_cast<uint4*>(out + row * params.out.seqlen_stride + channel) =
+          reinterpret_cast<uint4 const&>(shared_o(row, channel));
+    }
+  }
+
   CUTLASS_DEVICE static Element* buffer(SharedStorage& shared, int warpgroup) {
     if constexpr (Traits::kSeparateOutput) {
       return shared.o[Traits::kSharedOutput ? 0 : warpgroup].data();

@@ -40,8 +40,7 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
   params.v_scale = problem.v_scale;
   params.head_dim_v = problem.call.sizes.head_dim_v;
   params.out_float16 = problem.out_float16;
-  return start_forward<Fp8ForwardMainloop<Traits>>(params, problem.device, stream,
-                                                   problem.overlaps);
+  return start_forward<Fp8ForwardMainloop<Traits>>(params, problem, stream, problem.overlaps);
 }
 
 }  // namespace cute_kernels::attention

@@ -176,7 +176,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
 
     shared.q_full[warpgroup].wait(q_phase);
     int block = loaded.end - 1;
-    Protocol::skip_blocks(block, own.end, pipeline_k, pipeline_v, read_k, read_v, warpgroup);
+    Protocol::skip_blocks(block, own.end, 0, pipeline_k, pipeline_v, read_k, read_v, warpgroup);
     if (block < 0) {  // no visible key: O stays 0
       release_query(shared, warpgroup);
       return;

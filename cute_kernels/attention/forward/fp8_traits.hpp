@@ -106,10 +106,9 @@ struct Fp8ForwardTraits : ForwardTileTraits<Tile> {
   static constexpr int kQueryReleases = cutlass::NumWarpsPerWarpGroup;
 
   /// V as TMA reads it: (head_dim_v, keys, heads, batch).
-  static auto value_tensor(TensorView const& view, int keys, CallSizes const& sizes) {
+  static auto value_tensor(TensorView const& view, int keys, int head_dim_v, int heads, int batch) {
     int const padded_keys = (keys + 15) / 16 * 16;
-    return global_tensor<ElementPv>(view, sizes.head_dim_v, padded_keys, sizes.heads_kv,
-                                    sizes.batch);
+    return global_tensor<ElementPv>(view, head_dim_v, padded_keys, heads, batch);
   }
 
   struct SharedStorage {

@@ -5,15 +5,13 @@
 #include <cute/tensor.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
-#include "cute_kernels/attention/mask.hpp"
 #include "cute_kernels/attention/problem.hpp"
-#include "cute_kernels/attention/tile_scheduler.hpp"
 
 namespace cute_kernels::attention {
 
 /// What a forward kernel is told at run time. Tensors are (seqlen, head_dim, heads, batch) to TMA.
 template <class Traits, class TmaQ, class TmaK, class TmaV, class TmaO>
-struct ForwardParams {
+struct ForwardParams : Traits::Calls {
   using Shape = cute::Shape<int, int, int, int>;
   TmaQ tma_q;
   TmaK tma_k;
@@ -29,12 +27,6 @@ struct ForwardParams {
   float scale_log2;
   int heads;
   cutlass::FastDivmod heads_per_kv;
-  Mask mask;
-  TileScheduler::Params scheduler;
-
-  CUTLASS_DEVICE int first_query(TileCoord const& coord) const {
-    return first_query_of_tile(mask.seqlen_q, Traits::kTileM, scheduler.m_blocks, coord.m_block);
-  }
 };
 
 /// Warpgroup 0 moves data (its first warp) and in a second pass looks at some of it (its second
@@ -47,6 +39,7 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
   using Traits = typename Mainloop::Traits;
   using Pipeline = typename Traits::Pipeline;
   using PipelineState = typename Traits::PipelineState;
+  using Scheduler = typename Params::Scheduler;
 
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
@@ -91,7 +84,7 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
     do {
       if (warp_in_group == 0) {
         if (elect_one_sync()) {
-          TileScheduler tile(params.scheduler);
+          Scheduler tile(params.scheduler);
           for (; tile.valid(); tile.advance()) {
             Mainloop::load(params, shared, pipeline_k, pipeline_v, write_k, write_v,
                            tile.phase(shared.passes), tile.coord());
@@ -113,8 +106,8 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
     Mainloop::start_turns(consumer);
     PipelineState read_k, read_v;
     do {
-      for (TileScheduler tile(params.scheduler); tile.valid(); tile.advance()) {
-        TileCoord const coord = tile.coord();
+      for (Scheduler tile(params.scheduler); tile.valid(); tile.advance()) {
+        auto const coord = tile.coord();
         Mainloop::compute_tile(params, shared, pipeline_k, pipeline_v, read_k, read_v,
                                tile.phase(shared.passes), coord, consumer,
                                [&](auto const& softmax, auto const& out) {

@@ -5,7 +5,8 @@
 #include "cute_kernels/attention/forward/protocol.hpp"
 #include "cute_kernels/attention/forward/softmax.hpp"
 #include "cute_kernels/attention/forward/value_guard.hpp"
-#include "cute_kernels/attention/mask.hpp"
+#include "cute_kernels/attention/ranges.hpp"
+#include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/warp_gemm.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
@@ -34,11 +35,13 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
   static constexpr int kWarpM = 16;
   static constexpr int kKeysOfOrigin = 16;
   static constexpr int kSeekNoMore = 1 << 30;
+  static constexpr bool kHasLeftEnd = Traits::Calls::kHasLeftEnd;
 
  public:
   /// What a mainloop writes to shared memory once, before any load.
   CUTLASS_DEVICE static void prepare(SharedStorage& shared) {
     if (threadIdx.x == 0) Guard::prepare(shared);
+    if constexpr (Traits::kAnyCall) sm90::wait_for_previous_kernel();  // it lists the tiles
   }
 
   /// The work of a warp that the producer has to spare, in a second pass.
@@ -57,22 +60,27 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
   CUTLASS_DEVICE static void load(Params const& params, SharedStorage& shared, Pipeline& pipeline_k,
                                   Pipeline& /*pipeline_v*/, PipelineState& write_k,
                                   PipelineState& write_v, uint32_t q_phase,
-                                  TileCoord const& coord) {
+                                  typename Params::Tile const& coord) {
     using namespace cute;
     int const kv_head = params.heads_per_kv.div(coord.head);
-    auto v = params.tma_v.get_tma_tensor(params.shape_v)(_, _, kv_head, coord.batch);
+    auto v = Protocol::rows_of(params.tma_v, params.shape_v, kv_head, params.batch(coord),
+                               params.row_k(coord));
     auto blocks_v =
         local_tile(v, Shape<Int<kTileN>, Int<Traits::kHeadDimV>>{}, make_coord(_, _0{}));
     auto stages_v = make_tensor(make_smem_ptr(shared.v.data()), typename Traits::LayoutV{});
     auto route_v = tma_partition(params.tma_v, _0{}, Layout<_1>{}, group_modes<0, 2>(stages_v),
                                  group_modes<0, 2>(blocks_v));
-    // Blocks from here on go through the guard.
-    int guarded = 1 << 30;
+    // Blocks before and from here on go through the guard.
+    int guarded_before = 0, guarded_from = 1 << 30;
     if (shared.passes.guarded) {
-      guarded = params.mask.key_blocks(params.first_query(coord), Traits::kTileM, kTileN).full_end;
+      BlockRange const keys =
+          params.mask_of(coord).key_blocks(params.first_query(coord), Traits::kTileM, kTileN);
+      guarded_before = keys.left_end();
+      guarded_from = keys.right_begin();
     }
     auto load_v = [&](int block) {
-      uint64_t* const landed = Guard::acquire(shared, write_v, block >= guarded);
+      bool const guarded = block >= guarded_from || (kHasLeftEnd && block < guarded_before);
+      uint64_t* const landed = Guard::acquire(shared, write_v, guarded);
       copy(params.tma_v.with(*landed, 0, Hint::EVICT_LAST), get<0>(route_v)(_, block),
            get<1>(route_v)(_, write_v.index()));
       ++write_v;
@@ -85,8 +93,8 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
   CUTLASS_DEVICE static void compute_tile(Params const& params, SharedStorage& shared,
                                           Pipeline& pipeline_k, Pipeline& pipeline_v,
                                           PipelineState& read_k, PipelineState& read_v,
-                                          uint32_t q_phase, TileCoord const& coord, int warpgroup,
-                                          Store const& store) {
+                                          uint32_t q_phase, typename Params::Tile const& coord,
+                                          int warpgroup, Store const& store) {
     using namespace cute;
     Softmax softmax(params.scale_log2);
     auto out = partition_fragment_C(typename Traits::MmaPv{},
@@ -98,7 +106,9 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     softmax.finalize(out_rows);
     auto rounded = make_tensor<Element>(out.layout());
     sm90::convert_fragment<Element>(out, rounded);
-    if (params.mask.hides_values() && !Guard::all_finite(rounded)) shared.passes.wanted = true;
+    if (params.mask_of(coord).hides_values() && !are_finite(params, coord, warpgroup, rounded)) {
+      shared.passes.wanted = true;
+    }
     store(softmax, rounded);
   }
 
@@ -108,11 +118,23 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     return value;
   }
 
-  /// The tile's first query, computed again where it is seldom needed.
-  template <class Params>
-  CUTLASS_DEVICE static int opaque_query(Params const& params, TileCoord coord) {
-    coord.m_block = opaque(coord.m_block);
-    return params.first_query(coord);
+  /// Whether the thread's part of the output is, of rows that the sequence has: others are another
+  /// sequence's queries, or none's.
+  template <class Params, class Output>
+  CUTLASS_DEVICE static bool are_finite(Params const& params, typename Params::Tile const& coord,
+                                        int warpgroup, Output const& out) {
+    if constexpr (!Traits::kAnyCall) return Guard::all_finite(out);
+    auto const rows = cute::make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
+    int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
+    int const query = params.first_query(coord) + warpgroup * Traits::kWarpgroupM +
+                      thread / 32 * kWarpM + thread % 32 / 4;
+    int const seqlen_q = params.mask_of(coord).seqlen_q;
+    bool finite = true;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      finite &= query + 8 * row >= seqlen_q || Guard::all_finite(rows(row, cute::_));
+    }
+    return finite;
   }
 
   /// Computes softmax(scale Q K^T) V, not yet divided by the row sums, of 64 queries into `out`.
@@ -120,8 +142,8 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
   CUTLASS_DEVICE static void compute(Params const& params, SharedStorage& shared,
                                      Pipeline& pipeline_k, Pipeline& pipeline_v,
                                      PipelineState& read_k, PipelineState& read_v, uint32_t q_phase,
-                                     TileCoord const& coord, int warpgroup, Softmax& softmax,
-                                     Output& out) {
+                                     typename Params::Tile const& coord, int warpgroup,
+                                     Softmax& softmax, Output& out) {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
     typename Traits::MmaQk mma_qk;
@@ -143,28 +165,43 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     int const first_query = params.first_query(coord);
     int const own_query = first_query + warpgroup * Traits::kWarpgroupM;
     // What the producer loads for the CTA, and what of it this warpgroup's queries see.
-    BlockRange const loaded = params.mask.key_blocks(first_query, Traits::kTileM, kTileN);
-    BlockRange const own = params.mask.key_blocks(own_query, Traits::kWarpgroupM, kTileN);
+    auto const& mask_of_tile = params.mask_of(coord);
+    BlockRange const loaded = mask_of_tile.key_blocks(first_query, Traits::kTileM, kTileN);
+    BlockRange const own =
+        mask_of_tile.key_blocks_of(loaded, own_query, Traits::kWarpgroupM, kTileN);
 
-    // The keys that the warp's first row sees, which are the fewest.
-    auto fewest_keys = [&](int tile_query) {
+    // The keys before the end of what the warp's first row sees, which is the first end.
+    auto first_end = [&](typename Params::Tile const& tile) {
       int const warp = cutlass::canonical_warp_idx_sync() % cutlass::NumWarpsPerWarpGroup;
-      return params.mask.end_key(tile_query + warpgroup * Traits::kWarpgroupM + warp * kWarpM);
+      return params.mask_of(tile).end_key(params.first_query(tile) +
+                                          warpgroup * Traits::kWarpgroupM + warp * kWarpM);
     };
     // From here on rows' maxima are sought: until every row has an origin that lasts, and where
     // maxima have risen too fast to do without.
     constexpr int kKeysSought = Softmax::kHasMargin ? 1 : kKeysOfOrigin;
-    int seek_from = max(0, fewest_keys(first_query) - kKeysSought) / kTileN;
+    int seek_from = max(0, first_end(coord) - kKeysSought) / kTileN;
+    // Before here a window's left end hides keys of some row: they are sought, as that masks.
+    int seek_before = 0;
+    if constexpr (kHasLeftEnd) {
+      int const warp = cutlass::canonical_warp_idx_sync() % cutlass::NumWarpsPerWarpGroup;
+      seek_before =
+          (mask_of_tile.first_key(own_query + (warp + 1) * kWarpM - 1) + kTileN - 1) / kTileN;
+    }
+    auto seeks = [&](int block) {
+      return block >= seek_from || (kHasLeftEnd && block < seek_before);
+    };
     // Scores -> P in place. Q and K must still be there.
     auto softmax_block = [&](int block, bool seek, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       auto mask = [&] {
         int const lane = opaque(thread);  // not kept from step to step
-        int const row = opaque_query(params, coord) + warpgroup * Traits::kWarpgroupM +
+        auto const again = params.forgotten(coord);
+        auto const& mask = params.mask_of(again);
+        int const row = params.first_query(again) + warpgroup * Traits::kWarpgroupM +
                         lane / 32 * kWarpM + lane % 32 / 4;
-        if (params.mask.end_key(row) < (block + 1) * kTileN) {
-          params.mask.apply(rows, row, block * kTileN + lane % 4 * 2);
-        }
+        bool hides = mask.end_key(row) < (block + 1) * kTileN;
+        if constexpr (kHasLeftEnd) hides |= mask.first_key(row + 8) > block * kTileN;
+        if (hides) mask.apply(rows, row, block * kTileN + lane % 4 * 2);
       };
       auto overflow = [&] {
         // No mask: the block would have been sought.
@@ -176,14 +213,15 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         if (Softmax::kHasMargin && seek_from < kSeekNoMore) {
           seek_from = kSeekNoMore;
         } else {
-          int const first_query = opaque_query(params, coord);
-          seek_from =
-              2 * opaque(block) - params.mask.key_blocks(first_query, Traits::kTileM, kTileN).end;
+          auto const again = params.forgotten(coord);
+          BlockRange const loaded =
+              params.mask_of(again).key_blocks(params.first_query(again), Traits::kTileM, kTileN);
+          seek_from = 2 * opaque(block) - loaded.end;
         }
       };
       // Whether the margin replaces a second look at more keys.
       auto few = [&] {
-        return fewest_keys(opaque_query(params, coord)) - kKeysOfOrigin < block * kTileN;
+        return first_end(params.forgotten(coord)) - kKeysOfOrigin < block * kTileN;
       };
       softmax.update(rows, seek, few, mask, overflow, on_move);
     };
@@ -194,8 +232,9 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
 
     shared.q_full[warpgroup].wait(q_phase);
     int block = loaded.end - 1;
-    Protocol::skip_blocks(block, own.end, pipeline_k, pipeline_v, read_k, read_v, warpgroup);
-    if (block < 0) {  // no visible key: O stays 0
+    Protocol::skip_blocks(block, own.end, loaded.begin, pipeline_k, pipeline_v, read_k, read_v,
+                          warpgroup);
+    if (block < own.begin) {  // no visible key: O stays 0
       release_query(shared, warpgroup);
       return;
     }
@@ -210,7 +249,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
 
     // Steady state: this step's Q K^T and the last step's P V are issued back to back; the softmax
     // of the new scores runs while P V is in flight.
-    while (block > 0) {
+    while (block > own.begin) {
       --block;
       auto const k_token = pipeline_k.consumer_test_wait(read_k);  // answered while P is rounded
       round_probabilities();
@@ -223,7 +262,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
                                                operand_v(_, _, _, read_v.index()), out);
       pass_turn(warpgroup);
       warpgroup_wait<Traits::kOverlap ? 1 : 0>();
-      softmax_block(block, block >= seek_from, [&](auto const& factors) {
+      softmax_block(block, seeks(block), [&](auto const& factors) {
         warpgroup_wait<0>();
         Softmax::scale_rows(out_rows, factors);
       });
@@ -240,6 +279,10 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
                                              operand_v(_, _, _, read_v.index()), out);
     warpgroup_wait<0>();
     release(pipeline_v, read_v);
+    if constexpr (kHasLeftEnd) {
+      Protocol::skip_last_blocks(block - 1, loaded.begin, pipeline_k, pipeline_v, read_k, read_v,
+                                 warpgroup);
+    }
   }
 };
 

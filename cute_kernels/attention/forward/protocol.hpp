@@ -4,7 +4,7 @@
 
 #include <cute/tensor.hpp>
 
-#include "cute_kernels/attention/tile_scheduler.hpp"
+#include "cute_kernels/attention/ranges.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
 #include "cute_kernels/sm90/tma_pipeline.hpp"
 
@@ -55,12 +55,13 @@ class ForwardProtocol {
   template <class Params, class LoadV>
   CUTLASS_DEVICE static void load_tile(Params const& params, SharedStorage& shared,
                                        Pipeline& pipeline_k, PipelineState& write_k,
-                                       uint32_t q_phase, TileCoord const& coord, int kv_head,
-                                       LoadV const& load_v) {
+                                       uint32_t q_phase, typename Params::Tile const& coord,
+                                       int kv_head, LoadV const& load_v) {
     using namespace cute;
     int const first_query = params.first_query(coord);
-    auto q = params.tma_q.get_tma_tensor(params.shape_q)(_, _, coord.head, coord.batch);
-    auto k = params.tma_k.get_tma_tensor(params.shape_k)(_, _, kv_head, coord.batch);
+    int const batch = params.batch(coord);
+    auto q = rows_of(params.tma_q, params.shape_q, coord.head, batch, params.row_q(coord));
+    auto k = rows_of(params.tma_k, params.shape_k, kv_head, batch, params.row_k(coord));
     auto blocks_q = local_tile(q, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDim>>{},
                                make_coord(_, _0{}));
     auto blocks_k = local_tile(k, Shape<Int<kTileN>, Int<Traits::kHeadDim>>{}, make_coord(_, _0{}));
@@ -82,8 +83,9 @@ class ForwardProtocol {
       prefetch(params.tma_q, remote_q(_, _, _, query_block(i)));
     }
 
-    int block = params.mask.key_blocks(first_query, Traits::kTileM, kTileN).end - 1;
-    if (block >= 0) load_k(block);
+    BlockRange const keys = params.mask_of(coord).key_blocks(first_query, Traits::kTileM, kTileN);
+    int block = keys.end - 1;
+    if (block >= keys.begin) load_k(block);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kConsumers; ++i) {
       shared.q_empty[i].wait(q_phase ^ 1);
@@ -95,11 +97,19 @@ class ForwardProtocol {
            from_q(_, query_block(i)), to_q);
     }
     // K runs one block ahead of V, as the consumers use them.
-    for (; block > 0; --block) {
+    for (; block > keys.begin; --block) {
       load_k(block - 1);
       load_v(block);
     }
-    if (block == 0) load_v(0);
+    if (block == keys.begin) load_v(block);
+  }
+
+  /// A sequence's rows of a head, from the first one on.
+  template <class Tma, class Shape, class Row>
+  CUTLASS_DEVICE static auto rows_of(Tma const& tma, Shape const& shape, int head, int batch,
+                                     Row first_row) {
+    using namespace cute;
+    return domain_offset(make_coord(first_row, _0{}), tma.get_tma_tensor(shape)(_, _, head, batch));
   }
 
   static constexpr int kTurnThreads = 2 * cutlass::NumThreadsPerWarpGroup;
@@ -117,8 +127,9 @@ class ForwardProtocol {
   }
 
   /// Blocks that only other warpgroups' queries see, from `block` down to `end`: nothing to
-  /// compute, but stages and turns go round.
-  CUTLASS_DEVICE static void skip_blocks(int& block, int end, Pipeline& pipeline_k,
+  /// compute, but stages and turns go round. Every block has a turn but one of a tile: its `last`
+  /// one, where the warpgroup computes nothing.
+  CUTLASS_DEVICE static void skip_blocks(int& block, int end, int last, Pipeline& pipeline_k,
                                          Pipeline& pipeline_v, PipelineState& read_k,
                                          PipelineState& read_v, int warpgroup) {
     for (; block >= end; --block) {
@@ -126,10 +137,25 @@ class ForwardProtocol {
       release(pipeline_k, read_k);
       pipeline_v.consumer_wait(read_v);
       release(pipeline_v, read_v);
-      if (block > 0) {
+      if (block > last) {
         wait_turn(warpgroup);
         pass_turn(warpgroup);
       }
+    }
+  }
+
+  /// The same behind the warpgroup's own blocks. These turns are the others' for V of the block
+  /// before, and V of this block is loaded last: whoever waited for it first would hold them up.
+  CUTLASS_DEVICE static void skip_last_blocks(int block, int end, Pipeline& pipeline_k,
+                                              Pipeline& pipeline_v, PipelineState& read_k,
+                                              PipelineState& read_v, int warpgroup) {
+    for (; block >= end; --block) {
+      pipeline_k.consumer_wait(read_k);
+      release(pipeline_k, read_k);
+      wait_turn(warpgroup);
+      pass_turn(warpgroup);
+      pipeline_v.consumer_wait(read_v);
+      release(pipeline_v, read_v);
     }
   }
 

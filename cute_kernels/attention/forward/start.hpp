@@ -3,41 +3,73 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cute_kernels/attention/forward/calls.hpp"
 #include "cute_kernels/attention/forward/epilogue.hpp"
 #include "cute_kernels/attention/forward/kernel.hpp"
 #include "cute_kernels/attention/global_tensor.hpp"
 #include "cute_kernels/attention/problem.hpp"
+#include "cute_kernels/attention/schedule/prepare.hpp"
 #include "cute_kernels/sm90/launch.hpp"
 
 // What the launches of 16-bit and FP8 forward kernels have in common.
 namespace cute_kernels::attention {
+
+/// How many tiles a work list of the call may have.
+template <class Traits>
+int64_t most_work(AttentionCall const& call) {
+  return most_tiles(call, Traits::kTileM);
+}
+
+template <class Traits>
+WorkList forward_work_list(ForwardProblem const& problem) {
+  return work_list_at(problem.workspace, problem.call.sizes.batch, most_work<Traits>(problem.call));
+}
+
+/// What the kernel is told of the call.
+template <class Traits>
+typename Traits::Calls forward_calls(ForwardProblem const& problem) {
+  AttentionCall const& call = problem.call;
+  CallSizes const& sizes = call.sizes;
+  typename Traits::Calls calls{};
+  if constexpr (Traits::kAnyCall) {
+    WorkList const list = forward_work_list<Traits>(problem);
+    calls.scheduler = {list.count, list.tiles, sizes.heads_q};
+  } else {
+    int64_t const kv_bytes = int64_t{sizeof(typename Traits::ElementQk)} * sizes.batch *
+                             sizes.heads_kv * sizes.seqlen_k * (sizes.head_dim + sizes.head_dim_v);
+    calls.mask = Mask{*kernel_ranges(call)};  // the row can_take() the call
+    calls.scheduler = TileScheduler::make_params(sizes, calls.mask.causal, Traits::kTileM, kv_bytes,
+                                                 problem.device.multiprocessors);
+  }
+  return calls;
+}
 
 /// The parameters of every forward kernel: TMA descriptors, mask, order of the tiles. scale_log2
 /// takes products to scores in powers of two.
 template <class Traits>
 auto forward_params(ForwardProblem const& problem, float scale_log2) {
   using namespace cute;
-  CallSizes const& sizes = problem.call.sizes;
-  Mask const mask{*kernel_ranges(problem.call)};  // the row can_take() the call
-  // A descriptor of no keys is not allowed; with seqlen_k = 0 nothing is loaded through it.
-  int const keys = std::max(1, sizes.seqlen_k);
-  auto q = global_tensor<typename Traits::ElementQk>(problem.q, sizes.seqlen_q, sizes.head_dim,
-                                                     sizes.heads_q, sizes.batch);
+  AttentionCall const& call = problem.call;
+  CallSizes const& sizes = call.sizes;
+  int const batch = tensor_batch(call), queries = tensor_rows_q(call);
+  // A descriptor of no keys is not allowed; without any nothing is loaded through it.
+  int const keys = std::max(1, tensor_rows_k(call));
+  auto q = global_tensor<typename Traits::ElementQk>(problem.q, queries, sizes.head_dim,
+                                                     sizes.heads_q, batch);
   auto k = global_tensor<typename Traits::ElementQk>(problem.k, keys, sizes.head_dim,
-                                                     sizes.heads_kv, sizes.batch);
-  auto v = Traits::value_tensor(problem.v, keys, sizes);
-  auto o = global_tensor<typename Traits::Output>(problem.out, sizes.seqlen_q, sizes.head_dim_v,
-                                                  sizes.heads_q, sizes.batch);
+                                                     sizes.heads_kv, batch);
+  auto v = Traits::value_tensor(problem.v, keys, sizes.head_dim_v, sizes.heads_kv, batch);
+  auto o = global_tensor<typename Traits::Output>(problem.out, queries, sizes.head_dim_v,
+                                                  sizes.heads_q, batch);
   auto tma_q = make_tma_copy(SM90_TMA_LOAD{}, q, typename Traits::LayoutQ{});
   auto tma_k = make_tma_copy(SM90_TMA_LOAD{}, k, take<0, 2>(typename Traits::LayoutK{}));
   auto tma_v = make_tma_copy(SM90_TMA_LOAD{}, v, typename Traits::LayoutValueLoad{});
   auto tma_o = make_tma_copy(SM90_TMA_STORE{}, o, typename Traits::LayoutO{});
 
-  int64_t const kv_bytes = int64_t{sizeof(typename Traits::ElementQk)} * sizes.batch *
-                           sizes.heads_kv * sizes.seqlen_k * (sizes.head_dim + sizes.head_dim_v);
   using Params =
       ForwardParams<Traits, decltype(tma_q), decltype(tma_k), decltype(tma_v), decltype(tma_o)>;
   Params params{};
+  static_cast<typename Traits::Calls&>(params) = forward_calls<Traits>(problem);
   params.tma_q = tma_q;
   params.tma_k = tma_k;
   params.tma_v = tma_v;
@@ -52,25 +84,25 @@ auto forward_params(ForwardProblem const& problem, float scale_log2) {
   params.scale_log2 = scale_log2;
   params.heads = sizes.heads_q;
   params.heads_per_kv = cutlass::FastDivmod(sizes.heads_q / sizes.heads_kv);
-  params.mask = mask;
-  params.scheduler = TileScheduler::make_params(sizes, mask.causal, Traits::kTileM, kv_bytes,
-                                                problem.device.multiprocessors);
   return params;
 }
 
-/// Starts a forward kernel, a CTA for each multiprocessor or for each tile. With `overlaps` while
-/// the kernel before it on the stream ends: then it waits for that one itself.
+/// Starts a forward kernel, a CTA for each multiprocessor or for each tile that there may be. With
+/// `overlaps` while the kernel before it on the stream ends: then it waits for that one itself.
 template <class Mainloop, class Params>
-cudaError_t start_forward(Params const& params, Device const& device, cudaStream_t stream,
+cudaError_t start_forward(Params const& params, ForwardProblem const& problem, cudaStream_t stream,
                           bool overlaps = false) {
   using Traits = typename Mainloop::Traits;
+  int64_t const multiprocessors = problem.device.multiprocessors;
+  int64_t const tiles =
+      std::max(int64_t{1}, most_work<Traits>(problem.call) * problem.call.sizes.heads_q);
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
   static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KB of shared memory");
   sm90::Launch how{};
-  how.grid = dim3(std::min(params.scheduler.tiles, device.multiprocessors));
+  how.grid = dim3(static_cast<unsigned>(std::min(tiles, multiprocessors)));
   how.threads = Traits::kThreads;
   how.stream = stream;
-  how.device = device.index;
+  how.device = problem.device.index;
   how.shared_bytes = kSharedBytes;
   how.early = overlaps;
   return sm90::launch_kernel<forward_kernel<Mainloop, ForwardEpilogue<Traits>, Params>>(how,

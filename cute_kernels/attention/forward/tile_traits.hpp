@@ -1,6 +1,10 @@
 #pragma once
 
+#include <type_traits>
+
 #include <cutlass/pipeline/pipeline.hpp>
+
+#include "cute_kernels/attention/forward/calls.hpp"
 
 namespace cute_kernels::attention {
 
@@ -9,9 +13,11 @@ namespace cute_kernels::attention {
 ///
 /// The unit of work is a consumer warpgroup with 64 queries: its own slice of Q and O in shared
 /// memory, its own accumulators. K and V blocks are shared by all consumer warpgroups of the CTA.
-template <class Tile_>
+/// kAnyCall: it takes every call, rather than the dense ones whose mask is none or causal.
+template <class Tile_, bool kAnyCall_ = false>
 struct ForwardTileTraits {
   using Tile = Tile_;
+  static constexpr bool kAnyCall = kAnyCall_;
 
   static constexpr int kHeadDim = Tile::kHeadDim;
   static constexpr int kTileN = Tile::kTileN;
@@ -22,6 +28,7 @@ struct ForwardTileTraits {
 
   static constexpr int kWarpgroupM = 64;
   static constexpr int kTileM = kWarpgroupM * kConsumers;
+  using Calls = std::conditional_t<kAnyCall, AnyCalls, DenseCalls<kTileM>>;
   static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup * (1 + kConsumers);
 
   // Registers of a thread after setmaxnreg, multiples of 8. A block's pool is what it starts with,

@@ -15,8 +15,8 @@ namespace cute_kernels::attention {
 
 /// Everything about a 16-bit forward kernel that is known when it is compiled.
 template <class Tile>
-struct ForwardTraits : ForwardTileTraits<Tile> {
-  using Common = ForwardTileTraits<Tile>;
+struct ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
+  using Common = ForwardTileTraits<Tile, Tile::kAnyCall>;
   using Common::kConsumers;
   using Common::kHeadDim;
   using Common::kStages;
@@ -32,8 +32,8 @@ struct ForwardTraits : ForwardTileTraits<Tile> {
   static constexpr bool kSumInPairs = Tile::kSumInPairs;  // of P, in OnlineSoftmax
 
   static_assert(kTileN % 16 == 0 && kTileN <= 256, "tile_n is N of Q K^T and K of P V");
-  static_assert(kHeadDim % 64 == 0 && kHeadDimV % 64 == 0,
-                "the 128-byte swizzle is 64 elements wide");
+  static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0,
+                "the 64-byte swizzle is 32 elements wide");
   static_assert(kSeparateOutput || kHeadDimV <= kHeadDim, "O shares Q's memory");
 
   // WGMMA atoms, one warpgroup wide: S = Q K^T from shared memory, O += P V with P in registers.
@@ -48,16 +48,21 @@ struct ForwardTraits : ForwardTileTraits<Tile> {
           cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
   using MmaOut = MmaPv;  // whose accumulator is O
 
-  // Shared-memory layouts: 128-byte swizzled, as TMA writes and WGMMA reads them.
-  using SwizzleAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
+  // Shared-memory layouts: 128-byte swizzled, or 64-byte where half a head dim's row would be left
+  // over, as TMA writes and WGMMA reads them.
+  template <int kColumns>
+  using SwizzleOf = std::conditional_t<kColumns % 64 == 0, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                                       cute::GMMA::Layout_K_SW64_Atom<Element>>;
+  using SwizzleAtom = SwizzleOf<kHeadDim>;
+  using SwizzleAtomV = SwizzleOf<kHeadDimV>;
   using LayoutQ = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDim>>{}));
   using LayoutO = decltype(cute::tile_to_shape(
-      SwizzleAtom{}, cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDimV>>{}));
+      SwizzleAtomV{}, cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDimV>>{}));
   using LayoutK = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
   using LayoutV = decltype(cute::tile_to_shape(
-      SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDimV>, cute::Int<kStages>>{}));
+      SwizzleAtomV{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDimV>, cute::Int<kStages>>{}));
   using LayoutValueLoad = decltype(cute::take<0, 2>(LayoutV{}));
   // V seen as the B operand (head_dim_v, keys): the same memory, transposed by the WGMMA
   // descriptor.
@@ -96,8 +101,8 @@ struct ForwardTraits : ForwardTileTraits<Tile> {
   static_assert(!kSharedOutput || kConsumers == 2, "each warpgroup's turns are of one parity");
 
   /// V as TMA reads it: (keys, head_dim_v, heads, batch).
-  static auto value_tensor(TensorView const& view, int keys, CallSizes const& sizes) {
-    return global_tensor<Element>(view, keys, sizes.head_dim_v, sizes.heads_kv, sizes.batch);
+  static auto value_tensor(TensorView const& view, int keys, int head_dim_v, int heads, int batch) {
+    return global_tensor<Element>(view, keys, head_dim_v, heads, batch);
   }
 
   struct SharedStorage {

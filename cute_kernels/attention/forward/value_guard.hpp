@@ -5,9 +5,8 @@
 #include <cute/tensor.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
-#include "cute_kernels/attention/mask.hpp"
 #include "cute_kernels/attention/problem.hpp"
-#include "cute_kernels/attention/tile_scheduler.hpp"
+#include "cute_kernels/attention/ranges.hpp"
 #include "cute_kernels/sm90/bulk_reduce.hpp"
 #include "cute_kernels/sm90/finite.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
@@ -62,25 +61,30 @@ class ValueGuard {
     return reinterpret_cast<uint64_t*>(&landed[stage]);
   }
 
-  /// The guard's work: the guarded blocks, which are the first of each tile, from V's stage `stage`
-  /// on. Of one warp.
+  /// The guard's work: the guarded blocks, which are the first and the last of each tile, from V's
+  /// stage `stage` on. Of one warp.
   template <class Params>
   CUTLASS_DEVICE static void watch(Params const& params, SharedStorage& shared, int stage) {
     uint32_t phases = 0;  // of v_landed, a bit for each stage
-    for (TileScheduler tile(params.scheduler); tile.valid(); tile.advance()) {
-      BlockRange const loaded =
-          params.mask.key_blocks(params.first_query(tile.coord()), Traits::kTileM, Traits::kTileN);
-      for (int block = loaded.end; block > loaded.full_end; --block) {
-        shared.guard.v_landed[stage].wait(phases >> stage & 1);
-        phases ^= 1u << stage;
-        clear(shared.v.data() + stage * kBlockElements);
-        __syncwarp();
-        if (cute::elect_one_sync()) {
-          shared.pipeline_v.full_barrier_[stage].cutlass::arch::ClusterBarrier::arrive();
+    for (typename Params::Scheduler tile(params.scheduler); tile.valid(); tile.advance()) {
+      auto const coord = tile.coord();
+      BlockRange const loaded = params.mask_of(coord).key_blocks(params.first_query(coord),
+                                                                 Traits::kTileM, Traits::kTileN);
+      auto look_at = [&](int blocks) {
+        for (; blocks > 0; --blocks) {
+          shared.guard.v_landed[stage].wait(phases >> stage & 1);
+          phases ^= 1u << stage;
+          clear(shared.v.data() + stage * kBlockElements);
+          __syncwarp();
+          if (cute::elect_one_sync()) {
+            shared.pipeline_v.full_barrier_[stage].cutlass::arch::ClusterBarrier::arrive();
+          }
+          stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
         }
-        stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
-      }
-      stage = (stage + loaded.full_end) % Traits::kStages;
+      };
+      look_at(loaded.end - loaded.right_begin());
+      stage = (stage + loaded.right_begin() - loaded.left_end()) % Traits::kStages;
+      if constexpr (Traits::Calls::kHasLeftEnd) look_at(loaded.left_end() - loaded.begin);
     }
   }
 
@@ -88,7 +92,7 @@ class ValueGuard {
   /// producer's threads, when all tiles are stored.
   template <class Params>
   CUTLASS_DEVICE static void restore(Params const& params) {
-    for (TileScheduler tile(params.scheduler); tile.valid(); tile.advance()) {
+    for (typename Params::Scheduler tile(params.scheduler); tile.valid(); tile.advance()) {
       restore(params, tile.coord());
     }
   }
@@ -104,31 +108,37 @@ class ValueGuard {
   }
 
   template <class Params>
-  CUTLASS_DEVICE static void restore(Params const& params, TileCoord const& coord) {
+  CUTLASS_DEVICE static void restore(Params const& params, typename Params::Tile const& coord) {
     int const first_query = params.first_query(coord);
-    BlockRange const loaded = params.mask.key_blocks(first_query, Traits::kTileM, Traits::kTileN);
-    auto head_of = [&](TensorView const& view, int head) {
-      return static_cast<Element*>(view.data) + coord.batch * view.batch_stride +
-             head * view.head_stride;
-    };
-    Element const* const values = head_of(params.v, params.heads_per_kv.div(coord.head));
-    Element* const out = head_of(params.out, coord.head);
+    auto const& mask = params.mask_of(coord);
+    BlockRange const loaded = mask.key_blocks(first_query, Traits::kTileM, Traits::kTileN);
+    Element const* const values = rows_of<Element>(
+        params.v, params.batch(coord), params.heads_per_kv.div(coord.head), params.row_k(coord));
+    Element* const out =
+        rows_of<Element>(params.out, params.batch(coord), coord.head, params.row_q(coord));
     int const channels = cute::get<1>(params.shape_v);
-    int const end_query = min(first_query + Traits::kTileM, params.mask.seqlen_q);
-    int const end_key = params.mask.end_key(end_query - 1);
+    int const end_query = min(first_query + Traits::kTileM, mask.seqlen_q);
     // A thread has channels of its own, so that each of its values is read and judged once.
-    for (int channel = threadIdx.x; channel < channels;
-         channel += cutlass::NumThreadsPerWarpGroup) {
+    auto add_back = [&](int first_key, int end_key, int channel) {
       CUTLASS_PRAGMA_NO_UNROLL
-      for (int key = loaded.full_end * Traits::kTileN; key < end_key; ++key) {
+      for (int key = first_key; key < end_key; ++key) {
         Element const value = values[key * params.v.seqlen_stride + channel];
         if (sm90::is_finite(value)) continue;
+        int end = end_query;
+        if constexpr (Traits::Calls::kHasLeftEnd) end = min(end, mask.end_query(key));
         CUTLASS_PRAGMA_NO_UNROLL
-        for (int query = max(max(0, first_query), params.mask.first_query(key)); query < end_query;
-             ++query) {
+        for (int query = max(max(0, first_query), mask.first_query(key)); query < end; ++query) {
           Element& result = out[query * params.out.seqlen_stride + channel];
           result = static_cast<Element>(static_cast<float>(result) + static_cast<float>(value));
         }
+      }
+    };
+    for (int channel = threadIdx.x; channel < channels;
+         channel += cutlass::NumThreadsPerWarpGroup) {
+      int const end_key = mask.end_key(end_query - 1);
+      add_back(loaded.right_begin() * Traits::kTileN, end_key, channel);
+      if constexpr (Traits::Calls::kHasLeftEnd) {
+        add_back(loaded.begin * Traits::kTileN, loaded.left_end() * Traits::kTileN, channel);
       }
     }
   }

@@ -38,6 +38,7 @@ class Pass:
     shared_memory: Callable[[Row], dict[str, int]]  # bytes by part, as SharedStorage has them
     registers: Callable[[Row], dict[str, int]]  # 32-bit registers of a consumer thread by use
     problems: Callable[[Row], list[str]]  # what is wrong with a row of this pass alone
+    swizzle: int = 64  # what head dims are multiples of: the elements of a swizzled row
     workspace: bool = False  # whether a launch needs memory of the caller's
 
     @property
@@ -58,6 +59,7 @@ MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal"}
 ELEMENT_BYTES = 2
 ACCUMULATOR_BYTES = 4
 SCALE_ROWS = 64  # FP8: keys that share a scale
+SEQUENCE_KEY_BLOCK_BYTES = 100  # backward, any_call: what is known of a key block
 KEY_BLOCK = 16  # backward: channels of a k-step of WGMMA, 4 registers as an operand
 SUM_CHANNELS = 8  # FP8 with linear_exp: channels of V that are ones
 WARPGROUP_M = 64
@@ -81,6 +83,7 @@ HEAD = (
 FORWARD_FIELDS = (
     *HEAD,
     Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
+    Field("any_call", bool, False, "kAnyCall"),
     Field("mask", str, "any"),
     Field("tile_m", int),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -106,6 +109,7 @@ FP8_FIELDS = (
 )
 BACKWARD_FIELDS = (
     *HEAD,
+    Field("any_call", bool, False, "kAnyCall"),
     Field("mask", str, "any"),
     Field("tile_m", int, REQUIRED, "kTileM"),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -201,6 +205,7 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
     # and dS, every warpgroup's dV; empty: K and V, dS
     barriers = 8 * (4 * stages + consumers * (2 + stages) + 12)
     barriers += 5 * WARPGROUP_WARPS * consumers  # what a warp knows of keys and queries not finite
+    barriers += 2 * SEQUENCE_KEY_BLOCK_BYTES if row["any_call"] else 0
     return aligned(
         {
             "K": keys,
@@ -341,7 +346,7 @@ def row_config(row: Row) -> tuple[object, ...]:
     """What the C++ RowConfig has after name and dtype."""
     head_dim = row["head_dim"]
     mask = f"MaskClass::{MASKS[row.get('mask', 'any')]}"
-    return head_dim, row.get("head_dim_v", head_dim), mask
+    return head_dim, row.get("head_dim_v", head_dim), row.get("any_call", False), mask
 
 
 PASSES = {
@@ -359,6 +364,8 @@ PASSES = {
             shared_memory=forward_shared_memory,
             registers=forward_registers,
             problems=forward_problems,
+            swizzle=32,
+            workspace=True,
         ),
         Pass(
             name="backward",

@@ -40,7 +40,7 @@ def functions(pass_: Pass) -> dict[str, str]:
 def kernel_entry(row: Row, pass_: Pass) -> str:
     """The braced initialiser of a kernel's struct."""
     columns = (*row_config(row), *(row[column] for column in pass_.config))
-    config = ", ".join([f'"{row["name"]}"', pass_.dtypes[row["dtype"]][1], *map(str, columns)])
+    config = ", ".join([f'"{row["name"]}"', pass_.dtypes[row["dtype"]][1], *map(literal, columns)])
     found = ", ".join(f"tiles::{namespace(row)}::{function}" for function in functions(pass_))
     return f"{{{{{config}}}, {found}}}"
 

@@ -68,14 +68,17 @@ def problems(row: Row, pass_: Pass) -> list[str]:
             found.append(f"dtype {dtype!r} is none of {', '.join(pass_.dtypes)}")
     if row.get("mask", "any") not in MASKS:
         found.append(f"mask {row['mask']!r} is none of {', '.join(MASKS)}")
+    if row.get("any_call") and row["mask"] != "any":
+        found.append(f"any_call needs mask = 'any', but it is {row['mask']!r}")
     if not row["why"].strip():
         found.append("why is empty: say what was measured")
     for name in ("head_dim", "head_dim_v"):
         size = row[name] if name in row else row["head_dim"]
-        if size % 64 or not 64 <= size <= 256:
+        if size % pass_.swizzle or not pass_.swizzle <= size <= 256:
             found.append(
-                f"{name} = {size} must be a multiple of 64 up to 256: the 128-byte swizzle is "
-                f"64 elements wide, WGMMA's N at most 256"
+                f"{name} = {size} must be a multiple of {pass_.swizzle} up to 256: the "
+                f"{pass_.swizzle * 2}-byte swizzle is {pass_.swizzle} elements wide, WGMMA's N at "
+                f"most 256"
             )
     if row["stages"] < 1:
         found.append(f"stages = {row['stages']} must be at least 1")

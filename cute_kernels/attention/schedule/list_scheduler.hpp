@@ -1,0 +1,32 @@
+#pragma once
+
+#include "cute_kernels/attention/schedule/work_list.hpp"
+#include "cute_kernels/attention/tile_scheduler.hpp"
+
+namespace cute_kernels::attention {
+
+/// The order of a work list's tiles, with all heads of each.
+class ListScheduler : public CtaRounds {
+ public:
+  struct Params {
+    int const* count;  // of the list's tiles
+    WorkTile const* tiles;
+    int heads;
+  };
+
+  /// The list must be there.
+  CUTLASS_DEVICE explicit ListScheduler(Params const& params)
+      : count_(*params.count), heads_(params.heads) {}
+
+  CUTLASS_DEVICE bool valid() const { return number() < count_ * heads_; }
+
+  CUTLASS_DEVICE void advance() { next_round(0); }
+
+  CUTLASS_DEVICE ListedTile coord() const { return listed_tile(number(), count_, heads_); }
+
+ private:
+  int count_;
+  int heads_;
+};
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,81 @@
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+#include "cute_kernels/attention/lengths.hpp"
+#include "cute_kernels/attention/problem.hpp"
+#include "cute_kernels/attention/schedule/work_list.hpp"
+#include "cute_kernels/sm90/dependent_launch.hpp"
+#include "cute_kernels/sm90/launch.hpp"
+
+// The kernel that runs before one that walks a work list.
+namespace cute_kernels::attention {
+
+/// What rows of packed results hold that no sequence uses.
+struct UnusedRows {
+  void* out;  // 0 in `row_bytes` bytes a row; a multiple of 16, as row_bytes is
+  int64_t row_bytes;
+  float* lse;  // (heads, total_q): -inf
+  int heads;
+};
+
+/// The first CTA builds the list, the others clear unused rows of Q's results.
+template <class Tiling>
+__global__ void __launch_bounds__(WorkListBuilder<Tiling>::kThreads)
+    prepare_kernel(AttentionCall const call, Tiling const tiling, WorkList const list,
+                   UnusedRows const unused) {
+  using Builder = WorkListBuilder<Tiling>;
+  sm90::let_next_kernel_start();
+  if (blockIdx.x == 0) {
+    __shared__ typename Builder::Shared shared;
+    Builder builder(call, tiling, list, shared);
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int phase = 0; phase < Builder::kPhases; ++phase) {
+      builder.phase(phase, threadIdx.x);
+      __syncthreads();
+    }
+    return;
+  }
+  PackedLengths const& packed = call.packed;
+  constexpr int kWarpThreads = 32;
+  int const lane = threadIdx.x % kWarpThreads;
+  int const warps = (gridDim.x - 1) * (Builder::kThreads / kWarpThreads);
+  int const warp = ((blockIdx.x - 1) * Builder::kThreads + threadIdx.x) / kWarpThreads;
+  // A warp looks at 32 rows, then clears together those that are not used.
+  for (int64_t first = int64_t{warp} * kWarpThreads; first < packed.total_q;
+       first += int64_t{warps} * kWarpThreads) {
+    int const own = static_cast<int>(first) + lane;
+    bool const is_unused =
+        first + lane < packed.total_q &&
+        !is_used(packed.cu_seqlens_q, packed.seqused_q, packed.total_q, call.sizes.batch, own);
+    for (unsigned rows = __ballot_sync(0xffffffff, is_unused); rows != 0; rows &= rows - 1) {
+      int64_t const row = first + __ffs(rows) - 1;
+      auto* const out =
+          reinterpret_cast<uint4*>(static_cast<char*>(unused.out) + row * unused.row_bytes);
+      int const vectors = static_cast<int>(unused.row_bytes / int64_t{sizeof(uint4)});
+      for (int i = lane; i < vectors; i += kWarpThreads) out[i] = uint4{};
+      for (int head = lane; head < unused.heads; head += kWarpThreads) {
+        unused.lse[int64_t{head} * packed.total_q + row] = -INFINITY;
+      }
+    }
+  }
+}
+
+/// Starts it. The next kernel may start early, and then waits for this one itself.
+template <class Tiling>
+cudaError_t start_preparing(AttentionCall const& call, Tiling const& tiling, WorkList const& list,
+                            UnusedRows const& unused, Device const& device, cudaStream_t stream) {
+  sm90::Launch how{};
+  how.threads = WorkListBuilder<Tiling>::kThreads;
+  int64_t const rows = call.is_packed() ? call.packed.total_q : 0;
+  int64_t const ctas = (rows + how.threads - 1) / how.threads;
+  how.grid = dim3(
+      1 + static_cast<unsigned>(ctas < device.multiprocessors ? ctas : device.multiprocessors));
+  how.stream = stream;
+  how.device = device.index;
+  return sm90::launch_kernel<prepare_kernel<Tiling>>(how, call, tiling, list, unused);
+}
+
+}  // namespace cute_kernels::attention

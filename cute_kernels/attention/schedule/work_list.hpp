@@ -1,0 +1,273 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cute_kernels/attention/lengths.hpp"
+#include "cute_kernels/attention/ranges.hpp"
+
+// The tiles of a call whose sequences differ, in the order in which they are done. Nothing here
+// needs a CUDA compiler.
+namespace cute_kernels::attention {
+
+/// A tile of one sequence, of all heads: what kernels need to know of it. A tile of queries may
+/// begin before the first one.
+struct alignas(16) WorkTile {
+  int first_row;  // in the sequence
+  Sequence sequence;
+  int left_edge;
+  int right_edge;
+
+  constexpr WindowRanges ranges() const {
+    return WindowRanges(sequence.seqlen_q, sequence.seqlen_k, left_edge, right_edge);
+  }
+};
+static_assert(sizeof(WorkTile) == 32);
+
+/// Forward: queries in tiles of tile_m, whose length is how many blocks of tile_n keys they see.
+struct QueryTiling {
+  int tile_m;
+  int tile_n;
+
+  constexpr int count(Sequence const& sequence) const {
+    return (sequence.seqlen_q + tile_m - 1) / tile_m;
+  }
+  constexpr int first_row(Sequence const& sequence, int tile) const {
+    return first_query_of_tile(sequence.seqlen_q, tile_m, count(sequence), tile);
+  }
+  constexpr int length(WindowRanges const& ranges, int first_row) const {
+    BlockRange const keys = ranges.key_blocks(first_row, tile_m, tile_n);
+    return keys.end - keys.begin;
+  }
+};
+
+/// How many tiles of tile_m queries a call may have.
+constexpr int64_t most_tiles(AttentionCall const& call, int tile_m) {
+  int64_t const batch = call.sizes.batch, rows = tensor_rows_q(call);
+  return call.is_packed() ? rows / tile_m + batch : batch * ((rows + tile_m - 1) / tile_m);
+}
+
+/// The work of one CTA at a time: one head of an entry of the list.
+struct ListedTile {
+  int entry;
+  int head;
+};
+
+/// The one at a place in the order, of a list of `count` tiles. Four neighbours in the list take
+/// turns with the heads: they are mostly of one sequence, and share the loads of K and V in L2.
+constexpr ListedTile listed_tile(int place, int count, int heads) {
+  constexpr int kNeighbours = 4;
+  int const group = place / (kNeighbours * heads);
+  int const rest = place - group * kNeighbours * heads;
+  int const first = group * kNeighbours;
+  int const neighbours = lesser(kNeighbours, count - first);
+  return {first + rest % neighbours, rest / neighbours};
+}
+
+/// Where the list lies, in memory of the device's that is a multiple of 16.
+struct WorkList {
+  int* count;   // of the tiles
+  int* starts;  // (batch + 1): of each sequence's tiles, before they are sorted
+  WorkTile* tiles;
+  int most;  // of the tiles that there is room for
+};
+
+constexpr int64_t work_list_bytes(int64_t batch, int64_t most) {
+  return (batch + 2 + 3) / 4 * 16 + most * static_cast<int64_t>(sizeof(WorkTile));
+}
+
+inline WorkList work_list_at(void* memory, int batch, int64_t most) {
+  int* const count = static_cast<int*>(memory);
+  char* const tiles = static_cast<char*>(memory) + work_list_bytes(batch, 0);
+  return {count, count + 1, reinterpret_cast<WorkTile*>(tiles), static_cast<int>(most)};
+}
+
+/// Fills a WorkList, the longest tiles first, those of about the same length in the order of the
+/// sequences and of their rows: few classes of length, so that neighbours are of one sequence. The
+/// work of one CTA in phases, between which all threads meet: what
+/// one phase leaves for another is in Shared and in the list. So the host can run it too.
+template <class Tiling>
+class WorkListBuilder {
+ public:
+  static constexpr int kThreads = 256;
+  static constexpr int kPhases = 13;
+
+ private:
+  static constexpr int kGroup = 32;
+  static constexpr int kGroups = kThreads / kGroup;
+  static constexpr int kBuckets = 8;  // lengths, the longest first
+
+ public:
+  struct Shared {
+    int of_thread[kThreads];
+    int of_group[kGroups];
+    int total;
+    int longest;
+    // By bucket and thread: how many tiles, then the place of the next one. Padded, as a thread
+    // adds up kBuckets neighbours.
+    int counters[kThreads * (kBuckets + 1)];
+  };
+
+  constexpr WorkListBuilder(AttentionCall const& call, Tiling tiling, WorkList const& list,
+                            Shared& shared)
+      : call_(call), tiling_(tiling), list_(list), shared_(shared) {}
+
+  constexpr void phase(int number, int thread) {
+    switch (number) {
+      case 0: {
+        int tiles = 0;
+        each_sequence(thread, [&](int, int count) { tiles = add(tiles, count); });
+        shared_.of_thread[thread] = tiles;
+        break;
+      }
+      case 1:
+      case 9:
+        return scan_group(thread);
+      case 2:
+      case 10:
+        return scan_groups(thread);
+      case 3: {
+        int start = before(thread);
+        each_sequence(thread, [&](int entry, int count) {
+          list_.starts[entry] = start;
+          start = add(start, count);
+        });
+        if (thread == 0) {
+          list_.starts[call_.sizes.batch] = shared_.total;
+          *list_.count = shared_.total;
+        }
+        break;
+      }
+      case 4: {
+        int longest = 0;
+        each_tile(thread, [&](WorkTile const&, int length) { longest = greater(longest, length); });
+        shared_.of_thread[thread] = longest;
+        break;
+      }
+      case 5:
+        return longest_of_group(thread);
+      case 6:
+        return longest_of_groups(thread);
+      case 7:
+        for (int bucket = 0; bucket < kBuckets; ++bucket) counter(bucket, thread) = 0;
+        each_tile(thread,
+                  [&](WorkTile const&, int length) { ++counter(bucket_of(length), thread); });
+        break;
+      case 8: {
+        int sum = 0;
+        for (int i = 0; i < kBuckets; ++i) sum += neighbour(thread, i);
+        shared_.of_thread[thread] = sum;
+        break;
+      }
+      case 11: {
+        int place = before(thread);
+        for (int i = 0; i < kBuckets; ++i) {
+          int const count = neighbour(thread, i);
+          neighbour(thread, i) = place;
+          place += count;
+        }
+        break;
+      }
+      case 12:
+        each_tile(thread, [&](WorkTile const& tile, int length) {
+          list_.tiles[counter(bucket_of(length), thread)++] = tile;
+        });
+        break;
+      default:
+        break;
+    }
+  }
+
+ private:
+  /// No more than there is room for, whatever cu_seqlens holds.
+  constexpr int add(int a, int b) const { return b > list_.most - a ? list_.most : a + b; }
+
+  template <class Visit>
+  constexpr void each_sequence(int thread, Visit const& visit) const {
+    int const share = (call_.sizes.batch + kThreads - 1) / kThreads;
+    int const first = lesser(thread * share, call_.sizes.batch);
+    int const end = lesser(first + share, call_.sizes.batch);
+    for (int entry = first; entry < end; ++entry) {
+      visit(entry, tiling_.count(sequence_of(call_, entry)));
+    }
+  }
+
+  /// A thread's share of the tiles: some that follow one another, before they are sorted.
+  template <class Visit>
+  constexpr void each_tile(int thread, Visit const& visit) const {
+    int const tiles = *list_.count;
+    int const share = (tiles + kThreads - 1) / kThreads;
+    int const first = lesser(thread * share, tiles);
+    int const end = lesser(first + share, tiles);
+    if (first == end) return;
+    int entry = entry_at(list_.starts, call_.sizes.batch, first);
+    for (int i = first; i < end; ++entry) {
+      Sequence const sequence = sequence_of(call_, entry);
+      WindowRanges const ranges = ranges_of(call_, sequence, entry);
+      int const start = list_.starts[entry];
+      for (int const stop = lesser(end, list_.starts[entry + 1]); i < stop; ++i) {
+        int const first_row = tiling_.first_row(sequence, i - start);
+        visit(WorkTile{first_row, sequence, ranges.left_edge, ranges.right_edge},
+              tiling_.length(ranges, first_row));
+      }
+    }
+  }
+
+  /// Behind phase 6, when the longest length is known.
+  constexpr int bucket_of(int length) const {
+    int64_t const shorter = shared_.longest - length;
+    return static_cast<int>(shorter * kBuckets / (int64_t{shared_.longest} + 1));
+  }
+
+  constexpr int& counter(int bucket, int thread) {
+    int const i = bucket * kThreads + thread;
+    return neighbour(i / kBuckets, i % kBuckets);
+  }
+  /// One of the kBuckets counters that a thread adds up.
+  constexpr int& neighbour(int thread, int i) {
+    return shared_.counters[thread * (kBuckets + 1) + i];
+  }
+
+  // Sums of of_thread over the threads before one, in three phases: its own, these two.
+  constexpr void scan_group(int thread) {
+    if (thread % kGroup != 0) return;
+    int sum = 0;
+    for (int i = thread; i < thread + kGroup; ++i) {
+      int const own = shared_.of_thread[i];
+      shared_.of_thread[i] = sum;
+      sum = add(sum, own);
+    }
+    shared_.of_group[thread / kGroup] = sum;
+  }
+  constexpr void scan_groups(int thread) {
+    if (thread != 0) return;
+    int sum = 0;
+    for (int& group : shared_.of_group) {
+      int const own = group;
+      group = sum;
+      sum = add(sum, own);
+    }
+    shared_.total = sum;
+  }
+  constexpr int before(int thread) const {
+    return add(shared_.of_thread[thread], shared_.of_group[thread / kGroup]);
+  }
+
+  constexpr void longest_of_group(int thread) {
+    if (thread % kGroup != 0) return;
+    int longest = 0;
+    for (int i = thread; i < thread + kGroup; ++i) longest = greater(longest, shared_.of_thread[i]);
+    shared_.of_group[thread / kGroup] = longest;
+  }
+  constexpr void longest_of_groups(int thread) {
+    if (thread != 0) return;
+    shared_.longest = 0;
+    for (int const group : shared_.of_group) shared_.longest = greater(shared_.longest, group);
+  }
+
+  AttentionCall const& call_;
+  Tiling tiling_;
+  WorkList list_;
+  Shared& shared_;
+};
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,142 @@
+"""Gradients of packed sequences and windows on a GPU: what only kernels can do wrong."""
+
+import dataclasses
+import math
+import random
+
+import pytest
+import torch
+from packed import assert_packed_right, random_grads, random_packed, starts
+from parity import DTYPES, assert_gradients_right, random_qkv, skip_unless_answered
+
+from cute_kernels import tile_configs
+from cute_kernels.operators import (
+    flash_attn_backward,
+    flash_attn_forward,
+    flash_attn_varlen_backward,
+    flash_attn_varlen_forward,
+)
+
+WINDOWS = [(None, None), (None, 0), (127, 0), (300, 60), (0, 0)]
+ROWS = [pytest.param(row, id=row["name"]) for row in tile_configs("backward") if row["any_call"]]
+ORDERS = pytest.mark.parametrize("deterministic", [False, True])
+
+
+def limits(window):
+    """Keyword arguments of the operators and those of the reference."""
+    left, right = window
+    size = tuple(-1 if n is None else n for n in window)
+    return {"window_left": left, "window_right": right}, {"window_size": size}
+
+
+def packed_on(device, dtype, slots_q, slots_k=None, head_dims=(64, 64), heads=(4, 2), **options):
+    skip_unless_answered(device, dtype, *head_dims)
+    slots_k = slots_q if slots_k is None else slots_k
+    chance = random.Random(len(slots_q))
+    return random_packed(chance, device, dtype, slots_q, slots_k, head_dims, heads, **options)
+
+
+def results_of(packed, grads, causal=False, tile_config=None, deterministic=False, **keywords):
+    """Output, LSE and gradients, of the operators."""
+    lengths = [packed.lengths()[f"{name}_{x}"] for name in ("cu_seqlens", "seqused") for x in "qk"]
+    inputs = (*lengths, None, packed.q.shape[-1] ** -0.5, causal)
+    out, lse = flash_attn_varlen_forward(*packed.qkv, *inputs, **keywords)
+    keywords |= {"tile_config": tile_config, "deterministic": deterministic}
+    gradients = flash_attn_varlen_backward(*grads, *packed.qkv, out, lse, *inputs, **keywords)
+    return out, lse, *gradients
+
+
+@ORDERS
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_of_the_table(hopper, row, window, deterministic):
+    """Packed and dense, lengths around the row's tiles, NaN in rows that no sequence uses."""
+    head_dim, m, n = row["head_dim"], row["tile_m"], row["tile_n"]
+    slots_q = [1, m - 1, m, m + 1, 0, 63, 2 * m + 65, 64, 5]
+    slots_k = [n, n + 1, 1, 5 * n - 1, 7, 0, 900, 64, 300]
+    dtype = DTYPES[row["dtype"]]
+    packed = packed_on(hopper, dtype, slots_q, slots_k, (head_dim, head_dim), used=True, tail=300)
+    grad_out, grad_lse = random_grads(packed)
+    of_q, _ = packed.unused()
+    spoilt = grad_out.masked_fill(of_q[:, None, None], math.nan), grad_lse
+    keywords, mask = limits(window)
+    options = {"tile_config": row["name"], "deterministic": deterministic}
+    results = results_of(packed.spoilt(math.nan), spoilt, **keywords, **options)
+    assert_packed_right(results, packed, (grad_out, grad_lse), **mask)
+
+    for seqlen_q, seqlen_k in [(m + 1, 5 * n - 1), (700, 300), (300, 900)]:
+        q, k, v = random_qkv(hopper, dtype, 2, seqlen_q, seqlen_k, 4, 2, head_dim)
+        grad_out = random_qkv(hopper, dtype, 2, seqlen_q, 1, 4, 2, head_dim, seed=1)[0]
+        for diagonal in (None, 0, -150):
+            out, lse = flash_attn_forward(q, k, v, 0.1, False, diagonal=diagonal, **keywords)
+            inputs = (grad_out, None, q, k, v, out, lse, 0.1, False, deterministic, row["name"])
+            grads = flash_attn_backward(*inputs, diagonal=diagonal, **keywords)
+            options = {**mask, "diagonal": diagonal}
+            assert_gradients_right(grads, grad_out, None, q, k, v, 0.1, False, **options)
+
+
+@ORDERS
+def test_many_short_sequences(hopper, deterministic):
+    chance = random.Random(1)
+    slots = [chance.randint(0, 40) for _ in range(1000)]
+    packed = packed_on(hopper, torch.bfloat16, slots, heads=(2, 1))
+    grads = random_grads(packed)
+    results = results_of(packed, grads, causal=True, deterministic=deterministic)
+    assert_packed_right(results, packed, grads, causal=True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("window", [(None, 0), (127, 0), (1500, 0), (90, 700)], ids=str)
+def test_an_order_is_the_same_bits_each_time(hopper, head_dim, window):
+    """And ends: first key blocks that see no query, few and many at a time."""
+    packed = packed_on(
+        hopper, torch.bfloat16, [5, 1700, 9000, 1, 0, 130], None, (head_dim, head_dim), (8, 1)
+    )
+    grads = random_grads(packed)
+    keywords, mask = limits(window)
+    first = results_of(packed, grads, deterministic=True, **keywords)
+    assert_packed_right(first, packed, grads, **mask)
+    for _ in range(20):
+        again = results_of(packed, grads, deterministic=True, **keywords)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@ORDERS
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_wrong_contents_end_and_do_no_harm(hopper, head_dim, deterministic):
+    """They are not looked at: results are any, but of this call alone."""
+    slots = [700, 0, 400, 200]
+    packed = packed_on(hopper, torch.bfloat16, slots, None, (head_dim, head_dim))
+    grads = random_grads(packed)
+    right = results_of(packed, grads, causal=True, deterministic=True)
+    for wrong in ([0, 700, 100, 1300, 1000], [900, 3, -(2**31), 2**31 - 1, 5], [5, 5, 5, 5, 9999]):
+        lengths = torch.tensor(wrong, dtype=torch.int32, device=hopper)
+        for starts_k in (lengths, lengths.flip(0)):
+            inputs = (lengths, starts_k, None, None, None, 0.1, True)
+            tensors = (*grads, *packed.qkv, *right[:2])
+            flash_attn_varlen_backward(*tensors, *inputs, deterministic=deterministic)
+    again = results_of(packed, grads, causal=True, deterministic=True)
+    assert all(torch.equal(a, b) for a, b in zip(right, again, strict=True))
+
+
+def test_lengths_that_change_under_a_graph(hopper):
+    slots = [300, 20, 500, 180]
+    packed = packed_on(hopper, torch.bfloat16, slots)
+    lengths = torch.tensor(starts(slots), dtype=torch.int32, device=hopper)
+    grads = random_grads(packed)
+
+    def run():
+        inputs = (lengths, lengths, None, None, None, packed.q.shape[-1] ** -0.5, True)
+        out, lse = flash_attn_varlen_forward(*packed.qkv, *inputs)
+        gradients = flash_attn_varlen_backward(*grads, *packed.qkv, out, lse, *inputs)
+        return out, lse, *gradients
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    for changed in (slots, [1, 0, 900, 99], [0, 0, 0, 1000], [64, 128, 1, 0]):
+        lengths.copy_(torch.tensor(starts(changed), dtype=torch.int32))
+        graph.replay()
+        now = dataclasses.replace(packed, slots_q=changed, slots_k=changed)
+        assert_packed_right([x.clone() for x in results], now, grads, causal=True)

@@ -1,0 +1,223 @@
+"""The order of tiles of sequences of any lengths (attention/schedule/work_list.hpp): the phases
+that one CTA runs on the GPU, here one thread after the other. Nothing here needs a GPU."""
+
+import random
+import shutil
+import subprocess
+
+import pytest
+from configure import PATH, ROOT
+
+CXX = shutil.which("c++", path=PATH)
+pytestmark = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+
+HEADS = 3
+NONE = -1000  # a mask's field without a value
+MAIN = f"""
+#include <iostream>
+#include <memory>
+#include <vector>
+#include "cute_kernels/attention/schedule/work_list.hpp"
+using namespace cute_kernels::attention;
+
+constexpr int kHeads = {HEADS};
+
+void list_tiles(AttentionCall const& call, QueryTiling const& tiling) {{
+  int64_t const most = most_tiles(call, tiling.tile_m);
+  int64_t const bytes = work_list_bytes(call.sizes.batch, most);
+  std::unique_ptr<WorkTile[]> memory(new WorkTile[bytes / sizeof(WorkTile) + 1]);
+  WorkList const list = work_list_at(memory.get(), call.sizes.batch, most);
+  using Builder = WorkListBuilder<QueryTiling>;
+  Builder::Shared shared;
+  for (int phase = 0; phase < Builder::kPhases; ++phase) {{
+    for (int thread = 0; thread < Builder::kThreads; ++thread) {{
+      Builder(call, tiling, list, shared).phase(phase, thread);
+    }}
+  }}
+  std::cout << *list.count << ' ' << list.most;
+  for (int i = 0; i < *list.count; ++i) {{
+    WorkTile const& tile = list.tiles[i];
+    Sequence const& of = tile.sequence;
+    for (int value : {{tile.first_row, of.batch, of.row_q, of.row_k, of.seqlen_q, of.seqlen_k,
+                      tiling.length(tile.ranges(), tile.first_row)}}) {{
+      std::cout << ' ' << value;
+    }}
+  }}
+  std::cout << '\\n';
+  for (int place = 0; place < *list.count * kHeads; ++place) {{
+    ListedTile const tile = listed_tile(place, *list.count, kHeads);
+    std::cout << tile.entry << ' ' << tile.head << ' ';
+  }}
+  std::cout << '\\n';
+}}
+
+std::vector<int> read() {{
+  int count;
+  std::cin >> count;
+  std::vector<int> values(count);
+  for (int& value : values) std::cin >> value;
+  return values;
+}}
+
+int main() {{
+  auto field = [](int value) {{
+    return value == {NONE} ? std::nullopt : std::optional<int>(value);
+  }};
+  int diagonal, left, right, tile_m, tile_n;
+  AttentionCall call{{}};
+  CallSizes& sizes = call.sizes;
+  PackedLengths& packed = call.packed;
+  while (std::cin >> sizes.batch >> sizes.seqlen_q >> sizes.seqlen_k >> packed.total_q >>
+         packed.total_k >> diagonal >> left >> right >> tile_m >> tile_n) {{
+    call.mask = {{field(diagonal), field(left), field(right)}};
+    std::vector<int> const cu_q = read(), cu_k = read(), used_q = read(), used_k = read(),
+                           diagonals = read();
+    auto given = [](std::vector<int> const& values) {{
+      return values.empty() ? nullptr : values.data();
+    }};
+    packed.cu_seqlens_q = given(cu_q);
+    packed.cu_seqlens_k = given(cu_k);
+    packed.seqused_q = given(used_q);
+    packed.seqused_k = given(used_k);
+    packed.diagonal = given(diagonals);
+    list_tiles(call, QueryTiling{{tile_m, tile_n}});
+    for (int row = 0; row < tensor_rows_q(call) && call.is_packed(); ++row) {{
+      std::cout << is_used(packed.cu_seqlens_q, packed.seqused_q, packed.total_q, sizes.batch, row)
+                << ' ';
+    }}
+    std::cout << '\\n';
+  }}
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """The C++ functions: lines of numbers for cases, three for each: the list, the order of its
+    tiles' heads, which rows are used."""
+    folder = tmp_path_factory.mktemp("work_list")
+    (folder / "main.cpp").write_text(MAIN)
+    command = [CXX, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined"]
+    command += ["-fsanitize=address", "-fno-sanitize-recover=all", "-I", ROOT]
+    subprocess.run([*command, "-o", "main", "main.cpp"], cwd=folder, check=True)
+
+    def run(cases: list[list[int]]) -> list[list[int]]:
+        text = "\n".join(" ".join(map(str, case)) for case in cases)
+        done = subprocess.run([folder / "main"], input=text, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [list(map(int, line.split())) for line in done.stdout.splitlines()]
+
+    return run
+
+
+def starts(slots):
+    return [sum(slots[:i]) for i in range(len(slots) + 1)]
+
+
+def visible(seqlen_q, seqlen_k, mask):
+    """Of each query the keys that it sees, as a range."""
+    diagonal, left, right = mask
+    at = seqlen_k - seqlen_q if diagonal == NONE else diagonal
+    return [
+        range(
+            0 if left == NONE else max(0, i + at - left),
+            seqlen_k if right == NONE else max(0, min(seqlen_k, i + at + right + 1)),
+        )
+        for i in range(seqlen_q)
+    ]
+
+
+def length_of(first, seqlen_q, seqlen_k, mask, tile_m, tile_n):
+    """The blocks between the first that is seen and the last."""
+    seen = visible(seqlen_q, seqlen_k, mask)
+    keys = [k for i in range(first, first + tile_m) if 0 <= i < seqlen_q for k in seen[i]]
+    return max(keys) // tile_n - min(keys) // tile_n + 1 if keys else 0
+
+
+def random_case(rng):
+    batch = rng.choice([0, 1, 2, 3, 7, 300])
+    longest = 40 if batch == 300 else 150
+    slots_q, slots_k = (
+        [rng.choice([0, 1, rng.randint(0, longest)]) for _ in range(batch)] for _ in range(2)
+    )
+    if rng.random() < 0.3:  # a dense call
+        slots_q, slots_k = [rng.randint(1, longest)] * batch, [rng.randint(0, longest)] * batch
+        packed = False
+    else:
+        packed = True
+    used_q, used_k = (
+        [rng.randint(0, n) for n in slots] if packed and rng.random() < 0.5 else []
+        for slots in (slots_q, slots_k)
+    )
+    diagonals = [rng.randint(-50, 150) for _ in slots_q] if packed and rng.random() < 0.2 else []
+    mask = (
+        rng.choice([NONE, NONE, 0, rng.randint(-20, 50)]),
+        rng.choice([NONE, 0, rng.randint(0, 60)]),
+        rng.choice([NONE, 0, 0, rng.randint(0, 60)]),
+    )
+    tile = (64 * rng.randint(1, 2), rng.choice([16, 64, 80]))
+    return packed, slots_q, slots_k, used_q, used_k, diagonals, mask, tile
+
+
+def numbers(case, tail=3):
+    packed, slots_q, slots_k, used_q, used_k, diagonals, mask, tile = case
+    sizes = (len(slots_q), max(slots_q, default=0), max(slots_k, default=0))
+    totals = (sum(slots_q) + tail, sum(slots_k) + tail)
+    lists = [starts(slots_q), starts(slots_k), used_q, used_k, diagonals]
+    lists = lists if packed else [[]] * 5
+    return [*sizes, *totals, *mask, *tile, *(n for x in lists for n in (len(x), *x))]
+
+
+def test_every_tile_is_there_once_and_the_longest_come_first(program):
+    rng = random.Random(5)
+    cases = [random_case(rng) for _ in range(300)]
+    lines = program([numbers(case) for case in cases])
+    for case, line, order, used in zip(cases, *(lines[i::3] for i in range(3)), strict=True):
+        packed, slots_q, slots_k, used_q, used_k, diagonals, mask, (tile_m, tile_n) = case
+        lengths_q, lengths_k = used_q or slots_q, used_k or slots_k
+        expected = []
+        for i, (n_q, n_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
+            own = (diagonals[i], *mask[1:]) if diagonals else mask
+            tiles = -(-n_q // tile_m)
+            first = -(-n_q // 64) * 64 - tiles * tile_m
+            place = (0, starts(slots_q)[i], starts(slots_k)[i]) if packed else (i, 0, 0)
+            for row in range(first, first + tiles * tile_m, tile_m):
+                length = length_of(row, n_q, n_k, own, tile_m, tile_n)
+                expected.append((row, *place, n_q, n_k, length))
+        count, most, *rest = line
+        tiles = [tuple(rest[i : i + 7]) for i in range(0, len(rest), 7)]
+        assert count == len(tiles) <= most
+        longest = max((tile[-1] for tile in expected), default=0)
+        # stable within one of 8 classes of length
+        expected.sort(key=lambda tile: (longest - tile[-1]) * 8 // (longest + 1))
+        assert tiles == expected, case
+        groups = [range(i, min(i + 4, count)) for i in range(0, count, 4)]
+        assert list(zip(order[::2], order[1::2], strict=True)) == [
+            (entry, head) for group in groups for head in range(HEADS) for entry in group
+        ]
+        if packed:
+            slots = zip(starts(slots_q)[:-1], lengths_q, strict=True)
+            rows = {row for start, n in slots for row in range(start, start + n)}
+            assert [i for i, is_used in enumerate(used) if is_used] == sorted(rows)
+
+
+def test_whatever_cu_seqlens_holds_stays_inside(program):
+    """Under the sanitisers: no index of the list, and no row of a tensor, beyond its end."""
+    rng = random.Random(6)
+    cases = []
+    for _ in range(300):
+        batch, total_q, total_k = rng.randint(1, 6), rng.randint(0, 300), rng.randint(0, 300)
+        most = rng.choice([400, 2**31 - 1])
+
+        def wild(count, most=most):
+            return [count, *(rng.choice([0, rng.randint(-most, most)]) for _ in range(count))]
+
+        lists = wild(batch + 1) + wild(batch + 1) + wild(batch) + wild(batch) + wild(batch)
+        tile = (64, 16)
+        cases.append([batch, 300, 300, total_q, total_k, NONE, 5, 0, *tile, *lists])
+    for case, (count, most, *rest) in zip(cases, program(cases)[::3], strict=True):
+        assert count <= most
+        for i in range(0, len(rest), 7):
+            _, _, row_q, row_k, seqlen_q, seqlen_k, _ = rest[i : i + 7]
+            assert 0 <= row_q <= row_q + seqlen_q <= case[3]
+            assert 0 <= row_k <= row_k + seqlen_k <= case[4]
