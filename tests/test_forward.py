@@ -167,8 +167,8 @@ def test_what_is_returned(device):
 
 def test_poison_reaches_the_outputs(hopper):
     """Otherwise the other tests could not see an element that no kernel wrote."""
-    q, _, _ = random_qkv(hopper, torch.bfloat16, 3, 799, 3, 7)
-    poison(q)
+    q, _, v = random_qkv(hopper, torch.bfloat16, 3, 799, 3, 7)
+    poison(q, v)
     out = torch.empty_like(q)
     lse = torch.empty(3, 7, 799, device=hopper)
     assert out.isnan().all()

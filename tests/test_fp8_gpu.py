@@ -205,8 +205,9 @@ def test_attention(hopper, head_dim, to, causal):
             # Blocks of very different sizes, so that a scale of another block shows.
             q = q * torch.exp2(torch.arange(seqlen_q, device=hopper) // 64 % 3 - 1)[:, None, None]
             k = k * torch.exp2(torch.arange(seqlen_k, device=hopper) // 64 % 5 - 2)[:, None, None]
-            q8, k8, v8 = quantised(q.to(dtype), k.to(dtype), v, to)
-            poison(q)
+            q, k = q.to(dtype), k.to(dtype)
+            q8, k8, v8 = quantised(q, k, v, to)
+            poison(q, v)
             out, lse = flash_attn_fp8_func(
                 q8, k8, v8, causal=causal, out_dtype=dtype, return_lse=True
             )
@@ -382,7 +383,7 @@ def test_refusals(hopper):
         forward(q8.data, k8.data, v8.data, scales[0][:, :1], *scales[1:], 1.0, False, False)
     with pytest.raises(RuntimeError, match="k does not have q's dtype"):
         forward(q8.data, k8.data.view(torch.int8), v8.data, *scales, 1.0, False, False)
-    with pytest.raises(RuntimeError, match="softmax_scale is not finite"):
+    with pytest.raises(RuntimeError, match="softmax_scale is not above 0 and finite in float32"):
         forward(q8.data, k8.data, v8.data, *scales, -1.0, False, False)
     with pytest.raises(ValueError, match="q has scales of 32 rows"):
         flash_attn_fp8_func(quantize_fp8(q, block=32), quantize_fp8(k), v8)
