@@ -305,5 +305,7 @@ print("right")
 
 
 def test_the_kernel_runs(hopper, compiled):
-    ran = python(compiled.folder, RUN, PYTHONPATH=str(Path(__file__).parent))
+    # The package, too, may come by the path.
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    ran = python(compiled.folder, RUN, PYTHONPATH=path)
     assert ran.out == "right\n"
