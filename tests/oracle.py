@@ -9,7 +9,9 @@ the dtype has to round:
   unit roundoff;
 - the result once: u^2 |row|^2;
 - delta = rowsum(dO * O) from an O that carries both of these;
-- scores, P and sums of products in fp32: a bound without chance, much smaller.
+- scores, P and sums of products in fp32: a bound without chance, much smaller. A sum below 2^-126
+  may count as 0 whenever it is added to, and once more when it is multiplied by softmax_scale,
+  which can be large.
 
 `spread` turns the root of such a sum into a bound.
 """
@@ -141,8 +143,10 @@ class Attention:
         length = lengths(exact)
         squares = scale**2 * squares + (self.u * length).square()
         steps = (1 + terms / 16) * self.noise / 8  # the sum is rounded after each product of 16
-        subnormal = torch.finfo(self.dtype).smallest_normal * self.u * 2 * exact.shape[-1] ** 0.5
-        subnormal += scale * terms * 2.0**-149
+        subnormal = torch.finfo(self.dtype).smallest_normal * self.u * 2
+        # The sum's, lost where products or parts are added to it, and where it is scaled
+        subnormal += scale * (1 + terms / 8) * FP32_UNDERFLOW
+        subnormal *= exact.shape[-1] ** 0.5
         return spread(of, least) * squares.sqrt() + scale * noise + steps * length + subnormal
 
     def out_allowed(self):

@@ -70,6 +70,25 @@ def test_values_that_are_all_alike_pass(dtype):
     assert_gradients_right(grads, grad_out, None, *call)
 
 
+def test_a_sum_below_fp32_may_be_lost_before_a_large_scale():
+    """dK = scale * dS^T Q: what the scale makes of 2^-126 is allowed, and nothing much larger."""
+    q, k, v = random_qkv("cpu", torch.bfloat16, 2, 1, 2000, 4, 2, 64)
+    q, scale = (q.double() * 2.0**-30).to(q.dtype), 1e10  # scores of 100
+    least = scale * 2.0**-126
+    grad_out, _, _ = random_qkv("cpu", q.dtype, 2, 1, 0, 4, 1, 64, seed=1)
+    problem = Attention(q, k, v, scale, False)
+    _, _, (_, grad_k, _) = rounded(problem, q.dtype, grad_out)
+    exact, allowed = problem.gradients(grad_out)[1]
+    flushed = grad_k.masked_fill(exact.abs() < least, 0.0)
+    lengths = exact.norm(dim=-1)
+    assert ((flushed == 0).all(-1) & (lengths > least)).any()
+    assert_rows("k", flushed, exact, allowed)
+    row = lengths.masked_fill(lengths < 50 * least, 1e30).argmin()
+    flushed.view(-1, 64)[row] = 0.0
+    with pytest.raises(AssertionError, match="k: 1 of 8000 rows"):
+        assert_rows("k", flushed, exact, allowed)
+
+
 def average(weights):
     """Which of the weights is the nearest to the mean of their magnitudes."""
     return int((weights.abs() - weights.abs().mean()).abs().argmin())
