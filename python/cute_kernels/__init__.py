@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from cute_kernels.autotune import Tuned, tune, use_tuned
 from cute_kernels.compile.config import TileConfig
 from cute_kernels.fp8 import FP8Tensor, flash_attn_fp8_func, quantize_fp8
 from cute_kernels.interface import flash_attn_func
@@ -19,6 +20,7 @@ __version__ = _version("cute-kernels")
 __all__ = [
     "FP8Tensor",
     "TileConfig",
+    "Tuned",
     "__version__",
     "add_tile_config",
     "compile_tile_config",
@@ -31,6 +33,8 @@ __all__ = [
     "load_tile_configs",
     "quantize_fp8",
     "tile_configs",
+    "tune",
+    "use_tuned",
 ]
 
 load_named_by_environment()

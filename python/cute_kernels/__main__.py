@@ -6,9 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
+from cute_kernels.autotune import tune, tune_rows
 from cute_kernels.compile.build import cache_folder
 from cute_kernels.info import report
-from cute_kernels.plugins import compile_rows, read_rows
+from cute_kernels.plugins import compile_candidates, compile_rows, read_rows
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def positive(text: str) -> int:
@@ -34,7 +39,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     commands.add_parser(
         "info", help="versions, GPU, driver, rows, cache, compiler, and what is wrong"
     )
+    add_tune(
+        commands.add_parser(
+            "tune",
+            help="find the fastest forward rows for calls of a kind, on this GPU",
+            description="Compiles rows that the build lacks, checks and times them beside its "
+            "own, and keeps the fastest for cute_kernels.use_tuned().",
+        )
+    )
     return parser.parse_args(arguments)
+
+
+def add_tune(tune_: argparse.ArgumentParser) -> None:
+    tune_.add_argument("--head-dim", type=positive, required=True)
+    tune_.add_argument("--seqlen", type=positive, required=True, help="queries, and keys")
+    tune_.add_argument("--seqlen-k", type=positive, help="keys, if there are others")
+    tune_.add_argument("--causal", action="store_true")
+    tune_.add_argument("--batch", type=positive, default=1)
+    tune_.add_argument("--heads", type=positive, default=16)
+    tune_.add_argument("--key-heads", type=positive, help="default: as many as heads")
+    tune_.add_argument("--dtype", choices=DTYPES, default="bf16")
+    tune_.add_argument("--candidates", type=positive, default=12, help="new rows to try")
+    tune_.add_argument("-j", "--jobs", type=positive, help="kernels to compile at a time")
+    tune_.add_argument(
+        "--compile-only", action="store_true", help="fill the cache, here, for a GPU elsewhere"
+    )
 
 
 def compile_table(table: Path, out: Path | None, jobs: int | None) -> int:
@@ -46,6 +75,32 @@ def compile_table(table: Path, out: Path | None, jobs: int | None) -> int:
     for library in libraries:
         print(library)
     print(f"{len(libraries)} kernels in {out or cache_folder()}", file=sys.stderr)
+    return 0
+
+
+def tune_call(options: argparse.Namespace) -> int:
+    dtype, head_dim = DTYPES[options.dtype], options.head_dim
+    try:
+        if options.compile_only:
+            rows = tune_rows(dtype, head_dim, options.candidates).rows
+            libraries, errors = compile_candidates(rows, options.jobs)
+            for name, error in errors.items():
+                print(f"cute_kernels: {name}: {error}", file=sys.stderr)
+            print(f"{len(libraries)} kernels in {cache_folder()}")
+            return 1 if errors else 0
+        if not torch.cuda.is_available():
+            raise RuntimeError("PyTorch sees no GPU to time kernels on; --compile-only needs none")
+        lengths = options.seqlen, *2 * (options.seqlen_k or options.seqlen,)
+        heads = options.heads, *2 * (options.key_heads or options.heads,)
+        q, k, v = (
+            torch.randn(options.batch, seqlen, count, head_dim, dtype=dtype, device="cuda")
+            for seqlen, count in zip(lengths, heads, strict=True)
+        )
+        how = {"candidates": options.candidates, "jobs": options.jobs}
+        print(tune(q, k, v, causal=options.causal, **how).table())
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"cute_kernels: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -62,6 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.command == "info":
         return print_info()
+    if options.command == "tune":
+        return tune_call(options)
     return compile_table(options.table, options.out, options.jobs)
 
 

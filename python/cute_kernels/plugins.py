@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import cute_kernels.extension  # noqa: F401  defines the operators
-from cute_kernels.compile.build import build
+from cute_kernels.compile.build import build, build_what_compiles
 from cute_kernels.compile.config import TileConfig
 from cute_kernels.compile.headers import digest
+from cute_kernels.compile.nvcc import CompilerError
 from cute_kernels.compile.table import TableError, read_table
 from cute_kernels.tiles import ROWS, add_row, get_include
 
@@ -47,7 +48,7 @@ def add_tile_config(config: TileConfig) -> None:
             that this build does not have, a library that was compiled for another build.
     """
     _check_config(config)
-    _add([config.as_dict()])
+    add_rows([config.as_dict()])
 
 
 def load_tile_configs(path: str | os.PathLike[str], *, jobs: int | None = None) -> list[str]:
@@ -71,7 +72,7 @@ def load_tile_configs(path: str | os.PathLike[str], *, jobs: int | None = None) 
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs is {jobs}, must be at least 1, or None")
     rows = read_rows(path)
-    _add(rows, jobs)
+    add_rows(rows, jobs)
     return [row["name"] for row in rows]
 
 
@@ -119,10 +120,21 @@ def compile_rows(
     folder: str | os.PathLike[str] | None = None,
     jobs: int | None = None,
 ) -> list[Path]:
+    return build(rows, right_headers(), None if folder is None else Path(folder), jobs)
+
+
+def compile_candidates(
+    rows: Sequence[dict[str, Any]], jobs: int | None = None
+) -> tuple[dict[str, Path], dict[str, CompilerError]]:
+    """Libraries and errors by name: a candidate that does not compile stops no other."""
+    return build_what_compiles(rows, right_headers(), None, jobs)
+
+
+def right_headers() -> Path:
+    """The folder of the installed headers. Raises RuntimeError if they are not the build's."""
     if problem := wrong_headers():
         raise RuntimeError(problem)
-    include = Path(get_include())
-    return build(rows, include, None if folder is None else Path(folder), jobs)
+    return Path(get_include())
 
 
 def load_named_by_environment() -> None:
@@ -140,7 +152,8 @@ def _check_config(config: object) -> None:
         raise TypeError(f"config is a {type(config).__name__}, must be a cute_kernels.TileConfig")
 
 
-def _add(rows: list[dict[str, Any]], jobs: int | None = None) -> None:
+def add_rows(rows: Sequence[dict[str, Any]], jobs: int | None = None) -> None:
+    """Adds kernels, of which none may be there yet."""
     with _adding:
         for row in rows:
             if any(row["name"] in of_pass for of_pass in ROWS.values()):
@@ -150,5 +163,17 @@ def _add(rows: list[dict[str, Any]], jobs: int | None = None) -> None:
                     f"{row['name']} is a {row['pass']} row, and this build has no such kernels"
                 )
         for row, library in zip(rows, compile_rows(rows, jobs=jobs), strict=True):
-            torch.ops.cute_kernels.load_plugin(str(library))
-            add_row(row)
+            _load(row, library)
+
+
+def _load(row: dict[str, Any], library: Path) -> None:
+    torch.ops.cute_kernels.load_plugin(str(library))
+    add_row(row)
+
+
+def load_new(rows: Iterable[dict[str, Any]], libraries: Mapping[str, Path]) -> None:
+    """Adds those of the rows that have a library and are not there yet."""
+    with _adding:
+        for row in rows:
+            if row["name"] in libraries and row["name"] not in ROWS[row["pass"]]:
+                _load(row, libraries[row["name"]])

@@ -173,21 +173,45 @@ def build(
 ) -> list[Path]:
     """The rows' libraries, from the cache `root` or compiled into it, `jobs` at a time; by default
     the user's cache and `jobs_that_fit()`. Raises CompilerError or CacheError."""
+    return list(_build(rows, include, root, jobs, None).values())
+
+
+def build_what_compiles(
+    rows: Sequence[Row], include: Path, root: Path | None = None, jobs: int | None = None
+) -> tuple[dict[str, Path], dict[str, CompilerError]]:
+    """As `build`, by name, but a row that does not compile stops no other."""
+    failed: dict[str, CompilerError] = {}
+    return _build(rows, include, root, jobs, failed), failed
+
+
+def _build(
+    rows: Sequence[Row],
+    include: Path,
+    root: Path | None,
+    jobs: int | None,
+    failed: dict[str, CompilerError] | None,
+) -> dict[str, Path]:
     toolchain: Toolchain | CompilerError
     try:
         toolchain = Toolchain.find()
     except CompilerError as error:
         toolchain = error
     recipes = [Recipe(row, include, root or cache_folder(), toolchain) for row in rows]
-    found = [recipe.find() for recipe in recipes]
-    missing = [r for r, library in zip(recipes, found, strict=True) if library is None]
+    libraries = {recipe.name: recipe.find() for recipe in recipes}
+    missing = [recipe for recipe in recipes if libraries[recipe.name] is None]
     with ThreadPoolExecutor(max_workers=jobs or jobs_that_fit()) as pool:
-        making = [
-            pool.submit(recipe.make, f"({number} of {len(missing)})")
+        making = {
+            recipe.name: pool.submit(recipe.make, f"({number} of {len(missing)})")
             for number, recipe in enumerate(missing, 1)
-        ]
+        }
         try:
-            made = iter([future.result() for future in making])
+            for name, future in making.items():
+                try:
+                    libraries[name] = future.result()
+                except CompilerError as error:
+                    if failed is None:
+                        raise
+                    failed[name] = error
         finally:
             pool.shutdown(cancel_futures=True)
-    return [library or next(made) for library in found]
+    return {name: library for name, library in libraries.items() if library is not None}
