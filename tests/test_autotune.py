@@ -119,6 +119,7 @@ from cute_kernels.compile.source import kernel_entry, namespace
 PLUGIN = '''
 #include "cute_kernels/attention/plugin.hpp"
 namespace cute_kernels::attention::tiles::%s {
+int64_t workspace_bytes(ForwardProblem const&) { return 0; }
 cudaError_t launch(ForwardProblem const&, cudaStream_t) { return cudaErrorNotSupported; }
 }
 extern "C" __attribute__((visibility("default"))) cute_kernels::attention::Plugin const*

@@ -265,7 +265,7 @@ int main(int, char** arguments) {
   static float memory[1 << 16];
   TensorView view{memory, 64, 64, 64};
   AttentionCall const call{{1, 64, 64, 1, 1, 64, 64}, mask_spec(false), 1.f};
-  ForwardProblem problem{call, view, view, view, view, memory, {0, 132}};
+  ForwardProblem problem{call, view, view, view, view, memory, nullptr, {0, 132}};
   try {
     kernel.launch(problem, nullptr);
   } catch (std::runtime_error const& error) {
