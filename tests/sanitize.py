@@ -10,16 +10,8 @@ import sys
 
 import torch
 
-from cute_kernels import (
-    flash_attn_fp8_func,
-    flash_attn_func,
-    flash_attn_varlen_func,
-    tile_configs,
-)
-from cute_kernels.operators import (
-    flash_attn_backward,
-    flash_attn_forward,
-)
+from cute_kernels import flash_attn_fp8_func, flash_attn_func, flash_attn_varlen_func, tile_configs
+from cute_kernels.operators import flash_attn_backward, flash_attn_forward
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}

@@ -91,42 +91,39 @@ def test_backward_kernel_uses_hoppers_own_instructions(sass, name):
     assert instructions(code, "(?:UBLKRED|REDG?[.])"), "dQ is added in global memory"
 
 
-def loops_of_products(code: str) -> list[str]:
-    """The bodies of the innermost loops with products: from where a conditional branch leads back
-    to."""
-    branch = re.compile(r"/\*([0-9a-f]+)\*/\s+@!?U?P\d\s+BRA\s.*?0x([0-9a-f]+)")
+def loops(code: str, predicate: str) -> list[str]:
+    """The bodies of loops: from where a branch with such a predicate leads back to."""
+    branch = re.compile(rf"/\*([0-9a-f]+)\*/\s+{predicate}BRA\s.*?0x([0-9a-f]+)")
     bodies = []
     for match in branch.finditer(code):
         at, target = (int(address, 16) for address in match.groups())
         if target < at:
-            body = code[code.index(f"/*{target:04x}*/") : match.end()]
-            if "HGMMA" in body:
-                bodies.append(body)
+            bodies.append(code[code.index(f"/*{target:04x}*/") : match.end()])
+    return bodies
+
+
+def loops_of_products(code: str) -> list[str]:
+    """The innermost loops with products that end with a condition."""
+    bodies = [body for body in loops(code, r"@!?U?P\d\s+") if "HGMMA" in body]
     return [b for b in bodies if not any(other != b and other in b for other in bodies)]
+
+
+def shortest_loop(code: str, products: int) -> str:
+    """The shortest loop with that many products or more."""
+    bodies = loops(code, r"(?:@!?U?P\d\s+)?")
+    bodies = [body for body in bodies if len(instructions(body, "HGMMA")) >= products]
+    assert bodies, "no loop was read"
+    return min(bodies, key=len)
 
 
 @pytest.mark.performance
 @pytest.mark.parametrize("name", BACKWARD_KERNELS)
 def test_backward_kernel_keeps_its_products_in_registers(sass, name):
     """Outside of the steps a kernel may use local memory: no product waits there."""
-    loops = loops_of_products(of_kernel(sass, name, "backward_kernel"))
-    assert loops, "no loop was read"
-    for body in loops:
-        assert instructions(body, "(?:STL|LDL)") == [], "registers spilled to local memory"
-
-
-def shortest_loop(code: str, products: int) -> str:
-    """The body of the shortest loop with that many products or more."""
-    branch = re.compile(r"/\*([0-9a-f]+)\*/\s+(?:@!?U?P\d\s+)?BRA\s.*?0x([0-9a-f]+)")
-    bodies = []
-    for match in branch.finditer(code):
-        at, target = (int(address, 16) for address in match.groups())
-        if target < at:
-            body = code[code.index(f"/*{target:04x}*/") : match.end()]
-            if len(instructions(body, "HGMMA")) >= products:
-                bodies.append(body)
+    bodies = loops_of_products(of_kernel(sass, name, "backward_kernel"))
     assert bodies, "no loop was read"
-    return min(bodies, key=len)
+    for body in bodies:
+        assert instructions(body, "(?:STL|LDL)") == [], "registers spilled to local memory"
 
 
 @pytest.mark.performance

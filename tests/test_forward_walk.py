@@ -3,14 +3,11 @@ with the ranges of attention/ranges.hpp: the producer and all warpgroups come to
 runs first, and each finds the blocks that it expects. Nothing here needs a GPU."""
 
 import random
-import shutil
-import subprocess
 
 import pytest
-from configure import PATH, ROOT
+from host_program import host_program, needs_cxx
 
-CXX = shutil.which("c++", path=PATH)
-pytestmark = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+pytestmark = needs_cxx
 
 WARPGROUP_M = 64
 NONE = -1000  # a mask's field without a value
@@ -58,17 +55,10 @@ int main() {{
 def tiles_of(tmp_path_factory):
     """Of each case the tiles, of kernels for any call and, if they read the mask, of those for
     dense ones: for the producer and for each warpgroup a range of blocks."""
-    folder = tmp_path_factory.mktemp("walk")
-    (folder / "main.cpp").write_text(MAIN)
-    command = [CXX, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", ROOT]
-    subprocess.run([*command, "-o", "main", "main.cpp"], cwd=folder, check=True)
+    program = host_program(tmp_path_factory.mktemp("walk"), MAIN)
 
     def run(cases):
-        text = "\n".join(" ".join(map(str, case)) for case in cases)
-        done = subprocess.run(
-            [folder / "main"], input=text, capture_output=True, text=True, check=True
-        )
-        lines = [list(map(int, line.split())) for line in done.stdout.split("\n")[:-1]]
+        lines = program(cases)
         answers = []
         for case, pair in zip(cases, zip(lines[::2], lines[1::2], strict=True), strict=True):
             roles = 1 + case[5] // WARPGROUP_M

@@ -2,17 +2,14 @@
 The same functions run on the GPU. Nothing here needs one."""
 
 import random
-import shutil
-import subprocess
 
 import pytest
 import torch
-from configure import PATH, ROOT
+from host_program import CHECKED, host_program, needs_cxx
 
 from cute_kernels.checks import _is_own_mask
 
-CXX = shutil.which("c++", path=PATH)
-pytestmark = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+pytestmark = needs_cxx
 
 NONE = -1000  # a mask's field without a value
 MAIN = f"""
@@ -55,20 +52,8 @@ int main(int count_of_arguments, char**) {{
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     """The C++ functions: lines of numbers for cases."""
-    folder = tmp_path_factory.mktemp("ranges")
-    (folder / "main.cpp").write_text(MAIN)
-    command = [CXX, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined"]
-    command += ["-fsanitize-undefined-trap-on-error", "-I", ROOT, "-o", "main", "main.cpp"]
-    subprocess.run(command, cwd=folder, check=True)
-
-    def run(cases: list[tuple[int, ...]], *arguments: str) -> list[list[float]]:
-        text = "\n".join(" ".join(map(str, case)) for case in cases)
-        done = subprocess.run(
-            [folder / "main", *arguments], input=text, capture_output=True, text=True, check=True
-        )
-        return [list(map(float, line.split())) for line in done.stdout.splitlines()]
-
-    return run
+    run = host_program(tmp_path_factory.mktemp("ranges"), MAIN, *CHECKED)
+    return lambda cases, *arguments: run(cases, *arguments, number=float)
 
 
 @pytest.fixture

@@ -3,14 +3,11 @@
 Nothing here needs one."""
 
 import random
-import shutil
-import subprocess
 
 import pytest
-from configure import PATH, ROOT
+from host_program import CHECKED, host_program, needs_cxx
 
-CXX = shutil.which("c++", path=PATH)
-pytestmark = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+pytestmark = needs_cxx
 
 NONE = -1000  # a limit of the mask that is not there
 MAIN = f"""
@@ -80,20 +77,7 @@ int main() {{
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     """The C++ functions: lines of numbers for cases."""
-    folder = tmp_path_factory.mktemp("slots")
-    (folder / "main.cpp").write_text(MAIN)
-    command = [CXX, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined,address"]
-    command += ["-fno-sanitize-recover=all", "-I", ROOT, "-o", "main", "main.cpp"]
-    subprocess.run(command, cwd=folder, check=True)
-
-    def run(cases: list[list[int]]) -> list[list[int]]:
-        text = "\n".join(" ".join(map(str, case)) for case in cases)
-        done = subprocess.run(
-            [folder / "main"], input=text, capture_output=True, text=True, check=True
-        )
-        return [list(map(int, line.split())) for line in done.stdout.splitlines()]
-
-    return run
+    return host_program(tmp_path_factory.mktemp("slots"), MAIN, *CHECKED)
 
 
 class Case:

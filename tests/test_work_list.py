@@ -2,14 +2,11 @@
 that one CTA runs on the GPU, here one thread after the other. Nothing here needs a GPU."""
 
 import random
-import shutil
-import subprocess
 
 import pytest
-from configure import PATH, ROOT
+from host_program import CHECKED, host_program, needs_cxx
 
-CXX = shutil.which("c++", path=PATH)
-pytestmark = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+pytestmark = needs_cxx
 
 HEADS = 3
 NONE = -1000  # a mask's field without a value
@@ -95,19 +92,7 @@ int main() {{
 def program(tmp_path_factory):
     """The C++ functions: lines of numbers for cases, three for each: the list, the order of its
     tiles' heads, which rows are used."""
-    folder = tmp_path_factory.mktemp("work_list")
-    (folder / "main.cpp").write_text(MAIN)
-    command = [CXX, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined"]
-    command += ["-fsanitize=address", "-fno-sanitize-recover=all", "-I", ROOT]
-    subprocess.run([*command, "-o", "main", "main.cpp"], cwd=folder, check=True)
-
-    def run(cases: list[list[int]]) -> list[list[int]]:
-        text = "\n".join(" ".join(map(str, case)) for case in cases)
-        done = subprocess.run([folder / "main"], input=text, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return [list(map(int, line.split())) for line in done.stdout.splitlines()]
-
-    return run
+    return host_program(tmp_path_factory.mktemp("work_list"), MAIN, "-O1", *CHECKED)
 
 
 def starts(slots):
