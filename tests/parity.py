@@ -206,20 +206,6 @@ def by_token(x, first_channel, channels, seqlen):
     return chosen.permute(1, 2, 0, 3).flatten(2)[..., :seqlen]
 
 
-# Of packed sequences.
-GRADIENTS_ON_CUDA = False
-
-
-def has_gradient(device):
-    """Whether a test may ask for the gradient of packed sequences; outputs are right on both."""
-    return device == "cpu" or GRADIENTS_ON_CUDA
-
-
-def skip_without_gradient(device):
-    if not has_gradient(device):
-        pytest.skip("the gradient of packed sequences on CUDA: not there yet")
-
-
 def skip_unless_answered(device, dtype, head_dim=64, head_dim_v=None):
     """Builds may hold only some rows that take any call."""
     head_dim_v = head_dim if head_dim_v is None else head_dim_v

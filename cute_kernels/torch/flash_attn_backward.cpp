@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -13,6 +14,7 @@
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
+#include "cute_kernels/torch/packed_call.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
 
@@ -78,6 +80,9 @@ BackwardKernel const& backward_kernel_for(ElementType dtype, AttentionCall const
   require(entries * call.sizes.heads_kv * attention::key_block_numbers(call, kernel.config.tile_n) <
               double{1 << 30},
           "k has 2^30 blocks or more");
+  require(!call.is_packed() || std::max(attention::tensor_rows_q(call),
+                                        attention::tensor_rows_k(call)) < attention::kManyRows,
+          "q or k has 2^30 rows or more");
   return kernel;
 }
 
@@ -150,6 +155,26 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
   return answer(call, deterministic, tile, q, k, v, results);
 }
 
+/// The same of packed sequences. What cu_seqlens and seqused hold is not looked at here.
+std::tuple<Tensor, Tensor, Tensor> flash_attn_varlen_backward(
+    Tensor const& grad_out, std::optional<Tensor> grad_lse, Tensor const& q_tensor,
+    Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out, Tensor const& lse,
+    Tensor const& cu_seqlens_q, Tensor const& cu_seqlens_k, std::optional<Tensor> seqused_q,
+    std::optional<Tensor> seqused_k, std::optional<Tensor> diagonal, double softmax_scale,
+    bool causal, std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right, bool deterministic,
+    std::optional<StringHandle> tile_config) {
+  TileName const tile(tile_config);
+  Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
+  PackedCall const packed{cu_seqlens_q, cu_seqlens_k, seqused_q,   seqused_k,
+                          diagonal,     max_seqlen_q, max_seqlen_k};
+  AttentionCall const call = check_packed_call(
+      q, k, v, softmax_scale, mask_of(causal, window_left, window_right, std::nullopt), packed);
+  Results const results(grad_out, grad_lse, out, lse);
+  results.check(q, v, {q.size(1), q.size(0)});
+  return answer(call, deterministic, tile, q, k, v, results);
+}
+
 }  // namespace
 }  // namespace cute_kernels::binding
 
@@ -165,4 +190,6 @@ STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   // A build without backward rows answers from Python, with an error that says so.
   if (!cute_kernels::attention::backward_kernels.is_built()) return;
   library.impl("flash_attn_backward", TORCH_BOX(&cute_kernels::binding::flash_attn_backward));
+  library.impl("flash_attn_varlen_backward",
+               TORCH_BOX(&cute_kernels::binding::flash_attn_varlen_backward));
 }

@@ -274,6 +274,5 @@ def _backward_not_built(*_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
 _register_family(DENSE, _forward_cpu, _backward_cpu)
 _register_family(VARLEN, _varlen_forward_cpu, _varlen_backward_cpu)
 if not tile_configs("backward"):
-    torch.library.impl(DENSE.backward.operator.name(), "cuda", _backward_not_built)
-# Its check says that there are no kernels.
-torch.library.impl(VARLEN.backward.operator.name(), "cuda", VARLEN.backward.check)
+    for _family in (DENSE, VARLEN):
+        torch.library.impl(_family.backward.operator.name(), "cuda", _backward_not_built)

@@ -15,7 +15,6 @@ from cute_kernels.checks import (
     check_results,
     check_tile_config,
     check_window,
-    refuse_on_cuda,
 )
 
 
@@ -68,13 +67,12 @@ def check_varlen_backward(
     deterministic: bool = False,
     tile_config: str | None = None,
 ) -> None:
-    """The same for the varlen backward operator; NotImplementedError if only the CPU can."""
+    """The same for the varlen backward operator."""
     check_call(q, k, v, PACKED, softmax_scale, causal, deterministic)
     check_results(q, v, PACKED, out, grad_out, lse, grad_lse)
     _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     check_window(window_left, window_right)
-    refuse_on_cuda("the gradient of a call with packed sequences", True, q)
     check_tile_config(tile_config, "backward", q, v, any_call=True)
 
 

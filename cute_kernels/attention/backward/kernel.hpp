@@ -19,7 +19,9 @@ namespace cute_kernels::attention {
 /// to TMA.
 template <class Traits, class TmaQ, class TmaK, class TmaV, class TmaDkv>
 struct BackwardParams {
-  using Shape = cute::Shape<int, int, int, int>;
+  using DenseShape = cute::Shape<int, int, int, int>;
+  using Shape =
+      std::conditional_t<Traits::kAnyCall, cute::Shape<int, int, int, int, int>, DenseShape>;
   TmaQ tma_q;
   TmaQ tma_grad_out;
   TmaK tma_k;

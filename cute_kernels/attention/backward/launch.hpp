@@ -51,8 +51,11 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   AttentionCall const& call = problem.call;
   CallSizes const& sizes = call.sizes;
   auto tensor = [&](TensorView const& view, int rows, int channels, int heads) {
-    return call.is_packed() ? packed_tensor<Element>(view, rows, channels, heads)
-                            : global_tensor<Element>(view, rows, channels, heads, sizes.batch);
+    if constexpr (Traits::kAnyCall) {
+      return any_tensor<Element>(view, rows, channels, heads, sizes.batch, call.is_packed());
+    } else {
+      return global_tensor<Element>(view, rows, channels, heads, sizes.batch);
+    }
   };
   int const rows_q = tensor_rows_q(call), rows_k = tensor_rows_k(call);
   auto queries = [&](TensorView const& view, int channels) {
@@ -82,10 +85,8 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   params.tma_v = tma_v;
   params.tma_dk = tma_dk;
   params.tma_dv = tma_dv;
-  int const entries_q = call.is_packed() ? rows_q + 1 : sizes.batch;  // as packed_tensor() has them
-  int const entries_k = call.is_packed() ? rows_k + 1 : sizes.batch;
-  params.shape_q = make_shape(rows_q, sizes.head_dim, sizes.heads_q, entries_q);
-  params.shape_k = make_shape(rows_k, sizes.head_dim, sizes.heads_kv, entries_k);
+  params.shape_q = tensor(problem.q, rows_q, sizes.head_dim, sizes.heads_q).shape();
+  params.shape_k = tensor(problem.k, rows_k, sizes.head_dim, sizes.heads_kv).shape();
   params.grad_out = problem.grad_out;
   params.workspace = workspace;
   params.call_number = call_number;
