@@ -76,7 +76,9 @@ def test_sequences_of_equal_lengths_are_a_batch(device):
     for options in ({}, {"causal": True}, {"window_size": (30, 0)}):
         out, lse = packed.run(**options)
         right, right_lse = flash_attn_func(q, k, v, return_lse=True, **options)
-        torch.testing.assert_close(out, right.flatten(0, 1))
+        # On CUDA by two kernels, whose P is rounded apart: by 2^-9 of itself, and adds up to 1.
+        close = {} if device == "cpu" else {"rtol": 2**-6, "atol": 2**-8}
+        torch.testing.assert_close(out, right.flatten(0, 1), **close)
         torch.testing.assert_close(lse, right_lse.transpose(0, 1).flatten(1))
 
 

@@ -30,9 +30,8 @@ cudaError_t launch_forward(ForwardProblem const& problem, cudaStream_t stream) {
     int64_t const row_bytes =
         int64_t{sizeof(typename Traits::Output)} * call.sizes.heads_q * call.sizes.head_dim_v;
     UnusedRows const unused{problem.out.data, row_bytes, problem.lse, call.sizes.heads_q};
-    cudaError_t const status =
-        start_preparing(call, QueryTiling{Traits::kTileM, Traits::kTileN},
-                        forward_work_list<Traits>(problem), unused, problem.device, stream);
+    cudaError_t const status = start_preparing<QueryTiling<Traits::kTileM, Traits::kTileN>>(
+        call, forward_work_list<Traits>(problem), unused, problem.device, stream);
     if (status != cudaSuccess) return status;
   }
   return start_forward<ForwardMainloop<Traits>>(params, problem, stream, Traits::kAnyCall);
