@@ -212,6 +212,7 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
         "forward_table.cpp",
         "backward_table.cpp",
         "forward_fp8_table.cpp",
+        "decode_table.cpp",
     ]
     text = (tmp_path / "fp16_d128_m128n176.cu").read_text()
     assert "using Element = cutlass::half_t;" in text
@@ -243,6 +244,7 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
         ("forward", ["forward/tile_traits.hpp", "forward/traits.hpp"]),
         ("forward_fp8", ["forward/tile_traits.hpp", "forward/fp8_traits.hpp"]),
         ("backward", ["backward/traits.hpp"]),
+        ("decode", ["decode/traits.hpp"]),
     ],
 )
 def test_traits_read_the_constants_that_the_generator_writes(name, headers):
@@ -255,9 +257,11 @@ def test_traits_read_the_constants_that_the_generator_writes(name, headers):
 def test_the_projects_own_table_is_right_and_serves_every_call():
     rows = generator.read_table(TABLE.read_text())
     for dtype in passes.DTYPES:
+        of_caches = [r for r in rows if (r["pass"], r["dtype"]) == ("decode", dtype)]
+        assert {row["head_dim"] for row in of_caches} == {64, 128, 256}
         for mask in ("full", "causal"):
             fitting = [
-                row for row in rows if row["dtype"] == dtype and row["mask"] in ("any", mask)
+                row for row in rows if row["dtype"] == dtype and row.get("mask") in ("any", mask)
             ]
             assert {64, 128, 256} <= {row["head_dim"] for row in fitting}
         forward, backward = (

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from .passes import PASSES, Row
+from .passes import PASSES
+from .rows import Row
 from .table import complete, kernel_row, problems
 
 SPACE: dict[str, tuple[Any, ...]] = {

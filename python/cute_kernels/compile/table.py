@@ -7,19 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .passes import (
-    CONSUMER_REGISTERS,
-    CONSUMER_WARPGROUPS,
-    DTYPES,
-    FP8_DTYPES,
-    MASKS,
-    PASSES,
-    REQUIRED,
-    SHARED_BYTES,
-    WARPGROUP_M,
-    Pass,
-    Row,
-)
+from .passes import CONSUMER_REGISTERS, CONSUMER_WARPGROUPS, FP8_DTYPES, MASKS, PASSES
+from .rows import DTYPES, REQUIRED, SHARED_BYTES, WARPGROUP_M, Pass, Row
 
 
 class TableError(ValueError):
