@@ -1,0 +1,20 @@
+#include <torch/csrc/stable/library.h>
+
+// Attention to a cache of keys and values. q (total_q, heads, head_dim) holds the queries of all
+// sequences one behind the other, LSE is (heads, total_q). Of sequence i the cache holds
+// cache_seqlens[i] rows, in entry cache_batch_idx[i] (without it: i) or in the pages page_table[i];
+// keys are those from cache_leftpad[i] on. Masks are bottom-right aligned to these keys.
+STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
+  library.def(
+      "flash_attn_kvcache_forward(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, "
+      "Tensor cache_seqlens, Tensor? page_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, "
+      "Tensor? sinks, float softmax_scale, bool causal, *, SymInt? max_seqlen_q=None, "
+      "SymInt? window_left=None, SymInt? window_right=None, float softcap=0.0, "
+      "SymInt num_splits=0) -> (Tensor out, Tensor lse)");
+  // Results of parts of the keys, (splits, batch, seqlen, heads, head_dim) and (splits, batch,
+  // seqlen, heads), made one. The LSE returned is (batch, seqlen, heads), a view of a dense (batch,
+  // heads, seqlen).
+  library.def(
+      "flash_attn_combine(Tensor out_partial, Tensor lse_partial, *, ScalarType? out_dtype=None) "
+      "-> (Tensor out, Tensor lse)");
+}
