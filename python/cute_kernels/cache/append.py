@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from cute_kernels.cache import operators
 from cute_kernels.cache.checks import check_append
 from cute_kernels.checks import explain, refuse_derivatives
+
+_is_compiling = torch.compiler.is_compiling
 
 
 def append_kv(
@@ -77,4 +81,8 @@ def append_kv(
         lengths: Tensor = operators.append(*inputs)
     except (AttributeError, IndexError) as error:
         explain(error, check_append, *inputs)
+    if not _is_compiling():  # compilers know
+        for cache in (k_cache, v_cache):
+            if not cache.is_inference():
+                increment_version(cache)
     return lengths

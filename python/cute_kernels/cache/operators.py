@@ -19,7 +19,9 @@ _operators = getattr(torch.ops, NAMESPACE)
 _is_compiling = torch.compiler.is_compiling
 
 
-def _attention_fake(q: Tensor, _: Tensor, v_cache: Tensor, *__: Any) -> tuple[Tensor, Tensor]:
+def _attention_fake(
+    q: Tensor, _: Tensor, v_cache: Tensor, *__: Any, **___: Any
+) -> tuple[Tensor, Tensor]:
     return empty_outputs(q, v_cache)
 
 
