@@ -230,7 +230,7 @@ def test_signature():
         if p.kind is p.POSITIONAL_OR_KEYWORD
     )
     assert shown == (
-        "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, "
+        "q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, "
         "seqused_q=None, seqused_k=None, softmax_scale=None, causal=False, qv=None, "
         "q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0, "
         "softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, "

@@ -276,7 +276,6 @@ LATER = {
     "attention_chunk": 64,
     "softcap": 30.0,
     "sinks": torch.zeros(4),
-    "page_table": torch.zeros(1, 1, dtype=torch.int32),
 }
 
 

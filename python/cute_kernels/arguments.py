@@ -22,7 +22,6 @@ _LATER = {
     "attention_chunk": 0,
     "softcap": 0.0,
     "sinks": None,
-    "page_table": None,
 }
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _NO_LIMIT = 2**31  # sizes are below it

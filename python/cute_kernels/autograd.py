@@ -73,7 +73,7 @@ class Calls(NamedTuple):
         return self.with_gradient if needs_grad else self.without_gradient, softmax_scale
 
 
-def _below_autograd(of_pass: Pass, keywords: tuple[str, ...]) -> Callable[..., Any]:
+def run_below_autograd(of_pass: Pass, keywords: tuple[str, ...]) -> Callable[..., Any]:
     """An operator past its autograd; of what it refuses, the exact error."""
     run, positional, check = direct(of_pass.operator), of_pass.positional, of_pass.check
     run_with_keywords = by_position(run, positional, keywords)
@@ -92,7 +92,8 @@ def _below_autograd(of_pass: Pass, keywords: tuple[str, ...]) -> Callable[..., A
 
 def _calls(family: Family) -> Calls:
     forward_without_gradient, backward_without_gradient = (
-        _below_autograd(of_pass, family.keywords) for of_pass in (family.forward, family.backward)
+        run_below_autograd(of_pass, family.keywords)
+        for of_pass in (family.forward, family.backward)
     )
     compiled_forward, compiled_backward = (
         by_position(of_pass.operator, of_pass.positional, family.keywords)

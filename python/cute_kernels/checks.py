@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cute_kernels.compat import surely
+from cute_kernels.compat import in_forward_mode, surely, surely_in_transform
 from cute_kernels.reference import accumulator_dtype
 from cute_kernels.tiles import ROWS
 
@@ -72,6 +72,23 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if isinstance(tensor, Tensor) and _unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(NO_FORWARD_MODE)
+
+
+def refuse_derivatives(function: str, *inputs: object, where: str = "") -> None:
+    """Raises NotImplementedError if an input has a derivative, so that none is dropped in
+    silence. `where`: in which calls the function has none."""
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise NotImplementedError(
+            f"{function} has no gradient{where}: call it under torch.no_grad() or on tensors that "
+            "need no gradient"
+        )
+    if torch.compiler.is_compiling():
+        return
+    if surely_in_transform():
+        raise NotImplementedError(f"{function} has no torch.func transforms{where}")
+    if in_forward_mode():
+        refuse_tangents(*tensors)
 
 
 def refuse_on_cuda(feature: str, asked: bool, q: object) -> None:
@@ -145,7 +162,7 @@ def check_results(
     *batch, seqlen, heads, head_dim = q.shape
     shape = (*batch, seqlen, heads, v.shape[-1])
     for name, tensor in (("out", out), ("grad_out", grad_out)):
-        _check_like(name, tensor, q)
+        check_like(name, tensor, q)
         if tensor.shape != shape:
             like = "q" if shape[-1] == head_dim else "q, with v's head_dim"
             raise ValueError(
@@ -179,10 +196,10 @@ def check_call(
     """What calls of every layout have in common."""
     check_flag("causal", causal)
     check_flag("deterministic", deterministic)
-    _check_alone("q", q, layout)
+    check_alone("q", q, layout)
     for name, tensor in (("k", k), ("v", v)):
-        _check_like(name, tensor, q)
-        _check_alone(name, tensor, layout)
+        check_like(name, tensor, q)
+        check_alone(name, tensor, layout)
     _check_shapes(q, k, v, layout)
     check_softmax_scale(softmax_scale, accumulator_dtype(q.dtype))
 
@@ -283,16 +300,18 @@ def _check_blocks(name: str, x: Tensor) -> None:
         )
 
 
-def check_device(name: str, tensor: Tensor, q: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, q: Tensor, like: str = "q") -> None:
+    """`like`: the name of the tensor q."""
     check_tensor(name, tensor)
     if tensor.device != q.device:
-        raise ValueError(f"{name} is on {tensor.device}, must be on {q.device} like q")
+        raise ValueError(f"{name} is on {tensor.device}, must be on {q.device} like {like}")
 
 
-def _check_like(name: str, tensor: Tensor, q: Tensor) -> None:
-    check_device(name, tensor, q)
+def check_like(name: str, tensor: Tensor, q: Tensor, like: str = "q") -> None:
+    """`like`: the name of the tensor q."""
+    check_device(name, tensor, q, like)
     if tensor.dtype != q.dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, must be {q.dtype} like q")
+        raise TypeError(f"{name} has dtype {tensor.dtype}, must be {q.dtype} like {like}")
 
 
 def check_tensor(name: str, tensor: object) -> None:
@@ -302,7 +321,7 @@ def check_tensor(name: str, tensor: object) -> None:
         raise TypeError(f"{name} has layout {tensor.layout}, must be torch.strided")
 
 
-def _check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
+def check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
     check_tensor(name, tensor)
     if tensor.dim() != len(layout):
         raise ValueError(

@@ -73,3 +73,11 @@ def apply_outside_transforms(function: type[torch.autograd.Function]) -> Callabl
         return function.apply
     apply: Callable[..., Any] = vars(base)["apply"].__get__(None, function)
     return apply
+
+
+def has_cuda_kernel(operator: Any) -> bool:
+    """Whether an operator is compiled for CUDA, or may be."""
+    is_registered: Callable[[str, str], bool] | None = getattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", None
+    )
+    return is_registered is None or is_registered(operator.name(), "CUDA")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
 from cute_kernels.autograd import varlen
+from cute_kernels.cache.pages import attend_pages
 from cute_kernels.checks import explain
 from cute_kernels.varlen_checks import (
     check_max_seqlens,
@@ -31,7 +32,7 @@ def flash_attn_varlen_func(
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     seqused_q: Tensor | None = None,
@@ -75,9 +76,14 @@ def flash_attn_varlen_func(
             uses; all if None.
         softmax_scale, causal, window_size, deterministic, return_attn_probs, return_lse,
             tile_config: as of `flash_attn_func`.
-        qv, q_descale, k_descale, v_descale, attention_chunk, softcap, sinks, page_table: not there
-            yet; anything that would change the call raises NotImplementedError.
-        num_splits, pack_gqa, sm_margin: hints, which change no result and so far nothing else.
+        qv, q_descale, k_descale, v_descale, attention_chunk, softcap, sinks: not there yet;
+            anything that would change the call raises NotImplementedError.
+        num_splits, pack_gqa, sm_margin: hints, which change no result.
+        page_table: (batch, max_pages), int32, last dimension contiguous. With it k and v are caches
+            of pages, (pages, page_size, key heads, head_dim), and key j of a sequence is row ``j %
+            page_size`` of page ``page_table[i, j // page_size]``; cu_seqlens_k is None, seqused_k
+            is required, sinks and softcap are as of `flash_attn_with_kvcache`, and there is no
+            gradient. Only what the used keys need of the table is looked at.
 
     Returns:
         The output, (total_q, heads, v's head_dim) in q's dtype, contiguous, and if asked for the
@@ -120,18 +126,38 @@ def flash_attn_varlen_func(
             k_descale=k_descale,
             v_descale=v_descale,
             attention_chunk=attention_chunk,
-            softcap=softcap,
-            sinks=sinks,
-            page_table=page_table,
         )
         check_hints(q, num_splits, pack_gqa, sm_margin)
         causal, *window = window_of(window_size, causal)
     # Here too: the operator would read a tensor, and wait for the GPU.
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
+    if page_table is not None:
+        out, lse = attend_pages(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            seqused_q,
+            seqused_k,
+            softmax_scale,
+            causal,
+            window[0],
+            window[1],
+            softcap,
+            num_splits,
+            sinks,
+            page_table,
+            tile_config,
+        )
+        return (out, lse) if return_lse or return_attn_probs else out
+    if unusual:
+        refuse_later("flash_attn_varlen_func", softcap=softcap, sinks=sinks)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
     try:
         forward, softmax_scale = varlen.choose(q, k, v, softmax_scale)
-        if _CHECK_CONTENTS and q.is_cuda and not _is_compiling():
+        if _CHECK_CONTENTS and q.is_cuda and cu_seqlens_k is not None and not _is_compiling():
             rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
             rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
     except (AttributeError, IndexError, ZeroDivisionError) as error:

@@ -90,7 +90,7 @@ def _check_lengths(
     diagonal: Tensor | None,
 ) -> None:
     for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        _check_int32(name, starts, q)
+        check_int32(name, starts, q)
         if starts.shape[0] == 0:
             raise ValueError(f"{name} has shape (0,), must be (batch + 1,)")
     slots = cu_seqlens_q.shape[0]
@@ -103,21 +103,23 @@ def _check_lengths(
     for name, values in of_batch:
         if values is None:
             continue
-        _check_int32(name, values, q)
+        check_int32(name, values, q)
         if values.shape[0] != slots - 1:
             raise ValueError(
                 f"{name} has shape ({values.shape[0]},), must be (batch,) = ({slots - 1},)"
             )
 
 
-def _check_int32(name: str, tensor: Tensor, q: Tensor) -> None:
-    check_device(name, tensor, q)
+def check_int32(name: str, tensor: Tensor, q: Tensor, dims: int = 1, like: str = "q") -> None:
+    """Numbers on the device of q, a tensor whose name is `like`."""
+    check_device(name, tensor, q, like)
     if tensor.dtype != torch.int32:
         raise TypeError(f"{name} has dtype {tensor.dtype}, must be torch.int32")
-    if tensor.dim() != 1:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must have 1 dimension")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} has stride {tensor.stride(0)}, must be contiguous (stride 1)")
+    if tensor.dim() != dims:
+        dimensions = "1 dimension" if dims == 1 else f"{dims} dimensions"
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must have {dimensions}")
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name} has stride {tensor.stride(-1)}, must be contiguous (stride 1)")
 
 
 def rows_of_sequences(

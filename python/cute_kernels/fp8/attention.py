@@ -7,14 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_softmax_scale
+from cute_kernels.checks import check_softmax_scale, refuse_derivatives
 from cute_kernels.fp8 import reference
 from cute_kernels.fp8.checks import (
     check_device,
     check_flag,
     check_quantised,
     check_tensor,
-    refuse_derivatives,
 )
 from cute_kernels.fp8.kernels import GPU_BUILT, attention_cuda, whole_attention_cuda
 from cute_kernels.fp8.quantize import SATURATION, quantize_fp8
@@ -81,7 +80,7 @@ def flash_attn_fp8_func(
         _check_built(device)
     if device.type == "cuda" and out_dtype == torch.float32:
         raise TypeError("out_dtype is torch.float32, must be float16 or bfloat16 on CUDA")
-    refuse_derivatives("flash_attn_fp8_func", q, k, v)
+    refuse_derivatives("flash_attn_fp8_func", q, k, v, where=" in FP8")
     if softmax_scale is None:
         has_head_dim = len(q.shape) == 4 and q.shape[3] > 0
         softmax_scale = q.shape[3] ** -0.5 if has_head_dim else 1.0
@@ -147,7 +146,7 @@ def flash_attn_e4m3(
         check_device(name, x, q)
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, must have 4 dimensions")
-    refuse_derivatives("flash_attn_func", q, k, v)
+    refuse_derivatives("flash_attn_func", q, k, v, where=" in FP8")
     check_flag("causal", causal)
     heads, key_heads = q.shape[2], k.shape[2]
     pairs = (k.shape[0], key_heads)

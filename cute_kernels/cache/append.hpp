@@ -1,0 +1,255 @@
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+#include <cutlass/array.h>
+#include <cutlass/numeric_types.h>
+
+#include "cute_kernels/attention/lengths.hpp"
+#include "cute_kernels/cache/problem.hpp"
+#include "cute_kernels/sm90/dependent_launch.hpp"
+#include "cute_kernels/sm90/rounded.hpp"
+
+// Kernels that move rows, and turn some of them on the way. Some threads have a token and go over
+// the vectors of all its heads.
+namespace cute_kernels::cache {
+
+inline constexpr int kVector = 8;  // 16-bit elements
+inline constexpr int kCtaThreads = 256;
+inline constexpr int kWarpThreads = 32;
+
+template <class Element>
+using Vector = cutlass::AlignedArray<Element, kVector>;
+
+/// Where a token is: its sequence and its number there; -1 if no sequence has it.
+struct TokenPlace {
+  int entry;
+  int index;
+};
+
+CUTLASS_DEVICE TokenPlace place_of(Tokens const& tokens, int token) {
+  if (tokens.cu_seqlens == nullptr) return {token / tokens.seqlen, token % tokens.seqlen};
+  if (tokens.batch == 0) return {-1, 0};
+  int const entry = attention::entry_at(tokens.cu_seqlens, tokens.batch, token);
+  attention::RowSpan const rows =
+      attention::packed_rows(tokens.cu_seqlens, nullptr, tokens.total, entry);
+  int const index = token - rows.first;
+  return {index >= 0 && index < rows.count ? entry : -1, index};
+}
+
+/// A row of a cache: its page or entry and its number there; -1 if it does not exist.
+struct CacheRow {
+  int page;
+  int row;
+};
+
+CUTLASS_DEVICE CacheRow cache_row(Places const& places, int entry, int64_t row) {
+  if (row < 0 || row >= places.capacity) return {-1, 0};
+  int page = entry;
+  if (places.page_table != nullptr) {
+    page = places.page_table[entry * places.page_table_stride + row / places.page_size];
+    row %= places.page_size;
+  } else if (places.cache_batch_idx != nullptr) {
+    page = places.cache_batch_idx[entry];
+  }
+  return {page >= 0 && page < places.pages ? page : -1, static_cast<int>(row)};
+}
+
+template <class Element>
+CUTLASS_DEVICE Vector<Element> load_vector(Element const* from, bool aligned) {
+  if (aligned) return *reinterpret_cast<Vector<Element> const*>(from);
+  Vector<Element> vector;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < kVector; ++i) vector[i] = from[i];
+  return vector;
+}
+
+template <class Element>
+CUTLASS_DEVICE void store_vector(Vector<Element> const& vector, Element* to, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<Vector<Element>*>(to) = vector;
+    return;
+  }
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < kVector; ++i) to[i] = vector[i];
+}
+
+/// The cosines and sines of a position.
+template <class Element>
+struct Angles {
+  Rotary const& rotary;
+  int64_t position;
+
+  CUTLASS_DEVICE float value(void const* table, int64_t stride, int pair) const {
+    if (position < 0 || position >= rotary.positions) return NAN;
+    int64_t const at = position * stride + pair;
+    return rotary.is_float32 ? static_cast<float const*>(table)[at]
+                             : static_cast<float>(static_cast<Element const*>(table)[at]);
+  }
+
+  /// A pair, turned in fp32: rounded after each product and after their sum.
+  CUTLASS_DEVICE float2 turned(float x, float y, int pair) const {
+    using sm90::rounded_product, sm90::rounded_sum;
+    float const cos = value(rotary.cos, rotary.cos_stride, pair);
+    float const sin = value(rotary.sin, rotary.sin_stride, pair);
+    return make_float2(rounded_sum(rounded_product(x, cos), -rounded_product(y, sin)),
+                       rounded_sum(rounded_product(x, sin), rounded_product(y, cos)));
+  }
+
+  template <class Pair>
+  CUTLASS_DEVICE void turn(Pair&& first, Pair&& second, int pair) const {
+    float2 const result = turned(static_cast<float>(first), static_cast<float>(second), pair);
+    first = static_cast<Element>(result.x);
+    second = static_cast<Element>(result.y);
+  }
+};
+
+/// What a thread moves at once: a vector, or with pairs that are not interleaved the two that are
+/// turned together.
+template <class Element>
+struct Unit {
+  Vector<Element> first;
+  Vector<Element> second;  // if second_channel >= 0
+  int head;
+  int channel;
+  int second_channel;
+};
+
+/// `pairs`: that are not interleaved.
+CUTLASS_HOST_DEVICE constexpr int units_of_head(int head_dim, int pairs) {
+  return (head_dim - pairs) / kVector;
+}
+
+/// Unit `index` of a token's row.
+template <class Element>
+CUTLASS_DEVICE Unit<Element> load_unit(Rows const& rows, int pairs, int batch, int row, int index) {
+  int const per_head = units_of_head(rows.head_dim, pairs);
+  Unit<Element> unit;
+  unit.head = index / per_head;
+  unit.channel = index % per_head * kVector;
+  bool const is_pair = unit.channel < pairs;
+  unit.second_channel = is_pair ? unit.channel + pairs : -1;
+  if (!is_pair) unit.channel += pairs;
+  auto const* from = attention::rows_of<Element const>(rows.from, batch, unit.head, row);
+  unit.first = load_vector(from + unit.channel, rows.from_aligned);
+  if (is_pair) unit.second = load_vector(from + unit.second_channel, rows.from_aligned);
+  return unit;
+}
+
+template <class Element>
+CUTLASS_DEVICE void turn_unit(Unit<Element>& unit, Angles<Element> const& angles) {
+  if (unit.second_channel >= 0) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kVector; ++i) angles.turn(unit.first[i], unit.second[i], unit.channel + i);
+  } else if (angles.rotary.interleaved && unit.channel < 2 * angles.rotary.pairs) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kVector; i += 2) {
+      angles.turn(unit.first[i], unit.first[i + 1], (unit.channel + i) / 2);
+    }
+  }
+}
+
+template <class Element>
+CUTLASS_DEVICE void store_unit(Unit<Element> const& unit, Rows const& rows, CacheRow const& place) {
+  if (place.page < 0) return;
+  auto* to = attention::rows_of<Element>(rows.to, place.page, unit.head, place.row);
+  store_vector(unit.first, to + unit.channel, rows.to_aligned);
+  if (unit.second_channel >= 0) {
+    store_vector(unit.second, to + unit.second_channel, rows.to_aligned);
+  }
+}
+
+/// How a CTA's threads are shared out.
+struct Share {
+  int threads_per_token;  // a multiple of a warp's, up to kCtaThreads, of which it is a divisor
+};
+
+CUTLASS_HOST_DEVICE constexpr int not_interleaved(Rotary const& rotary) {
+  return rotary.interleaved ? 0 : rotary.pairs;
+}
+
+template <class Element>
+__global__ void __launch_bounds__(kCtaThreads)
+    append_kernel(AppendProblem const problem, Share const share) {
+  sm90::let_next_kernel_start();
+  sm90::wait_for_previous_kernel();
+  Tokens const& tokens = problem.tokens;
+  Places const& places = problem.places;
+  int const token =
+      blockIdx.x * (kCtaThreads / share.threads_per_token) + threadIdx.x / share.threads_per_token;
+  int const pairs = not_interleaved(problem.rotary);
+  int const units_k = problem.k.heads * units_of_head(problem.k.head_dim, pairs);
+  int const units = units_k + problem.v.heads * units_of_head(problem.v.head_dim, 0);
+  int index = threadIdx.x % share.threads_per_token;
+  TokenPlace const of = token < tokens.total ? place_of(tokens, token) : TokenPlace{-1, 0};
+  if (of.entry >= 0 && index < units) {
+    bool const packed = tokens.cu_seqlens != nullptr;
+    int const batch = packed ? 0 : of.entry, row = packed ? token : of.index;
+    auto load = [&] {
+      return index < units_k ? load_unit<Element>(problem.k, pairs, batch, row, index)
+                             : load_unit<Element>(problem.v, 0, batch, row, index - units_k);
+    };
+    // The first load is on its way while the place is looked up.
+    Unit<Element> unit = load();
+    CacheRow const place =
+        cache_row(places, of.entry, int64_t{problem.lengths[of.entry]} + of.index);
+    Angles<Element> const angles{problem.rotary, int64_t{problem.positions[of.entry]} + of.index};
+    while (true) {
+      if (index < units_k) {
+        turn_unit(unit, angles);
+        store_unit(unit, problem.k, place);
+      } else {
+        store_unit(unit, problem.v, place);
+      }
+      index += share.threads_per_token;
+      if (index >= units) break;
+      unit = load();
+    }
+  }
+  if (blockIdx.x != 0) return;
+  for (int entry = threadIdx.x; entry < tokens.batch; entry += kCtaThreads) {
+    int const added =
+        tokens.cu_seqlens == nullptr
+            ? tokens.seqlen
+            : attention::packed_rows(tokens.cu_seqlens, nullptr, tokens.total, entry).count;
+    int64_t const after = int64_t{problem.lengths[entry]} + added;
+    problem.lengths_after[entry] = static_cast<int>(after < 0                 ? 0
+                                                    : after > places.capacity ? places.capacity
+                                                                              : after);
+  }
+}
+
+template <class Element>
+__global__ void __launch_bounds__(kCtaThreads)
+    rotate_kernel(RotateProblem const problem, Share const share) {
+  sm90::let_next_kernel_start();
+  sm90::wait_for_previous_kernel();
+  Tokens const& tokens = problem.tokens;
+  Rows const& x = problem.x;
+  int const token =
+      blockIdx.x * (kCtaThreads / share.threads_per_token) + threadIdx.x / share.threads_per_token;
+  if (token >= tokens.total) return;
+  int const pairs = not_interleaved(problem.rotary);
+  int const units = x.heads * units_of_head(x.head_dim, pairs);
+  TokenPlace const of = place_of(tokens, token);
+  bool const packed = tokens.cu_seqlens != nullptr;
+  int const batch = packed ? 0 : of.entry, row = packed ? token : of.index;
+  int64_t const position =
+      of.entry < 0 ? 0 : int64_t{problem.positions[of.entry]} + (problem.advance ? of.index : 0);
+  Angles<Element> const angles{problem.rotary, position};
+  for (int index = threadIdx.x % share.threads_per_token; index < units;
+       index += share.threads_per_token) {
+    Unit<Element> unit = load_unit<Element>(x, pairs, batch, row, index);
+    if (of.entry >= 0) {
+      turn_unit(unit, angles);
+    } else {
+      unit.first.clear();
+      unit.second.clear();
+    }
+    store_unit(unit, x, {batch, row});
+  }
+}
+
+}  // namespace cute_kernels::cache

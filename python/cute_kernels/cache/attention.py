@@ -1,0 +1,308 @@
+"""Attention to a KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
+from cute_kernels.cache import operators
+from cute_kernels.cache.append import append_kv
+from cute_kernels.cache.checks import ENTRIES, PAGES, check_attention
+from cute_kernels.cache.combine import written
+from cute_kernels.checks import (
+    DENSE,
+    PACKED,
+    check_alone,
+    check_tensor,
+    explain,
+    refuse_derivatives,
+)
+from cute_kernels.varlen_checks import check_int32
+
+_NAME = "flash_attn_with_kvcache"
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of new queries to a cache of keys and values, into which new ones may be written
+    first.
+
+    Names, order and meaning of the arguments are those of FlashAttention-3's function of this name.
+    Masks are those of `flash_attn_func` with the keys that the cache holds as seqlen_k: the last
+    query stands at the last key. Rows of the cache that no sequence uses may be NaN.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim), or with cu_seqlens_q packed, (total_q, heads,
+            head_dim); dtypes and head_dim as of `flash_attn_func`.
+        k_cache, v_cache, page_table, cache_batch_idx: as of `append_kv`; the number of query heads
+            is a multiple of that of key heads. Of the page table only what a sequence's rows need
+            is looked at: the rest may be -1 or anything.
+        k, v, cu_seqlens_k_new, rotary_seqlens: as of `append_kv`. If given, they are appended
+            first, in place, and attended to.
+        rotary_cos, rotary_sin, rotary_interleaved: as of `append_kv`, only with k and v. Queries
+            are rotated too: with `causal` or a window query i of a sequence by the angles of
+            position ``cache_seqlens + i``, otherwise all by those of ``cache_seqlens``.
+        cache_seqlens: (batch,), int32, or an int for all: how many rows the cache holds of each
+            sequence before k is appended, those of cache_leftpad included. All if None, which goes
+            only without k.
+        cache_leftpad: (batch,), int32: how many rows at the beginning are no keys.
+        cu_seqlens_q: (batch + 1,), int32: 0, and where each sequence's part of q ends.
+        max_seqlen_q: at least the longest sequence's number of queries; None if not known.
+        softmax_scale, causal, window_size: as of `flash_attn_func`.
+        softcap: if not 0, scores become ``softcap * tanh(score / softcap)``.
+        scheduler_metadata: what `get_scheduler_metadata` returned; it changes nothing.
+        num_splits: into how many parts the keys of a sequence are cut; 0 chooses. A hint, as are
+            pack_gqa and sm_margin.
+        return_softmax_lse: also return the LSE.
+        qv, q_descale, k_descale, v_descale, attention_chunk: not there yet, nor are caches of 8
+            bits, nor cache_leftpad and cache_batch_idx with a page table: NotImplementedError.
+        sinks: (heads,), float32, float16 or bfloat16: a score for each head, not scaled, that takes
+            part in the softmax without a value; the LSE includes it.
+        out: where the output is to be: of its shape, and q's dtype.
+
+    Returns:
+        The output, (batch, seqlen_q, heads, v's head_dim) or (total_q, heads, v's head_dim), and if
+        asked for the LSE, natural logarithms in float32 (float64 for float64 inputs): (batch,
+        heads, seqlen_q), a view of the operator's (heads, batch * seqlen_q), or (heads, total_q). A
+        query that sees no key gets 0, and as LSE -inf or its head's sink.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described. What tensors hold is looked at on
+            the CPU only.
+        NotImplementedError: an argument whose feature is not there yet, or a tensor that needs a
+            gradient.
+    """
+    refuse_derivatives(_NAME, q, k_cache, v_cache, k, v, sinks)
+    refuse_later(
+        _NAME,
+        qv=qv,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        attention_chunk=attention_chunk,
+    )
+    refuse_eight_bits(_NAME, q=q, k_cache=k_cache, v_cache=v_cache)
+    check_hints(q, num_splits, pack_gqa, sm_margin)
+    check_metadata(scheduler_metadata)
+    causal, left, right = window_of(window_size, causal)
+    if cu_seqlens_q is None:
+        check_alone("q", q, DENSE)
+        batch, max_seqlen_q = q.shape[:2]
+        starts = starts_of(batch, max_seqlen_q, q)
+    else:
+        check_alone("q", q, PACKED)
+        check_int32("cu_seqlens_q", cu_seqlens_q, q)
+        batch, starts = cu_seqlens_q.shape[0] - 1, cu_seqlens_q
+    check_alone("k_cache", k_cache, ENTRIES if page_table is None else PAGES)
+    lengths = _lengths(cache_seqlens, batch, k_cache, page_table)
+    if k is None or v is None:
+        _refuse_without_new_keys(
+            k=k,
+            v=v,
+            cu_seqlens_k_new=cu_seqlens_k_new,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            rotary_seqlens=rotary_seqlens,
+        )
+    else:
+        if cache_seqlens is None:
+            raise ValueError("cache_seqlens is None, must be given with k and v")
+        positions = lengths if rotary_seqlens is None else rotary_seqlens
+        lengths = append_kv(
+            k_cache,
+            v_cache,
+            k,
+            v,
+            lengths,
+            page_table=page_table,
+            cache_batch_idx=cache_batch_idx,
+            cu_seqlens_k_new=cu_seqlens_k_new,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            rotary_seqlens=rotary_seqlens,
+            rotary_interleaved=rotary_interleaved,
+        )
+        if rotary_cos is not None:
+            advance = causal or left is not None or right is not None
+            angles = (rotary_cos, rotary_sin, positions, cu_seqlens_q, rotary_interleaved, advance)
+            q = operators.rotary(q, *angles)
+    result, lse = attend(
+        q.flatten(0, 1) if cu_seqlens_q is None else q,
+        k_cache,
+        v_cache,
+        starts,
+        lengths,
+        page_table,
+        cache_batch_idx,
+        cache_leftpad,
+        sinks,
+        softmax_scale,
+        causal,
+        max_seqlen_q,
+        left,
+        right,
+        softcap,
+        num_splits,
+    )
+    if cu_seqlens_q is None:
+        rows, heads = q.shape[:2], q.shape[2]
+        result = result.view(*rows, heads, result.shape[2])
+        lse = lse.view(heads, *rows).transpose(0, 1)
+    if out is not None:
+        result = written(out, result)
+    return (result, lse) if return_softmax_lse else result
+
+
+def attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+    page_table: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The attention operator, with softmax_scale's default and sinks of any dtype. Its keyword-only
+    inputs go by position."""
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    if sinks is not None:
+        check_tensor("sinks", sinks)
+        if not sinks.dtype.is_floating_point:
+            raise TypeError(f"sinks has dtype {sinks.dtype}, must be float32, float16 or bfloat16")
+        sinks = sinks.float()
+    places = (cache_seqlens, page_table, cache_batch_idx, cache_leftpad)
+    inputs = (q, k_cache, v_cache, cu_seqlens_q, *places, sinks, softmax_scale, *options)
+    try:
+        result: tuple[Tensor, Tensor] = operators.attention(*inputs)
+    except (AttributeError, IndexError) as error:
+        explain(error, check_attention, *inputs)
+    return result
+
+
+def starts_of(batch: int, seqlen: int, like: Tensor) -> Tensor:
+    """cu_seqlens of sequences of one length; nothing waits for a GPU."""
+    how: Any = {"dtype": torch.int32, "device": like.device}
+    if seqlen == 0:
+        return torch.zeros(batch + 1, **how)
+    return torch.arange(0, (batch + 1) * seqlen, seqlen, **how)
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: Tensor,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> Tensor:
+    """What FlashAttention-3's callers make once a step for all layers.
+
+    Here the work is shared out by each call on the device, from the lengths of that call: nothing
+    has to be known before, and the same metadata does for every call.
+
+    Args:
+        cache_seqlens: any tensor on the device of the calls. Names and order of the arguments are
+            FlashAttention-3's; the others are not looked at.
+
+    Returns:
+        (0,), int32, on cache_seqlens' device, for `scheduler_metadata`.
+    """
+    check_tensor("cache_seqlens", cache_seqlens)
+    return cache_seqlens.new_empty(0, dtype=torch.int32)
+
+
+def check_metadata(scheduler_metadata: Tensor | None) -> None:
+    if scheduler_metadata is None:
+        return
+    check_tensor("scheduler_metadata", scheduler_metadata)
+    if scheduler_metadata.dtype != torch.int32:
+        raise TypeError(
+            f"scheduler_metadata has dtype {scheduler_metadata.dtype}, must be torch.int32, as of "
+            "get_scheduler_metadata"
+        )
+
+
+def refuse_eight_bits(function: str, **tensors: object) -> None:
+    for name, tensor in tensors.items():
+        dtype = getattr(tensor, "dtype", None)
+        if dtype in _EIGHT_BITS:
+            raise NotImplementedError(f"{function}: {name} of {dtype} is not there yet")
+
+
+def _lengths(
+    cache_seqlens: int | Tensor | None, batch: int, k_cache: Tensor, page_table: Tensor | None
+) -> Tensor:
+    """As a tensor, if it is not one; all that the cache can hold if None."""
+    if isinstance(cache_seqlens, Tensor):
+        return cache_seqlens
+    if cache_seqlens is None:
+        cache_seqlens = k_cache.shape[1]
+        if page_table is not None:
+            cache_seqlens *= page_table.shape[1]
+    elif isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
+        raise TypeError(f"cache_seqlens is {cache_seqlens!r}, must be a torch.Tensor, int or None")
+    return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=k_cache.device)
+
+
+def _refuse_without_new_keys(**arguments: object) -> None:
+    """Those that go only with k and v."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name} is given, must be None unless both k and v are given")
