@@ -1,6 +1,7 @@
 """The search for the fastest row: all of it but nvcc and the clock, which are stand-ins here. Rows
 are added to processes of their own."""
 
+import errno
 import json
 import os
 import subprocess
@@ -114,6 +115,23 @@ def test_the_last_of_a_kind_is_remembered(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     tuned.remember(entry("e"))
     assert "cannot write /dev/null/cache/tuned.json" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_what_was_remembered(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUTE_KERNELS_CACHE", str(tmp_path))
+    tuned.remember(entry("a"))
+
+    def full(content, file, **_):
+        file.write("[{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tuned.json, "dump", full)
+    tuned.remember(entry("b"))
+    assert "tuned.json, what was found is for this process alone: " in capsys.readouterr().err
+    assert tuned.read(tmp_path / tuned.FILE) == [entry("a")]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".tuned.json.lock", "tuned.json"]
+    with pytest.raises(OSError, match="No space left"):
+        tuned.write_record(tmp_path / "record.json", [])
 
 
 SEARCH = """
