@@ -16,6 +16,7 @@ MAIN = r"""
 namespace cute_kernels::attention {
 constexpr auto kBf16 = ElementType::kBFloat16;
 constexpr auto kAny = MaskClass::kAny;
+constexpr auto kNone = MaskClass::kNone;  // never chosen
 ForwardKernel const kForward[] = {
     {{"f64", kBf16, 64, 64, false, kAny, 128, 1.0, 0}, nullptr, nullptr}};
 BackwardKernel const kBackward[] = {
@@ -52,7 +53,8 @@ int main() {
   static BackwardKernel const added[] = {
       {{"mine64", kBf16, 64, 64, false, MaskClass::kCausal, 64}, nullptr, nullptr},
       {{"mine192", kBf16, 192, 192, false, kAny, 64}, nullptr, nullptr},
-      {{"b64", kBf16, 64, 64, false, kAny, 64}, nullptr, nullptr}};
+      {{"b64", kBf16, 64, 64, false, kAny, 64}, nullptr, nullptr},
+      {{"none64", kBf16, 64, 64, false, kNone, 64}, nullptr, nullptr}};
   for (auto const& kernel : added) std::printf("%d", backward_kernels.add(kernel));
   std::printf("\n");
   for (auto const& kernel : backward_kernels) std::printf("%s ", kernel.config.name);
@@ -74,6 +76,9 @@ int main() {
   static ForwardKernel const fast{
       {"fast", kBf16, 64, 64, false, MaskClass::kFull, 128, 1.5, 0}, nullptr, nullptr};
   forward_kernels.add(fast);
+  static ForwardKernel const none{
+      {"none", kBf16, 64, 64, false, kNone, 128, 99.0, 0}, nullptr, nullptr};
+  forward_kernels.add(none);
   show("full forward", forward(false));
   show("causal forward", forward(true));
 
@@ -138,7 +143,7 @@ def said(tmp_path_factory) -> list[str]:
 
 
 def test_added_kernels_stand_behind_the_builds_and_no_name_twice(said):
-    assert said[1:3] == ["110", "b64 b128 mine64 mine192 "]
+    assert said[1:3] == ["1101", "b64 b128 mine64 mine192 none64 "]
 
 
 def test_of_backward_kernels_the_last_that_fits_is_chosen(said):
@@ -171,4 +176,4 @@ def test_kernels_for_any_call_take_what_those_for_dense_ones_do_not(said):
 
 
 def test_many_threads_may_add_while_others_read(said):
-    assert said[-1] == "1000 added, 1004 there, 0 lost"
+    assert said[-1] == "1000 added, 1005 there, 0 lost"

@@ -177,7 +177,7 @@ def test_registers_are_refused_with_their_sum():
 
 
 def test_every_wrong_row_is_named_at_once():
-    message = refusal(good(name="first", tile_n=8), good(), good(name="third", mask="none"))
+    message = refusal(good(name="first", tile_n=8), good(), good(name="third", mask="half"))
     assert "row first" in message
     assert "row third" in message
 

@@ -18,8 +18,8 @@ namespace cute_kernels::attention {
 enum class ElementType { kFloat16, kBFloat16 };
 
 /// Which calls the automatic choice may give to a kernel; each kernel answers every mask when asked
-/// for by name.
-enum class MaskClass { kAny, kFull, kCausal };
+/// for by name. kNone: those alone that it was measured to be the fastest for.
+enum class MaskClass { kAny, kFull, kCausal, kNone };
 
 /// The columns of a row that decide whether a kernel can take a call.
 template <class Dtype>

@@ -9,6 +9,7 @@ using attention::AttentionCall;
 using attention::CallSizes;
 using attention::ElementType;
 using attention::MaskSpec;
+using attention::ScoreType;
 using torch::headeronly::ScalarType;
 
 namespace {
@@ -32,7 +33,13 @@ ElementType element_type(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
 }
 
+ScoreType score_type(ScalarType dtype) {
+  return dtype == ScalarType::Char ? ScoreType::kInt8 : ScoreType::kE4m3;
+}
+
 char const* name_of(ElementType dtype) { return dtype == ElementType::kBFloat16 ? "bf16" : "fp16"; }
+
+char const* name_of(ScoreType dtype) { return dtype == ScoreType::kInt8 ? "int8" : "e4m3"; }
 
 char const* name_of(AttentionCall const& call) {
   if (call.is_packed()) return "packed sequences";

@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/c/shim.h>
 
+#include "cute_kernels/attention/fp8_tile_config.hpp"
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/require.hpp"
 
@@ -49,8 +50,10 @@ void check_device(Argument const& a, Argument const& q);
 void check_like(Argument const& a, Argument const& q);
 
 attention::ElementType element_type(torch::headeronly::ScalarType dtype);
+attention::ScoreType score_type(torch::headeronly::ScalarType dtype);
 
 char const* name_of(attention::ElementType dtype);
+char const* name_of(attention::ScoreType dtype);
 /// Of its kind of mask, or that it is packed.
 char const* name_of(attention::AttentionCall const& call);
 
@@ -73,10 +76,9 @@ class TileName {
 };
 
 /// The kernel of a name, or what choose() finds where there is none, checked for the call.
-template <class Kernel, class Choose>
-Kernel const& kernel_for(attention::KernelTable<Kernel> const& kernels, Choose choose,
-                         attention::ElementType dtype, attention::AttentionCall const& call,
-                         TileName const& tile) {
+template <class Kernel, class Choose, class Dtype>
+Kernel const& kernel_for(attention::KernelTable<Kernel> const& kernels, Choose choose, Dtype dtype,
+                         attention::AttentionCall const& call, TileName const& tile) {
   if (tile.automatic()) {
     Kernel const* const chosen = choose();
     if (chosen != nullptr) return *chosen;

@@ -14,6 +14,7 @@
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
+#include "cute_kernels/torch/measured_choice.hpp"
 #include "cute_kernels/torch/packed_call.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
@@ -68,9 +69,7 @@ struct Results {
 
 BackwardKernel const& backward_kernel_for(ElementType dtype, AttentionCall const& call,
                                           TileName const& tile) {
-  auto const choose = [&] {
-    return attention::choose_fitting(attention::backward_kernels, dtype, call);
-  };
+  auto const choose = [&] { return automatic_choice(attention::backward_kernels, dtype, call); };
   BackwardKernel const& kernel = kernel_for(attention::backward_kernels, choose, dtype, call, tile);
   constexpr int kLeastQueries = 64;  // of a block
   double const entries = attention::tensor_batch(call);

@@ -24,7 +24,12 @@ HEAD_DIM_MULTIPLE = 8
 
 _GPU_DTYPES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (*_GPU_DTYPES, torch.float32, torch.float64)
-_DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_DTYPE_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "e4m3",
+    torch.int8: "int8",
+}
 _SIZE_LIMIT = 2**31
 _BLOCK = 64  # rows of the smallest tile
 _BLOCKS_LIMIT = 2**30

@@ -22,7 +22,7 @@ FP8_DTYPES = {  # of Q and K
     "e4m3": ("cutlass::float_e4m3_t", "ScoreType::kE4m3"),
     "int8": ("int8_t", "ScoreType::kInt8"),
 }
-MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal"}
+MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal", "none": "kNone"}
 
 ACCUMULATOR_BYTES = 4
 SCALE_ROWS = 64  # FP8: keys that share a scale
@@ -52,6 +52,7 @@ FORWARD_FIELDS = (
 )
 FP8_FIELDS = (
     *HEAD,
+    Field("mask", str, "any"),
     Field("tile_m", int),
     Field("tile_n", int, REQUIRED, "kTileN"),
     Field("stages", int, 2, "kStages"),
