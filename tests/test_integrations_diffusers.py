@@ -288,7 +288,9 @@ def parallel(ring, ulysses):
     return types.SimpleNamespace(context_parallel_config=degrees)
 
 
-def test_context_parallelism(registered, monkeypatch):
+@pytest.fixture
+def in_parallel(monkeypatch):
+    """The calls of diffusers' context parallelism, which needs processes."""
     calls = []
 
     def templated(query, key, value, *options, forward_op, backward_op, _parallel_config):
@@ -296,19 +298,23 @@ def test_context_parallelism(registered, monkeypatch):
         return query
 
     monkeypatch.setattr(dispatch, "_templated_context_parallel_attention", templated)
+    return calls
+
+
+def test_context_parallelism(in_parallel, registered):
     q, k, v = qkv()
     for backend in NAMES:
         assert BACKENDS(backend).value in REGISTRY._supports_context_parallel
         assert attend(q, k, v, scale=0.5, parallel_config=parallel(1, 2), backend=backend) is q
-    assert [options for options, *_ in calls] == [(None, 0.0, False, 0.5, False, False)] * 2
+    assert [options for options, *_ in in_parallel] == [(None, 0.0, False, 0.5, False, False)] * 2
     attend(q, k, v, parallel_config=parallel(2, 1))
     with pytest.raises(NotImplementedError, match="cute_kernels_fp8 has no ring attention"):
         attend(q, k, v, parallel_config=parallel(2, 1), backend=integration.NAME_FP8)
     ctx = Context()
-    out = calls[1][1](ctx, q, k, v, None, 0.0, False, None, False, False)
+    out = in_parallel[1][1](ctx, q, k, v, None, 0.0, False, None, False, False)
     assert torch.equal(out, flash_attn_fp8_func(q, k, v))
     with pytest.raises(NotImplementedError, match="cute_kernels_fp8 has no gradient"):
-        calls[1][2](ctx, out)
+        in_parallel[1][2](ctx, out)
 
 
 def test_8_bits_have_no_gradient(registered):
@@ -355,7 +361,7 @@ def test_a_backend_chosen_later_stays():
 
 def test_a_diffusers_without_a_registry_is_named(monkeypatch):
     monkeypatch.delattr(dispatch, "_AttentionBackendRegistry")
-    with pytest.raises(RuntimeError, match="this diffusers has no registry of attention backends"):
+    with pytest.raises(RuntimeError, match="diffusers has no registry of attention backends"):
         integration.register()
 
 

@@ -10,7 +10,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,16 @@ NAME_FP8 = "cute_kernels_fp8"
 # Output (batch, seqlen, heads, head_dim) and LSE (batch, heads, seqlen) of query, key, value,
 # is_causal and scale.
 Attention = Callable[[Tensor, Tensor, Tensor, bool, float | None], tuple[Tensor, Tensor]]
+
+
+class Backend(NamedTuple):
+    """What one of the backends consists of."""
+
+    attention: Attention  # without a mask
+    in_ring: bool  # whether its LSE is good enough to merge the results of ring attention by it
+    native: Callable[..., Any]  # diffusers' own, for what this package does not take
+    in_parallel: Callable[..., Any]  # diffusers' context parallelism
+
 
 # The backend that was active when these came; only `register` and `unregister` change it.
 _active_before: Any = None
@@ -49,32 +59,34 @@ def register() -> None:
         RuntimeError: this diffusers has no such enum and registry.
     """
     global _active_before
-    names, registry = _dispatch()
+    names, registry, in_parallel = _dispatch()
     if NAME in names.__members__.values():
         return
     _active_before = registry._active_backend
+    native = registry._backends[names.NATIVE]
     for name, attention, in_ring in ((NAME, exact, True), (NAME_FP8, in_8_bits, False)):
-        backend = _add_member(names, name)
-        function = functools.partial(attend, attention=attention, in_ring=in_ring)
-        registry.register(backend, constraints=[], supports_context_parallel=True)(function)
-        registry._supported_arg_names[backend] -= {"attention", "in_ring"}
+        backend = Backend(attention, in_ring, native, in_parallel)
+        member = _add_member(names, name)
+        function = functools.partial(attend, backend=backend)
+        registry.register(member, constraints=[], supports_context_parallel=True)(function)
+        registry._supported_arg_names[member].remove("backend")
 
 
 def unregister() -> None:
     """Undoes `register`. Models that were set to one of the backends need another: their
     `reset_attention_backend`."""
     global _active_before
-    names, registry = _dispatch()
+    names, registry, _ = _dispatch()
     for name in (NAME, NAME_FP8):
         if name not in names.__members__.values():
             continue
-        backend = names(name)
-        if registry._active_backend is backend:
+        member = names(name)
+        if registry._active_backend is member:
             registry.set_active_backend(_active_before)
         for table in (registry._backends, registry._constraints, registry._supported_arg_names):
-            table.pop(backend)
+            table.pop(member)
         registry._supports_context_parallel.discard(name)
-        _remove_member(names, backend)
+        _remove_member(names, member)
     _active_before = None
 
 
@@ -90,42 +102,40 @@ def attend(
     return_lse: bool = False,
     _parallel_config: Any = None,
     *,
-    attention: Attention,
-    in_ring: bool,
+    backend: Backend,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A backend as diffusers calls it.
 
     Args:
         query, key, value: (batch, seqlen, heads, head_dim); fewer heads of key and value are taken
             with and without `enable_gqa`.
-        attention: what computes it without a mask.
-        in_ring: whether its LSE is good enough to merge the results of ring attention by it.
 
     Returns:
         The output, like query, and with `return_lse` the LSE, (batch, seqlen, heads), float32.
     """
+    result: Tensor | tuple[Tensor, Tensor]
     visible = None if attn_mask is None else visible_keys(attn_mask, query, key)
     parallel = _parallel_config is not None
     if dropout_p or (attn_mask is not None and (visible is None or is_causal or parallel)):
         _warn_of_native("dropout" if dropout_p else "this mask")
         options = (attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, _parallel_config)
-        names, registry = _dispatch()
-        result: Tensor | tuple[Tensor, Tensor] = registry._backends[names.NATIVE](
-            query, key, value, *options
-        )
+        result = backend.native(query, key, value, *options)
         return result
     if parallel:
-        return _in_parallel(
-            query,
-            key,
-            value,
-            (None, 0.0, is_causal, scale, enable_gqa, return_lse),
-            _parallel_config,
-            attention,
-            in_ring,
+        if not backend.in_ring and _parallel_config.context_parallel_config.ring_degree > 1:
+            raise NotImplementedError(
+                f"{NAME_FP8} has no ring attention, which merges results by their LSE, in 8 bits "
+                f"exact to 0.03 only: use ulysses_degree, or {NAME}"
+            )
+        result = backend.in_parallel(
+            *(query, key, value, None, 0.0, is_causal, scale, enable_gqa, return_lse),
+            forward_op=functools.partial(forward_op, attention=backend.attention),
+            backward_op=backward_op,
+            _parallel_config=_parallel_config,
         )
+        return result
     if visible is None:
-        out, lse = attention(query, key, value, is_causal, scale)
+        out, lse = backend.attention(query, key, value, is_causal, scale)
     else:
         out, lse = among_visible(query, key, value, visible, scale)
     return (out, lse.transpose(1, 2)) if return_lse else out
@@ -194,33 +204,6 @@ def among_visible(
     return out.unflatten(0, (batch, seqlen_q)), lse.unflatten(1, (batch, seqlen_q)).transpose(0, 1)
 
 
-def _in_parallel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    options: tuple[Any, ...],
-    config: Any,
-    attention: Attention,
-    in_ring: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """diffusers' context parallelism around the attention of each rank."""
-    if not in_ring and config.context_parallel_config.ring_degree > 1:
-        raise NotImplementedError(
-            f"{NAME_FP8} has no ring attention, which merges results by their LSE, in 8 bits exact "
-            f"to 0.03 only: use ulysses_degree, or {NAME}"
-        )
-    result: Tensor | tuple[Tensor, Tensor] = _module()._templated_context_parallel_attention(
-        query,
-        key,
-        value,
-        *options,
-        forward_op=functools.partial(forward_op, attention=attention),
-        backward_op=backward_op,
-        _parallel_config=config,
-    )
-    return result
-
-
 def forward_op(
     ctx: Any,
     query: Tensor,
@@ -280,19 +263,17 @@ def _warn_once(what: str) -> None:
     )
 
 
-def _module() -> Any:
-    return importlib.import_module("diffusers.models.attention_dispatch")
-
-
-def _dispatch() -> tuple[Any, Any]:
-    """diffusers' enum and registry of backends."""
+def _dispatch() -> tuple[Any, Any, Any]:
+    """diffusers' enum and registry of backends, and its context parallelism."""
+    module: Any = importlib.import_module("diffusers.models.attention_dispatch")
     try:
-        module = _module()
-        return module.AttentionBackendName, module._AttentionBackendRegistry
+        return (
+            module.AttentionBackendName,
+            module._AttentionBackendRegistry,
+            module._templated_context_parallel_attention,
+        )
     except AttributeError as error:
-        raise RuntimeError(
-            f"this diffusers has no registry of attention backends: {error}"
-        ) from None
+        raise RuntimeError(f"diffusers has no registry of attention backends: {error}") from None
 
 
 def _add_member(names: Any, value: str) -> Any:
