@@ -106,6 +106,19 @@ def test_gradients_of_sums(expanded):
     assert_gradients_right(heads_first(*grads), right, None, q, k, v, 0.25, False)
 
 
+@pytest.mark.parametrize(("seqlens", "batch"), [((5, 0), 2), ((0, 5), 2), ((5, 5), 0)], ids=str)
+def test_nothing(seqlens, batch):
+    q, k, v = random_qkv("cpu", torch.float32, batch, *seqlens, 2, head_dim=16)
+    inputs = heads_first(q, k, v)
+    results = aten.scaled_dot_product_flash_attention(*inputs)
+    assert_form_inferred(SDPA, inputs, results)
+    assert not results[0].any() and (results[1] == -torch.inf).all()
+    arguments = (torch.ones_like(results[0]), *inputs, *results[:6], 0.0, False, *results[6:8])
+    grads = aten.scaled_dot_product_flash_attention_backward(*arguments)
+    assert_form_inferred(SDPA_BACKWARD, arguments, grads)
+    assert not any(grad.any() for grad in grads)
+
+
 def test_the_default_scale_is_that_of_the_head_dim():
     q, k, v = random_qkv("cpu", torch.float32, 1, 20, 20, 2, head_dim=40)
     results = aten.scaled_dot_product_flash_attention(*heads_first(q, k, v))
