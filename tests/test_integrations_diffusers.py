@@ -8,10 +8,17 @@ import warnings
 import pytest
 import torch
 from oracle import Attention
-from parity import assert_gradients_right, assert_right, random_qkv
+from parity import (
+    assert_gradients_right,
+    assert_right,
+    random_qkv,
+    skip_unless_answered,
+    skip_unless_built,
+)
 
-from cute_kernels import flash_attn_fp8_func, flash_attn_func
+from cute_kernels import flash_attn_fp8_func, flash_attn_func, tile_configs
 from cute_kernels.integrations import diffusers as integration
+from cute_kernels.integrations import torch as behind_sdpa
 
 pytest.importorskip("diffusers", reason="needs diffusers: it is not installed")
 dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
@@ -72,16 +79,16 @@ def wan():
     }
 
 
-def random_model(make, dtype):
+def random_model(make, dtype, device="cpu"):
     torch.manual_seed(0)
     model, inputs = make()
-    model = model.to(dtype).eval()
-    cast = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
-    return model, cast
+    model = model.to(device, dtype).eval()
+    floating = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
+    return model, {n: x.to(device) for n, x in floating.items()}
 
 
-def result(make, dtype, backend="native"):
-    model, inputs = random_model(make, dtype)
+def result(make, dtype, backend="native", device="cpu"):
+    model, inputs = random_model(make, dtype, device)
     model.set_attention_backend(backend)
     with torch.no_grad():
         return model(**inputs).sample
@@ -124,21 +131,67 @@ def test_a_compiled_model(registered):
         assert torch.allclose(compiled(**inputs).sample, model(**inputs).sample, atol=1e-5)
 
 
-def test_stable_diffusion_3_has_no_backends():
-    """Its attention calls SDPA itself: what reaches it is integrations.torch."""
+@pytest.mark.parametrize("make", [flux, wan])
+def test_models_on_a_gpu(registered, hopper, make):
+    skip_unless_built(torch.bfloat16, 32, False)
+    exact = result(make, torch.float64)
+    theirs = error(result(make, torch.bfloat16, device=hopper).cpu(), exact)
+    ours = error(result(make, torch.bfloat16, integration.NAME, hopper).cpu(), exact)
+    assert ours < 1.5 * theirs
+    if tile_configs("forward_fp8"):
+        in_8_bits = result(make, torch.bfloat16, integration.NAME_FP8, hopper)
+        assert error(in_8_bits.cpu(), exact) < 2 * theirs + 0.02
+
+
+def sd3():
     from diffusers import SD3Transformer2DModel
 
     model = SD3Transformer2DModel(
         sample_size=8,
         in_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
+        num_layers=2,
+        attention_head_dim=32,
         num_attention_heads=2,
         joint_attention_dim=16,
-        caption_projection_dim=16,
+        caption_projection_dim=64,
         pooled_projection_dim=16,
+        out_channels=4,
     )
+    return model, {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 7, 16),
+        "pooled_projections": torch.randn(2, 16),
+        "timestep": torch.tensor([1.0, 0.5]),
+    }
+
+
+def test_stable_diffusion_3_has_no_backends(registered):
+    """Its attention calls SDPA itself."""
+    model, _ = random_model(sd3, torch.float32)
     assert not any(hasattr(p, "_attention_backend") for p in model.attn_processors.values())
+    given = result(sd3, torch.float32)
+    assert torch.equal(result(sd3, torch.float32, integration.NAME_FP8), given)
+
+
+def test_stable_diffusion_3_behind_sdpa(hopper, monkeypatch):
+    skip_unless_built(torch.bfloat16, 32, False)
+    name, calls = "_scaled_dot_product_flash_attention", []
+
+    def counted(*inputs, **options):
+        answer = behind_sdpa.aten.scaled_dot_product_flash_attention(*inputs, **options)
+        calls.append(answer is not NotImplemented)
+        return answer
+
+    monkeypatch.setitem(behind_sdpa._ANSWERS, name, counted)
+    exact = result(sd3, torch.float64)
+    theirs = error(result(sd3, torch.bfloat16, device=hopper).cpu(), exact)
+    behind_sdpa.activate()
+    try:
+        ours = error(result(sd3, torch.bfloat16, device=hopper).cpu(), exact)
+    finally:
+        behind_sdpa.deactivate()
+    assert calls == [True, True]
+    assert ours < 1.5 * theirs
 
 
 def attend(*inputs, backend=integration.NAME, **options):
@@ -208,6 +261,20 @@ def test_masks_of_keys(registered, backend, mask, recwarn):
         assert_gradients_right(seen, grad_out[i : i + 1], None, *one, 0.3, False)
         assert not any(x[i, ~keys].any() for x in grads[1:])
     assert not recwarn.list
+
+
+def test_masks_do_not_wait_for_the_gpu(registered, hopper):
+    skip_unless_answered(hopper, torch.bfloat16)
+    q, k, v = (x.to(hopper) for x in qkv(dtype=torch.bfloat16))
+    mask = KEEP.to(hopper)
+    attend(q, k, v, attn_mask=mask)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = attend(q, k, v, attn_mask=mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    right = attend(q.double(), k.double(), v.double(), attn_mask=mask, backend="native")
+    assert error(out, right) < 0.01
 
 
 def test_no_visible_key_gives_0(registered):

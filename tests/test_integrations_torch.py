@@ -43,7 +43,9 @@ def layouts(x):
 def form(tensor):
     if not isinstance(tensor, torch.Tensor):
         return tensor
-    strides = [n for size, n in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    empty = tensor.numel() == 0  # then, and of a size of 1, nothing uses a stride
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    strides = [] if empty else [stride for size, stride in strides if size > 1]
     return tensor.shape, tensor.dtype, strides
 
 

@@ -281,8 +281,6 @@ def _unless_refused(run: Callable[..., Any], *inputs: Any) -> Any:
 def _laid_out_as(like: Tensor, result: Tensor) -> Tensor:
     """result with the strides of ``torch.empty_like(like)``, which PyTorch's shape inference has
     promised to compilers. Only a query with the heads outside of the sequence costs a copy."""
-    if result.numel() == 0:
-        return torch.empty_like(like)
     if result.stride() == like.stride():
         return result
     strides = torch.empty_like(like, device="meta").stride()
