@@ -409,7 +409,7 @@ def test_registration_is_undone():
         assert ours == "cute_kernels" and ours in BACKENDS and ours.name == "CUTE_KERNELS"
         with dispatch.attention_backend(integration.NAME_FP8):
             assert REGISTRY._active_backend is BACKENDS(integration.NAME_FP8)
-        REGISTRY.set_active_backend(ours)
+        REGISTRY._active_backend = ours
         integration.unregister()
         integration.unregister()
         assert state() == before
@@ -420,10 +420,10 @@ def test_registration_is_undone():
 
 def test_a_backend_chosen_later_stays():
     integration.register()
-    REGISTRY.set_active_backend(BACKENDS.FLEX)
+    REGISTRY._active_backend = BACKENDS.FLEX
     integration.unregister()
     assert REGISTRY._active_backend is BACKENDS.FLEX
-    REGISTRY.set_active_backend(BACKENDS.NATIVE)
+    REGISTRY._active_backend = BACKENDS.NATIVE
 
 
 def test_a_diffusers_without_a_registry_is_named(monkeypatch):

@@ -82,7 +82,7 @@ def unregister() -> None:
             continue
         member = names(name)
         if registry._active_backend is member:
-            registry.set_active_backend(_active_before)
+            registry._active_backend = _active_before
         for table in (registry._backends, registry._constraints, registry._supported_arg_names):
             table.pop(member)
         registry._supports_context_parallel.discard(name)
