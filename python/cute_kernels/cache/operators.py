@@ -11,7 +11,7 @@ from torch import Tensor
 from cute_kernels.autograd import run_below_autograd
 from cute_kernels.cache import reference
 from cute_kernels.cache.checks import check_append, check_attention, check_combine, check_rotary
-from cute_kernels.compat import has_cuda_kernel
+from cute_kernels.torch_private import has_cuda_kernel
 from cute_kernels.operators import NAMESPACE, Pass, by_position
 from cute_kernels.reference import empty_outputs
 
