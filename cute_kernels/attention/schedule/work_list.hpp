@@ -36,6 +36,15 @@ struct QueryTiling {
     BlockRange const keys = ranges.key_blocks(first_row, kTileM, kTileN);
     return keys.end - keys.begin;
   }
+
+  /// How many classes of length pay, the longest tile's being given. Under a causal mask a class
+  /// has as many queries of a sequence as it is keys wide, and they share the loads of K and V:
+  /// where these are few, memory traffic costs more than the order gains (measured for
+  /// TileScheduler's bands).
+  static constexpr int classes(int longest) {
+    constexpr int kQueriesForALoad = 384;
+    return longest / (kQueriesForALoad / kTileN);
+  }
 };
 
 /// How many tiles of tile_m queries a call may have.
@@ -96,7 +105,7 @@ class WorkListBuilder {
  private:
   static constexpr int kGroup = 32;
   static constexpr int kGroups = kThreads / kGroup;
-  static constexpr int kBuckets = 8;    // lengths, the longest first
+  static constexpr int kBuckets = 16;   // classes of length, the longest first, at most
   static constexpr int kNearby = 1023;  // sequences
 
  public:
@@ -107,6 +116,7 @@ class WorkListBuilder {
     int of_group[kGroups];
     int total;
     int longest;
+    int buckets;
     // By bucket and thread: how many tiles, then the place of the next one. Padded, as a thread
     // adds up kBuckets neighbours.
     int counters[kThreads * (kBuckets + 1)];
@@ -206,7 +216,9 @@ class WorkListBuilder {
   /// Behind phase 6, when the longest length is known.
   constexpr int bucket_of(int length) const {
     // Blocks have 16 keys or more: there are at most 2^27 of them.
-    return (shared_.longest - length) * kBuckets / (shared_.longest + 1);
+    auto const shorter = static_cast<uint32_t>(shared_.longest - length);
+    auto const lengths = static_cast<uint32_t>(shared_.longest + 1);
+    return static_cast<int>(shorter * static_cast<uint32_t>(shared_.buckets) / lengths);
   }
 
   constexpr int& counter(int bucket, int thread) {
@@ -256,6 +268,7 @@ class WorkListBuilder {
     int longest = 0;
     for (int const group : shared_.of_group) longest = greater(longest, group);
     shared_.longest = longest;
+    shared_.buckets = greater(1, lesser(Tiling::classes(longest), kBuckets));
   }
 
   AttentionCall const& call_;
