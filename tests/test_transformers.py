@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from parity import GRADIENTS_ON_CUDA
 
 tiny = pytest.importorskip("tiny_models", reason="needs transformers 5 or newer")
 transformers = tiny.transformers
@@ -535,8 +534,6 @@ def test_the_package_does_not_import_transformers():
 @pytest.mark.parametrize("name", tiny.DECODERS)
 def test_decoders_on_a_gpu(hopper, name, batch):
     """bf16: at most twice as far from fp32 as the others."""
-    if batch in ("left", "right", "packed") and not GRADIENTS_ON_CUDA:
-        pytest.skip("the gradient of packed sequences on CUDA: not there yet")
     architecture = tiny.DECODERS[name]
     inputs = {"input_ids": tiny.random_ids(), **BATCHES[batch]}
     kept = kept_of(inputs)

@@ -150,7 +150,7 @@ def _built(of_pass: str, dtype: str, head_dim: int) -> int:
     there = [
         row["head_dim"]
         for row in tile_configs(of_pass)
-        if row["dtype"] == dtype and row["head_dim"] >= head_dim
+        if row["dtype"] == dtype and row["head_dim"] >= head_dim and not row.get("softcap", False)
     ]
     if not there:
         raise ValueError(
