@@ -156,7 +156,7 @@ def flash_attn_varlen_func(
         )
         return (out, lse) if return_lse or return_attn_probs else out
     if cu_seqlens_k is None:
-        raise TypeError("cu_seqlens_k is None, must be a Tensor where there is no page_table")
+        raise TypeError("cu_seqlens_k is a NoneType, must be a torch.Tensor")
     lengths: Lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
     if unusual and attention_chunk > 0:
         check_varlen_forward(q, k, v, *lengths, 1.0, causal, sinks)
