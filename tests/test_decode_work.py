@@ -31,8 +31,14 @@ void deal(CachedCall const& call, int ctas, int num_splits) {{
   }}
   WorkLine const line(starts.back(), longest, ctas, num_splits);
   std::cout << line.share;
-  for (int cta = 0; cta < ctas; ++cta) {{
-    WorkPlace const place = place_of<Tiling>(call, line, starts.data(), cta);
+  for (int cta = 0, entry = 0; cta < ctas; ++cta) {{
+    int64_t const block = line.begin(cta);
+    while (entry < call.batch && starts[entry + 1] <= block) ++entry;
+    WorkPlace const place =
+        block < line.blocks
+            ? place_in_sequence<Tiling>(call, entry, starts[entry],
+                                        starts[entry + 1] - starts[entry], block)
+            : end_of_line(line);
     for (WorkWalk<Tiling> walk(call, line, place, cta); walk.valid(); walk.advance()) {{
       RowTile<Tiling> const& tile = walk.tile();
       for (int value : {{cta, walk.entry(), walk.head(), walk.sequence().row_q, tile.first_row,

@@ -5,6 +5,7 @@
 #include "cute_kernels/attention/decode/epilogue.hpp"
 #include "cute_kernels/attention/decode/load.hpp"
 #include "cute_kernels/attention/decode/mainloop.hpp"
+#include "cute_kernels/attention/decode/unused_rows.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 
 namespace cute_kernels::attention {
@@ -15,8 +16,7 @@ struct DecodeParams {
   CacheSource source;
   ScoreUnits units;
   DecodeResults results;
-  WorkLine const* line;
-  WorkPlace const* places;
+  int num_splits;
 };
 
 /// Warpgroup 0 moves data, warpgroup 1 computes. Both walk the same parts in the same order, so
@@ -40,16 +40,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     shared.q_empty.init(cutlass::NumWarpsPerWarpGroup);
     cutlass::arch::fence_barrier_init();
   }
-  __syncthreads();
-  sm90::wait_for_previous_kernel();  // it deals the work
-  WorkWalk<Traits> walk(params.call, *params.line, params.places[blockIdx.x], blockIdx.x);
+  sm90::wait_for_previous_kernel();  // whatever it is: from here on memory is read
+  WorkDealer<Traits>::deal(params.call, params.num_splits, shared.deal);
+  auto const first_part = [&] {
+    return WorkWalk<Traits>(params.call, shared.deal.line, shared.deal.place, blockIdx.x);
+  };
 
   if (is_producer) {
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     }
     CacheLoader<Traits> loader(params.call, params.source, shared);
-    for (; walk.valid(); walk.advance()) loader.load(walk);
+    for (auto walk = first_part(); walk.valid(); walk.advance()) loader.load(walk);
+    clear_unused_rows<typename Traits::Element>(params.call, params.results);
     loader.drain();
   } else {
     if constexpr (Traits::kReconfigureRegisters) {
@@ -59,7 +62,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     Mainloop mainloop(params.units, params.source.group, shared);
     DecodeEpilogue<Traits> epilogue(params.call, params.results, params.source.group,
                                     params.units.log2_of_unit, shared);
-    for (; walk.valid(); walk.advance()) {
+    for (auto walk = first_part(); walk.valid(); walk.advance()) {
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();
       mainloop.compute(walk, softmax, out);

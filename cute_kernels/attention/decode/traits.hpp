@@ -3,7 +3,7 @@
 #include <cutlass/arch/barrier.h>
 #include <cute/tensor.hpp>
 
-#include "cute_kernels/attention/decode/work.hpp"
+#include "cute_kernels/attention/decode/deal.hpp"
 
 namespace cute_kernels::attention {
 
@@ -71,7 +71,8 @@ struct DecodeTraits {
     Barrier v_empty[kStages];
     Barrier q_full;
     Barrier q_empty;
-    int arrived;  // parts of the consumers' item, before this CTA's
+    typename WorkDealer<DecodeTraits>::Shared deal;
+    int is_last;  // whether all parts of the consumers' item are there
   };
 };
 

@@ -38,8 +38,9 @@ def decode_shared_memory(row: Row) -> dict[str, int]:
             "K": row["stages"] * stage,
             "V": row["stages"] * stage,
             "Q": row["tile_m"] * row["head_dim"] * ELEMENT_BYTES,
-            # full and empty, of every stage of K and V and of Q, and a count
-            "barriers": 2 * 8 * (2 * row["stages"] + 1) + 4,
+            # full and empty, of every stage of K and V and of Q; sums of 8 warps, the line of all
+            # work, the CTA's place there, a flag
+            "barriers and place": 2 * 8 * (2 * row["stages"] + 1) + 8 * (8 + 4) + 24 + 56 + 8,
         }
     )
 
