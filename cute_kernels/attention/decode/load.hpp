@@ -134,12 +134,12 @@ class CacheLoader {
     int const column = lane() % kLanesOfRow * kVector;
     uint32_t const base = cute::cast_smem_ptr_to_uint(shared);
     auto const layout = cute::as_position_independent_swizzle_layout(swizzled);
+    int64_t const found_offset =
+        found.major < 0 ? -1 : found.major * major_stride + found.minor * minor_stride;
     CUTLASS_PRAGMA_UNROLL
     for (int pass = 0; pass < kPasses; ++pass) {
-      int const major = __shfl_sync(0xffffffff, found.major, pass * kRowsAtOnce + part);
-      int const minor = __shfl_sync(0xffffffff, found.minor, pass * kRowsAtOnce + part);
-      bool const there = major >= 0 && column < columns;
-      int64_t const row = major * major_stride + minor * minor_stride;
+      int64_t const row = __shfl_sync(0xffffffff, found_offset, pass * kRowsAtOnce + part);
+      bool const there = row >= 0 && column < columns;
       uint32_t const to = base + layout(row_of(pass, part), column) * sizeof(Element);
       sm90::gather_or_clear(to, global + (there ? row + column : 0), there);
     }
