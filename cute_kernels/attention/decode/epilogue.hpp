@@ -33,9 +33,10 @@ class DecodeEpilogue {
   using Softmax = typename Mainloop::Softmax;
   using Walk = WorkWalk<Traits>;
 
-  static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
-  static constexpr int kWarps = cutlass::NumWarpsPerWarpGroup;
+  // All consumers combine the parts of an item, those without rows of it too.
+  static constexpr int kThreads = Traits::kConsumers * cutlass::NumThreadsPerWarpGroup;
   static constexpr int kLanes = cutlass::NumThreadsPerWarp;
+  static constexpr int kWarps = kThreads / kLanes;
   static constexpr int kTileRows = Traits::kTileRows;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kVector = 4;  // floats of 16 bytes
@@ -60,6 +61,10 @@ class DecodeEpilogue {
   }
 
  private:
+  CUTLASS_DEVICE static int consumer_thread() {
+    return threadIdx.x - cutlass::NumThreadsPerWarpGroup;
+  }
+
   /// A row of the item in the tensors.
   struct Place {
     int64_t row;  // of Q and O
@@ -138,8 +143,8 @@ class DecodeEpilogue {
   /// or several that tell at once do. They then write the same result.
   CUTLASS_DEVICE bool is_last(Walk const& walk, WorkParts const& parts) const {
     __threadfence();
-    sm90::barrier_sync(sm90::NamedBarrier::kConsumers, 0, kThreads);
-    if (threadIdx.x % kThreads < kLanes) {
+    sm90::barrier_sync(sm90::NamedBarrier::kPartStored, 0, kThreads);
+    if (consumer_thread() < kLanes) {
       int const lane = threadIdx.x % kLanes;
       if (lane == 0) store_flag(own_slot(walk), results_.ticket);
       // Each of two parts' stores before its own loads, in one order for all: one sees the other.
@@ -154,7 +159,7 @@ class DecodeEpilogue {
       if (lane == 0) shared_.is_last = all;
       __threadfence();
     }
-    sm90::barrier_sync(sm90::NamedBarrier::kConsumers, 0, kThreads);
+    sm90::barrier_sync(sm90::NamedBarrier::kPartStored, 0, kThreads);
     return shared_.is_last;
   }
   CUTLASS_DEVICE void store_flag(int64_t slot, uint64_t value) const {
@@ -173,11 +178,11 @@ class DecodeEpilogue {
   /// The result of all parts, always in the same order. A warp has kRowsAtOnce rows at a time; its
   /// lanes know the statistics of a part each, and add up some columns each.
   CUTLASS_DEVICE void combine(Walk const& walk, WorkParts const& parts) const {
-    for (int part = threadIdx.x % kThreads; part < parts.count; part += kThreads) {
+    for (int part = consumer_thread(); part < parts.count; part += kThreads) {
       store_flag(slot(parts, part), ~results_.ticket);
     }
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int row = threadIdx.x / kLanes % kWarps; row < walk.tile().rows;
+    for (int row = consumer_thread() / kLanes; row < walk.tile().rows;
          row += kWarps * kRowsAtOnce) {
       combine_rows(walk, parts, row);
     }

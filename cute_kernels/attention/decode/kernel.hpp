@@ -19,13 +19,14 @@ struct DecodeParams {
   int num_splits;
 };
 
-/// Warpgroup 0 moves data, warpgroup 1 computes. Both walk the same parts in the same order, so
+/// Warpgroup 0 moves data, the others compute. All walk the same parts in the same order, so
 /// that the barriers' phases are all they need to share.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     decode_kernel(CUTE_GRID_CONSTANT DecodeParams const params) {
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
+  constexpr int kConsumerWarps = Traits::kConsumers * cutlass::NumWarpsPerWarpGroup;
   bool const is_producer = cutlass::canonical_warp_group_idx() == 0;
 
   if (threadIdx.x == 0) {
@@ -33,11 +34,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       shared.k_full[stage].init(cutlass::NumThreadsPerWarpGroup);
       shared.v_full[stage].init(cutlass::NumThreadsPerWarpGroup);
-      shared.k_empty[stage].init(cutlass::NumWarpsPerWarpGroup);
-      shared.v_empty[stage].init(cutlass::NumWarpsPerWarpGroup);
+      shared.k_empty[stage].init(kConsumerWarps);
+      shared.v_empty[stage].init(kConsumerWarps);
     }
     shared.q_full.init(cutlass::NumThreadsPerWarpGroup);
-    shared.q_empty.init(cutlass::NumWarpsPerWarpGroup);
+    shared.q_empty.init(kConsumerWarps);
     cutlass::arch::fence_barrier_init();
   }
   sm90::wait_for_previous_kernel();  // whatever it is: from here on memory is read

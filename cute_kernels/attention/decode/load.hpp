@@ -99,17 +99,22 @@ class CacheLoader {
   }
 
   CUTLASS_DEVICE void load_queries(Walk const& walk) {
-    int const number = walk.tile().first_row + found_row();
-    Row row{-1, 0};
-    if (found_row() < walk.tile().rows) {
-      source_.group(row.major, row.minor, number);
-      row.major += walk.sequence().row_q;
-    }
-    row.minor += walk.head() * walk.sequence().group;
     shared_.q_empty.wait(q_phase_ ^ 1);
-    copy_rows<Traits::kTileRows>(
-        shared_.q.data(), typename Traits::LayoutQ{}, static_cast<Element const*>(source_.q.data),
-        source_.q.seqlen_stride, source_.q.head_stride, call_.head_dim, row);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < Traits::kConsumers; ++i) {
+      int const number = i * Traits::kWarpgroupM + found_row();
+      if (i * Traits::kWarpgroupM >= walk.tile().rows) break;
+      Row row{-1, 0};
+      if (found_row() < Traits::kWarpgroupM && number < walk.tile().rows) {
+        source_.group(row.major, row.minor, walk.tile().first_row + number);
+        row.major += walk.sequence().row_q;
+        row.minor += walk.head() * walk.sequence().group;
+      }
+      copy_rows<Traits::kWarpgroupM>(shared_.q[i].data(), typename Traits::LayoutQ{},
+                                     static_cast<Element const*>(source_.q.data),
+                                     source_.q.seqlen_stride, source_.q.head_stride, call_.head_dim,
+                                     row);
+    }
     sm90::arrive_when_gathered(shared_.q_full);
     q_phase_ ^= 1;
   }
@@ -148,7 +153,7 @@ class CacheLoader {
   CachedCall const& call_;
   CacheSource const& source_;
   SharedStorage& shared_;
-  Stage<Traits::kStages> stage_;
+  RingStage<Traits::kStages> stage_;
   uint32_t q_phase_ = 0;
 };
 
