@@ -176,4 +176,20 @@ def test_every_block_is_in_one_part(deal, seed):
     if num_splits != 1:
         assert all(load <= share for load in loads.values())
         if num_splits == 0:
-            assert share == max(1, -(-sum(loads.values()) // ctas))
+            least = max(1, -(-sum(loads.values()) // ctas))
+            assert least <= share <= least + least // 32
+
+
+def test_shares_divide_equal_items_evenly(deal):
+    """Where that makes them 1/32 longer at most."""
+    for keys, batch, share, ctas in [
+        (2048 * TILE_N, 1, 64, 33),
+        (128 * TILE_N, 33, 256, 17),
+        (131 * TILE_N, 1, 4, 40),
+    ]:
+        found, parts = deal([1] * batch, [keys] * batch, [0] * batch, (1, 1), (NONE, 0), ctas, 0)
+        assert found == share
+        if keys % (share * TILE_N) == 0 or share * TILE_N % keys == 0:
+            assert {part["end_block"] - part["first_block"] for part in parts} == {
+                min(share, keys // TILE_N)
+            }

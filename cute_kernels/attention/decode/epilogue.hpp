@@ -142,13 +142,14 @@ class DecodeEpilogue {
   /// Tells that this part is there, and asks whether all are: the last one to tell finds them all,
   /// or several that tell at once do. They then write the same result.
   CUTLASS_DEVICE bool is_last(Walk const& walk, WorkParts const& parts) const {
-    __threadfence();
     sm90::barrier_sync(sm90::NamedBarrier::kPartStored, 0, kThreads);
     if (consumer_thread() < kLanes) {
       int const lane = threadIdx.x % kLanes;
-      if (lane == 0) store_flag(own_slot(walk), results_.ticket);
+      if (lane == 0) {
+        __threadfence();  // of all consumers' stores, which the barrier has put before it
+        store_flag(own_slot(walk), results_.ticket);
+      }
       // Each of two parts' stores before its own loads, in one order for all: one sees the other.
-      __threadfence();
       __syncwarp();
       __threadfence();
       bool all = true;
@@ -199,28 +200,33 @@ class DecodeEpilogue {
           results_.statistics + slot(parts, part) * kTileRows + row_of(i)));
       return RowStatistics{pair.x, pair.y};
     };
+    // A lane knows a part of each group of kLanes.
+    RowStatistics own[kRowsAtOnce];
     float most[kRowsAtOnce], sum[kRowsAtOnce], weight[kRowsAtOnce];
     float4 out[kRowsAtOnce][kVectorsOfLane] = {};
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kRowsAtOnce; ++i) most[i] = -INFINITY, sum[i] = 0.f;
-    for (int part = lane; part < parts.count; part += kLanes) {
+    for (int first = (parts.count - 1) / kLanes * kLanes; first >= 0; first -= kLanes) {
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kRowsAtOnce; ++i) most[i] = fmaxf(most[i], statistics_of(part, i).most);
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        own[i] = first + lane < parts.count ? statistics_of(first + lane, i)
+                                            : RowStatistics{-INFINITY, 0.f};
+        most[i] = fmaxf(most[i], own[i].most);
+      }
     }
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kRowsAtOnce; ++i)
+    for (int i = 0; i < kRowsAtOnce; ++i) {
       most[i] = of_warp(most[i], [](float a, float b) { return fmaxf(a, b); });
+    }
     CUTLASS_PRAGMA_NO_UNROLL
     for (int first = 0; first < parts.count; first += kLanes) {
       int const count = min(kLanes, parts.count - first);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kRowsAtOnce; ++i) {
         float const origin = most[i] == -INFINITY ? 0.f : most[i];
-        weight[i] = 0.f;
-        if (lane >= count) continue;
-        RowStatistics const own = statistics_of(first + lane, i);
-        weight[i] = sm90::exp2_mufu((own.most - origin) * scale_log2_);
-        sum[i] += own.sum * weight[i];
+        if (first > 0 && lane < count) own[i] = statistics_of(first + lane, i);
+        weight[i] = sm90::exp2_mufu((own[i].most - origin) * scale_log2_);
+        if (lane < count) sum[i] += own[i].sum * weight[i];
       }
 #pragma unroll 4
       for (int j = 0; j < count; ++j) {

@@ -17,6 +17,12 @@
 // first one and the last one are less than an item.
 namespace cute_kernels::attention {
 
+/// a / b of numbers that are not negative and mostly small: 64 bits take five times as long.
+constexpr int64_t quotient(int64_t a, int64_t b) {
+  bool const is_short = ((a | b) >> 32) == 0;
+  return is_short ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+}
+
 /// The keys from `begin` up to before `end`.
 struct KeySpan {
   int begin;
@@ -86,16 +92,25 @@ struct RowTile {
 
 /// The line of all blocks.
 struct WorkLine {
+  static constexpr int kSharesOfSlack = 32;
+
   int64_t blocks;
   int64_t share;  // of one CTA, at least 1
   bool whole;     // no item is in parts: a CTA has those that begin in its share
 
   /// Shares of about the same length for as many as `ctas` CTAs, but so long that no item is in
-  /// more than `num_splits` parts, of which 0 is any number.
+  /// more than `num_splits` parts, of which 0 is any number. Then they may be a little longer,
+  /// where that divides the longest item evenly or makes a share a number of such items: CTAs have
+  /// fewer parts then, and those of one sequence's heads read the same pages at the same time.
   constexpr WorkLine(int64_t blocks, int longest_item, int ctas, int num_splits)
-      : blocks(blocks), share((blocks + ctas - 1) / ctas), whole(num_splits == 1) {
+      : blocks(blocks), share(quotient(blocks + ctas - 1, ctas)), whole(num_splits == 1) {
     if (share < 1) share = 1;
-    if (num_splits > 1) {
+    if (num_splits == 0 && longest_item > 0) {
+      int64_t const even = share <= longest_item
+                               ? quotient(longest_item - 1, quotient(longest_item, share)) + 1
+                               : quotient(share + longest_item - 1, longest_item) * longest_item;
+      if (even - share <= share / kSharesOfSlack) share = even;
+    } else if (num_splits > 1) {
       int64_t const least = (longest_item + num_splits - 2) / (num_splits - 1);
       if (share < least) share = least;
     }
@@ -113,8 +128,9 @@ struct WorkParts {
   int count;
 
   constexpr WorkParts(WorkLine const& line, int64_t item, int blocks)
-      : first(static_cast<int>(item / line.share)),
-        count(line.whole ? 1 : static_cast<int>((item + blocks - 1) / line.share - first + 1)) {}
+      : first(static_cast<int>(quotient(item, line.share))),
+        count(line.whole ? 1
+                         : static_cast<int>(quotient(item + blocks - 1, line.share)) - first + 1) {}
 };
 
 /// Where in the line a CTA begins.
@@ -140,9 +156,9 @@ template <class Tiling>
 constexpr WorkPlace place_in_sequence(CachedCall const& call, int entry, int64_t start,
                                       int64_t blocks, int64_t block) {
   WorkPlace place{block, block, entry, 0, 0, cached_sequence(call, entry)};
-  int64_t const of_head = blocks / call.heads_kv;
+  int64_t const of_head = quotient(blocks, call.heads_kv);
   int64_t rest = block - start;
-  place.head = static_cast<int>(rest / of_head);
+  place.head = static_cast<int>(quotient(rest, of_head));
   rest -= place.head * of_head;
   CUTE_KERNELS_FEW_ROUNDS
   for (;; ++place.tile) {
