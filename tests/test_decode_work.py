@@ -31,8 +31,14 @@ void deal(CachedCall const& call, int ctas, int num_splits) {{
   }}
   WorkLine const line(starts.back(), longest, ctas, num_splits);
   std::cout << line.share;
-  for (int cta = 0; cta < ctas; ++cta) {{
-    WorkPlace const place = place_of<Tiling>(call, line, starts.data(), cta);
+  for (int cta = 0, entry = 0; cta < ctas; ++cta) {{
+    int64_t const block = line.begin(cta);
+    while (entry < call.batch && starts[entry + 1] <= block) ++entry;
+    WorkPlace const place =
+        block < line.blocks
+            ? place_in_sequence<Tiling>(call, entry, starts[entry],
+                                        starts[entry + 1] - starts[entry], block)
+            : end_of_line(line);
     for (WorkWalk<Tiling> walk(call, line, place, cta); walk.valid(); walk.advance()) {{
       RowTile<Tiling> const& tile = walk.tile();
       for (int value : {{cta, walk.entry(), walk.head(), walk.sequence().row_q, tile.first_row,
@@ -170,4 +176,20 @@ def test_every_block_is_in_one_part(deal, seed):
     if num_splits != 1:
         assert all(load <= share for load in loads.values())
         if num_splits == 0:
-            assert share == max(1, -(-sum(loads.values()) // ctas))
+            least = max(1, -(-sum(loads.values()) // ctas))
+            assert least <= share <= least + least // 32
+
+
+def test_shares_divide_equal_items_evenly(deal):
+    """Where that makes them 1/32 longer at most."""
+    for keys, batch, share, ctas in [
+        (2048 * TILE_N, 1, 64, 33),
+        (128 * TILE_N, 33, 256, 17),
+        (131 * TILE_N, 1, 4, 40),
+    ]:
+        found, parts = deal([1] * batch, [keys] * batch, [0] * batch, (1, 1), (NONE, 0), ctas, 0)
+        assert found == share
+        if keys % (share * TILE_N) == 0 or share * TILE_N % keys == 0:
+            assert {part["end_block"] - part["first_block"] for part in parts} == {
+                min(share, keys // TILE_N)
+            }

@@ -22,9 +22,12 @@ enum class NamedBarrier : int {
   kStageRead = 1,
   /// Backward. All consumer threads meet here around the clearing of a step's Q and dO.
   kQueriesCleared = 3,
-  /// Attention to a cache. The 128 consumer threads meet here around what one of them does for all
-  /// (an arrival of a part), and around the clearing of a block of V.
-  kConsumers = 0,
+  /// Attention to a cache. All consumer threads meet here around what one warp does for all: it
+  /// tells that a part is there.
+  kPartStored = 0,
+  /// Attention to a cache. The threads of consumer warpgroups that have rows meet here around the
+  /// clearing of a block of V.
+  kValuesCleared = 1,
 };
 
 CUTLASS_DEVICE void barrier_arrive(NamedBarrier barrier, int warpgroup, int threads) {

@@ -1,8 +1,10 @@
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <random>
 #include <tuple>
 #include <type_traits>
 
@@ -48,6 +50,15 @@ void check_cache(Argument const& a, Argument const& q) {
   check_head_dim(a.name, a.size(3));
   require(a.tensor.numel() == 0 || suits_tma(a, kElementBytes), a.name,
           "'s address or strides are not multiples of 16 bytes, or its head_dim is not contiguous");
+}
+
+/// Different in each call of the process, and in those of others.
+uint64_t next_ticket() {
+  static std::atomic<uint64_t> ticket = [] {
+    std::random_device random;
+    return uint64_t{random()} << 32 | random();
+  }();
+  return ticket.fetch_add(1, std::memory_order_relaxed);
 }
 
 /// Numbers on q's device, with these sizes; -1 is any. Null where there is no tensor.
@@ -168,6 +179,7 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
   problem.lse = static_cast<float*>(lse.data_ptr());
   Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, q.device);
   problem.workspace = workspace.data_ptr();
+  problem.ticket = next_ticket();
   require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
   return {out, lse};
 }

@@ -10,14 +10,18 @@ namespace cute_kernels::attention {
 
 /// Where results go. Part of an item: rows of O as they are, and their statistics, in the place of
 /// the CTA for the part that it begins with, or for the one that it ends with.
+///
+/// A part is there when its flag is the call's ticket. Flags need no clearing beforehand: memory
+/// that was never a flag is not a ticket but by chance, once in 2^64. Where the same call comes
+/// again (a graph's replay), the last to need the flags has cleared them.
 struct DecodeResults {
   float const* sinks;
   void* out;                  // (total_q, heads_q, head_dim_v)
   float* lse;                 // (heads_q, total_q)
   float* partial_out;         // (2, ctas, kTileRows, kHeadDim)
   RowStatistics* statistics;  // (2, ctas, kTileRows)
-  int* arrivals;              // (ctas): 0 before, and after
-  int ctas;
+  uint64_t* flags;            // (2, ctas)
+  uint64_t ticket;
 };
 
 /// Writes one part: the result, or what the last of the item's parts makes the result of.
@@ -29,12 +33,14 @@ class DecodeEpilogue {
   using Softmax = typename Mainloop::Softmax;
   using Walk = WorkWalk<Traits>;
 
-  static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
-  static constexpr int kWarps = cutlass::NumWarpsPerWarpGroup;
+  // All consumers combine the parts of an item, those without rows of it too.
+  static constexpr int kThreads = Traits::kConsumers * cutlass::NumThreadsPerWarpGroup;
   static constexpr int kLanes = cutlass::NumThreadsPerWarp;
+  static constexpr int kWarps = kThreads / kLanes;
   static constexpr int kTileRows = Traits::kTileRows;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kVector = 4;  // floats of 16 bytes
+  static constexpr int kRowsAtOnce = 2;
 
  public:
   CUTLASS_DEVICE DecodeEpilogue(CachedCall const& call, DecodeResults const& results,
@@ -51,10 +57,14 @@ class DecodeEpilogue {
       return;
     }
     store_part(walk, softmax, rows);
-    if (arrive_last(parts)) combine(walk, parts);
+    if (is_last(walk, parts)) combine(walk, parts);
   }
 
  private:
+  CUTLASS_DEVICE static int consumer_thread() {
+    return threadIdx.x - cutlass::NumThreadsPerWarpGroup;
+  }
+
   /// A row of the item in the tensors.
   struct Place {
     int64_t row;  // of Q and O
@@ -102,14 +112,17 @@ class DecodeEpilogue {
   }
 
   /// The place of a part. CTA `first` of the item's ends with its part, the others begin with it.
-  CUTLASS_DEVICE int64_t slot(WorkParts const& parts, int part) const {
-    return (part == 0 ? results_.ctas : 0) + parts.first + part;
+  CUTLASS_DEVICE static int64_t slot(WorkParts const& parts, int part) {
+    return (part == 0 ? gridDim.x : 0) + parts.first + part;
+  }
+  CUTLASS_DEVICE static int64_t own_slot(Walk const& walk) {
+    return (walk.is_first_part() ? gridDim.x : 0) + blockIdx.x;
   }
 
   template <class Rows>
   CUTLASS_DEVICE void store_part(Walk const& walk, Softmax const& softmax, Rows const& rows) const {
     using namespace cute;
-    int64_t const slot = (walk.is_first_part() ? results_.ctas : 0) + int64_t{blockIdx.x};
+    int64_t const slot = own_slot(walk);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size<0>(rows); ++i) {
       int const row = Mainloop::first_row() + 8 * i;
@@ -126,87 +139,141 @@ class DecodeEpilogue {
     }
   }
 
-  /// Whether this part is the last of its item's to be stored. Then all others are seen.
-  CUTLASS_DEVICE bool arrive_last(WorkParts const& parts) const {
-    __threadfence();
-    sm90::barrier_sync(sm90::NamedBarrier::kConsumers, 0, kThreads);
-    if (threadIdx.x % kThreads == 0) {
-      int* const arrivals = results_.arrivals + parts.first;
-      shared_.arrived = atomicAdd(arrivals, 1);
-      if (shared_.arrived + 1 == parts.count) *arrivals = 0;  // for the next call with this work
+  /// Tells that this part is there, and asks whether all are: the last one to tell finds them all,
+  /// or several that tell at once do. They then write the same result.
+  CUTLASS_DEVICE bool is_last(Walk const& walk, WorkParts const& parts) const {
+    sm90::barrier_sync(sm90::NamedBarrier::kPartStored, 0, kThreads);
+    if (consumer_thread() < kLanes) {
+      int const lane = threadIdx.x % kLanes;
+      if (lane == 0) {
+        __threadfence();  // of all consumers' stores, which the barrier has put before it
+        store_flag(own_slot(walk), results_.ticket);
+      }
+      // Each of two parts' stores before its own loads, in one order for all: one sees the other.
+      __syncwarp();
+      __threadfence();
+      bool all = true;
+      for (int part = lane; part < parts.count; part += kLanes) {
+        all &= load_flag(slot(parts, part)) == results_.ticket;
+      }
+      all = __all_sync(0xffffffff, all);
+      if (lane == 0) shared_.is_last = all;
       __threadfence();
     }
-    sm90::barrier_sync(sm90::NamedBarrier::kConsumers, 0, kThreads);
-    return shared_.arrived + 1 == parts.count;
+    sm90::barrier_sync(sm90::NamedBarrier::kPartStored, 0, kThreads);
+    return shared_.is_last;
+  }
+  CUTLASS_DEVICE void store_flag(int64_t slot, uint64_t value) const {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(results_.flags + slot), "l"(value)
+                 : "memory");
+  }
+  CUTLASS_DEVICE uint64_t load_flag(int64_t slot) const {
+    uint64_t value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
+                 : "=l"(value)
+                 : "l"(results_.flags + slot)
+                 : "memory");
+    return value;
   }
 
-  /// The result of all parts, always in the same order. A warp has a row at a time; its lanes know
-  /// the statistics of a part each, and add up some columns each.
+  /// The result of all parts, always in the same order. A warp has kRowsAtOnce rows at a time; its
+  /// lanes know the statistics of a part each, and add up some columns each.
   CUTLASS_DEVICE void combine(Walk const& walk, WorkParts const& parts) const {
+    for (int part = consumer_thread(); part < parts.count; part += kThreads) {
+      store_flag(slot(parts, part), ~results_.ticket);
+    }
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int row = consumer_thread() / kLanes; row < walk.tile().rows;
+         row += kWarps * kRowsAtOnce) {
+      combine_rows(walk, parts, row);
+    }
+  }
+
+  CUTLASS_DEVICE void combine_rows(Walk const& walk, WorkParts const& parts, int first_row) const {
     constexpr int kVectors = kHeadDim / kVector;
     constexpr int kVectorsOfLane = (kVectors + kLanes - 1) / kLanes;
     int const lane = threadIdx.x % kLanes;
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int row = threadIdx.x / kLanes % kWarps; row < walk.tile().rows; row += kWarps) {
-      auto statistics_of = [&](int part) {
-        float2 const pair = __ldcg(reinterpret_cast<float2 const*>(
-            results_.statistics + slot(parts, part) * kTileRows + row));
-        return RowStatistics{pair.x, pair.y};
-      };
-      float most = -INFINITY;
-      for (int part = lane; part < parts.count; part += kLanes) {
-        most = fmaxf(most, statistics_of(part).most);
-      }
+    // Rows behind the tile's last one are read as that one.
+    auto row_of = [&](int i) { return min(first_row + i * kWarps, walk.tile().rows - 1); };
+    auto statistics_of = [&](int part, int i) {
+      float2 const pair = __ldcg(reinterpret_cast<float2 const*>(
+          results_.statistics + slot(parts, part) * kTileRows + row_of(i)));
+      return RowStatistics{pair.x, pair.y};
+    };
+    // A lane knows a part of each group of kLanes.
+    RowStatistics own[kRowsAtOnce];
+    float most[kRowsAtOnce], sum[kRowsAtOnce], weight[kRowsAtOnce];
+    float4 out[kRowsAtOnce][kVectorsOfLane] = {};
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kRowsAtOnce; ++i) most[i] = -INFINITY, sum[i] = 0.f;
+    for (int first = (parts.count - 1) / kLanes * kLanes; first >= 0; first -= kLanes) {
       CUTLASS_PRAGMA_UNROLL
-      for (int lanes = 1; lanes < kLanes; lanes *= 2) {
-        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, lanes));
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        own[i] = first + lane < parts.count ? statistics_of(first + lane, i)
+                                            : RowStatistics{-INFINITY, 0.f};
+        most[i] = fmaxf(most[i], own[i].most);
       }
-      float const origin = most == -INFINITY ? 0.f : most;
-      float sum = 0.f;
-      float4 out[kVectorsOfLane] = {};
-      CUTLASS_PRAGMA_NO_UNROLL
-      for (int first = 0; first < parts.count; first += kLanes) {
-        int const count = min(kLanes, parts.count - first);
-        float weight = 0.f;
-        if (lane < count) {
-          RowStatistics const own = statistics_of(first + lane);
-          weight = sm90::exp2_mufu((own.most - origin) * scale_log2_);
-          sum += own.sum * weight;
-        }
-#pragma unroll 8
-        for (int i = 0; i < count; ++i) {
-          float const weight_of_part = __shfl_sync(0xffffffff, weight, i);
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      most[i] = of_warp(most[i], [](float a, float b) { return fmaxf(a, b); });
+    }
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int first = 0; first < parts.count; first += kLanes) {
+      int const count = min(kLanes, parts.count - first);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        float const origin = most[i] == -INFINITY ? 0.f : most[i];
+        if (first > 0 && lane < count) own[i] = statistics_of(first + lane, i);
+        weight[i] = sm90::exp2_mufu((own[i].most - origin) * scale_log2_);
+        if (lane < count) sum[i] += own[i].sum * weight[i];
+      }
+#pragma unroll 4
+      for (int j = 0; j < count; ++j) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+          float const weight_of_part = __shfl_sync(0xffffffff, weight[i], j);
           auto const* const from = reinterpret_cast<float4 const*>(
-              results_.partial_out + (slot(parts, first + i) * kTileRows + row) * kHeadDim);
+              results_.partial_out + (slot(parts, first + j) * kTileRows + row_of(i)) * kHeadDim);
           CUTLASS_PRAGMA_UNROLL
-          for (int j = 0; j < kVectorsOfLane; ++j) {
-            float4 const x = __ldcg(from + (lane + j * kLanes) % kVectors);
-            out[j].x += weight_of_part * x.x;
-            out[j].y += weight_of_part * x.y;
-            out[j].z += weight_of_part * x.z;
-            out[j].w += weight_of_part * x.w;
+          for (int k = 0; k < kVectorsOfLane; ++k) {
+            float4 const x = __ldcg(from + (lane + k * kLanes) % kVectors);
+            out[i][k].x += weight_of_part * x.x;
+            out[i][k].y += weight_of_part * x.y;
+            out[i][k].z += weight_of_part * x.z;
+            out[i][k].w += weight_of_part * x.w;
           }
         }
       }
-      CUTLASS_PRAGMA_UNROLL
-      for (int lanes = 1; lanes < kLanes; lanes *= 2) {
-        sum += __shfl_xor_sync(0xffffffff, sum, lanes);
-      }
-      Place const place = place_of_row(walk, row);
-      RowResult const result = finish(place, {most, sum});
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      sum[i] = of_warp(sum[i], [](float a, float b) { return a + b; });
+      if (first_row + i * kWarps >= walk.tile().rows) continue;
+      Place const place = place_of_row(walk, row_of(i));
+      RowResult const result = finish(place, {most[i], sum[i]});
       if (lane == 0) store_lse(place, result.lse);
       CUTLASS_PRAGMA_UNROLL
-      for (int j = 0; j < kVectorsOfLane; ++j) {
-        int const column = (lane + j * kLanes) * kVector;
-        if (column >= call_.head_dim_v) break;
+      for (int k = 0; k < kVectorsOfLane; ++k) {
+        int const column = (lane + k * kLanes) * kVector;
+        if (column >= call_.head_dim_v) continue;
+        float4 const& x = out[i][k];
         cutlass::NumericArrayConverter<Element, float, kVector> const round;
-        cutlass::Array<float, kVector> const scaled{
-            out[j].x * result.factor, out[j].y * result.factor, out[j].z * result.factor,
-            out[j].w * result.factor};
+        cutlass::Array<float, kVector> const scaled{x.x * result.factor, x.y * result.factor,
+                                                    x.z * result.factor, x.w * result.factor};
         *reinterpret_cast<cutlass::Array<Element, kVector>*>(out_row(place) + column) =
             round(scaled);
       }
     }
+  }
+
+  template <class Join>
+  CUTLASS_DEVICE static float of_warp(float x, Join const& join) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int lanes = 1; lanes < kLanes; lanes *= 2) {
+      x = join(x, __shfl_xor_sync(0xffffffff, x, lanes));
+    }
+    return x;
   }
 
   CachedCall const& call_;

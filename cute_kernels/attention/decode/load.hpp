@@ -99,17 +99,22 @@ class CacheLoader {
   }
 
   CUTLASS_DEVICE void load_queries(Walk const& walk) {
-    int const number = walk.tile().first_row + found_row();
-    Row row{-1, 0};
-    if (found_row() < walk.tile().rows) {
-      source_.group(row.major, row.minor, number);
-      row.major += walk.sequence().row_q;
-    }
-    row.minor += walk.head() * walk.sequence().group;
     shared_.q_empty.wait(q_phase_ ^ 1);
-    copy_rows<Traits::kTileRows>(
-        shared_.q.data(), typename Traits::LayoutQ{}, static_cast<Element const*>(source_.q.data),
-        source_.q.seqlen_stride, source_.q.head_stride, call_.head_dim, row);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < Traits::kConsumers; ++i) {
+      int const number = i * Traits::kWarpgroupM + found_row();
+      if (i * Traits::kWarpgroupM >= walk.tile().rows) break;
+      Row row{-1, 0};
+      if (found_row() < Traits::kWarpgroupM && number < walk.tile().rows) {
+        source_.group(row.major, row.minor, walk.tile().first_row + number);
+        row.major += walk.sequence().row_q;
+        row.minor += walk.head() * walk.sequence().group;
+      }
+      copy_rows<Traits::kWarpgroupM>(shared_.q[i].data(), typename Traits::LayoutQ{},
+                                     static_cast<Element const*>(source_.q.data),
+                                     source_.q.seqlen_stride, source_.q.head_stride, call_.head_dim,
+                                     row);
+    }
     sm90::arrive_when_gathered(shared_.q_full);
     q_phase_ ^= 1;
   }
@@ -134,12 +139,12 @@ class CacheLoader {
     int const column = lane() % kLanesOfRow * kVector;
     uint32_t const base = cute::cast_smem_ptr_to_uint(shared);
     auto const layout = cute::as_position_independent_swizzle_layout(swizzled);
+    int64_t const found_offset =
+        found.major < 0 ? -1 : found.major * major_stride + found.minor * minor_stride;
     CUTLASS_PRAGMA_UNROLL
     for (int pass = 0; pass < kPasses; ++pass) {
-      int const major = __shfl_sync(0xffffffff, found.major, pass * kRowsAtOnce + part);
-      int const minor = __shfl_sync(0xffffffff, found.minor, pass * kRowsAtOnce + part);
-      bool const there = major >= 0 && column < columns;
-      int64_t const row = major * major_stride + minor * minor_stride;
+      int64_t const row = __shfl_sync(0xffffffff, found_offset, pass * kRowsAtOnce + part);
+      bool const there = row >= 0 && column < columns;
       uint32_t const to = base + layout(row_of(pass, part), column) * sizeof(Element);
       sm90::gather_or_clear(to, global + (there ? row + column : 0), there);
     }
@@ -148,7 +153,7 @@ class CacheLoader {
   CachedCall const& call_;
   CacheSource const& source_;
   SharedStorage& shared_;
-  Stage<Traits::kStages> stage_;
+  RingStage<Traits::kStages> stage_;
   uint32_t q_phase_ = 0;
 };
 

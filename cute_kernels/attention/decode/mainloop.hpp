@@ -18,14 +18,16 @@ struct ScoreUnits {
   float log2_of_unit;  // log2(e), times the softmax scale where that is not in s already
 };
 
-/// The consumer warpgroup: softmax(scale Q K^T) V of one part, not divided by the row sums.
+/// A consumer warpgroup: softmax(scale Q K^T) V of 64 rows of a part, not divided by the row sums.
 template <class Traits>
 class DecodeMainloop {
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
+  using Stage = RingStage<Traits::kStages>;
   using Walk = WorkWalk<Traits>;
 
   static constexpr int kTileN = Traits::kTileN;
+  static constexpr int kWarpgroupM = Traits::kWarpgroupM;
   static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
   static constexpr int kRows = 2;  // of a thread, 8 apart
 
@@ -40,34 +42,64 @@ class DecodeMainloop {
   CUTLASS_DEVICE static auto empty_output() {
     using namespace cute;
     auto out = partition_fragment_C(typename Traits::MmaPv{},
-                                    Shape<Int<Traits::kTileRows>, Int<Traits::kHeadDim>>{});
+                                    Shape<Int<kWarpgroupM>, Int<Traits::kHeadDim>>{});
     clear(out);
     return out;
   }
 
-  /// The tile's row, from 0 on, and the first column of a thread.
+  /// The first of a consumer thread's rows of the tile, and of its columns.
   CUTLASS_DEVICE static int first_row() {
-    int const thread = threadIdx.x % kThreads;
-    return thread / 32 * 16 + thread % 32 / 4;
+    constexpr int kRowsOfWarp = 16;
+    int const warp = threadIdx.x / 32 - cutlass::NumWarpsPerWarpGroup;
+    return warp * kRowsOfWarp + threadIdx.x % 32 / 4;
   }
   CUTLASS_DEVICE static int first_column() { return threadIdx.x % 4 * 2; }
 
   template <class Output>
   CUTLASS_DEVICE void compute(Walk const& walk, Softmax& softmax, Output& out) {
-    using namespace cute;
     if (walk.begin_block() == walk.end_block()) return;
+    shared_.q_full.wait(q_phase_);
+    q_phase_ ^= 1;
+    if (warpgroup() * kWarpgroupM < walk.tile().rows) {
+      compute_rows(walk, softmax, out);
+    } else {
+      skip(walk);
+    }
+  }
+
+ private:
+  CUTLASS_DEVICE static int warpgroup() { return cutlass::canonical_warp_group_idx() - 1; }
+
+  /// What only other warpgroups have rows for: nothing to compute, but stages go round.
+  CUTLASS_DEVICE void skip(Walk const& walk) {
+    release(shared_.q_empty);
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int block = walk.begin_block(); block < walk.end_block(); ++block) {
+      shared_.k_full[k_stage_.index].wait(k_stage_.phase);
+      release(shared_.k_empty[k_stage_.index]);
+      k_stage_.advance();
+      shared_.v_full[v_stage_.index].wait(v_stage_.phase);
+      release(shared_.v_empty[v_stage_.index]);
+      v_stage_.advance();
+    }
+  }
+
+  template <class Output>
+  CUTLASS_DEVICE void compute_rows(Walk const& walk, Softmax& softmax, Output& out) {
+    using namespace cute;
     int const thread = threadIdx.x % kThreads;
     typename Traits::MmaQk mma_qk;
     typename Traits::MmaPv mma_pv;
     auto slice_qk = mma_qk.get_thread_slice(thread);
     auto slice_pv = mma_pv.get_thread_slice(thread);
-    auto shared_q = make_tensor(make_smem_ptr(shared_.q.data()), typename Traits::LayoutQ{});
+    auto shared_q =
+        make_tensor(make_smem_ptr(shared_.q[warpgroup()].data()), typename Traits::LayoutQ{});
     auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(shared_q));
     auto shared_k = make_tensor(make_smem_ptr(shared_.k.data()), typename Traits::LayoutK{});
     auto operand_k = slice_qk.make_fragment_B(slice_qk.partition_B(shared_k));
     auto operand_v = slice_pv.make_fragment_B(slice_pv.partition_B(
         make_tensor(make_smem_ptr(shared_.v.data()), typename Traits::LayoutVt{})));
-    auto scores = partition_fragment_C(mma_qk, Shape<Int<Traits::kTileRows>, Int<kTileN>>{});
+    auto scores = partition_fragment_C(mma_qk, Shape<Int<kWarpgroupM>, Int<kTileN>>{});
     auto probabilities = make_tensor<Element>(sm90::accumulator_as_operand_a(scores.layout()));
     auto score_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
@@ -79,41 +111,81 @@ class DecodeMainloop {
     for (int row = 0; row < kRows; ++row) {
       seen[row] = walk.sequence().seen_by(group_.div(tile.first_row + first_row() + 8 * row));
     }
+    auto first_key = [&](int block) { return tile.keys.begin + block * kTileN; };
 
-    shared_.q_full.wait(q_phase_);
-    q_phase_ ^= 1;
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int block = walk.begin_block(); block < walk.end_block(); ++block) {
-      int const key = tile.keys.begin + block * kTileN;
-      shared_.k_full[stage_.index].wait(stage_.phase);
+    // S of a block, in flight.
+    auto issue_scores = [&] {
+      shared_.k_full[k_stage_.index].wait(k_stage_.phase);
       cutlass::arch::fence_view_async_shared();
-      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, stage_.index),
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, k_stage_.index),
                                               scores);
-      warpgroup_wait<0>();
-      release(shared_.k_empty[stage_.index]);
+    };
+    // S has been computed.
+    auto release_keys = [&](int block) {
+      release(shared_.k_empty[k_stage_.index]);
+      k_stage_.advance();
       if (block + 1 == walk.end_block()) release(shared_.q_empty);
-
+    };
+    auto softmax_block = [&](int block, float (&factor)[kRows]) {
+      int const key = first_key(block);
       if (units_.softcap > 0) cap(scores);
       if (key < seen_by_all.begin || key + kTileN > seen_by_all.end) mask(score_rows, seen, key);
-      softmax.update(score_rows, out_rows);
+      return softmax.update(score_rows, factor);
+    };
+    auto round_probabilities = [&] {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
       sm90::convert_fragment<Element>(p, probabilities);
-
-      shared_.v_full[stage_.index].wait(stage_.phase);
+    };
+    // O += P V of a block, in flight.
+    auto issue_values = [&](int block) {
+      int const key = first_key(block);
+      shared_.v_full[v_stage_.index].wait(v_stage_.phase);
       if (key < seen_by_all.begin || min(key + kTileN, tile.keys.end) > seen_by_all.end) {
-        guard_values(out_rows, seen, key);
+        guard_values(tile, out_rows, seen, key);
       }
       cutlass::arch::fence_view_async_shared();
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
-                                               operand_v(_, _, _, stage_.index), out);
-      warpgroup_wait<0>();
-      release(shared_.v_empty[stage_.index]);
-      stage_.advance();
+                                               operand_v(_, _, _, v_stage_.index), out);
+    };
+    auto release_values = [&] {
+      release(shared_.v_empty[v_stage_.index]);
+      v_stage_.advance();
+    };
+
+    // Prologue: the first block's P, nothing to overlap with yet.
+    int block = walk.begin_block();
+    float factor[kRows];
+    issue_scores();
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(scores);
+    release_keys(block);
+    softmax_block(block, factor);
+    round_probabilities();
+
+    // Steady state: the softmax of a block runs while P V of the one before is in flight.
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (; block + 1 < walk.end_block(); ++block) {
+      issue_scores();
+      issue_values(block);
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(scores);
+      release_keys(block + 1);
+      bool const moves = softmax_block(block + 1, factor);
+      sm90::warpgroup_wait_all();
+      warpgroup_fence_operand(out);
+      release_values();
+      if (moves) Softmax::scale_rows(out_rows, factor);
+      round_probabilities();
     }
+
+    // Tail: the last block's P V.
+    issue_values(block);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(out);
+    release_values();
     softmax.reduce_sums();
   }
 
- private:
   /// One arrival a warp.
   CUTLASS_DEVICE static void release(cutlass::arch::ClusterBarrier const& barrier) {
     if (cute::elect_one_sync()) barrier.arrive();
@@ -150,12 +222,15 @@ class DecodeMainloop {
   /// be NaN. They are cleared, and added to the rows that do see them. Of a block that some rows
   /// see in part, when V has landed.
   template <class Output>
-  CUTLASS_DEVICE void guard_values(Output& out, KeySpan const (&seen)[kRows], int key) {
+  CUTLASS_DEVICE void guard_values(RowTile<Traits> const& tile, Output& out,
+                                   KeySpan const (&seen)[kRows], int key) {
     using namespace cute;
-    Element* const data = shared_.v.data() + stage_.index * Traits::kStageElements;
+    Element* const data = shared_.v.data() + v_stage_.index * Traits::kStageElements;
     int const thread = threadIdx.x % kThreads;
+    // Of the warpgroups that come here, each looks at the whole block.
+    int const all_threads = (tile.rows + kWarpgroupM - 1) / kWarpgroupM * kThreads;
     bool const own = sm90::all_finite<kThreads, Traits::kStageElements>(data, thread);
-    if (sm90::barrier_all(sm90::NamedBarrier::kConsumers, 0, kThreads, own)) return;
+    if (sm90::barrier_all(sm90::NamedBarrier::kValuesCleared, 0, all_threads, own)) return;
     auto const values = make_tensor(make_smem_ptr(data), typename Traits::LayoutRows{});
     CUTLASS_PRAGMA_UNROLL
     for (int col = 0; col < size<1>(out); ++col) {
@@ -170,10 +245,10 @@ class DecodeMainloop {
         }
       }
     }
-    sm90::barrier_sync(sm90::NamedBarrier::kConsumers, 0, kThreads);
+    sm90::barrier_sync(sm90::NamedBarrier::kValuesCleared, 0, all_threads);
     sm90::clear_nonfinite<kThreads, Traits::kStageElements>(data, thread);
     cutlass::arch::fence_view_async_shared();
-    sm90::barrier_sync(sm90::NamedBarrier::kConsumers, 0, kThreads);
+    sm90::barrier_sync(sm90::NamedBarrier::kValuesCleared, 0, all_threads);
   }
 
   /// Of an accumulator's column, seen from the thread's first: pairs of columns, 8 apart.
@@ -182,7 +257,8 @@ class DecodeMainloop {
   ScoreUnits units_;
   cutlass::FastDivmod const& group_;
   SharedStorage& shared_;
-  Stage<Traits::kStages> stage_;
+  Stage k_stage_;
+  Stage v_stage_;
   uint32_t q_phase_ = 0;
 };
 

@@ -67,6 +67,7 @@ struct DecodeProblem {
   void* out;           // (total_q, heads_q, head_dim_v), dense
   float* lse;          // (heads_q, total_q), natural logarithm
   void* workspace;     // 256-byte aligned, contents undefined on entry
+  uint64_t ticket;     // no other launch with the same workspace has it, but a graph's replays do
   Device device;
 };
 

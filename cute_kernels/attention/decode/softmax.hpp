@@ -23,12 +23,14 @@ class RunningSoftmax {
     }
   }
 
-  /// Turns a block of scores into P in place, and multiplies the rows of O, the sum of the blocks
-  /// before.
-  template <class Scores, class Output>
-  CUTLASS_DEVICE void update(Scores& scores, Output& out) {
+  /// Turns a block of scores into P in place. What P V of the blocks before have added up to is to
+  /// be multiplied by `factor` before this block's is added; whether that changes anything, in the
+  /// thread's warp.
+  template <class Scores>
+  CUTLASS_DEVICE bool update(Scores& scores, float (&factor)[kRows]) {
     using namespace cute;
     static_assert(decltype(size<0>(scores))::value == kRows);
+    bool moves = false;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
       float most = most_[row];
@@ -38,7 +40,8 @@ class RunningSoftmax {
       most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
       // In a row that has seen no key, not by -inf - -inf, which is NaN.
       float const origin = most == -INFINITY ? 0.f : most;
-      float const factor = sm90::exp2_mufu((most_[row] - origin) * scale_log2_);
+      factor[row] = sm90::exp2_mufu((most_[row] - origin) * scale_log2_);
+      moves |= most != most_[row];
       float sum = 0.f;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
@@ -46,10 +49,19 @@ class RunningSoftmax {
         scores(row, col) = p;
         sum += p;
       }
-      sum_[row] = sum_[row] * factor + sum;
+      sum_[row] = sum_[row] * factor[row] + sum;
       most_[row] = most;
+    }
+    return __any_sync(0xffffffff, moves);
+  }
+
+  template <class Output>
+  CUTLASS_DEVICE static void scale_rows(Output& out, float const (&factor)[kRows]) {
+    using namespace cute;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
       CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(out); ++col) out(row, col) *= factor;
+      for (int col = 0; col < size<1>(out); ++col) out(row, col) *= factor[row];
     }
   }
 

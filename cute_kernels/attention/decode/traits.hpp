@@ -3,46 +3,50 @@
 #include <cutlass/arch/barrier.h>
 #include <cute/tensor.hpp>
 
-#include "cute_kernels/attention/decode/work.hpp"
+#include "cute_kernels/attention/decode/deal.hpp"
 
 namespace cute_kernels::attention {
 
 /// Everything about a kernel that attends to a cache that is known when it is compiled, from one
-/// row of tile_configs.toml: a producer warpgroup that gathers rows, a consumer warpgroup.
+/// row of tile_configs.toml: a producer warpgroup that gathers rows, one or two consumer warpgroups
+/// with 64 rows each.
 template <class Tile>
 struct DecodeTraits {
   using Element = typename Tile::Element;
   static constexpr int kHeadDim = Tile::kHeadDim;  // of K and of V
-  static constexpr int kTileRows = 64 * Tile::kConsumerWarpgroups;
+  static constexpr int kConsumers = Tile::kConsumerWarpgroups;
+  static constexpr int kWarpgroupM = 64;
+  static constexpr int kTileRows = kWarpgroupM * kConsumers;
   static constexpr int kTileN = Tile::kTileN;
   static constexpr int kStages = Tile::kStages;
   static constexpr int kCtas = Tile::kCtas;  // of a multiprocessor, at a time
-  static constexpr int kThreads = 2 * cutlass::NumThreadsPerWarpGroup;
+  static constexpr int kThreads = (1 + kConsumers) * cutlass::NumThreadsPerWarpGroup;
 
-  static_assert(Tile::kConsumerWarpgroups == 1);
+  static_assert(kConsumers * kCtas <= 2);
   static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256,
                 "the lanes of a warp share rows of 16-byte pieces evenly");
   static_assert(kTileN % 32 == 0 && kTileN <= 128, "a lane finds one of its warp's rows");
 
-  // Registers of a thread after setmaxnreg, where two CTAs share them.
-  static constexpr bool kReconfigureRegisters = kCtas == 2;
-  static constexpr int kProducerRegisters = 72;
-  static constexpr int kConsumerRegisters = 184;
+  // Registers of a thread after setmaxnreg, of what a multiprocessor has: with two CTAs 256 for two
+  // threads, with two consumer warpgroups 504 for three.
+  static constexpr bool kReconfigureRegisters = kConsumers * kCtas == 2;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 56 : 72;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 184;
 
   // WGMMA atoms: S = Q K^T from shared memory, O += P V with P in registers.
   using MmaQk = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<
           Element, Element, float,
-          cute::Shape<cute::Int<kTileRows>, cute::Int<kTileN>, cute::Int<kHeadDim>>>()));
+          cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kTileN>, cute::Int<kHeadDim>>>()));
   using MmaPv = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<
           Element, Element, float,
-          cute::Shape<cute::Int<kTileRows>, cute::Int<kHeadDim>, cute::Int<kTileN>>,
+          cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDim>, cute::Int<kTileN>>,
           cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
 
   using SwizzleAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
   using LayoutQ = decltype(cute::tile_to_shape(
-      SwizzleAtom{}, cute::Shape<cute::Int<kTileRows>, cute::Int<kHeadDim>>{}));
+      SwizzleAtom{}, cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDim>>{}));
   // Of one stage, of K as of V.
   using LayoutRows = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>>{}));
@@ -61,7 +65,8 @@ struct DecodeTraits {
     // 1024 bytes is the period of the 128-byte swizzle.
     alignas(1024) cute::array<Element, cute::cosize_v<LayoutK>> k;
     alignas(1024) cute::array<Element, cute::cosize_v<LayoutK>> v;
-    alignas(1024) cute::array<Element, cute::cosize_v<LayoutQ>> q;
+    struct alignas(1024) QueryBuffer : cute::array<Element, cute::cosize_v<LayoutQ>> {
+    } q[kConsumers];
 
     // Full: what every producer thread has gathered has landed. Empty: every consumer warp has read
     // it for the last time.
@@ -71,13 +76,14 @@ struct DecodeTraits {
     Barrier v_empty[kStages];
     Barrier q_full;
     Barrier q_empty;
-    int arrived;  // parts of the consumers' item, before this CTA's
+    typename WorkDealer<DecodeTraits>::Shared deal;
+    int is_last;  // whether all parts of the consumers' item are there
   };
 };
 
-/// A place in the ring of stages: K and V go round it together.
+/// A place in the ring of stages.
 template <int kStages>
-struct Stage {
+struct RingStage {
   int index = 0;
   uint32_t phase = 0;
 

@@ -17,6 +17,12 @@
 // first one and the last one are less than an item.
 namespace cute_kernels::attention {
 
+/// a / b of numbers that are not negative and mostly small: 64 bits take five times as long.
+constexpr int64_t quotient(int64_t a, int64_t b) {
+  bool const is_short = ((a | b) >> 32) == 0;
+  return is_short ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+}
+
 /// The keys from `begin` up to before `end`.
 struct KeySpan {
   int begin;
@@ -86,16 +92,25 @@ struct RowTile {
 
 /// The line of all blocks.
 struct WorkLine {
+  static constexpr int kSharesOfSlack = 32;
+
   int64_t blocks;
   int64_t share;  // of one CTA, at least 1
   bool whole;     // no item is in parts: a CTA has those that begin in its share
 
   /// Shares of about the same length for as many as `ctas` CTAs, but so long that no item is in
-  /// more than `num_splits` parts, of which 0 is any number.
+  /// more than `num_splits` parts, of which 0 is any number. Then they may be a little longer,
+  /// where that divides the longest item evenly or makes a share a number of such items: CTAs have
+  /// fewer parts then, and those of one sequence's heads read the same pages at the same time.
   constexpr WorkLine(int64_t blocks, int longest_item, int ctas, int num_splits)
-      : blocks(blocks), share((blocks + ctas - 1) / ctas), whole(num_splits == 1) {
+      : blocks(blocks), share(quotient(blocks + ctas - 1, ctas)), whole(num_splits == 1) {
     if (share < 1) share = 1;
-    if (num_splits > 1) {
+    if (num_splits == 0 && longest_item > 0) {
+      int64_t const even = share <= longest_item
+                               ? quotient(longest_item - 1, quotient(longest_item, share)) + 1
+                               : quotient(share + longest_item - 1, longest_item) * longest_item;
+      if (even - share <= share / kSharesOfSlack) share = even;
+    } else if (num_splits > 1) {
       int64_t const least = (longest_item + num_splits - 2) / (num_splits - 1);
       if (share < least) share = least;
     }
@@ -113,8 +128,9 @@ struct WorkParts {
   int count;
 
   constexpr WorkParts(WorkLine const& line, int64_t item, int blocks)
-      : first(static_cast<int>(item / line.share)),
-        count(line.whole ? 1 : static_cast<int>((item + blocks - 1) / line.share - first + 1)) {}
+      : first(static_cast<int>(quotient(item, line.share))),
+        count(line.whole ? 1
+                         : static_cast<int>(quotient(item + blocks - 1, line.share)) - first + 1) {}
 };
 
 /// Where in the line a CTA begins.
@@ -127,36 +143,36 @@ struct WorkPlace {
   CachedSequence sequence;
 };
 
-/// The last sequence that starts at or before a block of the line. starts[i] does not decrease.
-constexpr int entry_of_block(int64_t const* starts, int batch, int64_t block) {
-  int low = 0, high = batch;
-  while (high - low > 1) {
-    int const middle = low + (high - low) / 2;
-    (starts[middle] <= block ? low : high) = middle;
-  }
-  return low;
-}
+// Loops over a sequence's tiles, of which there is mostly one.
+#ifdef __CUDACC__
+#define CUTE_KERNELS_FEW_ROUNDS _Pragma("unroll 1")
+#else
+#define CUTE_KERNELS_FEW_ROUNDS
+#endif
 
-/// Where the share of CTA `cta` begins, if there is one; starts[i] is where sequence i does, and
-/// starts[batch] the line's end.
+/// The place of a block that a sequence has in the line, where the sequence starts at `start` and
+/// has `blocks`.
 template <class Tiling>
-constexpr WorkPlace place_of(CachedCall const& call, WorkLine const& line, int64_t const* starts,
-                             int cta) {
-  int64_t const block = line.begin(cta);
-  if (block >= line.blocks) return {block, block, 0, 0, 0, {0, 0, 1, WindowRanges(0, 0, 0, 0)}};
-  int const entry = entry_of_block(starts, call.batch, block);
+constexpr WorkPlace place_in_sequence(CachedCall const& call, int entry, int64_t start,
+                                      int64_t blocks, int64_t block) {
   WorkPlace place{block, block, entry, 0, 0, cached_sequence(call, entry)};
-  int64_t const of_head = (starts[entry + 1] - starts[entry]) / call.heads_kv;
-  int64_t rest = block - starts[entry];
-  place.head = static_cast<int>(rest / of_head);
+  int64_t const of_head = quotient(blocks, call.heads_kv);
+  int64_t rest = block - start;
+  place.head = static_cast<int>(quotient(rest, of_head));
   rest -= place.head * of_head;
+  CUTE_KERNELS_FEW_ROUNDS
   for (;; ++place.tile) {
-    int const blocks = RowTile<Tiling>(place.sequence, place.tile).blocks();
-    if (rest < blocks) break;
-    rest -= blocks;
+    int const of_tile = RowTile<Tiling>(place.sequence, place.tile).blocks();
+    if (rest < of_tile) break;
+    rest -= of_tile;
   }
   place.item = block - rest;
   return place;
+}
+
+/// The place behind the line's end.
+constexpr WorkPlace end_of_line(WorkLine const& line) {
+  return {line.blocks, line.blocks, 0, 0, 0, {0, 0, 1, WindowRanges(0, 0, 0, 0)}};
 }
 
 /// How many blocks a sequence has in the line, and its longest item.
@@ -169,6 +185,7 @@ template <class Tiling>
 constexpr SequenceBlocks blocks_of(CachedCall const& call, int entry) {
   CachedSequence const sequence = cached_sequence(call, entry);
   SequenceBlocks blocks{0, 0};
+  CUTE_KERNELS_FEW_ROUNDS
   for (int tile = 0; tile < RowTile<Tiling>::count(sequence); ++tile) {
     int const of_tile = RowTile<Tiling>(sequence, tile).blocks();
     blocks.count += of_tile;
@@ -232,7 +249,7 @@ class WorkWalk {
 
  private:
   CachedCall const& call_;
-  WorkLine line_;
+  WorkLine const& line_;
   int64_t end_;
   int64_t item_;
   int begin_;
@@ -243,26 +260,6 @@ class WorkWalk {
   RowTile<Tiling> tile_;
 };
 
-/// The list of the work, in memory of the device's.
-struct DecodeWork {
-  WorkLine* line;
-  WorkPlace* places;  // of each CTA
-  int* arrivals;      // of each CTA: how many parts of the last item that begins there are stored
-  int64_t* starts;    // (batch + 1): of each sequence in the line
-};
-
-constexpr int64_t decode_work_bytes(int batch, int ctas) {
-  return sizeof(WorkPlace) * int64_t{ctas} + sizeof(WorkLine) +
-         sizeof(int64_t) * (int64_t{batch} + 1) + sizeof(int) * int64_t{ctas};
-}
-
-inline DecodeWork decode_work_at(void* memory, int batch, int ctas) {
-  static_assert(sizeof(WorkPlace) % sizeof(int64_t) == 0 &&
-                sizeof(WorkLine) % sizeof(int64_t) == 0);
-  auto* const places = static_cast<WorkPlace*>(memory);
-  auto* const line = reinterpret_cast<WorkLine*>(places + ctas);
-  auto* const starts = reinterpret_cast<int64_t*>(line + 1);
-  return {line, places, reinterpret_cast<int*>(starts + batch + 1), starts};
-}
+#undef CUTE_KERNELS_FEW_ROUNDS
 
 }  // namespace cute_kernels::attention

@@ -23,31 +23,6 @@ struct UnusedRows {
   int heads;
 };
 
-/// Clears them. The work of all CTAs of a grid but the first.
-CUTLASS_DEVICE void clear_unused_rows(UnusedRows const& unused, int const* cu_seqlens,
-                                      int const* seqused, int total, int batch) {
-  constexpr int kWarpThreads = 32;
-  int const lane = threadIdx.x % kWarpThreads;
-  int const warps = (gridDim.x - 1) * (blockDim.x / kWarpThreads);
-  int const warp = ((blockIdx.x - 1) * blockDim.x + threadIdx.x) / kWarpThreads;
-  // A warp looks at 32 rows, then clears together those that are not used.
-  for (int64_t first = int64_t{warp} * kWarpThreads; first < total;
-       first += int64_t{warps} * kWarpThreads) {
-    int const own = static_cast<int>(first) + lane;
-    bool const is_unused = first + lane < total && !is_used(cu_seqlens, seqused, total, batch, own);
-    for (unsigned rows = __ballot_sync(0xffffffff, is_unused); rows != 0; rows &= rows - 1) {
-      int64_t const row = first + __ffs(rows) - 1;
-      auto* const out =
-          reinterpret_cast<uint4*>(static_cast<char*>(unused.out) + row * unused.row_bytes);
-      int const vectors = static_cast<int>(unused.row_bytes / int64_t{sizeof(uint4)});
-      for (int i = lane; i < vectors; i += kWarpThreads) out[i] = uint4{};
-      for (int head = lane; head < unused.heads; head += kWarpThreads) {
-        unused.lse[int64_t{head} * total + row] = -INFINITY;
-      }
-    }
-  }
-}
-
 /// The first CTA builds the list, the others clear unused rows of Q's results.
 template <class Tiling>
 __global__ void __launch_bounds__(WorkListBuilder<Tiling>::kThreads)
@@ -66,8 +41,28 @@ __global__ void __launch_bounds__(WorkListBuilder<Tiling>::kThreads)
     return;
   }
   PackedLengths const& packed = call.packed;
-  clear_unused_rows(unused, packed.cu_seqlens_q, packed.seqused_q, packed.total_q,
-                    call.sizes.batch);
+  constexpr int kWarpThreads = 32;
+  int const lane = threadIdx.x % kWarpThreads;
+  int const warps = (gridDim.x - 1) * (Builder::kThreads / kWarpThreads);
+  int const warp = ((blockIdx.x - 1) * Builder::kThreads + threadIdx.x) / kWarpThreads;
+  // A warp looks at 32 rows, then clears together those that are not used.
+  for (int64_t first = int64_t{warp} * kWarpThreads; first < packed.total_q;
+       first += int64_t{warps} * kWarpThreads) {
+    int const own = static_cast<int>(first) + lane;
+    bool const is_unused =
+        first + lane < packed.total_q &&
+        !is_used(packed.cu_seqlens_q, packed.seqused_q, packed.total_q, call.sizes.batch, own);
+    for (unsigned rows = __ballot_sync(0xffffffff, is_unused); rows != 0; rows &= rows - 1) {
+      int64_t const row = first + __ffs(rows) - 1;
+      auto* const out =
+          reinterpret_cast<uint4*>(static_cast<char*>(unused.out) + row * unused.row_bytes);
+      int const vectors = static_cast<int>(unused.row_bytes / int64_t{sizeof(uint4)});
+      for (int i = lane; i < vectors; i += kWarpThreads) out[i] = uint4{};
+      for (int head = lane; head < unused.heads; head += kWarpThreads) {
+        unused.lse[int64_t{head} * packed.total_q + row] = -INFINITY;
+      }
+    }
+  }
 }
 
 /// Starts it. The next kernel may start early, and then waits for this one itself.

@@ -18,8 +18,9 @@ from .rows import (
     aligned,
 )
 
-# What setmaxnreg leaves a consumer thread of one of two CTAs (decode/traits.hpp)
-DECODE_CONSUMER_REGISTERS = 184
+# What setmaxnreg leaves a consumer thread (decode/traits.hpp), by the numbers of a CTA's consumer
+# warpgroups and of CTAs
+DECODE_CONSUMER_REGISTERS = {(1, 1): 255, (1, 2): 184, (2, 1): 224}
 
 DECODE_FIELDS = (
     *HEAD,
@@ -38,8 +39,13 @@ def decode_shared_memory(row: Row) -> dict[str, int]:
             "K": row["stages"] * stage,
             "V": row["stages"] * stage,
             "Q": row["tile_m"] * row["head_dim"] * ELEMENT_BYTES,
-            # full and empty, of every stage of K and V and of Q, and a count
-            "barriers": 2 * 8 * (2 * row["stages"] + 1) + 4,
+            # full and empty, of every stage of K and V and of Q; sums of each warp, the line of all
+            # work, the CTA's place there, a flag
+            "barriers and place": 2 * 8 * (2 * row["stages"] + 1)
+            + (row["tile_m"] // WARPGROUP_M + 1) * 4 * (8 + 4)
+            + 24
+            + 56
+            + 8,
         }
     )
 
@@ -56,8 +62,6 @@ def decode_registers(row: Row) -> dict[str, int]:
 
 def decode_problems(row: Row) -> list[str]:
     found = []
-    if row["tile_m"] != WARPGROUP_M:
-        found.append(f"tile_m = {row['tile_m']} must be {WARPGROUP_M}: one warpgroup computes")
     if row["head_dim"] not in (64, 128, 256):
         found.append(
             f"head_dim = {row['head_dim']} must be 64, 128 or 256: the lanes of a warp gather rows "
@@ -68,8 +72,12 @@ def decode_problems(row: Row) -> list[str]:
             f"tile_n = {row['tile_n']} must be a multiple of 32 up to 128: each of 128 threads "
             f"finds one row at most"
         )
-    if row["ctas"] not in (1, 2):
-        found.append(f"ctas = {row['ctas']} must be 1 or 2")
+    warpgroups = row["tile_m"] / WARPGROUP_M, row["ctas"]
+    if warpgroups not in DECODE_CONSUMER_REGISTERS:
+        found.append(
+            f"tile_m = {row['tile_m']} must be {WARPGROUP_M} with one or two ctas, or "
+            f"{2 * WARPGROUP_M} with one, which has two consumer warpgroups then"
+        )
         return found
     room = SHARED_BYTES_OF_ALL // row["ctas"] - SHARED_BYTES_RESERVED
     parts = decode_shared_memory(row)
@@ -77,11 +85,9 @@ def decode_problems(row: Row) -> list[str]:
         found.append(
             f"shared memory of one of {row['ctas']} CTAs: {sum(parts.values())} > {room} bytes"
         )
-    registers = sum(decode_registers(row).values())
-    if row["ctas"] == 2 and registers > DECODE_CONSUMER_REGISTERS:
-        found.append(
-            f"registers of a consumer thread: {registers} > {DECODE_CONSUMER_REGISTERS} with 2 CTAs"
-        )
+    registers, budget = sum(decode_registers(row).values()), DECODE_CONSUMER_REGISTERS[warpgroups]
+    if registers > budget:
+        found.append(f"registers of a consumer thread: {registers} > {budget}")
     return found
 
 
