@@ -247,16 +247,29 @@ def test_what_of_packed_calls_is_not_answered(change):
     assert aten.flash_attention_forward(**{**call, **change}) is NotImplemented
 
 
-def test_whether_there_is_a_kernel():
-    has_row = aten._has_row
-    rows = len(aten.ROWS["forward"])
-    assert has_row("forward", "bf16", 64, False, rows)
-    assert has_row("forward", "bf16", 40, False, rows)
-    assert not has_row("forward", "fp8", 64, False, rows)
-    assert not has_row("forward", None, 64, False, rows)
-    assert not has_row("forward", "bf16", 264, False, rows)
-    any_call = any(row.get("any_call") for row in aten.ROWS["forward"].values())
-    assert has_row("forward", "bf16", 64, True, rows) == any_call
+ROW = {"dtype": "bf16", "head_dim": 192, "head_dim_v": 128, "mask": "full", "any_call": False}
+
+
+@pytest.mark.parametrize(
+    ("asked", "row", "there"),
+    [
+        (("bf16", 128, False, False), {}, True),
+        (("bf16", 40, False, False), {}, True),
+        (("bf16", 136, False, False), {}, False),
+        (("fp16", 128, False, False), {}, False),
+        ((None, 128, False, False), {}, False),
+        (("bf16", 128, True, False), {}, False),
+        (("bf16", 128, True, False), {"mask": "causal"}, True),
+        (("bf16", 128, False, False), {"mask": "causal"}, False),
+        (("bf16", 128, True, False), {"mask": "any"}, True),
+        (("bf16", 128, False, True), {"mask": "any"}, False),
+        (("bf16", 128, False, True), {"mask": "any", "any_call": True}, True),
+    ],
+)
+def test_whether_there_is_a_kernel(monkeypatch, asked, row, there):
+    monkeypatch.setitem(aten.ROWS, "forward", {"row": {**ROW, **row}})
+    assert aten._has_row.__wrapped__("forward", *asked, 1) == there
+    assert not aten._has_row.__wrapped__("backward", *asked[:1], 264, *asked[2:], 1)
 
 
 def attend(query, key, value, causal=True):

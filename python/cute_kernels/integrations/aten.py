@@ -131,7 +131,7 @@ def flash_attention_forward(
     causal, *window = _mask(is_causal, window_size_left, window_size_right)
     any_call = packed or window != [None, None]
     softmax_scale = _softmax_scale(query, scale)
-    if softmax_scale is None or not _has_kernel("forward", query, value, any_call):
+    if softmax_scale is None or not _has_kernel("forward", query, value, causal, any_call):
         return NotImplemented
     inputs: tuple[Any, ...]
     if packed:
@@ -185,7 +185,7 @@ def flash_attention_backward(
     causal, *window = _mask(is_causal, window_size_left, window_size_right)
     any_call = packed or window != [None, None]
     softmax_scale = _softmax_scale(query, scale)
-    if softmax_scale is None or not _has_kernel("backward", query, value, any_call):
+    if softmax_scale is None or not _has_kernel("backward", query, value, causal, any_call):
         return NotImplemented
     grad_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, out))
     inputs: tuple[Any, ...] = (grad_out, None, query, key, value, out, logsumexp)
@@ -239,7 +239,7 @@ def _softmax_scale(query: Tensor, scale: float | None) -> float | None:
     return scale if 0 < scale < math.inf else None
 
 
-def _has_kernel(of_pass: str, query: Tensor, value: Tensor, any_call: bool) -> bool:
+def _has_kernel(of_pass: str, query: Tensor, value: Tensor, causal: bool, any_call: bool) -> bool:
     """Whether this build has one for such a call, and the GPU is one that they run on. Of another
     head dim of value shape inference does not know: the output is query's size to it."""
     head_dim = query.shape[-1]
@@ -250,7 +250,7 @@ def _has_kernel(of_pass: str, query: Tensor, value: Tensor, any_call: bool) -> b
     if not _is_hopper(query.get_device()):
         return False
     dtype, rows = _DTYPE_NAMES.get(query.dtype), len(ROWS[of_pass])
-    return _has_row(of_pass, dtype, head_dim, any_call, rows)
+    return _has_row(of_pass, dtype, head_dim, causal, any_call, rows)
 
 
 @functools.cache
@@ -259,10 +259,15 @@ def _is_hopper(device: int) -> bool:
 
 
 @functools.lru_cache(256)
-def _has_row(of_pass: str, dtype: str | None, head_dim: int, any_call: bool, rows: int) -> bool:
-    """`rows`: how many there are, as they can become more."""
+def _has_row(
+    of_pass: str, dtype: str | None, head_dim: int, causal: bool, any_call: bool, rows: int
+) -> bool:
+    """As may_take in attention/tile_config.hpp. `rows`: how many there are, as they can become
+    more."""
+    masks = ("any", "causal" if causal or any_call else "full")
     return any(
         row["dtype"] == dtype
+        and row["mask"] in masks
         and min(row["head_dim"], row.get("head_dim_v", row["head_dim"])) >= head_dim
         and (not any_call or row.get("any_call", False))
         for row in ROWS[of_pass].values()

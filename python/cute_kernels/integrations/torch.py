@@ -47,7 +47,7 @@ def activate() -> None:
     What `torch.compile` has compiled keeps the backend that it chose: activate first.
 
     Raises:
-        RuntimeError: PyTorch has no registry of implementations (2.10 has none).
+        RuntimeError: PyTorch is older than 2.11, whose registry can restore its own.
     """
     global _before
     if current() == NAME:
