@@ -15,6 +15,9 @@ from torch.nn import attention
 from cute_kernels.integrations import aten, torch_choice
 from cute_kernels.integrations import torch as integration
 
+if not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
+    pytest.skip("needs the registry of torch 2.11 or newer", allow_module_level=True)
+
 SDPA = torch.ops.aten._scaled_dot_product_flash_attention
 SDPA_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 FLASH = torch.ops.aten._flash_attention_forward
@@ -318,6 +321,27 @@ def test_varlen_attn(overridden):
     packed = Packed(q.detach(), k.detach(), v.detach(), packed.slots_q, packed.slots_k)
     results = (out.detach(), lse.detach(), *grads)
     assert_packed_right(results, packed, (grad_out, None), causal=True)
+
+
+def test_varlen_attn_into_an_output(overridden):
+    from torch.nn.attention import varlen
+
+    if not hasattr(varlen, "varlen_attn_out"):
+        pytest.skip(f"torch {torch.__version__} has no varlen_attn_out")
+    packed = random_packed(
+        random.Random(1), "cpu", torch.float32, [5, 9], [7, 9], (16, 16), (4, 2), True
+    )
+    packed = dataclasses.replace(packed, used_q=None)
+    arguments, seqused_k = packed_call(packed)
+    out = torch.full_like(packed.q, torch.nan)
+    _, lse = varlen.varlen_attn_out(
+        out,
+        *arguments[:-1],
+        seqused_k=seqused_k,
+        enable_gqa=True,
+        return_aux=varlen.AuxRequest(lse=True),
+    )
+    assert_packed_right((out, lse), packed)
 
 
 def test_nested_tensors(overridden, monkeypatch):
