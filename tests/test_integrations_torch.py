@@ -427,7 +427,8 @@ def state():
     """What `activate` changes."""
     order = torch._C._get_sdp_priority_order()
     implementations = attention.list_flash_attention_impls()
-    return state_of_dispatcher(), order, implementations, integration.current()
+    tag = torch.compiler.config.cache_key_tag
+    return state_of_dispatcher(), order, implementations, integration.current(), tag
 
 
 def test_activation_is_undone():
@@ -437,7 +438,8 @@ def test_activation_is_undone():
         integration.activate()
         integration.activate()
         assert integration.current() == integration.NAME
-        overridden, _, implementations, _ = state()
+        overridden, _, implementations, _, tag = state()
+        assert tag == before[-1] + "cute_kernels"
         assert all(
             "with_keyset" not in a and a != b for a, b in zip(overridden, before[0], strict=True)
         )
@@ -503,6 +505,18 @@ def test_flash_comes_before_cudnn_until_undone():
         assert torch._C._get_sdp_priority_order() == [*others, flash, cudnn]
     finally:
         torch._C._set_sdp_priority_order(given)
+
+
+def test_caches_of_compilers_are_told_apart_until_undone(monkeypatch):
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
+    undo = torch_choice.tag_caches("ours")
+    assert torch.compiler.config.cache_key_tag == "mineours"
+    undo()
+    assert torch.compiler.config.cache_key_tag == "mine"
+    undo = torch_choice.tag_caches("ours")
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "another")
+    undo()
+    assert torch.compiler.config.cache_key_tag == "another"
 
 
 def test_a_torch_without_a_registry_is_named(monkeypatch):

@@ -157,6 +157,21 @@ def test_compiled(activated, contiguous):
     )
 
 
+def test_a_cached_program_of_another_choice_is_not_run(hopper):
+    q, k, v = random_qkv(hopper, BF16, 2, 131, 131)
+    inputs = heads_first(q, k, v)
+    compiled = torch.compile(lambda *x: sdpa(*x).transpose(1, 2), fullgraph=True)
+    before = compiled(*inputs)
+    integration.activate()
+    try:
+        torch.compiler.reset()
+        assert torch.equal(compiled(*inputs), flash_attn_func(q, k, v))
+    finally:
+        integration.deactivate()
+    torch.compiler.reset()
+    assert torch.equal(compiled(*inputs), before)
+
+
 def test_varlen_attn(activated):
     from torch.nn.attention.varlen import varlen_attn
 

@@ -36,22 +36,10 @@ def scaled_dot_product_flash_attention(
     """query, key and value are (batch, heads, seqlen, head_dim). A causal mask is bottom-right
     aligned: `F.scaled_dot_product_attention`, whose is top-left aligned, comes here only with
     lengths for which that is the same, and `CausalBias` relies on the difference."""
-    if return_debug_mask or query.dim() != 4:
+    if dropout_p or return_debug_mask or _asks(later) or query.dim() != 4:
         return NotImplemented
-    answer = flash_attention_forward(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        None,
-        None,
-        query.shape[2],
-        key.shape[2],
-        dropout_p,
-        is_causal,
-        False,
-        scale=scale,
-        **later,
-    )
+    tensors = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    answer = _forward(*tensors, None, is_causal, (None, None), scale)
     if answer is NotImplemented:
         return NotImplemented
     out, lse, *placeholders = answer
@@ -123,35 +111,15 @@ def flash_attention_forward(
 ) -> Any:
     """query is (batch, seqlen, heads, head_dim), or with cum_seq_q and cum_seq_k (total, heads,
     head_dim). `num_splits` is a hint: no split changes a bit of the result."""
-    if dropout_p or return_debug_mask or _asks(later):
+    if dropout_p or return_debug_mask or _asks(later) or (cum_seq_q is None) != (cum_seq_k is None):
         return NotImplemented
-    packed = cum_seq_q is not None
-    if packed != (cum_seq_k is not None) or (seqused_k is not None and not packed):
+    packed = None
+    if cum_seq_q is not None:
+        packed = (cum_seq_q, cum_seq_k, None, seqused_k, None), (max_q, max_k)
+    elif seqused_k is not None:
         return NotImplemented
-    causal, *window = _mask(is_causal, window_size_left, window_size_right)
-    any_call = packed or window != [None, None]
-    softmax_scale = _softmax_scale(query, scale)
-    if softmax_scale is None or not _has_kernel("forward", query, value, causal, any_call):
-        return NotImplemented
-    inputs: tuple[Any, ...]
-    if packed:
-        run = varlen.without_gradient
-        lengths = (cum_seq_q, cum_seq_k, None, seqused_k, None)
-        options = (max_q, max_k, *window, False, None)
-        inputs = (query, key, value, *lengths, softmax_scale, causal, *options)
-    else:
-        run = dense.without_gradient
-        inputs = (query, key, value, softmax_scale, causal, None, False)
-        if any_call:
-            inputs = (*inputs, *window, None)
-    answer = _unless_refused(run, *inputs)
-    if answer is NotImplemented:
-        return NotImplemented
-    out, lse = answer
-    # What dropout would draw from, and the debug mask: nobody reads them.
-    rng_state = query.new_empty((2,), dtype=torch.uint64)
-    unused = query.new_empty((), dtype=torch.uint64)
-    return _laid_out_as(query, out), lse, rng_state, unused, query.new_empty((0,))
+    window = (window_size_left, window_size_right)
+    return _forward(query, key, value, packed, is_causal, window, scale)
 
 
 def flash_attention_backward(
@@ -177,11 +145,9 @@ def flash_attention_backward(
 ) -> Any:
     """out and logsumexp may be those of more keys than key has (a step of ring attention), and of
     another implementation."""
-    if dropout_p or _asks(later):
+    if dropout_p or _asks(later) or (cum_seq_q is None) != (cum_seq_k is None):
         return NotImplemented
     packed = cum_seq_q is not None
-    if packed != (cum_seq_k is not None):
-        return NotImplemented
     causal, *window = _mask(is_causal, window_size_left, window_size_right)
     any_call = packed or window != [None, None]
     softmax_scale = _softmax_scale(query, scale)
@@ -213,6 +179,46 @@ def flash_attention_forward_no_dropout_inplace(
         return NotImplemented
     out.copy_(answer[0])
     return answer[1]
+
+
+Packed = tuple[tuple[Tensor | None, ...], tuple[int, int]]  # lengths, and max_q and max_k
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: Packed | None,
+    is_causal: bool,
+    window: tuple[int | None, int | None],
+    scale: float | None,
+) -> Any:
+    """What `flash_attention_forward` returns."""
+    causal, *limits = _mask(is_causal, *window)
+    any_call = packed is not None or limits != [None, None]
+    softmax_scale = _softmax_scale(query, scale)
+    if softmax_scale is None or not _has_kernel("forward", query, value, causal, any_call):
+        return NotImplemented
+    inputs: tuple[Any, ...]
+    if packed is not None:
+        run = varlen.without_gradient
+        lengths, longest = packed
+        options = (*longest, *limits, False, None)
+        inputs = (query, key, value, *lengths, softmax_scale, causal, *options)
+    else:
+        run = dense.without_gradient
+        inputs = (query, key, value, softmax_scale, causal, None, False)
+        if any_call:
+            inputs = (*inputs, *limits, None)
+    answer = _unless_refused(run, *inputs)
+    if answer is NotImplemented:
+        return NotImplemented
+    out, lse = answer
+    # What dropout would draw from, and the debug mask: nobody reads them.
+    device = query.device
+    rng_state = torch.empty(2, dtype=torch.uint64, device=device)
+    unused = torch.empty((), dtype=torch.uint64, device=device)
+    return _laid_out_as(query, out), lse, rng_state, unused, query.new_empty(0)
 
 
 def _asks(later: dict[str, Any]) -> bool:
