@@ -15,6 +15,9 @@ from torch.nn import attention
 from cute_kernels.integrations import aten, torch_choice
 from cute_kernels.integrations import torch as integration
 
+if not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
+    pytest.skip("needs the registry of torch 2.11 or newer", allow_module_level=True)
+
 SDPA = torch.ops.aten._scaled_dot_product_flash_attention
 SDPA_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 FLASH = torch.ops.aten._flash_attention_forward
@@ -247,16 +250,29 @@ def test_what_of_packed_calls_is_not_answered(change):
     assert aten.flash_attention_forward(**{**call, **change}) is NotImplemented
 
 
-def test_whether_there_is_a_kernel():
-    has_row = aten._has_row
-    rows = len(aten.ROWS["forward"])
-    assert has_row("forward", "bf16", 64, False, rows)
-    assert has_row("forward", "bf16", 40, False, rows)
-    assert not has_row("forward", "fp8", 64, False, rows)
-    assert not has_row("forward", None, 64, False, rows)
-    assert not has_row("forward", "bf16", 264, False, rows)
-    any_call = any(row.get("any_call") for row in aten.ROWS["forward"].values())
-    assert has_row("forward", "bf16", 64, True, rows) == any_call
+ROW = {"dtype": "bf16", "head_dim": 192, "head_dim_v": 128, "mask": "full", "any_call": False}
+
+
+@pytest.mark.parametrize(
+    ("asked", "row", "there"),
+    [
+        (("bf16", 128, False, False), {}, True),
+        (("bf16", 40, False, False), {}, True),
+        (("bf16", 136, False, False), {}, False),
+        (("fp16", 128, False, False), {}, False),
+        ((None, 128, False, False), {}, False),
+        (("bf16", 128, True, False), {}, False),
+        (("bf16", 128, True, False), {"mask": "causal"}, True),
+        (("bf16", 128, False, False), {"mask": "causal"}, False),
+        (("bf16", 128, True, False), {"mask": "any"}, True),
+        (("bf16", 128, False, True), {"mask": "any"}, False),
+        (("bf16", 128, False, True), {"mask": "any", "any_call": True}, True),
+    ],
+)
+def test_whether_there_is_a_kernel(monkeypatch, asked, row, there):
+    monkeypatch.setitem(aten.ROWS, "forward", {"row": {**ROW, **row}})
+    assert aten._has_row.__wrapped__("forward", *asked, 1) == there
+    assert not aten._has_row.__wrapped__("backward", *asked[:1], 264, *asked[2:], 1)
 
 
 def attend(query, key, value, causal=True):
@@ -305,6 +321,27 @@ def test_varlen_attn(overridden):
     packed = Packed(q.detach(), k.detach(), v.detach(), packed.slots_q, packed.slots_k)
     results = (out.detach(), lse.detach(), *grads)
     assert_packed_right(results, packed, (grad_out, None), causal=True)
+
+
+def test_varlen_attn_into_an_output(overridden):
+    from torch.nn.attention import varlen
+
+    if not hasattr(varlen, "varlen_attn_out"):
+        pytest.skip(f"torch {torch.__version__} has no varlen_attn_out")
+    packed = random_packed(
+        random.Random(1), "cpu", torch.float32, [5, 9], [7, 9], (16, 16), (4, 2), True
+    )
+    packed = dataclasses.replace(packed, used_q=None)
+    arguments, seqused_k = packed_call(packed)
+    out = torch.full_like(packed.q, torch.nan)
+    _, lse = varlen.varlen_attn_out(
+        out,
+        *arguments[:-1],
+        seqused_k=seqused_k,
+        enable_gqa=True,
+        return_aux=varlen.AuxRequest(lse=True),
+    )
+    assert_packed_right((out, lse), packed)
 
 
 def test_nested_tensors(overridden, monkeypatch):
@@ -390,7 +427,8 @@ def state():
     """What `activate` changes."""
     order = torch._C._get_sdp_priority_order()
     implementations = attention.list_flash_attention_impls()
-    return state_of_dispatcher(), order, implementations, integration.current()
+    tag = torch.compiler.config.cache_key_tag
+    return state_of_dispatcher(), order, implementations, integration.current(), tag
 
 
 def test_activation_is_undone():
@@ -400,7 +438,8 @@ def test_activation_is_undone():
         integration.activate()
         integration.activate()
         assert integration.current() == integration.NAME
-        overridden, _, implementations, _ = state()
+        overridden, _, implementations, _, tag = state()
+        assert tag == before[-1] + "cute_kernels"
         assert all(
             "with_keyset" not in a and a != b for a, b in zip(overridden, before[0], strict=True)
         )
@@ -466,6 +505,18 @@ def test_flash_comes_before_cudnn_until_undone():
         assert torch._C._get_sdp_priority_order() == [*others, flash, cudnn]
     finally:
         torch._C._set_sdp_priority_order(given)
+
+
+def test_caches_of_compilers_are_told_apart_until_undone(monkeypatch):
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
+    undo = torch_choice.tag_caches("ours")
+    assert torch.compiler.config.cache_key_tag == "mineours"
+    undo()
+    assert torch.compiler.config.cache_key_tag == "mine"
+    undo = torch_choice.tag_caches("ours")
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "another")
+    undo()
+    assert torch.compiler.config.cache_key_tag == "another"
 
 
 def test_a_torch_without_a_registry_is_named(monkeypatch):

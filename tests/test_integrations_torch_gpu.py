@@ -20,6 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from cute_kernels import flash_attn_func, flash_attn_varlen_func
 from cute_kernels.integrations import torch as integration
 
+if not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
+    pytest.skip("needs the registry of torch 2.11 or newer", allow_module_level=True)
+
 BF16 = torch.bfloat16
 # batch, heads, key heads, seqlen, head dim
 SHAPES = [(2, 4, 4, 300, 64), (1, 6, 2, 1025, 128), (2, 4, 1, 128, 40), (3, 2, 2, 1, 64)]
@@ -152,6 +155,21 @@ def test_compiled(activated, contiguous):
     assert_gradients_right(
         heads_first(*grads), grad_out.unflatten(2, (4, 64)), None, q, k, v, 0.125, True
     )
+
+
+def test_a_cached_program_of_another_choice_is_not_run(hopper):
+    q, k, v = random_qkv(hopper, BF16, 2, 131, 131)
+    inputs = heads_first(q, k, v)
+    compiled = torch.compile(lambda *x: sdpa(*x).transpose(1, 2), fullgraph=True)
+    before = compiled(*inputs)
+    integration.activate()
+    try:
+        torch.compiler.reset()
+        assert torch.equal(compiled(*inputs), flash_attn_func(q, k, v))
+    finally:
+        integration.deactivate()
+    torch.compiler.reset()
+    assert torch.equal(compiled(*inputs), before)
 
 
 def test_varlen_attn(activated):

@@ -36,22 +36,10 @@ def scaled_dot_product_flash_attention(
     """query, key and value are (batch, heads, seqlen, head_dim). A causal mask is bottom-right
     aligned: `F.scaled_dot_product_attention`, whose is top-left aligned, comes here only with
     lengths for which that is the same, and `CausalBias` relies on the difference."""
-    if return_debug_mask or query.dim() != 4:
+    if dropout_p or return_debug_mask or _asks(later) or query.dim() != 4:
         return NotImplemented
-    answer = flash_attention_forward(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        None,
-        None,
-        query.shape[2],
-        key.shape[2],
-        dropout_p,
-        is_causal,
-        False,
-        scale=scale,
-        **later,
-    )
+    tensors = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    answer = _forward(*tensors, None, is_causal, (None, None), scale)
     if answer is NotImplemented:
         return NotImplemented
     out, lse, *placeholders = answer
@@ -123,35 +111,15 @@ def flash_attention_forward(
 ) -> Any:
     """query is (batch, seqlen, heads, head_dim), or with cum_seq_q and cum_seq_k (total, heads,
     head_dim). `num_splits` is a hint: no split changes a bit of the result."""
-    if dropout_p or return_debug_mask or _asks(later):
+    if dropout_p or return_debug_mask or _asks(later) or (cum_seq_q is None) != (cum_seq_k is None):
         return NotImplemented
-    packed = cum_seq_q is not None
-    if packed != (cum_seq_k is not None) or (seqused_k is not None and not packed):
+    packed = None
+    if cum_seq_q is not None:
+        packed = (cum_seq_q, cum_seq_k, None, seqused_k, None), (max_q, max_k)
+    elif seqused_k is not None:
         return NotImplemented
-    causal, *window = _mask(is_causal, window_size_left, window_size_right)
-    any_call = packed or window != [None, None]
-    softmax_scale = _softmax_scale(query, scale)
-    if softmax_scale is None or not _has_kernel("forward", query, value, any_call):
-        return NotImplemented
-    inputs: tuple[Any, ...]
-    if packed:
-        run = varlen.without_gradient
-        lengths = (cum_seq_q, cum_seq_k, None, seqused_k, None)
-        options = (max_q, max_k, *window, False, None)
-        inputs = (query, key, value, *lengths, softmax_scale, causal, *options)
-    else:
-        run = dense.without_gradient
-        inputs = (query, key, value, softmax_scale, causal, None, False)
-        if any_call:
-            inputs = (*inputs, *window, None)
-    answer = _unless_refused(run, *inputs)
-    if answer is NotImplemented:
-        return NotImplemented
-    out, lse = answer
-    # What dropout would draw from, and the debug mask: nobody reads them.
-    rng_state = query.new_empty((2,), dtype=torch.uint64)
-    unused = query.new_empty((), dtype=torch.uint64)
-    return _laid_out_as(query, out), lse, rng_state, unused, query.new_empty((0,))
+    window = (window_size_left, window_size_right)
+    return _forward(query, key, value, packed, is_causal, window, scale)
 
 
 def flash_attention_backward(
@@ -177,15 +145,13 @@ def flash_attention_backward(
 ) -> Any:
     """out and logsumexp may be those of more keys than key has (a step of ring attention), and of
     another implementation."""
-    if dropout_p or _asks(later):
+    if dropout_p or _asks(later) or (cum_seq_q is None) != (cum_seq_k is None):
         return NotImplemented
     packed = cum_seq_q is not None
-    if packed != (cum_seq_k is not None):
-        return NotImplemented
     causal, *window = _mask(is_causal, window_size_left, window_size_right)
     any_call = packed or window != [None, None]
     softmax_scale = _softmax_scale(query, scale)
-    if softmax_scale is None or not _has_kernel("backward", query, value, any_call):
+    if softmax_scale is None or not _has_kernel("backward", query, value, causal, any_call):
         return NotImplemented
     grad_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, out))
     inputs: tuple[Any, ...] = (grad_out, None, query, key, value, out, logsumexp)
@@ -215,6 +181,46 @@ def flash_attention_forward_no_dropout_inplace(
     return answer[1]
 
 
+Packed = tuple[tuple[Tensor | None, ...], tuple[int, int]]  # lengths, and max_q and max_k
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: Packed | None,
+    is_causal: bool,
+    window: tuple[int | None, int | None],
+    scale: float | None,
+) -> Any:
+    """What `flash_attention_forward` returns."""
+    causal, *limits = _mask(is_causal, *window)
+    any_call = packed is not None or limits != [None, None]
+    softmax_scale = _softmax_scale(query, scale)
+    if softmax_scale is None or not _has_kernel("forward", query, value, causal, any_call):
+        return NotImplemented
+    inputs: tuple[Any, ...]
+    if packed is not None:
+        run = varlen.without_gradient
+        lengths, longest = packed
+        options = (*longest, *limits, False, None)
+        inputs = (query, key, value, *lengths, softmax_scale, causal, *options)
+    else:
+        run = dense.without_gradient
+        inputs = (query, key, value, softmax_scale, causal, None, False)
+        if any_call:
+            inputs = (*inputs, *limits, None)
+    answer = _unless_refused(run, *inputs)
+    if answer is NotImplemented:
+        return NotImplemented
+    out, lse = answer
+    # What dropout would draw from, and the debug mask: nobody reads them.
+    device = query.device
+    rng_state = torch.empty(2, dtype=torch.uint64, device=device)
+    unused = torch.empty((), dtype=torch.uint64, device=device)
+    return _laid_out_as(query, out), lse, rng_state, unused, query.new_empty(0)
+
+
 def _asks(later: dict[str, Any]) -> bool:
     """Whether an argument that is not known here asks for something: ALiBi, pages of keys, what
     another PyTorch has."""
@@ -239,7 +245,7 @@ def _softmax_scale(query: Tensor, scale: float | None) -> float | None:
     return scale if 0 < scale < math.inf else None
 
 
-def _has_kernel(of_pass: str, query: Tensor, value: Tensor, any_call: bool) -> bool:
+def _has_kernel(of_pass: str, query: Tensor, value: Tensor, causal: bool, any_call: bool) -> bool:
     """Whether this build has one for such a call, and the GPU is one that they run on. Of another
     head dim of value shape inference does not know: the output is query's size to it."""
     head_dim = query.shape[-1]
@@ -250,7 +256,7 @@ def _has_kernel(of_pass: str, query: Tensor, value: Tensor, any_call: bool) -> b
     if not _is_hopper(query.get_device()):
         return False
     dtype, rows = _DTYPE_NAMES.get(query.dtype), len(ROWS[of_pass])
-    return _has_row(of_pass, dtype, head_dim, any_call, rows)
+    return _has_row(of_pass, dtype, head_dim, causal, any_call, rows)
 
 
 @functools.cache
@@ -259,10 +265,15 @@ def _is_hopper(device: int) -> bool:
 
 
 @functools.lru_cache(256)
-def _has_row(of_pass: str, dtype: str | None, head_dim: int, any_call: bool, rows: int) -> bool:
-    """`rows`: how many there are, as they can become more."""
+def _has_row(
+    of_pass: str, dtype: str | None, head_dim: int, causal: bool, any_call: bool, rows: int
+) -> bool:
+    """As may_take in attention/tile_config.hpp. `rows`: how many there are, as they can become
+    more."""
+    masks = ("any", "causal" if causal or any_call else "full")
     return any(
         row["dtype"] == dtype
+        and row["mask"] in masks
         and min(row["head_dim"], row.get("head_dim_v", row["head_dim"])) >= head_dim
         and (not any_call or row.get("any_call", False))
         for row in ROWS[of_pass].values()

@@ -44,10 +44,11 @@ def activate() -> None:
     pages, ALiBi) goes on to PyTorch's own implementation. Calls on the CPU stay as they are. On a
     machine with a GPU this initialises CUDA on the current device.
 
-    What `torch.compile` has compiled keeps the backend that it chose: activate first.
+    What `torch.compile` has compiled in this process keeps the backend that it chose: activate
+    first, or call `torch.compiler.reset`. Its caches are told apart.
 
     Raises:
-        RuntimeError: PyTorch has no registry of implementations (2.10 has none).
+        RuntimeError: PyTorch is older than 2.11, whose registry can restore its own.
     """
     global _before
     if current() == NAME:
@@ -87,7 +88,9 @@ class Overrides:
     handle."""
 
     def __init__(self, dispatch_key: str = "CUDA") -> None:
-        self._undo = torch_choice.put_flash_before_cudnn() if dispatch_key == "CUDA" else None
+        self._undo: list[Callable[[], None]] = []
+        if dispatch_key == "CUDA":
+            self._undo = [torch_choice.put_flash_before_cudnn(), torch_choice.tag_caches(NAME)]
         library: Any = Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         self._library = library
         with warnings.catch_warnings():  # that a kernel is overridden, once in a process
@@ -95,13 +98,13 @@ class Overrides:
             for name, answer in _ANSWERS.items():
                 if hasattr(torch.ops.aten, name):
                     kernel = _or_previous(name, answer, dispatch_key)
-                    library.impl(name, kernel, dispatch_key, with_keyset=True)
+                    library.impl(name, kernel, dispatch_key, with_keyset=True, allow_override=True)
 
     def remove(self) -> None:
         """Gives the operators the kernels back that they had. To be called once."""
         self._library = None
-        if self._undo is not None:
-            self._undo()
+        for undo in self._undo:
+            undo()
 
 
 def _or_previous(name: str, answer: Callable[..., Any], dispatch_key: str) -> Callable[..., Any]:

@@ -24,8 +24,8 @@ def forget_implementation(name: str) -> None:
 
 
 def put_flash_before_cudnn() -> Callable[[], None]:
-    """Has `F.scaled_dot_product_attention` take its flash backend where it could take cuDNN's: on
-    Hopper PyTorch 2.13 prefers that. What is returned undoes it."""
+    """Has `F.scaled_dot_product_attention` take its flash backend where it could take cuDNN's, as
+    PyTorch would on Hopper. What is returned undoes it."""
     if _get_order is None or _set_order is None or not hasattr(_backends, "CUDNN_ATTENTION"):
         return _nothing
     if torch.cuda.is_available():
@@ -43,6 +43,22 @@ def put_flash_before_cudnn() -> Callable[[], None]:
     def undo() -> None:
         if get_order() == ours:
             set_order(before)
+
+    return undo
+
+
+def tag_caches(tag: str) -> Callable[[], None]:
+    """Keeps `torch.compile` from programs in its caches, also on disk, that it compiled without the
+    tag: they hold the backend that SDPA chose then. What is returned undoes it."""
+    config: Any = getattr(torch.compiler, "config", None)
+    if not hasattr(config, "cache_key_tag"):
+        return _nothing
+    before = config.cache_key_tag
+    config.cache_key_tag = ours = before + tag
+
+    def undo() -> None:
+        if config.cache_key_tag == ours:
+            config.cache_key_tag = before
 
     return undo
 
