@@ -91,8 +91,9 @@ def test_what_is_no_call_is_refused(changes, error, message):
         tune(**arguments)
 
 
-def entry(name, seqlen=64):
-    kind = {"gpu": "none", "headers": "0", "dtype": "bf16", "sizes": {"seqlen_q": seqlen}}
+def entry(name, seqlen=64, headers="0"):
+    kind = {"gpu": "none", "headers": headers, "pass": "forward", "dtype": "bf16"}
+    kind["sizes"] = {"seqlen_q": seqlen}
     return {"kind": kind, "row": {"name": name}, "seconds": {name: 1.0}}
 
 
@@ -115,6 +116,19 @@ def test_the_last_of_a_kind_is_remembered(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     tuned.remember(entry("e"))
     assert "cannot write /dev/null/cache/tuned.json" in capsys.readouterr().err
+
+
+def test_what_other_builds_and_gpus_found_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUTE_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuner, "_gpu", lambda: "none")
+    _, headers = torch.ops.cute_kernels.plugin_requirements()
+    tuned.remember(entry("a"))
+    assert tuner.use_tuned() == []
+    monkeypatch.setattr(tuner, "tile_configs", lambda *_: [])  # a build without the pass
+    tuned.remember(entry("a", headers=headers))
+    assert tuner.use_tuned() == []
+    monkeypatch.setattr(tuner, "_gpu", lambda: "another")
+    assert tuner.use_tuned() == []
 
 
 def test_a_full_disk_leaves_what_was_remembered(tmp_path, monkeypatch, capsys):
