@@ -209,12 +209,14 @@ FIND = f"""{SEARCH}
 before = chosen(2, 200, 200, 4)
 rows = tuner.tune_rows(of_pass, dtype, 64, 4).rows
 fast, wrong, slow, broken = (row["name"] for row in rows)
-bind = trials.bind
+bind, refusing = trials.bind, ""
 
 def bind_with_errors(*arguments):
     run = bind(*arguments)
     def answer(name):
         results = run(name)
+        if name == refusing:
+            raise RuntimeError("invalid argument")
         if name == wrong:
             results[0][:, -1] = 0
         return results
@@ -255,6 +257,8 @@ print(found.table())
 assert search(lambda call: 1.0, candidates=0).name == before
 once = iter([0.5] * timing.ROUNDS)
 assert search(lambda call: next(once, 1.0) if named(call) == fast else 1.0).name == before
+refusing = fast
+assert search(timer).failed[fast] == "fails: invalid argument"
 trials.bind = tuner.bind = bind
 
 # Of its kind alone: lengths and heads in powers of two
