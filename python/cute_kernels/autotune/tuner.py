@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cute_kernels.autotune.timing import Call, Timer, gpu_seconds, measure
+from cute_kernels.autotune.timing import Call, GpuTimer, Timer, measure
 from cute_kernels.autotune.trials import (
     DTYPES,
     RESULTS,
@@ -100,7 +100,7 @@ def tune(
         else:
             failed[name] = wrong
     say(f"timing {len(calls)} rows")
-    timer = timer or gpu_seconds
+    timer = timer or GpuTimer()
     samples = measure(calls, timer)
     fastest = next(iter(samples))
     if not _is_faster(samples, fastest, automatic) or not _is_faster(
