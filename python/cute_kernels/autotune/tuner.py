@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections import Counter
 from typing import Any
 
 import torch
@@ -82,7 +83,9 @@ def tune(
     _check_call(q, k, v, causal)
     dtype = qk_dtype if of_pass == "forward_fp8" else q.dtype
     trial = Trial(of_pass, _NAMES[dtype], _built(of_pass, _NAMES[dtype], q.shape[3]), causal)
-    rows, refused = tune_rows(of_pass, trial.dtype, trial.head_dim, candidates)
+    rows, refused = SearchSpace([], Counter())
+    if candidates:
+        rows, refused = tune_rows(of_pass, trial.dtype, trial.head_dim, candidates)
     there = [row["name"] for row in tile_configs(of_pass) if trial.takes(row)]
     sizes = _sizes(q, k, causal)
     automatic = _automatic(trial, q.device, sizes)
