@@ -91,8 +91,9 @@ def test_what_is_no_call_is_refused(changes, error, message):
         tune(**arguments)
 
 
-def entry(name, seqlen=64):
-    kind = {"gpu": "none", "headers": "0", "dtype": "bf16", "sizes": {"seqlen_q": seqlen}}
+def entry(name, seqlen=64, headers="0"):
+    kind = {"gpu": "none", "headers": headers, "pass": "forward", "dtype": "bf16"}
+    kind["sizes"] = {"seqlen_q": seqlen}
     return {"kind": kind, "row": {"name": name}, "seconds": {name: 1.0}}
 
 
@@ -115,6 +116,19 @@ def test_the_last_of_a_kind_is_remembered(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     tuned.remember(entry("e"))
     assert "cannot write /dev/null/cache/tuned.json" in capsys.readouterr().err
+
+
+def test_what_other_builds_and_gpus_found_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUTE_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuner, "_gpu", lambda: "none")
+    _, headers = torch.ops.cute_kernels.plugin_requirements()
+    tuned.remember(entry("a"))
+    assert tuner.use_tuned() == []
+    monkeypatch.setattr(tuner, "tile_configs", lambda *_: [])  # a build without the pass
+    tuned.remember(entry("a", headers=headers))
+    assert tuner.use_tuned() == []
+    monkeypatch.setattr(tuner, "_gpu", lambda: "another")
+    assert tuner.use_tuned() == []
 
 
 def test_a_full_disk_leaves_what_was_remembered(tmp_path, monkeypatch, capsys):
@@ -195,12 +209,14 @@ FIND = f"""{SEARCH}
 before = chosen(2, 200, 200, 4)
 rows = tuner.tune_rows(of_pass, dtype, 64, 4).rows
 fast, wrong, slow, broken = (row["name"] for row in rows)
-bind = trials.bind
+bind, refusing = trials.bind, ""
 
 def bind_with_errors(*arguments):
     run = bind(*arguments)
     def answer(name):
         results = run(name)
+        if name == refusing:
+            raise RuntimeError("invalid argument")
         if name == wrong:
             results[0][:, -1] = 0
         return results
@@ -238,9 +254,12 @@ assert tuned.read_record("record.json") == [found]
 print(found.table())
 
 # What is less than 1% faster does not replace it, nor what is so only once
-assert search(lambda call: 1.0, candidates=0).name == before
+level = search(lambda call: 1.0, candidates=0)
+assert (level.name, level.refused) == (before, {{}})
 once = iter([0.5] * timing.ROUNDS)
 assert search(lambda call: next(once, 1.0) if named(call) == fast else 1.0).name == before
+refusing = fast
+assert search(timer).failed[fast] == "fails: invalid argument"
 trials.bind = tuner.bind = bind
 
 # Of its kind alone: lengths and heads in powers of two

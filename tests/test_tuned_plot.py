@@ -39,7 +39,7 @@ def test_what_was_tried_is_drawn(tmp_path, capsys):
     assert texts.count(heading) == 4
     assert [texts.count(name) for name in ("new", "old", "slow")] == [4, 4, 4]
     assert [texts.count(speed) for speed in ("2.000", "1.000", "0.500")] == [4, 4, 4]
-    assert texts.count("1 rows did not compile, 1 gave wrong results") == 4
+    assert texts.count("1 rows did not compile or launch, 1 gave wrong results") == 4
     assert texts.count("     6  for 3 other reasons") == 4
     bars = [element for element in drawing.iter(f"{space}rect") if element.get("height") == "13"]
     legend, panel = bars[:4], bars[4:7]

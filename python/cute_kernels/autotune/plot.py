@@ -94,7 +94,9 @@ def _left_out(run: Tuned) -> list[str]:
     lines = []
     if run.failed:
         wrong = sum(why.startswith("wrong") for why in run.failed.values())
-        lines.append(f"{len(run.failed) - wrong} rows did not compile, {wrong} gave wrong results")
+        lines.append(
+            f"{len(run.failed) - wrong} rows did not compile or launch, {wrong} gave wrong results"
+        )
     named = sorted(run.refused.items(), key=lambda item: -item[1])
     if named:
         lines.append("rows that cannot become a kernel, by reason:")

@@ -27,19 +27,32 @@ def measure(
     return dict(sorted(samples.items(), key=lambda item: statistics.median(item[1])))
 
 
-def gpu_seconds(call: Call) -> float:
-    """Of one of several calls in a CUDA graph, so that the host's time does not count."""
+class GpuTimer:
+    """Seconds of a call on the GPU: of one of several in a CUDA graph, so that the host's time does
+    not count. A call is captured once, which takes longer than its samples."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[Call, torch.cuda.CUDAGraph] = {}
+
+    def __call__(self, call: Call) -> float:
+        if call not in self._graphs:
+            self._graphs[call] = _captured(call)
+        graph = self._graphs[call]
+        begin, end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        graph.replay()  # whatever ran before has left caches and clocks as it did
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e-3 / CALLS
+
+
+def _captured(call: Call) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(CALLS):
             call()
-    begin, end = (
-        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        for _ in range(2)
-    )
-    graph.replay()
-    begin.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) * 1e-3 / CALLS
+    return graph

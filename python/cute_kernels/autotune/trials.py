@@ -118,7 +118,11 @@ def why_wrong(
     trial: Trial, cases: list[Case], name: str, allowed: list[tuple[float, ...]]
 ) -> str | None:
     """None if no row is twice as far off as the furthest of the automatic choice."""
-    for case, off, most in zip(cases, distances(cases, name), allowed, strict=True):
+    try:
+        found = distances(cases, name)
+    except (RuntimeError, ValueError) as refusal:  # of a launch, or of such calls
+        return f"fails: {refusal}"
+    for case, off, most in zip(cases, found, allowed, strict=True):
         for result, far, reference in zip(RESULTS[trial.of_pass], off, most, strict=True):
             if not far <= 2 * reference + NOISE:  # NaN is wrong
                 return (

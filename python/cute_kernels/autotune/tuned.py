@@ -75,7 +75,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The entries of the file: none where there is no file, or something else."""
     try:
         entries = json.loads(path.read_text("utf-8"))
-        if all(entry["kind"]["sizes"] and entry["row"]["name"] for entry in entries):
+        if all(e["kind"]["sizes"] and e["kind"]["pass"] and e["row"]["name"] for e in entries):
             return list(entries)
     except FileNotFoundError:
         return []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections import Counter
 from typing import Any
 
 import torch
 
-from cute_kernels.autotune.timing import Call, Timer, gpu_seconds, measure
+from cute_kernels.autotune.timing import Call, GpuTimer, Timer, measure
 from cute_kernels.autotune.trials import (
     DTYPES,
     RESULTS,
@@ -75,26 +76,16 @@ def tune(
         RuntimeError: as `add_tile_config`, where no candidate compiles.
         OSError: the record cannot be written.
     """
-    if of_pass not in RESULTS:
-        raise ValueError(f"of_pass is {of_pass!r}, must be one of {', '.join(RESULTS)}")
-    for name, number, least in (("candidates", candidates, 0), ("jobs", jobs, 1)):
-        if number is not None and number < least:
-            raise ValueError(f"{name} is {number}, must be at least {least}")
     if timer is None and q.device.type != "cuda":
         raise ValueError(f"q is on {q.device}, must be on a GPU: kernels are timed there")
-    if q.dtype not in _INPUTS:
-        raise TypeError(f"q has dtype {q.dtype}, must be float16 or bfloat16")
-    if qk_dtype not in (torch.int8, torch.float8_e4m3fn):
-        raise TypeError(f"qk_dtype is {qk_dtype}, must be int8 or float8_e4m3fn")
+    _check_options(of_pass, qk_dtype, candidates, jobs)
     q, k, v = (x.detach() for x in (q, k, v))
-    flash_attn_func(q, k, v, causal=causal)  # refuses what is no call
-    if v.shape[3] != q.shape[3]:
-        raise ValueError(f"v has head_dim {v.shape[3]}, must be {q.shape[3]} like q")
-    if 0 in (*q.shape, *k.shape):
-        raise ValueError(f"q and k are {tuple(q.shape)} and {tuple(k.shape)}, must not be empty")
+    _check_call(q, k, v, causal)
     dtype = qk_dtype if of_pass == "forward_fp8" else q.dtype
     trial = Trial(of_pass, _NAMES[dtype], _built(of_pass, _NAMES[dtype], q.shape[3]), causal)
-    rows, refused = tune_rows(of_pass, trial.dtype, trial.head_dim, candidates)
+    rows, refused = SearchSpace([], Counter())
+    if candidates:
+        rows, refused = tune_rows(of_pass, trial.dtype, trial.head_dim, candidates)
     there = [row["name"] for row in tile_configs(of_pass) if trial.takes(row)]
     sizes = _sizes(q, k, causal)
     automatic = _automatic(trial, q.device, sizes)
@@ -112,7 +103,7 @@ def tune(
         else:
             failed[name] = wrong
     say(f"timing {len(calls)} rows")
-    timer = timer or gpu_seconds
+    timer = timer or GpuTimer()
     samples = measure(calls, timer)
     fastest = next(iter(samples))
     if not _is_faster(samples, fastest, automatic) or not _is_faster(
@@ -135,6 +126,26 @@ def tune(
     if record is not None:
         write_record(record, [found])
     return found
+
+
+def _check_options(of_pass: str, qk_dtype: torch.dtype, candidates: int, jobs: int | None) -> None:
+    if of_pass not in RESULTS:
+        raise ValueError(f"of_pass is {of_pass!r}, must be one of {', '.join(RESULTS)}")
+    if qk_dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise TypeError(f"qk_dtype is {qk_dtype}, must be int8 or float8_e4m3fn")
+    for name, number, least in (("candidates", candidates, 0), ("jobs", jobs, 1)):
+        if number is not None and number < least:
+            raise ValueError(f"{name} is {number}, must be at least {least}")
+
+
+def _check_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> None:
+    if q.dtype not in _INPUTS:
+        raise TypeError(f"q has dtype {q.dtype}, must be float16 or bfloat16")
+    flash_attn_func(q, k, v, causal=causal)  # refuses what is no call
+    if v.shape[3] != q.shape[3]:
+        raise ValueError(f"v has head_dim {v.shape[3]}, must be {q.shape[3]} like q")
+    if 0 in (*q.shape, *k.shape):
+        raise ValueError(f"q and k are {tuple(q.shape)} and {tuple(k.shape)}, must not be empty")
 
 
 def tune_rows(of_pass: str, dtype: str, head_dim: int, candidates: int) -> SearchSpace:
@@ -161,7 +172,8 @@ def _built(of_pass: str, dtype: str, head_dim: int) -> int:
 
 def use_tuned() -> list[str]:
     """From now on the automatic choice takes what `tune` found on GPUs like the current one with
-    this build. A row that is no longer in the cache is compiled again.
+    this build's headers, in the passes that this build has. A row that is no longer in the cache is
+    compiled again.
 
     Returns:
         The names of the rows, one for each kind of calls.
@@ -172,7 +184,9 @@ def use_tuned() -> list[str]:
     entries = [
         entry
         for entry in read(cache_folder() / FILE)
-        if entry["kind"]["gpu"] == _gpu() and entry["kind"]["headers"] == _headers()
+        if entry["kind"]["gpu"] == _gpu()
+        and entry["kind"]["headers"] == _headers()
+        and tile_configs(entry["kind"]["pass"])
     ]
     known = {row["name"] for row in tile_configs()}
     missing = {entry["row"]["name"]: entry["row"] for entry in entries}
