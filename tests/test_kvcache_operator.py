@@ -133,6 +133,7 @@ def test_compile(in_one):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(decode, backend=counter, fullgraph=True, dynamic=True)
+    compilations = set()
     for lengths in ([20, 3, 30, 1], [5, 9, 0, 1, 2, 3], [1, 2, 3, 17, 4, 20, 38, 2, 1]):
         batch, pages = len(lengths), 3 * len(lengths)
         q, k, v = (torch.randn(batch, 7, heads, 32) for heads in (8, 2, 2))
@@ -145,7 +146,8 @@ def test_compile(in_one):
         assert (right[0] != 0).any()
         torch.testing.assert_close(compiled(q, k, v, caches, *rest), right)
         torch.testing.assert_close(caches, right_caches)
-    assert counter.frame_count == 1
+        compilations.add(counter.frame_count)
+    assert len(compilations) == 1
 
 
 def test_saved_caches_are_known_to_have_changed():
