@@ -106,6 +106,10 @@ def test_shape_inference_on_cuda():
         )
         assert form(out) == ((3, 1, 8, 128), (1024, 1024, 128, 1), q.dtype, q.device)
         assert (lse.shape, lse.device) == ((3, 8, 1), q.device)
+        odd = torch.empty(40, 64, 2, 129, **how).narrow(-1, 0, 128)
+        message = r"^v_cache has strides \(16512, 258, 129, 1\) and offset 0, must be mul"
+        with pytest.raises(ValueError, match=message):
+            flash_attn_with_kvcache(q, k_cache, odd, cache_seqlens=lengths, page_table=table)
 
 
 def decode(q, k, v, caches, lengths, table, cos, sin):

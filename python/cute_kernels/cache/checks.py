@@ -33,6 +33,7 @@ PAGES = ("pages", "page_size", "key heads", "head_dim")
 ENTRIES = ("batch_cache", "seqlen_cache", "key heads", "head_dim")
 PARTS = ("splits", "batch", "seqlen", "heads", "head_dim")
 
+_VECTOR_BYTES = 16
 _OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -60,6 +61,8 @@ def check_attention(
     check_alone("q", q, PACKED)
     _check_head_dim("q", q)
     _check_caches(k_cache, v_cache, page_table, q, "q")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _check_vectors(name, cache)
     heads, head_dim = q.shape[1:]
     if k_cache.shape[3] != head_dim:
         raise ValueError(f"k_cache has head_dim {k_cache.shape[3]}, must be {head_dim} like q")
@@ -218,6 +221,19 @@ def _check_caches(
         )
     if page_table is not None and k_cache.shape[1] == 0:
         raise ValueError("k_cache has page_size 0, must be at least 1")
+
+
+def _check_vectors(name: str, cache: Tensor) -> None:
+    """On CUDA attention reads caches by vectors, and no copy of a cache is made."""
+    if cache.device.type != "cuda" or cache.numel() == 0:
+        return
+    strides = zip(cache.shape[:-1], cache.stride(), strict=False)
+    offsets = [cache.storage_offset(), *(stride for n, stride in strides if n > 1)]
+    if any(n * cache.element_size() % _VECTOR_BYTES != 0 for n in offsets):
+        raise ValueError(
+            f"{name} has strides {cache.stride()} and offset {cache.storage_offset()}, must be "
+            f"multiples of {_VECTOR_BYTES} bytes on CUDA"
+        )
 
 
 def _check_places(
