@@ -199,7 +199,7 @@ BAD = {
     "8 bits": (
         {"k_cache": lambda x: x.to(torch.float8_e4m3fn)},
         NotImplementedError,
-        "flash_attn_with_kvcache: k_cache of torch.float8_e4m3fn is not there yet",
+        "k_cache of torch.float8_e4m3fn is not there yet",
     ),
     "out of another shape": (
         {"out": lambda x: torch.empty(8, 4, 32).bfloat16()},

@@ -33,6 +33,7 @@ PAGES = ("pages", "page_size", "key heads", "head_dim")
 ENTRIES = ("batch_cache", "seqlen_cache", "key heads", "head_dim")
 PARTS = ("splits", "batch", "seqlen", "heads", "head_dim")
 
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 _VECTOR_BYTES = 16
 _OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -58,6 +59,8 @@ def check_attention(
     """Raises ValueError, TypeError or NotImplementedError unless the attention operator can answer
     this call."""
     check_flag("causal", causal)
+    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _refuse_eight_bits(name, tensor)
     check_alone("q", q, PACKED)
     _check_head_dim("q", q)
     _check_caches(k_cache, v_cache, page_table, q, "q")
@@ -104,6 +107,8 @@ def check_append(
     rotary_interleaved: bool,
 ) -> None:
     """The same of the append operator."""
+    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _refuse_eight_bits(name, tensor)
     layout = NEW if cu_seqlens_k_new is None else PACKED
     check_alone("k", k, layout)
     check_like("v", v, k, "k")
@@ -195,6 +200,12 @@ def check_softcap(softcap: float) -> None:
         raise TypeError(f"softcap is {softcap!r}, must be a number")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap is {softcap}, must be finite and at least 0 (0: none)")
+
+
+def _refuse_eight_bits(name: str, tensor: Tensor) -> None:
+    dtype = getattr(tensor, "dtype", None)
+    if dtype in _EIGHT_BITS:
+        raise NotImplementedError(f"{name} of {dtype} is not there yet")
 
 
 def _check_head_dim(name: str, x: Tensor) -> None:
