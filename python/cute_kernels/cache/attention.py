@@ -10,7 +10,7 @@ from torch import Tensor
 from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
 from cute_kernels.cache import operators
 from cute_kernels.cache.append import append_rows
-from cute_kernels.cache.checks import check_attention
+from cute_kernels.cache.checks import ENTRIES, PAGES, check_attention
 from cute_kernels.cache.combine import written
 from cute_kernels.checks import (
     DENSE,
@@ -283,9 +283,10 @@ def _lengths(
     if isinstance(cache_seqlens, Tensor):
         return cache_seqlens
     if cache_seqlens is None:
-        check_tensor("k_cache", k_cache)
+        check_alone("k_cache", k_cache, ENTRIES if page_table is None else PAGES)
         cache_seqlens = k_cache.shape[1]
         if page_table is not None:
+            check_int32("page_table", page_table, k_cache, dims=2, like="k_cache")
             cache_seqlens *= page_table.shape[1]
     elif isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
         raise TypeError(f"cache_seqlens is {cache_seqlens!r}, must be a torch.Tensor, int or None")
