@@ -4,11 +4,13 @@ import dataclasses
 import math
 import random
 
+import pytest
 import torch
 from oracle import NO_WINDOW, Attention, assert_rows
 from packed import starts
+from parity import DTYPES
 
-from cute_kernels import flash_attn_with_kvcache
+from cute_kernels import flash_attn_with_kvcache, tile_configs
 
 PAGE_SIZES = [None, 1, 16, 64, 100]  # None: no pages
 
@@ -198,6 +200,15 @@ def attend(q, cu_seqlens_q, cache, **options):
         **cache.places,
         **options,
     )
+
+
+def skip_unless_attended(device, dtype, head_dims):
+    """Builds may hold only some rows for caches, and none for wider dtypes."""
+    if device == "cuda" and not any(
+        DTYPES[row["dtype"]] == dtype and row["head_dim"] >= max(head_dims)
+        for row in tile_configs("decode")
+    ):
+        pytest.skip(f"this build has no decode kernel for {dtype} and head dims {head_dims}")
 
 
 def random_lengths(chance, batch, most):

@@ -14,6 +14,7 @@ from caches import (
     random_problem,
     random_queries,
     rotated,
+    skip_unless_attended,
 )
 from oracle import visible
 from parity import WINDOWS, one_hot
@@ -27,12 +28,18 @@ from cute_kernels import (
 )
 
 
+def dtype_of(device, seed):
+    dtypes = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+    return dtypes[seed % (2 if device == "cuda" else 4)]
+
+
 @pytest.mark.parametrize("seed", range(120))
-def test_random_calls(seed):
+def test_random_calls(device, seed):
     """Packed queries; NaN in everything that is not a key, garbage in what the page table does not
     need."""
-    dtype = [torch.bfloat16, torch.float16, torch.float32, torch.float64][seed % 4]
-    chance, cache, q, cu_seqlens_q, options = random_problem(seed, "cpu", dtype)
+    dtype = dtype_of(device, seed)
+    chance, cache, q, cu_seqlens_q, options = random_problem(seed, device, dtype)
+    skip_unless_attended(device, dtype, (q.shape[2], cache.v_cache.shape[3]))
     hints = {"num_splits": chance.choice([0, 1, 7]), "max_seqlen_q": chance.choice([None, 16])}
     out, lse = attend(q, cu_seqlens_q, cache, **options, **hints)
     assert_attention_right(out, lse, q, cu_seqlens_q, cache.k, cache.v, **options)
@@ -40,11 +47,13 @@ def test_random_calls(seed):
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("seqlen_q", [0, 1, 5])
-def test_dense_queries_are_packed_ones(seqlen_q, page_size):
+def test_dense_queries_are_packed_ones(device, seqlen_q, page_size):
+    skip_unless_attended(device, torch.bfloat16, (64, 64))
     chance = random.Random(seqlen_q)
-    cache = random_cache(chance, "cpu", torch.bfloat16, [9, 0, 133], page_size, 2, [64, 64])
-    q, starts = random_queries(chance, "cpu", torch.bfloat16, [seqlen_q] * 3, 4, 64)
-    for options in ({}, {"causal": True}, {"window_size": (4, 0), "sinks": torch.zeros(4)}):
+    cache = random_cache(chance, device, torch.bfloat16, [9, 0, 133], page_size, 2, [64, 64])
+    q, starts = random_queries(chance, device, torch.bfloat16, [seqlen_q] * 3, 4, 64)
+    sinks = torch.zeros(4, device=device)
+    for options in ({}, {"causal": True}, {"window_size": (4, 0), "sinks": sinks}):
         right, right_lse = attend(q, starts, cache, **options)
         dense = q.view(3, seqlen_q, 4, 64)
         heads_first = dense.transpose(1, 2).contiguous().transpose(1, 2)
@@ -75,23 +84,24 @@ def test_every_visible_key_has_its_weight(causal, page_size):
             torch.testing.assert_close(part, right[:, None].expand_as(part), rtol=1e-5, atol=0)
 
 
-def tables(positions, rotary_dim, dtype=torch.float32):
+def tables(positions, rotary_dim, dtype, device):
     angles = torch.outer(torch.arange(positions), 0.8 ** torch.arange(rotary_dim // 2)).double()
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_append_and_attend(seed):
+def test_append_and_attend(device, seed):
     """New keys are rotated, written and seen; queries are rotated by where they stand."""
-    dtype = [torch.bfloat16, torch.float32][seed % 2]
-    chance, cache, q, starts, options = random_problem(seed, "cpu", dtype, most=80, room=16)
+    dtype = dtype_of(device, seed)
+    chance, cache, q, starts, options = random_problem(seed, device, dtype, most=80, room=16)
+    skip_unless_attended(device, dtype, (q.shape[2], cache.v_cache.shape[3]))
     dense = chance.random() < 0.5
     batch, heads = len(cache.k), q.shape[1]
     lengths = [chance.randint(1, 8)] * batch if dense else [chance.randint(0, 16) for _ in cache.k]
-    q, starts = random_queries(chance, "cpu", dtype, lengths, heads, q.shape[2])
+    q, starts = random_queries(chance, device, dtype, lengths, heads, q.shape[2])
     key_heads, head_dims = cache.k_cache.shape[2], [cache.k_cache.shape[3], cache.v_cache.shape[3]]
     new_k, new_v = (
-        random_queries(chance, "cpu", dtype, lengths, key_heads, head_dim)[0]
+        random_queries(chance, device, dtype, lengths, key_heads, head_dim)[0]
         for head_dim in head_dims
     )
     before = cache.lengths
@@ -101,17 +111,18 @@ def test_append_and_attend(seed):
         interleaved = chance.random() < 0.5
         positions = [chance.randint(0, 50) for _ in before]
         shift = chance.random() < 0.5
-        cos, sin = tables(
-            300, 16 * chance.randint(1, head_dims[0] // 16), chance.choice([dtype, torch.float32])
-        )
+        rotary_dim = 16 * chance.randint(1, head_dims[0] // 16)
+        cos, sin = tables(300, rotary_dim, chance.choice([dtype, torch.float32]), device)
         keywords |= {
             "rotary_cos": cos,
             "rotary_sin": sin,
             "rotary_interleaved": interleaved,
-            "rotary_seqlens": torch.tensor(positions, dtype=torch.int32) if shift else None,
+            "rotary_seqlens": torch.tensor(positions, dtype=torch.int32, device=device),
         }
+        if not shift:
+            del keywords["rotary_seqlens"]
         at = [
-            p + torch.arange(n)
+            p + torch.arange(n, device=device)
             for p, n in zip(positions if shift else before, lengths, strict=True)
         ]
         moves = options["causal"] or options["window_size"] != (-1, -1)
@@ -154,13 +165,15 @@ def test_append_returns_the_lengths():
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 100])
-def test_varlen_with_pages(page_size):
+def test_varlen_with_pages(device, page_size):
     """As vLLM calls it: no cu_seqlens_k, lengths in seqused_k."""
+    skip_unless_attended(device, torch.bfloat16, (64, 64))
     cache = random_cache(
-        random.Random(page_size), "cpu", torch.bfloat16, [50, 1, 0, 210], page_size, 2, [64, 64]
+        random.Random(page_size), device, torch.bfloat16, [50, 1, 0, 210], page_size, 2, [64, 64]
     )
-    q, starts = random_queries(random.Random(0), "cpu", torch.bfloat16, [3, 1, 2, 9], 8, 64)
-    for options in ({"causal": True}, {"window_size": [20, 0], "sinks": torch.ones(8).bfloat16()}):
+    q, starts = random_queries(random.Random(0), device, torch.bfloat16, [3, 1, 2, 9], 8, 64)
+    sinks = torch.ones(8, device=device).bfloat16()
+    for options in ({"causal": True}, {"window_size": [20, 0], "sinks": sinks}):
         result = flash_attn_varlen_func(
             q,
             cache.k_cache,

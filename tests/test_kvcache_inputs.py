@@ -199,7 +199,7 @@ BAD = {
     "8 bits": (
         {"k_cache": lambda x: x.to(torch.float8_e4m3fn)},
         NotImplementedError,
-        "flash_attn_with_kvcache: k_cache of torch.float8_e4m3fn is not there yet",
+        "k_cache of torch.float8_e4m3fn is not there yet",
     ),
     "out of another shape": (
         {"out": lambda x: torch.empty(8, 4, 32).bfloat16()},
@@ -303,6 +303,10 @@ DENSE_BAD = {
         {"cache_batch_idx": ints(1)},
         "cache_batch_idx has shape (1,), must be (batch,) = (2,)",
     ),
+    "rank": (
+        {"k_cache": lambda x: x[0]},
+        "k_cache has shape (25, 2, 64), must have 4 dimensions: ",
+    ),
     "leftpad beyond the length": (
         {"cache_leftpad": ints(0, 8)},
         "cache_leftpad[1] is 8, must be from 0 to 7, cache_seqlens",
@@ -316,6 +320,17 @@ def test_refused_without_pages(bad):
     assert call(**good_call(None)).isfinite().all()
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         call(**changed(good_call(None), changes))
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_refused_without_lengths(page_size):
+    arguments = good_call(page_size)
+    for name in ("k", "v", "rotary_cos", "rotary_sin", "cache_seqlens"):
+        del arguments[name]
+    with pytest.raises(ValueError, match=r"^k_cache has shape \(2, 64\), must have 4 dimensions"):
+        call(**{**arguments, "k_cache": arguments["k_cache"][0, 0]})
+    with pytest.raises(TypeError, match=r"^page_table is a list, must be a torch\.Tensor"):
+        call(**{**arguments, "page_table": [[0, 1], [2, 3]]})
 
 
 VARLEN_BAD = {

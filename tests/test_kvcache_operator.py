@@ -106,6 +106,10 @@ def test_shape_inference_on_cuda():
         )
         assert form(out) == ((3, 1, 8, 128), (1024, 1024, 128, 1), q.dtype, q.device)
         assert (lse.shape, lse.device) == ((3, 8, 1), q.device)
+        odd = torch.empty(40, 64, 2, 129, **how).narrow(-1, 0, 128)
+        message = r"^v_cache has strides \(16512, 258, 129, 1\) and offset 0, must be mul"
+        with pytest.raises(ValueError, match=message):
+            flash_attn_with_kvcache(q, k_cache, odd, cache_seqlens=lengths, page_table=table)
 
 
 def decode(q, k, v, caches, lengths, table, cos, sin):
@@ -133,6 +137,7 @@ def test_compile(in_one):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(decode, backend=counter, fullgraph=True, dynamic=True)
+    compilations = set()
     for lengths in ([20, 3, 30, 1], [5, 9, 0, 1, 2, 3], [1, 2, 3, 17, 4, 20, 38, 2, 1]):
         batch, pages = len(lengths), 3 * len(lengths)
         q, k, v = (torch.randn(batch, 7, heads, 32) for heads in (8, 2, 2))
@@ -145,7 +150,8 @@ def test_compile(in_one):
         assert (right[0] != 0).any()
         torch.testing.assert_close(compiled(q, k, v, caches, *rest), right)
         torch.testing.assert_close(caches, right_caches)
-    assert counter.frame_count == 1
+        compilations.add(counter.frame_count)
+    assert len(compilations) == 1
 
 
 def test_saved_caches_are_known_to_have_changed():

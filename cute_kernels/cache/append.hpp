@@ -19,6 +19,7 @@ namespace cute_kernels::cache {
 inline constexpr int kVector = 8;  // 16-bit elements
 inline constexpr int kCtaThreads = 256;
 inline constexpr int kWarpThreads = 32;
+inline constexpr int kCtas = 4;  // of a multiprocessor: loads enough on their way
 
 template <class Element>
 using Vector = cutlass::AlignedArray<Element, kVector>;
@@ -45,16 +46,16 @@ struct CacheRow {
   int row;
 };
 
-CUTLASS_DEVICE CacheRow cache_row(Places const& places, int entry, int64_t row) {
-  if (row < 0 || row >= places.capacity) return {-1, 0};
-  int page = entry;
+CUTLASS_DEVICE CacheRow cache_row(Places const& places, int entry, int64_t wanted) {
+  if (wanted < 0 || wanted >= places.capacity) return {-1, 0};
+  int page = entry, row = static_cast<int>(wanted);
   if (places.page_table != nullptr) {
     page = places.page_table[entry * places.page_table_stride + row / places.page_size];
     row %= places.page_size;
   } else if (places.cache_batch_idx != nullptr) {
     page = places.cache_batch_idx[entry];
   }
-  return {page >= 0 && page < places.pages ? page : -1, static_cast<int>(row)};
+  return {page >= 0 && page < places.pages ? page : -1, row};
 }
 
 template <class Element>
@@ -76,33 +77,58 @@ CUTLASS_DEVICE void store_vector(Vector<Element> const& vector, Element* to, boo
   for (int i = 0; i < kVector; ++i) to[i] = vector[i];
 }
 
-/// The cosines and sines of a position.
-template <class Element>
+/// Numbers of a table from `from` on, as float.
+template <int kCount, class Number>
+CUTLASS_DEVICE void load_numbers(float (&numbers)[kCount], Number const* from, bool aligned) {
+  constexpr int kAtOnce = kCount * sizeof(Number) > 16 ? 16 / sizeof(Number) : kCount;
+  using Some = cutlass::AlignedArray<Number, kAtOnce>;
+  CUTLASS_PRAGMA_UNROLL
+  for (int first = 0; first < kCount; first += kAtOnce) {
+    if (aligned) {
+      Some const some = *reinterpret_cast<Some const*>(from + first);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) numbers[first + i] = static_cast<float>(Number(some[i]));
+    } else {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        numbers[first + i] = static_cast<float>(from[first + i]);
+      }
+    }
+  }
+}
+
+/// The cosines and sines of some pairs at a position.
+template <class Element, int kPairsAtOnce>
 struct Angles {
-  Rotary const& rotary;
-  int64_t position;
+  float cos[kPairsAtOnce];
+  float sin[kPairsAtOnce];
 
-  CUTLASS_DEVICE float value(void const* table, int64_t stride, int pair) const {
-    if (position < 0 || position >= rotary.positions) return NAN;
-    int64_t const at = position * stride + pair;
-    return rotary.is_float32 ? static_cast<float const*>(table)[at]
-                             : static_cast<float>(static_cast<Element const*>(table)[at]);
+  CUTLASS_DEVICE Angles(Rotary const& rotary, int64_t position, int first_pair) {
+    if (position < 0 || position >= rotary.positions) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kPairsAtOnce; ++i) cos[i] = sin[i] = NAN;
+      return;
+    }
+    int64_t const at_cos = position * rotary.cos_stride + first_pair;
+    int64_t const at_sin = position * rotary.sin_stride + first_pair;
+    if (rotary.is_float32) {
+      load_numbers(cos, static_cast<float const*>(rotary.cos) + at_cos, rotary.aligned);
+      load_numbers(sin, static_cast<float const*>(rotary.sin) + at_sin, rotary.aligned);
+    } else {
+      load_numbers(cos, static_cast<Element const*>(rotary.cos) + at_cos, rotary.aligned);
+      load_numbers(sin, static_cast<Element const*>(rotary.sin) + at_sin, rotary.aligned);
+    }
   }
 
-  /// A pair, turned in fp32: rounded after each product and after their sum.
-  CUTLASS_DEVICE float2 turned(float x, float y, int pair) const {
+  /// Turns pair i, in fp32: rounded after each product and after their sum.
+  template <class Channel>
+  CUTLASS_DEVICE void turn(Channel&& first, Channel&& second, int i) const {
     using sm90::rounded_product, sm90::rounded_sum;
-    float const cos = value(rotary.cos, rotary.cos_stride, pair);
-    float const sin = value(rotary.sin, rotary.sin_stride, pair);
-    return make_float2(rounded_sum(rounded_product(x, cos), -rounded_product(y, sin)),
-                       rounded_sum(rounded_product(x, sin), rounded_product(y, cos)));
-  }
-
-  template <class Pair>
-  CUTLASS_DEVICE void turn(Pair&& first, Pair&& second, int pair) const {
-    float2 const result = turned(static_cast<float>(first), static_cast<float>(second), pair);
-    first = static_cast<Element>(result.x);
-    second = static_cast<Element>(result.y);
+    float const x = static_cast<float>(Element(first)), y = static_cast<float>(Element(second));
+    first =
+        static_cast<Element>(rounded_sum(rounded_product(x, cos[i]), -rounded_product(y, sin[i])));
+    second =
+        static_cast<Element>(rounded_sum(rounded_product(x, sin[i]), rounded_product(y, cos[i])));
   }
 };
 
@@ -139,14 +165,16 @@ CUTLASS_DEVICE Unit<Element> load_unit(Rows const& rows, int pairs, int batch, i
 }
 
 template <class Element>
-CUTLASS_DEVICE void turn_unit(Unit<Element>& unit, Angles<Element> const& angles) {
+CUTLASS_DEVICE void turn_unit(Unit<Element>& unit, Rotary const& rotary, int64_t position) {
   if (unit.second_channel >= 0) {
+    Angles<Element, kVector> const angles(rotary, position, unit.channel);
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kVector; ++i) angles.turn(unit.first[i], unit.second[i], unit.channel + i);
-  } else if (angles.rotary.interleaved && unit.channel < 2 * angles.rotary.pairs) {
+    for (int i = 0; i < kVector; ++i) angles.turn(unit.first[i], unit.second[i], i);
+  } else if (rotary.interleaved && unit.channel < 2 * rotary.pairs) {
+    Angles<Element, kVector / 2> const angles(rotary, position, unit.channel / 2);
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kVector; i += 2) {
-      angles.turn(unit.first[i], unit.first[i + 1], (unit.channel + i) / 2);
+    for (int i = 0; i < kVector / 2; ++i) {
+      angles.turn(unit.first[2 * i], unit.first[2 * i + 1], i);
     }
   }
 }
@@ -171,7 +199,7 @@ CUTLASS_HOST_DEVICE constexpr int not_interleaved(Rotary const& rotary) {
 }
 
 template <class Element>
-__global__ void __launch_bounds__(kCtaThreads)
+__global__ void __launch_bounds__(kCtaThreads, kCtas)
     append_kernel(AppendProblem const problem, Share const share) {
   sm90::let_next_kernel_start();
   sm90::wait_for_previous_kernel();
@@ -195,10 +223,10 @@ __global__ void __launch_bounds__(kCtaThreads)
     Unit<Element> unit = load();
     CacheRow const place =
         cache_row(places, of.entry, int64_t{problem.lengths[of.entry]} + of.index);
-    Angles<Element> const angles{problem.rotary, int64_t{problem.positions[of.entry]} + of.index};
+    int64_t const position = int64_t{problem.positions[of.entry]} + of.index;
     while (true) {
       if (index < units_k) {
-        turn_unit(unit, angles);
+        turn_unit(unit, problem.rotary, position);
         store_unit(unit, problem.k, place);
       } else {
         store_unit(unit, problem.v, place);
@@ -222,7 +250,7 @@ __global__ void __launch_bounds__(kCtaThreads)
 }
 
 template <class Element>
-__global__ void __launch_bounds__(kCtaThreads)
+__global__ void __launch_bounds__(kCtaThreads, kCtas)
     rotate_kernel(RotateProblem const problem, Share const share) {
   sm90::let_next_kernel_start();
   sm90::wait_for_previous_kernel();
@@ -238,12 +266,11 @@ __global__ void __launch_bounds__(kCtaThreads)
   int const batch = packed ? 0 : of.entry, row = packed ? token : of.index;
   int64_t const position =
       of.entry < 0 ? 0 : int64_t{problem.positions[of.entry]} + (problem.advance ? of.index : 0);
-  Angles<Element> const angles{problem.rotary, position};
   for (int index = threadIdx.x % share.threads_per_token; index < units;
        index += share.threads_per_token) {
     Unit<Element> unit = load_unit<Element>(x, pairs, batch, row, index);
     if (of.entry >= 0) {
-      turn_unit(unit, angles);
+      turn_unit(unit, problem.rotary, position);
     } else {
       unit.first.clear();
       unit.second.clear();

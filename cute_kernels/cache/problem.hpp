@@ -24,6 +24,7 @@ struct Rotary {
   int pairs;      // a multiple of kPairs; 0: nothing is turned
   bool interleaved;
   bool is_float32;  // the tables; else they have the rows' type
+  bool aligned;     // addresses and strides of both are multiples of 16 bytes
 };
 
 /// The tokens of a batch, dense (batch, seqlen) or packed.
@@ -41,7 +42,7 @@ struct Places {
   int const* cache_batch_idx;  // the entry of each sequence, or null: its own number
   int pages;                   // entries, if there is no table
   int page_size;
-  int64_t capacity;  // rows that a sequence can have
+  int capacity;  // rows that a sequence can have
 };
 
 /// Some rows and where they go: tensors (batch, seqlen, heads, head_dim) or packed, and caches

@@ -73,9 +73,17 @@ cache::Rotary rotary_of(Tensor const& cos_tensor, Tensor const& sin_tensor, bool
   int64_t const pairs = cos.size(1);
   require(pairs % cache::kPairs == 0 && 2 * pairs <= x.sizes.back(),
           "rotary_cos does not have a multiple of ", cache::kPairs, " pairs within the head_dim");
-  return {cos_tensor.data_ptr(), sin_tensor.data_ptr(),         cos.stride(0),
-          sin.stride(0),         static_cast<int>(cos.size(0)), static_cast<int>(pairs),
-          interleaved,           cos.dtype == ScalarType::Float};
+  bool const is_float32 = cos.dtype == ScalarType::Float;
+  int const bytes = is_float32 ? static_cast<int>(sizeof(float)) : kElementBytes;
+  return {cos_tensor.data_ptr(),
+          sin_tensor.data_ptr(),
+          cos.stride(0),
+          sin.stride(0),
+          static_cast<int>(cos.size(0)),
+          static_cast<int>(pairs),
+          interleaved,
+          is_float32,
+          suits_tma(cos, bytes) && suits_tma(sin, bytes)};
 }
 
 cache::Rows rows_of(Argument const& from, Argument const& to) {
@@ -140,7 +148,7 @@ Tensor append_kv(Tensor const& k_cache_tensor, Tensor const& v_cache_tensor, Ten
   problem.places.pages = static_cast<int>(k_cache.size(0));
   problem.places.page_size = static_cast<int>(k_cache.size(1));
   problem.places.capacity =
-      std::min(k_cache.size(1) * (page_table ? page_table->size(1) : 1), kMost);
+      static_cast<int>(std::min(k_cache.size(1) * (page_table ? page_table->size(1) : 1), kMost));
   require(rotary_cos.has_value() == rotary_sin.has_value(),
           "rotary_cos and rotary_sin are not both");
   if (rotary_cos) problem.rotary = rotary_of(*rotary_cos, *rotary_sin, rotary_interleaved, k);

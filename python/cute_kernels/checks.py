@@ -83,18 +83,19 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
 def refuse_derivatives(function: str, *inputs: object, where: str = "") -> None:
     """Raises NotImplementedError if an input has a derivative, so that none is dropped in
     silence. `where`: in which calls the function has none."""
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise NotImplementedError(
-            f"{function} has no gradient{where}: call it under torch.no_grad() or on tensors that "
-            "need no gradient"
-        )
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise NotImplementedError(
+                    f"{function} has no gradient{where}: call it under torch.no_grad() or on "
+                    "tensors that need no gradient"
+                )
     if torch.compiler.is_compiling():
         return
     if surely_in_transform():
         raise NotImplementedError(f"{function} has no torch.func transforms{where}")
     if in_forward_mode():
-        refuse_tangents(*tensors)
+        refuse_tangents(*(x for x in inputs if isinstance(x, Tensor)))
 
 
 def refuse_on_cuda(feature: str, asked: bool, q: object) -> None:

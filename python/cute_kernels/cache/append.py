@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -63,24 +65,17 @@ def append_kv(
         NotImplementedError: k or v needs a gradient, or ``cache_batch_idx`` with pages.
     """
     refuse_derivatives("append_kv", k, v, k_cache, v_cache)
-    inputs = (
-        k_cache,
-        v_cache,
-        k,
-        v,
-        cache_seqlens,
-        cu_seqlens_k_new,
-        page_table,
-        cache_batch_idx,
-        rotary_cos,
-        rotary_sin,
-        rotary_seqlens,
-        rotary_interleaved,
-    )
+    places = (cu_seqlens_k_new, page_table, cache_batch_idx)
+    rotary = (rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
+    return append_rows(k_cache, v_cache, k, v, cache_seqlens, *places, *rotary)
+
+
+def append_rows(k_cache: Tensor, v_cache: Tensor, *inputs: Any) -> Tensor:
+    """The append operator, whose inputs these are."""
     try:
-        lengths: Tensor = operators.append(*inputs)
+        lengths: Tensor = operators.append(k_cache, v_cache, *inputs)
     except (AttributeError, IndexError) as error:
-        explain(error, check_append, *inputs)
+        explain(error, check_append, k_cache, v_cache, *inputs)
     if not _is_compiling():  # compilers know
         for cache in (k_cache, v_cache):
             if not cache.is_inference():

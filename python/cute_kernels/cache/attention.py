@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
 from cute_kernels.cache import operators
-from cute_kernels.cache.append import append_kv
+from cute_kernels.cache.append import append_rows
 from cute_kernels.cache.checks import ENTRIES, PAGES, check_attention
 from cute_kernels.cache.combine import written
 from cute_kernels.checks import (
@@ -22,8 +22,8 @@ from cute_kernels.checks import (
 )
 from cute_kernels.varlen_checks import check_int32
 
-_NAME = "flash_attn_with_kvcache"
-_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+# What the arguments are that most calls leave alone.
+_USUAL = (None, None, None, None, 0, (-1, -1), None, 0)
 
 
 def flash_attn_with_kvcache(
@@ -109,30 +109,51 @@ def flash_attn_with_kvcache(
         NotImplementedError: an argument whose feature is not there yet, or a tensor that needs a
             gradient.
     """
-    refuse_derivatives(_NAME, q, k_cache, v_cache, k, v, sinks)
-    refuse_later(
-        _NAME,
-        qv=qv,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        attention_chunk=attention_chunk,
-    )
-    refuse_eight_bits(_NAME, q=q, k_cache=k_cache, v_cache=v_cache)
-    check_hints(q, num_splits, pack_gqa, sm_margin)
-    check_metadata(scheduler_metadata)
-    causal, left, right = window_of(window_size, causal)
+    refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, sinks)
+    left = right = None
+    asked = (qv, q_descale, k_descale, v_descale, attention_chunk, window_size, pack_gqa, sm_margin)
+    try:
+        unusual = asked != _USUAL
+    except (ValueError, RuntimeError):  # arrays do not compare to one answer
+        unusual = True
+    if unusual:
+        refuse_later(
+            "flash_attn_with_kvcache",
+            qv=qv,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            attention_chunk=attention_chunk,
+        )
+        check_hints(q, num_splits, pack_gqa, sm_margin)
+        causal, left, right = window_of(window_size, causal)
+    if scheduler_metadata is not None:
+        _check_metadata(scheduler_metadata)
+    check_tensor("q", q)
+    dense = cu_seqlens_q is None
+    if q.dim() != (4 if dense else 3):
+        check_alone("q", q, DENSE if dense else PACKED)
     if cu_seqlens_q is None:
-        check_alone("q", q, DENSE)
         batch, max_seqlen_q = q.shape[:2]
-        starts = starts_of(batch, max_seqlen_q, q)
+        starts = _starts_of(batch, max_seqlen_q, q)
     else:
-        check_alone("q", q, PACKED)
         check_int32("cu_seqlens_q", cu_seqlens_q, q)
         batch, starts = cu_seqlens_q.shape[0] - 1, cu_seqlens_q
-    check_alone("k_cache", k_cache, ENTRIES if page_table is None else PAGES)
-    lengths = _lengths(cache_seqlens, batch, k_cache, page_table)
-    if k is None or v is None:
+    lengths = cache_seqlens
+    if not isinstance(lengths, Tensor):
+        lengths = _lengths(cache_seqlens, batch, k_cache, page_table)
+    if k is not None and v is not None:
+        if cache_seqlens is None:
+            raise ValueError("cache_seqlens is None, must be given with k and v")
+        positions = lengths if rotary_seqlens is None else rotary_seqlens
+        rotary = (rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
+        places = (cu_seqlens_k_new, page_table, cache_batch_idx)
+        lengths = append_rows(k_cache, v_cache, k, v, lengths, *places, *rotary)
+        if rotary_cos is not None:
+            advance = causal or left is not None or right is not None
+            angles = (rotary_cos, rotary_sin, positions, cu_seqlens_q, rotary_interleaved, advance)
+            q = operators.rotary(q, *angles)
+    else:
         _refuse_without_new_keys(
             k=k,
             v=v,
@@ -141,30 +162,8 @@ def flash_attn_with_kvcache(
             rotary_sin=rotary_sin,
             rotary_seqlens=rotary_seqlens,
         )
-    else:
-        if cache_seqlens is None:
-            raise ValueError("cache_seqlens is None, must be given with k and v")
-        positions = lengths if rotary_seqlens is None else rotary_seqlens
-        lengths = append_kv(
-            k_cache,
-            v_cache,
-            k,
-            v,
-            lengths,
-            page_table=page_table,
-            cache_batch_idx=cache_batch_idx,
-            cu_seqlens_k_new=cu_seqlens_k_new,
-            rotary_cos=rotary_cos,
-            rotary_sin=rotary_sin,
-            rotary_seqlens=rotary_seqlens,
-            rotary_interleaved=rotary_interleaved,
-        )
-        if rotary_cos is not None:
-            advance = causal or left is not None or right is not None
-            angles = (rotary_cos, rotary_sin, positions, cu_seqlens_q, rotary_interleaved, advance)
-            q = operators.rotary(q, *angles)
     result, lse = attend(
-        q.flatten(0, 1) if cu_seqlens_q is None else q,
+        q.flatten(0, 1) if dense else q,
         k_cache,
         v_cache,
         starts,
@@ -181,13 +180,13 @@ def flash_attn_with_kvcache(
         softcap,
         num_splits,
     )
-    if cu_seqlens_q is None:
-        rows, heads = q.shape[:2], q.shape[2]
-        result = result.view(*rows, heads, result.shape[2])
-        lse = lse.view(heads, *rows).transpose(0, 1)
+    if dense:
+        result = result.view(*q.shape[:3], result.shape[2])
     if out is not None:
         result = written(out, result)
-    return (result, lse) if return_softmax_lse else result
+    if not return_softmax_lse:
+        return result
+    return result, lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1) if dense else lse
 
 
 def attend(
@@ -221,7 +220,7 @@ def attend(
     return result
 
 
-def starts_of(batch: int, seqlen: int, like: Tensor) -> Tensor:
+def _starts_of(batch: int, seqlen: int, like: Tensor) -> Tensor:
     """cu_seqlens of sequences of one length; nothing waits for a GPU."""
     how: Any = {"dtype": torch.int32, "device": like.device}
     if seqlen == 0:
@@ -268,22 +267,13 @@ def get_scheduler_metadata(
     return cache_seqlens.new_empty(0, dtype=torch.int32)
 
 
-def check_metadata(scheduler_metadata: Tensor | None) -> None:
-    if scheduler_metadata is None:
-        return
+def _check_metadata(scheduler_metadata: Tensor) -> None:
     check_tensor("scheduler_metadata", scheduler_metadata)
     if scheduler_metadata.dtype != torch.int32:
         raise TypeError(
             f"scheduler_metadata has dtype {scheduler_metadata.dtype}, must be torch.int32, as of "
             "get_scheduler_metadata"
         )
-
-
-def refuse_eight_bits(function: str, **tensors: object) -> None:
-    for name, tensor in tensors.items():
-        dtype = getattr(tensor, "dtype", None)
-        if dtype in _EIGHT_BITS:
-            raise NotImplementedError(f"{function}: {name} of {dtype} is not there yet")
 
 
 def _lengths(
@@ -293,8 +283,10 @@ def _lengths(
     if isinstance(cache_seqlens, Tensor):
         return cache_seqlens
     if cache_seqlens is None:
+        check_alone("k_cache", k_cache, ENTRIES if page_table is None else PAGES)
         cache_seqlens = k_cache.shape[1]
         if page_table is not None:
+            check_int32("page_table", page_table, k_cache, dims=2, like="k_cache")
             cache_seqlens *= page_table.shape[1]
     elif isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
         raise TypeError(f"cache_seqlens is {cache_seqlens!r}, must be a torch.Tensor, int or None")

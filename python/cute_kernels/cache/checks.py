@@ -33,6 +33,8 @@ PAGES = ("pages", "page_size", "key heads", "head_dim")
 ENTRIES = ("batch_cache", "seqlen_cache", "key heads", "head_dim")
 PARTS = ("splits", "batch", "seqlen", "heads", "head_dim")
 
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+_VECTOR_BYTES = 16
 _OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -57,9 +59,13 @@ def check_attention(
     """Raises ValueError, TypeError or NotImplementedError unless the attention operator can answer
     this call."""
     check_flag("causal", causal)
+    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _refuse_eight_bits(name, tensor)
     check_alone("q", q, PACKED)
     _check_head_dim("q", q)
     _check_caches(k_cache, v_cache, page_table, q, "q")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _check_vectors(name, cache)
     heads, head_dim = q.shape[1:]
     if k_cache.shape[3] != head_dim:
         raise ValueError(f"k_cache has head_dim {k_cache.shape[3]}, must be {head_dim} like q")
@@ -101,6 +107,8 @@ def check_append(
     rotary_interleaved: bool,
 ) -> None:
     """The same of the append operator."""
+    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _refuse_eight_bits(name, tensor)
     layout = NEW if cu_seqlens_k_new is None else PACKED
     check_alone("k", k, layout)
     check_like("v", v, k, "k")
@@ -194,6 +202,12 @@ def check_softcap(softcap: float) -> None:
         raise ValueError(f"softcap is {softcap}, must be finite and at least 0 (0: none)")
 
 
+def _refuse_eight_bits(name: str, tensor: Tensor) -> None:
+    dtype = getattr(tensor, "dtype", None)
+    if dtype in _EIGHT_BITS:
+        raise NotImplementedError(f"{name} of {dtype} is not there yet")
+
+
 def _check_head_dim(name: str, x: Tensor) -> None:
     head_dim = x.shape[-1]
     if head_dim % HEAD_DIM_MULTIPLE != 0 or not 0 < head_dim <= MAX_HEAD_DIM:
@@ -218,6 +232,19 @@ def _check_caches(
         )
     if page_table is not None and k_cache.shape[1] == 0:
         raise ValueError("k_cache has page_size 0, must be at least 1")
+
+
+def _check_vectors(name: str, cache: Tensor) -> None:
+    """On CUDA attention reads caches by vectors, and no copy of a cache is made."""
+    if cache.device.type != "cuda" or cache.numel() == 0:
+        return
+    strides = zip(cache.shape[:-1], cache.stride(), strict=False)
+    offsets = [cache.storage_offset(), *(stride for n, stride in strides if n > 1)]
+    if any(n * cache.element_size() % _VECTOR_BYTES != 0 for n in offsets):
+        raise ValueError(
+            f"{name} has strides {cache.stride()} and offset {cache.storage_offset()}, must be "
+            f"multiples of {_VECTOR_BYTES} bytes on CUDA"
+        )
 
 
 def _check_places(

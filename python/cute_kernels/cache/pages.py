@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cute_kernels.cache.attention import attend, refuse_eight_bits
+from cute_kernels.cache.attention import attend
 from cute_kernels.checks import refuse_derivatives
 
 _NAME = "flash_attn_varlen_func"
@@ -31,7 +31,6 @@ def attend_pages(
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of sequences whose keys are in pages of k and v."""
     refuse_derivatives(_NAME, q, k, v, sinks, where=" with page_table")
-    refuse_eight_bits(_NAME, q=q, k=k, v=v)
     for name, given in (("cu_seqlens_k", cu_seqlens_k), ("tile_config", tile_config)):
         if given is not None:
             raise ValueError(f"{name} is given, must be None with page_table")
