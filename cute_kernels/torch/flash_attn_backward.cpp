@@ -167,23 +167,25 @@ Gradients flash_attn_backward(Tensor const& grad_out, std::optional<Tensor> grad
 }
 
 /// The same of packed sequences. What cu_seqlens and seqused hold is not looked at here.
-std::tuple<Tensor, Tensor, Tensor> flash_attn_varlen_backward(
+Gradients flash_attn_varlen_backward(
     Tensor const& grad_out, std::optional<Tensor> grad_lse, Tensor const& q_tensor,
     Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out, Tensor const& lse,
     Tensor const& cu_seqlens_q, Tensor const& cu_seqlens_k, std::optional<Tensor> seqused_q,
     std::optional<Tensor> seqused_k, std::optional<Tensor> diagonal, double softmax_scale,
-    bool causal, std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
-    std::optional<int64_t> window_left, std::optional<int64_t> window_right, bool deterministic,
-    std::optional<StringHandle> tile_config) {
+    bool causal, std::optional<Tensor> sinks, std::optional<int64_t> max_seqlen_q,
+    std::optional<int64_t> max_seqlen_k, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, bool deterministic,
+    std::optional<StringHandle> tile_config, double softcap) {
   TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   PackedCall const packed{cu_seqlens_q, cu_seqlens_k, seqused_q,   seqused_k,
                           diagonal,     max_seqlen_q, max_seqlen_k};
-  AttentionCall const call = check_packed_call(
+  AttentionCall call = check_packed_call(
       q, k, v, softmax_scale, mask_of(causal, window_left, window_right, std::nullopt), packed);
+  call.softcap = checked_softcap(softcap);
   Results const results(grad_out, grad_lse, out, lse);
   results.check(q, v, {q.size(1), q.size(0)});
-  return answer(call, deterministic, tile, q, k, v, results);
+  return answer(call, deterministic, tile, q, k, v, sinks, results);
 }
 
 }  // namespace
