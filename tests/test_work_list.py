@@ -9,6 +9,7 @@ from host_program import CHECKED, host_program, needs_cxx
 pytestmark = needs_cxx
 
 HEADS = 3
+KEY_BYTES = 2 * 7 * (256 + 128)
 NONE = -1000  # a mask's field without a value
 MAIN = f"""
 #include <iostream>
@@ -51,7 +52,7 @@ void list_tiles(AttentionCall const& call) {{
   }}
   std::cout << '\\n';
   for (int place = 0; place < *list.count * kHeads; ++place) {{
-    ListedTile const tile = listed_tile(place, *list.count, kHeads);
+    ListedTile const tile = listed_tile<Tiling::kNeighbours>(place, *list.count, kHeads);
     std::cout << tile.entry << ' ' << tile.head << ' ';
   }}
   std::cout << '\\n';
@@ -72,6 +73,9 @@ int main() {{
   int diagonal, left, right, tile_m, tile_n;
   AttentionCall call{{}};
   CallSizes& sizes = call.sizes;
+  sizes.heads_kv = 7;
+  sizes.head_dim = 256;
+  sizes.head_dim_v = 128;
   PackedLengths& packed = call.packed;
   while (std::cin >> sizes.batch >> sizes.seqlen_q >> sizes.seqlen_k >> packed.total_q >>
          packed.total_k >> diagonal >> left >> right >> tile_m >> tile_n) {{
@@ -186,11 +190,14 @@ def test_every_tile_is_there_once_and_the_longest_come_first(program):
         tiles = [tuple(rest[i : i + 7]) for i in range(0, len(rest), 7)]
         assert count == len(tiles) <= most
         longest = max((tile[-1] for tile in expected), default=0)
-        # stable within one of up to 16 classes of length, 384 keys wide or more
-        classes = max(1, min(16, longest // (384 // tile_n)))
+        # stable within one of up to 32 classes of length, of a tile's width where L2 holds K and V
+        neighbours = 2 if tile_m == 192 else 4
+        rows = starts(slots_k)[-1] + 3 if packed else len(slots_k) * max(slots_k, default=0)
+        width = tile_m * (1 if rows * KEY_BYTES <= 32 << 20 else neighbours)
+        classes = max(1, min(32, longest * tile_n // width))
         expected.sort(key=lambda tile: (longest - tile[-1]) * classes // (longest + 1))
         assert tiles == expected, case
-        groups = [range(i, min(i + 4, count)) for i in range(0, count, 4)]
+        groups = [range(i, min(i + neighbours, count)) for i in range(0, count, neighbours)]
         assert list(zip(order[::2], order[1::2], strict=True)) == [
             (entry, head) for group in groups for head in range(HEADS) for entry in group
         ]

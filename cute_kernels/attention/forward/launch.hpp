@@ -31,7 +31,7 @@ cudaError_t launch_forward(ForwardProblem const& problem, cudaStream_t stream) {
     int64_t const row_bytes =
         int64_t{sizeof(typename Traits::Output)} * call.sizes.heads_q * call.sizes.head_dim_v;
     UnusedRows const unused{problem.out.data, row_bytes, problem.lse, call.sizes.heads_q};
-    cudaError_t const status = start_preparing<QueryTiling<Traits::kTileM, Traits::kTileN>>(
+    cudaError_t const status = start_preparing<typename Traits::Tiling>(
         call, forward_work_list<Traits>(problem), unused, problem.device, stream);
     if (status != cudaSuccess) return status;
   }

@@ -38,13 +38,19 @@ struct QueryTiling {
   }
 
   /// How many classes of length pay, the longest tile's being given. Under a causal mask a class
-  /// has as many queries of a sequence as it is keys wide, and they share the loads of K and V:
-  /// where these are few, memory traffic costs more than the order gains (measured for
-  /// TileScheduler's bands).
-  static constexpr int classes(int longest) {
-    constexpr int kQueriesForALoad = 384;
-    return longest / (kQueriesForALoad / kTileN);
+  /// has as many queries of a sequence as it is keys wide; where K and V do not stay in L2 they are
+  /// to be enough for a load of them (TileScheduler's bands, for which this was measured).
+  static constexpr int classes(AttentionCall const& call, int longest) {
+    constexpr int64_t kCachedBytes = 32 << 20;
+    CallSizes const& sizes = call.sizes;
+    int64_t const rows = int64_t{tensor_rows_k(call)} * tensor_batch(call) * sizes.heads_kv;
+    bool const cached = rows * (sizes.head_dim + sizes.head_dim_v) * 2 <= kCachedBytes;
+    int const width = kTileM * (cached ? 1 : kNeighbours);
+    return static_cast<int>(int64_t{longest} * kTileN / width);
   }
+
+  /// Tiles of a sequence that share a load of K and V: neighbours in the list.
+  static constexpr int kNeighbours = 2 * kTileM >= 384 ? 2 : 4;
 };
 
 /// How many tiles of tile_m queries a call may have.
@@ -59,10 +65,10 @@ struct ListedTile {
   int head;
 };
 
-/// The one at a place in the order, of a list of `count` tiles. Four neighbours in the list take
+/// The one at a place in the order, of a list of `count` tiles. Some neighbours in the list take
 /// turns with the heads: they are mostly of one sequence, and share the loads of K and V in L2.
+template <int kNeighbours>
 constexpr ListedTile listed_tile(int place, int count, int heads) {
-  constexpr int kNeighbours = 4;
   int const group = place / (kNeighbours * heads);
   int const rest = place - group * kNeighbours * heads;
   int const first = group * kNeighbours;
@@ -105,7 +111,7 @@ class WorkListBuilder {
  private:
   static constexpr int kGroup = 32;
   static constexpr int kGroups = kThreads / kGroup;
-  static constexpr int kBuckets = 16;   // classes of length, the longest first, at most
+  static constexpr int kBuckets = 32;   // classes of length, the longest first, at most
   static constexpr int kNearby = 1023;  // sequences
 
  public:
@@ -268,7 +274,7 @@ class WorkListBuilder {
     int longest = 0;
     for (int const group : shared_.of_group) longest = greater(longest, group);
     shared_.longest = longest;
-    shared_.buckets = greater(1, lesser(Tiling::classes(longest), kBuckets));
+    shared_.buckets = greater(1, lesser(Tiling::classes(call_, longest), kBuckets));
   }
 
   AttentionCall const& call_;
