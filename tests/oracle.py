@@ -102,6 +102,7 @@ class Attention:
         seqlen_q=None,
         window_size=NO_WINDOW,
         diagonal=None,
+        sinks=None,
     ):
         self.dtype, self.scale = q.dtype, softmax_scale
         self.key_heads = k.shape[2]
@@ -123,6 +124,9 @@ class Attention:
         self.lse = torch.logsumexp(scores, -1)
         # Rows that see nothing, or nothing but scores of -inf: their output is 0
         self.unseen = self.lse == -math.inf
+        self.sinks = None if sinks is None else sinks.double()[:, None]
+        if sinks is not None:
+            self.lse = torch.logaddexp(self.lse, self.sinks)
         # A score of +inf leaves nothing of its row
         origin = self.lse.masked_fill(self.unseen, 0.0).masked_fill(self.lse == math.inf, math.nan)
         self.p = scores.sub_(origin[..., None]).exp_().masked_fill_(~self.seen, 0.0)
@@ -161,8 +165,34 @@ class Attention:
 
     def lse_allowed(self):
         """(batch, heads, seqlen): an average key of 4096 is 2.4e-4 of it."""
-        length = self.lse.abs().masked_fill(self.unseen, 0.0)
+        length = self.lse.abs().masked_fill(self.lse == -math.inf, 0.0)
         return (40 + 2 * length) * self.noise + self.score_noise()
+
+    def _delta(self, do, dp, grad_lse, out):
+        """rowsum(dO * O) - dLSE, and the squares of what it is off by, (batch, heads, rows, 1)."""
+        delta = do * (self.out_rows if out is None else out.double().transpose(1, 2))
+        delta = delta.sum(-1, keepdim=True)
+        # Of delta's error, one number for a row: twice, as nothing of it averages out
+        squares = (do * self.out_rows).square().sum(-1, keepdim=True)
+        squares = squares + (self.p * dp).square().sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta = delta - grad_lse.double()[..., None]
+        return delta, 4 * self.u**2 * finite(squares)
+
+    def sinks_gradient(self, grad_out, grad_lse=None, dtype=torch.float32):
+        """The right one, (heads), and what each may be off by in a result of this dtype."""
+        do = grad_out.double().transpose(1, 2)
+        dp = (do @ self.v.mT).masked_fill_(~self.seen, 0.0)
+        delta, squares = self._delta(do, dp, grad_lse, None)
+        share = (self.sinks - self.lse).exp().masked_fill(self.lse == -math.inf, 1.0)
+        terms = share * delta[..., 0]
+        gradient = -terms.sum((0, 2))
+        # Sums of fp32, also those of delta, and shares that are off as P is
+        reach = lengths(do) * lengths(self.out_rows)
+        noise = terms.abs() * (self.score_noise() + self.noise) + share * self.noise * reach
+        chance = (share.square() * squares[..., 0]).sum((0, 2)).sqrt()
+        rounded = torch.finfo(dtype).eps / 2 * gradient.abs()
+        return gradient, 4 * chance + noise.sum((0, 2)) + rounded + FP32_UNDERFLOW
 
     def gradients(self, grad_out, grad_lse=None, out=None):
         """Of q, k and v: the right ones, and what each of their rows may be off by. With `out` they
@@ -170,14 +200,7 @@ class Attention:
         p, q, k, v, u = self.p, self.q, self.k, self.v, self.u
         do = grad_out.double().transpose(1, 2)
         dp = (do @ v.mT).masked_fill_(~self.seen, 0.0)
-        delta = do * (self.out_rows if out is None else out.double().transpose(1, 2))
-        delta = delta.sum(-1, keepdim=True)
-        # Of delta's error, one number for a row: twice, as nothing of it averages out
-        delta_squares = (do * self.out_rows).square().sum(-1, keepdim=True)
-        delta_squares = delta_squares + (p * dp).square().sum(-1, keepdim=True)
-        delta_squares = 4 * u**2 * finite(delta_squares)
-        if grad_lse is not None:
-            delta = delta - grad_lse.double()[..., None]
+        delta, delta_squares = self._delta(do, dp, grad_lse, out)
         slope = dp.sub_(delta)
         ds = (slope * p).masked_fill_(~self.seen, 0.0)
         # Of P, before it is multiplied, and of dS

@@ -60,6 +60,9 @@ struct AttentionCall {
   MaskSpec mask;
   float scale;  // of the scores, finite, > 0
   PackedLengths packed{};
+  // Forward: (heads_q), a score of each head that stands in every row's softmax beside those of the
+  // keys, without a value; -inf is none. Null: no head has one. Backward finds them in its lse.
+  float const* sinks = nullptr;
 
   constexpr bool is_packed() const { return packed.cu_seqlens_q != nullptr; }
 };

@@ -28,7 +28,7 @@ struct RowConfig {
   Dtype dtype;
   int head_dim;  // the kernel takes head dims up to these
   int head_dim_v;
-  bool any_call;  // every call, rather than the dense ones whose mask is none or causal
+  bool any_call;  // every call, rather than dense ones without sinks whose mask is none or causal
   MaskClass mask;
 };
 
@@ -67,7 +67,7 @@ template <class Dtype>
 bool can_take(RowConfig<Dtype> const& config, Dtype dtype, AttentionCall const& call) {
   return config.dtype == dtype && config.head_dim >= call.sizes.head_dim &&
          config.head_dim_v >= call.sizes.head_dim_v &&
-         (config.any_call || kernel_ranges(call).has_value());
+         (config.any_call || (call.sinks == nullptr && kernel_ranges(call).has_value()));
 }
 
 /// Whether the automatic choice may give the call to it.

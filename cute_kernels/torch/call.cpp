@@ -3,6 +3,10 @@
 #include <cmath>
 #include <limits>
 
+#include <torch/csrc/stable/ops.h>
+
+#include "cute_kernels/torch/tensor.hpp"
+
 namespace cute_kernels::binding {
 
 using attention::AttentionCall;
@@ -67,6 +71,22 @@ void check_device(Argument const& a, Argument const& q) {
 void check_like(Argument const& a, Argument const& q) {
   check_device(a, q);
   require(a.dtype == q.dtype, a.name, " does not have q's dtype");
+}
+
+Sinks::Sinks(std::optional<torch::stable::Tensor> const& sinks, Argument const& q, int heads) {
+  if (!sinks) return;
+  Argument const a("sinks", *sinks);
+  check_device(a, q);
+  require(a.dtype == ScalarType::Float || a.dtype == ScalarType::Half ||
+              a.dtype == ScalarType::BFloat16,
+          "sinks is not float32, float16 or bfloat16");
+  require(a.sizes.size() == 1 && a.size(0) == heads, "sinks does not have a value for each head");
+  if (a.dtype == ScalarType::Float && (a.stride(0) == 1 || heads <= 1)) {
+    tensor_ = *sinks;
+    return;
+  }
+  tensor_ = empty({heads}, ScalarType::Float, q.device);
+  torch::stable::copy_(*tensor_, *sinks);
 }
 
 CallSizes sizes_of(int64_t heads_q, int64_t heads_kv, int64_t head_dim, int64_t head_dim_v) {

@@ -48,6 +48,21 @@ void check_device(Argument const& a, Argument const& q);
 /// Throws unless `a` is where q is, with q's dtype.
 void check_like(Argument const& a, Argument const& q);
 
+/// The operators' argument sinks, checked, as kernels read it: (heads) in float32, dense, or
+/// nothing. q's device must be the current one.
+class Sinks {
+ public:
+  Sinks(std::optional<torch::stable::Tensor> const& sinks, Argument const& q, int heads);
+
+  /// Null where there are none.
+  float const* data() const {
+    return tensor_ ? static_cast<float const*>(tensor_->data_ptr()) : nullptr;
+  }
+
+ private:
+  std::optional<torch::stable::Tensor> tensor_;
+};
+
 attention::ElementType element_type(torch::headeronly::ScalarType dtype);
 
 char const* name_of(attention::ElementType dtype);

@@ -70,26 +70,26 @@ void answer(AttentionCall const& call, ForwardKernel const& kernel, attention::D
 }
 
 /// `deterministic` is for the gradient; the forward pass always is.
-std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor const& k_tensor,
-                                              Tensor const& v_tensor, double softmax_scale,
-                                              bool causal, std::optional<StringHandle> tile_config,
-                                              [[maybe_unused]] bool deterministic,
-                                              std::optional<int64_t> window_left,
-                                              std::optional<int64_t> window_right,
-                                              std::optional<int64_t> diagonal) {
+std::tuple<Tensor, Tensor> flash_attn_forward(
+    Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor, double softmax_scale,
+    bool causal, std::optional<StringHandle> tile_config, [[maybe_unused]] bool deterministic,
+    std::optional<Tensor> sinks_tensor, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, std::optional<int64_t> diagonal) {
   TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
-  AttentionCall const call =
+  AttentionCall call =
       check_call(q, k, v, softmax_scale, mask_of(causal, window_left, window_right, diagonal));
   CallSizes const& sizes = call.sizes;
   attention::Device const& device = hopper(q.device);
+  torch::stable::accelerator::DeviceGuard const guard(q.device);
+  Sinks const sinks(sinks_tensor, q, sizes.heads_q);
+  call.sinks = sinks.data();
   ForwardKernel const& kernel =
       forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
   int64_t const query_blocks = (q.size(1) + kernel.config.tile_m - 1) / kernel.config.tile_m;
   require(static_cast<double>(sizes.batch) * sizes.heads_q * query_blocks < double{1 << 30},
           "q has 2^30 blocks or more");
 
-  torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor out =
       empty({sizes.batch, sizes.seqlen_q, sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device);
   Tensor lse = empty({sizes.batch, sizes.heads_q, sizes.seqlen_q}, ScalarType::Float, q.device);
@@ -102,23 +102,26 @@ std::tuple<Tensor, Tensor> flash_attn_varlen_forward(
     Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor,
     Tensor const& cu_seqlens_q, Tensor const& cu_seqlens_k, std::optional<Tensor> seqused_q,
     std::optional<Tensor> seqused_k, std::optional<Tensor> diagonal, double softmax_scale,
-    bool causal, std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
-    std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-    [[maybe_unused]] bool deterministic, std::optional<StringHandle> tile_config) {
+    bool causal, std::optional<Tensor> sinks_tensor, std::optional<int64_t> max_seqlen_q,
+    std::optional<int64_t> max_seqlen_k, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, [[maybe_unused]] bool deterministic,
+    std::optional<StringHandle> tile_config) {
   TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   PackedCall const packed{cu_seqlens_q, cu_seqlens_k, seqused_q,   seqused_k,
                           diagonal,     max_seqlen_q, max_seqlen_k};
-  AttentionCall const call = check_packed_call(
+  AttentionCall call = check_packed_call(
       q, k, v, softmax_scale, mask_of(causal, window_left, window_right, std::nullopt), packed);
   CallSizes const& sizes = call.sizes;
   attention::Device const& device = hopper(q.device);
+  torch::stable::accelerator::DeviceGuard const guard(q.device);
+  Sinks const sinks(sinks_tensor, q, sizes.heads_q);
+  call.sinks = sinks.data();
   ForwardKernel const& kernel =
       forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
   int64_t const most = attention::most_tiles(call, kernel.config.tile_m) * sizes.heads_q;
   require(most < 1 << 30, "q has 2^30 blocks or more");
 
-  torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor out = empty({q.size(0), sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device);
   Tensor lse = empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device);
   answer(call, kernel, device, q, k, v, out, lse);
@@ -175,8 +178,9 @@ void prefer_tile_config(std::string name, int64_t batch, int64_t seqlen_q, int64
 STABLE_TORCH_LIBRARY(cute_kernels, library) {
   library.def(
       "flash_attn_forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
-      "str? tile_config=None, bool deterministic=False, *, SymInt? window_left=None, "
-      "SymInt? window_right=None, SymInt? diagonal=None) -> (Tensor out, Tensor lse)");
+      "str? tile_config=None, bool deterministic=False, Tensor? sinks=None, *, "
+      "SymInt? window_left=None, SymInt? window_right=None, SymInt? diagonal=None) -> "
+      "(Tensor out, Tensor lse)");
   library.def(
       "choose_tile_config(ScalarType dtype, int batch, int seqlen_q, int seqlen_k, int heads, int "
       "head_dim, bool causal, int multiprocessors) -> str");

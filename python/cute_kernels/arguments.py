@@ -21,7 +21,6 @@ _LATER = {
     "v_descale": None,
     "attention_chunk": 0,
     "softcap": 0.0,
-    "sinks": None,
     "page_table": None,
 }
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)

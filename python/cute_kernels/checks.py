@@ -24,6 +24,7 @@ HEAD_DIM_MULTIPLE = 8
 
 _GPU_DTYPES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (*_GPU_DTYPES, torch.float32, torch.float64)
+_SINK_DTYPES = (*_GPU_DTYPES, torch.float32)
 _DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _SIZE_LIMIT = 2**31
 _BLOCK = 64  # rows of the smallest tile
@@ -89,18 +90,19 @@ def check_forward(
     causal: bool,
     tile_config: str | None = None,
     deterministic: bool = False,
+    sinks: Tensor | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     diagonal: int | None = None,
 ) -> None:
     """Raises ValueError or TypeError unless the forward operator can answer this call."""
-    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic)
+    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic, sinks)
     _check_batch(q, k, v)
     check_window(window_left, window_right)
     check_int("diagonal", diagonal)
     right = 0 if causal else window_right
-    any_call = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
-    check_tile_config(tile_config, "forward", q, v, any_call)
+    own_mask = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
+    check_tile_config(tile_config, "forward", q, v, own_mask or sinks is not None)
     _check_blocks("q", q)
 
 
@@ -116,12 +118,13 @@ def check_backward(
     causal: bool,
     deterministic: bool,
     tile_config: str | None = None,
+    sinks: Tensor | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     diagonal: int | None = None,
 ) -> None:
     """Raises ValueError or TypeError unless the backward operator can answer this call."""
-    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic)
+    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic, sinks)
     _check_batch(q, k, v)
     check_results(q, v, DENSE, out, grad_out, lse, grad_lse)
     check_window(window_left, window_right)
@@ -175,6 +178,7 @@ def check_call(
     softmax_scale: float,
     causal: bool,
     deterministic: bool,
+    sinks: Tensor | None,
 ) -> None:
     """What calls of every layout have in common."""
     check_flag("causal", causal)
@@ -185,6 +189,8 @@ def check_call(
         _check_alone(name, tensor, layout)
     _check_shapes(q, k, v, layout)
     check_softmax_scale(softmax_scale, accumulator_dtype(q.dtype))
+    if sinks is not None:
+        _check_sinks(sinks, q)
 
 
 def check_window(left: int | None, right: int | None) -> None:
@@ -267,8 +273,8 @@ def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool) -> Non
         )
     if any_call and not row.get("any_call", False):
         raise ValueError(
-            f"tile_config {name!r} takes no window, no diagonal and no packed sequences, must be "
-            "a row with any_call"
+            f"tile_config {name!r} takes no window, no diagonal, no sinks and no packed sequences, "
+            "must be a row with any_call"
         )
 
 
@@ -312,8 +318,9 @@ def _check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
     device = tensor.device.type
     allowed = _GPU_DTYPES if device == "cuda" else _CPU_DTYPES
     if tensor.dtype not in allowed:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"{name} has dtype {tensor.dtype}, must be {names} on {device}")
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, must be {_names_of(allowed)} on {device}"
+        )
     if device == "cuda" and any(isinstance(n, int) and n >= _SIZE_LIMIT for n in tensor.shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, each size must be below 2^31")
     if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
@@ -321,6 +328,25 @@ def _check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
             f"{name} has strides {tensor.stride()}, its last dimension (head_dim) must be "
             "contiguous (stride 1)"
         )
+
+
+def _check_sinks(sinks: Tensor, q: Tensor) -> None:
+    check_device("sinks", sinks, q)
+    allowed = _SINK_DTYPES if q.device.type == "cuda" else _CPU_DTYPES
+    if sinks.dtype not in allowed:
+        raise TypeError(
+            f"sinks has dtype {sinks.dtype}, must be {_names_of(allowed)} on {q.device.type}"
+        )
+    heads = q.shape[-2]
+    if sinks.shape != (heads,):
+        raise ValueError(
+            f"sinks has shape {tuple(sinks.shape)}, must be (heads,) = ({heads},), one for each "
+            "head of q"
+        )
+
+
+def _names_of(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ _choose = dense.choose
 _E4M3 = torch.float8_e4m3fn
 
 # What the arguments are that most calls leave alone.
-_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0)
+_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None)
 
 
 def flash_attn_func(
@@ -37,6 +39,7 @@ def flash_attn_func(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
     *,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     tile_config: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -74,6 +77,9 @@ def flash_attn_func(
             ``torch.use_deterministic_algorithms(True)``. Has no effect on the output and on the
             CPU, which are always the same bits on one machine and build.
         return_attn_probs: FlashAttention-3's name for ``return_lse``.
+        sinks: (heads,), float32, float16 or bfloat16, of each query head a score that stands in the
+            softmax of its rows beside those of the keys, without a value: not multiplied by
+            softmax_scale, seen by every query, -inf for none. Has a gradient, of its dtype.
         return_lse: also return the LSE.
         tile_config: name of a row of ``cute_kernels.tile_configs("forward")`` to run, instead of
             the automatic choice. On the CPU it is only looked up.
@@ -81,8 +87,8 @@ def flash_attn_func(
     Returns:
         The output, like q but always contiguous and with v's head_dim, and if asked for the LSE:
         (batch, heads, seqlen_q), float32 (float64 for float64 inputs), the natural logarithm of the
-        softmax's denominator. A query that sees no key gets 0 and -inf. Both have gradients, once;
-        kept for them are q, k, v, the output and the LSE.
+        softmax's denominator. A query that sees no key gets 0 and -inf, with sinks 0 and its sink.
+        Both have gradients, once; kept for them are q, k, v, the sinks, the output and the LSE.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -101,8 +107,9 @@ def flash_attn_func(
         num_splits,
         pack_gqa,
         sm_margin,
+        sinks,
     )
-    mask: tuple[int | None, ...] = ()
+    options: tuple[Any, ...] = ()
     try:
         unusual = asked != _USUAL or getattr(q, "dtype", None) is _E4M3
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
@@ -112,19 +119,22 @@ def flash_attn_func(
         check_hints(q, num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
         if left is not None or right is not None:
-            mask = (left, right, None)
+            options = (sinks, left, right, None)
+        elif sinks is not None:
+            options = (sinks,)
         descales = (q_descale, k_descale, v_descale)
         if any(x is not None for x in descales) or getattr(q, "dtype", None) is _E4M3:
             if tile_config is not None:
                 raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-            if mask:
-                raise NotImplementedError("window_size is not there yet for float8_e4m3fn")
+            if options:
+                given = "window_size" if len(options) > 1 else "sinks"
+                raise NotImplementedError(f"{given} is not there yet for float8_e4m3fn")
             out, lse = flash_attn_e4m3(q, k, v, *descales, softmax_scale, causal)
             return (out, lse) if return_lse or return_attn_probs else out
     try:
-        forward, softmax_scale = _choose(q, k, v, softmax_scale)
+        forward, softmax_scale = _choose(q, k, v, softmax_scale, sinks)
     except (AttributeError, IndexError, ZeroDivisionError) as error:
-        explain(error, check_forward, q, k, v, 1.0, causal, tile_config)
+        explain(error, check_forward, q, k, v, 1.0, causal, tile_config, False, sinks)
     inputs = (q, k, v, softmax_scale, causal, tile_config, _always_deterministic() or deterministic)
-    out, lse = forward(*inputs, *mask) if mask else forward(*inputs)
+    out, lse = forward(*inputs, *options)
     return (out, lse) if return_lse or return_attn_probs else out

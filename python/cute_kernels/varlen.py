@@ -73,17 +73,17 @@ def flash_attn_varlen_func(
         max_seqlen_q, max_seqlen_k: at least what the longest sequence uses; None if not known.
         seqused_q, seqused_k: (batch,), int32, on q's device: how many rows of its slot a sequence
             uses; all if None.
-        softmax_scale, causal, window_size, deterministic, return_attn_probs, return_lse,
+        softmax_scale, causal, window_size, deterministic, return_attn_probs, sinks, return_lse,
             tile_config: as of `flash_attn_func`.
-        qv, q_descale, k_descale, v_descale, attention_chunk, softcap, sinks, page_table: not there
-            yet; anything that would change the call raises NotImplementedError.
+        qv, q_descale, k_descale, v_descale, attention_chunk, softcap, page_table: not there yet;
+            anything that would change the call raises NotImplementedError.
         num_splits, pack_gqa, sm_margin: hints, which change no result and so far nothing else.
 
     Returns:
         The output, (total_q, heads, v's head_dim) in q's dtype, contiguous, and if asked for the
         LSE: (heads, total_q), float32 (float64 for float64 inputs). A query that sees no key and a
-        row of q that no sequence uses get 0 and -inf, and have no gradient. Gradients are those
-        of `flash_attn_func`.
+        row of q that no sequence uses get 0 and -inf, and have no gradient; with sinks the former
+        has its sink as its LSE. Gradients are those of `flash_attn_func`.
 
     Raises:
         ValueError, TypeError: an argument is not as described. What cu_seqlens and seqused hold is
@@ -121,7 +121,6 @@ def flash_attn_varlen_func(
             v_descale=v_descale,
             attention_chunk=attention_chunk,
             softcap=softcap,
-            sinks=sinks,
             page_table=page_table,
         )
         check_hints(q, num_splits, pack_gqa, sm_margin)
@@ -130,13 +129,13 @@ def flash_attn_varlen_func(
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
     try:
-        forward, softmax_scale = varlen.choose(q, k, v, softmax_scale)
+        forward, softmax_scale = varlen.choose(q, k, v, softmax_scale, sinks)
         if _CHECK_CONTENTS and q.is_cuda and not _is_compiling():
             rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
             rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
     except (AttributeError, IndexError, ZeroDivisionError) as error:
-        explain(error, check_varlen_forward, *tensors, 1.0, causal)
+        explain(error, check_varlen_forward, *tensors, 1.0, causal, sinks)
     deterministic = _always_deterministic() or deterministic
     options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config)
-    out, lse = forward(*tensors, softmax_scale, causal, *options)
+    out, lse = forward(*tensors, softmax_scale, causal, sinks, *options)
     return (out, lse) if return_lse or return_attn_probs else out

@@ -29,6 +29,7 @@ def check_varlen_forward(
     diagonal: Tensor | None,
     softmax_scale: float,
     causal: bool,
+    sinks: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     window_left: int | None = None,
@@ -38,7 +39,7 @@ def check_varlen_forward(
 ) -> None:
     """Raises ValueError or TypeError unless the varlen forward operator can answer this call. The
     contents of tensors are left to `rows_of_sequences`."""
-    check_call(q, k, v, PACKED, softmax_scale, causal, deterministic)
+    check_call(q, k, v, PACKED, softmax_scale, causal, deterministic, sinks)
     _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     check_window(window_left, window_right)
@@ -60,6 +61,7 @@ def check_varlen_backward(
     diagonal: Tensor | None,
     softmax_scale: float,
     causal: bool,
+    sinks: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     window_left: int | None = None,
@@ -68,7 +70,7 @@ def check_varlen_backward(
     tile_config: str | None = None,
 ) -> None:
     """The same for the varlen backward operator."""
-    check_call(q, k, v, PACKED, softmax_scale, causal, deterministic)
+    check_call(q, k, v, PACKED, softmax_scale, causal, deterministic, sinks)
     check_results(q, v, PACKED, out, grad_out, lse, grad_lse)
     _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     check_max_seqlens(max_seqlen_q, max_seqlen_k)

@@ -140,7 +140,7 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   of_queries.threads = kPreprocessThreads;
   cudaError_t status = sm90::launch_kernel<preprocess_kernel<Traits>>(
       of_queries, PreprocessParams<Traits>{
-                      problem.out, problem.grad_out, problem.lse, problem.grad_lse,
+                      problem.out, problem.grad_out, problem.lse, problem.grad_lse, problem.sinks,
                       tensor_rows_q(call), cutlass::FastDivmod(sizes.heads_q), sizes.head_dim_v,
                       scale_of_scores(call.scale), call_number, workspace, of_sequences});
   if (status != cudaSuccess) return status;
@@ -158,10 +158,12 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   of_queries.threads = cutlass::NumThreadsPerWarpGroup * Traits::kDqSlices;
   of_queries.shared_bytes = postprocess_shared_bytes<Traits>();
   of_queries.early = true;
-  return sm90::launch_kernel<postprocess_kernel<Traits>>(
+  status = sm90::launch_kernel<postprocess_kernel<Traits>>(
       of_queries, PostprocessParams<Traits>{problem.grad_q, call.scale, tensor_rows_q(call),
                                             sizes.head_dim, cutlass::FastDivmod(sizes.heads_q),
                                             call_number, workspace, of_sequences});
+  if (status != cudaSuccess || problem.sinks == nullptr) return status;
+  return launch_sinks(problem, workspace, stream);
 }
 
 }  // namespace cute_kernels::attention

@@ -103,7 +103,11 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord, warpgroup,
             softmax, out);
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
-    softmax.finalize(out_rows);
+    if constexpr (Traits::kAnyCall) {
+      softmax.finalize(out_rows, params.sink(coord));
+    } else {
+      softmax.finalize(out_rows);
+    }
     auto rounded = make_tensor<Element>(out.layout());
     sm90::convert_fragment<Element>(out, rounded);
     if (params.mask_of(coord).hides_values() && !are_finite(params, coord, warpgroup, rounded)) {

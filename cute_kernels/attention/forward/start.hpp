@@ -34,6 +34,7 @@ typename Traits::Calls forward_calls(ForwardProblem const& problem) {
   if constexpr (Traits::kAnyCall) {
     WorkList const list = forward_work_list<Traits>(problem);
     calls.scheduler = {list.count, list.tiles, sizes.heads_q};
+    calls.sinks = call.sinks;
   } else {
     int64_t const kv_bytes = int64_t{sizeof(typename Traits::ElementQk)} * sizes.batch *
                              sizes.heads_kv * sizes.seqlen_k * (sizes.head_dim + sizes.head_dim_v);
