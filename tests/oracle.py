@@ -69,7 +69,15 @@ def spread(x, least):
 NO_WINDOW = (-1, -1)
 
 
-def visible(rows, keys, causal, window_size=NO_WINDOW, diagonal=None, device="cpu"):
+def softcapped(scores, softcap):
+    """softcap * tanh(score / softcap), and its derivative; 0 is none."""
+    if softcap == 0:
+        return scores, 1.0
+    tanh = (scores / softcap).tanh()
+    return softcap * tanh, 1 - tanh.square()
+
+
+def visible(rows, keys, causal, window_size=NO_WINDOW, diagonal=None, device="cpu", chunk=0):
     """(rows, keys): whether a query sees a key. Query i stands at key position i + diagonal."""
     diagonal = keys - rows if diagonal is None else diagonal
     position = torch.arange(rows, device=device)[:, None] + diagonal
@@ -82,6 +90,9 @@ def visible(rows, keys, causal, window_size=NO_WINDOW, diagonal=None, device="cp
         seen &= position - key <= left
     if right >= 0:
         seen &= key - position <= right
+    if chunk > 0:
+        first = position.div(chunk, rounding_mode="floor") * chunk
+        seen &= (key >= first) & (key < first + chunk)
     return seen
 
 
@@ -103,6 +114,8 @@ class Attention:
         window_size=NO_WINDOW,
         diagonal=None,
         sinks=None,
+        softcap=0.0,
+        attention_chunk=0,
     ):
         self.dtype, self.scale = q.dtype, softmax_scale
         self.key_heads = k.shape[2]
@@ -114,12 +127,13 @@ class Attention:
         self.k, self.v = (
             t.double().transpose(1, 2).repeat_interleave(self.group, dim=1) for t in (k, v)
         )
-        scores = (self.q @ self.k.mT) * softmax_scale
+        scores, self.slope = softcapped((self.q @ self.k.mT) * softmax_scale, softcap)
+        self.softcap = softcap
         rows, keys = scores.shape[-2:]
         if diagonal is None:
             diagonal = keys - (rows if seqlen_q is None else seqlen_q)
         diagonal += first_query
-        self.seen = visible(rows, keys, causal, window_size, diagonal, q.device)
+        self.seen = visible(rows, keys, causal, window_size, diagonal, q.device, attention_chunk)
         scores.masked_fill_(~self.seen, -math.inf)
         self.lse = torch.logsumexp(scores, -1)
         # Rows that see nothing, or nothing but scores of -inf: their output is 0
@@ -138,8 +152,19 @@ class Attention:
 
     def score_noise(self):
         """What a score may be off by, by query."""
+        # A softcap flattens what products are off by; tanh itself is off, too.
+        return self._product_noise() + self.noise * self.softcap
+
+    def _product_noise(self):
+        """The same without a softcap."""
         longest = lengths(self.k).amax(-1, keepdim=True) if self.k.shape[2] else 0.0
         return self.noise * (1 + self.scale * lengths(self.q) * longest)
+
+    def _slope_noise(self):
+        """What a softcap's derivative 1 - tanh^2 may be off by, which near 0 is much of it."""
+        of_products = self._product_noise()[..., None] / self.softcap
+        noise = 2 * self.noise + 2 * self.slope * of_products.clamp(max=1)
+        return noise.masked_fill(~self.seen, 0.0)
 
     def _allowed(self, of, squares, noise, exact, terms, scale=1.0, least=1.25):
         """of: what is summed; squares: of the errors by chance; noise: the others' sum; scale: what
@@ -202,7 +227,7 @@ class Attention:
         dp = (do @ v.mT).masked_fill_(~self.seen, 0.0)
         delta, delta_squares = self._delta(do, dp, grad_lse, out)
         slope = dp.sub_(delta)
-        ds = (slope * p).masked_fill_(~self.seen, 0.0)
+        ds = (slope * p * self.slope).masked_fill_(~self.seen, 0.0)
         # Of P, before it is multiplied, and of dS
         ds_squares = 2 * (u * ds).square()
         ds_squares += torch.where(p > 0, self.underflow**2 * (1 + slope.square()), 0.0)
@@ -212,6 +237,8 @@ class Attention:
         p_noise = p * score_noise
         reach = lengths(v)[..., None, :] + lengths(self.out_rows)[..., None]
         ds_noise = ds.abs() * score_noise + self.noise * p * do2 * reach
+        if self.softcap > 0:
+            ds_noise += p * slope.abs() * self._slope_noise()
         queries, keys = p.shape[-2:]
 
         dq = total(ds, k, self.seen) * self.scale

@@ -71,7 +71,7 @@ def _kernels(of_pass):
         mask = "causal" if causal else "full"
         yield pytest.param(Kernel("cpu", torch.bfloat16, 64, causal), id=f"cpu-{mask}")
         for row in tile_configs(of_pass):
-            if row["mask"] in ("any", mask):
+            if row["mask"] in ("any", mask) and not row["softcap"]:
                 dtype, head_dim = DTYPES[row["dtype"]], common_head_dim(row)
                 kernel = Kernel("cuda", dtype, head_dim, causal, row["name"])
                 yield pytest.param(kernel, id=f"{row['name']}-{mask}")
@@ -206,12 +206,13 @@ def by_token(x, first_channel, channels, seqlen):
     return chosen.permute(1, 2, 0, 3).flatten(2)[..., :seqlen]
 
 
-def skip_unless_answered(device, dtype, head_dim=64, head_dim_v=None):
-    """Builds may hold only some rows that take any call."""
+def skip_unless_answered(device, dtype, head_dim=64, head_dim_v=None, softcap=False):
+    """Builds may hold only some rows that take any call, or any call with a softcap."""
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     for of_pass in ("forward", "backward") if device == "cuda" else ():
         if not any(
             row["any_call"]
+            and row["softcap"] == softcap
             and DTYPES[row["dtype"]] == dtype
             and row["head_dim"] >= head_dim
             and row.get("head_dim_v", row["head_dim"]) >= head_dim_v
@@ -231,6 +232,7 @@ def skip_unless_built(dtype, head_dim, causal, of_pass="forward"):
             DTYPES[row["dtype"]] == dtype
             and row["head_dim"] >= head_dim
             and row["mask"] in ("any", mask)
+            and not row["softcap"]
         ):
             return
     pytest.skip(f"this build has no {of_pass} kernel for {dtype}, head dim {head_dim}, {mask}")

@@ -40,10 +40,13 @@ def packed(q, k, v):
 
 def forward(row, q, k, v, causal):
     options = {"causal": causal, "tile_config": row["name"]}
+    if row["softcap"]:
+        options["softcap"] = 2.0
     results = [flash_attn_func(q, k, v, **options)]
     if row["any_call"]:
         results.append(flash_attn_func(q, k, v, window_size=(90, 20), **options))
-        results.append(flash_attn_varlen_func(*packed(q, k, v), **options))
+        sinks = torch.zeros(q.shape[2], device=q.device)
+        results.append(flash_attn_varlen_func(*packed(q, k, v), sinks=sinks, **options))
     return results
 
 

@@ -10,7 +10,6 @@ from packed import assert_packed_right, random_grads, random_packed
 from parity import (
     assert_gradients_right,
     assert_right,
-    has_gradient,
     random_mask,
     random_qkv,
     skip_unless_answered,
@@ -104,15 +103,12 @@ def test_packed_calls(device, seed):
     sinks = some_sinks(4, device, chance.choice(SINK_DTYPES), seed)
     mask, grads = random_mask(chance), random_grads(packed)
     spoilt = packed.spoilt(math.nan)
-    inputs = [x.requires_grad_(has_gradient(device)) for x in (*spoilt.qkv, sinks)]
+    inputs = [x.requires_grad_() for x in (*spoilt.qkv, sinks)]
     out, lse = flash_attn_varlen_func(
         *inputs[:3], **packed.lengths(), sinks=inputs[3], return_lse=True, **mask
     )
     results = [out.detach(), lse.detach()]
     variant = {"sinks": sinks.detach(), **mask}
-    if not has_gradient(device):
-        assert_packed_right(results, packed, **variant)
-        return
     of_q, _ = packed.unused()
     grad_out = grads[0].masked_fill(of_q[:, None, None], math.nan)
     grad_lse = grads[1].masked_fill(of_q, math.nan)

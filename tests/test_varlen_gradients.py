@@ -18,7 +18,11 @@ from cute_kernels.operators import (
 )
 
 WINDOWS = [(None, None), (None, 0), (127, 0), (300, 60), (0, 0)]
-ROWS = [pytest.param(row, id=row["name"]) for row in tile_configs("backward") if row["any_call"]]
+ROWS = [
+    pytest.param(row, id=row["name"])
+    for row in tile_configs("backward")
+    if row["any_call"] and not row["softcap"]
+]
 ORDERS = pytest.mark.parametrize("deterministic", [False, True])
 
 

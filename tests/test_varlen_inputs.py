@@ -273,9 +273,6 @@ LATER = {
     "q_descale": torch.zeros(1),
     "k_descale": torch.zeros(1),
     "v_descale": torch.zeros(1),
-    "attention_chunk": 64,
-    "softcap": 30.0,
-    "sinks": torch.zeros(4),
     "page_table": torch.zeros(1, 1, dtype=torch.int32),
 }
 

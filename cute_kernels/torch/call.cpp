@@ -108,6 +108,12 @@ float checked_scale(double softmax_scale) {
   return scale;
 }
 
+float checked_softcap(double softcap) {
+  float const cap = static_cast<float>(softcap);
+  require(softcap >= 0 && std::isfinite(cap), "softcap is not at least 0 and finite in float32");
+  return cap;
+}
+
 AttentionCall call_of(Argument const& q, Argument const& k, int64_t head_dim_v,
                       double softmax_scale, MaskSpec const& mask) {
   require(k.size(0) == q.size(0) && k.size(3) == q.size(3),

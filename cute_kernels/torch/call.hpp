@@ -38,6 +38,9 @@ attention::CallSizes sizes_of(int64_t heads_q, int64_t heads_kv, int64_t head_di
 /// As float32, checked.
 float checked_scale(double softmax_scale);
 
+/// As float32, checked; 0 is none.
+float checked_softcap(double softcap);
+
 /// The operators' arguments of a mask.
 attention::MaskSpec mask_of(bool causal, std::optional<int64_t> left, std::optional<int64_t> right,
                             std::optional<int64_t> diagonal);
@@ -101,12 +104,14 @@ Kernel const& kernel_for(attention::KernelTable<Kernel> const& kernels, Choose c
     std::ostringstream of_v;
     if (sizes.head_dim_v != sizes.head_dim) of_v << " and " << sizes.head_dim_v << " of v";
     fail("no ", Kernel::kPass, " kernel for ", name_of(dtype), ", head_dim ", sizes.head_dim,
-         of_v.str(), ", ", name_of(call), " in this build, which has", there.str());
+         of_v.str(), ", ", name_of(call), call.softcap > 0.f ? ", softcap" : "",
+         " in this build, which has", there.str());
   }
   for (Kernel const& kernel : kernels) {
     if (kernel.config.name != tile.name()) continue;
-    require(attention::can_take(kernel.config, dtype, call), "tile_config ", tile.name(),
-            " does not take q's dtype, the head dims, the mask or packed sequences");
+    require(
+        attention::can_take(kernel.config, dtype, call), "tile_config ", tile.name(),
+        " does not take q's dtype, the head dims, the mask, packed sequences, sinks or softcap");
     return kernel;
   }
   fail("tile_config ", tile.name(), " is not a ", Kernel::kPass, " row of this build");

@@ -155,12 +155,13 @@ Gradients flash_attn_backward(Tensor const& grad_out, std::optional<Tensor> grad
                               double softmax_scale, bool causal, bool deterministic,
                               std::optional<StringHandle> tile_config, std::optional<Tensor> sinks,
                               std::optional<int64_t> window_left,
-                              std::optional<int64_t> window_right,
-                              std::optional<int64_t> diagonal) {
+                              std::optional<int64_t> window_right, std::optional<int64_t> diagonal,
+                              double softcap) {
   TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
-  AttentionCall const call =
+  AttentionCall call =
       check_call(q, k, v, softmax_scale, mask_of(causal, window_left, window_right, diagonal));
+  call.softcap = checked_softcap(softcap);
   Results const results(grad_out, grad_lse, out, lse);
   results.check(q, v, {q.size(0), q.size(2), q.size(1)});
   return answer(call, deterministic, tile, q, k, v, sinks, results);
@@ -175,13 +176,14 @@ Gradients flash_attn_varlen_backward(
     bool causal, std::optional<Tensor> sinks, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> max_seqlen_k, std::optional<int64_t> window_left,
     std::optional<int64_t> window_right, bool deterministic,
-    std::optional<StringHandle> tile_config) {
+    std::optional<StringHandle> tile_config, double softcap) {
   TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   PackedCall const packed{cu_seqlens_q, cu_seqlens_k, seqused_q,   seqused_k,
                           diagonal,     max_seqlen_q, max_seqlen_k};
-  AttentionCall const call = check_packed_call(
+  AttentionCall call = check_packed_call(
       q, k, v, softmax_scale, mask_of(causal, window_left, window_right, std::nullopt), packed);
+  call.softcap = checked_softcap(softcap);
   Results const results(grad_out, grad_lse, out, lse);
   results.check(q, v, {q.size(1), q.size(0)});
   return answer(call, deterministic, tile, q, k, v, sinks, results);
@@ -195,7 +197,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
       "flash_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor lse, float softmax_scale, bool causal, bool deterministic, "
       "str? tile_config=None, Tensor? sinks=None, *, SymInt? window_left=None, "
-      "SymInt? window_right=None, SymInt? diagonal=None) -> "
+      "SymInt? window_right=None, SymInt? diagonal=None, float softcap=0.0) -> "
       "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_sinks)");
 }
 

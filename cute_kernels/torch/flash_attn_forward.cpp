@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> flash_attn_forward(
     Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor, double softmax_scale,
     bool causal, std::optional<StringHandle> tile_config, [[maybe_unused]] bool deterministic,
     std::optional<Tensor> sinks_tensor, std::optional<int64_t> window_left,
-    std::optional<int64_t> window_right, std::optional<int64_t> diagonal) {
+    std::optional<int64_t> window_right, std::optional<int64_t> diagonal, double softcap) {
   TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   AttentionCall call =
@@ -84,6 +84,7 @@ std::tuple<Tensor, Tensor> flash_attn_forward(
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Sinks const sinks(sinks_tensor, q, sizes.heads_q);
   call.sinks = sinks.data();
+  call.softcap = checked_softcap(softcap);
   ForwardKernel const& kernel =
       forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
   int64_t const query_blocks = (q.size(1) + kernel.config.tile_m - 1) / kernel.config.tile_m;
@@ -105,7 +106,7 @@ std::tuple<Tensor, Tensor> flash_attn_varlen_forward(
     bool causal, std::optional<Tensor> sinks_tensor, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> max_seqlen_k, std::optional<int64_t> window_left,
     std::optional<int64_t> window_right, [[maybe_unused]] bool deterministic,
-    std::optional<StringHandle> tile_config) {
+    std::optional<StringHandle> tile_config, double softcap) {
   TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   PackedCall const packed{cu_seqlens_q, cu_seqlens_k, seqused_q,   seqused_k,
@@ -117,6 +118,7 @@ std::tuple<Tensor, Tensor> flash_attn_varlen_forward(
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Sinks const sinks(sinks_tensor, q, sizes.heads_q);
   call.sinks = sinks.data();
+  call.softcap = checked_softcap(softcap);
   ForwardKernel const& kernel =
       forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
   int64_t const most = attention::most_tiles(call, kernel.config.tile_m) * sizes.heads_q;
@@ -179,7 +181,8 @@ STABLE_TORCH_LIBRARY(cute_kernels, library) {
   library.def(
       "flash_attn_forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
       "str? tile_config=None, bool deterministic=False, Tensor? sinks=None, *, "
-      "SymInt? window_left=None, SymInt? window_right=None, SymInt? diagonal=None) -> "
+      "SymInt? window_left=None, SymInt? window_right=None, SymInt? diagonal=None, "
+      "float softcap=0.0) -> "
       "(Tensor out, Tensor lse)");
   library.def(
       "choose_tile_config(ScalarType dtype, int batch, int seqlen_q, int seqlen_k, int heads, int "

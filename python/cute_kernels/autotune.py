@@ -273,6 +273,7 @@ def _fits(row: dict[str, Any], q: torch.Tensor, causal: bool) -> bool:
         row["dtype"] == _DTYPES[q.dtype]
         and min(row["head_dim"], row["head_dim_v"]) >= q.shape[3]
         and row["mask"] in ("any", "causal" if causal else "full")
+        and not row["softcap"]
     )
 
 

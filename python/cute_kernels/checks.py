@@ -94,15 +94,17 @@ def check_forward(
     window_left: int | None = None,
     window_right: int | None = None,
     diagonal: int | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Raises ValueError or TypeError unless the forward operator can answer this call."""
-    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic, sinks)
+    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic, sinks, softcap)
     _check_batch(q, k, v)
     check_window(window_left, window_right)
     check_int("diagonal", diagonal)
     right = 0 if causal else window_right
     own_mask = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
-    check_tile_config(tile_config, "forward", q, v, own_mask or sinks is not None)
+    any_call = own_mask or sinks is not None or softcap > 0
+    check_tile_config(tile_config, "forward", q, v, any_call, softcap > 0)
     _check_blocks("q", q)
 
 
@@ -122,16 +124,17 @@ def check_backward(
     window_left: int | None = None,
     window_right: int | None = None,
     diagonal: int | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Raises ValueError or TypeError unless the backward operator can answer this call."""
-    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic, sinks)
+    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic, sinks, softcap)
     _check_batch(q, k, v)
     check_results(q, v, DENSE, out, grad_out, lse, grad_lse)
     check_window(window_left, window_right)
     check_int("diagonal", diagonal)
     right = 0 if causal else window_right
-    any_call = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
-    check_tile_config(tile_config, "backward", q, v, any_call)
+    own_mask = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
+    check_tile_config(tile_config, "backward", q, v, own_mask or softcap > 0, softcap > 0)
     _check_blocks("k", k)
 
 
@@ -179,6 +182,7 @@ def check_call(
     causal: bool,
     deterministic: bool,
     sinks: Tensor | None,
+    softcap: float,
 ) -> None:
     """What calls of every layout have in common."""
     check_flag("causal", causal)
@@ -189,6 +193,7 @@ def check_call(
         _check_alone(name, tensor, layout)
     _check_shapes(q, k, v, layout)
     check_softmax_scale(softmax_scale, accumulator_dtype(q.dtype))
+    check_softcap(softcap, accumulator_dtype(q.dtype))
     if sinks is not None:
         _check_sinks(sinks, q)
 
@@ -216,8 +221,7 @@ def check_int(name: str, number: object, least: int | None = None, none: str = "
 
 def check_softmax_scale(softmax_scale: float, dtype: torch.dtype = torch.float32) -> None:
     """Raises ValueError or TypeError unless scores in dtype can be multiplied by it."""
-    if isinstance(softmax_scale, (str, bytes, Tensor)) or not hasattr(softmax_scale, "__float__"):
-        raise TypeError(f"softmax_scale is {softmax_scale!r}, must be a number")
+    _check_number("softmax_scale", softmax_scale)
     if not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and greater than 0")
     largest = torch.finfo(dtype).max
@@ -225,10 +229,31 @@ def check_softmax_scale(softmax_scale: float, dtype: torch.dtype = torch.float32
         raise ValueError(f"softmax_scale is {softmax_scale}, must be at most {largest}")
 
 
+def check_softcap(softcap: float, dtype: torch.dtype = torch.float32) -> None:
+    """Raises ValueError or TypeError unless scores in dtype can be divided by it; 0 is none."""
+    _check_number("softcap", softcap)
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}, must be finite and at least 0, which is none")
+    largest = torch.finfo(dtype).max
+    if softcap > largest:
+        raise ValueError(f"softcap is {softcap}, must be at most {largest}")
+
+
+def _check_number(name: str, number: object) -> None:
+    several = isinstance(number, (str, bytes, Tensor)) or getattr(number, "ndim", 0) != 0
+    if several or not hasattr(number, "__float__"):
+        raise TypeError(f"{name} is {number!r}, must be a number")
+
+
 def check_tile_config(
-    tile_config: str | None, of_pass: str, q: Tensor, v: Tensor, any_call: bool = False
+    tile_config: str | None,
+    of_pass: str,
+    q: Tensor,
+    v: Tensor,
+    any_call: bool = False,
+    softcap: bool = False,
 ) -> None:
-    """`any_call`: what a call needs a row with this column for."""
+    """`any_call`, `softcap`: what a call needs a row with these columns for."""
     if tile_config is None:
         return
     rows = ROWS[of_pass]
@@ -238,7 +263,7 @@ def check_tile_config(
         error = ValueError
     else:
         if q.device.type == "cuda":
-            _check_row(rows[tile_config], q, v, any_call)
+            _check_row(rows[tile_config], q, v, any_call, softcap)
         return
     raise error(
         f"tile_config is {tile_config!r}, must be None (automatic) or the name of a {of_pass} row "
@@ -258,7 +283,7 @@ def _is_own_mask(
     return right is not None and at + right < k.shape[1] - 1 and at + right != bottom_right
 
 
-def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool) -> None:
+def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool, softcap: bool) -> None:
     name, dtype = row["name"], _DTYPE_NAMES.get(q.dtype)
     head_dim_v = row.get("head_dim_v", row["head_dim"])
     if row["dtype"] != dtype or row["head_dim"] < q.shape[-1]:
@@ -271,6 +296,9 @@ def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool) -> Non
             f"tile_config {name!r} takes v with head_dim up to {head_dim_v}, but v has "
             f"{v.shape[-1]}"
         )
+    if softcap != row.get("softcap", False):
+        takes = "takes no softcap" if softcap else "takes calls with a softcap only"
+        raise ValueError(f"tile_config {name!r} {takes}")
     if any_call and not row.get("any_call", False):
         raise ValueError(
             f"tile_config {name!r} takes no window, no diagonal, no sinks and no packed sequences, "

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
+from cute_kernels.arguments import Window, check_hints, refuse_for_fp8, refuse_later, window_of
 from cute_kernels.autograd import dense
-from cute_kernels.checks import check_forward, explain
+from cute_kernels.checks import check_forward, check_softcap, explain
+from cute_kernels.chunks import check_chunk
 from cute_kernels.fp8 import flash_attn_e4m3
+from cute_kernels.varlen import flash_attn_varlen_func
 
 _always_deterministic = torch.are_deterministic_algorithms_enabled
 _choose = dense.choose
@@ -67,8 +69,13 @@ def flash_attn_func(
             multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
             are multiples of 16, returns bfloat16 and has no gradient. From 16-bit tensors,
             `flash_attn_fp8_func` loses less.
-        qv, attention_chunk, softcap: not there yet; anything that would change the call raises
-            NotImplementedError.
+        softcap: above 0, scores become ``softcap * tanh(score / softcap)`` after softmax_scale and
+            before the mask; 0 is none.
+        attention_chunk: above 0, a query sees only keys of its own chunk: with its position
+            ``p = i + seqlen_k - seqlen_q`` rounded down to a multiple of it as c, query i sees key
+            j only if ``c <= j < c + attention_chunk``, and what causal and window_size let it. On
+            CUDA q, k and v are copied in full unless batch entries follow one another in memory.
+        qv: not there yet; anything but None raises NotImplementedError.
         num_splits, pack_gqa: hints, which change no result and so far nothing else.
         sm_margin: how many multiprocessors to leave alone; other than 0 on the CPU only so far,
             which has none.
@@ -115,26 +122,64 @@ def flash_attn_func(
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
         unusual = True
     if unusual:
-        refuse_later("flash_attn_func", qv=qv, attention_chunk=attention_chunk, softcap=softcap)
+        refuse_later("flash_attn_func", qv=qv)
         check_hints(q, num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
-        if left is not None or right is not None:
-            options = (sinks, left, right, None)
-        elif sinks is not None:
-            options = (sinks,)
+        check_softcap(softcap)  # here too: the operator would read a tensor, and wait for the GPU
+        check_chunk(attention_chunk)
+        options = (sinks, left, right, None, softcap)
         descales = (q_descale, k_descale, v_descale)
         if any(x is not None for x in descales) or getattr(q, "dtype", None) is _E4M3:
             if tile_config is not None:
                 raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-            if options:
-                given = "window_size" if len(options) > 1 else "sinks"
-                raise NotImplementedError(f"{given} is not there yet for float8_e4m3fn")
+            refuse_for_fp8(
+                window_size=(left, right) != (None, None),
+                sinks=sinks is not None,
+                softcap=softcap > 0,
+                attention_chunk=attention_chunk > 0,
+            )
             out, lse = flash_attn_e4m3(q, k, v, *descales, softmax_scale, causal)
+            return (out, lse) if return_lse or return_attn_probs else out
+        if attention_chunk > 0:
+            check_forward(q, k, v, 1.0, causal, None, deterministic, *options)
+            out, lse = _attend_in_chunks(
+                q,
+                k,
+                v,
+                softmax_scale=softmax_scale,
+                causal=causal,
+                window_size=window_size,
+                attention_chunk=attention_chunk,
+                softcap=softcap,
+                deterministic=deterministic,
+                sinks=sinks,
+                tile_config=tile_config,
+            )
             return (out, lse) if return_lse or return_attn_probs else out
     try:
         forward, softmax_scale = _choose(q, k, v, softmax_scale, sinks)
     except (AttributeError, IndexError, ZeroDivisionError) as error:
-        explain(error, check_forward, q, k, v, 1.0, causal, tile_config, False, sinks)
+        explain(error, check_forward, q, k, v, 1.0, causal, tile_config, False, *options)
     inputs = (q, k, v, softmax_scale, causal, tile_config, _always_deterministic() or deterministic)
     out, lse = forward(*inputs, *options)
     return (out, lse) if return_lse or return_attn_probs else out
+
+
+def _attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """As packed sequences: output and LSE of a call that is checked."""
+    batch, seqlen_q, heads, _ = q.shape
+    seqlen_k = k.shape[1]
+    of_entries = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    out, lse = flash_attn_varlen_func(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        of_entries * seqlen_q,
+        of_entries * seqlen_k,
+        seqlen_q,
+        seqlen_k,
+        **arguments,
+        return_lse=True,
+    )
+    lse = lse.reshape(heads, batch, seqlen_q).transpose(0, 1).contiguous()
+    return out.reshape(batch, seqlen_q, heads, v.shape[-1]), lse

@@ -64,19 +64,31 @@ class Family(NamedTuple):
     vmap_rule: Callable[[Callable[..., Any], Callable[..., None], int], Rule]
 
 
+_VARLEN_KEYWORDS = (
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "window_left",
+    "window_right",
+    "deterministic",
+    "tile_config",
+    "softcap",
+)
+
+
 def _dense_options(
     softmax_scale: float,
     causal: bool,
     _: str | None,
     deterministic: bool,
     sinks: Tensor | None = None,
-    *mask: int | None,
+    *keywords: Any,
 ) -> tuple[Any, ...]:
-    return softmax_scale, causal, deterministic, None, sinks, *mask
+    return softmax_scale, causal, deterministic, None, sinks, *keywords
 
 
 def _varlen_options(*options: Any) -> tuple[Any, ...]:
-    return *options[:-1], None  # forward's tile_config is not backward's
+    before = 3 + _VARLEN_KEYWORDS.index("tile_config")
+    return *options[:before], None, *options[before + 1 :]  # forward's is not backward's
 
 
 DENSE = Family(
@@ -84,7 +96,7 @@ DENSE = Family(
     forward=Pass(flash_attn_forward, check_forward, 8),
     backward=Pass(flash_attn_backward, check_backward, 12),
     tensors=3,
-    keywords=("window_left", "window_right", "diagonal"),
+    keywords=("window_left", "window_right", "diagonal", "softcap"),
     backward_options=_dense_options,
     vmap_rule=fold_into_batch,
 )
@@ -93,14 +105,7 @@ VARLEN = Family(
     forward=Pass(flash_attn_varlen_forward, check_varlen_forward, 11),
     backward=Pass(flash_attn_varlen_backward, check_varlen_backward, 15),
     tensors=8,
-    keywords=(
-        "max_seqlen_q",
-        "max_seqlen_k",
-        "window_left",
-        "window_right",
-        "deterministic",
-        "tile_config",
-    ),
+    keywords=_VARLEN_KEYWORDS,
     backward_options=_varlen_options,
     vmap_rule=refuse_vmap,
 )
@@ -172,9 +177,10 @@ def _forward_cpu(
     tile_config: str | None = None,
     deterministic: bool = False,
     sinks: Tensor | None = None,
+    softcap: float = 0.0,
     **mask: Any,
 ) -> tuple[Tensor, Tensor]:
-    of_call = softmax_scale, reference.mask_of(causal, **mask), sinks
+    of_call = softmax_scale, reference.mask_of(causal, **mask), sinks, softcap
     return reference.attention_forward(q, k, v, *of_call)
 
 
@@ -191,10 +197,11 @@ def _backward_cpu(
     deterministic: bool,
     tile_config: str | None = None,
     sinks: Tensor | None = None,
+    softcap: float = 0.0,
     **mask: Any,
 ) -> reference.Gradients:
     tensors = (grad_out, grad_lse, q, k, v, out, lse)
-    of_call = softmax_scale, reference.mask_of(causal, **mask), sinks
+    of_call = softmax_scale, reference.mask_of(causal, **mask), sinks, softcap
     return reference.attention_backward(*tensors, *of_call)
 
 
@@ -210,11 +217,12 @@ def _varlen_forward_cpu(
     softmax_scale: float,
     causal: bool,
     sinks: Tensor | None = None,
+    softcap: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     sequences, mask = _packed(q, k, lengths, causal, **options)
-    return reference.packed_forward(q, k, v, sequences, softmax_scale, mask, sinks)
+    return reference.packed_forward(q, k, v, sequences, softmax_scale, mask, sinks, softcap)
 
 
 def _varlen_backward_cpu(
@@ -233,12 +241,13 @@ def _varlen_backward_cpu(
     softmax_scale: float,
     causal: bool,
     sinks: Tensor | None = None,
+    softcap: float = 0.0,
     **options: Any,
 ) -> reference.Gradients:
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     sequences, mask = _packed(q, k, lengths, causal, **options)
     tensors = (grad_out, grad_lse, q, k, v, out, lse)
-    return reference.packed_backward(*tensors, sequences, softmax_scale, mask, sinks)
+    return reference.packed_backward(*tensors, sequences, softmax_scale, mask, sinks, softcap)
 
 
 def _packed(

@@ -50,7 +50,9 @@ def mask_of(
 class _Blocks:
     """The geometry of one problem: which queries meet which keys, and how heads become rows."""
 
-    def __init__(self, q: Tensor, k: Tensor, softmax_scale: float, mask: Mask):
+    def __init__(
+        self, q: Tensor, k: Tensor, softmax_scale: float, mask: Mask, softcap: float = 0.0
+    ):
         self.seqlen_q, self.heads = q.shape[1], q.shape[2]
         self.seqlen_k, self.key_heads = k.shape[1], k.shape[2]
         self.group = self.heads // self.key_heads
@@ -58,9 +60,15 @@ class _Blocks:
         self.right = math.inf if mask.right is None else mask.right
         self.diagonal = self.seqlen_k - self.seqlen_q if mask.diagonal is None else mask.diagonal
         self.dtype, self.device = accumulator_dtype(q.dtype), q.device
-        # As a number of that dtype it is neither 0 nor infinite.
+        self.softmax_scale = self._positive(softmax_scale)
+        # What `scores` are in units of, and with a softcap what products are, inside of tanh.
+        self.unit = self._positive(softcap) if softcap else self.softmax_scale
+        self.tanh_factor = self._positive(softmax_scale / softcap) if softcap else None
+
+    def _positive(self, number: float) -> float:
+        """As a number of the dtype it is neither 0 nor infinite."""
         limits = torch.finfo(self.dtype)
-        self.softmax_scale = min(max(softmax_scale, limits.tiny * limits.eps), limits.max)
+        return min(max(number, limits.tiny * limits.eps), limits.max)
 
     def queries(self) -> Iterator[slice]:
         for start in range(0, self.seqlen_q, QUERY_BLOCK):
@@ -108,8 +116,11 @@ class _Blocks:
         return x.to(self.dtype).transpose(1, 2)
 
     def scores(self, q_rows: Tensor, k_block: Tensor, hidden: Tensor | None) -> Tensor:
-        """Q K^T of a block, -inf where a query does not see a key."""
-        return hide(q_rows @ k_block.mT, hidden)
+        """Scores of a block in units of `unit`, -inf where a query does not see a key."""
+        scores = q_rows @ k_block.mT
+        if self.tanh_factor is not None:
+            scores.mul_(self.tanh_factor).tanh_()
+        return hide(scores, hidden)
 
 
 def hide(scores: Tensor, hidden: Tensor | None) -> Tensor:
@@ -147,9 +158,10 @@ def attention_forward(
     softmax_scale: float,
     mask: Mask,
     sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """softmax(softmax_scale q k^T) v and the natural logarithm of the softmax's denominator, which
-    with `sinks` has exp(sink) in it.
+    with `sinks` has exp(sink) in it. A softcap above 0 makes scores softcap tanh(score / softcap).
 
     Rows that see no key get 0 and -inf, or their sink. Shapes as in `flash_attn_func`.
     """
@@ -159,7 +171,7 @@ def attention_forward(
     if k.numel() == 0:
         lse.fill_(-math.inf)
         return out.zero_(), lse if sinks is None else lse.copy_(sinks[:, None])
-    blocks = _Blocks(q, k, softmax_scale, mask)
+    blocks = _Blocks(q, k, softmax_scale, mask, softcap)
     all_k, all_v = blocks.all_keys(k), blocks.all_keys(v)
     for queries in blocks.queries():
         q_rows = blocks.rows(q, queries)
@@ -172,14 +184,14 @@ def attention_forward(
             # -inf - -inf would be NaN: a row that has seen no key yet measures from 0.
             origin = new_maximum.masked_fill(new_maximum == -math.inf, 0.0)
             # Scaled are differences: scores may be beyond a float when they are scaled.
-            rescale = (maximum - origin).mul_(blocks.softmax_scale).exp_()
-            probabilities = scores.sub_(origin).mul_(blocks.softmax_scale).exp_()
+            rescale = (maximum - origin).mul_(blocks.unit).exp_()
+            probabilities = scores.sub_(origin).mul_(blocks.unit).exp_()
             total = total * rescale + probabilities.sum(-1, keepdim=True)
             part = _product(probabilities, all_v[:, :, keys], hidden)
             accumulator = accumulator * rescale + part
             maximum = new_maximum
         accumulator /= total.masked_fill(total == 0, 1.0)
-        row_lse = maximum * blocks.softmax_scale + total.log()
+        row_lse = maximum * blocks.unit + total.log()
         if sinks is not None:
             of_keys = row_lse
             row_lse = torch.logaddexp(of_keys, blocks.head_values(sinks, queries))
@@ -209,13 +221,14 @@ def attention_backward(
     softmax_scale: float,
     mask: Mask,
     sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Gradients:
     """The gradients of q, k, v and the sinks, from those of the output and the LSE."""
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
     grad_sinks = empty_sinks_gradient(q, sinks).zero_()
     if q.numel() == 0 or (k.numel() == 0 and sinks is None):
         return grad_q, torch.zeros_like(k), torch.zeros_like(v), grad_sinks
-    blocks = _Blocks(q, k, softmax_scale, mask)
+    blocks = _Blocks(q, k, softmax_scale, mask, softcap)
     all_k, all_v = blocks.all_keys(k), blocks.all_keys(v)
     grad_k, grad_v = torch.zeros_like(all_k), torch.zeros_like(all_v)
     for queries in blocks.queries():
@@ -234,10 +247,14 @@ def attention_backward(
         grad_q_rows = torch.zeros_like(q_rows)
         for keys, hidden in blocks.keys(queries):
             k_block, v_block = all_k[:, :, keys], all_v[:, :, keys]
-            scores = blocks.scores(q_rows, k_block, hidden).mul_(blocks.softmax_scale)
+            scores = blocks.scores(q_rows, k_block, hidden)
+            slope = None if blocks.tanh_factor is None else 1 - scores.square()  # of tanh
+            scores.mul_(blocks.unit)
             # No P is above 1, though the difference of large numbers may be above 0.
             probabilities = scores.sub_(lse_rows).clamp_(max=0.0).exp_()
             grad_scores = (grad_rows @ v_block.mT).sub_(delta).mul_(probabilities)
+            if slope is not None:
+                grad_scores.mul_(slope)
             unseen_by_keys = None
             if hidden is not None:
                 probabilities.masked_fill_(hidden, 0.0)
@@ -273,6 +290,7 @@ def packed_forward(
     softmax_scale: float,
     mask: Mask,
     sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`attention_forward` of each sequence; rows of none get 0 and -inf. Shapes as in
     `flash_attn_varlen_func`."""
@@ -282,7 +300,7 @@ def packed_forward(
     for queries, keys, diagonal in sequences:
         one = (q[None, queries], k[None, keys], v[None, keys])
         own_mask = mask._replace(diagonal=diagonal)
-        part, part_lse = attention_forward(*one, softmax_scale, own_mask, sinks)
+        part, part_lse = attention_forward(*one, softmax_scale, own_mask, sinks, softcap)
         out[queries], lse[:, queries] = part[0], part_lse[0]
     return out, lse
 
@@ -299,6 +317,7 @@ def packed_backward(
     softmax_scale: float,
     mask: Mask,
     sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Gradients:
     """`attention_backward` of each sequence; rows of none get 0."""
     dense = torch.contiguous_format
@@ -316,6 +335,7 @@ def packed_backward(
             softmax_scale,
             mask._replace(diagonal=diagonal),
             sinks,
+            softcap,
         )
         grad_q[queries], grad_k[keys], grad_v[keys] = (grad[0] for grad in part[:3])
         grad_sinks += part[3]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
 from cute_kernels.autograd import varlen
-from cute_kernels.checks import explain
+from cute_kernels.checks import check_softcap, explain
+from cute_kernels.chunks import Lengths, check_chunk, in_chunks
 from cute_kernels.varlen_checks import (
     check_max_seqlens,
     check_varlen_forward,
@@ -73,10 +74,10 @@ def flash_attn_varlen_func(
         max_seqlen_q, max_seqlen_k: at least what the longest sequence uses; None if not known.
         seqused_q, seqused_k: (batch,), int32, on q's device: how many rows of its slot a sequence
             uses; all if None.
-        softmax_scale, causal, window_size, deterministic, return_attn_probs, sinks, return_lse,
-            tile_config: as of `flash_attn_func`.
-        qv, q_descale, k_descale, v_descale, attention_chunk, softcap, page_table: not there yet;
-            anything that would change the call raises NotImplementedError.
+        softmax_scale, causal, window_size, attention_chunk, softcap, deterministic,
+            return_attn_probs, sinks, return_lse, tile_config: as of `flash_attn_func`.
+        qv, q_descale, k_descale, v_descale, page_table: not there yet; anything that would change
+            the call raises NotImplementedError.
         num_splits, pack_gqa, sm_margin: hints, which change no result and so far nothing else.
 
     Returns:
@@ -119,23 +120,27 @@ def flash_attn_varlen_func(
             q_descale=q_descale,
             k_descale=k_descale,
             v_descale=v_descale,
-            attention_chunk=attention_chunk,
-            softcap=softcap,
             page_table=page_table,
         )
         check_hints(q, num_splits, pack_gqa, sm_margin)
         causal, *window = window_of(window_size, causal)
+        check_softcap(softcap)
+        check_chunk(attention_chunk)
     # Here too: the operator would read a tensor, and wait for the GPU.
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
-    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
+    lengths: Lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
+    if unusual and attention_chunk > 0:
+        check_varlen_forward(q, k, v, *lengths, 1.0, causal, sinks)
+        longest_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
+        lengths = in_chunks(attention_chunk, longest_k, *lengths[:4])
     try:
         forward, softmax_scale = varlen.choose(q, k, v, softmax_scale, sinks)
         if _CHECK_CONTENTS and q.is_cuda and not _is_compiling():
             rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
             rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
     except (AttributeError, IndexError, ZeroDivisionError) as error:
-        explain(error, check_varlen_forward, *tensors, 1.0, causal, sinks)
+        explain(error, check_varlen_forward, q, k, v, *lengths, 1.0, causal, sinks)
     deterministic = _always_deterministic() or deterministic
-    options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config)
-    out, lse = forward(*tensors, softmax_scale, causal, sinks, *options)
+    options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config, softcap)
+    out, lse = forward(q, k, v, *lengths, softmax_scale, causal, sinks, *options)
     return (out, lse) if return_lse or return_attn_probs else out

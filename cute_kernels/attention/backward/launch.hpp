@@ -90,7 +90,8 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   params.grad_out = problem.grad_out;
   params.workspace = workspace;
   params.call_number = call_number;
-  params.scale_log2 = scale_of_scores(problem.call.scale) * sm90::kLog2e;
+  params.scale_log2 = scale_of_scores(Traits::kSoftcap ? call.softcap : call.scale) * sm90::kLog2e;
+  if constexpr (Traits::kSoftcap) params.softcap_factor = softcap_factor(call.scale, call.softcap);
   params.softmax_scale = problem.call.scale;
   params.heads = sizes.heads_q;
   params.head_dim_v = sizes.head_dim_v;
@@ -137,12 +138,14 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   of_queries.stream = stream;
   of_queries.device = problem.device.index;
 
+  // A softcap's scores meet the lse in powers of two.
+  float const unit_of_lse = Traits::kSoftcap ? sm90::kLn2 : scale_of_scores(call.scale);
   of_queries.threads = kPreprocessThreads;
   cudaError_t status = sm90::launch_kernel<preprocess_kernel<Traits>>(
-      of_queries, PreprocessParams<Traits>{
-                      problem.out, problem.grad_out, problem.lse, problem.grad_lse, problem.sinks,
-                      tensor_rows_q(call), cutlass::FastDivmod(sizes.heads_q), sizes.head_dim_v,
-                      scale_of_scores(call.scale), call_number, workspace, of_sequences});
+      of_queries, PreprocessParams<Traits>{problem.out, problem.grad_out, problem.lse,
+                                           problem.grad_lse, problem.sinks, tensor_rows_q(call),
+                                           cutlass::FastDivmod(sizes.heads_q), sizes.head_dim_v,
+                                           unit_of_lse, call_number, workspace, of_sequences});
   if (status != cudaSuccess) return status;
 
   if (tensor_rows_k(call) > 0) {  // otherwise dQ = 0

@@ -21,7 +21,7 @@ struct PreprocessParams {
   int seqlen_q;  // rows of a batch entry, or of all packed sequences
   cutlass::FastDivmod heads;
   int head_dim_v;
-  float scale;  // of the scores
+  float unit_of_lse;
   uint64_t call_number;
   BackwardWorkspace workspace;
   typename Traits::CallOfSequences call;
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
         alarming |= is_alarming(lse, minus_delta);
         sink_gradient += gradient_of_sink(sink, lse, minus_delta);
       }
-      statistics->set(row, lse, minus_delta, params.scale);
+      statistics->set(row, lse, minus_delta, params.unit_of_lse);
     }
   }
   if (params.sinks != nullptr) {

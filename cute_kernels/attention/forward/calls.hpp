@@ -46,6 +46,7 @@ struct AnyCalls {
 
   ListScheduler::Params scheduler;
   float const* sinks;  // (heads), or null
+  float softcap_factor;
 
   /// In powers of two; -inf where there is none.
   CUTLASS_DEVICE float sink(Tile const& tile) const {

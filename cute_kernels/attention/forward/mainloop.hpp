@@ -6,6 +6,7 @@
 #include "cute_kernels/attention/forward/softmax.hpp"
 #include "cute_kernels/attention/forward/value_guard.hpp"
 #include "cute_kernels/attention/ranges.hpp"
+#include "cute_kernels/attention/softcap.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/warp_gemm.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
@@ -212,6 +213,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         auto own_q = local_tile(shared_q, Shape<Int<kWarpM>, Int<Traits::kHeadDim>>{},
                                 make_coord(opaque(thread) / 32, _0{}));
         sm90::warp_gemm(own_q, shared_k(_, _, opaque(read_k.index())), scores);
+        if constexpr (Traits::kSoftcap) apply_tanh(scores, params.softcap_factor);
         // Every second time as many blocks more as it took to come here: a tile starts few blocks
         // again, and where it does so once, its origins' margin is likely to be enough.
         if (Softmax::kHasMargin && seek_from < kSeekNoMore) {
@@ -227,6 +229,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       auto few = [&] {
         return first_end(params.forgotten(coord)) - kKeysOfOrigin < block * kTileN;
       };
+      if constexpr (Traits::kSoftcap) apply_softcap(scores, params.softcap_factor);
       softmax.update(rows, seek, few, mask, overflow, on_move);
     };
     auto round_probabilities = [&] {

@@ -84,6 +84,7 @@ FORWARD_FIELDS = (
     *HEAD,
     Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
     Field("any_call", bool, False, "kAnyCall"),
+    Field("softcap", bool, False, "kSoftcap"),
     Field("mask", str, "any"),
     Field("tile_m", int),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -110,6 +111,7 @@ FP8_FIELDS = (
 BACKWARD_FIELDS = (
     *HEAD,
     Field("any_call", bool, False, "kAnyCall"),
+    Field("softcap", bool, False, "kSoftcap"),
     Field("mask", str, "any"),
     Field("tile_m", int, REQUIRED, "kTileM"),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -337,6 +339,8 @@ def backward_problems(row: Row) -> list[str]:
         )
     if split and not row["statistics_by_product"]:
         found.append("split_products needs statistics_by_product: no thread reads lse or delta")
+    if row["softcap"] and not row["statistics_by_product"]:
+        found.append("softcap needs statistics_by_product: threads read lse, WGMMA subtracts delta")
     if split and row["scores_behind_dk"]:
         found.append("scores_behind_dk needs split_products = false: no warpgroup has S and dK")
     return found
@@ -346,7 +350,8 @@ def row_config(row: Row) -> tuple[object, ...]:
     """What the C++ RowConfig has after name and dtype."""
     head_dim = row["head_dim"]
     mask = f"MaskClass::{MASKS[row.get('mask', 'any')]}"
-    return head_dim, row.get("head_dim_v", head_dim), row.get("any_call", False), mask
+    any_call, softcap = (row.get(column, False) for column in ("any_call", "softcap"))
+    return head_dim, row.get("head_dim_v", head_dim), any_call, softcap, mask
 
 
 PASSES = {
