@@ -175,13 +175,19 @@ def test_huge_and_odd_sinks(device):
     skip_unless_answered(device, dtype, 64)
     q, k, v = random_qkv(device, dtype, 1, 70, 90, 4)
     sinks = torch.tensor([math.nan, 3e38, -3e38, 1.0], device=device)
-    out, lse = run(q, k, v, sinks)
+    grads = grads_of(q, v)
+    out, lse, *gradients = run(q, k, v, sinks, grads)
     assert out[:, :, 0].isnan().all() and lse[:, 0].isnan().all()
     assert not out[:, :, 1].any()
     assert (lse[:, 1] == 3e38).all()
+    assert not any(gradient[:, :, 1].any() for gradient in gradients[:3])
+    torch.testing.assert_close(gradients[3][1], grads[1][:, 1].sum(), rtol=1e-4, atol=1e-3)
     scale = q.shape[-1] ** -0.5
-    qkv = (x[:, :, 2:] for x in (q, k, v))
+    qkv = [x[:, :, 2:] for x in (q, k, v)]
     assert_right(out[:, :, 2:], lse[:, 2:], *qkv, scale, False, sinks=sinks[2:])
+    parts = [gradient[:, :, 2:] for gradient in gradients[:3]]
+    of_heads = grads[0][:, :, 2:], grads[1][:, 2:]
+    assert_gradients_right(parts, *of_heads, *qkv, scale, False, sinks=sinks[2:])
 
 
 def test_gradients_are_the_same_bits(device):

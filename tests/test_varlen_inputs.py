@@ -245,7 +245,7 @@ def test_refused_by_the_backward_operator():
     call = good_call()
     q, k, v = (call[name] for name in "qkv")
     lengths = [call[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")]
-    inputs = (q, k, v, *lengths, None, 0.1, False, 12, None, None, None, False, None)
+    inputs = (q, k, v, *lengths, None, 0.1, False, None, 12, None, None, None, False, None)
     out, lse = varlen.without_gradient(*inputs)
     good = (out, None, q, k, v, out, lse, *inputs[3:])
     assert all(grad.isfinite().all() for grad in varlen.backward_without_gradient(*good))
@@ -254,10 +254,10 @@ def test_refused_by_the_backward_operator():
         (1, lse.double(), TypeError, "grad_lse has dtype torch.float64, must be torch.float32"),
         (6, lse.mT, ValueError, "lse has shape (24, 4), must be (heads, total_q) = (4, 24)"),
         (7, lengths[1], ValueError, "cu_seqlens_q[3] is 30, must be at most 24, the rows of q"),
-        (14, 7, ValueError, "max_seqlen_q is 7, must be at least 8, the rows that sequence 0"),
-        (16, -1, ValueError, "window_left is -1, must be at least 0 or None"),
+        (15, 7, ValueError, "max_seqlen_q is 7, must be at least 8, the rows that sequence 0"),
+        (17, -1, ValueError, "window_left is -1, must be at least 0 or None"),
         (
-            19,
+            20,
             "no",
             ValueError,
             "tile_config is 'no', must be None (automatic) or the name of a back",

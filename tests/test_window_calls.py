@@ -167,7 +167,7 @@ def test_limits_below_0_on_a_gpu(hopper, name):
     q, k, v = random_qkv(hopper, torch.bfloat16)
     limits = (-1, None) if name == "window_left" else (None, -1)
     with pytest.raises(ValueError, match=rf"{name} is -1, must be at least 0 or None"):
-        dense.without_gradient(q, k, v, 0.1, False, None, False, *limits, None)
+        dense.without_gradient(q, k, v, 0.1, False, None, False, None, *limits)
 
 
 @pytest.mark.parametrize("window_size", [(5, 5), (-1, 0), (500, 500)], ids=str)

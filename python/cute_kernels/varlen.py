@@ -129,7 +129,8 @@ def flash_attn_varlen_func(
         )
         check_hints(q, num_splits, pack_gqa, sm_margin)
         causal, *window = window_of(window_size, causal)
-        check_softcap(softcap)
+        if not isinstance(softcap, (int, float)):  # as max_seqlen below
+            check_softcap(softcap)
         check_chunk(attention_chunk)
     # Here too: the operator would read a tensor, and wait for the GPU.
     check_max_seqlens(max_seqlen_q, max_seqlen_k)

@@ -73,7 +73,9 @@ struct StatisticParts {
         value -= static_cast<float>(part);
       }
     };
-    split(Statistic::kLse, isinf(lse) ? -kFar : -lse / scale);
+    // A sink may be larger than any score, so that in their unit it is beyond a float.
+    float const minus_lse = sm90::max_nan(-lse / scale, -0x1p127f);
+    split(Statistic::kLse, isinf(lse) ? -kFar : minus_lse);
     split(Statistic::kDelta, isfinite(minus_delta) ? minus_delta : 0.f);
     if (!isfinite(minus_delta)) {
       CUTLASS_PRAGMA_UNROLL

@@ -5,7 +5,6 @@
 #include "cute_kernels/attention/mask.hpp"
 #include "cute_kernels/attention/schedule/list_scheduler.hpp"
 #include "cute_kernels/attention/tile_scheduler.hpp"
-#include "cute_kernels/sm90/math.hpp"
 
 // What a forward kernel is told of its calls: which tiles there are, where their rows lie, and what
 // they see. One of these is a part of its parameters.
@@ -49,9 +48,9 @@ struct AnyCalls {
   float const* sinks;  // (heads), or null
   float softcap_factor;
 
-  /// In powers of two; -inf where there is none.
+  /// -inf where there is none.
   CUTLASS_DEVICE float sink(Tile const& tile) const {
-    return sinks == nullptr ? -INFINITY : sinks[tile.head] * sm90::kLog2e;
+    return sinks == nullptr ? -INFINITY : sinks[tile.head];
   }
 
   CUTLASS_DEVICE WindowMask mask_of(Tile const& tile) const {

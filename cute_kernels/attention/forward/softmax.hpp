@@ -91,8 +91,9 @@ class OnlineSoftmax {
     divide(out, [&](int row) { return sum_[row]; });
   }
 
-  /// The same where every row has one score more, `sink` in powers of two, without a value. It may
-  /// be far from the others, and is -inf where there is none; lse(row, sink) is valid afterwards.
+  /// The same where every row has one score more, `sink`, which is scaled already and has no value.
+  /// It may be far from the others, and is -inf where there is none; lse(row, sink) is valid
+  /// afterwards.
   template <class Output>
   CUTLASS_DEVICE void finalize(Output& out, float sink) {
     divide(out, [&](int row) {
@@ -107,19 +108,20 @@ class OnlineSoftmax {
 
   /// With the sink in the sum, which is all of it for a row that saw no key.
   CUTLASS_DEVICE float lse(int row, float sink) const {
-    if (sum_[row] == 0.f) return sink * sm90::kLn2;
+    if (sum_[row] == 0.f) return sink;
     float const above = sink_above_keys(row, sink);
-    float const most = above > 0.f ? sink : keys(row);
-    return (most + log2f(1.f + sm90::exp2_mufu(-fabsf(above)))) * sm90::kLn2;
+    float const most = above > 0.f ? sink : keys(row) * sm90::kLn2;
+    return most + log2f(1.f + sm90::exp2_mufu(-fabsf(above))) * sm90::kLn2;
   }
 
  private:
   /// log2 of what the keys have in the denominator.
   CUTLASS_DEVICE float keys(int row) const { return offset_of(origin_[row]) + log2f(sum_[row]); }
 
-  /// Of a row that saw a key. Not by keys(), whose rounding a large offset would make larger.
+  /// In powers of two, of a row that saw a key. Not by keys(): where offset and sink are large, the
+  /// first difference is exact.
   CUTLASS_DEVICE float sink_above_keys(int row, float sink) const {
-    return sink - offset_of(origin_[row]) - log2f(sum_[row]);
+    return sink * sm90::kLog2e - offset_of(origin_[row]) - log2f(sum_[row]);
   }
 
   template <class Output, class Denominator>
