@@ -22,22 +22,22 @@ struct Tiling {{
 }};
 
 void deal(CachedCall const& call, int ctas, int num_splits) {{
-  std::vector<int64_t> starts{{0}};
+  std::vector<int> starts{{0}};
   int longest = 0;
   for (int entry = 0; entry < call.batch; ++entry) {{
-    SequenceBlocks const blocks = blocks_of<Tiling>(call, entry);
-    starts.push_back(starts.back() + blocks.count);
-    longest = greater(longest, blocks.longest);
+    SequenceWork const work = work_of<Tiling>(call, entry);
+    starts.push_back(starts.back() + work.blocks);
+    longest = greater(longest, work.longest);
   }}
   WorkLine const line(starts.back(), longest, ctas, num_splits);
   std::cout << line.share;
   for (int cta = 0, entry = 0; cta < ctas; ++cta) {{
-    int64_t const block = line.begin(cta);
+    int const block = line.begin(cta);
     while (entry < call.batch && starts[entry + 1] <= block) ++entry;
     WorkPlace const place =
         block < line.blocks
-            ? place_in_sequence<Tiling>(call, entry, starts[entry],
-                                        starts[entry + 1] - starts[entry], block)
+            ? place_in_sequence<Tiling>(call, entry, work_of<Tiling>(call, entry), starts[entry],
+                                        block)
             : end_of_line(line);
     for (WorkWalk<Tiling> walk(call, line, place, cta); walk.valid(); walk.advance()) {{
       RowTile<Tiling> const& tile = walk.tile();
@@ -60,6 +60,7 @@ int main() {{
   int left, right, ctas, num_splits;
   while (std::cin >> call.batch >> call.total_q >> call.heads_q >> call.heads_kv >>
          call.most_keys >> left >> right >> ctas >> num_splits) {{
+    call.group = call.heads_q / call.heads_kv;
     call.mask = {{std::nullopt, limit(left), limit(right)}};
     auto read = [](int count) {{
       std::vector<int> values(count);

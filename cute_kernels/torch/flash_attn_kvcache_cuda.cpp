@@ -154,6 +154,7 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
   call.total_q = static_cast<int>(q.size(0));
   call.heads_q = sizes.heads_q;
   call.heads_kv = sizes.heads_kv;
+  call.group = sizes.heads_q / std::max(1, sizes.heads_kv);
   call.head_dim = sizes.head_dim;
   call.head_dim_v = sizes.head_dim_v;
   int64_t const most_keys = problem.pages.pages_of_sequence * k.size(1);
@@ -166,6 +167,9 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
                   numbers<int>("cache_seqlens", cache_seqlens, q, {batch}),
                   numbers<int>("cache_leftpad", cache_leftpad, q, {batch})};
   DecodeKernel const& kernel = decode_kernel_for(q.dtype, call);
+  require(attention::most_blocks(call, kernel.config.tile_m, kernel.config.tile_n) <=
+              attention::kMostBlocks,
+          "q and the cache have too many blocks for one call: pass fewer queries at a time");
 
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor out = empty({q.size(0), sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device);

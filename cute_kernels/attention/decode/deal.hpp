@@ -14,7 +14,7 @@ class WorkDealer {
 
  public:
   struct Shared {
-    int64_t blocks[kWarps];
+    int blocks[kWarps];
     int longest[kWarps];
     WorkLine line;
     WorkPlace place;
@@ -27,18 +27,21 @@ class WorkDealer {
     int const own = (call.batch + Traits::kThreads - 1) / Traits::kThreads;
     int const first = lesser(threadIdx.x * own, call.batch);
     int const end = lesser(first + own, call.batch);
-    int64_t blocks = 0;
-    int longest = 0;
+    // Mostly one, whose lengths are read at a time.
+    SequenceWork work =
+        first < end ? work_of<Traits>(call, first) : SequenceWork{kNoSequence, 0, 0};
+    int blocks = work.blocks;
+    int longest = work.longest;
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int entry = first; entry < end; ++entry) {
-      SequenceBlocks const of_sequence = blocks_of<Traits>(call, entry);
-      blocks += of_sequence.count;
-      longest = greater(longest, of_sequence.longest);
+    for (int entry = first + 1; entry < end; ++entry) {
+      SequenceWork const next = work_of<Traits>(call, entry);
+      blocks += next.blocks;
+      longest = greater(longest, next.longest);
     }
-    int64_t start = blocks;  // the sum up to this lane
+    int start = blocks;  // the sum up to this lane
     CUTLASS_PRAGMA_UNROLL
     for (int lanes = 1; lanes < kLanes; lanes *= 2) {
-      int64_t const before = __shfl_up_sync(0xffffffff, start, lanes);
+      int const before = __shfl_up_sync(0xffffffff, start, lanes);
       if (lane >= lanes) start += before;
       longest = greater(longest, __shfl_xor_sync(0xffffffff, longest, lanes));
     }
@@ -48,7 +51,7 @@ class WorkDealer {
     }
     start -= blocks;
     __syncthreads();
-    int64_t all = 0;
+    int all = 0;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kWarps; ++i) {
       start += i < warp ? shared.blocks[i] : 0;
@@ -57,18 +60,15 @@ class WorkDealer {
     }
     int const cta = blockIdx.x;
     WorkLine const line(all, longest, gridDim.x, num_splits);
-    int64_t const block = line.begin(cta);
+    int const block = line.begin(cta);
     if (block >= start && block < start + blocks) {
       int entry = first;
-      int64_t of_entry = first + 1 == end ? blocks : 0;
       CUTLASS_PRAGMA_NO_UNROLL
-      while (first + 1 < end) {
-        of_entry = blocks_of<Traits>(call, entry).count;
-        if (block < start + of_entry) break;
-        start += of_entry;
-        ++entry;
+      while (block >= start + work.blocks) {
+        start += work.blocks;
+        work = work_of<Traits>(call, ++entry);
       }
-      shared.place = place_in_sequence<Traits>(call, entry, start, of_entry, block);
+      shared.place = place_in_sequence<Traits>(call, entry, work, start, block);
     }
     if (threadIdx.x == 0) {
       shared.line = line;

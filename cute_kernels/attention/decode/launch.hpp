@@ -51,8 +51,8 @@ cudaError_t launch_decode(DecodeProblem const& problem, cudaStream_t stream) {
   char* const memory = static_cast<char*>(problem.workspace);
   DecodeParams const params{
       call,
-      {problem.pages, cutlass::FastDivmod(problem.pages.page_size),
-       cutlass::FastDivmod(call.heads_q / call.heads_kv), problem.q, problem.k, problem.v},
+      {problem.pages, cutlass::FastDivmod(problem.pages.page_size), cutlass::FastDivmod(call.group),
+       problem.q, problem.k, problem.v},
       score_units(call),
       {problem.sinks, problem.out, problem.lse, reinterpret_cast<float*>(memory),
        reinterpret_cast<RowStatistics*>(memory + workspace.statistics),

@@ -137,15 +137,23 @@ class CacheLoader {
     static_assert(kPasses * kRowsAtOnce <= kLanes, "a lane finds one row");
     int const part = lane() / kLanesOfRow;
     int const column = lane() % kLanesOfRow * kVector;
-    uint32_t const base = cute::cast_smem_ptr_to_uint(shared);
+    // The swizzle's period is 8 rows: a thread's places repeat after as many passes, further on.
+    constexpr int kPeriod = kRowsAtOnce * kWarps < 8 ? 8 / (kRowsAtOnce * kWarps) : 1;
+    constexpr int kPeriodBytes = kPeriod * kRowsAtOnce * kWarps * Traits::kSwizzleBytes;
     auto const layout = cute::as_position_independent_swizzle_layout(swizzled);
+    uint32_t places[kPeriod];
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kPeriod; ++i) {
+      places[i] = cute::cast_smem_ptr_to_uint(shared) +
+                  layout(row_of(i, part), column) * static_cast<int>(sizeof(Element));
+    }
     int64_t const found_offset =
         found.major < 0 ? -1 : found.major * major_stride + found.minor * minor_stride;
     CUTLASS_PRAGMA_UNROLL
     for (int pass = 0; pass < kPasses; ++pass) {
       int64_t const row = __shfl_sync(0xffffffff, found_offset, pass * kRowsAtOnce + part);
       bool const there = row >= 0 && column < columns;
-      uint32_t const to = base + layout(row_of(pass, part), column) * sizeof(Element);
+      uint32_t const to = places[pass % kPeriod] + pass / kPeriod * kPeriodBytes;
       sm90::gather_or_clear(to, global + (there ? row + column : 0), there);
     }
   }

@@ -45,6 +45,7 @@ struct CachedCall {
   int total_q;  // rows of Q
   int heads_q;
   int heads_kv;
+  int group;  // query heads of a key head
   int head_dim;
   int head_dim_v;
   int most_keys;  // that the cache of a sequence has room for
@@ -54,8 +55,18 @@ struct CachedCall {
   CacheLengths lengths;
 };
 
+/// All parts of a call's work are numbered by an int, with 1/32 to spare.
+inline constexpr int64_t kMostBlocks = 2000000000;
+
+/// How many blocks of tile_n keys a call may have, for tiles of tile_m rows.
+constexpr int64_t most_blocks(CachedCall const& call, int tile_m, int tile_n) {
+  int64_t const tiles = int64_t{call.total_q} * call.group / tile_m + call.batch;
+  return call.heads_kv * tiles * (call.most_keys / tile_n + 1);
+}
+
 /// One call. Requires heads_q % heads_kv == 0, every pointer and byte stride a multiple of 16,
-/// heads and total_q at least 1, total_q * heads_q below 2^31, most_keys at most 2^30.
+/// heads and total_q at least 1, total_q * heads_q below 2^31, most_keys at most 2^30, most_blocks
+/// of the kernel's tile at most kMostBlocks.
 struct DecodeProblem {
   CachedCall call;
   CachePages pages;

@@ -6,6 +6,7 @@
 namespace cute_kernels::attention {
 
 struct DecodeTileConfig : RowConfig<ElementType> {
+  int tile_m;  // rows of a tile
   int tile_n;  // keys of a block
 };
 

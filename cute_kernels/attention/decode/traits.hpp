@@ -30,8 +30,8 @@ struct DecodeTraits {
   // Registers of a thread after setmaxnreg, of what a multiprocessor has: with two CTAs 256 for two
   // threads, with two consumer warpgroups 504 for three.
   static constexpr bool kReconfigureRegisters = kConsumers * kCtas == 2;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 56 : 72;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 184;
+  static constexpr int kProducerRegisters = 72;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 216 : 184;
 
   // WGMMA atoms: S = Q K^T from shared memory, O += P V with P in registers.
   using MmaQk = decltype(cute::make_tiled_mma(
@@ -44,6 +44,7 @@ struct DecodeTraits {
           cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDim>, cute::Int<kTileN>>,
           cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
 
+  static constexpr int kSwizzleBytes = 128;  // of a row
   using SwizzleAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
   using LayoutQ = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDim>>{}));

@@ -17,12 +17,6 @@
 // first one and the last one are less than an item.
 namespace cute_kernels::attention {
 
-/// a / b of numbers that are not negative and mostly small: 64 bits take five times as long.
-constexpr int64_t quotient(int64_t a, int64_t b) {
-  bool const is_short = ((a | b) >> 32) == 0;
-  return is_short ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
-}
-
 /// The keys from `begin` up to before `end`.
 struct KeySpan {
   int begin;
@@ -52,6 +46,8 @@ struct CachedSequence {
   }
 };
 
+inline constexpr CachedSequence kNoSequence{0, 0, 1, WindowRanges(0, 0, 0, 0)};
+
 /// Whatever the lengths hold, all rows lie in the tensors.
 constexpr CachedSequence cached_sequence(CachedCall const& call, int entry) {
   CacheLengths const& lengths = call.lengths;
@@ -59,8 +55,7 @@ constexpr CachedSequence cached_sequence(CachedCall const& call, int entry) {
   int const keys = lesser(greater(0, lengths.used[entry]), call.most_keys);
   int const leftpad =
       lengths.leftpad == nullptr ? 0 : lesser(greater(0, lengths.leftpad[entry]), keys);
-  return {q.first, leftpad, call.heads_q / call.heads_kv,
-          WindowRanges(call.mask, int64_t{keys} - q.count, q.count, keys)};
+  return {q.first, leftpad, call.group, WindowRanges(call.mask, keys - q.count, q.count, keys)};
 }
 
 /// A tile of one sequence's rows, and the keys that some of them see, in blocks from the first of
@@ -76,8 +71,10 @@ struct RowTile {
   constexpr RowTile(CachedSequence const& sequence, int tile)
       : first_row(tile * Tiling::kTileRows),
         rows(lesser(Tiling::kTileRows, sequence.rows() - first_row)),
-        first_query(first_row / sequence.group),
-        last_query((first_row + rows - 1) / sequence.group),
+        // Without a division in the case of one tile.
+        first_query(tile == 0 ? 0 : first_row / sequence.group),
+        last_query(first_row + rows == sequence.rows() ? sequence.ranges.seqlen_q - 1
+                                                       : (first_row + rows - 1) / sequence.group),
         keys(sequence.seen_by_some(first_query, last_query)) {}
 
   /// At least 1: rows that see nothing are written too.
@@ -94,30 +91,30 @@ struct RowTile {
 struct WorkLine {
   static constexpr int kSharesOfSlack = 32;
 
-  int64_t blocks;
-  int64_t share;  // of one CTA, at least 1
-  bool whole;     // no item is in parts: a CTA has those that begin in its share
+  int blocks;
+  int share;   // of one CTA, at least 1
+  bool whole;  // no item is in parts: a CTA has those that begin in its share
 
   /// Shares of about the same length for as many as `ctas` CTAs, but so long that no item is in
   /// more than `num_splits` parts, of which 0 is any number. Then they may be a little longer,
   /// where that divides the longest item evenly or makes a share a number of such items: CTAs have
   /// fewer parts then, and those of one sequence's heads read the same pages at the same time.
-  constexpr WorkLine(int64_t blocks, int longest_item, int ctas, int num_splits)
-      : blocks(blocks), share(quotient(blocks + ctas - 1, ctas)), whole(num_splits == 1) {
+  constexpr WorkLine(int blocks, int longest_item, int ctas, int num_splits)
+      : blocks(blocks), share((blocks + ctas - 1) / ctas), whole(num_splits == 1) {
     if (share < 1) share = 1;
     if (num_splits == 0 && longest_item > 0) {
-      int64_t const even = share <= longest_item
-                               ? quotient(longest_item - 1, quotient(longest_item, share)) + 1
-                               : quotient(share + longest_item - 1, longest_item) * longest_item;
+      int const even = share <= longest_item
+                           ? (longest_item - 1) / (longest_item / share) + 1
+                           : (share + longest_item - 1) / longest_item * longest_item;
       if (even - share <= share / kSharesOfSlack) share = even;
     } else if (num_splits > 1) {
-      int64_t const least = (longest_item + num_splits - 2) / (num_splits - 1);
+      int const least = (longest_item + num_splits - 2) / (num_splits - 1);
       if (share < least) share = least;
     }
   }
 
-  constexpr int64_t begin(int cta) const { return cta * share; }
-  constexpr int64_t end(int cta) const {
+  constexpr int begin(int cta) const { return cta * share; }
+  constexpr int end(int cta) const {
     return begin(cta) + share < blocks ? begin(cta) + share : blocks;
   }
 };
@@ -127,18 +124,17 @@ struct WorkParts {
   int first;
   int count;
 
-  constexpr WorkParts(WorkLine const& line, int64_t item, int blocks)
-      : first(static_cast<int>(quotient(item, line.share))),
-        count(line.whole ? 1
-                         : static_cast<int>(quotient(item + blocks - 1, line.share)) - first + 1) {}
+  constexpr WorkParts(WorkLine const& line, int item, int blocks)
+      : first(item / line.share),
+        count(line.whole ? 1 : (item + blocks - 1) / line.share - first + 1) {}
 };
 
 /// Where in the line a CTA begins.
 struct WorkPlace {
-  int64_t block;  // of the line
-  int64_t item;   // the block where its item begins
-  int entry;      // of the batch
-  int head;       // of K and V
+  int block;  // of the line
+  int item;   // the block where its item begins
+  int entry;  // of the batch
+  int head;   // of K and V
   int tile;
   CachedSequence sequence;
 };
@@ -150,15 +146,34 @@ struct WorkPlace {
 #define CUTE_KERNELS_FEW_ROUNDS
 #endif
 
-/// The place of a block that a sequence has in the line, where the sequence starts at `start` and
-/// has `blocks`.
+/// A sequence, how many blocks it has in the line, and how many its longest item has.
+struct SequenceWork {
+  CachedSequence sequence;
+  int blocks;
+  int longest;
+};
+
 template <class Tiling>
-constexpr WorkPlace place_in_sequence(CachedCall const& call, int entry, int64_t start,
-                                      int64_t blocks, int64_t block) {
-  WorkPlace place{block, block, entry, 0, 0, cached_sequence(call, entry)};
-  int64_t const of_head = quotient(blocks, call.heads_kv);
-  int64_t rest = block - start;
-  place.head = static_cast<int>(quotient(rest, of_head));
+constexpr SequenceWork work_of(CachedCall const& call, int entry) {
+  SequenceWork work{cached_sequence(call, entry), 0, 0};
+  CUTE_KERNELS_FEW_ROUNDS
+  for (int tile = 0; tile < RowTile<Tiling>::count(work.sequence); ++tile) {
+    int const of_tile = RowTile<Tiling>(work.sequence, tile).blocks();
+    work.blocks += of_tile;
+    work.longest = greater(work.longest, of_tile);
+  }
+  work.blocks *= call.heads_kv;
+  return work;
+}
+
+/// The place of a block that sequence `entry` has in the line, where it starts at `start`.
+template <class Tiling>
+constexpr WorkPlace place_in_sequence(CachedCall const& call, int entry, SequenceWork const& work,
+                                      int start, int block) {
+  WorkPlace place{block, block, entry, 0, 0, work.sequence};
+  int const of_head = work.blocks / call.heads_kv;
+  int rest = block - start;
+  place.head = rest / of_head;
   rest -= place.head * of_head;
   CUTE_KERNELS_FEW_ROUNDS
   for (;; ++place.tile) {
@@ -172,27 +187,7 @@ constexpr WorkPlace place_in_sequence(CachedCall const& call, int entry, int64_t
 
 /// The place behind the line's end.
 constexpr WorkPlace end_of_line(WorkLine const& line) {
-  return {line.blocks, line.blocks, 0, 0, 0, {0, 0, 1, WindowRanges(0, 0, 0, 0)}};
-}
-
-/// How many blocks a sequence has in the line, and its longest item.
-struct SequenceBlocks {
-  int64_t count;
-  int longest;
-};
-
-template <class Tiling>
-constexpr SequenceBlocks blocks_of(CachedCall const& call, int entry) {
-  CachedSequence const sequence = cached_sequence(call, entry);
-  SequenceBlocks blocks{0, 0};
-  CUTE_KERNELS_FEW_ROUNDS
-  for (int tile = 0; tile < RowTile<Tiling>::count(sequence); ++tile) {
-    int const of_tile = RowTile<Tiling>(sequence, tile).blocks();
-    blocks.count += of_tile;
-    blocks.longest = greater(blocks.longest, of_tile);
-  }
-  blocks.count *= call.heads_kv;
-  return blocks;
+  return {line.blocks, line.blocks, 0, 0, 0, kNoSequence};
 }
 
 /// A CTA's parts of items, in the order of the line.
@@ -250,8 +245,8 @@ class WorkWalk {
  private:
   CachedCall const& call_;
   WorkLine const& line_;
-  int64_t end_;
-  int64_t item_;
+  int end_;
+  int item_;
   int begin_;
   int entry_;
   int head_;

@@ -20,7 +20,7 @@ from .rows import (
 
 # What setmaxnreg leaves a consumer thread (decode/traits.hpp), by the numbers of a CTA's consumer
 # warpgroups and of CTAs
-DECODE_CONSUMER_REGISTERS = {(1, 1): 255, (1, 2): 184, (2, 1): 224}
+DECODE_CONSUMER_REGISTERS = {(1, 1): 255, (1, 2): 184, (2, 1): 216}
 
 DECODE_FIELDS = (
     *HEAD,
@@ -42,10 +42,10 @@ def decode_shared_memory(row: Row) -> dict[str, int]:
             # full and empty, of every stage of K and V and of Q; sums of each warp, the line of all
             # work, the CTA's place there, a flag
             "barriers and place": 2 * 8 * (2 * row["stages"] + 1)
-            + (row["tile_m"] // WARPGROUP_M + 1) * 4 * (8 + 4)
-            + 24
-            + 56
-            + 8,
+            + (row["tile_m"] // WARPGROUP_M + 1) * 4 * 8
+            + 12
+            + 48
+            + 4,
         }
     )
 
@@ -99,7 +99,7 @@ DECODE = Pass(
     fields=DECODE_FIELDS,
     dtypes=DTYPES,
     element="Element",
-    config=("tile_n",),
+    config=("tile_m", "tile_n"),
     shared_memory=decode_shared_memory,
     registers=decode_registers,
     problems=decode_problems,
