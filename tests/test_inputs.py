@@ -392,8 +392,6 @@ def test_mixed_devices_in_shape_inference():
 
 LATER = {
     "qv": torch.zeros(1),
-    "attention_chunk": 64,
-    "softcap": 30.0,
 }
 
 
@@ -449,7 +447,8 @@ def test_tile_configs_are_copies():
     rows = cute_kernels.tile_configs()
     assert rows
     assert len({row["name"] for row in rows}) == len(rows)
-    by_pass = [cute_kernels.tile_configs(name) for name in ("forward", "backward", "forward_fp8")]
+    passes = ("forward", "backward", "forward_fp8", "decode")
+    by_pass = [cute_kernels.tile_configs(name) for name in passes]
     assert rows == [row for part in by_pass for row in part]
     assert all(row["tile_m"] == 64 * row["consumer_warpgroups"] for row in by_pass[0])
     rows[0]["name"] = "changed"

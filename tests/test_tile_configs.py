@@ -60,6 +60,7 @@ def test_a_row_becomes_one_kernel_per_dtype_with_defaults_filled_in():
         "head_dim": 128,
         "head_dim_v": 128,
         "any_call": False,
+        "softcap": False,
         "mask": "any",
         "tile_m": 128,
         "tile_n": 176,
@@ -97,6 +98,7 @@ def test_order_of_the_table_is_kept():
         ({"mask": "window"}, ["'window' is none of any, full, causal"]),
         ({"head_dim": 80}, ["head_dim = 80 must be a multiple of 32"]),
         ({"head_dim_v": 80}, ["head_dim_v = 80 must be a multiple of 32"]),
+        ({"softcap": True}, ["softcap needs any_call = true"]),
         ({"any_call": True, "mask": "causal"}, ["any_call needs mask = 'any', but it is 'causal'"]),
         ({"head_dim": 320}, ["head_dim = 320", "at most 256"]),
         ({"head_dim_v": 256}, ["head_dim_v = 256 > head_dim = 128", "separate_output"]),
@@ -177,7 +179,7 @@ def test_registers_are_refused_with_their_sum():
 
 
 def test_every_wrong_row_is_named_at_once():
-    message = refusal(good(name="first", tile_n=8), good(), good(name="third", mask="none"))
+    message = refusal(good(name="first", tile_n=8), good(), good(name="third", mask="half"))
     assert "row first" in message
     assert "row third" in message
 
@@ -212,6 +214,7 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
         "forward_table.cpp",
         "backward_table.cpp",
         "forward_fp8_table.cpp",
+        "decode_table.cpp",
     ]
     text = (tmp_path / "fp16_d128_m128n176.cu").read_text()
     assert "using Element = cutlass::half_t;" in text
@@ -243,6 +246,7 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
         ("forward", ["forward/tile_traits.hpp", "forward/traits.hpp"]),
         ("forward_fp8", ["forward/tile_traits.hpp", "forward/fp8_traits.hpp"]),
         ("backward", ["backward/traits.hpp"]),
+        ("decode", ["decode/traits.hpp"]),
     ],
 )
 def test_traits_read_the_constants_that_the_generator_writes(name, headers):
@@ -255,16 +259,21 @@ def test_traits_read_the_constants_that_the_generator_writes(name, headers):
 def test_the_projects_own_table_is_right_and_serves_every_call():
     rows = generator.read_table(TABLE.read_text())
     for dtype in passes.DTYPES:
+        of_caches = [r for r in rows if (r["pass"], r["dtype"]) == ("decode", dtype)]
+        assert {row["head_dim"] for row in of_caches} == {64, 128, 256}
         for mask in ("full", "causal"):
             fitting = [
-                row for row in rows if row["dtype"] == dtype and row["mask"] in ("any", mask)
+                row for row in rows if row["dtype"] == dtype and row.get("mask") in ("any", mask)
             ]
             assert {64, 128, 256} <= {row["head_dim"] for row in fitting}
         forward, backward = (
             {
                 (row["head_dim"], row.get("head_dim_v", row["head_dim"]))
                 for row in rows
-                if row["pass"] == of_pass and row["dtype"] == dtype and row["any_call"]
+                if row["pass"] == of_pass
+                and row["dtype"] == dtype
+                and row["any_call"]
+                and not row["softcap"]
             }
             for of_pass in ("forward", "backward")
         )

@@ -22,6 +22,12 @@ enum class NamedBarrier : int {
   kStageRead = 1,
   /// Backward. All consumer threads meet here around the clearing of a step's Q and dO.
   kQueriesCleared = 3,
+  /// Attention to a cache. All consumer threads meet here around what one warp does for all: it
+  /// tells that a part is there.
+  kPartStored = 0,
+  /// Attention to a cache. The threads of consumer warpgroups that have rows meet here around the
+  /// clearing of a block of V.
+  kValuesCleared = 1,
 };
 
 CUTLASS_DEVICE void barrier_arrive(NamedBarrier barrier, int warpgroup, int threads) {
@@ -30,6 +36,25 @@ CUTLASS_DEVICE void barrier_arrive(NamedBarrier barrier, int warpgroup, int thre
 
 CUTLASS_DEVICE void barrier_sync(NamedBarrier barrier, int warpgroup, int threads) {
   cutlass::arch::NamedBarrier::sync(threads, static_cast<uint32_t>(barrier) + warpgroup);
+}
+
+/// The same of all warps together: whether `condition` holds in every thread.
+CUTLASS_DEVICE bool barrier_all(NamedBarrier barrier, int warpgroup, int threads, bool condition) {
+  int all;
+  asm volatile(
+      "{\n"
+      ".reg .pred own, all;\n"
+      "setp.ne.b32 own, %1, 0;\n"
+      "barrier.cta.red.and.pred all, %2, %3, own;\n"
+      "selp.b32 %0, 1, 0, all;\n"
+      "}"
+      : "=r"(all)
+      : "r"(static_cast<int>(condition)),
+        "r"(static_cast<uint32_t>(barrier) + warpgroup +
+            cutlass::arch::NamedBarrier::ReservedNamedBarrierCount),
+        "r"(threads)
+      : "memory");
+  return all != 0;
 }
 
 }  // namespace cute_kernels::sm90

@@ -15,16 +15,22 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cute_kernels.compat import in_forward_mode, surely, surely_in_transform
 from cute_kernels.reference import accumulator_dtype
 from cute_kernels.tiles import ROWS
+from cute_kernels.torch_private import in_forward_mode, surely, surely_in_transform
 
 MAX_HEAD_DIM = 256
 HEAD_DIM_MULTIPLE = 8
 
 _GPU_DTYPES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (*_GPU_DTYPES, torch.float32, torch.float64)
-_DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_SINK_DTYPES = (*_GPU_DTYPES, torch.float32)
+_DTYPE_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "e4m3",
+    torch.int8: "int8",
+}
 _SIZE_LIMIT = 2**31
 _BLOCK = 64  # rows of the smallest tile
 _BLOCKS_LIMIT = 2**30
@@ -107,18 +113,21 @@ def check_forward(
     causal: bool,
     tile_config: str | None = None,
     deterministic: bool = False,
+    sinks: Tensor | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     diagonal: int | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Raises ValueError or TypeError unless the forward operator can answer this call."""
-    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic)
+    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic, sinks, softcap)
     _check_batch(q, k, v)
     check_window(window_left, window_right)
     check_int("diagonal", diagonal)
     right = 0 if causal else window_right
-    any_call = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
-    check_tile_config(tile_config, "forward", q, v, any_call)
+    own_mask = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
+    any_call = own_mask or sinks is not None or softcap > 0
+    check_tile_config(tile_config, "forward", q, v, any_call, softcap > 0)
     _check_blocks("q", q)
 
 
@@ -134,19 +143,21 @@ def check_backward(
     causal: bool,
     deterministic: bool,
     tile_config: str | None = None,
+    sinks: Tensor | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     diagonal: int | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Raises ValueError or TypeError unless the backward operator can answer this call."""
-    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic)
+    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic, sinks, softcap)
     _check_batch(q, k, v)
     check_results(q, v, DENSE, out, grad_out, lse, grad_lse)
     check_window(window_left, window_right)
     check_int("diagonal", diagonal)
     right = 0 if causal else window_right
-    any_call = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
-    check_tile_config(tile_config, "backward", q, v, any_call)
+    own_mask = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
+    check_tile_config(tile_config, "backward", q, v, own_mask or softcap > 0, softcap > 0)
     _check_blocks("k", k)
 
 
@@ -193,6 +204,8 @@ def check_call(
     softmax_scale: float,
     causal: bool,
     deterministic: bool,
+    sinks: Tensor | None,
+    softcap: float,
 ) -> None:
     """What calls of every layout have in common."""
     check_flag("causal", causal)
@@ -203,6 +216,9 @@ def check_call(
         check_alone(name, tensor, layout)
     _check_shapes(q, k, v, layout)
     check_softmax_scale(softmax_scale, accumulator_dtype(q.dtype))
+    check_softcap(softcap, accumulator_dtype(q.dtype))
+    if sinks is not None:
+        _check_sinks(sinks, q)
 
 
 def check_window(left: int | None, right: int | None) -> None:
@@ -228,8 +244,7 @@ def check_int(name: str, number: object, least: int | None = None, none: str = "
 
 def check_softmax_scale(softmax_scale: float, dtype: torch.dtype = torch.float32) -> None:
     """Raises ValueError or TypeError unless scores in dtype can be multiplied by it."""
-    if isinstance(softmax_scale, (str, bytes, Tensor)) or not hasattr(softmax_scale, "__float__"):
-        raise TypeError(f"softmax_scale is {softmax_scale!r}, must be a number")
+    _check_number("softmax_scale", softmax_scale)
     if not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and greater than 0")
     largest = torch.finfo(dtype).max
@@ -237,10 +252,31 @@ def check_softmax_scale(softmax_scale: float, dtype: torch.dtype = torch.float32
         raise ValueError(f"softmax_scale is {softmax_scale}, must be at most {largest}")
 
 
+def check_softcap(softcap: float, dtype: torch.dtype = torch.float32) -> None:
+    """Raises ValueError or TypeError unless scores in dtype can be divided by it; 0 is none."""
+    _check_number("softcap", softcap)
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}, must be finite and at least 0, which is none")
+    largest = torch.finfo(dtype).max
+    if softcap > largest:
+        raise ValueError(f"softcap is {softcap}, must be at most {largest}")
+
+
+def _check_number(name: str, number: object) -> None:
+    several = isinstance(number, (str, bytes, Tensor)) or getattr(number, "ndim", 0) != 0
+    if several or not hasattr(number, "__float__"):
+        raise TypeError(f"{name} is {number!r}, must be a number")
+
+
 def check_tile_config(
-    tile_config: str | None, of_pass: str, q: Tensor, v: Tensor, any_call: bool = False
+    tile_config: str | None,
+    of_pass: str,
+    q: Tensor,
+    v: Tensor,
+    any_call: bool = False,
+    softcap: bool = False,
 ) -> None:
-    """`any_call`: what a call needs a row with this column for."""
+    """`any_call`, `softcap`: what a call needs a row with these columns for."""
     if tile_config is None:
         return
     rows = ROWS[of_pass]
@@ -250,7 +286,7 @@ def check_tile_config(
         error = ValueError
     else:
         if q.device.type == "cuda":
-            _check_row(rows[tile_config], q, v, any_call)
+            _check_row(rows[tile_config], q, v, any_call, softcap)
         return
     raise error(
         f"tile_config is {tile_config!r}, must be None (automatic) or the name of a {of_pass} row "
@@ -270,7 +306,7 @@ def _is_own_mask(
     return right is not None and at + right < k.shape[1] - 1 and at + right != bottom_right
 
 
-def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool) -> None:
+def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool, softcap: bool) -> None:
     name, dtype = row["name"], _DTYPE_NAMES.get(q.dtype)
     head_dim_v = row.get("head_dim_v", row["head_dim"])
     if row["dtype"] != dtype or row["head_dim"] < q.shape[-1]:
@@ -283,10 +319,13 @@ def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool) -> Non
             f"tile_config {name!r} takes v with head_dim up to {head_dim_v}, but v has "
             f"{v.shape[-1]}"
         )
+    if softcap != row.get("softcap", False):
+        takes = "takes no softcap" if softcap else "takes calls with a softcap only"
+        raise ValueError(f"tile_config {name!r} {takes}")
     if any_call and not row.get("any_call", False):
         raise ValueError(
-            f"tile_config {name!r} takes no window, no diagonal and no packed sequences, must be "
-            "a row with any_call"
+            f"tile_config {name!r} takes no window, no diagonal, no sinks and no packed sequences, "
+            "must be a row with any_call"
         )
 
 
@@ -332,8 +371,9 @@ def check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
     device = tensor.device.type
     allowed = _GPU_DTYPES if device == "cuda" else _CPU_DTYPES
     if tensor.dtype not in allowed:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"{name} has dtype {tensor.dtype}, must be {names} on {device}")
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, must be {_names_of(allowed)} on {device}"
+        )
     if device == "cuda" and any(isinstance(n, int) and n >= _SIZE_LIMIT for n in tensor.shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, each size must be below 2^31")
     if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
@@ -341,6 +381,25 @@ def check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
             f"{name} has strides {tensor.stride()}, its last dimension (head_dim) must be "
             "contiguous (stride 1)"
         )
+
+
+def _check_sinks(sinks: Tensor, q: Tensor) -> None:
+    check_device("sinks", sinks, q)
+    allowed = _SINK_DTYPES if q.device.type == "cuda" else _CPU_DTYPES
+    if sinks.dtype not in allowed:
+        raise TypeError(
+            f"sinks has dtype {sinks.dtype}, must be {_names_of(allowed)} on {q.device.type}"
+        )
+    heads = q.shape[-2]
+    if sinks.shape != (heads,):
+        raise ValueError(
+            f"sinks has shape {tuple(sinks.shape)}, must be (heads,) = ({heads},), one for each "
+            "head of q"
+        )
+
+
+def _names_of(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...]) -> None:

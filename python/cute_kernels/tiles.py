@@ -11,7 +11,7 @@ _BUILT: list[dict[str, Any]] = json.loads((FOLDER / "tile_configs.json").read_te
 # By pass and name, in the order of the kernel tables in C++. Only `add_row` changes it.
 ROWS: dict[str, dict[str, dict[str, Any]]] = {
     of_pass: {row["name"]: row for row in _BUILT if row["pass"] == of_pass}
-    for of_pass in ("forward", "backward", "forward_fp8")
+    for of_pass in ("forward", "backward", "forward_fp8", "decode")
 }
 
 
@@ -20,18 +20,18 @@ def tile_configs(of_pass: str | None = None) -> list[dict[str, Any]]:
     added by `add_tile_config` and `load_tile_configs`.
 
     Args:
-        of_pass: only those of this pass, "forward", "backward" or "forward_fp8".
+        of_pass: only those of this pass, "forward", "backward", "forward_fp8" or "decode".
 
     Returns:
         One dict per kernel, a copy. ``"pass"`` is what it is for, ``"name"`` is unique:
         ``flash_attn_func(..., tile_config=)`` takes that of a forward row. Further keys:
         ``"dtype"`` ("bf16" or "fp16"), ``"head_dim"`` and
         ``"head_dim_v"`` (elements, the largest that the kernel takes), ``"mask"`` ("any", "full"
-        or "causal": the calls that the automatic choice may give it), ``"tile_m"`` (queries) and
-        ``"tile_n"`` (keys of a block), ``"stages"`` (blocks in shared memory that the kernel walks
-        over: K and V forward, Q and dO backward), ``"consumer_warpgroups"``, ``"why"`` the row is
-        there, and the pass's own columns, which the head of the table explains
-        (cute_kernels/attention/tile_configs.toml).
+        or "causal": the calls that the automatic choice may give it; "none": those it was measured
+        to be the fastest for), ``"tile_m"`` (queries) and ``"tile_n"`` (keys of a block),
+        ``"stages"`` (blocks in shared memory that the kernel walks over: K and V forward, Q and dO
+        backward), ``"consumer_warpgroups"``, ``"why"`` the row is there, and the pass's own
+        columns, which the head of the table explains (cute_kernels/attention/tile_configs.toml).
     """
     return [
         dict(row)

@@ -15,7 +15,6 @@ from cute_kernels.checks import (
     check_results,
     check_tile_config,
     check_window,
-    refuse_on_cuda,
 )
 
 
@@ -30,20 +29,22 @@ def check_varlen_forward(
     diagonal: Tensor | None,
     softmax_scale: float,
     causal: bool,
+    sinks: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     deterministic: bool = False,
     tile_config: str | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Raises ValueError or TypeError unless the varlen forward operator can answer this call. The
     contents of tensors are left to `rows_of_sequences`."""
-    check_call(q, k, v, PACKED, softmax_scale, causal, deterministic)
+    check_call(q, k, v, PACKED, softmax_scale, causal, deterministic, sinks, softcap)
     _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     check_window(window_left, window_right)
-    check_tile_config(tile_config, "forward", q, v, any_call=True)
+    check_tile_config(tile_config, "forward", q, v, True, softcap > 0)
 
 
 def check_varlen_backward(
@@ -61,21 +62,22 @@ def check_varlen_backward(
     diagonal: Tensor | None,
     softmax_scale: float,
     causal: bool,
+    sinks: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     deterministic: bool = False,
     tile_config: str | None = None,
+    softcap: float = 0.0,
 ) -> None:
-    """The same for the varlen backward operator; NotImplementedError if only the CPU can."""
-    check_call(q, k, v, PACKED, softmax_scale, causal, deterministic)
+    """The same for the varlen backward operator."""
+    check_call(q, k, v, PACKED, softmax_scale, causal, deterministic, sinks, softcap)
     check_results(q, v, PACKED, out, grad_out, lse, grad_lse)
     _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     check_window(window_left, window_right)
-    refuse_on_cuda("the gradient of a call with packed sequences", True, q)
-    check_tile_config(tile_config, "backward", q, v, any_call=True)
+    check_tile_config(tile_config, "backward", q, v, True, softcap > 0)
 
 
 def check_max_seqlens(max_seqlen_q: int | None, max_seqlen_k: int | None) -> None:

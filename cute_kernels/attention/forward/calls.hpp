@@ -5,6 +5,7 @@
 #include "cute_kernels/attention/mask.hpp"
 #include "cute_kernels/attention/schedule/list_scheduler.hpp"
 #include "cute_kernels/attention/tile_scheduler.hpp"
+#include "cute_kernels/sm90/math.hpp"
 
 // What a forward kernel is told of its calls: which tiles there are, where their rows lie, and what
 // they see. One of these is a part of its parameters.
@@ -44,6 +45,13 @@ struct AnyCalls {
   static constexpr bool kHasLeftEnd = WindowMask::kHasLeftEnd;
 
   ListScheduler::Params scheduler;
+  float const* sinks;  // (heads), or null
+  float softcap_factor;
+
+  /// In powers of two; -inf where there is none.
+  CUTLASS_DEVICE float sink(Tile const& tile) const {
+    return sinks == nullptr ? -INFINITY : sinks[tile.head] * sm90::kLog2e;
+  }
 
   CUTLASS_DEVICE WindowMask mask_of(Tile const& tile) const {
     return WindowMask(work(tile).ranges());

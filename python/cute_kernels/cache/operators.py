@@ -11,9 +11,9 @@ from torch import Tensor
 from cute_kernels.autograd import run_below_autograd
 from cute_kernels.cache import reference
 from cute_kernels.cache.checks import check_append, check_attention, check_combine, check_rotary
-from cute_kernels.compat import has_cuda_kernel
 from cute_kernels.operators import NAMESPACE, Pass, by_position
 from cute_kernels.reference import empty_outputs
+from cute_kernels.torch_private import has_cuda_kernel
 
 _operators = getattr(torch.ops, NAMESPACE)
 _is_compiling = torch.compiler.is_compiling

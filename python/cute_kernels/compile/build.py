@@ -22,10 +22,11 @@ from pathlib import Path
 
 from .headers import digest
 from .nvcc import OPTIONS, PLUGIN_OPTIONS, CompilerError, Toolchain
-from .passes import Row
+from .rows import Row
 from .source import plugin_source
 
-SECONDS = {"forward": 70, "backward": 150, "forward_fp8": 90}  # of nvcc for a row, about
+# Of nvcc for a row, about
+SECONDS = {"forward": 70, "backward": 150, "forward_fp8": 90, "decode": 60}
 BYTES_PER_JOB = 4 << 30  # of memory
 
 

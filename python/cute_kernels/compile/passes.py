@@ -2,88 +2,43 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from .decode import DECODE
+from .rows import (
+    DTYPES,
+    ELEMENT_BYTES,
+    HEAD,
+    REQUIRED,
+    SHARED_BYTES,
+    WARPGROUP_M,
+    WARPGROUP_THREADS,
+    WORKING_REGISTERS,
+    Field,
+    Pass,
+    Row,
+    aligned,
+)
 
-Row = dict[str, Any]
-
-REQUIRED = object()
-
-
-@dataclass(frozen=True)
-class Field:
-    """A column of the table, and the constant of the C++ Tile that carries it, if any does."""
-
-    name: str
-    type: type
-    default: Any = REQUIRED
-    constant: str | None = None
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A kind of rows. `cpp` names it in C++: "Forward" for ForwardTraits, ForwardProblem,
-    ForwardKernel, forward_kernels and launch_forward."""
-
-    name: str  # of the table, and "pass" in tile_configs.json
-    cpp: str
-    launch_header: str
-    table_header: str
-    fields: tuple[Field, ...]
-    dtypes: Mapping[str, tuple[str, str]]  # name: (C++ element, the kernel table's enumerator)
-    element: str  # what Tile calls the C++ element
-    config: tuple[str, ...]  # the columns that its C++ config has beside RowConfig's, in its order
-    shared_memory: Callable[[Row], dict[str, int]]  # bytes by part, as SharedStorage has them
-    registers: Callable[[Row], dict[str, int]]  # 32-bit registers of a consumer thread by use
-    problems: Callable[[Row], list[str]]  # what is wrong with a row of this pass alone
-    swizzle: int = 64  # what head dims are multiples of: the elements of a swizzled row
-    workspace: bool = False  # whether a launch needs memory of the caller's
-
-    @property
-    def function(self) -> str:
-        return re.sub(r"(?<=.)([A-Z])", r"_\1", self.cpp).lower()
-
-
-DTYPES = {
-    "bf16": ("cutlass::bfloat16_t", "ElementType::kBFloat16"),
-    "fp16": ("cutlass::half_t", "ElementType::kFloat16"),
-}
 FP8_DTYPES = {  # of Q and K
     "e4m3": ("cutlass::float_e4m3_t", "ScoreType::kE4m3"),
     "int8": ("int8_t", "ScoreType::kInt8"),
 }
-MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal"}
+MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal", "none": "kNone"}
 
-ELEMENT_BYTES = 2
 ACCUMULATOR_BYTES = 4
 SCALE_ROWS = 64  # FP8: keys that share a scale
 SEQUENCE_KEY_BLOCK_BYTES = 100  # backward, any_call: what is known of a key block
 KEY_BLOCK = 16  # backward: channels of a k-step of WGMMA, 4 registers as an operand
 SUM_CHANNELS = 8  # FP8 with linear_exp: channels of V that are ones
-WARPGROUP_M = 64
 SWIZZLE_ELEMENTS = 64  # a row of the 128-byte swizzle
-WARPGROUP_THREADS = 128
 WARPGROUP_WARPS = 4
-SHARED_BYTES = 227 * 1024  # what a block of sm_90 can have
-SWIZZLE_BYTES = 1024  # every buffer, and so the whole, is aligned to the 128-byte swizzle's period
 # What setmaxnreg leaves a consumer thread (forward/traits.hpp); one consumer warpgroup keeps the
 # compiler's limit.
 CONSUMER_REGISTERS = {1: 255, 2: 240, 3: 160, 4: 112}
-# Row maxima and sums, addresses, barrier phases, loop counters: what no kernel does without.
-WORKING_REGISTERS = 16
-
-# A new column is a new line here and a constant that the pass's traits read.
-HEAD = (
-    Field("name", str),
-    Field("dtypes", list),
-    Field("head_dim", int, REQUIRED, "kHeadDim"),
-)
 FORWARD_FIELDS = (
     *HEAD,
     Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
     Field("any_call", bool, False, "kAnyCall"),
+    Field("softcap", bool, False, "kSoftcap"),
     Field("mask", str, "any"),
     Field("tile_m", int),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -98,6 +53,7 @@ FORWARD_FIELDS = (
 )
 FP8_FIELDS = (
     *HEAD,
+    Field("mask", str, "any"),
     Field("tile_m", int),
     Field("tile_n", int, REQUIRED, "kTileN"),
     Field("stages", int, 2, "kStages"),
@@ -110,6 +66,7 @@ FP8_FIELDS = (
 BACKWARD_FIELDS = (
     *HEAD,
     Field("any_call", bool, False, "kAnyCall"),
+    Field("softcap", bool, False, "kSoftcap"),
     Field("mask", str, "any"),
     Field("tile_m", int, REQUIRED, "kTileM"),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -123,10 +80,6 @@ BACKWARD_FIELDS = (
 )
 # A forward tile has 64 queries for each consumer warpgroup; a backward row says both.
 CONSUMER_WARPGROUPS = Field("consumer_warpgroups", int, REQUIRED, "kConsumerWarpgroups")
-
-
-def aligned(parts: Mapping[str, int]) -> dict[str, int]:
-    return {name: -(-size // SWIZZLE_BYTES) * SWIZZLE_BYTES for name, size in parts.items()}
 
 
 def forward_shared_memory(row: Row) -> dict[str, int]:
@@ -337,6 +290,8 @@ def backward_problems(row: Row) -> list[str]:
         )
     if split and not row["statistics_by_product"]:
         found.append("split_products needs statistics_by_product: no thread reads lse or delta")
+    if row["softcap"] and not row["statistics_by_product"]:
+        found.append("softcap needs statistics_by_product: threads read lse, WGMMA subtracts delta")
     if split and row["scores_behind_dk"]:
         found.append("scores_behind_dk needs split_products = false: no warpgroup has S and dK")
     return found
@@ -346,7 +301,8 @@ def row_config(row: Row) -> tuple[object, ...]:
     """What the C++ RowConfig has after name and dtype."""
     head_dim = row["head_dim"]
     mask = f"MaskClass::{MASKS[row.get('mask', 'any')]}"
-    return head_dim, row.get("head_dim_v", head_dim), row.get("any_call", False), mask
+    any_call, softcap = (row.get(column, False) for column in ("any_call", "softcap"))
+    return head_dim, row.get("head_dim_v", head_dim), any_call, softcap, mask
 
 
 PASSES = {
@@ -394,5 +350,6 @@ PASSES = {
             registers=fp8_registers,
             problems=fp8_problems,
         ),
+        DECODE,
     )
 }

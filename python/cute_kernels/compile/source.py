@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .headers import DIGEST_FILE, digest_source
-from .passes import CONSUMER_WARPGROUPS, PASSES, Field, Pass, Row, row_config
+from .passes import CONSUMER_WARPGROUPS, PASSES, row_config
+from .rows import Field, Pass, Row
 
 
 def literal(value: Any) -> str:
@@ -71,7 +72,7 @@ struct Tile {{
 
 static_assert(sizeof({pass_.cpp}Traits<Tile>::SharedStorage) == \
 {sum(pass_.shared_memory(row).values())},
-              "{pass_.shared_memory.__name__}() in cute_kernels/compile/passes.py must count what \
+              "{pass_.shared_memory.__name__}() in cute_kernels/compile must count what \
 SharedStorage has");
 {workspace if pass_.workspace else ""}
 cudaError_t launch({pass_.cpp}Problem const& problem, cudaStream_t stream) {{

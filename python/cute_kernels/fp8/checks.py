@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_softmax_scale
+from cute_kernels.checks import check_softmax_scale, check_tile_config
 from cute_kernels.fp8.tensor import KEY_PADDING, ROW_BLOCK, FP8Tensor
 
 E4M3 = torch.float8_e4m3fn
@@ -172,7 +172,9 @@ def check_forward(
     k_scale: Tensor,
     v_scale: Tensor,
     softmax_scale: float,
-    *_: Any,
+    causal: bool,
+    out_float16: bool,
+    tile_config: str | None = None,
 ) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_rank(name, x, 4)
@@ -203,6 +205,7 @@ def check_forward(
                 f"or {(batch, count_heads, 1)}"
             )
     check_softmax_scale(softmax_scale)
+    check_tile_config(tile_config, "forward_fp8", q, q)
     _check_tiles(q)
 
 

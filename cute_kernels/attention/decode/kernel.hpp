@@ -1,0 +1,76 @@
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "cute_kernels/attention/decode/epilogue.hpp"
+#include "cute_kernels/attention/decode/load.hpp"
+#include "cute_kernels/attention/decode/mainloop.hpp"
+#include "cute_kernels/attention/decode/unused_rows.hpp"
+#include "cute_kernels/sm90/dependent_launch.hpp"
+
+namespace cute_kernels::attention {
+
+/// What the kernel is told at run time.
+struct DecodeParams {
+  CachedCall call;
+  CacheSource source;
+  ScoreUnits units;
+  DecodeResults results;
+  int num_splits;
+};
+
+/// Warpgroup 0 moves data, the others compute. All walk the same parts in the same order, so
+/// that the barriers' phases are all they need to share.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
+    decode_kernel(CUTE_GRID_CONSTANT DecodeParams const params) {
+  extern __shared__ char shared_memory[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
+  constexpr int kConsumerWarps = Traits::kConsumers * cutlass::NumWarpsPerWarpGroup;
+  bool const is_producer = cutlass::canonical_warp_group_idx() == 0;
+
+  if (threadIdx.x == 0) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      shared.k_full[stage].init(cutlass::NumThreadsPerWarpGroup);
+      shared.v_full[stage].init(cutlass::NumThreadsPerWarpGroup);
+      shared.k_empty[stage].init(kConsumerWarps);
+      shared.v_empty[stage].init(kConsumerWarps);
+    }
+    shared.q_full.init(cutlass::NumThreadsPerWarpGroup);
+    shared.q_empty.init(kConsumerWarps);
+    cutlass::arch::fence_barrier_init();
+  }
+  sm90::wait_for_previous_kernel();  // whatever it is: from here on memory is read
+  WorkDealer<Traits>::deal(params.call, params.num_splits, shared.deal);
+  auto const first_part = [&] {
+    return WorkWalk<Traits>(params.call, shared.deal.line, shared.deal.place, blockIdx.x);
+  };
+
+  if (is_producer) {
+    if constexpr (Traits::kReconfigureRegisters) {
+      cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    }
+    CacheLoader<Traits> loader(params.call, params.source, shared);
+    for (auto walk = first_part(); walk.valid(); walk.advance()) loader.load(walk);
+    sm90::let_next_kernel_start();
+    clear_unused_rows<typename Traits::Element>(params.call, params.results);
+    loader.drain();
+  } else {
+    if constexpr (Traits::kReconfigureRegisters) {
+      cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    }
+    using Mainloop = DecodeMainloop<Traits>;
+    Mainloop mainloop(params.units, params.source.group, shared);
+    DecodeEpilogue<Traits> epilogue(params.call, params.results, params.source.group,
+                                    params.units.log2_of_unit, shared);
+    for (auto walk = first_part(); walk.valid(); walk.advance()) {
+      typename Mainloop::Softmax softmax(params.units.log2_of_unit);
+      auto out = Mainloop::empty_output();
+      mainloop.compute(walk, softmax, out);
+      epilogue.store(walk, softmax, out);
+    }
+  }
+}
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,160 @@
+#pragma once
+
+#include <cutlass/fast_math.h>
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/decode/traits.hpp"
+#include "cute_kernels/sm90/gather.hpp"
+
+namespace cute_kernels::attention {
+
+/// What the producer is told at run time.
+struct CacheSource {
+  CachePages pages;
+  cutlass::FastDivmod page_size;
+  cutlass::FastDivmod group;  // query heads of a key head
+  TensorView q;
+  CacheView k;
+  CacheView v;
+};
+
+/// The producer warpgroup: brings a part's Q, K and V to shared memory, row by row. Rows that are
+/// no keys of the tile's become 0 in K and in V, whatever the cache holds there.
+template <class Traits>
+class CacheLoader {
+  using Element = typename Traits::Element;
+  using SharedStorage = typename Traits::SharedStorage;
+  using Walk = WorkWalk<Traits>;
+
+  static constexpr int kLanes = cutlass::NumThreadsPerWarp;
+  static constexpr int kWarps = cutlass::NumWarpsPerWarpGroup;
+  static constexpr int kVector = 16 / sizeof(Element);
+  static constexpr int kLanesOfRow = Traits::kHeadDim / kVector;
+  static constexpr int kRowsAtOnce = kLanes / kLanesOfRow;  // of a warp
+
+  /// The row that a lane has found for its warp: major and minor are multiples of strides.
+  struct Row {
+    int major;  // -1: it is not there
+    int minor;
+  };
+
+ public:
+  CUTLASS_DEVICE CacheLoader(CachedCall const& call, CacheSource const& source,
+                             SharedStorage& shared)
+      : call_(call), source_(source), shared_(shared) {}
+
+  /// Issues every load of one part.
+  CUTLASS_DEVICE void load(Walk const& walk) {
+    int block = walk.begin_block();
+    int const end = walk.end_block();
+    if (block == end) return;
+    Row row = key_row(walk, block);
+    load_queries(walk);
+    for (; block < end; ++block) {
+      Row const now = row;
+      if (block + 1 < end) row = key_row(walk, block + 1);  // found while this one is copied
+      shared_.k_empty[stage_.index].wait(stage_.phase ^ 1);
+      copy_keys(shared_.k, source_.k, walk.head(), call_.head_dim, now);
+      sm90::arrive_when_gathered(shared_.k_full[stage_.index]);
+      shared_.v_empty[stage_.index].wait(stage_.phase ^ 1);
+      copy_keys(shared_.v, source_.v, walk.head(), call_.head_dim_v, now);
+      sm90::arrive_when_gathered(shared_.v_full[stage_.index]);
+      stage_.advance();
+    }
+  }
+
+  /// Shared memory must outlive all copies.
+  CUTLASS_DEVICE static void drain() { sm90::wait_until_gathered(); }
+
+ private:
+  CUTLASS_DEVICE static int lane() { return threadIdx.x % kLanes; }
+  CUTLASS_DEVICE static int warp() { return threadIdx.x / kLanes % kWarps; }
+
+  /// Rows of a tile go round the warps, kRowsAtOnce at a time: so a thread's place within a row of
+  /// the swizzle's period is the same in most of its rows.
+  CUTLASS_DEVICE static int row_of(int pass, int part) {
+    return (pass * kWarps + warp()) * kRowsAtOnce + part;
+  }
+  /// The one that this lane finds for its warp, of those that the tile has or behind them.
+  CUTLASS_DEVICE static int found_row() {
+    return row_of(lane() / kRowsAtOnce, lane() % kRowsAtOnce);
+  }
+
+  CUTLASS_DEVICE Row key_row(Walk const& walk, int block) const {
+    KeySpan const keys = walk.tile().keys;
+    int const key = keys.begin + block * Traits::kTileN + found_row();
+    Row row{-1, key};
+    if (found_row() < Traits::kTileN && key < keys.end) {
+      CachePages const& pages = source_.pages;
+      if (pages.table != nullptr) {
+        int page;
+        source_.page_size(page, row.minor, key);
+        row.major = __ldg(pages.table + walk.entry() * pages.table_stride + page);
+      } else {
+        row.major = pages.entries == nullptr ? walk.entry() : __ldg(pages.entries + walk.entry());
+      }
+      if (row.major >= pages.pages) row.major = -1;
+    }
+    return row;
+  }
+
+  CUTLASS_DEVICE void load_queries(Walk const& walk) {
+    shared_.q_empty.wait(q_phase_ ^ 1);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < Traits::kConsumers; ++i) {
+      int const number = i * Traits::kWarpgroupM + found_row();
+      if (i * Traits::kWarpgroupM >= walk.tile().rows) break;
+      Row row{-1, 0};
+      if (found_row() < Traits::kWarpgroupM && number < walk.tile().rows) {
+        source_.group(row.major, row.minor, walk.tile().first_row + number);
+        row.major += walk.sequence().row_q;
+        row.minor += walk.head() * walk.sequence().group;
+      }
+      copy_rows<Traits::kWarpgroupM>(shared_.q[i].data(), typename Traits::LayoutQ{},
+                                     static_cast<Element const*>(source_.q.data),
+                                     source_.q.seqlen_stride, source_.q.head_stride, call_.head_dim,
+                                     row);
+    }
+    sm90::arrive_when_gathered(shared_.q_full);
+    q_phase_ ^= 1;
+  }
+
+  template <class Stages>
+  CUTLASS_DEVICE void copy_keys(Stages& stages, CacheView const& view, int head, int columns,
+                                Row const& row) const {
+    copy_rows<Traits::kTileN>(stages.data() + stage_.index * Traits::kStageElements,
+                              typename Traits::LayoutRows{},
+                              static_cast<Element const*>(view.data) + head * view.head_stride,
+                              view.page_stride, view.slot_stride, columns, row);
+  }
+
+  /// Copies the rows of a tile, which its warps' lanes have found. Columns from `columns` on are 0.
+  template <int kRows, class SwizzledLayout>
+  CUTLASS_DEVICE static void copy_rows(Element* shared, SwizzledLayout const& swizzled,
+                                       Element const* global, int64_t major_stride,
+                                       int64_t minor_stride, int columns, Row const& found) {
+    constexpr int kPasses = kRows / (kWarps * kRowsAtOnce);
+    static_assert(kPasses * kRowsAtOnce <= kLanes, "a lane finds one row");
+    int const part = lane() / kLanesOfRow;
+    int const column = lane() % kLanesOfRow * kVector;
+    uint32_t const base = cute::cast_smem_ptr_to_uint(shared);
+    auto const layout = cute::as_position_independent_swizzle_layout(swizzled);
+    int64_t const found_offset =
+        found.major < 0 ? -1 : found.major * major_stride + found.minor * minor_stride;
+    CUTLASS_PRAGMA_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass) {
+      int64_t const row = __shfl_sync(0xffffffff, found_offset, pass * kRowsAtOnce + part);
+      bool const there = row >= 0 && column < columns;
+      uint32_t const to = base + layout(row_of(pass, part), column) * sizeof(Element);
+      sm90::gather_or_clear(to, global + (there ? row + column : 0), there);
+    }
+  }
+
+  CachedCall const& call_;
+  CacheSource const& source_;
+  SharedStorage& shared_;
+  RingStage<Traits::kStages> stage_;
+  uint32_t q_phase_ = 0;
+};
+
+}  // namespace cute_kernels::attention

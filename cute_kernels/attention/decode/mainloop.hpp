@@ -1,0 +1,265 @@
+#pragma once
+
+#include <cutlass/fast_math.h>
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/decode/softmax.hpp"
+#include "cute_kernels/attention/decode/traits.hpp"
+#include "cute_kernels/sm90/finite.hpp"
+#include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/warpgroup_gemm.hpp"
+
+namespace cute_kernels::attention {
+
+/// What becomes of scores q k before the softmax, whose exponent is 2^(log2_of_unit * s).
+struct ScoreUnits {
+  float cap_scale;     // with a softcap c: s = c tanh(cap_scale * q k)
+  float softcap;       // 0: none, s = q k
+  float log2_of_unit;  // log2(e), times the softmax scale where that is not in s already
+};
+
+/// A consumer warpgroup: softmax(scale Q K^T) V of 64 rows of a part, not divided by the row sums.
+template <class Traits>
+class DecodeMainloop {
+  using Element = typename Traits::Element;
+  using SharedStorage = typename Traits::SharedStorage;
+  using Stage = RingStage<Traits::kStages>;
+  using Walk = WorkWalk<Traits>;
+
+  static constexpr int kTileN = Traits::kTileN;
+  static constexpr int kWarpgroupM = Traits::kWarpgroupM;
+  static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
+  static constexpr int kRows = 2;  // of a thread, 8 apart
+
+ public:
+  using Softmax = RunningSoftmax<kRows>;
+
+  CUTLASS_DEVICE DecodeMainloop(ScoreUnits const& units, cutlass::FastDivmod const& group,
+                                SharedStorage& shared)
+      : units_(units), group_(group), shared_(shared) {}
+
+  /// O of a part without keys.
+  CUTLASS_DEVICE static auto empty_output() {
+    using namespace cute;
+    auto out = partition_fragment_C(typename Traits::MmaPv{},
+                                    Shape<Int<kWarpgroupM>, Int<Traits::kHeadDim>>{});
+    clear(out);
+    return out;
+  }
+
+  /// The first of a consumer thread's rows of the tile, and of its columns.
+  CUTLASS_DEVICE static int first_row() {
+    constexpr int kRowsOfWarp = 16;
+    int const warp = threadIdx.x / 32 - cutlass::NumWarpsPerWarpGroup;
+    return warp * kRowsOfWarp + threadIdx.x % 32 / 4;
+  }
+  CUTLASS_DEVICE static int first_column() { return threadIdx.x % 4 * 2; }
+
+  template <class Output>
+  CUTLASS_DEVICE void compute(Walk const& walk, Softmax& softmax, Output& out) {
+    if (walk.begin_block() == walk.end_block()) return;
+    shared_.q_full.wait(q_phase_);
+    q_phase_ ^= 1;
+    if (warpgroup() * kWarpgroupM < walk.tile().rows) {
+      compute_rows(walk, softmax, out);
+    } else {
+      skip(walk);
+    }
+  }
+
+ private:
+  CUTLASS_DEVICE static int warpgroup() { return cutlass::canonical_warp_group_idx() - 1; }
+
+  /// What only other warpgroups have rows for: nothing to compute, but stages go round.
+  CUTLASS_DEVICE void skip(Walk const& walk) {
+    release(shared_.q_empty);
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int block = walk.begin_block(); block < walk.end_block(); ++block) {
+      shared_.k_full[k_stage_.index].wait(k_stage_.phase);
+      release(shared_.k_empty[k_stage_.index]);
+      k_stage_.advance();
+      shared_.v_full[v_stage_.index].wait(v_stage_.phase);
+      release(shared_.v_empty[v_stage_.index]);
+      v_stage_.advance();
+    }
+  }
+
+  template <class Output>
+  CUTLASS_DEVICE void compute_rows(Walk const& walk, Softmax& softmax, Output& out) {
+    using namespace cute;
+    int const thread = threadIdx.x % kThreads;
+    typename Traits::MmaQk mma_qk;
+    typename Traits::MmaPv mma_pv;
+    auto slice_qk = mma_qk.get_thread_slice(thread);
+    auto slice_pv = mma_pv.get_thread_slice(thread);
+    auto shared_q =
+        make_tensor(make_smem_ptr(shared_.q[warpgroup()].data()), typename Traits::LayoutQ{});
+    auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(shared_q));
+    auto shared_k = make_tensor(make_smem_ptr(shared_.k.data()), typename Traits::LayoutK{});
+    auto operand_k = slice_qk.make_fragment_B(slice_qk.partition_B(shared_k));
+    auto operand_v = slice_pv.make_fragment_B(slice_pv.partition_B(
+        make_tensor(make_smem_ptr(shared_.v.data()), typename Traits::LayoutVt{})));
+    auto scores = partition_fragment_C(mma_qk, Shape<Int<kWarpgroupM>, Int<kTileN>>{});
+    auto probabilities = make_tensor<Element>(sm90::accumulator_as_operand_a(scores.layout()));
+    auto score_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
+    auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
+
+    RowTile<Traits> const& tile = walk.tile();
+    KeySpan const seen_by_all = walk.sequence().seen_by_all(tile.first_query, tile.last_query);
+    KeySpan seen[kRows];
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      seen[row] = walk.sequence().seen_by(group_.div(tile.first_row + first_row() + 8 * row));
+    }
+    auto first_key = [&](int block) { return tile.keys.begin + block * kTileN; };
+
+    // S of a block, in flight.
+    auto issue_scores = [&] {
+      shared_.k_full[k_stage_.index].wait(k_stage_.phase);
+      cutlass::arch::fence_view_async_shared();
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, k_stage_.index),
+                                              scores);
+    };
+    // S has been computed.
+    auto release_keys = [&](int block) {
+      release(shared_.k_empty[k_stage_.index]);
+      k_stage_.advance();
+      if (block + 1 == walk.end_block()) release(shared_.q_empty);
+    };
+    auto softmax_block = [&](int block, float (&factor)[kRows]) {
+      int const key = first_key(block);
+      if (units_.softcap > 0) cap(scores);
+      if (key < seen_by_all.begin || key + kTileN > seen_by_all.end) mask(score_rows, seen, key);
+      return softmax.update(score_rows, factor);
+    };
+    auto round_probabilities = [&] {
+      auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
+      sm90::convert_fragment<Element>(p, probabilities);
+    };
+    // O += P V of a block, in flight.
+    auto issue_values = [&](int block) {
+      int const key = first_key(block);
+      shared_.v_full[v_stage_.index].wait(v_stage_.phase);
+      if (key < seen_by_all.begin || min(key + kTileN, tile.keys.end) > seen_by_all.end) {
+        guard_values(tile, out_rows, seen, key);
+      }
+      cutlass::arch::fence_view_async_shared();
+      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
+                                               operand_v(_, _, _, v_stage_.index), out);
+    };
+    auto release_values = [&] {
+      release(shared_.v_empty[v_stage_.index]);
+      v_stage_.advance();
+    };
+
+    // Prologue: the first block's P, nothing to overlap with yet.
+    int block = walk.begin_block();
+    float factor[kRows];
+    issue_scores();
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(scores);
+    release_keys(block);
+    softmax_block(block, factor);
+    round_probabilities();
+
+    // Steady state: the softmax of a block runs while P V of the one before is in flight.
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (; block + 1 < walk.end_block(); ++block) {
+      issue_scores();
+      issue_values(block);
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(scores);
+      release_keys(block + 1);
+      bool const moves = softmax_block(block + 1, factor);
+      sm90::warpgroup_wait_all();
+      warpgroup_fence_operand(out);
+      release_values();
+      if (moves) Softmax::scale_rows(out_rows, factor);
+      round_probabilities();
+    }
+
+    // Tail: the last block's P V.
+    issue_values(block);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(out);
+    release_values();
+    softmax.reduce_sums();
+  }
+
+  /// One arrival a warp.
+  CUTLASS_DEVICE static void release(cutlass::arch::ClusterBarrier const& barrier) {
+    if (cute::elect_one_sync()) barrier.arrive();
+  }
+
+  /// c tanh(x) = c (1 - 2 / (1 + exp(2x))), exact at both ends.
+  template <class Scores>
+  CUTLASS_DEVICE void cap(Scores& scores) const {
+    float const exponent = 2 * sm90::kLog2e * units_.cap_scale;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < cute::size(scores); ++i) {
+      float const grown = 1.f + sm90::exp2_mufu(scores(i) * exponent);
+      scores(i) = units_.softcap * (1.f - __fdividef(2.f, grown));
+    }
+  }
+
+  /// Sets the scores of unseen keys to -inf; the first column is key `key`.
+  template <class Scores>
+  CUTLASS_DEVICE static void mask(Scores& scores, KeySpan const (&seen)[kRows], int key) {
+    using namespace cute;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      int const first = seen[row].begin - key - first_column();
+      int const limit = seen[row].end - key - first_column();
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < size<1>(scores); ++col) {
+        int const offset = column(col);
+        if (offset < first || offset >= limit) scores(row, col) = -INFINITY;
+      }
+    }
+  }
+
+  /// Keeps NaN and infinities of V out of rows that do not see them: where P is 0, P V would still
+  /// be NaN. They are cleared, and added to the rows that do see them. Of a block that some rows
+  /// see in part, when V has landed.
+  template <class Output>
+  CUTLASS_DEVICE void guard_values(RowTile<Traits> const& tile, Output& out,
+                                   KeySpan const (&seen)[kRows], int key) {
+    using namespace cute;
+    Element* const data = shared_.v.data() + v_stage_.index * Traits::kStageElements;
+    int const thread = threadIdx.x % kThreads;
+    // Of the warpgroups that come here, each looks at the whole block.
+    int const all_threads = (tile.rows + kWarpgroupM - 1) / kWarpgroupM * kThreads;
+    bool const own = sm90::all_finite<kThreads, Traits::kStageElements>(data, thread);
+    if (sm90::barrier_all(sm90::NamedBarrier::kValuesCleared, 0, all_threads, own)) return;
+    auto const values = make_tensor(make_smem_ptr(data), typename Traits::LayoutRows{});
+    CUTLASS_PRAGMA_UNROLL
+    for (int col = 0; col < size<1>(out); ++col) {
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int i = 0; i < kTileN; ++i) {
+        Element const value = values(i, first_column() + column(col));
+        if (sm90::is_finite(value)) continue;
+        CUTLASS_PRAGMA_UNROLL
+        for (int row = 0; row < kRows; ++row) {
+          bool const sees = key + i >= seen[row].begin && key + i < seen[row].end;
+          if (sees) out(row, col) += static_cast<float>(value);
+        }
+      }
+    }
+    sm90::barrier_sync(sm90::NamedBarrier::kValuesCleared, 0, all_threads);
+    sm90::clear_nonfinite<kThreads, Traits::kStageElements>(data, thread);
+    cutlass::arch::fence_view_async_shared();
+    sm90::barrier_sync(sm90::NamedBarrier::kValuesCleared, 0, all_threads);
+  }
+
+  /// Of an accumulator's column, seen from the thread's first: pairs of columns, 8 apart.
+  CUTLASS_DEVICE static constexpr int column(int col) { return 8 * (col / 2) + col % 2; }
+
+  ScoreUnits units_;
+  cutlass::FastDivmod const& group_;
+  SharedStorage& shared_;
+  Stage k_stage_;
+  Stage v_stage_;
+  uint32_t q_phase_ = 0;
+};
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,114 @@
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/sm90/math.hpp"
+
+namespace cute_kernels::attention {
+
+/// Online softmax over the rows of a 64 x N accumulator with each row's maximum so far
+/// (FlashAttention-2, arXiv 2307.08691, section 3.1). Each thread keeps kRows rows; the four
+/// threads of a quad share them. The exponent is scale * (score - maximum), subtracted first: it is
+/// never above 0, however large both are. The row sum stays one partial sum a thread until
+/// reduce_sums().
+template <int kRows>
+class RunningSoftmax {
+ public:
+  /// exp(s) of the softmax is 2^(scale_log2 * s).
+  CUTLASS_DEVICE explicit RunningSoftmax(float scale_log2) : scale_log2_(scale_log2) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      most_[row] = -INFINITY;
+      sum_[row] = 0.f;
+    }
+  }
+
+  /// Turns a block of scores into P in place. What P V of the blocks before have added up to is to
+  /// be multiplied by `factor` before this block's is added; whether that changes anything, in the
+  /// thread's warp.
+  template <class Scores>
+  CUTLASS_DEVICE bool update(Scores& scores, float (&factor)[kRows]) {
+    using namespace cute;
+    static_assert(decltype(size<0>(scores))::value == kRows);
+    bool moves = false;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      float most = most_[row];
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < size<1>(scores); ++col) most = fmaxf(most, scores(row, col));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+      // In a row that has seen no key, not by -inf - -inf, which is NaN.
+      float const origin = most == -INFINITY ? 0.f : most;
+      factor[row] = sm90::exp2_mufu((most_[row] - origin) * scale_log2_);
+      moves |= most != most_[row];
+      float sum = 0.f;
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < size<1>(scores); ++col) {
+        float const p = sm90::exp2_mufu((scores(row, col) - origin) * scale_log2_);
+        scores(row, col) = p;
+        sum += p;
+      }
+      sum_[row] = sum_[row] * factor[row] + sum;
+      most_[row] = most;
+    }
+    return __any_sync(0xffffffff, moves);
+  }
+
+  template <class Output>
+  CUTLASS_DEVICE static void scale_rows(Output& out, float const (&factor)[kRows]) {
+    using namespace cute;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < size<1>(out); ++col) out(row, col) *= factor[row];
+    }
+  }
+
+  CUTLASS_DEVICE void reduce_sums() {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      sum_[row] += __shfl_xor_sync(0xffffffff, sum_[row], 1);
+      sum_[row] += __shfl_xor_sync(0xffffffff, sum_[row], 2);
+    }
+  }
+
+  CUTLASS_DEVICE float most(int row) const { return most_[row]; }
+  CUTLASS_DEVICE float sum(int row) const { return sum_[row]; }
+
+ private:
+  float most_[kRows];
+  float sum_[kRows];
+  float scale_log2_;
+};
+
+/// What is known of a row's scores, of some keys or of all.
+struct RowStatistics {
+  float most;  // -inf: the row sees no key
+  float sum;   // of exp(scale * (score - most))
+};
+
+/// What the sum of a row's P V is multiplied by to become its output, and the row's LSE, with a
+/// sink of the row's head: one score more, whose value is 0. Without one it is -inf.
+struct RowResult {
+  float factor;
+  float lse;
+
+  CUTLASS_DEVICE RowResult(RowStatistics const& row, float scale_log2, float sink) {
+    float const sink_log2 = sink * sm90::kLog2e;
+    if (row.most == -INFINITY && row.sum == 0.f) {
+      factor = 0.f;
+      lse = sink;
+      return;
+    }
+    float const most_log2 = row.most * scale_log2;
+    bool const sink_leads = sink_log2 > most_log2;
+    float const top = sink_leads ? sink_log2 : most_log2;
+    float const weight = sm90::exp2_mufu(most_log2 - top);
+    float const sum = row.sum * weight + (sink_leads ? 1.f : sm90::exp2_mufu(sink_log2 - top));
+    factor = weight / sum;
+    lse = (top + log2f(sum)) * sm90::kLn2;
+  }
+};
+
+}  // namespace cute_kernels::attention

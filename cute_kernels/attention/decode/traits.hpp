@@ -1,0 +1,98 @@
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/decode/deal.hpp"
+
+namespace cute_kernels::attention {
+
+/// Everything about a kernel that attends to a cache that is known when it is compiled, from one
+/// row of tile_configs.toml: a producer warpgroup that gathers rows, one or two consumer warpgroups
+/// with 64 rows each.
+template <class Tile>
+struct DecodeTraits {
+  using Element = typename Tile::Element;
+  static constexpr int kHeadDim = Tile::kHeadDim;  // of K and of V
+  static constexpr int kConsumers = Tile::kConsumerWarpgroups;
+  static constexpr int kWarpgroupM = 64;
+  static constexpr int kTileRows = kWarpgroupM * kConsumers;
+  static constexpr int kTileN = Tile::kTileN;
+  static constexpr int kStages = Tile::kStages;
+  static constexpr int kCtas = Tile::kCtas;  // of a multiprocessor, at a time
+  static constexpr int kThreads = (1 + kConsumers) * cutlass::NumThreadsPerWarpGroup;
+
+  static_assert(kConsumers * kCtas <= 2);
+  static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256,
+                "the lanes of a warp share rows of 16-byte pieces evenly");
+  static_assert(kTileN % 32 == 0 && kTileN <= 128, "a lane finds one of its warp's rows");
+
+  // Registers of a thread after setmaxnreg, of what a multiprocessor has: with two CTAs 256 for two
+  // threads, with two consumer warpgroups 504 for three.
+  static constexpr bool kReconfigureRegisters = kConsumers * kCtas == 2;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 56 : 72;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 184;
+
+  // WGMMA atoms: S = Q K^T from shared memory, O += P V with P in registers.
+  using MmaQk = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<
+          Element, Element, float,
+          cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kTileN>, cute::Int<kHeadDim>>>()));
+  using MmaPv = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<
+          Element, Element, float,
+          cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDim>, cute::Int<kTileN>>,
+          cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+
+  using SwizzleAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
+  using LayoutQ = decltype(cute::tile_to_shape(
+      SwizzleAtom{}, cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDim>>{}));
+  // Of one stage, of K as of V.
+  using LayoutRows = decltype(cute::tile_to_shape(
+      SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>>{}));
+  using LayoutK = decltype(cute::tile_to_shape(
+      SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
+  // V seen as the B operand (head_dim, keys): the same memory, transposed by the WGMMA descriptor.
+  using LayoutVt = decltype(cute::composition(
+      LayoutK{}, cute::make_layout(
+                     cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kStages>>{},
+                     cute::Stride<cute::Int<kTileN>, cute::_1, cute::Int<kTileN * kHeadDim>>{})));
+  static constexpr int kStageElements = kTileN * kHeadDim;
+
+  struct SharedStorage {
+    using Barrier = cutlass::arch::ClusterBarrier;
+
+    // 1024 bytes is the period of the 128-byte swizzle.
+    alignas(1024) cute::array<Element, cute::cosize_v<LayoutK>> k;
+    alignas(1024) cute::array<Element, cute::cosize_v<LayoutK>> v;
+    struct alignas(1024) QueryBuffer : cute::array<Element, cute::cosize_v<LayoutQ>> {
+    } q[kConsumers];
+
+    // Full: what every producer thread has gathered has landed. Empty: every consumer warp has read
+    // it for the last time.
+    Barrier k_full[kStages];
+    Barrier k_empty[kStages];
+    Barrier v_full[kStages];
+    Barrier v_empty[kStages];
+    Barrier q_full;
+    Barrier q_empty;
+    typename WorkDealer<DecodeTraits>::Shared deal;
+    int is_last;  // whether all parts of the consumers' item are there
+  };
+};
+
+/// A place in the ring of stages.
+template <int kStages>
+struct RingStage {
+  int index = 0;
+  uint32_t phase = 0;
+
+  CUTLASS_DEVICE void advance() {
+    if (++index == kStages) {
+      index = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,265 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cute_kernels/attention/decode/problem.hpp"
+#include "cute_kernels/attention/lengths.hpp"
+#include "cute_kernels/attention/ranges.hpp"
+
+// The work of a call to a cache, and how it is dealt to CTAs: one arithmetic on the device and on
+// the host. Nothing here needs a CUDA compiler.
+//
+// The query heads of a key head share a tile's rows: row r of a sequence is its query r / group,
+// head r % group of the group. An item is a tile of rows of one sequence and key head, with all
+// keys that some of its rows see, in blocks. The blocks of all items stand in one line, by
+// sequence, key head, tile and key. Each CTA takes a share of the line, all of them of the same
+// length, wherever it begins or ends. So an item may be in parts, and of a CTA's parts only the
+// first one and the last one are less than an item.
+namespace cute_kernels::attention {
+
+/// a / b of numbers that are not negative and mostly small: 64 bits take five times as long.
+constexpr int64_t quotient(int64_t a, int64_t b) {
+  bool const is_short = ((a | b) >> 32) == 0;
+  return is_short ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+}
+
+/// The keys from `begin` up to before `end`.
+struct KeySpan {
+  int begin;
+  int end;
+
+  constexpr bool empty() const { return begin >= end; }
+};
+
+/// One sequence of a call: its queries, and which keys they see.
+struct CachedSequence {
+  int row_q;      // of Q, its first query
+  int first_key;  // behind the left padding
+  int group;      // query heads of a key head
+  WindowRanges ranges;
+
+  constexpr int rows() const { return ranges.seqlen_q * group; }
+
+  constexpr KeySpan seen_by(int query) const {
+    return {greater(first_key, ranges.first_key(query)), ranges.end_key(query)};
+  }
+  /// What some query from `first` to `last` sees. Neither end of what a query sees decreases.
+  constexpr KeySpan seen_by_some(int first, int last) const {
+    return {seen_by(first).begin, seen_by(last).end};
+  }
+  constexpr KeySpan seen_by_all(int first, int last) const {
+    return {seen_by(last).begin, seen_by(first).end};
+  }
+};
+
+/// Whatever the lengths hold, all rows lie in the tensors.
+constexpr CachedSequence cached_sequence(CachedCall const& call, int entry) {
+  CacheLengths const& lengths = call.lengths;
+  RowSpan const q = packed_rows(lengths.cu_seqlens_q, nullptr, call.total_q, entry);
+  int const keys = lesser(greater(0, lengths.used[entry]), call.most_keys);
+  int const leftpad =
+      lengths.leftpad == nullptr ? 0 : lesser(greater(0, lengths.leftpad[entry]), keys);
+  return {q.first, leftpad, call.heads_q / call.heads_kv,
+          WindowRanges(call.mask, int64_t{keys} - q.count, q.count, keys)};
+}
+
+/// A tile of one sequence's rows, and the keys that some of them see, in blocks from the first of
+/// these on.
+template <class Tiling>
+struct RowTile {
+  int first_row;
+  int rows;
+  int first_query;
+  int last_query;
+  KeySpan keys;
+
+  constexpr RowTile(CachedSequence const& sequence, int tile)
+      : first_row(tile * Tiling::kTileRows),
+        rows(lesser(Tiling::kTileRows, sequence.rows() - first_row)),
+        first_query(first_row / sequence.group),
+        last_query((first_row + rows - 1) / sequence.group),
+        keys(sequence.seen_by_some(first_query, last_query)) {}
+
+  /// At least 1: rows that see nothing are written too.
+  constexpr int blocks() const {
+    return keys.empty() ? 1 : (keys.end - keys.begin + Tiling::kTileN - 1) / Tiling::kTileN;
+  }
+
+  static constexpr int count(CachedSequence const& sequence) {
+    return (sequence.rows() + Tiling::kTileRows - 1) / Tiling::kTileRows;
+  }
+};
+
+/// The line of all blocks.
+struct WorkLine {
+  static constexpr int kSharesOfSlack = 32;
+
+  int64_t blocks;
+  int64_t share;  // of one CTA, at least 1
+  bool whole;     // no item is in parts: a CTA has those that begin in its share
+
+  /// Shares of about the same length for as many as `ctas` CTAs, but so long that no item is in
+  /// more than `num_splits` parts, of which 0 is any number. Then they may be a little longer,
+  /// where that divides the longest item evenly or makes a share a number of such items: CTAs have
+  /// fewer parts then, and those of one sequence's heads read the same pages at the same time.
+  constexpr WorkLine(int64_t blocks, int longest_item, int ctas, int num_splits)
+      : blocks(blocks), share(quotient(blocks + ctas - 1, ctas)), whole(num_splits == 1) {
+    if (share < 1) share = 1;
+    if (num_splits == 0 && longest_item > 0) {
+      int64_t const even = share <= longest_item
+                               ? quotient(longest_item - 1, quotient(longest_item, share)) + 1
+                               : quotient(share + longest_item - 1, longest_item) * longest_item;
+      if (even - share <= share / kSharesOfSlack) share = even;
+    } else if (num_splits > 1) {
+      int64_t const least = (longest_item + num_splits - 2) / (num_splits - 1);
+      if (share < least) share = least;
+    }
+  }
+
+  constexpr int64_t begin(int cta) const { return cta * share; }
+  constexpr int64_t end(int cta) const {
+    return begin(cta) + share < blocks ? begin(cta) + share : blocks;
+  }
+};
+
+/// The CTAs that have parts of an item: `count` of them, from `first` on.
+struct WorkParts {
+  int first;
+  int count;
+
+  constexpr WorkParts(WorkLine const& line, int64_t item, int blocks)
+      : first(static_cast<int>(quotient(item, line.share))),
+        count(line.whole ? 1
+                         : static_cast<int>(quotient(item + blocks - 1, line.share)) - first + 1) {}
+};
+
+/// Where in the line a CTA begins.
+struct WorkPlace {
+  int64_t block;  // of the line
+  int64_t item;   // the block where its item begins
+  int entry;      // of the batch
+  int head;       // of K and V
+  int tile;
+  CachedSequence sequence;
+};
+
+// Loops over a sequence's tiles, of which there is mostly one.
+#ifdef __CUDACC__
+#define CUTE_KERNELS_FEW_ROUNDS _Pragma("unroll 1")
+#else
+#define CUTE_KERNELS_FEW_ROUNDS
+#endif
+
+/// The place of a block that a sequence has in the line, where the sequence starts at `start` and
+/// has `blocks`.
+template <class Tiling>
+constexpr WorkPlace place_in_sequence(CachedCall const& call, int entry, int64_t start,
+                                      int64_t blocks, int64_t block) {
+  WorkPlace place{block, block, entry, 0, 0, cached_sequence(call, entry)};
+  int64_t const of_head = quotient(blocks, call.heads_kv);
+  int64_t rest = block - start;
+  place.head = static_cast<int>(quotient(rest, of_head));
+  rest -= place.head * of_head;
+  CUTE_KERNELS_FEW_ROUNDS
+  for (;; ++place.tile) {
+    int const of_tile = RowTile<Tiling>(place.sequence, place.tile).blocks();
+    if (rest < of_tile) break;
+    rest -= of_tile;
+  }
+  place.item = block - rest;
+  return place;
+}
+
+/// The place behind the line's end.
+constexpr WorkPlace end_of_line(WorkLine const& line) {
+  return {line.blocks, line.blocks, 0, 0, 0, {0, 0, 1, WindowRanges(0, 0, 0, 0)}};
+}
+
+/// How many blocks a sequence has in the line, and its longest item.
+struct SequenceBlocks {
+  int64_t count;
+  int longest;
+};
+
+template <class Tiling>
+constexpr SequenceBlocks blocks_of(CachedCall const& call, int entry) {
+  CachedSequence const sequence = cached_sequence(call, entry);
+  SequenceBlocks blocks{0, 0};
+  CUTE_KERNELS_FEW_ROUNDS
+  for (int tile = 0; tile < RowTile<Tiling>::count(sequence); ++tile) {
+    int const of_tile = RowTile<Tiling>(sequence, tile).blocks();
+    blocks.count += of_tile;
+    blocks.longest = greater(blocks.longest, of_tile);
+  }
+  blocks.count *= call.heads_kv;
+  return blocks;
+}
+
+/// A CTA's parts of items, in the order of the line.
+template <class Tiling>
+class WorkWalk {
+ public:
+  constexpr WorkWalk(CachedCall const& call, WorkLine const& line, WorkPlace const& place, int cta)
+      : call_(call),
+        line_(line),
+        end_(line.end(cta)),
+        item_(place.item),
+        begin_(static_cast<int>(place.block - place.item)),
+        entry_(place.entry),
+        head_(place.head),
+        tile_number_(place.tile),
+        sequence_(place.sequence),
+        tile_(sequence_, tile_number_) {
+    if (line_.whole && begin_ > 0 && valid()) advance();
+  }
+
+  constexpr bool valid() const { return item_ + begin_ < end_; }
+
+  constexpr void advance() {
+    item_ += tile_.blocks();
+    begin_ = 0;
+    if (!valid()) return;
+    if (++tile_number_ == RowTile<Tiling>::count(sequence_)) {
+      tile_number_ = 0;
+      if (++head_ == call_.heads_kv) {
+        head_ = 0;
+        do {
+          sequence_ = cached_sequence(call_, ++entry_);
+        } while (sequence_.rows() == 0);
+      }
+    }
+    tile_ = RowTile<Tiling>(sequence_, tile_number_);
+  }
+
+  constexpr int entry() const { return entry_; }
+  constexpr int head() const { return head_; }
+  constexpr CachedSequence const& sequence() const { return sequence_; }
+  constexpr RowTile<Tiling> const& tile() const { return tile_; }
+
+  /// The part's blocks of the item; none where the rows see no key.
+  constexpr int begin_block() const { return begin_; }
+  constexpr int end_block() const {
+    if (tile_.keys.empty()) return begin_;
+    int const blocks = tile_.blocks();
+    return line_.whole || end_ - item_ > blocks ? blocks : static_cast<int>(end_ - item_);
+  }
+  /// Whether the item begins with this part.
+  constexpr bool is_first_part() const { return begin_ == 0; }
+  constexpr WorkParts parts() const { return WorkParts(line_, item_, tile_.blocks()); }
+
+ private:
+  CachedCall const& call_;
+  WorkLine const& line_;
+  int64_t end_;
+  int64_t item_;
+  int begin_;
+  int entry_;
+  int head_;
+  int tile_number_;
+  CachedSequence sequence_;
+  RowTile<Tiling> tile_;
+};
+
+#undef CUTE_KERNELS_FEW_ROUNDS
+
+}  // namespace cute_kernels::attention

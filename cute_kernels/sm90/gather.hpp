@@ -1,0 +1,27 @@
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cute/arch/util.hpp>
+
+// Copies to shared memory by the threads themselves (cp.async), 16 bytes each, for rows that lie
+// anywhere.
+namespace cute_kernels::sm90 {
+
+/// Copies 16 bytes to shared memory, asynchronously; 0 where `there` is false: then nothing is
+/// read. Both addresses are multiples of 16.
+CUTLASS_DEVICE void gather_or_clear(uint32_t shared, void const* global, bool there) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(there ? 16 : 0)
+               : "memory");
+}
+
+/// One of the barrier's arrivals, when all that the thread has gathered so far has landed. Whoever
+/// waits for it lets WGMMA read only behind cutlass::arch::fence_view_async_shared().
+CUTLASS_DEVICE void arrive_when_gathered(cutlass::arch::ClusterBarrier const& barrier) {
+  cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t const*>(&barrier));
+}
+
+/// Waits until all that the thread has gathered has landed.
+CUTLASS_DEVICE void wait_until_gathered() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+}  // namespace cute_kernels::sm90

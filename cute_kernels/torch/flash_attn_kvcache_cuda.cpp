@@ -1,0 +1,254 @@
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <random>
+#include <tuple>
+#include <type_traits>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cute_kernels/attention/combine/problem.hpp"
+#include "cute_kernels/attention/decode/tile_config.hpp"
+#include "cute_kernels/torch/call.hpp"
+#include "cute_kernels/torch/device.hpp"
+#include "cute_kernels/torch/require.hpp"
+#include "cute_kernels/torch/tensor.hpp"
+
+namespace cute_kernels::binding {
+namespace {
+
+using attention::CachedCall;
+using attention::CachePages;
+using attention::CacheView;
+using attention::CallSizes;
+using attention::CombinedType;
+using attention::CombineProblem;
+using attention::DecodeKernel;
+using attention::DecodeProblem;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// What is refused here is refused in few words: the checks in Python then say what is wrong.
+constexpr int64_t kMostKeys = 1 << 30;  // of a sequence
+
+void check_sizes(Argument const& a, size_t rank) {
+  require(a.sizes.size() == rank, a.name, " does not have ", rank, " dimensions");
+  for (int64_t size : a.sizes) {
+    require(size <= std::numeric_limits<int>::max(), a.name, " has a size of 2^31 or more");
+  }
+}
+
+void check_cache(Argument const& a, Argument const& q) {
+  check_like(a, q);
+  check_sizes(a, 4);
+  check_head_dim(a.name, a.size(3));
+  require(a.tensor.numel() == 0 || suits_tma(a, kElementBytes), a.name,
+          "'s address or strides are not multiples of 16 bytes, or its head_dim is not contiguous");
+}
+
+/// Different in each call of the process, and in those of others.
+uint64_t next_ticket() {
+  static std::atomic<uint64_t> ticket = [] {
+    std::random_device random;
+    return uint64_t{random()} << 32 | random();
+  }();
+  return ticket.fetch_add(1, std::memory_order_relaxed);
+}
+
+/// Numbers on q's device, with these sizes; -1 is any. Null where there is no tensor.
+template <class Number>
+Number const* numbers(char const* name, std::optional<Tensor> const& tensor, Argument const& q,
+                      std::initializer_list<int64_t> sizes) {
+  if (!tensor) return nullptr;
+  Argument const a(name, *tensor);
+  check_device(a, q);
+  constexpr bool kIsFloat = std::is_same_v<Number, float>;
+  require(a.dtype == (kIsFloat ? ScalarType::Float : ScalarType::Int), name, " is not ",
+          kIsFloat ? "float32" : "int32");
+  check_sizes(a, sizes.size());
+  int dim = 0;
+  for (int64_t size : sizes) {
+    require(size < 0 || a.size(dim) == size, name, " does not have ", size, " elements");
+    ++dim;
+  }
+  require(a.sizes.back() <= 1 || a.strides.back() == 1, name, " is not contiguous");
+  return static_cast<Number const*>(tensor->data_ptr());
+}
+
+CacheView cache_view(Argument const& a) {
+  return {a.tensor.data_ptr(), a.stride(0), a.stride(1), a.stride(2)};
+}
+
+CachePages cache_pages(Argument const& q, Argument const& k, int64_t batch,
+                       std::optional<Tensor> const& page_table,
+                       std::optional<Tensor> const& cache_batch_idx) {
+  require(!page_table || !cache_batch_idx, "page_table and cache_batch_idx are both given");
+  CachePages pages{};
+  pages.table = numbers<int>("page_table", page_table, q, {batch, -1});
+  pages.entries = numbers<int>("cache_batch_idx", cache_batch_idx, q, {batch});
+  pages.pages = static_cast<int>(k.size(0));
+  pages.page_size = static_cast<int>(std::max<int64_t>(1, k.size(1)));
+  pages.pages_of_sequence = 1;
+  if (page_table) {
+    pages.table_stride = page_table->sizes()[0] > 1 ? page_table->strides()[0] : 0;
+    pages.pages_of_sequence = static_cast<int>(page_table->sizes()[1]);
+  } else {
+    require(cache_batch_idx || k.size(0) >= batch,
+            "k_cache has fewer entries than there are "
+            "sequences");
+  }
+  return pages;
+}
+
+DecodeKernel const& decode_kernel_for(ScalarType dtype, CachedCall const& call) {
+  DecodeKernel const* const kernel = attention::choose_decode(element_type(dtype), call);
+  if (kernel == nullptr) {
+    std::ostringstream there;
+    for (DecodeKernel const& other : attention::decode_kernels) there << ' ' << other.config.name;
+    fail("no decode kernel for ", DtypeOf{dtype}, " and head_dim ",
+         std::max(call.head_dim, call.head_dim_v), " in this build, which has", there.str());
+  }
+  return *kernel;
+}
+
+std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
+    Tensor const& q_tensor, Tensor const& k_cache, Tensor const& v_cache,
+    Tensor const& cu_seqlens_q, Tensor const& cache_seqlens, std::optional<Tensor> page_table,
+    std::optional<Tensor> cache_batch_idx, std::optional<Tensor> cache_leftpad,
+    std::optional<Tensor> sinks, double softmax_scale, bool causal,
+    [[maybe_unused]] std::optional<int64_t> max_seqlen_q, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, double softcap, int64_t num_splits) {
+  Argument const q("q", q_tensor), k("k_cache", k_cache), v("v_cache", v_cache);
+  require(q.is_cuda, "q is not on CUDA");
+  require(q.dtype == ScalarType::Half || q.dtype == ScalarType::BFloat16,
+          "q is not float16 or bfloat16");
+  check_sizes(q, 3);
+  check_head_dim("q", q.size(2));
+  check_cache(k, q);
+  check_cache(v, q);
+  require(k.size(3) == q.size(2), "k_cache does not have q's head_dim");
+  for (int dim = 0; dim < 3; ++dim) {
+    require(v.size(dim) == k.size(dim), "v_cache does not have k_cache's pages, slots and heads");
+  }
+  CallSizes const sizes = sizes_of(q.size(1), k.size(2), q.size(2), v.size(3));
+  require(q.size(0) * sizes.heads_q <= std::numeric_limits<int>::max(), "q has 2^31 rows or more");
+  require(std::isfinite(softcap) && softcap >= 0, "softcap is not finite and at least 0");
+  require(num_splits >= 0, "num_splits is below 0");
+
+  int64_t const batch = cache_seqlens.numel();
+  DecodeProblem problem{};
+  problem.pages = cache_pages(q, k, batch, page_table, cache_batch_idx);
+  problem.num_splits = static_cast<int>(std::min<int64_t>(num_splits, kMostKeys));
+  problem.k = cache_view(k);
+  problem.v = cache_view(v);
+  problem.sinks = numbers<float>("sinks", sinks, q, {sizes.heads_q});
+  problem.device = hopper(q.device);
+  CachedCall& call = problem.call;
+  call.batch = static_cast<int>(batch);
+  call.total_q = static_cast<int>(q.size(0));
+  call.heads_q = sizes.heads_q;
+  call.heads_kv = sizes.heads_kv;
+  call.head_dim = sizes.head_dim;
+  call.head_dim_v = sizes.head_dim_v;
+  int64_t const most_keys = problem.pages.pages_of_sequence * k.size(1);
+  require(most_keys <= kMostKeys, "a sequence's cache has room for more than 2^30 keys");
+  call.most_keys = static_cast<int>(most_keys);
+  call.mask = mask_of(causal, window_left, window_right, std::nullopt);
+  call.scale = checked_scale(softmax_scale);
+  call.softcap = static_cast<float>(softcap);
+  call.lengths = {numbers<int>("cu_seqlens_q", cu_seqlens_q, q, {batch + 1}),
+                  numbers<int>("cache_seqlens", cache_seqlens, q, {batch}),
+                  numbers<int>("cache_leftpad", cache_leftpad, q, {batch})};
+  DecodeKernel const& kernel = decode_kernel_for(q.dtype, call);
+
+  torch::stable::accelerator::DeviceGuard const guard(q.device);
+  Tensor out = empty({q.size(0), sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device);
+  Tensor lse = empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device);
+  if (lse.numel() == 0) return {out, lse};
+  // The copy, if any, and the workspace live until the launch is enqueued: the allocator reuses
+  // memory in stream order.
+  Tensor const q_readable = tma_readable(q, kElementBytes);
+  problem.q = view(q_readable);
+  problem.out = out.data_ptr();
+  problem.lse = static_cast<float*>(lse.data_ptr());
+  Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, q.device);
+  problem.workspace = workspace.data_ptr();
+  problem.ticket = next_ticket();
+  require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
+  return {out, lse};
+}
+
+CombinedType combined_type(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return CombinedType::kFloat32;
+    case ScalarType::Half:
+      return CombinedType::kFloat16;
+    case ScalarType::BFloat16:
+      return CombinedType::kBFloat16;
+    default:
+      fail("out_dtype is ", DtypeOf{dtype}, ", must be float32, float16 or bfloat16");
+  }
+}
+
+CombineProblem::Strides strides_of(Argument const& a) {
+  return {a.stride(0), a.stride(1), a.stride(2), a.stride(3)};
+}
+
+std::tuple<Tensor, Tensor> flash_attn_combine(Tensor const& out_partial, Tensor const& lse_partial,
+                                              std::optional<ScalarType> out_dtype) {
+  Argument const partial("out_partial", out_partial), partial_lse("lse_partial", lse_partial);
+  require(partial.is_cuda, "out_partial is not on CUDA");
+  check_like(partial_lse, partial);
+  require(partial.dtype == ScalarType::Float, "out_partial is not float32");
+  check_sizes(partial, 5);
+  check_sizes(partial_lse, 4);
+  for (int dim = 0; dim < 4; ++dim) {
+    require(partial_lse.size(dim) == partial.size(dim),
+            "lse_partial does not have out_partial's sizes before head_dim");
+  }
+  require(partial.stride(4) == 1 || partial.size(4) <= 1,
+          "out_partial's head_dim is not contiguous");
+  ScalarType const dtype = out_dtype.value_or(ScalarType::Float);
+  CombineProblem problem{};
+  problem.out_partial = static_cast<float const*>(out_partial.data_ptr());
+  problem.out_strides = strides_of(partial);
+  problem.lse_partial = static_cast<float const*>(lse_partial.data_ptr());
+  problem.lse_strides = strides_of(partial_lse);
+  problem.type = combined_type(dtype);
+  problem.splits = static_cast<int>(partial.size(0));
+  problem.batch = static_cast<int>(partial.size(1));
+  problem.seqlen = static_cast<int>(partial.size(2));
+  problem.heads = static_cast<int>(partial.size(3));
+  problem.head_dim = static_cast<int>(partial.size(4));
+  hopper(partial.device);
+
+  torch::stable::accelerator::DeviceGuard const guard(partial.device);
+  Tensor out = empty({partial.size(1), partial.size(2), partial.size(3), partial.size(4)}, dtype,
+                     partial.device);
+  Tensor lse =
+      empty({partial.size(1), partial.size(3), partial.size(2)}, ScalarType::Float, partial.device);
+  problem.out = out.data_ptr();
+  problem.lse = static_cast<float*>(lse.data_ptr());
+  if (lse.numel() > 0) {
+    require_success(
+        attention::launch_combine(problem, current_stream(partial.device), partial.device),
+        "flash_attn_combine");
+  }
+  return {out, torch::stable::transpose(lse, 1, 2)};
+}
+
+}  // namespace
+}  // namespace cute_kernels::binding
+
+STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
+  library.impl("flash_attn_kvcache_forward",
+               TORCH_BOX(&cute_kernels::binding::flash_attn_kvcache_forward));
+  library.impl("flash_attn_combine", TORCH_BOX(&cute_kernels::binding::flash_attn_combine));
+}

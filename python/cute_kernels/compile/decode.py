@@ -1,0 +1,107 @@
+"""The rows of attention to a cache."""
+
+from __future__ import annotations
+
+from .rows import (
+    DTYPES,
+    ELEMENT_BYTES,
+    HEAD,
+    REQUIRED,
+    SHARED_BYTES_OF_ALL,
+    SHARED_BYTES_RESERVED,
+    WARPGROUP_M,
+    WARPGROUP_THREADS,
+    WORKING_REGISTERS,
+    Field,
+    Pass,
+    Row,
+    aligned,
+)
+
+# What setmaxnreg leaves a consumer thread (decode/traits.hpp), by the numbers of a CTA's consumer
+# warpgroups and of CTAs
+DECODE_CONSUMER_REGISTERS = {(1, 1): 255, (1, 2): 184, (2, 1): 224}
+
+DECODE_FIELDS = (
+    *HEAD,
+    Field("tile_m", int, WARPGROUP_M),
+    Field("tile_n", int, REQUIRED, "kTileN"),
+    Field("stages", int, 2, "kStages"),
+    Field("ctas", int, 1, "kCtas"),
+    Field("why", str),
+)
+
+
+def decode_shared_memory(row: Row) -> dict[str, int]:
+    stage = row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
+    return aligned(
+        {
+            "K": row["stages"] * stage,
+            "V": row["stages"] * stage,
+            "Q": row["tile_m"] * row["head_dim"] * ELEMENT_BYTES,
+            # full and empty, of every stage of K and V and of Q; sums of each warp, the line of all
+            # work, the CTA's place there, a flag
+            "barriers and place": 2 * 8 * (2 * row["stages"] + 1)
+            + (row["tile_m"] // WARPGROUP_M + 1) * 4 * (8 + 4)
+            + 24
+            + 56
+            + 8,
+        }
+    )
+
+
+def decode_registers(row: Row) -> dict[str, int]:
+    scores = WARPGROUP_M * row["tile_n"] // WARPGROUP_THREADS
+    return {
+        "scores": scores,
+        "output": WARPGROUP_M * row["head_dim"] // WARPGROUP_THREADS,
+        "packed P": scores * ELEMENT_BYTES // 4,
+        "working": WORKING_REGISTERS,
+    }
+
+
+def decode_problems(row: Row) -> list[str]:
+    found = []
+    if row["head_dim"] not in (64, 128, 256):
+        found.append(
+            f"head_dim = {row['head_dim']} must be 64, 128 or 256: the lanes of a warp gather rows "
+            f"of 16-byte pieces, 8 lanes or more each"
+        )
+    if row["tile_n"] % 32 or not 32 <= row["tile_n"] <= 128:
+        found.append(
+            f"tile_n = {row['tile_n']} must be a multiple of 32 up to 128: each of 128 threads "
+            f"finds one row at most"
+        )
+    warpgroups = row["tile_m"] / WARPGROUP_M, row["ctas"]
+    if warpgroups not in DECODE_CONSUMER_REGISTERS:
+        found.append(
+            f"tile_m = {row['tile_m']} must be {WARPGROUP_M} with one or two ctas, or "
+            f"{2 * WARPGROUP_M} with one, which has two consumer warpgroups then"
+        )
+        return found
+    room = SHARED_BYTES_OF_ALL // row["ctas"] - SHARED_BYTES_RESERVED
+    parts = decode_shared_memory(row)
+    if sum(parts.values()) > room:
+        found.append(
+            f"shared memory of one of {row['ctas']} CTAs: {sum(parts.values())} > {room} bytes"
+        )
+    registers, budget = sum(decode_registers(row).values()), DECODE_CONSUMER_REGISTERS[warpgroups]
+    if registers > budget:
+        found.append(f"registers of a consumer thread: {registers} > {budget}")
+    return found
+
+
+DECODE = Pass(
+    name="decode",
+    cpp="Decode",
+    launch_header="decode/launch.hpp",
+    table_header="decode/tile_config.hpp",
+    fields=DECODE_FIELDS,
+    dtypes=DTYPES,
+    element="Element",
+    config=("tile_n",),
+    shared_memory=decode_shared_memory,
+    registers=decode_registers,
+    problems=decode_problems,
+    workspace=True,
+)

@@ -1,0 +1,195 @@
+"""How a call to a cache is dealt to CTAs (attention/decode/work.hpp). Nothing here needs a GPU."""
+
+import random
+from collections import defaultdict
+
+import pytest
+from host_program import CHECKED, host_program, needs_cxx
+
+pytestmark = needs_cxx
+
+NONE = -1  # a limit of the window without a value
+TILE_ROWS, TILE_N = 64, 32
+MAIN = f"""
+#include <iostream>
+#include <vector>
+#include "cute_kernels/attention/decode/work.hpp"
+using namespace cute_kernels::attention;
+
+struct Tiling {{
+  static constexpr int kTileRows = {TILE_ROWS};
+  static constexpr int kTileN = {TILE_N};
+}};
+
+void deal(CachedCall const& call, int ctas, int num_splits) {{
+  std::vector<int64_t> starts{{0}};
+  int longest = 0;
+  for (int entry = 0; entry < call.batch; ++entry) {{
+    SequenceBlocks const blocks = blocks_of<Tiling>(call, entry);
+    starts.push_back(starts.back() + blocks.count);
+    longest = greater(longest, blocks.longest);
+  }}
+  WorkLine const line(starts.back(), longest, ctas, num_splits);
+  std::cout << line.share;
+  for (int cta = 0, entry = 0; cta < ctas; ++cta) {{
+    int64_t const block = line.begin(cta);
+    while (entry < call.batch && starts[entry + 1] <= block) ++entry;
+    WorkPlace const place =
+        block < line.blocks
+            ? place_in_sequence<Tiling>(call, entry, starts[entry],
+                                        starts[entry + 1] - starts[entry], block)
+            : end_of_line(line);
+    for (WorkWalk<Tiling> walk(call, line, place, cta); walk.valid(); walk.advance()) {{
+      RowTile<Tiling> const& tile = walk.tile();
+      for (int value : {{cta, walk.entry(), walk.head(), walk.sequence().row_q, tile.first_row,
+                        tile.rows, tile.first_query, tile.last_query, tile.keys.begin,
+                        tile.keys.end, walk.begin_block(), walk.end_block(),
+                        int(walk.is_first_part()), walk.parts().first, walk.parts().count}}) {{
+        std::cout << ' ' << value;
+      }}
+    }}
+  }}
+  std::cout << '\\n';
+}}
+
+int main() {{
+  auto limit = [](int value) {{
+    return value == {NONE} ? std::nullopt : std::optional<int>(value);
+  }};
+  CachedCall call{{}};
+  int left, right, ctas, num_splits;
+  while (std::cin >> call.batch >> call.total_q >> call.heads_q >> call.heads_kv >>
+         call.most_keys >> left >> right >> ctas >> num_splits) {{
+    call.mask = {{std::nullopt, limit(left), limit(right)}};
+    auto read = [](int count) {{
+      std::vector<int> values(count);
+      for (int& value : values) std::cin >> value;
+      return values;
+    }};
+    std::vector<int> const cu = read(call.batch + 1), used = read(call.batch),
+                           leftpad = read(call.batch);
+    call.lengths = {{cu.data(), used.data(), leftpad.data()}};
+    deal(call, ctas, num_splits);
+  }}
+}}
+"""
+FIELDS = [
+    *("cta", "entry", "head", "row_q", "first_row", "rows", "first_query", "last_query"),
+    *("begin", "end", "first_block", "end_block", "is_first", "first_cta", "count"),
+]
+
+
+@pytest.fixture(scope="module")
+def deal(tmp_path_factory):
+    """The C++ functions: the share, and the parts of items in the order of CTAs."""
+    program = host_program(tmp_path_factory.mktemp("decode_work"), MAIN, "-O1", *CHECKED)
+
+    def run(queries, used, leftpad, heads, mask, ctas, num_splits):
+        starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
+        room = max([0, *used])
+        head = [len(queries), starts[-1], *heads, room, *mask, ctas, num_splits]
+        ((share, *values),) = program([[*head, *starts, *used, *leftpad]])
+        step = len(FIELDS)
+        return share, [
+            dict(zip(FIELDS, values[i : i + step], strict=True))
+            for i in range(0, len(values), step)
+        ]
+
+    return run
+
+
+def seen(query, seqlen_q, keys, leftpad, mask):
+    """The keys that a query sees."""
+    left, right = mask
+    position = query + keys - seqlen_q
+    begin = leftpad if left == NONE else max(leftpad, position - left)
+    end = keys if right == NONE else min(keys, position + right + 1)
+    return range(begin, max(begin, end))
+
+
+def random_case(chance):
+    batch = chance.randint(0, 7)
+    queries = [chance.choice([0, 0, 1, 1, 2, 9, chance.randint(10, 200)]) for _ in range(batch)]
+    used = [chance.choice([0, 1, 31, 32, 33, chance.randint(0, 700)]) for _ in range(batch)]
+    leftpad = [chance.choice([0, chance.randint(0, n)]) for n in used]
+    key_heads = chance.randint(1, 3)
+    heads = (key_heads * chance.choice([1, 3, 8]), key_heads)
+    mask = chance.choice([(NONE, NONE), (NONE, 0), (40, 0), (0, 0), (10, 5), (NONE, 90)])
+    return queries, used, leftpad, heads, mask, chance.choice([1, 2, 7, 100]), chance.randint(0, 5)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_block_is_in_one_part(deal, seed):
+    queries, used, leftpad, heads, mask, ctas, num_splits = case = random_case(random.Random(seed))
+    share, parts = deal(*case)
+    group = heads[0] // heads[1]
+    items = defaultdict(list)
+    for part in parts:
+        items[part["entry"], part["head"], part["first_row"]].append(part)
+
+    expected = {
+        (entry, head, row)
+        for entry, n in enumerate(queries)
+        for head in range(heads[1])
+        for row in range(0, n * group, TILE_ROWS)
+    }
+    assert set(items) == expected
+
+    loads, slots = defaultdict(int), set()
+    for (entry, _, first_row), own in items.items():
+        seqlen_q = queries[entry]
+        rows = min(TILE_ROWS, seqlen_q * group - first_row)
+        of_tile = range(first_row // group, (first_row + rows - 1) // group + 1)
+        keys = {
+            key
+            for query in of_tile
+            for key in seen(query, seqlen_q, used[entry], leftpad[entry], mask)
+        }
+        first = own[0]
+        assert first["row_q"] == sum(queries[:entry])
+        assert first["rows"] == rows
+        assert (first["first_query"], first["last_query"]) == (of_tile[0], of_tile[-1])
+        if keys:
+            assert (first["begin"], first["end"]) == (min(keys), max(keys) + 1)
+        else:
+            assert first["begin"] >= first["end"]
+        # One part behind the other, of one CTA behind the other
+        assert [part["first_block"] for part in own] == [
+            0,
+            *(part["end_block"] for part in own[:-1]),
+        ]
+        blocks = -(-(max(keys) + 1 - min(keys)) // TILE_N) if keys else 0
+        assert own[-1]["end_block"] == blocks
+        assert [part["is_first"] for part in own] == [1] + [0] * (len(own) - 1)
+        assert {part["count"] for part in own} == {len(own)}
+        if len(own) > 1:
+            assert num_splits == 0 or len(own) <= num_splits
+            assert [part["cta"] for part in own] == [
+                first["first_cta"] + i for i in range(len(own))
+            ]
+            taken = {(part["cta"], part["is_first"]) for part in own}
+            assert not taken & slots
+            slots |= taken
+        for part in own:
+            loads[part["cta"]] += max(1, part["end_block"] - part["first_block"])
+    assert max(loads, default=0) < ctas
+    if num_splits != 1:
+        assert all(load <= share for load in loads.values())
+        if num_splits == 0:
+            least = max(1, -(-sum(loads.values()) // ctas))
+            assert least <= share <= least + least // 32
+
+
+def test_shares_divide_equal_items_evenly(deal):
+    """Where that makes them 1/32 longer at most."""
+    for keys, batch, share, ctas in [
+        (2048 * TILE_N, 1, 64, 33),
+        (128 * TILE_N, 33, 256, 17),
+        (131 * TILE_N, 1, 4, 40),
+    ]:
+        found, parts = deal([1] * batch, [keys] * batch, [0] * batch, (1, 1), (NONE, 0), ctas, 0)
+        assert found == share
+        if keys % (share * TILE_N) == 0 or share * TILE_N % keys == 0:
+            assert {part["end_block"] - part["first_block"] for part in parts} == {
+                min(share, keys // TILE_N)
+            }
