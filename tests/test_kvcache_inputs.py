@@ -184,7 +184,7 @@ BAD = {
     "softcap negative": (
         {"softcap": lambda x: -1.0},
         ValueError,
-        "softcap is -1.0, must be finite and at least 0 (0: none)",
+        "softcap is -1.0, must be finite and at least 0, which is none",
     ),
     "splits negative": (
         {"num_splits": lambda x: -1},

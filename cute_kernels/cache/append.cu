@@ -29,7 +29,7 @@ sm90::Launch how_to_launch(int tokens, Share share, int device, cudaStream_t str
 
 cudaError_t launch_append(AppendProblem const& problem, attention::Device const& device,
                           cudaStream_t stream) {
-  int const pairs = not_interleaved(problem.rotary);
+  int const pairs = distant_pairs(problem.rotary);
   Share const share = share_of(problem.k.heads * (units_of_head(problem.k.head_dim, pairs) +
                                                   units_of_head(problem.v.head_dim, 0)));
   sm90::Launch const how = how_to_launch(problem.tokens.total, share, device.index, stream);
@@ -40,7 +40,7 @@ cudaError_t launch_append(AppendProblem const& problem, attention::Device const&
 
 cudaError_t launch_rotate(RotateProblem const& problem, attention::Device const& device,
                           cudaStream_t stream) {
-  int const pairs = not_interleaved(problem.rotary);
+  int const pairs = distant_pairs(problem.rotary);
   Share const share = share_of(problem.x.heads * units_of_head(problem.x.head_dim, pairs));
   sm90::Launch const how = how_to_launch(problem.tokens.total, share, device.index, stream);
   return problem.is_float16

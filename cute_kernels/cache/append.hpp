@@ -7,7 +7,7 @@
 #include <cutlass/array.h>
 #include <cutlass/numeric_types.h>
 
-#include "cute_kernels/attention/lengths.hpp"
+#include "cute_kernels/cache/places.hpp"
 #include "cute_kernels/cache/problem.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/rounded.hpp"
@@ -16,47 +16,12 @@
 // the vectors of all its heads.
 namespace cute_kernels::cache {
 
-inline constexpr int kVector = 8;  // 16-bit elements
 inline constexpr int kCtaThreads = 256;
 inline constexpr int kWarpThreads = 32;
 inline constexpr int kCtas = 4;  // of a multiprocessor: loads enough on their way
 
 template <class Element>
 using Vector = cutlass::AlignedArray<Element, kVector>;
-
-/// Where a token is: its sequence and its number there; -1 if no sequence has it.
-struct TokenPlace {
-  int entry;
-  int index;
-};
-
-CUTLASS_DEVICE TokenPlace place_of(Tokens const& tokens, int token) {
-  if (tokens.cu_seqlens == nullptr) return {token / tokens.seqlen, token % tokens.seqlen};
-  if (tokens.batch == 0) return {-1, 0};
-  int const entry = attention::entry_at(tokens.cu_seqlens, tokens.batch, token);
-  attention::RowSpan const rows =
-      attention::packed_rows(tokens.cu_seqlens, nullptr, tokens.total, entry);
-  int const index = token - rows.first;
-  return {index >= 0 && index < rows.count ? entry : -1, index};
-}
-
-/// A row of a cache: its page or entry and its number there; -1 if it does not exist.
-struct CacheRow {
-  int page;
-  int row;
-};
-
-CUTLASS_DEVICE CacheRow cache_row(Places const& places, int entry, int64_t wanted) {
-  if (wanted < 0 || wanted >= places.capacity) return {-1, 0};
-  int page = entry, row = static_cast<int>(wanted);
-  if (places.page_table != nullptr) {
-    page = places.page_table[entry * places.page_table_stride + row / places.page_size];
-    row %= places.page_size;
-  } else if (places.cache_batch_idx != nullptr) {
-    page = places.cache_batch_idx[entry];
-  }
-  return {page >= 0 && page < places.pages ? page : -1, row};
-}
 
 template <class Element>
 CUTLASS_DEVICE Vector<Element> load_vector(Element const* from, bool aligned) {
@@ -132,46 +97,36 @@ struct Angles {
   }
 };
 
-/// What a thread moves at once: a vector, or with pairs that are not interleaved the two that are
-/// turned together.
+/// What a thread moves at once.
 template <class Element>
 struct Unit {
+  UnitPlace place;
   Vector<Element> first;
-  Vector<Element> second;  // if second_channel >= 0
-  int head;
-  int channel;
-  int second_channel;
+  Vector<Element> second;  // if place.is_pair()
 };
-
-/// `pairs`: that are not interleaved.
-CUTLASS_HOST_DEVICE constexpr int units_of_head(int head_dim, int pairs) {
-  return (head_dim - pairs) / kVector;
-}
 
 /// Unit `index` of a token's row.
 template <class Element>
 CUTLASS_DEVICE Unit<Element> load_unit(Rows const& rows, int pairs, int batch, int row, int index) {
-  int const per_head = units_of_head(rows.head_dim, pairs);
   Unit<Element> unit;
-  unit.head = index / per_head;
-  unit.channel = index % per_head * kVector;
-  bool const is_pair = unit.channel < pairs;
-  unit.second_channel = is_pair ? unit.channel + pairs : -1;
-  if (!is_pair) unit.channel += pairs;
-  auto const* from = attention::rows_of<Element const>(rows.from, batch, unit.head, row);
-  unit.first = load_vector(from + unit.channel, rows.from_aligned);
-  if (is_pair) unit.second = load_vector(from + unit.second_channel, rows.from_aligned);
+  unit.place = unit_place(rows.head_dim, pairs, index);
+  auto const* from = attention::rows_of<Element const>(rows.from, batch, unit.place.head, row);
+  unit.first = load_vector(from + unit.place.channel, rows.from_aligned);
+  if (unit.place.is_pair()) {
+    unit.second = load_vector(from + unit.place.second_channel, rows.from_aligned);
+  }
   return unit;
 }
 
 template <class Element>
 CUTLASS_DEVICE void turn_unit(Unit<Element>& unit, Rotary const& rotary, int64_t position) {
-  if (unit.second_channel >= 0) {
-    Angles<Element, kVector> const angles(rotary, position, unit.channel);
+  int const channel = unit.place.channel;
+  if (unit.place.is_pair()) {
+    Angles<Element, kVector> const angles(rotary, position, channel);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kVector; ++i) angles.turn(unit.first[i], unit.second[i], i);
-  } else if (rotary.interleaved && unit.channel < 2 * rotary.pairs) {
-    Angles<Element, kVector / 2> const angles(rotary, position, unit.channel / 2);
+  } else if (rotary.interleaved && channel < 2 * rotary.pairs) {
+    Angles<Element, kVector / 2> const angles(rotary, position, channel / 2);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kVector / 2; ++i) {
       angles.turn(unit.first[2 * i], unit.first[2 * i + 1], i);
@@ -180,12 +135,12 @@ CUTLASS_DEVICE void turn_unit(Unit<Element>& unit, Rotary const& rotary, int64_t
 }
 
 template <class Element>
-CUTLASS_DEVICE void store_unit(Unit<Element> const& unit, Rows const& rows, CacheRow const& place) {
-  if (place.page < 0) return;
-  auto* to = attention::rows_of<Element>(rows.to, place.page, unit.head, place.row);
-  store_vector(unit.first, to + unit.channel, rows.to_aligned);
-  if (unit.second_channel >= 0) {
-    store_vector(unit.second, to + unit.second_channel, rows.to_aligned);
+CUTLASS_DEVICE void store_unit(Unit<Element> const& unit, Rows const& rows, CacheRow const& at) {
+  if (at.page < 0) return;
+  auto* to = attention::rows_of<Element>(rows.to, at.page, unit.place.head, at.row);
+  store_vector(unit.first, to + unit.place.channel, rows.to_aligned);
+  if (unit.place.is_pair()) {
+    store_vector(unit.second, to + unit.place.second_channel, rows.to_aligned);
   }
 }
 
@@ -193,10 +148,6 @@ CUTLASS_DEVICE void store_unit(Unit<Element> const& unit, Rows const& rows, Cach
 struct Share {
   int threads_per_token;  // a multiple of a warp's, up to kCtaThreads, of which it is a divisor
 };
-
-CUTLASS_HOST_DEVICE constexpr int not_interleaved(Rotary const& rotary) {
-  return rotary.interleaved ? 0 : rotary.pairs;
-}
 
 template <class Element>
 __global__ void __launch_bounds__(kCtaThreads, kCtas)
@@ -207,7 +158,7 @@ __global__ void __launch_bounds__(kCtaThreads, kCtas)
   Places const& places = problem.places;
   int const token =
       blockIdx.x * (kCtaThreads / share.threads_per_token) + threadIdx.x / share.threads_per_token;
-  int const pairs = not_interleaved(problem.rotary);
+  int const pairs = distant_pairs(problem.rotary);
   int const units_k = problem.k.heads * units_of_head(problem.k.head_dim, pairs);
   int const units = units_k + problem.v.heads * units_of_head(problem.v.head_dim, 0);
   int index = threadIdx.x % share.threads_per_token;
@@ -238,14 +189,8 @@ __global__ void __launch_bounds__(kCtaThreads, kCtas)
   }
   if (blockIdx.x != 0) return;
   for (int entry = threadIdx.x; entry < tokens.batch; entry += kCtaThreads) {
-    int const added =
-        tokens.cu_seqlens == nullptr
-            ? tokens.seqlen
-            : attention::packed_rows(tokens.cu_seqlens, nullptr, tokens.total, entry).count;
-    int64_t const after = int64_t{problem.lengths[entry]} + added;
-    problem.lengths_after[entry] = static_cast<int>(after < 0                 ? 0
-                                                    : after > places.capacity ? places.capacity
-                                                                              : after);
+    problem.lengths_after[entry] =
+        length_after(places, problem.lengths[entry], rows_of_entry(tokens, entry));
   }
 }
 
@@ -259,7 +204,7 @@ __global__ void __launch_bounds__(kCtaThreads, kCtas)
   int const token =
       blockIdx.x * (kCtaThreads / share.threads_per_token) + threadIdx.x / share.threads_per_token;
   if (token >= tokens.total) return;
-  int const pairs = not_interleaved(problem.rotary);
+  int const pairs = distant_pairs(problem.rotary);
   int const units = x.heads * units_of_head(x.head_dim, pairs);
   TokenPlace const of = place_of(tokens, token);
   bool const packed = tokens.cu_seqlens != nullptr;

@@ -144,6 +144,7 @@ Tensor append_kv(Tensor const& k_cache_tensor, Tensor const& v_cache_tensor, Ten
   require(!(page_table && cache_batch_idx), "cache_batch_idx does not go with page_table");
   require(page_table || cache_batch_idx || k_cache.size(0) == batch, "k_cache is not of batch ",
           batch);
+  require(!page_table || k_cache.size(1) > 0, "k_cache has pages without rows");
   problem.places.page_table_stride = page_table ? page_table->stride(0) : 0;
   problem.places.pages = static_cast<int>(k_cache.size(0));
   problem.places.page_size = static_cast<int>(k_cache.size(1));

@@ -199,7 +199,7 @@ def check_softcap(softcap: float) -> None:
     if isinstance(softcap, Tensor) or not hasattr(softcap, "__float__"):
         raise TypeError(f"softcap is {softcap!r}, must be a number")
     if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}, must be finite and at least 0 (0: none)")
+        raise ValueError(f"softcap is {softcap}, must be finite and at least 0, which is none")
 
 
 def _refuse_eight_bits(name: str, tensor: Tensor) -> None:
