@@ -15,14 +15,6 @@ import torch
 from torch import Tensor
 
 from cute_kernels.checks import NO_FORWARD_MODE, explain, outside_compilers, refuse_tangents
-from cute_kernels.compat import (
-    apply_outside_transforms,
-    below_autograd,
-    direct,
-    in_forward_mode,
-    in_transform,
-    is_functional,
-)
 from cute_kernels.operators import (
     DENSE,
     VARLEN,
@@ -33,6 +25,14 @@ from cute_kernels.operators import (
     gradients_of_inputs,
     refuse_second_derivative,
     save_for_backward,
+)
+from cute_kernels.torch_private import (
+    apply_outside_transforms,
+    below_autograd,
+    direct,
+    in_forward_mode,
+    in_transform,
+    is_functional,
 )
 
 _is_compiling = torch.compiler.is_compiling

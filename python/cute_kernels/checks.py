@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cute_kernels.compat import surely
 from cute_kernels.reference import accumulator_dtype
 from cute_kernels.tiles import ROWS
+from cute_kernels.torch_private import surely
 
 MAX_HEAD_DIM = 256
 HEAD_DIM_MULTIPLE = 8

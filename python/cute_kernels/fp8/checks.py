@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cute_kernels.checks import check_softmax_scale, refuse_tangents
-from cute_kernels.compat import in_forward_mode, surely_in_transform
 from cute_kernels.fp8.tensor import KEY_PADDING, ROW_BLOCK, FP8Tensor
+from cute_kernels.torch_private import in_forward_mode, surely_in_transform
 
 E4M3 = torch.float8_e4m3fn
 HEAD_DIM_MULTIPLE = 16

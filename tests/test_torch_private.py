@@ -42,7 +42,7 @@ for name in sys.argv[2:]:
         assert not hasattr(owner, name)
 
 from cute_kernels import flash_attn_fp8_func, flash_attn_func
-from cute_kernels import autograd, compat
+from cute_kernels import autograd, torch_private
 
 for owner, name, value in removed:
     delattr(owner, name) if name == "_op" else setattr(owner, name, value)
@@ -129,7 +129,7 @@ def test_without_private_names_of_torch(device, with_all_names, names):
 def test_private_names_are_in_one_module():
     private = re.compile(r"\b(torch|forward_ad)(\.\w+)*\._(?!_)\w+|\._op\b|super\(torch")
     found = {path.name for path in PACKAGE.rglob("*.py") if private.search(path.read_text("utf-8"))}
-    assert found == {"compat.py"}
+    assert found == {"torch_private.py"}
 
 
 SDPA = """
