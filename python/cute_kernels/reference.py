@@ -183,9 +183,11 @@ def attention_backward(
     mask: Mask,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from those of the output and the LSE."""
-    grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dense = torch.contiguous_format
+    grad_q = torch.zeros_like(q, memory_format=dense)
     if q.numel() == 0 or k.numel() == 0:
-        return grad_q, torch.zeros_like(k), torch.zeros_like(v)
+        grad_k, grad_v = (torch.zeros_like(x, memory_format=dense) for x in (k, v))
+        return grad_q, grad_k, grad_v
     blocks = _Blocks(q, k, softmax_scale, mask)
     all_k, all_v = blocks.all_keys(k), blocks.all_keys(v)
     grad_k, grad_v = torch.zeros_like(all_k), torch.zeros_like(all_v)
@@ -214,11 +216,10 @@ def attention_backward(
             grad_q_rows += _product(grad_scores, k_block, hidden)
         grad_q[:, queries] = blocks.from_rows(grad_q_rows.mul_(blocks.softmax_scale))
     grad_k *= blocks.softmax_scale
-    dense = torch.contiguous_format
     return (
         grad_q,
-        grad_k.transpose(1, 2).to(k.dtype, memory_format=dense),
-        grad_v.transpose(1, 2).to(v.dtype, memory_format=dense),
+        grad_k.transpose(1, 2).to(k.dtype).contiguous(),
+        grad_v.transpose(1, 2).to(v.dtype).contiguous(),
     )
 
 
