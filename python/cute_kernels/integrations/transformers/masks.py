@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     find_packed_sequence_indices,
     sdpa_mask,
 )
+from transformers.utils.import_utils import is_fake_tensor
 
 MaskFunction = Callable[..., Any]
 
@@ -233,7 +233,7 @@ def _all_of(parts: list[Pattern | None]) -> Pattern | None:
 def _is_readable(*values: Any) -> bool:
     """Whether tensors among the values have contents."""
     tensors = [x for x in values if isinstance(x, Tensor)]
-    return not any(isinstance(x, FakeTensor) or x.device.type == "meta" for x in tensors)
+    return not any(is_fake_tensor(x) or x.device.type == "meta" for x in tensors)
 
 
 def _used(call: Any, pattern: Pattern, device: torch.device) -> tuple[int, Tensor | None] | None:
