@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from parity import GRADIENTS_ON_CUDA
+from torch._dynamo.testing import CompileCounterWithBackend
 
 tiny = pytest.importorskip("tiny_models", reason="needs transformers 5 or newer")
 transformers = tiny.transformers
@@ -26,6 +27,7 @@ from cute_kernels.integrations.transformers import (  # noqa: E402
     support,
     unregister,
 )
+from cute_kernels.interface import flash_attn_func  # noqa: E402
 
 NAME = "cute_kernels"
 SEQLEN = 23
@@ -355,6 +357,44 @@ def test_greedy_tokens(name, cache, side):
     assert tokens[0].shape == (3, SEQLEN + 9)
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("side", [None, "left"])
+def test_single_queries_go_to_the_attention_of_caches(monkeypatch, calls, cache, side):
+    """Keys stay where they are, whatever their strides: sequences by where they start and stop."""
+    lengths = []
+
+    def with_kvcache(q, k, v, cache_leftpad, cache_seqlens, causal, window_size, softmax_scale):
+        assert q.shape[:2] == (3, 1) and not k.requires_grad
+        stops = cache_seqlens.tolist() if isinstance(cache_seqlens, torch.Tensor) else None
+        stops = [cache_seqlens] * 3 if stops is None else stops
+        starts = [0] * 3 if cache_leftpad is None else cache_leftpad.tolist()
+        lengths.append([b - a for a, b in zip(starts, stops, strict=True)])
+        options = {"causal": causal, "window_size": window_size, "softmax_scale": softmax_scale}
+        one_by_one = [
+            flash_attn_func(q[i : i + 1], k[i : i + 1, a:b], v[i : i + 1, a:b], **options)
+            for i, (a, b) in enumerate(zip(starts, stops, strict=True))
+        ]
+        return torch.cat(one_by_one)
+
+    def usual(*inputs, window_size=(-1, -1), **options):
+        return with_kvcache(*inputs, window_size=window_size, **options)
+
+    monkeypatch.setattr(attention, "attention_to_caches", lambda q: usual)
+    mask = left_padding() if side else torch.ones(3, SEQLEN, dtype=torch.long)
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+    if cache is not None:
+        options["cache_implementation"] = cache
+    tokens = [
+        tiny.DECODERS["llama"].build(name).generate(tiny.random_ids(), **options)
+        for name in ("eager", NAME)
+    ]
+    assert torch.equal(*tokens)
+    assert len(calls) == 2  # of two layers, for the prompt
+    prompt = mask.sum(1)
+    expected = [(prompt + i).tolist() for i in range(1, 6) for _ in range(2)]
+    assert lengths == expected
+
+
 def test_tokens_without_a_cache_are_the_same():
     model = tiny.DECODERS["mistral"].build(NAME)
     options = {"attention_mask": left_padding(), "max_new_tokens": 5, "do_sample": False}
@@ -370,8 +410,8 @@ def test_chunks_of_a_prompt(calls):
     model = tiny.DECODERS["mistral"].build(NAME)
     ids, mask = tiny.random_ids(), left_padding()
     whole = model(input_ids=ids, attention_mask=mask).logits
-    cache = model(input_ids=ids[:, :15], attention_mask=mask[:, :15]).past_key_values
-    rest = model(input_ids=ids[:, 15:], attention_mask=mask, past_key_values=cache).logits
+    cache = model(input_ids=ids[:, :15], attention_mask=mask[:, :15]).cache
+    rest = model(input_ids=ids[:, 15:], attention_mask=mask, cache=cache).logits
     kept = mask[:, 15:].bool()
     torch.testing.assert_close(rest[kept], whole[:, 15:][kept], atol=1e-5, rtol=1e-5)
     assert set(calls) == {"flash_attn_varlen_func"}
@@ -430,14 +470,14 @@ def test_compiled_step_on_a_static_cache():
     torch._dynamo.reset()
     model = tiny.DECODERS["llama"].build(NAME)
     ids = tiny.random_ids()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
     step = torch.compile(model, backend=counter, fullgraph=True)
     whole = model(input_ids=ids).logits
     with torch.no_grad():
         cache = transformers.StaticCache(config=model.config, max_cache_len=40)
-        model(input_ids=ids[:, :18], past_key_values=cache)
+        model(input_ids=ids[:, :18], cache=cache)
         for i in range(18, SEQLEN):
-            logits = step(input_ids=ids[:, i : i + 1], past_key_values=cache).logits
+            logits = step(input_ids=ids[:, i : i + 1], cache=cache).logits
             torch.testing.assert_close(logits[:, 0], whole[:, i], atol=1e-5, rtol=1e-5)
     assert counter.frame_count <= 2
 

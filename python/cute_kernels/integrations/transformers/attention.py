@@ -16,7 +16,7 @@ from cute_kernels.integrations.transformers.masks import (
     decode,
     packed_by_positions,
 )
-from cute_kernels.integrations.transformers.support import unsupported
+from cute_kernels.integrations.transformers.support import attention_to_caches, unsupported
 from cute_kernels.interface import flash_attn_func
 from cute_kernels.varlen import flash_attn_varlen_func
 
@@ -91,9 +91,19 @@ def attention(
     if s_aux is not None:
         chosen["sinks"] = s_aux
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return _attend(seen, q, k, v, chosen), None
+
+
+def _attend(seen: Seen, q: Tensor, k: Tensor, v: Tensor, chosen: dict[str, Any]) -> Tensor:
+    """(batch, seqlen, heads, v's head_dim), of tensors in that order."""
+    with_kvcache = attention_to_caches(q) if q.shape[1] == 1 else None
+    is_batch = seen.lengths is None or seen.ends is not None
+    if with_kvcache is not None and is_batch and not _needs_gradient(q, k, v):
+        starts, stops = seen.ends or (None, seen.keys)
+        return with_kvcache(q, k, v, cache_leftpad=starts, cache_seqlens=stops, **chosen)
     if seen.lengths is None:
         k, v = k[:, : seen.keys], v[:, : seen.keys]
-        return cast(Tensor, flash_attn_func(q, k, v, **chosen)), None
+        return cast(Tensor, flash_attn_func(q, k, v, **chosen))
     starts_q, starts_k, used_q, used_k = seen.lengths
     packed = flash_attn_varlen_func(
         q.flatten(0, 1),
@@ -108,7 +118,7 @@ def attention(
         **chosen,
     )
     out = cast(Tensor, packed)
-    return out.view(*q.shape[:2], *out.shape[1:]), None
+    return out.view(*q.shape[:2], *out.shape[1:])
 
 
 def _of_one_dtype(module: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -120,6 +130,10 @@ def _of_one_dtype(module: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
     if dtype not in _HALF:
         dtype = query.dtype
     return tuple(x.to(dtype) for x in tensors)
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _by_arguments(key: Tensor, causal: bool, sliding_window: int | None) -> Seen:

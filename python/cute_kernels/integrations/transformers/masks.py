@@ -46,6 +46,13 @@ class Lengths(NamedTuple):
     seqused_k: Tensor | None = None
 
 
+class Ends(NamedTuple):
+    """Where the keys of each sequence of a batch start and stop: (batch,), int32."""
+
+    starts: Tensor
+    stops: Tensor
+
+
 class Seen(NamedTuple):
     """Which keys a call's queries see: of the first `keys`, or of the lengths' own."""
 
@@ -53,6 +60,7 @@ class Seen(NamedTuple):
     left: int | None  # how far back, and where it is not causal also ahead; None: no window
     keys: int
     lengths: Lengths | None = None
+    ends: Ends | None = None  # the same as lengths, of sequences that are a row of the batch each
 
     def is_square_causal(self, queries: int) -> bool:
         """Whether PyTorch's `is_causal` says it all."""
@@ -67,11 +75,11 @@ def encode(
     Args:
         window: whether there is one. It is of the config's width.
         keys: how many are seen, without `lengths`.
-        lengths: (4, sequences + 1), int32: rows as in `Lengths`, the last two with an entry too
-            many.
+        lengths: (4 or 6, sequences + 1), int32: rows as in `Lengths`, the last two with an entry
+            too many; then perhaps as in `Ends`, with two.
 
     Returns:
-        (4 or 0, sequences + 1 or keys, 1 + causal, 1 + window), int32.
+        (rows, sequences + 1 or keys, 1 + causal, 1 + window), int32.
     """
     flags = (1 + causal, 1 + window)
     if lengths is None:
@@ -103,8 +111,10 @@ def decode(mask: Tensor, kv_length: int, width: int | None) -> Seen | Tensor:
         left = width - 1 if causal else width
     if rows == 0:
         return Seen(causal, left, entries)
-    starts_q, starts_k, used_q, used_k = mask[:, :, 0, 0].contiguous().unbind()
-    return Seen(causal, left, kv_length, Lengths(starts_q, starts_k, used_q[:-1], used_k[:-1]))
+    starts_q, starts_k, used_q, used_k, *ends = mask[:, :, 0, 0].contiguous().unbind()
+    lengths = Lengths(starts_q, starts_k, used_q[:-1], used_k[:-1])
+    of_batch = Ends(ends[0][:-2], ends[1][:-2]) if ends else None
+    return Seen(causal, left, kv_length, lengths, of_batch)
 
 
 def mask(
@@ -276,6 +286,8 @@ def _used(call: Any, pattern: Pattern, device: torch.device) -> tuple[int, Tenso
         _with_ends(starts + row * kv_length, batch * kv_length),
         _with_ends(q_stops - q_starts, 0),
         _with_ends(stops - starts, 0),
+        torch.nn.functional.pad(starts, (0, 2)),
+        torch.nn.functional.pad(stops, (0, 2)),
     )
     return kv_length, torch.stack(rows).to(torch.int32)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+import cute_kernels
 from cute_kernels.arguments import is_later
 from cute_kernels.checks import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
 from cute_kernels.interface import flash_attn_func
+from cute_kernels.tiles import tile_configs
 from cute_kernels.varlen import flash_attn_varlen_func
 
 
@@ -25,6 +28,14 @@ _DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16),
 }
+
+
+def attention_to_caches(query: Tensor) -> Callable[..., Tensor] | None:
+    """`flash_attn_with_kvcache`, which cuts the keys of few queries into parts, where it can answer
+    calls without a gradient."""
+    function: Callable[..., Tensor] | None
+    function = getattr(cute_kernels, "flash_attn_with_kvcache", None)
+    return function if query.device.type != "cuda" or tile_configs("decode") else None
 
 
 def unsupported(
