@@ -14,6 +14,7 @@ from parity import assert_gradients_right, assert_right, random_qkv, skip_withou
 
 import cute_kernels
 from cute_kernels import compat
+from cute_kernels.arguments import is_later
 from cute_kernels.compat import flash_attn as fa2
 from cute_kernels.compat import flash_attn_interface as fa3
 from cute_kernels.compat.flash_attn import bert_padding
@@ -114,6 +115,27 @@ def test_gradients_of_a_part_of_the_keys_add_up(device):
         keys.append(grads[1:])
     grads = [total.to(q.dtype), *(torch.cat(x, dim=1) for x in zip(*keys, strict=True))]
     assert_gradients_right(grads, dout, None, q, k, v, q.shape[-1] ** -0.5, False)
+
+
+def test_softcap_of_the_gradients():
+    """Those of the public function."""
+    inputs = [x.requires_grad_() for x in inputs_of("cpu")]
+    options = {"softcap": 0.5, "window_size": (30, -1)}
+    if is_later("softcap"):
+        tensors = (*inputs, inputs[0], torch.zeros(2, 4, 33))
+        with pytest.raises(NotImplementedError, match="softcap"):
+            fa3._flash_attn_backward(
+                inputs[0], *tensors, dq=inputs[0], dk=inputs[1], dv=inputs[2], softcap=0.5
+            )
+        return
+    out, lse, *_ = fa3._flash_attn_forward(*inputs, **options)
+    expected = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    with torch.no_grad():
+        grads = like(*inputs)
+        names = dict(zip(("dq", "dk", "dv"), grads, strict=True))
+        fa3._flash_attn_backward(torch.ones_like(out), *inputs, out, lse, **names, **options)
+    for grad, right in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, right)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -434,6 +456,7 @@ def test_uninstall_leaves_nothing_behind(installed):
 
 TRANSFORMERS = """
 from cute_kernels import compat
+from cute_kernels.arguments import is_later
 compat.install()
 from transformers.utils import import_utils
 import torch, transformers.modeling_flash_attention_utils as utils

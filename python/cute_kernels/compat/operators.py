@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import cute_kernels
-from cute_kernels.arguments import refuse_later, window_of
+from cute_kernels.arguments import is_later, refuse_later, window_of
 from cute_kernels.operators import flash_attn_backward, flash_attn_varlen_backward
 
 
@@ -75,9 +75,13 @@ def backward(
 
     Raises:
         ValueError: one of `grads` is None, or not of the shape of its tensor.
-        NotImplementedError: softcap.
+        NotImplementedError: softcap, where the package has none yet.
     """
-    refuse_later(function, softcap=softcap)
+    options: dict[str, Any] = {}
+    if softcap != 0:
+        if is_later("softcap"):
+            refuse_later(function, softcap=softcap)
+        options["softcap"] = softcap
     for name, grad, x in zip(("dq", "dk", "dv"), grads, (q, k, v), strict=True):
         if grad is None:
             raise ValueError(f"{name} is None, must be a tensor that the gradient is written to")
@@ -92,9 +96,9 @@ def backward(
     causal, left, right = window_of(window_size, causal)
     tensors = (dout, None, q, k, v, out, softmax_lse.contiguous())
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    window = {"window_left": left, "window_right": right}
+    options.update(window_left=left, window_right=right)
     if sequences is None:
-        results = flash_attn_backward(*tensors, scale, causal, deterministic, **window)
+        results = flash_attn_backward(*tensors, scale, causal, deterministic, **options)
     else:
         *lengths, max_seqlen_q, max_seqlen_k = sequences
         results = flash_attn_varlen_backward(
@@ -106,8 +110,8 @@ def backward(
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
             deterministic=deterministic,
-            **window,
+            **options,
         )
-    for grad, result in zip(grads, results, strict=True):
+    for grad, result in zip(grads, results[:3], strict=True):
         assert grad is not None
         grad.copy_(result.view(grad.shape))
