@@ -204,7 +204,7 @@ def test_calls_of_paged_inference(monkeypatch):
         asked.update(options)
         return q, q.new_zeros(q.shape[1], q.shape[0])
 
-    monkeypatch.setattr(cute_kernels, "flash_attn_with_kvcache", with_kvcache, raising=False)
+    monkeypatch.setattr(fa3, "flash_attn_with_kvcache", with_kvcache)
     q, cache = torch.randn(7, 4, 64), torch.randn(10, 16, 2, 64)
     table = torch.zeros(3, 4, dtype=torch.int32)
     used = torch.tensor([5, 40, 9], dtype=torch.int32)
@@ -255,7 +255,33 @@ def test_flash_attention_3_has_our_names():
         )
         assert [p for p in theirs if p != "s_aux"] == list(ours)
         assert theirs["s_aux"].default is None
+    if hasattr(cute_kernels, "flash_attn_with_kvcache"):
+        of_caches = inspect.signature(fa3.flash_attn_with_kvcache).parameters
+        assert {"window_size", "page_table", "cache_seqlens", "s_aux"} <= set(of_caches)
     assert set(fa3.__all__) <= set(vars(fa3))
+
+
+def test_the_positional_order_is_flash_attention_3s():
+    """As its callers rely on it."""
+    expected = {
+        "flash_attn_func": "q k v softmax_scale causal qv q_descale k_descale v_descale "
+        "window_size attention_chunk softcap num_splits pack_gqa deterministic sm_margin "
+        "return_attn_probs",
+        "flash_attn_varlen_func": "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k "
+        "seqused_q seqused_k softmax_scale causal qv q_descale k_descale v_descale window_size "
+        "attention_chunk softcap num_splits pack_gqa deterministic sm_margin return_attn_probs",
+        "_flash_attn_backward": "dout q k v out softmax_lse cu_seqlens_q cu_seqlens_k sequed_q "
+        "sequed_k max_seqlen_q max_seqlen_k dq dk dv softmax_scale is_causal window_size_left "
+        "window_size_right softcap deterministic sm_margin",
+        "_flash_attn_forward": "q k v k_new v_new qv out_ cu_seqlens_q cu_seqlens_k "
+        "cu_seqlens_k_new seqused_q seqused_k max_seqlen_q max_seqlen_k page_table kv_batch_idx "
+        "leftpad_k rotary_cos rotary_sin seqlens_rotary q_descale k_descale v_descale "
+        "softmax_scale causal window_size_left window_size_right attention_chunk softcap "
+        "rotary_interleaved scheduler_metadata num_splits pack_gqa sm_margin",
+    }
+    for name, order in expected.items():
+        parameters = inspect.signature(getattr(fa3, name)).parameters.values()
+        assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == order.split()
 
 
 def test_tensors_without_a_contiguous_last_dimension(device):
@@ -264,6 +290,10 @@ def test_tensors_without_a_contiguous_last_dimension(device):
     assert all(x.stride(-1) != 1 for x in apart)
     for function in (fa3.flash_attn_func, fa2.flash_attn_func):
         assert torch.equal(function(*apart), cute_kernels.flash_attn_func(q, k, v))
+        named = dict(zip("qkv", apart, strict=True))
+        assert torch.equal(function(**named), cute_kernels.flash_attn_func(q, k, v))
+    with pytest.raises(TypeError, match="k is a int"):
+        fa3.flash_attn_func(q, 3, v)
 
 
 def test_sinks_are_never_dropped():
