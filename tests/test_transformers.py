@@ -15,6 +15,7 @@ transformers = tiny.transformers
 from transformers.masking_utils import (  # noqa: E402
     AttentionMaskInterface,
     create_causal_mask,
+    create_chunked_causal_mask,
     create_sliding_window_causal_mask,
     sdpa_mask,
 )
@@ -216,7 +217,14 @@ def test_attention_matters():
         ("qwen3", "packed", ["flash_attn_varlen_func"] * 2),
         ("deepseek", "dense", ["flash_attn_func"] * 2),
         ("modernbert", "dense", ["flash_attn_func"] * 2),
-        ("llama4", "dense", ["sdpa_attention_forward", "flash_attn_func"]),
+        pytest.param(
+            *("llama4", "left", ["sdpa_attention_forward", "flash_attn_varlen_func"]),
+            marks=pytest.mark.skipif(support._CHUNKS, reason="there is attention_chunk"),
+        ),
+        pytest.param(
+            *("llama4", "left", ["flash_attn_varlen_func"] * 2),
+            marks=pytest.mark.skipif(not support._CHUNKS, reason="no attention_chunk yet"),
+        ),
     ],
 )
 def test_which_function_answers(calls, name, batch, expected):
@@ -493,7 +501,7 @@ CONFIG = transformers.LlamaConfig(
 def explicit(encoded, queries, keys):
     """(batch, 1, queries, keys) of a mask for our attention."""
     query, key = torch.empty(3, 1, queries, 8), torch.empty(3, 1, keys, 8)
-    return fallback._explicit(masks.decode(encoded, keys, 5), query, key)
+    return fallback._explicit(masks.decode(encoded, keys, 5, 7), query, key)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -506,7 +514,11 @@ def test_masks_say_what_explicit_ones_do(seed):
         first, last = torch.randint(0, keys + 1, (2, 3), generator=chance).sort(dim=0).values
         place = torch.arange(keys)[None]
         padding = (place >= first[:, None]) & (place < last[:, None])
-        create = create_causal_mask if seed % 2 else create_sliding_window_causal_mask
+        create = (
+            create_causal_mask,
+            create_sliding_window_causal_mask,
+            create_chunked_causal_mask,
+        )[seed % 3]
         embeds = torch.empty(3, queries, 0)
         cache = transformers.DynamicCache()
         if keys > queries:
@@ -518,7 +530,7 @@ def test_masks_say_what_explicit_ones_do(seed):
         right = create(*inputs, allow_is_causal_skip=False)
         register()
         if found is None:
-            found = masks.encode(True, False, keys, None, torch.device("cpu"))
+            found = masks.encode(True, False, False, keys, None, torch.device("cpu"))
         assert found.dtype == torch.int32
         kept = padding[:, keys - queries :]
         shown = explicit(found, queries, keys).expand(3, 1, queries, keys)

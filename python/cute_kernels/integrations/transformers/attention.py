@@ -73,12 +73,15 @@ def attention(
     elif attention_mask is None:
         mask = _by_arguments(key, causal, sliding_window)
     else:
-        mask = decode(attention_mask, key.shape[2], _window(module, sliding_window))
+        window = _width(module, "sliding_window", sliding_window)
+        chunk = _width(module, "attention_chunk_size", None)
+        mask = decode(attention_mask, key.shape[2], window, chunk)
     if isinstance(mask, Seen) and mask.causal and not mask.lengths and position_ids is not None:
         mask = mask._replace(lengths=packed_by_positions(position_ids, query, mask.keys))
 
+    chunk = mask.chunk if isinstance(mask, Seen) else None
     known = isinstance(mask, Seen)
-    reason = unsupported(query, key, value, known, position_bias, softcap, s_aux)
+    reason = unsupported(query, key, value, known, position_bias, softcap, s_aux, chunk)
     if reason is not None:
         options.update(scaling=scaling, position_bias=position_bias, softcap=softcap, s_aux=s_aux)
         return fall_back(reason, module, query, key, value, mask, **options)
@@ -86,6 +89,8 @@ def attention(
     chosen: dict[str, Any] = {"causal": seen.causal, "softmax_scale": scaling}
     if seen.left is not None:
         chosen["window_size"] = (seen.left, 0 if seen.causal else seen.left)
+    if seen.chunk is not None:
+        chosen["attention_chunk"] = seen.chunk
     if softcap is not None:
         chosen["softcap"] = softcap
     if s_aux is not None:
@@ -97,7 +102,7 @@ def attention(
 def _attend(seen: Seen, q: Tensor, k: Tensor, v: Tensor, chosen: dict[str, Any]) -> Tensor:
     """(batch, seqlen, heads, v's head_dim), of tensors in that order."""
     with_kvcache = attention_to_caches(q) if q.shape[1] == 1 else None
-    is_batch = seen.lengths is None or seen.ends is not None
+    is_batch = (seen.lengths is None or seen.ends is not None) and seen.chunk is None
     if with_kvcache is not None and is_batch and not _needs_gradient(q, k, v):
         starts, stops = seen.ends or (None, seen.keys)
         return with_kvcache(q, k, v, cache_leftpad=starts, cache_seqlens=stops, **chosen)
@@ -143,8 +148,8 @@ def _by_arguments(key: Tensor, causal: bool, sliding_window: int | None) -> Seen
     return Seen(causal, sliding_window - 1 if sliding_window and window else None, keys)
 
 
-def _window(module: nn.Module, sliding_window: int | None) -> int | None:
+def _width(module: nn.Module, name: str, given: int | None) -> int | None:
     """What the mask was made of: the layer's argument may mean another number where it is not
     causal."""
-    width: int | None = getattr(getattr(module, "config", None), "sliding_window", None)
-    return sliding_window if width is None else width
+    width: int | None = getattr(getattr(module, "config", None), name, None)
+    return given if width is None else width

@@ -59,62 +59,74 @@ class Seen(NamedTuple):
     causal: bool
     left: int | None  # how far back, and where it is not causal also ahead; None: no window
     keys: int
+    chunk: int | None = None  # only keys of the query's own chunk of so many
     lengths: Lengths | None = None
     ends: Ends | None = None  # the same as lengths, of sequences that are a row of the batch each
 
     def is_square_causal(self, queries: int) -> bool:
         """Whether PyTorch's `is_causal` says it all."""
-        return self.causal and self.left is None and self.lengths is None and self.keys == queries
+        limits = (self.left, self.chunk, self.lengths)
+        return self.causal and self.keys == queries and all(x is None for x in limits)
 
 
 def encode(
-    causal: bool, window: bool, keys: int, lengths: Tensor | None, device: torch.device
+    causal: bool,
+    window: bool,
+    chunk: bool,
+    keys: int,
+    lengths: Tensor | None,
+    device: torch.device,
 ) -> Tensor:
     """A mask that says what `Seen` does, for `decode`.
 
     Args:
-        window: whether there is one. It is of the config's width.
+        window, chunk: whether there is one, of the config's width.
         keys: how many are seen, without `lengths`.
         lengths: (4 or 6, sequences + 1), int32: rows as in `Lengths`, the last two with an entry
             too many; then perhaps as in `Ends`, with two.
 
     Returns:
-        (rows, sequences + 1 or keys, 1 + causal, 1 + window), int32.
+        (rows, sequences + 1 or keys, 1 + causal, 1 + window + 2 chunk), int32.
     """
-    flags = (1 + causal, 1 + window)
+    flags = (1 + causal, 1 + window + 2 * chunk)
     if lengths is None:
         return torch.empty((0, keys, *flags), dtype=torch.int32, device=device)
     return lengths[:, :, None, None].expand(-1, -1, *flags)
 
 
-def decode(mask: Tensor, kv_length: int, width: int | None) -> Seen | Tensor:
+def decode(
+    mask: Tensor, kv_length: int, window: int | None = None, chunk: int | None = None
+) -> Seen | Tensor:
     """What `encode` made the mask of; the mask itself if it is another one.
 
     Args:
         kv_length: of the call.
-        width: of a window, as the config has it.
+        window, chunk: as wide as the config has them.
 
     Raises:
-        ValueError: there is a window without a width.
+        ValueError: there is one, and its width is None.
     """
     if mask.dtype != torch.int32 or mask.dim() != 4:
         return mask
-    rows, entries, *flags = mask.shape
-    causal, window = (flag == 2 for flag in flags)
-    left = None
-    if window:
-        if width is None:
+    rows, entries, causal, limits = mask.shape
+    has_window, has_chunk = (limits - 1) % 2 == 1, limits > 2
+    for name, there, width in (
+        ("sliding_window", has_window, window),
+        ("attention_chunk_size", has_chunk, chunk),
+    ):
+        if there and width is None:
             raise ValueError(
-                "the mask has a sliding window, but neither sliding_window nor the module's config "
-                "says how wide it is"
+                f"the mask is one of a {name}, but neither the layer nor its config says how wide"
             )
-        left = width - 1 if causal else width
+    seen = Seen(causal == 2, None, kv_length, chunk if has_chunk else None)
+    if has_window and window is not None:
+        seen = seen._replace(left=window - 1 if seen.causal else window)
     if rows == 0:
-        return Seen(causal, left, entries)
+        return seen._replace(keys=entries)
     starts_q, starts_k, used_q, used_k, *ends = mask[:, :, 0, 0].contiguous().unbind()
     lengths = Lengths(starts_q, starts_k, used_q[:-1], used_k[:-1])
     of_batch = Ends(ends[0][:-2], ends[1][:-2]) if ends else None
-    return Seen(causal, left, kv_length, lengths, of_batch)
+    return seen._replace(lengths=lengths, ends=of_batch)
 
 
 def mask(
@@ -176,8 +188,9 @@ def _read(*call: Any, **options: Any) -> Tensor | None:
     pattern = None if options.get("use_vmap") else _pattern(mask_function)
     if pattern is None or not _is_readable(padding, q_offset, kv_offset, pattern.packed):
         return _mask_of_sdpa(*call, **options)
-    if pattern.chunk is not None and kv_offset + kv_length > pattern.chunk:
-        return _mask_of_sdpa(*call, **options)
+    chunk = pattern.chunk is not None and not _is_one_chunk(pattern.chunk, kv_offset, kv_length)
+    if chunk and not (isinstance(kv_offset, int) and kv_offset == 0):
+        return _mask_of_sdpa(*call, **options)  # keys are counted from the first that there was
     window = pattern.window and kv_length > pattern.width + 1
     pattern = pattern._replace(window=window)
     if window and not pattern.causal and q_length != kv_length:
@@ -189,9 +202,13 @@ def _read(*call: Any, **options: Any) -> Tensor | None:
     keys, lengths = used
     kind = "causal" if pattern.causal else "bidirectional"
     may_skip = options.get(f"allow_is_{kind}_skip", kind == "causal")
-    if may_skip and not window and lengths is None and keys == kv_length:
+    if may_skip and not window and not chunk and lengths is None and keys == kv_length:
         return None
-    return encode(pattern.causal, window, keys, lengths, device)
+    return encode(pattern.causal, window, chunk, keys, lengths, device)
+
+
+def _is_one_chunk(chunk: int, kv_offset: int | Tensor, kv_length: int) -> bool:
+    return isinstance(kv_offset, int) and kv_offset + kv_length <= chunk
 
 
 _disable: Callable[..., Callable[..., Tensor | None]] = torch.compiler.disable
