@@ -453,10 +453,23 @@ def test_compiled_around_padding():
     torch._dynamo.reset()
     architecture, ids, mask = tiny.DECODERS["mistral"], tiny.random_ids(), left_padding()
     compiled = torch.compile(architecture.build(NAME), backend="eager")
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
     with torch.no_grad():
         right = architecture.build("eager")(input_ids=ids, attention_mask=mask).logits
         found = compiled(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert len(breaks) == 1
     torch.testing.assert_close(found[mask.bool()], right[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+def test_exported():
+    """With explicit masks, as contents cannot be looked at."""
+    model = tiny.DECODERS["mistral"].build(NAME).requires_grad_(False)
+    inputs = {"input_ids": tiny.random_ids(), "use_cache": False, "attention_mask": left_padding()}
+    program = torch.export.export(model, (), inputs, strict=False).module()
+    kept = left_padding().bool()
+    found, right = (call(**inputs).logits[kept] for call in (program, model))
+    torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-5)
 
 
 def test_compiled_whole_with_lengths():

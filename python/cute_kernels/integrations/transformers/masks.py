@@ -23,6 +23,8 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_fake_tensor
 
+from cute_kernels.torch_private import is_exporting
+
 MaskFunction = Callable[..., Any]
 
 
@@ -145,7 +147,7 @@ def mask(
     In a forward pass it waits for a GPU once at most, as transformers' own for "sdpa" does.
     """
     call = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return mask_without_breaks(*call, **options)
     if torch.compiler.is_compiling() and not _is_plain(*call):
         return _outside_graphs(*call, **options)
@@ -267,6 +269,8 @@ def _used(call: Any, pattern: Pattern, device: torch.device) -> tuple[int, Tenso
     """How many keys are used, or the lengths for `encode`; None if the padding is not of the kind
     that lengths can say: before and after a sequence."""
     batch, q_length, kv_length, q_offset, kv_offset, _, padding = call
+    if kv_length == 0:
+        return None
     if pattern.packed is not None:
         if padding is not None or q_length != kv_length:
             return None
@@ -323,7 +327,7 @@ def _runs(padding: Tensor, stop: int | Tensor) -> tuple[Tensor, Tensor, bool, bo
     padding = padding & (places < stop)
     number = padding.sum(1)
     starts = torch.where(number > 0, padding.int().argmax(1), 0)
-    stops = torch.where(padding, places + 1, 0).amax(1) if padding.shape[1] else number
+    stops = torch.where(padding, places + 1, 0).amax(1)
     facts = torch.stack([(number == stop).all(), (stops - starts == number).all()])
     all_used, one_run = facts.tolist()
     return starts, stops, all_used, one_run
