@@ -12,23 +12,18 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 tiny = pytest.importorskip("tiny_models", reason="needs transformers 5 or newer")
 transformers = tiny.transformers
-from transformers.masking_utils import (  # noqa: E402
-    AttentionMaskInterface,
-    create_causal_mask,
-    create_chunked_causal_mask,
-    create_sliding_window_causal_mask,
-    sdpa_mask,
-)
+from transformers.masking_utils import AttentionMaskInterface  # noqa: E402
 
 from cute_kernels.integrations.transformers import (  # noqa: E402
     attention,
     fallback,
-    masks,
     register,
     support,
     unregister,
 )
 from cute_kernels.interface import flash_attn_func  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("in_transformers")
 
 NAME = "cute_kernels"
 SEQLEN = 23
@@ -52,15 +47,6 @@ BATCHES = {
     "right": {"attention_mask": right_padding()},
     "packed": {"position_ids": POSITIONS, "use_cache": False},
 }
-
-
-@pytest.fixture(autouse=True)
-def registered():
-    transformers.logging.set_verbosity_error()
-    register()
-    fallback._warned.clear()
-    yield
-    unregister()
 
 
 @pytest.fixture
@@ -245,16 +231,6 @@ def test_packed_by_positions_of_a_cached_call(calls):
     calls.clear()
     model(input_ids=ids, position_ids=torch.arange(SEQLEN)[None])
     assert calls == ["flash_attn_func"] * 2
-
-
-def test_positions_are_looked_at_again_after_a_change():
-    query = torch.empty(1, 2, SEQLEN, 8)
-    position_ids = POSITIONS[:1].clone()
-    assert masks.packed_by_positions(position_ids, query, SEQLEN).cu_seqlens_q.tolist() == [
-        *(0, 9, 12, 23)
-    ]
-    position_ids.copy_(torch.arange(SEQLEN)[None])
-    assert masks.packed_by_positions(position_ids, query, SEQLEN) is None
 
 
 def test_packed_by_arguments(calls):
@@ -501,68 +477,6 @@ def test_compiled_step_on_a_static_cache():
             logits = step(input_ids=ids[:, i : i + 1], cache=cache).logits
             torch.testing.assert_close(logits[:, 0], whole[:, i], atol=1e-5, rtol=1e-5)
     assert counter.frame_count <= 2
-
-
-# What a mask says
-
-
-CONFIG = transformers.LlamaConfig(
-    **tiny.DECODER, sliding_window=5, attention_chunk_size=7, attn_implementation=NAME
-)
-
-
-def explicit(encoded, queries, keys):
-    """(batch, 1, queries, keys) of a mask for our attention."""
-    query, key = torch.empty(3, 1, queries, 8), torch.empty(3, 1, keys, 8)
-    return fallback._explicit(masks.decode(encoded, keys, 5, 7), query, key)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_masks_say_what_explicit_ones_do(seed):
-    """Of random padding, lengths and windows, in the rows of what is not padding."""
-    chance = torch.Generator().manual_seed(seed)
-    for _ in range(8):
-        keys, queries = (int(torch.randint(1, n, (), generator=chance)) for n in (24, 12))
-        queries = min(queries, keys)
-        first, last = torch.randint(0, keys + 1, (2, 3), generator=chance).sort(dim=0).values
-        place = torch.arange(keys)[None]
-        padding = (place >= first[:, None]) & (place < last[:, None])
-        create = (
-            create_causal_mask,
-            create_sliding_window_causal_mask,
-            create_chunked_causal_mask,
-        )[seed % 3]
-        embeds = torch.empty(3, queries, 0)
-        cache = transformers.DynamicCache()
-        if keys > queries:
-            past = torch.zeros(3, 1, keys - queries, 1)
-            cache.update(past, past, 0)
-        inputs = (CONFIG, embeds, padding, cache)
-        found = create(*inputs)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        right = create(*inputs, allow_is_causal_skip=False)
-        register()
-        if found is None:
-            found = masks.encode(True, False, False, keys, None, torch.device("cpu"))
-        assert found.dtype == torch.int32
-        kept = padding[:, keys - queries :]
-        shown = explicit(found, queries, keys).expand(3, 1, queries, keys)
-        assert torch.equal(shown[:, 0][kept], right[:, 0][kept])
-        assert not shown[:, 0][~kept].any() or torch.equal(shown, right)
-
-
-def test_unknown_parts_become_explicit_masks():
-    embeds = torch.empty(3, SEQLEN, 0)
-
-    def own(batch, head, query, key):
-        return key != 3
-
-    found = create_causal_mask(CONFIG, embeds, None, None, and_mask_function=own)
-    assert found.dtype == torch.bool and found.shape[-2:] == (SEQLEN, SEQLEN)
-    assert not found[..., 3].any()
-    blocks = torch.zeros(3, SEQLEN, dtype=torch.long)
-    found = create_causal_mask(CONFIG, embeds, None, None, block_sequence_ids=blocks)
-    assert found.dtype == torch.bool and found.all()
 
 
 def test_meta_tensors_have_no_contents(calls):
