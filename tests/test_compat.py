@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from oracle import Attention, assert_rows
 from packed import assert_packed_right, random_grads, random_packed
 from parity import assert_gradients_right, assert_right, random_qkv, skip_without_gradient
 
@@ -49,16 +50,18 @@ def like(*tensors):
 # Transformer Engine's context parallelism, of batches and of packed sequences
 
 
-def te_forward(cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
+def te_forward(starts_q=None, starts_k=None, most_q=None, most_k=None, used_q=None, used_k=None):
     """What it passes after q, k and v, by position."""
     head = [None] * 4  # k_new, v_new, qv, out
-    lengths = [cu_seqlens_q, cu_seqlens_k, None, None, None, max_seqlen_q, max_seqlen_k]
+    lengths = [starts_q, starts_k, None, used_q, used_k, most_q, most_k]
     return [*head, *lengths, *[None] * 9]  # page_table to v_descale
 
 
-def te_backward(grads, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
+def te_backward(
+    grads, starts_q=None, starts_k=None, most_q=None, most_k=None, used_q=None, used_k=None
+):
     """What it passes after dout, q, k, v, out and softmax_lse."""
-    return [cu_seqlens_q, cu_seqlens_k, None, None, max_seqlen_q, max_seqlen_k, *grads]
+    return [starts_q, starts_k, used_q, used_k, most_q, most_k, *grads]
 
 
 @pytest.mark.parametrize(("causal", "window"), MASKS)
@@ -83,18 +86,30 @@ def test_calls_of_context_parallelism(device, causal, window, older):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_packed_calls_of_context_parallelism(device, causal):
+@pytest.mark.parametrize("used", [False, True])
+def test_packed_calls_of_context_parallelism(device, causal, used):
+    """`used`: with padding between sequences."""
     skip_without_gradient(device)
-    packed = packed_of(device)
+    packed = packed_of(device, used=used)
     given = packed.lengths()
-    lengths = (given["cu_seqlens_q"], given["cu_seqlens_k"], 31, 40)
+    slots = (given["cu_seqlens_q"], given["cu_seqlens_k"])
+    used_rows, longest = (given["seqused_q"], given["seqused_k"]), (31, 40)
     options = {"softmax_scale": SCALE, "window_size_left": -1, "window_size_right": -1}
     out, lse, *_ = fa3._flash_attn_forward(
-        *packed.qkv, *te_forward(*lengths), causal=causal, **options
+        *packed.qkv,
+        *te_forward(*slots, *longest, *used_rows),
+        causal=causal,
+        **options,
     )
     grads, grad_out = like(*packed.qkv), random_grads(packed)[0]
     fa3._flash_attn_backward(
-        grad_out, *packed.qkv, out, lse, *te_backward(grads, *lengths), is_causal=causal, **options
+        grad_out,
+        *packed.qkv,
+        out,
+        lse,
+        *te_backward(grads, *slots, *longest, *used_rows),
+        is_causal=causal,
+        **options,
     )
     assert_packed_right(
         (out, lse, *grads), packed, (grad_out, None), softmax_scale=SCALE, causal=causal
@@ -113,8 +128,10 @@ def test_gradients_of_a_part_of_the_keys_add_up(device):
         fa3._flash_attn_backward(dout, q, *ours, out, lse, dq=grads[0], dk=grads[1], dv=grads[2])
         total += grads[0].float()
         keys.append(grads[1:])
-    grads = [total.to(q.dtype), *(torch.cat(x, dim=1) for x in zip(*keys, strict=True))]
-    assert_gradients_right(grads, dout, None, q, k, v, q.shape[-1] ** -0.5, False)
+    grads = [total, *(torch.cat(x, dim=1) for x in zip(*keys, strict=True))]
+    exact = Attention(q, k, v, q.shape[-1] ** -0.5, False).gradients(dout)
+    for name, grad, (right, allowed) in zip("qkv", grads, exact, strict=True):
+        assert_rows(name, grad, right, 2 * allowed)  # rounded in parts
 
 
 def test_softcap_of_the_gradients():

@@ -411,6 +411,19 @@ def test_gradient_checkpointing(batch):
     assert max(off(results(model, kept_of(inputs), **inputs), right)) <= 2e-5
 
 
+def test_norms_in_float32_do_not_widen_attention(calls):
+    """As they are left by adapters: only values are in 16 bits then."""
+    model = tiny.DECODERS["qwen3"].build(NAME, torch.bfloat16)
+    expected = model(input_ids=tiny.random_ids()).logits
+    for layer in model.model.layers:
+        layer.self_attn.q_norm.float()
+        layer.self_attn.k_norm.float()
+    found = model(input_ids=tiny.random_ids()).logits
+    assert found.dtype == torch.bfloat16
+    assert ((found - expected).norm() / expected.norm()).item() < 0.03
+    assert calls == ["flash_attn_func"] * 4
+
+
 def test_autocast(calls):
     ids, kept = tiny.random_ids(), torch.ones(3, SEQLEN, dtype=torch.bool)
     found = {}

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.flash_attention import get_target_dtype
 
 from cute_kernels.integrations.transformers import NAME
 from cute_kernels.integrations.transformers.fallback import Result, fall_back
@@ -47,7 +46,7 @@ def attention(
         module: the layer; its `is_causal` and the window of its `config` are looked at.
         query, key, value: (batch, heads, seqlen, head_dim), key and value with their own heads.
         attention_mask: what `masks.mask` gave, or a mask of four dimensions as "sdpa" takes it.
-        sliding_window: how many keys a query sees, its own among them.
+        sliding_window: how many keys a query sees, its own among them; the mask says whether.
         s_aux: (heads,), sinks.
         position_ids: (1, seqlen), from which packed sequences are told apart where no mask does,
             as FlashAttention's integration does. Not in compiled models.
@@ -66,18 +65,20 @@ def attention(
         )
     query, key, value = _of_one_dtype(module, query, key, value)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask: Seen | Tensor
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        ends = (cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32))
-        mask = _by_arguments(key, causal, sliding_window)._replace(lengths=Lengths(*ends))
-    elif attention_mask is None:
-        mask = _by_arguments(key, causal, sliding_window)
-    else:
+    mask: Seen | Tensor = Seen(causal, None, key.shape[2])
+    if attention_mask is not None:
         window = _width(module, "sliding_window", sliding_window)
         chunk = _width(module, "attention_chunk_size", None)
         mask = decode(attention_mask, key.shape[2], window, chunk)
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        if not isinstance(mask, Seen):
+            mask = _by_arguments(key, causal, sliding_window)
+        ends = (cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32))
+        mask = Seen(mask.causal, mask.left, mask.keys, mask.chunk, Lengths(*ends))
     if isinstance(mask, Seen) and mask.causal and not mask.lengths and position_ids is not None:
-        mask = mask._replace(lengths=packed_by_positions(position_ids, query, mask.keys))
+        packed = packed_by_positions(position_ids, query, mask.keys)
+        if packed is not None:
+            mask = mask._replace(lengths=packed)
 
     chunk = mask.chunk if isinstance(mask, Seen) else None
     known = isinstance(mask, Seen)
@@ -129,9 +130,16 @@ def _attend(seen: Seen, q: Tensor, k: Tensor, v: Tensor, chosen: dict[str, Any])
 def _of_one_dtype(module: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors; norms in float32 may have left some of a model of 16 bits in float32."""
     query = tensors[0]
-    dtype = query.dtype
-    if torch.amp.is_autocast_available(query.device.type):
-        dtype = get_target_dtype(query, module)
+    dtype, device = query.dtype, query.device.type
+    if dtype == torch.float32:
+        config: Any = getattr(module, "config", None)
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        elif hasattr(config, "_is_quantized"):
+            dtype = config.dtype
+        else:
+            weights = (x.weight for x in module.modules() if isinstance(x, nn.Linear))
+            dtype = next((x.dtype for x in weights if x.dtype in _HALF), dtype)
     if dtype not in _HALF:
         dtype = query.dtype
     return tuple(x.to(dtype) for x in tensors)
@@ -142,7 +150,7 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 
 def _by_arguments(key: Tensor, causal: bool, sliding_window: int | None) -> Seen:
-    """What a query sees where no mask says it."""
+    """What a query sees where the mask is not one of ours."""
     keys = key.shape[2]
     window = sliding_window is not None and keys > sliding_window
     return Seen(causal, sliding_window - 1 if sliding_window and window else None, keys)

@@ -120,15 +120,16 @@ def decode(
             raise ValueError(
                 f"the mask is one of a {name}, but neither the layer nor its config says how wide"
             )
-    seen = Seen(causal == 2, None, kv_length, chunk if has_chunk else None)
+    left = None
     if has_window and window is not None:
-        seen = seen._replace(left=window - 1 if seen.causal else window)
-    if rows == 0:
-        return seen._replace(keys=entries)
-    starts_q, starts_k, used_q, used_k, *ends = mask[:, :, 0, 0].contiguous().unbind()
-    lengths = Lengths(starts_q, starts_k, used_q[:-1], used_k[:-1])
-    of_batch = Ends(ends[0][:-2], ends[1][:-2]) if ends else None
-    return seen._replace(lengths=lengths, ends=of_batch)
+        left = window - 1 if causal == 2 else window
+    lengths = of_batch = None
+    if rows > 0:
+        starts_q, starts_k, used_q, used_k, *ends = mask[:, :, 0, 0].contiguous().unbind()
+        lengths = Lengths(starts_q, starts_k, used_q[:-1], used_k[:-1])
+        of_batch = Ends(ends[0][:-2], ends[1][:-2]) if ends else None
+    keys = kv_length if rows > 0 else entries
+    return Seen(causal == 2, left, keys, chunk if has_chunk else None, lengths, of_batch)
 
 
 def mask(
@@ -194,11 +195,10 @@ def _read(*call: Any, **options: Any) -> Tensor | None:
     if chunk and not (isinstance(kv_offset, int) and kv_offset == 0):
         return _mask_of_sdpa(*call, **options)  # keys are counted from the first that there was
     window = pattern.window and kv_length > pattern.width + 1
-    pattern = pattern._replace(window=window)
     if window and not pattern.causal and q_length != kv_length:
         return _mask_of_sdpa(*call, **options)
     device = torch.device(options.get("device", "cpu"))
-    used = _used(call, pattern, device)
+    used = _used(call, pattern, window, device)
     if used is None:
         return _mask_of_sdpa(*call, **options)
     keys, lengths = used
@@ -265,7 +265,9 @@ def _is_readable(*values: Any) -> bool:
     return not any(is_fake_tensor(x) or x.device.type == "meta" for x in tensors)
 
 
-def _used(call: Any, pattern: Pattern, device: torch.device) -> tuple[int, Tensor | None] | None:
+def _used(
+    call: Any, pattern: Pattern, window: bool, device: torch.device
+) -> tuple[int, Tensor | None] | None:
     """How many keys are used, or the lengths for `encode`; None if the padding is not of the kind
     that lengths can say: before and after a sequence."""
     batch, q_length, kv_length, q_offset, kv_offset, _, padding = call
@@ -294,8 +296,7 @@ def _used(call: Any, pattern: Pattern, device: torch.device) -> tuple[int, Tenso
             return stop, None
     elif isinstance(stop, int):
         return stop, None
-    aligned = pattern.causal or pattern.window
-    if aligned:
+    if pattern.causal or window:
         # The queries among these keys, so that the last of both stand at the same place.
         q_starts, q_stops = ((x - first).clamp(0, q_length) for x in (starts, stops))
     else:
