@@ -65,17 +65,13 @@ def attention(
         )
     query, key, value = _of_one_dtype(module, query, key, value)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask: Seen | Tensor = Seen(causal, None, key.shape[2])
-    if attention_mask is not None:
-        window = _width(module, "sliding_window", sliding_window)
-        chunk = _width(module, "attention_chunk_size", None)
-        mask = decode(attention_mask, key.shape[2], window, chunk)
+    mask = _mask(module, key.shape[2], causal, attention_mask, sliding_window)
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         if not isinstance(mask, Seen):
-            mask = _by_arguments(key, causal, sliding_window)
+            mask = _by_arguments(key.shape[2], causal, sliding_window)
         ends = (cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32))
         mask = Seen(mask.causal, mask.left, mask.keys, mask.chunk, Lengths(*ends))
-    if isinstance(mask, Seen) and mask.causal and not mask.lengths and position_ids is not None:
+    elif isinstance(mask, Seen) and mask.causal and not mask.lengths and position_ids is not None:
         packed = packed_by_positions(position_ids, query, mask.keys)
         if packed is not None:
             mask = mask._replace(lengths=packed)
@@ -149,9 +145,23 @@ def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _by_arguments(key: Tensor, causal: bool, sliding_window: int | None) -> Seen:
-    """What a query sees where the mask is not one of ours."""
-    keys = key.shape[2]
+def _mask(
+    module: nn.Module,
+    keys: int,
+    causal: bool,
+    attention_mask: Tensor | None,
+    sliding_window: int | None,
+) -> Seen | Tensor:
+    """What a layer's queries see, or the mask if it is one of four dimensions."""
+    if attention_mask is None:
+        return Seen(causal, None, keys)
+    window = _width(module, "sliding_window", sliding_window)
+    chunk = _width(module, "attention_chunk_size", None)
+    return decode(attention_mask, keys, window, chunk)
+
+
+def _by_arguments(keys: int, causal: bool, sliding_window: int | None) -> Seen:
+    """The same where the mask is not looked at."""
     window = sliding_window is not None and keys > sliding_window
     return Seen(causal, sliding_window - 1 if sliding_window and window else None, keys)
 
