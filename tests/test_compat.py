@@ -9,8 +9,9 @@ import sys
 
 import pytest
 import torch
+from oracle import Attention, assert_rows
 from packed import assert_packed_right, random_grads, random_packed
-from parity import assert_gradients_right, assert_right, random_qkv, skip_without_gradient
+from parity import assert_gradients_right, assert_right, random_qkv
 
 import cute_kernels
 from cute_kernels import compat
@@ -49,16 +50,18 @@ def like(*tensors):
 # Transformer Engine's context parallelism, of batches and of packed sequences
 
 
-def te_forward(cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
+def te_forward(starts_q=None, starts_k=None, most_q=None, most_k=None, used_q=None, used_k=None):
     """What it passes after q, k and v, by position."""
     head = [None] * 4  # k_new, v_new, qv, out
-    lengths = [cu_seqlens_q, cu_seqlens_k, None, None, None, max_seqlen_q, max_seqlen_k]
+    lengths = [starts_q, starts_k, None, used_q, used_k, most_q, most_k]
     return [*head, *lengths, *[None] * 9]  # page_table to v_descale
 
 
-def te_backward(grads, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None):
+def te_backward(
+    grads, starts_q=None, starts_k=None, most_q=None, most_k=None, used_q=None, used_k=None
+):
     """What it passes after dout, q, k, v, out and softmax_lse."""
-    return [cu_seqlens_q, cu_seqlens_k, None, None, max_seqlen_q, max_seqlen_k, *grads]
+    return [starts_q, starts_k, used_q, used_k, most_q, most_k, *grads]
 
 
 @pytest.mark.parametrize(("causal", "window"), MASKS)
@@ -83,18 +86,29 @@ def test_calls_of_context_parallelism(device, causal, window, older):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_packed_calls_of_context_parallelism(device, causal):
-    skip_without_gradient(device)
-    packed = packed_of(device)
+@pytest.mark.parametrize("used", [False, True])
+def test_packed_calls_of_context_parallelism(device, causal, used):
+    """`used`: with padding between sequences."""
+    packed = packed_of(device, used=used)
     given = packed.lengths()
-    lengths = (given["cu_seqlens_q"], given["cu_seqlens_k"], 31, 40)
+    slots = (given["cu_seqlens_q"], given["cu_seqlens_k"])
+    used_rows, longest = (given["seqused_q"], given["seqused_k"]), (31, 40)
     options = {"softmax_scale": SCALE, "window_size_left": -1, "window_size_right": -1}
     out, lse, *_ = fa3._flash_attn_forward(
-        *packed.qkv, *te_forward(*lengths), causal=causal, **options
+        *packed.qkv,
+        *te_forward(*slots, *longest, *used_rows),
+        causal=causal,
+        **options,
     )
     grads, grad_out = like(*packed.qkv), random_grads(packed)[0]
     fa3._flash_attn_backward(
-        grad_out, *packed.qkv, out, lse, *te_backward(grads, *lengths), is_causal=causal, **options
+        grad_out,
+        *packed.qkv,
+        out,
+        lse,
+        *te_backward(grads, *slots, *longest, *used_rows),
+        is_causal=causal,
+        **options,
     )
     assert_packed_right(
         (out, lse, *grads), packed, (grad_out, None), softmax_scale=SCALE, causal=causal
@@ -113,8 +127,10 @@ def test_gradients_of_a_part_of_the_keys_add_up(device):
         fa3._flash_attn_backward(dout, q, *ours, out, lse, dq=grads[0], dk=grads[1], dv=grads[2])
         total += grads[0].float()
         keys.append(grads[1:])
-    grads = [total.to(q.dtype), *(torch.cat(x, dim=1) for x in zip(*keys, strict=True))]
-    assert_gradients_right(grads, dout, None, q, k, v, q.shape[-1] ** -0.5, False)
+    grads = [total, *(torch.cat(x, dim=1) for x in zip(*keys, strict=True))]
+    exact = Attention(q, k, v, q.shape[-1] ** -0.5, False).gradients(dout)
+    for name, grad, (right, allowed) in zip("qkv", grads, exact, strict=True):
+        assert_rows(name, grad, right, 2 * allowed)  # rounded in parts
 
 
 def test_softcap_of_the_gradients():
@@ -141,7 +157,6 @@ def test_softcap_of_the_gradients():
 @pytest.mark.parametrize("causal", [False, True])
 def test_used_lengths_of_a_batch(device, causal):
     """seqused of tensors that are not packed."""
-    skip_without_gradient(device)
     q, k, v = inputs_of(device)
     used_q, used_k = (
         torch.tensor(x, dtype=torch.int32, device=device) for x in ([33, 12], [40, 17])
@@ -204,7 +219,7 @@ def test_calls_of_paged_inference(monkeypatch):
         asked.update(options)
         return q, q.new_zeros(q.shape[1], q.shape[0])
 
-    monkeypatch.setattr(cute_kernels, "flash_attn_with_kvcache", with_kvcache, raising=False)
+    monkeypatch.setattr(fa3, "flash_attn_with_kvcache", with_kvcache)
     q, cache = torch.randn(7, 4, 64), torch.randn(10, 16, 2, 64)
     table = torch.zeros(3, 4, dtype=torch.int32)
     used = torch.tensor([5, 40, 9], dtype=torch.int32)
@@ -255,7 +270,33 @@ def test_flash_attention_3_has_our_names():
         )
         assert [p for p in theirs if p != "s_aux"] == list(ours)
         assert theirs["s_aux"].default is None
+    if hasattr(cute_kernels, "flash_attn_with_kvcache"):
+        of_caches = inspect.signature(fa3.flash_attn_with_kvcache).parameters
+        assert {"window_size", "page_table", "cache_seqlens", "s_aux"} <= set(of_caches)
     assert set(fa3.__all__) <= set(vars(fa3))
+
+
+def test_the_positional_order_is_flash_attention_3s():
+    """As its callers rely on it."""
+    expected = {
+        "flash_attn_func": "q k v softmax_scale causal qv q_descale k_descale v_descale "
+        "window_size attention_chunk softcap num_splits pack_gqa deterministic sm_margin "
+        "return_attn_probs",
+        "flash_attn_varlen_func": "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k "
+        "seqused_q seqused_k softmax_scale causal qv q_descale k_descale v_descale window_size "
+        "attention_chunk softcap num_splits pack_gqa deterministic sm_margin return_attn_probs",
+        "_flash_attn_backward": "dout q k v out softmax_lse cu_seqlens_q cu_seqlens_k sequed_q "
+        "sequed_k max_seqlen_q max_seqlen_k dq dk dv softmax_scale is_causal window_size_left "
+        "window_size_right softcap deterministic sm_margin",
+        "_flash_attn_forward": "q k v k_new v_new qv out_ cu_seqlens_q cu_seqlens_k "
+        "cu_seqlens_k_new seqused_q seqused_k max_seqlen_q max_seqlen_k page_table kv_batch_idx "
+        "leftpad_k rotary_cos rotary_sin seqlens_rotary q_descale k_descale v_descale "
+        "softmax_scale causal window_size_left window_size_right attention_chunk softcap "
+        "rotary_interleaved scheduler_metadata num_splits pack_gqa sm_margin",
+    }
+    for name, order in expected.items():
+        parameters = inspect.signature(getattr(fa3, name)).parameters.values()
+        assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == order.split()
 
 
 def test_tensors_without_a_contiguous_last_dimension(device):
@@ -264,6 +305,10 @@ def test_tensors_without_a_contiguous_last_dimension(device):
     assert all(x.stride(-1) != 1 for x in apart)
     for function in (fa3.flash_attn_func, fa2.flash_attn_func):
         assert torch.equal(function(*apart), cute_kernels.flash_attn_func(q, k, v))
+        named = dict(zip("qkv", apart, strict=True))
+        assert torch.equal(function(**named), cute_kernels.flash_attn_func(q, k, v))
+    with pytest.raises(TypeError, match="k is a int"):
+        fa3.flash_attn_func(q, 3, v)
 
 
 def test_sinks_are_never_dropped():
@@ -344,7 +389,6 @@ def test_rings_of_flash_attention_2(device):
 
 
 def test_packed_rings_of_flash_attention_2(device):
-    skip_without_gradient(device)
     packed = packed_of(device)
     given = packed.lengths()
     lengths = (given["cu_seqlens_q"], given["cu_seqlens_k"], 31, 40)

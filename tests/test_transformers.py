@@ -11,22 +11,18 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 tiny = pytest.importorskip("tiny_models", reason="needs transformers 5 or newer")
 transformers = tiny.transformers
-from transformers.masking_utils import (  # noqa: E402
-    AttentionMaskInterface,
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    sdpa_mask,
-)
+from transformers.masking_utils import AttentionMaskInterface  # noqa: E402
 
 from cute_kernels.integrations.transformers import (  # noqa: E402
     attention,
     fallback,
-    masks,
     register,
     support,
     unregister,
 )
 from cute_kernels.interface import flash_attn_func  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("in_transformers")
 
 NAME = "cute_kernels"
 SEQLEN = 23
@@ -50,15 +46,6 @@ BATCHES = {
     "right": {"attention_mask": right_padding()},
     "packed": {"position_ids": POSITIONS, "use_cache": False},
 }
-
-
-@pytest.fixture(autouse=True)
-def registered():
-    transformers.logging.set_verbosity_error()
-    register()
-    fallback._warned.clear()
-    yield
-    unregister()
 
 
 @pytest.fixture
@@ -215,7 +202,14 @@ def test_attention_matters():
         ("qwen3", "packed", ["flash_attn_varlen_func"] * 2),
         ("deepseek", "dense", ["flash_attn_func"] * 2),
         ("modernbert", "dense", ["flash_attn_func"] * 2),
-        ("llama4", "dense", ["sdpa_attention_forward", "flash_attn_func"]),
+        pytest.param(
+            *("llama4", "left", ["sdpa_attention_forward", "flash_attn_varlen_func"]),
+            marks=pytest.mark.skipif(support._CHUNKS, reason="there is attention_chunk"),
+        ),
+        pytest.param(
+            *("llama4", "left", ["flash_attn_varlen_func"] * 2),
+            marks=pytest.mark.skipif(not support._CHUNKS, reason="no attention_chunk yet"),
+        ),
     ],
 )
 def test_which_function_answers(calls, name, batch, expected):
@@ -236,16 +230,6 @@ def test_packed_by_positions_of_a_cached_call(calls):
     calls.clear()
     model(input_ids=ids, position_ids=torch.arange(SEQLEN)[None])
     assert calls == ["flash_attn_func"] * 2
-
-
-def test_positions_are_looked_at_again_after_a_change():
-    query = torch.empty(1, 2, SEQLEN, 8)
-    position_ids = POSITIONS[:1].clone()
-    assert masks.packed_by_positions(position_ids, query, SEQLEN).cu_seqlens_q.tolist() == [
-        *(0, 9, 12, 23)
-    ]
-    position_ids.copy_(torch.arange(SEQLEN)[None])
-    assert masks.packed_by_positions(position_ids, query, SEQLEN) is None
 
 
 def test_packed_by_arguments(calls):
@@ -426,6 +410,19 @@ def test_gradient_checkpointing(batch):
     assert max(off(results(model, kept_of(inputs), **inputs), right)) <= 2e-5
 
 
+def test_norms_in_float32_do_not_widen_attention(calls):
+    """As they are left by adapters: only values are in 16 bits then."""
+    model = tiny.DECODERS["qwen3"].build(NAME, torch.bfloat16)
+    expected = model(input_ids=tiny.random_ids()).logits
+    for layer in model.model.layers:
+        layer.self_attn.q_norm.float()
+        layer.self_attn.k_norm.float()
+    found = model(input_ids=tiny.random_ids()).logits
+    assert found.dtype == torch.bfloat16
+    assert ((found - expected).norm() / expected.norm()).item() < 0.03
+    assert calls == ["flash_attn_func"] * 4
+
+
 def test_autocast(calls):
     ids, kept = tiny.random_ids(), torch.ones(3, SEQLEN, dtype=torch.bool)
     found = {}
@@ -444,10 +441,23 @@ def test_compiled_around_padding():
     torch._dynamo.reset()
     architecture, ids, mask = tiny.DECODERS["mistral"], tiny.random_ids(), left_padding()
     compiled = torch.compile(architecture.build(NAME), backend="eager")
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
     with torch.no_grad():
         right = architecture.build("eager")(input_ids=ids, attention_mask=mask).logits
         found = compiled(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert len(breaks) == 1
     torch.testing.assert_close(found[mask.bool()], right[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+def test_exported():
+    """With explicit masks, as contents cannot be looked at."""
+    model = tiny.DECODERS["mistral"].build(NAME).requires_grad_(False)
+    inputs = {"input_ids": tiny.random_ids(), "use_cache": False, "attention_mask": left_padding()}
+    program = torch.export.export(model, (), inputs, strict=False).module()
+    kept = left_padding().bool()
+    found, right = (call(**inputs).logits[kept] for call in (program, model))
+    torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-5)
 
 
 def test_compiled_whole_with_lengths():
@@ -479,64 +489,6 @@ def test_compiled_step_on_a_static_cache():
             logits = step(input_ids=ids[:, i : i + 1], cache=cache).logits
             torch.testing.assert_close(logits[:, 0], whole[:, i], atol=1e-5, rtol=1e-5)
     assert counter.frame_count <= 2
-
-
-# What a mask says
-
-
-CONFIG = transformers.LlamaConfig(
-    **tiny.DECODER, sliding_window=5, attention_chunk_size=7, attn_implementation=NAME
-)
-
-
-def explicit(encoded, queries, keys):
-    """(batch, 1, queries, keys) of a mask for our attention."""
-    query, key = torch.empty(3, 1, queries, 8), torch.empty(3, 1, keys, 8)
-    return fallback._explicit(masks.decode(encoded, keys, 5), query, key)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_masks_say_what_explicit_ones_do(seed):
-    """Of random padding, lengths and windows, in the rows of what is not padding."""
-    chance = torch.Generator().manual_seed(seed)
-    for _ in range(8):
-        keys, queries = (int(torch.randint(1, n, (), generator=chance)) for n in (24, 12))
-        queries = min(queries, keys)
-        first, last = torch.randint(0, keys + 1, (2, 3), generator=chance).sort(dim=0).values
-        place = torch.arange(keys)[None]
-        padding = (place >= first[:, None]) & (place < last[:, None])
-        create = create_causal_mask if seed % 2 else create_sliding_window_causal_mask
-        embeds = torch.empty(3, queries, 0)
-        cache = transformers.DynamicCache()
-        if keys > queries:
-            past = torch.zeros(3, 1, keys - queries, 1)
-            cache.update(past, past, 0)
-        inputs = (CONFIG, embeds, padding, cache)
-        found = create(*inputs)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        right = create(*inputs, allow_is_causal_skip=False)
-        register()
-        if found is None:
-            found = masks.encode(True, False, keys, None, torch.device("cpu"))
-        assert found.dtype == torch.int32
-        kept = padding[:, keys - queries :]
-        shown = explicit(found, queries, keys).expand(3, 1, queries, keys)
-        assert torch.equal(shown[:, 0][kept], right[:, 0][kept])
-        assert not shown[:, 0][~kept].any() or torch.equal(shown, right)
-
-
-def test_unknown_parts_become_explicit_masks():
-    embeds = torch.empty(3, SEQLEN, 0)
-
-    def own(batch, head, query, key):
-        return key != 3
-
-    found = create_causal_mask(CONFIG, embeds, None, None, and_mask_function=own)
-    assert found.dtype == torch.bool and found.shape[-2:] == (SEQLEN, SEQLEN)
-    assert not found[..., 3].any()
-    blocks = torch.zeros(3, SEQLEN, dtype=torch.long)
-    found = create_causal_mask(CONFIG, embeds, None, None, block_sequence_ids=blocks)
-    assert found.dtype == torch.bool and found.all()
 
 
 def test_meta_tensors_have_no_contents(calls):

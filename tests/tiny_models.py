@@ -8,6 +8,8 @@ import torch
 
 transformers = pytest.importorskip("transformers", "5", reason="needs transformers 5 or newer")
 
+transformers.logging.set_verbosity_error()
+
 VOCABULARY = 97
 # Scores of some size: weights of the usual size make every token see the mean of the others.
 SIZES = {

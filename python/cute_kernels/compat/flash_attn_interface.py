@@ -2,8 +2,9 @@
 
 The public functions are the package's, which have the same names and order, with two additions:
 tensors whose last dimension is not contiguous are copied, and sinks are also taken as `s_aux`, as
-vLLM's fork has them and transformers passes them. The functions below are FlashAttention-3's torch
-operators as Transformer Engine's context parallelism and Megatron's inference call them.
+vLLM's fork has them and transformers passes them: it looks at the signatures. The functions below
+are FlashAttention-3's torch operators, as Transformer Engine's context parallelism and Megatron's
+inference call them.
 """
 
 from __future__ import annotations
@@ -30,42 +31,40 @@ __all__ = [
 ]
 
 
-def _with_sinks(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with `s_aux` in its signature, where transformers looks what it may pass."""
+def _with_sinks(function: Callable[..., Any], copies: bool = True) -> Callable[..., Any]:
+    """The function, with `s_aux` in its signature, where transformers looks what it may pass.
+
+    Args:
+        copies: whether q, k and v are copied if need be. Caches, which are written to, are not.
+    """
 
     @functools.wraps(function)
-    def call(q: Tensor, k: Tensor, v: Tensor, *inputs: Any, **options: Any) -> Any:
+    def call(*inputs: Any, **options: Any) -> Any:
         s_aux = options.pop("s_aux", None)
         if s_aux is not None:
             if "sinks" not in signature.parameters:
                 raise NotImplementedError(f"{function.__name__}: s_aux is not there yet")
             options["sinks"] = s_aux
-        return function(*rows_contiguous(q, k, v), *inputs, **options)
+        if copies:
+            inputs = (*rows_contiguous(*inputs[:3]), *inputs[3:])
+            by_name = [name for name in ("q", "k", "v") if name in options]
+            options.update(zip(by_name, rows_contiguous(*map(options.get, by_name)), strict=True))
+        return function(*inputs, **options)
 
     signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    place = -1 if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else len(parameters)
     s_aux = inspect.Parameter("s_aux", inspect.Parameter.KEYWORD_ONLY, default=None)
-    parameters = [*signature.parameters.values(), s_aux]
+    parameters.insert(place, s_aux)
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return call
 
 
 flash_attn_func = _with_sinks(cute_kernels.flash_attn_func)
 flash_attn_varlen_func = _with_sinks(cute_kernels.flash_attn_varlen_func)
-
-
-def flash_attn_with_kvcache(*inputs: Any, **options: Any) -> Any:
-    """`cute_kernels.flash_attn_with_kvcache`."""
-    return public("flash_attn_with_kvcache")(*inputs, **options)
-
-
-def flash_attn_combine(*inputs: Any, **options: Any) -> Any:
-    """`cute_kernels.flash_attn_combine`."""
-    return public("flash_attn_combine")(*inputs, **options)
-
-
-def get_scheduler_metadata(*inputs: Any, **options: Any) -> Any:
-    """`cute_kernels.get_scheduler_metadata`."""
-    return public("get_scheduler_metadata")(*inputs, **options)
+flash_attn_with_kvcache = _with_sinks(public("flash_attn_with_kvcache"), copies=False)
+flash_attn_combine = public("flash_attn_combine")
+get_scheduler_metadata = public("get_scheduler_metadata")
 
 
 def _flash_attn_forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,20 +35,24 @@ class Sequences(NamedTuple):
         return cls(starts_q, starts_k, seqused_q, seqused_k, q.shape[1], k.shape[1])
 
 
-def rows_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+def rows_contiguous(*values: Any) -> tuple[Any, ...]:
     """The tensors, copied where the last dimension is not contiguous: FlashAttention takes them."""
-    return tuple(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors)
+    return tuple(
+        x.contiguous()
+        if isinstance(x, Tensor) and x.dim() > 0 and x.stride(-1) != 1 and x.shape[-1] != 1
+        else x
+        for x in values
+    )
 
 
-def public(name: str) -> Any:
-    """A function of the package.
+def public(name: str) -> Callable[..., Any]:
+    """A function of the package; where this version has none of that name, one that raises
+    NotImplementedError: imports go well."""
 
-    Raises:
-        NotImplementedError: this version has none of that name.
-    """
-    function = getattr(cute_kernels, name, None)
-    if function is None:
+    def missing(*_: Any, **__: Any) -> Any:
         raise NotImplementedError(f"{name} is not there yet")
+
+    function: Callable[..., Any] = getattr(cute_kernels, name, missing)
     return function
 
 

@@ -74,7 +74,7 @@ def _explicit(mask: Seen | Tensor, query: Tensor, key: Tensor) -> Tensor | None:
         return mask
     (batch, _, queries, _), keys, device = query.shape, key.shape[2], query.device
     if mask.lengths is None:
-        if not mask.causal and mask.left is None and mask.keys == keys:
+        if not mask.causal and mask.left is None and mask.chunk is None and mask.keys == keys:
             return None
         q_place = torch.arange(queries, device=device)[None, :, None] + mask.keys - queries
         k_place = torch.arange(keys, device=device)[None, None]
@@ -94,6 +94,8 @@ def _explicit(mask: Seen | Tensor, query: Tensor, key: Tensor) -> Tensor | None:
         shown = shown & (q_place - k_place <= mask.left)
         if not mask.causal:
             shown = shown & (k_place - q_place <= mask.left)
+    if mask.chunk is not None:
+        shown = shown & (q_place // mask.chunk == k_place // mask.chunk)
     return shown[:, None]
 
 

@@ -23,6 +23,8 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_fake_tensor
 
+from cute_kernels.torch_private import is_exporting
+
 MaskFunction = Callable[..., Any]
 
 
@@ -59,62 +61,75 @@ class Seen(NamedTuple):
     causal: bool
     left: int | None  # how far back, and where it is not causal also ahead; None: no window
     keys: int
+    chunk: int | None = None  # only keys of the query's own chunk of so many
     lengths: Lengths | None = None
     ends: Ends | None = None  # the same as lengths, of sequences that are a row of the batch each
 
     def is_square_causal(self, queries: int) -> bool:
         """Whether PyTorch's `is_causal` says it all."""
-        return self.causal and self.left is None and self.lengths is None and self.keys == queries
+        limits = (self.left, self.chunk, self.lengths)
+        return self.causal and self.keys == queries and all(x is None for x in limits)
 
 
 def encode(
-    causal: bool, window: bool, keys: int, lengths: Tensor | None, device: torch.device
+    causal: bool,
+    window: bool,
+    chunk: bool,
+    keys: int,
+    lengths: Tensor | None,
+    device: torch.device,
 ) -> Tensor:
     """A mask that says what `Seen` does, for `decode`.
 
     Args:
-        window: whether there is one. It is of the config's width.
+        window, chunk: whether there is one, of the config's width.
         keys: how many are seen, without `lengths`.
         lengths: (4 or 6, sequences + 1), int32: rows as in `Lengths`, the last two with an entry
             too many; then perhaps as in `Ends`, with two.
 
     Returns:
-        (rows, sequences + 1 or keys, 1 + causal, 1 + window), int32.
+        (rows, sequences + 1 or keys, 1 + causal, 1 + window + 2 chunk), int32.
     """
-    flags = (1 + causal, 1 + window)
+    flags = (1 + causal, 1 + window + 2 * chunk)
     if lengths is None:
         return torch.empty((0, keys, *flags), dtype=torch.int32, device=device)
     return lengths[:, :, None, None].expand(-1, -1, *flags)
 
 
-def decode(mask: Tensor, kv_length: int, width: int | None) -> Seen | Tensor:
+def decode(
+    mask: Tensor, kv_length: int, window: int | None = None, chunk: int | None = None
+) -> Seen | Tensor:
     """What `encode` made the mask of; the mask itself if it is another one.
 
     Args:
         kv_length: of the call.
-        width: of a window, as the config has it.
+        window, chunk: as wide as the config has them.
 
     Raises:
-        ValueError: there is a window without a width.
+        ValueError: there is one, and its width is None.
     """
     if mask.dtype != torch.int32 or mask.dim() != 4:
         return mask
-    rows, entries, *flags = mask.shape
-    causal, window = (flag == 2 for flag in flags)
-    left = None
-    if window:
-        if width is None:
+    rows, entries, causal, limits = mask.shape
+    has_window, has_chunk = (limits - 1) % 2 == 1, limits > 2
+    for name, there, width in (
+        ("sliding_window", has_window, window),
+        ("attention_chunk_size", has_chunk, chunk),
+    ):
+        if there and width is None:
             raise ValueError(
-                "the mask has a sliding window, but neither sliding_window nor the module's config "
-                "says how wide it is"
+                f"the mask is one of a {name}, but neither the layer nor its config says how wide"
             )
-        left = width - 1 if causal else width
-    if rows == 0:
-        return Seen(causal, left, entries)
-    starts_q, starts_k, used_q, used_k, *ends = mask[:, :, 0, 0].contiguous().unbind()
-    lengths = Lengths(starts_q, starts_k, used_q[:-1], used_k[:-1])
-    of_batch = Ends(ends[0][:-2], ends[1][:-2]) if ends else None
-    return Seen(causal, left, kv_length, lengths, of_batch)
+    left = None
+    if has_window and window is not None:
+        left = window - 1 if causal == 2 else window
+    lengths = of_batch = None
+    if rows > 0:
+        starts_q, starts_k, used_q, used_k, *ends = mask[:, :, 0, 0].contiguous().unbind()
+        lengths = Lengths(starts_q, starts_k, used_q[:-1], used_k[:-1])
+        of_batch = Ends(ends[0][:-2], ends[1][:-2]) if ends else None
+    keys = kv_length if rows > 0 else entries
+    return Seen(causal == 2, left, keys, chunk if has_chunk else None, lengths, of_batch)
 
 
 def mask(
@@ -133,7 +148,7 @@ def mask(
     In a forward pass it waits for a GPU once at most, as transformers' own for "sdpa" does.
     """
     call = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return mask_without_breaks(*call, **options)
     if torch.compiler.is_compiling() and not _is_plain(*call):
         return _outside_graphs(*call, **options)
@@ -176,22 +191,26 @@ def _read(*call: Any, **options: Any) -> Tensor | None:
     pattern = None if options.get("use_vmap") else _pattern(mask_function)
     if pattern is None or not _is_readable(padding, q_offset, kv_offset, pattern.packed):
         return _mask_of_sdpa(*call, **options)
-    if pattern.chunk is not None and kv_offset + kv_length > pattern.chunk:
-        return _mask_of_sdpa(*call, **options)
+    chunk = pattern.chunk is not None and not _is_one_chunk(pattern.chunk, kv_offset, kv_length)
+    if chunk and not (isinstance(kv_offset, int) and kv_offset == 0):
+        return _mask_of_sdpa(*call, **options)  # keys are counted from the first that there was
     window = pattern.window and kv_length > pattern.width + 1
-    pattern = pattern._replace(window=window)
     if window and not pattern.causal and q_length != kv_length:
         return _mask_of_sdpa(*call, **options)
     device = torch.device(options.get("device", "cpu"))
-    used = _used(call, pattern, device)
+    used = _used(call, pattern, window, device)
     if used is None:
         return _mask_of_sdpa(*call, **options)
     keys, lengths = used
     kind = "causal" if pattern.causal else "bidirectional"
     may_skip = options.get(f"allow_is_{kind}_skip", kind == "causal")
-    if may_skip and not window and lengths is None and keys == kv_length:
+    if may_skip and not window and not chunk and lengths is None and keys == kv_length:
         return None
-    return encode(pattern.causal, window, keys, lengths, device)
+    return encode(pattern.causal, window, chunk, keys, lengths, device)
+
+
+def _is_one_chunk(chunk: int, kv_offset: int | Tensor, kv_length: int) -> bool:
+    return isinstance(kv_offset, int) and kv_offset + kv_length <= chunk
 
 
 _disable: Callable[..., Callable[..., Tensor | None]] = torch.compiler.disable
@@ -246,10 +265,14 @@ def _is_readable(*values: Any) -> bool:
     return not any(is_fake_tensor(x) or x.device.type == "meta" for x in tensors)
 
 
-def _used(call: Any, pattern: Pattern, device: torch.device) -> tuple[int, Tensor | None] | None:
+def _used(
+    call: Any, pattern: Pattern, window: bool, device: torch.device
+) -> tuple[int, Tensor | None] | None:
     """How many keys are used, or the lengths for `encode`; None if the padding is not of the kind
     that lengths can say: before and after a sequence."""
     batch, q_length, kv_length, q_offset, kv_offset, _, padding = call
+    if kv_length == 0:
+        return None
     if pattern.packed is not None:
         if padding is not None or q_length != kv_length:
             return None
@@ -273,8 +296,7 @@ def _used(call: Any, pattern: Pattern, device: torch.device) -> tuple[int, Tenso
             return stop, None
     elif isinstance(stop, int):
         return stop, None
-    aligned = pattern.causal or pattern.window
-    if aligned:
+    if pattern.causal or window:
         # The queries among these keys, so that the last of both stand at the same place.
         q_starts, q_stops = ((x - first).clamp(0, q_length) for x in (starts, stops))
     else:
@@ -306,7 +328,7 @@ def _runs(padding: Tensor, stop: int | Tensor) -> tuple[Tensor, Tensor, bool, bo
     padding = padding & (places < stop)
     number = padding.sum(1)
     starts = torch.where(number > 0, padding.int().argmax(1), 0)
-    stops = torch.where(padding, places + 1, 0).amax(1) if padding.shape[1] else number
+    stops = torch.where(padding, places + 1, 0).amax(1)
     facts = torch.stack([(number == stop).all(), (stops - starts == number).all()])
     all_used, one_run = facts.tolist()
     return starts, stops, all_used, one_run

@@ -24,6 +24,7 @@ def _takes(name: str) -> bool:
 
 _SOFTCAP = _takes("softcap")
 _SINKS = _takes("sinks")
+_CHUNKS = _takes("attention_chunk")
 _DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cuda": (torch.float16, torch.bfloat16),
@@ -46,6 +47,7 @@ def unsupported(
     position_bias: Tensor | None,
     softcap: float | None,
     sinks: Tensor | None,
+    chunk: int | None,
 ) -> str | None:
     """Why the kernels cannot answer a layer's call; None if they can.
 
@@ -62,6 +64,8 @@ def unsupported(
         return "there is no softcap yet"
     if sinks is not None and not _SINKS:
         return "there are no sinks yet"
+    if chunk is not None and not _CHUNKS:
+        return "there is no attention_chunk yet"
     if dtype not in _DTYPES.get(device, ()):
         return f"there is no {str(dtype).removeprefix('torch.')} on {device}"
     if device == "cuda" and torch.cuda.get_device_capability(query.device) != (9, 0):
