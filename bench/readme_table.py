@@ -1,8 +1,10 @@
-"""Writes the measured tables into README.md, between the markers, from the results files."""
+"""Writes what was measured between the markers of two pages, from the results files: geometric
+means into README.md, every cell into docs/benchmarks.md."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,21 +51,64 @@ GRIDS = {
 }
 
 
-def comparison_section(path: Path, root: Path) -> str:
-    """Tables of one comparison's results: each cell, the means, host time, and the plot."""
-    data = report.load(path)
-    kind = KINDS[data["kind"]]
+def title(data: dict[str, Any]) -> str:
+    what = GRIDS[data["settings"].get("grid", "paper")]
+    return f"{KINDS[data['kind']]}, {data['settings']['dtype']}, {what}"
+
+
+def timed_peers(data: dict[str, Any]) -> list[str]:
+    return [
+        name
+        for name in report.peers_of(data)
+        if any(report.tflops(cell, name) for cell in data["cells"])
+    ]
+
+
+def means_block(results: Iterable[Path]) -> str:
+    """README's table: a line for each comparison, and what it was measured on."""
+    comparisons = [data for _, data in load_all(results) if data["kind"] in KINDS]
+    means = [
+        {key: mean for key, mean in report.ratio_means(data) if mean is not None}
+        for data in comparisons
+    ]
+    keys = list(dict.fromkeys(key for line in means for key in line if key != "all"))
+    others = [report.other_data(data["cells"]) for data in comparisons]
+    kinds = list(dict.fromkeys(kind for other in others for kind in other))
+    rows = []
+    for data, mean, other in zip(comparisons, means, others, strict=True):
+        peers = report.peers_of(data)
+        cells = [report.normal_cells(data), *(other.get(kind, []) for kind in kinds)]
+        rows.append(
+            [
+                title(data),
+                ", ".join(timed_peers(data)) or "-",
+                *(report.show(mean.get(key), 2) for key in [*keys, "all"]),
+                *(report.show_lowest(report.lowest(of_kind, peers)) for of_kind in cells),
+            ]
+        )
+    lowest = ["lowest cell", *(f"lowest on {kind}" for kind in kinds)]
+    header = ["ours / best peer", "peers", *keys, "all", *lowest]
+    gpus = ", ".join(dict.fromkeys(data["machine"]["gpu"] for data in comparisons))
+    dates = sorted(data["date"].split()[0] for data in comparisons)
+    if not comparisons:
+        return ""
+    days = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
+    commits = ", ".join(dict.fromkeys(str(data["commit"] or "unknown") for data in comparisons))
+    return f"{report.markdown_table(header, rows)}\n\n{gpus}; {days}; of commits {commits}."
+
+
+def comparison_section(path: Path, data: dict[str, Any], folder: Path) -> str:
+    """One comparison's results for a page in `folder`: each cell, the means, host time, the
+    plot."""
     peers = report.peers_of(data)
     problems = report.problems(data)
-    timed = [p for p in peers if any(report.tflops(cell, p) for cell in data["cells"])]
+    timed = timed_peers(data)
     other = report.other_data(data["cells"])
-    dtype = data["settings"]["dtype"]
-    what = GRIDS[data["settings"].get("grid", "paper")]
-    lines = [f"**{kind}, {dtype}, {what}**: {provenance(data)}", ""]
+    lines = [f"## {title(data)}", "", provenance(data), ""]
     plot = path.with_suffix(".svg")
     if plot.exists():
-        relative = plot.relative_to(root).as_posix()
-        lines += [f"![{kind}, {dtype}, TFLOP/s by sequence length]({relative})", ""]
+        relative = Path(os.path.relpath(plot, folder)).as_posix()
+        lines += [f"![{title(data)}, TFLOP/s by sequence length]({relative})", ""]
     header = [
         "cell",
         "cute_kernels",
@@ -96,13 +141,7 @@ def comparison_section(path: Path, root: Path) -> str:
     for name, variant in report.variant_means(data).items():
         label = data["providers"][name]["label"]
         lines += [f"Time of {label} / ours, geometric mean: {shown_means(variant)}.", ""]
-    lines += [
-        "<details><summary>TFLOP/s of every cell</summary>",
-        "",
-        table,
-        "",
-        "</details>",
-    ]
+    lines += ["TFLOP/s of every cell:", "", table]
     if "host" in data:
         names, rows = report.host_row(data)
         shown = ", ".join(f"{name} {us} µs" for name, us in zip(names, rows[0], strict=True))
@@ -126,31 +165,35 @@ def shown_means(means: Iterable[tuple[str, float | None]]) -> str:
     return ", ".join(f"{key} {report.show(mean, 2)}" for key, mean in means)
 
 
-def ablation_section(path: Path) -> str:
-    data = report.load(path)
+def ablation_section(data: dict[str, Any]) -> str:
     header, rows = ablation.table(data)
     dtype = data["settings"]["dtype"]
     return "\n".join(
         [
-            f"**What the switches are worth**, TFLOP/s, forward, {dtype}, head dim "
-            f"{data['settings']['head_dim']} (columns: mask, batch x sequence length): "
-            f"{provenance(data)}",
+            "## What the switches are worth",
+            "",
+            f"TFLOP/s, forward, {dtype}, head dim {data['settings']['head_dim']} (columns: mask, "
+            f"batch x sequence length): {provenance(data)}",
             "",
             report.markdown_table(header, rows),
         ]
     )
 
 
-def block(results: Iterable[Path], root: Path) -> str:
-    """What stands between the markers for these results files."""
-    sections: dict[str, list[str]] = {**{kind: [] for kind in KINDS}, "ablation": []}
-    for path in sorted(results):
-        kind = report.load(path).get("kind")
-        if kind in KINDS:
-            sections[kind].append(comparison_section(path, root))
-        elif kind == "ablation":
-            sections[kind].append(ablation_section(path))
-    return "\n\n".join(section for of_kind in sections.values() for section in of_kind)
+def load_all(results: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """The comparisons and then the ablations among the results files."""
+    order = [*KINDS, "ablation"]
+    loaded = [(path, report.load(path)) for path in sorted(results)]
+    known = [pair for pair in loaded if pair[1].get("kind") in order]
+    return sorted(known, key=lambda pair: order.index(pair[1]["kind"]))
+
+
+def cells_block(results: Iterable[Path], folder: Path) -> str:
+    """What docs/benchmarks.md has between the markers, with links from a page in `folder`."""
+    return "\n\n".join(
+        comparison_section(path, data, folder) if data["kind"] in KINDS else ablation_section(data)
+        for path, data in load_all(results)
+    )
 
 
 def main() -> int:
@@ -162,13 +205,17 @@ def main() -> int:
         help="results files (default: all in bench/results)",
     )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--benchmarks", type=Path, default=ROOT / "docs" / "benchmarks.md")
     chosen = parser.parse_args()
     files = chosen.results or sorted((ROOT / "bench" / "results").glob("*.json"))
-    written = block([path.resolve() for path in files], ROOT)
-    if not written:
-        print("bench: no results of a comparison or ablation to write", file=sys.stderr)
+    files = [path.resolve() for path in files]
+    means = means_block(files)
+    if not means:
+        print("bench: no results of a comparison to write", file=sys.stderr)
         return 2
-    chosen.readme.write_text(replace_block(chosen.readme.read_text(), written))
+    cells = cells_block(files, chosen.benchmarks.resolve().parent)
+    for page, written in ((chosen.readme, means), (chosen.benchmarks, cells)):
+        page.write_text(replace_block(page.read_text(), written))
     return 0
 
 

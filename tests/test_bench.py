@@ -174,8 +174,8 @@ def test_backward_report(tmp_path):
     assert dict(means)["D=128"] == pytest.approx(math.sqrt(1.2))
     path = tmp_path / "backward_bf16.json"
     path.write_text(json.dumps(data))
-    block = readme_table.block([path], tmp_path)
-    assert block.startswith("**Backward, bf16")
+    block = readme_table.cells_block([path], tmp_path)
+    assert block.startswith("## Backward, bf16, the paper's grid\n")
     assert "Time of cute_kernels, deterministic / ours, geometric mean: D=128 1.10" in block
     assert "Host time of forward and backward of a small call" in block
 
@@ -229,19 +229,75 @@ def test_readme_block_is_replaced_and_nothing_else():
         readme_table.replace_block("no markers", "new")
 
 
-def test_readme_has_the_markers():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_pages_have_the_markers(page):
+    text = (ROOT / page).read_text()
     assert text.count(readme_table.BEGIN) == 1 == text.count(readme_table.END)
 
 
-def test_readme_section_of_a_results_file(tmp_path):
+def test_pages_hold_what_is_recorded():
+    results = sorted((ROOT / "bench" / "results").glob("*.json"))
+    blocks = {
+        "README.md": readme_table.means_block(results),
+        "docs/benchmarks.md": readme_table.cells_block(results, ROOT / "docs"),
+    }
+    for page, block in blocks.items():
+        text = (ROOT / page).read_text()
+        assert readme_table.replace_block(text, block) == text
+
+
+def test_cells_of_a_results_file(tmp_path):
+    import json
+
+    path = tmp_path / "results" / "forward_bf16.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(forward_data()))
+    path.with_suffix(".svg").touch()
+    block = readme_table.cells_block([path], tmp_path / "docs")
+    assert "| D=128 full S=2048 | 600 | 500 | 1.20 |" in block
+    assert "abc" in block and "a GPU" in block and "20.0 µs" in block
+    assert "](../results/forward_bf16.svg)" in block
+
+
+def test_means_of_results_files(tmp_path):
+    """Columns are those of all files, and a file has a dash where it has no cell."""
+    import json
+
+    forward, backward = tmp_path / "forward_bf16.json", tmp_path / "backward_bf16.json"
+    forward.write_text(json.dumps(forward_data()))
+    data = forward_data() | {"kind": "backward", "date": "2026-01-02 03:04 UTC"}
+    data["cells"] = [entry(330.0, head_dim=64, sdpa_cudnn=300.0)]
+    backward.write_text(json.dumps(data))
+    lines = readme_table.means_block([backward, forward]).splitlines()
+    assert lines[0] == (
+        "| ours / best peer | peers | D=128 full | D=128 causal | D=64 full | all | lowest cell |"
+    )
+    assert lines[2:] == [
+        "| Forward, bf16, the paper's grid | sdpa-cudnn | 1.20 | 0.80 | - | 0.98 | 0.80 |",
+        "| Backward, bf16, the paper's grid | sdpa-cudnn | - | - | 1.10 | 1.10 | 1.10 |",
+        "",
+        "a GPU; 2026-01-02 to today; of commits abc.",
+    ]
+    assert readme_table.means_block([]) == ""
+
+
+def test_both_pages_are_written(tmp_path, monkeypatch):
     import json
 
     path = tmp_path / "forward_bf16.json"
     path.write_text(json.dumps(forward_data()))
-    block = readme_table.block([path], tmp_path)
-    assert "| D=128 full S=2048 | 600 | 500 | 1.20 |" in block
-    assert "abc" in block and "a GPU" in block and "20.0 µs" in block
+    pages = tmp_path / "README.md", tmp_path / "benchmarks.md"
+    for page in pages:
+        page.write_text(f"before\n{readme_table.BEGIN}\n{readme_table.END}\nafter\n")
+    command = ["readme_table", str(path), "--readme", str(pages[0]), "--benchmarks", str(pages[1])]
+    monkeypatch.setattr(sys, "argv", command)
+    assert readme_table.main() == 0
+    means, cells = (page.read_text() for page in pages)
+    assert "| 1.20 | 0.80 | 0.98 | 0.80 |" in means and "S=2048" not in means
+    assert "| D=128 full S=2048 | 600 | 500 | 1.20 |" in cells
+    path.write_text(json.dumps({"kind": "power"}))
+    assert readme_table.main() == 2
+    assert pages[0].read_text() == means
 
 
 @pytest.mark.parametrize("mask", ["full", "causal"])

@@ -58,13 +58,13 @@ def test_lowest_ratio_by_data():
     assert "ours [D=128 full S=2048 rising]: RuntimeError: no" in report.failures(data)
 
 
-def test_readme_says_the_worst_beside_the_mean_where_there_is_data(tmp_path):
+def test_pages_say_the_worst_beside_the_mean_where_there_is_data(tmp_path):
     path = tmp_path / "forward_bf16.json"
     path.write_text(json.dumps(forward_data()))
-    plain = readme_table.block([path], tmp_path)
+    plain = readme_table.cells_block([path], tmp_path)
     assert "lowest" not in plain.lower()
     path.write_text(json.dumps(data_with_an_axis()))
-    block = readme_table.block([path], tmp_path)
+    block = readme_table.cells_block([path], tmp_path)
     means = next(line for line in plain.splitlines() if line.startswith("Geometric mean"))
     assert means in block.splitlines()
     assert (
@@ -75,12 +75,14 @@ def test_readme_says_the_worst_beside_the_mean_where_there_is_data(tmp_path):
     assert "| D=128 causal | 0.80 | 0.90 | - | 0.10 | - |" in block
     assert "| D=128 full S=2048 | 600 | 500 | 1.20 | 0.60 sd6 | failed rising |" in block
     assert "| D=128 causal S=4096 | 500 | - | - | - | - |" in block
+    header, _, line, *_ = readme_table.means_block([path]).splitlines()
+    assert header.endswith("| lowest cell | lowest on other data | lowest on adversarial data |")
+    assert line.endswith("| 1.20 | 0.80 | 0.98 | 0.80 | 0.60 | failed |")
     only_other = data_with_an_axis()
     only_other["cells"] = only_other["cells"][3:]
     path.write_text(json.dumps(only_other))
-    assert "| D=128 full S=2048 | - | - | - | 0.60 sd6 | failed rising |" in readme_table.block(
-        [path], tmp_path
-    )
+    block = readme_table.cells_block([path], tmp_path)
+    assert "| D=128 full S=2048 | - | - | - | 0.60 sd6 | failed rising |" in block
 
 
 def test_recorded_results_read_as_before():
@@ -137,7 +139,8 @@ def test_a_run_over_data(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "lowest of any length  normal   sd6  rising" in printed
     assert "D=64 causal             1.00  1.00    1.00" in printed
-    assert "on adversarial data 1.00 D=64 full S=96 rising." in readme_table.block([path], tmp_path)
+    block = readme_table.cells_block([path], tmp_path)
+    assert "on adversarial data 1.00 D=64 full S=96 rising." in block
 
 
 @pytest.mark.parametrize("data", ["normal", "sd6"])
