@@ -7,6 +7,8 @@ import pytest
 import torch
 from configure import ROOT
 
+import cute_kernels
+
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 SNIPPETS = dict(
     re.findall(
@@ -41,6 +43,12 @@ def test_every_page_is_linked_from_readme():
     linked = re.findall(r"\]\((docs/\w+\.md|\w+\.md)", (ROOT / "README.md").read_text())
     pages = {page.relative_to(ROOT).as_posix() for page in PAGES} - {"README.md"}
     assert pages - set(linked) == set()
+
+
+def test_every_public_name_is_in_the_reference():
+    reference = (ROOT / "docs" / "api.md").read_text()
+    public = set(cute_kernels.__all__) - {"__version__"}
+    assert public - set(re.findall(r"`(\w+)`", reference)) == set()
 
 
 def run(snippet: str) -> dict:
