@@ -79,20 +79,6 @@ def _failure(error: Exception) -> dict[str, str]:
     return {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]}
 
 
-def check_cell(cell: Cell, providers: Iterable[Provider]) -> Results:
-    """Every provider's error on this cell, nothing timed."""
-    results: Results = {}
-    with torch.no_grad():
-        inputs = random_inputs(cell)
-        reference = Reference(cell, *inputs)
-        for provider in providers:
-            try:
-                _, results[provider.name] = check_provider(provider, cell, inputs, reference)
-            except Exception as failure:
-                results[provider.name] = _failure(failure)
-    return results
-
-
 def time_cell(
     cell: Cell,
     providers: Iterable[Provider],

@@ -45,3 +45,14 @@ def kernel(request):
     if request.param.device == "cuda":
         request.getfixturevalue("hopper")
     return request.param
+
+
+@pytest.fixture
+def in_transformers():
+    """transformers knows the name "cute_kernels", and has not been warned."""
+    from cute_kernels.integrations.transformers import fallback, register, unregister
+
+    register()
+    fallback._warned.clear()
+    yield
+    unregister()

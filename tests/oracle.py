@@ -69,7 +69,15 @@ def spread(x, least):
 NO_WINDOW = (-1, -1)
 
 
-def visible(rows, keys, causal, window_size=NO_WINDOW, diagonal=None, device="cpu"):
+def softcapped(scores, softcap):
+    """softcap * tanh(score / softcap), and its derivative; 0 is none."""
+    if softcap == 0:
+        return scores, 1.0
+    tanh = (scores / softcap).tanh()
+    return softcap * tanh, 1 - tanh.square()
+
+
+def visible(rows, keys, causal, window_size=NO_WINDOW, diagonal=None, device="cpu", chunk=0):
     """(rows, keys): whether a query sees a key. Query i stands at key position i + diagonal."""
     diagonal = keys - rows if diagonal is None else diagonal
     position = torch.arange(rows, device=device)[:, None] + diagonal
@@ -82,6 +90,9 @@ def visible(rows, keys, causal, window_size=NO_WINDOW, diagonal=None, device="cp
         seen &= position - key <= left
     if right >= 0:
         seen &= key - position <= right
+    if chunk > 0:
+        first = position.div(chunk, rounding_mode="floor") * chunk
+        seen &= (key >= first) & (key < first + chunk)
     return seen
 
 
@@ -102,6 +113,9 @@ class Attention:
         seqlen_q=None,
         window_size=NO_WINDOW,
         diagonal=None,
+        sinks=None,
+        softcap=0.0,
+        attention_chunk=0,
     ):
         self.dtype, self.scale = q.dtype, softmax_scale
         self.key_heads = k.shape[2]
@@ -113,16 +127,20 @@ class Attention:
         self.k, self.v = (
             t.double().transpose(1, 2).repeat_interleave(self.group, dim=1) for t in (k, v)
         )
-        scores = (self.q @ self.k.mT) * softmax_scale
+        scores, self.slope = softcapped((self.q @ self.k.mT) * softmax_scale, softcap)
+        self.softcap = softcap
         rows, keys = scores.shape[-2:]
         if diagonal is None:
             diagonal = keys - (rows if seqlen_q is None else seqlen_q)
         diagonal += first_query
-        self.seen = visible(rows, keys, causal, window_size, diagonal, q.device)
+        self.seen = visible(rows, keys, causal, window_size, diagonal, q.device, attention_chunk)
         scores.masked_fill_(~self.seen, -math.inf)
         self.lse = torch.logsumexp(scores, -1)
         # Rows that see nothing, or nothing but scores of -inf: their output is 0
         self.unseen = self.lse == -math.inf
+        self.sinks = None if sinks is None else sinks.double()[:, None]
+        if sinks is not None:
+            self.lse = torch.logaddexp(self.lse, self.sinks)
         # A score of +inf leaves nothing of its row
         origin = self.lse.masked_fill(self.unseen, 0.0).masked_fill(self.lse == math.inf, math.nan)
         self.p = scores.sub_(origin[..., None]).exp_().masked_fill_(~self.seen, 0.0)
@@ -134,8 +152,18 @@ class Attention:
 
     def score_noise(self):
         """What a score may be off by, by query."""
+        # A softcap flattens what products are off by; tanh itself is off, too.
+        return self._product_noise() + self.noise * self.softcap
+
+    def _product_noise(self):
+        """The same without a softcap."""
         longest = lengths(self.k).amax(-1, keepdim=True) if self.k.shape[2] else 0.0
         return self.noise * (1 + self.scale * lengths(self.q) * longest)
+
+    def _slope_noise(self):
+        """What a softcap's derivative 1 - tanh^2 may be off by, which near 0 is much of it."""
+        of_products = self._product_noise()[..., None] / self.softcap
+        return 2 * self.noise + 2 * self.slope * of_products.clamp(max=1)
 
     def _allowed(self, of, squares, noise, exact, terms, scale=1.0, least=1.25):
         """of: what is summed; squares: of the errors by chance; noise: the others' sum; scale: what
@@ -161,8 +189,34 @@ class Attention:
 
     def lse_allowed(self):
         """(batch, heads, seqlen): an average key of 4096 is 2.4e-4 of it."""
-        length = self.lse.abs().masked_fill(self.unseen, 0.0)
+        length = self.lse.abs().masked_fill(self.lse == -math.inf, 0.0)
         return (40 + 2 * length) * self.noise + self.score_noise()
+
+    def _delta(self, do, dp, grad_lse, out):
+        """rowsum(dO * O) - dLSE, and the squares of what it is off by, (batch, heads, rows, 1)."""
+        delta = do * (self.out_rows if out is None else out.double().transpose(1, 2))
+        delta = delta.sum(-1, keepdim=True)
+        # Of delta's error, one number for a row: twice, as nothing of it averages out
+        squares = (do * self.out_rows).square().sum(-1, keepdim=True)
+        squares = squares + (self.p * dp).square().sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta = delta - grad_lse.double()[..., None]
+        return delta, 4 * self.u**2 * finite(squares)
+
+    def sinks_gradient(self, grad_out, grad_lse=None, dtype=torch.float32):
+        """The right one, (heads), and what each may be off by in a result of this dtype."""
+        do = grad_out.double().transpose(1, 2)
+        dp = (do @ self.v.mT).masked_fill_(~self.seen, 0.0)
+        delta, squares = self._delta(do, dp, grad_lse, None)
+        share = (self.sinks - self.lse).exp().masked_fill(self.lse == -math.inf, 1.0)
+        terms = share * delta[..., 0]
+        gradient = -terms.sum((0, 2))
+        # Sums of fp32, also those of delta, and shares that are off as P is
+        reach = lengths(do) * lengths(self.out_rows)
+        noise = terms.abs() * (self.score_noise() + self.noise) + share * self.noise * reach
+        chance = (share.square() * squares[..., 0]).sum((0, 2)).sqrt()
+        rounded = torch.finfo(dtype).eps / 2 * gradient.abs()
+        return gradient, 4 * chance + noise.sum((0, 2)) + rounded + FP32_UNDERFLOW
 
     def gradients(self, grad_out, grad_lse=None, out=None):
         """Of q, k and v: the right ones, and what each of their rows may be off by. With `out` they
@@ -170,16 +224,9 @@ class Attention:
         p, q, k, v, u = self.p, self.q, self.k, self.v, self.u
         do = grad_out.double().transpose(1, 2)
         dp = (do @ v.mT).masked_fill_(~self.seen, 0.0)
-        delta = do * (self.out_rows if out is None else out.double().transpose(1, 2))
-        delta = delta.sum(-1, keepdim=True)
-        # Of delta's error, one number for a row: twice, as nothing of it averages out
-        delta_squares = (do * self.out_rows).square().sum(-1, keepdim=True)
-        delta_squares = delta_squares + (p * dp).square().sum(-1, keepdim=True)
-        delta_squares = 4 * u**2 * finite(delta_squares)
-        if grad_lse is not None:
-            delta = delta - grad_lse.double()[..., None]
+        delta, delta_squares = self._delta(do, dp, grad_lse, out)
         slope = dp.sub_(delta)
-        ds = (slope * p).masked_fill_(~self.seen, 0.0)
+        ds = (slope * p * self.slope).masked_fill_(~self.seen, 0.0)
         # Of P, before it is multiplied, and of dS
         ds_squares = 2 * (u * ds).square()
         ds_squares += torch.where(p > 0, self.underflow**2 * (1 + slope.square()), 0.0)
@@ -189,6 +236,9 @@ class Attention:
         p_noise = p * score_noise
         reach = lengths(v)[..., None, :] + lengths(self.out_rows)[..., None]
         ds_noise = ds.abs() * score_noise + self.noise * p * do2 * reach
+        if self.softcap > 0:
+            of_slope = p * slope.abs() * self._slope_noise()
+            ds_noise += of_slope.masked_fill(~self.seen, 0.0)
         queries, keys = p.shape[-2:]
 
         dq = total(ds, k, self.seen) * self.scale

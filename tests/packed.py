@@ -134,6 +134,7 @@ def assert_packed_right(
     causal=False,
     window_size=NO_WINDOW,
     diagonal=None,
+    **variant,
 ):
     """Output, LSE and gradients are right in every row of every sequence, and 0, -inf and 0
     elsewhere.
@@ -141,11 +142,13 @@ def assert_packed_right(
     Args:
         results: output and LSE, and if there are `grads` the gradients of q, k and v.
         grads: of the output and of the LSE, the second may be None.
+        variant: what `Attention` takes beside these.
     """
     scale = packed.q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    out, lse, *gradients = results
+    out, lse, *gradients = results[:5]
     for i, (of_q, of_k) in enumerate(packed.sequences()):
         mask = {"window_size": window_size, "diagonal": None if diagonal is None else diagonal[i]}
+        mask |= variant
         qkv = [x[None, part] for x, part in zip(packed.qkv, (of_q, of_k, of_k), strict=True)]
         assert_right(out[None, of_q], lse[None, :, of_q], *qkv, scale, causal, **mask)
         if gradients:

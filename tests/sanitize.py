@@ -11,8 +11,18 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from cute_kernels import flash_attn_fp8_func, flash_attn_func, flash_attn_varlen_func, tile_configs
-from cute_kernels.operators import flash_attn_backward, flash_attn_forward
+from cute_kernels import (
+    flash_attn_fp8_func,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    tile_configs,
+)
+from cute_kernels.operators import (
+    flash_attn_backward,
+    flash_attn_forward,
+    flash_attn_varlen_backward,
+    flash_attn_varlen_forward,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
@@ -31,10 +41,13 @@ def packed(q, k, v):
 
 def forward(row, q, k, v, causal):
     options = {"causal": causal, "tile_config": row["name"]}
+    if row["softcap"]:
+        options["softcap"] = 2.0
     results = [flash_attn_func(q, k, v, **options)]
     if row["any_call"]:
         results.append(flash_attn_func(q, k, v, window_size=(90, 20), **options))
-        results.append(flash_attn_varlen_func(*packed(q, k, v), **options))
+        sinks = torch.zeros(q.shape[2], device=q.device)
+        results.append(flash_attn_varlen_func(*packed(q, k, v), sinks=sinks, **options))
     return results
 
 
@@ -46,6 +59,14 @@ def backward(row, q, k, v, causal):
         grads = torch.randn_like(out), torch.randn_like(lse)
         arguments = (*grads, q, k, v, out, lse, 0.1, causal, deterministic, row["name"])
         results += flash_attn_backward(*arguments, **window)
+        if row["any_call"]:
+            inputs = packed(q, k, v)
+            qkv, lengths = inputs[:3], (*inputs[3:], None, None, None)
+            out, lse = flash_attn_varlen_forward(*qkv, *lengths, 0.1, causal, **window)
+            grads = torch.randn_like(out), torch.randn_like(lse)
+            arguments = (*grads, *qkv, out, lse, *lengths, 0.1, causal)
+            options = {"deterministic": deterministic, "tile_config": row["name"], **window}
+            results += flash_attn_varlen_backward(*arguments, **options)
     return results
 
 

@@ -29,7 +29,7 @@ OPCHECK = (
     "test_faketensor",
     "test_aot_dispatch_dynamic",
 )
-ROWS = [pytest.param(row, id=row["name"]) for row in tile_configs("backward")]
+ROWS = [pytest.param(row, id=row["name"]) for row in tile_configs("backward") if not row["softcap"]]
 REPEATS = 200
 
 
@@ -703,6 +703,6 @@ def test_more_than_2_31_elements(hopper, long):
                 assert_rows("gradient of q", grads[0][:, rows, heads], *right)
         else:
             part = (d1, None, q1, k1, v1, 128**-0.5, False)
-            assert_gradients_right([g[:, :, heads] for g in grads], *part)
+            assert_gradients_right([g[:, :, heads] for g in grads[:3]], *part)
     del q, k, v, grad_out, out, lse, grads
     torch.cuda.empty_cache()

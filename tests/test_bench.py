@@ -25,6 +25,7 @@ from bench.cells import (  # noqa: E402
 from bench.check import Reference  # noqa: E402
 from bench.check_backward import GradientReference  # noqa: E402
 from bench.timing import Spread, turns  # noqa: E402
+from cute_kernels import Tuned  # noqa: E402
 
 
 def entry(ours, head_dim=128, mask="full", seqlen=2048, **peers):
@@ -191,12 +192,24 @@ def test_text_table_lines_up():
     assert lines == ["a       long", "longer     1", "b         22"]
 
 
+def searched(automatic, seqlen=2048, **seconds):
+    sizes = {"head_dim": 128, "causal": False, "seqlen_q": seqlen}
+    return Tuned(
+        kind={"sizes": sizes},
+        name=automatic,
+        automatic=automatic,
+        samples={name: [value] * 3 for name, value in seconds.items()},
+        rows={},
+        refused={},
+        failed={},
+    )
+
+
 def test_search_ranks_rows_timed_everywhere():
-    cells = [entry(500.0, a=550.0, b=400.0), entry(500.0, seqlen=4096, a=450.0, b=None)]
-    (group,) = search.rank(cells)
-    assert [c["name"] for c in group["candidates"]] == ["ours", "a"]
-    assert group["candidates"][1]["gain"] == pytest.approx(math.sqrt(1.1 * 0.9))
-    assert group["best_by_seqlen"] == {"2048": "a", "4096": "a"}
+    runs = [searched("a", a=1.0, b=0.5, c=0.1), searched("b", seqlen=4096, b=2.0, a=2.5)]
+    assert search.gains(runs) == {
+        (128, "full"): {"b": pytest.approx(math.sqrt(2)), "a": pytest.approx(math.sqrt(0.8))}
+    }
 
 
 def test_ablation_names_the_switches_and_holds_the_papers_cell():

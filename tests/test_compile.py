@@ -152,6 +152,16 @@ def test_another_version_of_the_package_has_entries_of_its_own(compiler, other_h
     assert compiler.calls == 2
 
 
+def test_two_versions_at_once_do_not_meet(compiler, other_headers):
+    processes = [compiler.start(SECONDS="0.5")]
+    compiler.include = str(other_headers)
+    processes.append(compiler.start(SECONDS="0.5"))
+    libraries = [process.communicate(timeout=60)[0].strip() for process in processes]
+    assert len(set(libraries)) == 2
+    assert [Path(library).read_text() for library in libraries] == ["library\n"] * 2
+    assert compiler.calls == 2
+
+
 def test_headers_that_are_not_the_extensions_compile_nothing(other_headers, monkeypatch):
     monkeypatch.setattr(plugins, "get_include", lambda: str(other_headers))
     with pytest.raises(RuntimeError, match=f"the headers in {other_headers} have digest .*again"):
@@ -227,17 +237,36 @@ def test_a_full_disk_is_named_and_the_next_call_works(compiler, disk, used, erro
     assert library.read_text() == "library\n"
 
 
-def test_a_build_that_was_killed_leaves_nothing_in_the_way(compiler):
+def start_and_wait_for_nvcc(compiler):
     process = compiler.start(SECONDS="60")
     deadline = time.monotonic() + 30
     while compiler.calls == 0:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return process
+
+
+def kill(process):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def test_a_build_that_was_killed_leaves_nothing_in_the_way(compiler):
+    kill(start_and_wait_for_nvcc(compiler))
     assert [path for path in compiler.cache.iterdir() if path.is_dir()], "it was not in a build"
     (library,), _ = compiler.run()
     assert [path for path in compiler.cache.iterdir() if path.is_dir()] == [library.parent]
+
+
+def test_who_waits_for_a_build_that_is_killed_takes_over(compiler):
+    first = start_and_wait_for_nvcc(compiler)
+    second = compiler.start()
+    assert "waiting for another process, which compiles mine" in second.stderr.readline()
+    kill(first)
+    out, said = second.communicate(timeout=60)
+    assert "compiling mine (1 of 1)" in said
+    assert Path(out.strip()).read_text() == "library\n"
+    assert compiler.calls == 2
 
 
 def test_a_cache_that_cannot_be_written_is_named(compiler, monkeypatch, tmp_path):

@@ -1,20 +1,23 @@
-"""The training example, run as a user runs it."""
+"""The examples, run as a user runs them."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_char.py"
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def train(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, SCRIPT, *arguments]
+def run(example: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, EXAMPLES / example, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_training_agrees_with_pytorch(device, tmp_path):
     picture = tmp_path / "curves.png"
-    done = train("--device", device, "--steps", "10", "--plot", str(picture))
+    done = run("train_char.py", "--device", device, "--steps", "10", "--plot", str(picture))
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout
     assert "the curves agree" in said
@@ -22,6 +25,21 @@ def test_training_agrees_with_pytorch(device, tmp_path):
 
 
 def test_training_refuses_too_few_steps():
-    done = train("--steps", "3")
+    done = run("train_char.py", "--steps", "3")
     assert done.returncode == 2
     assert "--steps is 3, must be at least 10" in done.stderr
+
+
+@pytest.mark.parametrize("slots", [1, 5])
+def test_serving_from_a_cache_gives_the_same_tokens(device, slots):
+    done = run("serve_paged.py", "--device", device, "--slots", str(slots), "--requests", "7")
+    assert done.returncode == 0, done.stdout + done.stderr
+    same, made = re.search(r"(\d+) of (\d+) tokens are those", done.stdout).groups()
+    assert int(made) > 50
+    if device == "cpu":  # on a GPU rounding may decide between two that are as likely
+        assert same == made
+
+
+def test_serving_says_that_pages_are_too_few():
+    done = run("serve_paged.py", "--device", "cpu", "--pages", "2")
+    assert "a request needs more pages than there are" in done.stderr

@@ -309,3 +309,16 @@ def test_the_kernel_runs(hopper, compiled):
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     ran = python(compiled.folder, RUN, PYTHONPATH=path)
     assert ran.out == "right\n"
+
+
+def test_the_snippets_of_a_tuned_set_run(hopper, tmp_path):
+    """With the rows of the build alone: a candidate is a minute of nvcc."""
+    code = block("snippet: tune")
+    assert code.count("candidates=12") == 1
+    path = os.pathsep.join(sys.path)
+    head_dim = cute_kernels.tile_configs("forward")[0]["head_dim"]
+    code = code.replace("candidates=12", "candidates=0").replace("128", str(head_dim))
+    assert "fastest: " in python(tmp_path, code, PYTHONPATH=path).out
+    (name,) = eval(python(tmp_path, block("snippet: use tuned"), PYTHONPATH=path).out)
+    assert name in {row["name"] for row in cute_kernels.tile_configs("forward")}
+    assert command_line.main(["plot", f"{tmp_path}/search.json", "--out", f"{tmp_path}/a.svg"]) == 0

@@ -8,7 +8,7 @@ import pytest
 from cute_kernels import tile_configs
 
 SECONDS = 60
-ROWS = [pytest.param(row, id=row["name"]) for row in tile_configs("backward")]
+ROWS = [pytest.param(row, id=row["name"]) for row in tile_configs("backward") if not row["softcap"]]
 SCRIPT = """
 import sys
 import torch

@@ -175,7 +175,11 @@ def test_poison_reaches_the_outputs(hopper):
     assert lse.isnan().all()
 
 
-ROWS = [pytest.param(row, id=row["name"]) for row in cute_kernels.tile_configs("forward")]
+ROWS = [
+    pytest.param(row, id=row["name"])
+    for row in cute_kernels.tile_configs("forward")
+    if not row["softcap"]
+]
 
 
 @pytest.mark.parametrize("row", ROWS)

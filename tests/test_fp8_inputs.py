@@ -234,6 +234,16 @@ def quantised(q, k, v):
             r"softmax_scale is 1e\+39, must be at most 3\.4",
         ),
         (lambda q, k, v: flash_attn_fp8_func(q, k, v, seed=2**64), ValueError, "seed is"),
+        (
+            lambda q, k, v: flash_attn_fp8_func(q, k, v, tile_config="none"),
+            ValueError,
+            r"tile_config is 'none', must be None \(automatic\) or the name of a forward_fp8 row",
+        ),
+        (
+            lambda q, k, v: flash_attn_fp8_func(q, k, v, tile_config=1),
+            TypeError,
+            "tile_config is 1, must be None",
+        ),
         (lambda q, k, v: flash_attn_fp8_func(q, k, v.int()), TypeError, "x has dtype torch.int32"),
         (
             lambda q, k, v: flash_attn_fp8_func(q, k, v, out_dtype=torch.int8),

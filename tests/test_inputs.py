@@ -392,8 +392,6 @@ def test_mixed_devices_in_shape_inference():
 
 LATER = {
     "qv": torch.zeros(1),
-    "attention_chunk": 64,
-    "softcap": 30.0,
 }
 
 

@@ -16,11 +16,12 @@ MAIN = r"""
 namespace cute_kernels::attention {
 constexpr auto kBf16 = ElementType::kBFloat16;
 constexpr auto kAny = MaskClass::kAny;
+constexpr auto kNone = MaskClass::kNone;  // never chosen
 ForwardKernel const kForward[] = {
-    {{"f64", kBf16, 64, 64, false, kAny, 128, 1.0, 0}, nullptr, nullptr}};
+    {{"f64", kBf16, 64, 64, false, false, kAny, 128, 1.0, 0}, nullptr, nullptr}};
 BackwardKernel const kBackward[] = {
-    {{"b64", kBf16, 64, 64, false, kAny, 128}, nullptr, nullptr},
-    {{"b128", kBf16, 128, 128, false, kAny, 128}, nullptr, nullptr}};
+    {{"b64", kBf16, 64, 64, false, false, kAny, 128}, nullptr, nullptr},
+    {{"b128", kBf16, 128, 128, false, false, kAny, 128}, nullptr, nullptr}};
 KernelTable<ForwardKernel> forward_kernels{kForward, 1};
 KernelTable<BackwardKernel> backward_kernels{kBackward, 2};
 KernelTable<Fp8ForwardKernel> fp8_forward_kernels{nullptr, 0};
@@ -50,9 +51,10 @@ Fp8ForwardKernel const* int8() {
 int main() {
   show("built backward 64", backward(64, false));
   static BackwardKernel const added[] = {
-      {{"mine64", kBf16, 64, 64, false, MaskClass::kCausal, 64}, nullptr, nullptr},
-      {{"mine192", kBf16, 192, 192, false, kAny, 64}, nullptr, nullptr},
-      {{"b64", kBf16, 64, 64, false, kAny, 64}, nullptr, nullptr}};
+      {{"mine64", kBf16, 64, 64, false, false, MaskClass::kCausal, 64}, nullptr, nullptr},
+      {{"mine192", kBf16, 192, 192, false, false, kAny, 64}, nullptr, nullptr},
+      {{"b64", kBf16, 64, 64, false, false, kAny, 64}, nullptr, nullptr},
+      {{"none64", kBf16, 64, 64, false, false, kNone, 64}, nullptr, nullptr}};
   for (auto const& kernel : added) std::printf("%d", backward_kernels.add(kernel));
   std::printf("\n");
   for (auto const& kernel : backward_kernels) std::printf("%s ", kernel.config.name);
@@ -63,8 +65,10 @@ int main() {
   show("full 200", backward(200, false));
 
   show("no fp8", int8());
-  static Fp8ForwardKernel const fp8{{"int8", ScoreType::kInt8, 64, 64, false, kAny, 128}, nullptr};
-  static Fp8ForwardKernel const e4m3{{"e4m3", ScoreType::kE4m3, 64, 64, false, kAny, 128}, nullptr};
+  static Fp8ForwardKernel const fp8{
+      {"int8", ScoreType::kInt8, 64, 64, false, false, kAny, 128}, nullptr};
+  static Fp8ForwardKernel const e4m3{
+      {"e4m3", ScoreType::kE4m3, 64, 64, false, false, kAny, 128}, nullptr};
   fp8_forward_kernels.add(fp8);
   fp8_forward_kernels.add(e4m3);
   show("fp8", int8());
@@ -72,8 +76,11 @@ int main() {
 
   show("forward", forward(false));
   static ForwardKernel const fast{
-      {"fast", kBf16, 64, 64, false, MaskClass::kFull, 128, 1.5, 0}, nullptr, nullptr};
+      {"fast", kBf16, 64, 64, false, false, MaskClass::kFull, 128, 1.5, 0}, nullptr, nullptr};
   forward_kernels.add(fast);
+  static ForwardKernel const none{
+      {"none", kBf16, 64, 64, false, kNone, 128, 99.0, 0}, nullptr, nullptr};
+  forward_kernels.add(none);
   show("full forward", forward(false));
   show("causal forward", forward(true));
 
@@ -90,8 +97,8 @@ int main() {
   };
   any("window without one", window);
   static ForwardKernel const for_any[] = {
-      {{"any64", kBf16, 64, 64, true, kAny, 128, 9.0, 0}, nullptr, nullptr},
-      {{"any128", kBf16, 64, 128, true, kAny, 128, 9.0, 0}, nullptr, nullptr}};
+      {{"any64", kBf16, 64, 64, true, false, kAny, 128, 9.0, 0}, nullptr, nullptr},
+      {{"any128", kBf16, 64, 128, true, false, kAny, 128, 9.0, 0}, nullptr, nullptr}};
   for (auto const& kernel : for_any) forward_kernels.add(kernel);
   any("window", window);
   any("window that hides nothing", covering);
@@ -105,7 +112,8 @@ int main() {
   static std::vector<ForwardKernel> kernels;
   for (int i = 0; i < 4 * kEach; ++i) names.push_back("k" + std::to_string(i / 2));
   for (auto const& name : names) {
-    kernels.push_back({{name.c_str(), kBf16, 64, 64, false, kAny, 128, 1.0, 0}, nullptr, nullptr});
+    kernels.push_back(
+        {{name.c_str(), kBf16, 64, 64, false, false, kAny, 128, 1.0, 0}, nullptr, nullptr});
   }
   std::atomic<int> added_count{0}, lost{0};
   std::vector<std::thread> threads;
@@ -138,7 +146,7 @@ def said(tmp_path_factory) -> list[str]:
 
 
 def test_added_kernels_stand_behind_the_builds_and_no_name_twice(said):
-    assert said[1:3] == ["110", "b64 b128 mine64 mine192 "]
+    assert said[1:3] == ["1101", "b64 b128 mine64 mine192 none64 "]
 
 
 def test_of_backward_kernels_the_last_that_fits_is_chosen(said):
@@ -171,4 +179,4 @@ def test_kernels_for_any_call_take_what_those_for_dense_ones_do_not(said):
 
 
 def test_many_threads_may_add_while_others_read(said):
-    assert said[-1] == "1000 added, 1004 there, 0 lost"
+    assert said[-1] == "1000 added, 1005 there, 0 lost"

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from cute_kernels import flash_attn_func, tile_configs
-from cute_kernels.operators import flash_attn_forward
+from cute_kernels.operators import flash_attn_backward, flash_attn_forward
 
 OPCHECK = (
     "test_schema",
@@ -57,6 +57,19 @@ def test_shape_inference_is_what_is_allocated(device, sizes):
     real = run(q, k, v)
     with FakeTensorMode() as mode:
         fake = flash_attn_func(*(mode.from_tensor(t) for t in (q, k, v)), return_lse=True)
+    assert [form(t) for t in fake] == [form(t) for t in real]
+
+
+@pytest.mark.parametrize("sizes", [{}, {"seqlen_q": 0}, {"seqlen_k": 0}], ids=str)
+def test_shape_inference_of_gradients_is_what_is_allocated(sizes):
+    q, k, v = permuted_qkv("cpu", torch.float32, heads=6, key_heads=3, **sizes)
+    out, lse = run(q, k, v)
+    inputs = (torch.ones_like(out), None, q, k, v, out, lse, 0.3, True, False)
+    real = flash_attn_backward(*inputs)
+    with FakeTensorMode() as mode:
+        fake = flash_attn_backward(
+            *(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs)
+        )
     assert [form(t) for t in fake] == [form(t) for t in real]
 
 

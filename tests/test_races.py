@@ -24,10 +24,10 @@ def test_same_bits_every_time(hopper, row, causal):
         hopper, DTYPES[row["dtype"]], 2, 1500, 1700, 16, 4, head_dim=common_head_dim(row)
     )
 
+    options = {"causal": causal, "tile_config": row["name"], "softcap": 2.0 * row["softcap"]}
+
     def call():
-        return bits(
-            *flash_attn_func(*inputs, causal=causal, return_lse=True, tile_config=row["name"])
-        )
+        return bits(*flash_attn_func(*inputs, return_lse=True, **options))
 
     first = call()
     changed = torch.zeros((), dtype=torch.int64, device=hopper)
@@ -45,10 +45,10 @@ def test_same_bits_beside_other_work(hopper, row):
         hopper, DTYPES[row["dtype"]], 1, 900, 1300, 8, 2, head_dim=common_head_dim(row)
     )
 
+    options = {"causal": causal, "tile_config": row["name"], "softcap": 2.0 * row["softcap"]}
+
     def call():
-        return bits(
-            *flash_attn_func(*inputs, causal=causal, return_lse=True, tile_config=row["name"])
-        )
+        return bits(*flash_attn_func(*inputs, return_lse=True, **options))
 
     first = call()
     noise = torch.randn(2048, 2048, device=hopper)

@@ -10,6 +10,8 @@ from host_program import CHECKED, host_program, needs_cxx
 pytestmark = needs_cxx
 
 NONE = -1000  # a limit of the mask that is not there
+ROW_BYTES = 4096
+ROW_STRIDES = (ROW_BYTES, ROW_BYTES, 2**34 - ROW_BYTES)  # of the coordinates of a packed row
 MAIN = f"""
 #include <iostream>
 #include <vector>
@@ -50,7 +52,7 @@ int main() {{
                 << s.k.rows << ' ' << s.k.used << ' ' << s.first_query_block << ' '
                 << s.hides_values();
       for (TmaRows const rows : {{s.tma_q, s.tma_k, s.tma_grad_k}}) {{
-        std::cout << ' ' << rows.first << ' ' << rows.entry;
+        std::cout << ' ' << rows.first << ' ' << rows.entry << ' ' << rows.wrap;
       }}
       for (int block = 0; block * keys < s.k.rows; ++block) {{
         BlockRange const queries = s.ranges.query_blocks(block * keys, keys, tile_m);
@@ -136,16 +138,17 @@ def test_sequences_turns_and_numbers(program):
             if pairs:
                 assert answer[7] == (len(seen) < len(pairs))
             # TMA: row i of those that begin at `first` is at `start` + i, as its coordinates add
-            # up, and the tensor, which begins `total` rows early, ends behind the last one.
-            for (start, count), total, at, entry in (
-                (q[::2], case.totals[0], *answer[8:10]),
-                (k[::2], case.totals[1], *answer[10:12]),
-                (k[:2], case.totals[1], *answer[12:14]),
+            # up modulo 2^64 bytes, and the tensor ends behind the last one.
+            for (start, count), total, at, entry, wrap in (
+                (q[::2], case.totals[0], *answer[8:11]),
+                (k[::2], case.totals[1], *answer[11:14]),
+                (k[:2], case.totals[1], *answer[14:17]),
             ):
-                assert at >= 0 and 0 <= entry <= total
-                assert at + entry - total == start
-                assert at + count == total
-            turns = [tuple(answer[i : i + 3]) for i in range(14, len(answer), 3)]
+                assert at >= 0 and 0 <= entry <= total and 0 <= wrap <= 2**30
+                address = sum(c * s for c, s in zip((at, entry, wrap), ROW_STRIDES, strict=True))
+                assert address % 2**64 == start * ROW_BYTES
+                assert at + count == 2**30
+            turns = [tuple(answer[i : i + 3]) for i in range(17, len(answer), 3)]
             assert {(m, n) for m, n, _ in turns} == {(i // tile_m, j // keys) for i, j in seen}
             for m in {m for m, _, _ in turns}:
                 in_order = sorted((n, turn) for of, n, turn in turns if of == m)

@@ -12,12 +12,10 @@ from packed import Packed, assert_packed_right, random_grads, random_packed
 from parity import (
     DTYPES,
     WINDOWS,
-    has_gradient,
     one_hot,
     random_mask,
     skip_unless_answered,
     skip_unless_built,
-    skip_without_gradient,
 )
 
 from cute_kernels import (
@@ -66,10 +64,7 @@ def test_random_calls(device, seed):
     longest = max([b.stop - b.start for pair in packed.sequences() for b in pair], default=0)
     limits = {"max_seqlen_q": longest, "max_seqlen_k": chance.choice([None, longest + 7])}
     spoilt, grads = packed.spoilt(math.nan), (grad_out, grad_lse)
-    if has_gradient(device):
-        results = spoilt.gradients(*grads, **options, **limits)
-    else:
-        results = spoilt.run(**options, **limits)
+    results = spoilt.gradients(*grads, **options, **limits)
     assert_packed_right(results, packed, grads, **options)
 
 
@@ -81,7 +76,9 @@ def test_sequences_of_equal_lengths_are_a_batch(device):
     for options in ({}, {"causal": True}, {"window_size": (30, 0)}):
         out, lse = packed.run(**options)
         right, right_lse = flash_attn_func(q, k, v, return_lse=True, **options)
-        torch.testing.assert_close(out, right.flatten(0, 1))
+        # On CUDA by two kernels, whose P is rounded apart: by 2^-9 of itself, and adds up to 1.
+        close = {} if device == "cpu" else {"rtol": 2**-6, "atol": 2**-8}
+        torch.testing.assert_close(out, right.flatten(0, 1), **close)
         torch.testing.assert_close(lse, right_lse.transpose(0, 1).flatten(1))
 
 
@@ -112,13 +109,14 @@ def test_every_visible_key_has_its_weight(device, causal):
 @pytest.mark.parametrize("causal", [False, True])
 def test_every_pair_has_its_gradient(device, causal):
     """Scores are all 0 and dO is one-hot by its row in the whole: dV holds P^T."""
-    skip_without_gradient(device)
+    dtype, error = (torch.float32, 1e-6) if device == "cpu" else (torch.float16, 1e-3)
+    skip_unless_answered(device, dtype, 8, 256)
     keys = LENGTHS[3:] + LENGTHS[:3]
     total_q, total_k = sum(LENGTHS), sum(keys)
-    q = torch.zeros(total_q, 1, 8, device=device)
+    q = torch.zeros(total_q, 1, 8, device=device, dtype=dtype)
     k, v = q.new_zeros(total_k, 1, 8), q.new_zeros(total_k, 1, 256)
     packed = Packed(q, k, v, LENGTHS, keys)
-    needles = one_hot(total_q, 0, 256, 256).to(device)
+    needles = one_hot(total_q, 0, 256, 256).to(device, dtype)
     for window_size in [(-1, -1), *WINDOWS[2::9]]:
         options = {"causal": causal, "window_size": window_size}
         parts = [packed.gradients(grad, **options)[-1] for grad in needles]
@@ -128,7 +126,7 @@ def test_every_pair_has_its_gradient(device, causal):
             sizes = of_q.stop - of_q.start, of_k.stop - of_k.start
             seen = visible(*sizes, causal, window_size, device=device)
             right[of_k, of_q] = (seen / seen.sum(-1, keepdim=True).clamp(min=1)).mT
-        assert ((weights - right).abs() <= 1e-6 * right).all(), window_size
+        assert ((weights - right).abs() <= error * right).all(), window_size
 
 
 @pytest.mark.parametrize("wild", [math.nan, math.inf])
@@ -150,8 +148,6 @@ def test_rows_of_none_and_of_others_change_no_bit(device, window_size, wild):
         grad_out = grad_out.masked_fill(hidden[:, None, None], value)
         grad_lse = grad_lse.masked_fill(hidden, value)
         spoilt = packed.spoilt(value)
-        if not has_gradient(device):
-            return spoilt.run(window_size=window_size)
         return spoilt.gradients(grad_out, grad_lse, window_size=window_size)
 
     clean = results(packed, 0.0, of_q)
@@ -167,7 +163,7 @@ def test_rows_of_none_and_of_others_change_no_bit(device, window_size, wild):
         out, lse, *of_inputs = results(alone, wild, hidden)
         assert torch.equal(out[rows_q], clean[0][rows_q])
         assert torch.equal(lse[:, rows_q], clean[1][:, rows_q])
-        parts = zip(of_inputs, clean[2:], (rows_q, rows_k, rows_k), strict=has_gradient(device))
+        parts = zip(of_inputs, clean[2:], (rows_q, rows_k, rows_k), strict=True)
         assert all(torch.equal(result[part], right[part]) for result, right, part in parts)
 
 
@@ -184,9 +180,8 @@ def test_diagonals(device, causal):
     grad_out, grad_lse = random_grads(packed)
     inputs = (*packed.qkv, *lengths, 0.2, causal)
     results = flash_attn_varlen_forward(*inputs, **keywords)
-    if has_gradient(device):
-        inputs = (*packed.qkv, *results, *lengths, 0.2, causal)
-        results += flash_attn_varlen_backward(grad_out, grad_lse, *inputs, **keywords)
+    inputs = (*packed.qkv, *results, *lengths, 0.2, causal)
+    results += flash_attn_varlen_backward(grad_out, grad_lse, *inputs, **keywords)
     mask = {"causal": causal, "window_size": (25, -1), "diagonal": diagonal}
     assert_packed_right(results, packed, (grad_out, grad_lse), softmax_scale=0.2, **mask)
 
@@ -198,10 +193,7 @@ def test_layouts(device):
     for q, k, v in (whole.unbind(1), whole.permute(1, 2, 0, 3).contiguous().transpose(1, 2)):
         packed = Packed(q, k, v, [40, 60], [40, 60])
         grads = random_grads(packed)
-        if has_gradient(device):
-            results = packed.gradients(*grads, causal=True)
-        else:
-            results = packed.run(causal=True)
+        results = packed.gradients(*grads, causal=True)
         assert_packed_right(results, packed, grads, causal=True)
 
 
@@ -214,8 +206,7 @@ def test_no_sequence_and_no_rows(device):
             random.Random(0), device, dtype, slots_q, slots_k, (16, 16), (2, 1), tail=tail
         )
         grads = random_grads(packed)
-        results = packed.gradients(*grads) if has_gradient(device) else packed.run()
-        assert_packed_right(results, packed, grads)
+        assert_packed_right(packed.gradients(*grads), packed, grads)
 
 
 def test_what_is_returned(device):
@@ -239,7 +230,7 @@ def test_signature():
         if p.kind is p.POSITIONAL_OR_KEYWORD
     )
     assert shown == (
-        "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, "
+        "q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, "
         "seqused_q=None, seqused_k=None, softmax_scale=None, causal=False, qv=None, "
         "q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0, "
         "softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, "
@@ -274,7 +265,7 @@ def test_varlen_qkvpacked(device, num_heads_q):
     skip_unless_answered(device, torch.bfloat16)
     shape = (50, 8, 64) if num_heads_q else (50, 3, 4, 64)
     qkv = torch.randn(shape, device=device).to(torch.bfloat16)
-    qkv.requires_grad_(has_gradient(device))
+    qkv.requires_grad_()
     cu_seqlens = torch.tensor([0, 13, 13, 47], dtype=torch.int32, device=device)
     options = {"window_size": (9, 2), "return_attn_probs": True}
     packed = flash_attn_varlen_qkvpacked_func(
@@ -283,9 +274,8 @@ def test_varlen_qkvpacked(device, num_heads_q):
     q, k, v = qkv.split([4, 2, 2], 1) if num_heads_q else qkv.unbind(1)
     right = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, **options)
     assert all(torch.equal(a, b) for a, b in zip(packed, right, strict=True))
-    if has_gradient(device):
-        grads = [torch.autograd.grad(x[0].float().square().sum(), qkv)[0] for x in (packed, right)]
-        assert torch.equal(*grads)
+    grads = [torch.autograd.grad(x[0].float().square().sum(), qkv)[0] for x in (packed, right)]
+    assert torch.equal(*grads)
 
 
 BAD_QKV = {

@@ -15,7 +15,7 @@ from cute_kernels.operators import flash_attn_varlen_forward
 ROWS = [
     pytest.param(row, id=row["name"])
     for row in tile_configs("forward")
-    if row["any_call"] and row["dtype"] == "bf16"
+    if row["any_call"] and row["dtype"] == "bf16" and not row["softcap"]
 ]
 
 

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from packed import Packed, assert_packed_right, random_grads, random_packed
-from parity import skip_without_gradient
+from parity import skip_unless_answered
 from torch import func
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -63,7 +63,7 @@ def form(tensor):
 
 @pytest.mark.parametrize("batch", [0, 3])
 def test_shape_inference_is_what_is_allocated(device, batch):
-    skip_without_gradient(device)
+    skip_unless_answered(device, torch.bfloat16)
     packed = small(dtype=torch.bfloat16, device=device, batch=batch)
     real = packed.gradients(*random_grads(packed))
     with FakeTensorMode() as mode:
@@ -173,7 +173,7 @@ def test_activation_checkpointing(reentrant):
 
 @pytest.mark.parametrize("uses", ["out", "lse", "both"])
 def test_gradient_of_either_output(device, uses):
-    skip_without_gradient(device)
+    skip_unless_answered(device, torch.bfloat16)
     packed = small(dtype=torch.bfloat16, device=device)
     grad_out, grad_lse = random_grads(packed)
     inputs = [x.detach().requires_grad_() for x in packed.qkv]

@@ -111,8 +111,8 @@ SEVERAL = [torch.tensor([0, 0]), Numbers(0, 0)]
         ("pack_gqa", TypeError, "pack_gqa is .*, must be True, False or None"),
         ("causal", TypeError, "causal is .*, must be True or False"),
         ("deterministic", TypeError, "deterministic is .*, must be True or False"),
-        ("attention_chunk", NotImplementedError, "flash_attn_func: attention_chunk is not there"),
-        ("softcap", NotImplementedError, "flash_attn_func: softcap is not there yet"),
+        ("attention_chunk", TypeError, "attention_chunk is .*, must be an int"),
+        ("softcap", TypeError, "softcap is .*, must be a number"),
         ("qv", NotImplementedError, "flash_attn_func: qv is not there yet"),
     ],
 )
@@ -167,7 +167,7 @@ def test_limits_below_0_on_a_gpu(hopper, name):
     q, k, v = random_qkv(hopper, torch.bfloat16)
     limits = (-1, None) if name == "window_left" else (None, -1)
     with pytest.raises(ValueError, match=rf"{name} is -1, must be at least 0 or None"):
-        dense.without_gradient(q, k, v, 0.1, False, None, False, *limits, None)
+        dense.without_gradient(q, k, v, 0.1, False, None, False, None, *limits)
 
 
 @pytest.mark.parametrize("window_size", [(5, 5), (-1, 0), (500, 500)], ids=str)
@@ -182,7 +182,9 @@ def test_rows_for_dense_calls_take_no_window(hopper, window_size):
     if window_size != (5, 5):
         flash_attn_func(q, k, v, window_size=window_size, tile_config=names[0])
         return
-    message = f"^tile_config '{names[0]}' takes no window, no diagonal and no packed sequences"
+    message = (
+        f"^tile_config '{names[0]}' takes no window, no diagonal, no sinks and no packed sequences"
+    )
     with pytest.raises(ValueError, match=message):
         flash_attn_func(q, k, v, window_size=window_size, tile_config=names[0])
 

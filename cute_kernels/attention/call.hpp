@@ -60,6 +60,11 @@ struct AttentionCall {
   MaskSpec mask;
   float scale;  // of the scores, finite, > 0
   PackedLengths packed{};
+  // Forward: (heads_q), a score of each head that stands in every row's softmax beside those of the
+  // keys, without a value; -inf is none. Null: no head has one. Backward finds them in its lse.
+  float const* sinks = nullptr;
+  // Where above 0, scores become softcap * tanh(score / softcap), before the mask.
+  float softcap = 0.f;
 
   constexpr bool is_packed() const { return packed.cu_seqlens_q != nullptr; }
 };

@@ -3,6 +3,7 @@
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/problem.hpp"
+#include "cute_kernels/attention/tma_rows.hpp"
 
 namespace cute_kernels::attention {
 
@@ -15,13 +16,36 @@ auto global_tensor(TensorView const& view, int rows, int columns, int heads, int
                      make_stride(view.seqlen_stride, _1{}, view.head_stride, view.batch_stride));
 }
 
-/// A (total, heads, head_dim) tensor of packed sequences, for the coordinates of TmaRows.
+/// The tensor of any call, for the coordinates of TmaRows: a fifth one is 0 in dense calls. Packed
+/// sequences have kManyRows rows to each of two more ways of choosing one, whose sum wraps around.
 template <class Element>
-auto packed_tensor(TensorView const& view, int total, int columns, int heads) {
-  TensorView shifted = view;
-  shifted.data = static_cast<Element*>(view.data) - total * view.seqlen_stride;
-  shifted.batch_stride = view.seqlen_stride;
-  return global_tensor<Element>(shifted, total, columns, heads, total + 1);
+auto any_tensor(TensorView const& view, int rows, int columns, int heads, int batch,
+                bool is_packed) {
+  using namespace cute;
+  constexpr int64_t kWrap = (int64_t{1} << 34) / sizeof(Element);
+  static_assert(kManyRows == 1 << 30, "as many of kWrap are 2^64 bytes");
+  int const entries = is_packed ? rows + 1 : batch;
+  int64_t const entry_stride = is_packed ? view.seqlen_stride : view.batch_stride;
+  return make_tensor(make_gmem_ptr(static_cast<Element*>(view.data)),
+                     make_shape(is_packed ? kManyRows : rows, columns, heads, entries,
+                                is_packed ? kManyRows + 1 : 1),
+                     make_stride(view.seqlen_stride, _1{}, view.head_stride, entry_stride,
+                                 kWrap - view.seqlen_stride));
+}
+
+/// The (rows, columns) of a head, from the first one of a sequence on.
+template <class Tma, class Shape>
+CUTE_DEVICE auto rows_of_head(Tma const& tma, Shape const& shape, int head, TmaRows const& rows) {
+  using namespace cute;
+  auto const of_head = [&] {
+    auto all = tma.get_tma_tensor(shape);
+    if constexpr (rank(Shape{}) == 5) {
+      return all(_, _, head, rows.entry, rows.wrap);
+    } else {
+      return all(_, _, head, rows.entry);
+    }
+  }();
+  return domain_offset(make_coord(rows.first, _0{}), of_head);
 }
 
 }  // namespace cute_kernels::attention

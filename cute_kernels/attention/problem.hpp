@@ -55,10 +55,12 @@ struct BackwardProblem {
   TensorView grad_out;
   float const* lse;       // as forward wrote it; -inf where a row sees nothing
   float const* grad_lse;  // the gradient of lse, or null
+  float const* sinks;     // (heads_q), what forward's call had, or null
   TensorView grad_q;
   TensorView grad_k;
   TensorView grad_v;
-  void* workspace;  // 256-byte aligned, contents undefined on entry
+  float* grad_sinks;  // (batch, heads_q), packed (1, heads_q): of each batch entry's rows; or null
+  void* workspace;    // 256-byte aligned, contents undefined on entry
   Device device;
 };
 

@@ -18,8 +18,8 @@ namespace cute_kernels::attention {
 enum class ElementType { kFloat16, kBFloat16 };
 
 /// Which calls the automatic choice may give to a kernel; each kernel answers every mask when asked
-/// for by name.
-enum class MaskClass { kAny, kFull, kCausal };
+/// for by name. kNone: those alone that it was measured to be the fastest for.
+enum class MaskClass { kAny, kFull, kCausal, kNone };
 
 /// The columns of a row that decide whether a kernel can take a call.
 template <class Dtype>
@@ -28,7 +28,8 @@ struct RowConfig {
   Dtype dtype;
   int head_dim;  // the kernel takes head dims up to these
   int head_dim_v;
-  bool any_call;  // every call, rather than the dense ones whose mask is none or causal
+  bool any_call;  // every call, rather than dense ones without sinks whose mask is none or causal
+  bool softcap;   // calls with a softcap, and only these
   MaskClass mask;
 };
 
@@ -67,7 +68,8 @@ template <class Dtype>
 bool can_take(RowConfig<Dtype> const& config, Dtype dtype, AttentionCall const& call) {
   return config.dtype == dtype && config.head_dim >= call.sizes.head_dim &&
          config.head_dim_v >= call.sizes.head_dim_v &&
-         (config.any_call || kernel_ranges(call).has_value());
+         (config.any_call || (call.sinks == nullptr && kernel_ranges(call).has_value())) &&
+         config.softcap == (call.softcap > 0.f);
 }
 
 /// Whether the automatic choice may give the call to it.

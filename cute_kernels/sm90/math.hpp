@@ -18,6 +18,13 @@ CUTLASS_DEVICE float exp2_mufu(float x) {
   return y;
 }
 
+/// 1 / x on the same unit: 1 ulp, of infinity 0.
+CUTLASS_DEVICE float reciprocal_mufu(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// The larger one; NaN if one is.
 CUTLASS_DEVICE float max_nan(float a, float b) {
   float most;

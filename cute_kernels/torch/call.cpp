@@ -3,12 +3,17 @@
 #include <cmath>
 #include <limits>
 
+#include <torch/csrc/stable/ops.h>
+
+#include "cute_kernels/torch/tensor.hpp"
+
 namespace cute_kernels::binding {
 
 using attention::AttentionCall;
 using attention::CallSizes;
 using attention::ElementType;
 using attention::MaskSpec;
+using attention::ScoreType;
 using torch::headeronly::ScalarType;
 
 namespace {
@@ -32,7 +37,13 @@ ElementType element_type(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? ElementType::kBFloat16 : ElementType::kFloat16;
 }
 
+ScoreType score_type(ScalarType dtype) {
+  return dtype == ScalarType::Char ? ScoreType::kInt8 : ScoreType::kE4m3;
+}
+
 char const* name_of(ElementType dtype) { return dtype == ElementType::kBFloat16 ? "bf16" : "fp16"; }
+
+char const* name_of(ScoreType dtype) { return dtype == ScoreType::kInt8 ? "int8" : "e4m3"; }
 
 char const* name_of(AttentionCall const& call) {
   if (call.is_packed()) return "packed sequences";
@@ -69,6 +80,22 @@ void check_like(Argument const& a, Argument const& q) {
   require(a.dtype == q.dtype, a.name, " does not have q's dtype");
 }
 
+Sinks::Sinks(std::optional<torch::stable::Tensor> const& sinks, Argument const& q, int heads) {
+  if (!sinks) return;
+  Argument const a("sinks", *sinks);
+  check_device(a, q);
+  require(a.dtype == ScalarType::Float || a.dtype == ScalarType::Half ||
+              a.dtype == ScalarType::BFloat16,
+          "sinks is not float32, float16 or bfloat16");
+  require(a.sizes.size() == 1 && a.size(0) == heads, "sinks does not have a value for each head");
+  if (a.dtype == ScalarType::Float && (a.stride(0) == 1 || heads <= 1)) {
+    tensor_ = *sinks;
+    return;
+  }
+  tensor_ = empty({heads}, ScalarType::Float, q.device);
+  torch::stable::copy_(*tensor_, *sinks);
+}
+
 CallSizes sizes_of(int64_t heads_q, int64_t heads_kv, int64_t head_dim, int64_t head_dim_v) {
   require(heads_q == 0 || (heads_kv > 0 && heads_q % heads_kv == 0),
           "q's heads are not a multiple of k's");
@@ -86,6 +113,12 @@ float checked_scale(double softmax_scale) {
   require(softmax_scale > 0 && std::isfinite(scale),
           "softmax_scale is not above 0 and finite in float32");
   return scale;
+}
+
+float checked_softcap(double softcap) {
+  float const cap = static_cast<float>(softcap);
+  require(softcap >= 0 && std::isfinite(cap), "softcap is not at least 0 and finite in float32");
+  return cap;
 }
 
 AttentionCall call_of(Argument const& q, Argument const& k, int64_t head_dim_v,

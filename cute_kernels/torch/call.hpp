@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/c/shim.h>
 
+#include "cute_kernels/attention/fp8_tile_config.hpp"
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/require.hpp"
 
@@ -38,6 +39,9 @@ attention::CallSizes sizes_of(int64_t heads_q, int64_t heads_kv, int64_t head_di
 /// As float32, checked.
 float checked_scale(double softmax_scale);
 
+/// As float32, checked; 0 is none.
+float checked_softcap(double softcap);
+
 /// The operators' arguments of a mask.
 attention::MaskSpec mask_of(bool causal, std::optional<int64_t> left, std::optional<int64_t> right,
                             std::optional<int64_t> diagonal);
@@ -48,9 +52,26 @@ void check_device(Argument const& a, Argument const& q);
 /// Throws unless `a` is where q is, with q's dtype.
 void check_like(Argument const& a, Argument const& q);
 
+/// The operators' argument sinks, checked, as kernels read it: (heads) in float32, dense, or
+/// nothing. q's device must be the current one.
+class Sinks {
+ public:
+  Sinks(std::optional<torch::stable::Tensor> const& sinks, Argument const& q, int heads);
+
+  /// Null where there are none.
+  float const* data() const {
+    return tensor_ ? static_cast<float const*>(tensor_->data_ptr()) : nullptr;
+  }
+
+ private:
+  std::optional<torch::stable::Tensor> tensor_;
+};
+
 attention::ElementType element_type(torch::headeronly::ScalarType dtype);
+attention::ScoreType score_type(torch::headeronly::ScalarType dtype);
 
 char const* name_of(attention::ElementType dtype);
+char const* name_of(attention::ScoreType dtype);
 /// Of its kind of mask, or that it is packed.
 char const* name_of(attention::AttentionCall const& call);
 
@@ -73,10 +94,9 @@ class TileName {
 };
 
 /// The kernel of a name, or what choose() finds where there is none, checked for the call.
-template <class Kernel, class Choose>
-Kernel const& kernel_for(attention::KernelTable<Kernel> const& kernels, Choose choose,
-                         attention::ElementType dtype, attention::AttentionCall const& call,
-                         TileName const& tile) {
+template <class Kernel, class Choose, class Dtype>
+Kernel const& kernel_for(attention::KernelTable<Kernel> const& kernels, Choose choose, Dtype dtype,
+                         attention::AttentionCall const& call, TileName const& tile) {
   if (tile.automatic()) {
     Kernel const* const chosen = choose();
     if (chosen != nullptr) return *chosen;
@@ -86,12 +106,14 @@ Kernel const& kernel_for(attention::KernelTable<Kernel> const& kernels, Choose c
     std::ostringstream of_v;
     if (sizes.head_dim_v != sizes.head_dim) of_v << " and " << sizes.head_dim_v << " of v";
     fail("no ", Kernel::kPass, " kernel for ", name_of(dtype), ", head_dim ", sizes.head_dim,
-         of_v.str(), ", ", name_of(call), " in this build, which has", there.str());
+         of_v.str(), ", ", name_of(call), call.softcap > 0.f ? ", softcap" : "",
+         " in this build, which has", there.str());
   }
   for (Kernel const& kernel : kernels) {
     if (kernel.config.name != tile.name()) continue;
-    require(attention::can_take(kernel.config, dtype, call), "tile_config ", tile.name(),
-            " does not take q's dtype, the head dims, the mask or packed sequences");
+    require(
+        attention::can_take(kernel.config, dtype, call), "tile_config ", tile.name(),
+        " does not take q's dtype, the head dims, the mask, packed sequences, sinks or softcap");
     return kernel;
   }
   fail("tile_config ", tile.name(), " is not a ", Kernel::kPass, " row of this build");

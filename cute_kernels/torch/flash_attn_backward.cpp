@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -13,6 +14,8 @@
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
+#include "cute_kernels/torch/measured_choice.hpp"
+#include "cute_kernels/torch/packed_call.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
 
@@ -66,9 +69,7 @@ struct Results {
 
 BackwardKernel const& backward_kernel_for(ElementType dtype, AttentionCall const& call,
                                           TileName const& tile) {
-  auto const choose = [&] {
-    return attention::choose_fitting(attention::backward_kernels, dtype, call);
-  };
+  auto const choose = [&] { return automatic_choice(attention::backward_kernels, dtype, call); };
   BackwardKernel const& kernel = kernel_for(attention::backward_kernels, choose, dtype, call, tile);
   constexpr int kLeastQueries = 64;  // of a block
   double const entries = attention::tensor_batch(call);
@@ -78,6 +79,9 @@ BackwardKernel const& backward_kernel_for(ElementType dtype, AttentionCall const
   require(entries * call.sizes.heads_kv * attention::key_block_numbers(call, kernel.config.tile_n) <
               double{1 << 30},
           "k has 2^30 blocks or more");
+  require(!call.is_packed() || std::max(attention::tensor_rows_q(call),
+                                        attention::tensor_rows_k(call)) < attention::kManyRows,
+          "q or k has 2^30 rows or more");
   return kernel;
 }
 
@@ -89,20 +93,27 @@ Tensor empty_like(Argument const& a) {
   return empty(static_cast<int>(a.sizes.size()), a.sizes.data(), a.dtype, a.device);
 }
 
-/// The gradients of q, k and v, all of them and the results checked.
-std::tuple<Tensor, Tensor, Tensor> answer(AttentionCall const& call, bool deterministic,
-                                          TileName const& tile, Argument const& q,
-                                          Argument const& k, Argument const& v,
-                                          Results const& results) {
+/// Of q, k, v and the sinks.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+/// Of a call that is checked, as its results are.
+Gradients answer(AttentionCall const& call, bool deterministic, TileName const& tile,
+                 Argument const& q, Argument const& k, Argument const& v,
+                 std::optional<Tensor> const& sinks_tensor, Results const& results) {
   attention::Device const& device = hopper(q.device);
   BackwardKernel const& kernel = backward_kernel_for(element_type(q.dtype), call, tile);
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor grad_q = empty_like(q), grad_k = empty_like(k), grad_v = empty_like(v);
   CallSizes const& sizes = call.sizes;
+  Sinks const sinks(sinks_tensor, q, sizes.heads_q);
+  bool const has_sinks = sinks.data() != nullptr;
+  Tensor grad_sinks = empty({attention::tensor_batch(call), has_sinks ? sizes.heads_q : 0},
+                            ScalarType::Float, q.device);
+  // Without keys rows still see their sinks.
   if (sizes.batch == 0 || sizes.heads_q == 0 || attention::tensor_rows_q(call) == 0 ||
-      attention::tensor_rows_k(call) == 0) {
-    for (Tensor* grad : {&grad_q, &grad_k, &grad_v}) torch::stable::zero_(*grad);
-    return {grad_q, grad_k, grad_v};
+      (attention::tensor_rows_k(call) == 0 && !has_sinks)) {
+    for (Tensor* grad : {&grad_q, &grad_k, &grad_v, &grad_sinks}) torch::stable::zero_(*grad);
+    return {grad_q, grad_k, grad_v, grad_sinks};
   }
 
   // The copies, if any, and the workspace live until the launch is enqueued: the allocator reuses
@@ -125,29 +136,56 @@ std::tuple<Tensor, Tensor, Tensor> answer(AttentionCall const& call, bool determ
   problem.grad_out = view(grad_out_readable);
   problem.lse = static_cast<float const*>(lse_dense.data_ptr());
   if (grad_lse_dense) problem.grad_lse = static_cast<float const*>(grad_lse_dense->data_ptr());
+  problem.sinks = sinks.data();
   problem.grad_q = view(grad_q);
   problem.grad_k = view(grad_k);
   problem.grad_v = view(grad_v);
+  if (has_sinks) problem.grad_sinks = static_cast<float*>(grad_sinks.data_ptr());
   problem.device = device;
   Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, q.device);
   problem.workspace = workspace.data_ptr();
   require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
-  return {grad_q, grad_k, grad_v};
+  return {grad_q, grad_k, grad_v, grad_sinks};
 }
 
-std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(
-    Tensor const& grad_out, std::optional<Tensor> grad_lse, Tensor const& q_tensor,
-    Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out, Tensor const& lse,
-    double softmax_scale, bool causal, bool deterministic, std::optional<StringHandle> tile_config,
-    std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-    std::optional<int64_t> diagonal) {
+Gradients flash_attn_backward(Tensor const& grad_out, std::optional<Tensor> grad_lse,
+                              Tensor const& q_tensor, Tensor const& k_tensor,
+                              Tensor const& v_tensor, Tensor const& out, Tensor const& lse,
+                              double softmax_scale, bool causal, bool deterministic,
+                              std::optional<StringHandle> tile_config, std::optional<Tensor> sinks,
+                              std::optional<int64_t> window_left,
+                              std::optional<int64_t> window_right, std::optional<int64_t> diagonal,
+                              double softcap) {
   TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
-  AttentionCall const call =
+  AttentionCall call =
       check_call(q, k, v, softmax_scale, mask_of(causal, window_left, window_right, diagonal));
+  call.softcap = checked_softcap(softcap);
   Results const results(grad_out, grad_lse, out, lse);
   results.check(q, v, {q.size(0), q.size(2), q.size(1)});
-  return answer(call, deterministic, tile, q, k, v, results);
+  return answer(call, deterministic, tile, q, k, v, sinks, results);
+}
+
+/// The same of packed sequences. What cu_seqlens and seqused hold is not looked at here.
+Gradients flash_attn_varlen_backward(
+    Tensor const& grad_out, std::optional<Tensor> grad_lse, Tensor const& q_tensor,
+    Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out, Tensor const& lse,
+    Tensor const& cu_seqlens_q, Tensor const& cu_seqlens_k, std::optional<Tensor> seqused_q,
+    std::optional<Tensor> seqused_k, std::optional<Tensor> diagonal, double softmax_scale,
+    bool causal, std::optional<Tensor> sinks, std::optional<int64_t> max_seqlen_q,
+    std::optional<int64_t> max_seqlen_k, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, bool deterministic,
+    std::optional<StringHandle> tile_config, double softcap) {
+  TileName const tile(tile_config);
+  Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
+  PackedCall const packed{cu_seqlens_q, cu_seqlens_k, seqused_q,   seqused_k,
+                          diagonal,     max_seqlen_q, max_seqlen_k};
+  AttentionCall call = check_packed_call(
+      q, k, v, softmax_scale, mask_of(causal, window_left, window_right, std::nullopt), packed);
+  call.softcap = checked_softcap(softcap);
+  Results const results(grad_out, grad_lse, out, lse);
+  results.check(q, v, {q.size(1), q.size(0)});
+  return answer(call, deterministic, tile, q, k, v, sinks, results);
 }
 
 }  // namespace
@@ -157,12 +195,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
   library.def(
       "flash_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor lse, float softmax_scale, bool causal, bool deterministic, "
-      "str? tile_config=None, *, SymInt? window_left=None, SymInt? window_right=None, "
-      "SymInt? diagonal=None) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "str? tile_config=None, Tensor? sinks=None, *, SymInt? window_left=None, "
+      "SymInt? window_right=None, SymInt? diagonal=None, float softcap=0.0) -> "
+      "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_sinks)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   // A build without backward rows answers from Python, with an error that says so.
   if (!cute_kernels::attention::backward_kernels.is_built()) return;
   library.impl("flash_attn_backward", TORCH_BOX(&cute_kernels::binding::flash_attn_backward));
+  library.impl("flash_attn_varlen_backward",
+               TORCH_BOX(&cute_kernels::binding::flash_attn_varlen_backward));
 }

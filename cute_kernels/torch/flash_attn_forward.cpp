@@ -1,6 +1,5 @@
 #include <cstdint>
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -28,14 +27,9 @@ using attention::ForwardProblem;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-MeasuredChoice measured_choice;
-
 ForwardKernel const& forward_kernel_for(ElementType dtype, AttentionCall const& call,
                                         TileName const& tile, int multiprocessors) {
-  auto const choose = [&] {
-    ForwardKernel const* const measured = measured_choice.find(dtype, call);
-    return measured != nullptr ? measured : attention::choose_forward(dtype, call, multiprocessors);
-  };
+  auto const choose = [&] { return automatic_choice(dtype, call, multiprocessors); };
   return kernel_for(attention::forward_kernels, choose, dtype, call, tile);
 }
 
@@ -70,26 +64,27 @@ void answer(AttentionCall const& call, ForwardKernel const& kernel, attention::D
 }
 
 /// `deterministic` is for the gradient; the forward pass always is.
-std::tuple<Tensor, Tensor> flash_attn_forward(Tensor const& q_tensor, Tensor const& k_tensor,
-                                              Tensor const& v_tensor, double softmax_scale,
-                                              bool causal, std::optional<StringHandle> tile_config,
-                                              [[maybe_unused]] bool deterministic,
-                                              std::optional<int64_t> window_left,
-                                              std::optional<int64_t> window_right,
-                                              std::optional<int64_t> diagonal) {
+std::tuple<Tensor, Tensor> flash_attn_forward(
+    Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor, double softmax_scale,
+    bool causal, std::optional<StringHandle> tile_config, [[maybe_unused]] bool deterministic,
+    std::optional<Tensor> sinks_tensor, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, std::optional<int64_t> diagonal, double softcap) {
   TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
-  AttentionCall const call =
+  AttentionCall call =
       check_call(q, k, v, softmax_scale, mask_of(causal, window_left, window_right, diagonal));
   CallSizes const& sizes = call.sizes;
   attention::Device const& device = hopper(q.device);
+  torch::stable::accelerator::DeviceGuard const guard(q.device);
+  Sinks const sinks(sinks_tensor, q, sizes.heads_q);
+  call.sinks = sinks.data();
+  call.softcap = checked_softcap(softcap);
   ForwardKernel const& kernel =
       forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
   int64_t const query_blocks = (q.size(1) + kernel.config.tile_m - 1) / kernel.config.tile_m;
   require(static_cast<double>(sizes.batch) * sizes.heads_q * query_blocks < double{1 << 30},
           "q has 2^30 blocks or more");
 
-  torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor out =
       empty({sizes.batch, sizes.seqlen_q, sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device);
   Tensor lse = empty({sizes.batch, sizes.heads_q, sizes.seqlen_q}, ScalarType::Float, q.device);
@@ -102,71 +97,31 @@ std::tuple<Tensor, Tensor> flash_attn_varlen_forward(
     Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor,
     Tensor const& cu_seqlens_q, Tensor const& cu_seqlens_k, std::optional<Tensor> seqused_q,
     std::optional<Tensor> seqused_k, std::optional<Tensor> diagonal, double softmax_scale,
-    bool causal, std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
-    std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-    [[maybe_unused]] bool deterministic, std::optional<StringHandle> tile_config) {
+    bool causal, std::optional<Tensor> sinks_tensor, std::optional<int64_t> max_seqlen_q,
+    std::optional<int64_t> max_seqlen_k, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, [[maybe_unused]] bool deterministic,
+    std::optional<StringHandle> tile_config, double softcap) {
   TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   PackedCall const packed{cu_seqlens_q, cu_seqlens_k, seqused_q,   seqused_k,
                           diagonal,     max_seqlen_q, max_seqlen_k};
-  AttentionCall const call = check_packed_call(
+  AttentionCall call = check_packed_call(
       q, k, v, softmax_scale, mask_of(causal, window_left, window_right, std::nullopt), packed);
   CallSizes const& sizes = call.sizes;
   attention::Device const& device = hopper(q.device);
+  torch::stable::accelerator::DeviceGuard const guard(q.device);
+  Sinks const sinks(sinks_tensor, q, sizes.heads_q);
+  call.sinks = sinks.data();
+  call.softcap = checked_softcap(softcap);
   ForwardKernel const& kernel =
       forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
   int64_t const most = attention::most_tiles(call, kernel.config.tile_m) * sizes.heads_q;
   require(most < 1 << 30, "q has 2^30 blocks or more");
 
-  torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor out = empty({q.size(0), sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device);
   Tensor lse = empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device);
   answer(call, kernel, device, q, k, v, out, lse);
   return {out, lse};
-}
-
-AttentionCall call_of_sizes(int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t heads,
-                            int64_t head_dim, bool causal) {
-  require(seqlen_q > 0, "seqlen_q is ", seqlen_q, ", must be above 0");
-  for (int64_t size : {batch, seqlen_q, seqlen_k, heads, head_dim}) {
-    require(size >= 0 && size < int64_t{1} << 30, size, " is not a size from 0 to below 2^30");
-  }
-  AttentionCall call{};
-  call.sizes.batch = static_cast<int>(batch);
-  call.sizes.seqlen_q = static_cast<int>(seqlen_q);
-  call.sizes.seqlen_k = static_cast<int>(seqlen_k);
-  call.sizes.heads_q = call.sizes.heads_kv = static_cast<int>(heads);
-  call.sizes.head_dim = call.sizes.head_dim_v = static_cast<int>(head_dim);
-  call.mask = attention::mask_spec(causal);
-  return call;
-}
-
-/// The automatic choice, for those who want to know it: a row's name.
-std::string choose_tile_config(ScalarType dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
-                               int64_t heads, int64_t head_dim, bool causal,
-                               int64_t multiprocessors) {
-  require(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "dtype is ", DtypeOf{dtype},
-          ", must be float16 or bfloat16");
-  require(multiprocessors > 0 && multiprocessors < int64_t{1} << 30, "multiprocessors is ",
-          multiprocessors, ", must be from 1 to below 2^30");
-  AttentionCall const call = call_of_sizes(batch, seqlen_q, seqlen_k, heads, head_dim, causal);
-  TileName const automatic(std::nullopt);
-  return forward_kernel_for(element_type(dtype), call, automatic, static_cast<int>(multiprocessors))
-      .config.name;
-}
-
-/// From now on the automatic choice of calls of the kind is the row of this name.
-void prefer_tile_config(std::string name, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
-                        int64_t heads, int64_t head_dim, bool causal) {
-  AttentionCall const call = call_of_sizes(batch, seqlen_q, seqlen_k, heads, head_dim, causal);
-  for (ForwardKernel const& kernel : attention::forward_kernels) {
-    if (kernel.config.name != name) continue;
-    require(attention::can_take(kernel.config, kernel.config.dtype, call), "tile_config ", name,
-            " takes head_dim up to ", kernel.config.head_dim, ", and head_dim is ", head_dim);
-    measured_choice.set(call, kernel);
-    return;
-  }
-  fail("tile_config ", name, " is not a forward row of this build");
 }
 
 }  // namespace
@@ -175,23 +130,14 @@ void prefer_tile_config(std::string name, int64_t batch, int64_t seqlen_q, int64
 STABLE_TORCH_LIBRARY(cute_kernels, library) {
   library.def(
       "flash_attn_forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
-      "str? tile_config=None, bool deterministic=False, *, SymInt? window_left=None, "
-      "SymInt? window_right=None, SymInt? diagonal=None) -> (Tensor out, Tensor lse)");
-  library.def(
-      "choose_tile_config(ScalarType dtype, int batch, int seqlen_q, int seqlen_k, int heads, int "
-      "head_dim, bool causal, int multiprocessors) -> str");
-  library.def(
-      "prefer_tile_config(str tile_config, int batch, int seqlen_q, int seqlen_k, int heads, int "
-      "head_dim, bool causal) -> ()");
+      "str? tile_config=None, bool deterministic=False, Tensor? sinks=None, *, "
+      "SymInt? window_left=None, SymInt? window_right=None, SymInt? diagonal=None, "
+      "float softcap=0.0) -> "
+      "(Tensor out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   library.impl("flash_attn_forward", TORCH_BOX(&cute_kernels::binding::flash_attn_forward));
   library.impl("flash_attn_varlen_forward",
                TORCH_BOX(&cute_kernels::binding::flash_attn_varlen_forward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CompositeExplicitAutograd, library) {
-  library.impl("choose_tile_config", TORCH_BOX(&cute_kernels::binding::choose_tile_config));
-  library.impl("prefer_tile_config", TORCH_BOX(&cute_kernels::binding::prefer_tile_config));
 }

@@ -8,14 +8,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
   library.def(
       "flash_attn_varlen_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
       "Tensor cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? diagonal, "
-      "float softmax_scale, bool causal, *, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, "
-      "SymInt? window_left=None, SymInt? window_right=None, bool deterministic=False, "
-      "str? tile_config=None) -> (Tensor out, Tensor lse)");
+      "float softmax_scale, bool causal, Tensor? sinks=None, *, SymInt? max_seqlen_q=None, "
+      "SymInt? max_seqlen_k=None, SymInt? window_left=None, SymInt? window_right=None, "
+      "bool deterministic=False, str? tile_config=None, float softcap=0.0) -> (Tensor out, Tensor "
+      "lse)");
   library.def(
       "flash_attn_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, "
-      "Tensor? seqused_k, Tensor? diagonal, float softmax_scale, bool causal, *, "
+      "Tensor? seqused_k, Tensor? diagonal, float softmax_scale, bool causal, "
+      "Tensor? sinks=None, *, "
       "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, SymInt? window_left=None, "
-      "SymInt? window_right=None, bool deterministic=False, str? tile_config=None) -> "
-      "(Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "SymInt? window_right=None, bool deterministic=False, str? tile_config=None, float "
+      "softcap=0.0) -> "
+      "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_sinks)");
 }

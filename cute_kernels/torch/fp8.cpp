@@ -11,6 +11,7 @@
 #include "cute_kernels/fp8/quantize_launch.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
+#include "cute_kernels/torch/measured_choice.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
 
@@ -189,7 +190,7 @@ std::tuple<Tensor, Tensor> attend(Tensor const& q_tensor, Tensor const& k_tensor
                                   Tensor const& v_tensor, Tensor const& q_scale_tensor,
                                   Tensor const& k_scale_tensor, Tensor const& v_scale_tensor,
                                   double softmax_scale, bool causal, bool out_float16,
-                                  bool overlaps) {
+                                  bool overlaps, TileName const& tile) {
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   Argument const q_scale("q_scale", q_scale_tensor), k_scale("k_scale", k_scale_tensor),
       v_scale("v_scale", v_scale_tensor);
@@ -218,11 +219,10 @@ std::tuple<Tensor, Tensor> attend(Tensor const& q_tensor, Tensor const& k_tensor
                      out_float16 ? ScalarType::Half : ScalarType::BFloat16, q.device);
   Tensor lse = empty({sizes.batch, sizes.heads_q, sizes.seqlen_q}, ScalarType::Float, q.device);
   if (sizes.batch == 0 || sizes.heads_q == 0 || sizes.seqlen_q == 0) return {out, lse};
-  ScoreType const type = q.dtype == ScalarType::Char ? ScoreType::kInt8 : ScoreType::kE4m3;
-  Fp8ForwardKernel const* kernel =
-      attention::choose_fitting(attention::fp8_forward_kernels, type, call);
-  require(kernel != nullptr, "no FP8 kernel for q of ", DtypeOf{q.dtype}, ", head_dim ",
-          sizes.head_dim, " in this build");
+  ScoreType const type = score_type(q.dtype);
+  auto const& kernels = attention::fp8_forward_kernels;
+  auto const choose = [&] { return automatic_choice(kernels, type, call); };
+  Fp8ForwardKernel const& kernel = kernel_for(kernels, choose, type, call, tile);
 
   bool const has_keys = sizes.seqlen_k > 0;
   Tensor const q_readable = tma_readable(q, 1);
@@ -243,15 +243,18 @@ std::tuple<Tensor, Tensor> attend(Tensor const& q_tensor, Tensor const& k_tensor
   problem.k_scale = scale_view(k_scale, q, sizes.batch, sizes.heads_kv,
                                blocks_of(sizes.seqlen_k, fp8::kBlockRows));
   problem.v_scale = scale_view(v_scale, q, sizes.batch, sizes.heads_kv, sizes.head_dim_v);
-  require_success(kernel->launch(problem, current_stream(q.device)), kernel->config.name);
+  require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor> flash_attn_fp8_forward(Tensor const& q, Tensor const& k, Tensor const& v,
                                                   Tensor const& q_scale, Tensor const& k_scale,
                                                   Tensor const& v_scale, double softmax_scale,
-                                                  bool causal, bool out_float16) {
-  return attend(q, k, v, q_scale, k_scale, v_scale, softmax_scale, causal, out_float16, false);
+                                                  bool causal, bool out_float16,
+                                                  std::optional<StringHandle> tile_config) {
+  TileName const tile(tile_config);
+  return attend(q, k, v, q_scale, k_scale, v_scale, softmax_scale, causal, out_float16, false,
+                tile);
 }
 
 /// From 16 bits: all is quantised first, and each kernel starts while the one before it ends.
@@ -276,9 +279,9 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_fp8(Tensor const& q_tensor, Tensor
                                         k_rows.problem, values.problem},
                                        current_stream(q.device)),
                   "flash_attn_fp8");
-  auto [out, lse] =
-      attend(q_rows.data, k_rows.data, values.data, q_rows.scale, k_rows.scale, values.scale,
-             softmax_scale, causal, out_float16, k_rows.problem.has_value());
+  auto [out, lse] = attend(q_rows.data, k_rows.data, values.data, q_rows.scale, k_rows.scale,
+                           values.scale, softmax_scale, causal, out_float16,
+                           k_rows.problem.has_value(), TileName(std::nullopt));
   return {out, lse, k_rows.shift};
 }
 
@@ -292,8 +295,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
   library.def("quantize_fp8_values(Tensor v) -> (Tensor data, Tensor scale)");
   library.def(
       "flash_attn_fp8_forward(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, "
-      "Tensor v_scale, float softmax_scale, bool causal, bool out_float16) -> "
-      "(Tensor out, Tensor lse)");
+      "Tensor v_scale, float softmax_scale, bool causal, bool out_float16, "
+      "str? tile_config=None) -> (Tensor out, Tensor lse)");
   library.def(
       "flash_attn_fp8(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
       "bool smooth_k, bool incoherent, int seed, bool to_int8, bool out_float16) -> "

@@ -10,19 +10,20 @@
 
 namespace cute_kernels::binding {
 
-/// The forward kernels that were measured to be the fastest for a kind of calls: of a dtype, head
+/// The kernels of a pass that were measured to be the fastest for a kind of calls: of a dtype, head
 /// dims, a mask, and as many heads in all, queries and keys, in powers of two.
 ///
 /// A map that readers may have found is never changed: they need no lock. Nor is it freed; there
 /// are as many as there were measurements.
+template <class Kernel>
 class MeasuredChoice {
-  using Kernel = attention::ForwardKernel;
   using Kind = std::array<int, 7>;
   using Kinds = std::map<Kind, Kernel const*>;
 
  public:
   /// Null where nothing was measured.
-  Kernel const* find(attention::ElementType dtype, attention::AttentionCall const& call) const {
+  template <class Dtype>
+  Kernel const* find(Dtype dtype, attention::AttentionCall const& call) const {
     Kinds const* const kinds = kinds_.load(std::memory_order_acquire);
     if (kinds == nullptr) return nullptr;
     auto const found = kinds->find(kind_of(dtype, call));
@@ -47,7 +48,8 @@ class MeasuredChoice {
     return power;
   }
 
-  static Kind kind_of(attention::ElementType dtype, attention::AttentionCall const& call) {
+  template <class Dtype>
+  static Kind kind_of(Dtype dtype, attention::AttentionCall const& call) {
     attention::CallSizes const& sizes = call.sizes;
     return {static_cast<int>(dtype),
             sizes.head_dim,
@@ -61,5 +63,25 @@ class MeasuredChoice {
   std::atomic<Kinds const*> kinds_{nullptr};
   std::mutex mutex_;
 };
+
+template <class Kernel>
+inline MeasuredChoice<Kernel> measured_choice;
+
+/// The automatic choice: what was measured for such calls, else what the rows' columns say. Null
+/// where no kernel may take the call.
+inline attention::ForwardKernel const* automatic_choice(attention::ElementType dtype,
+                                                        attention::AttentionCall const& call,
+                                                        int multiprocessors) {
+  auto const* const measured = measured_choice<attention::ForwardKernel>.find(dtype, call);
+  return measured != nullptr ? measured : attention::choose_forward(dtype, call, multiprocessors);
+}
+
+/// The same of a pass whose rows have no estimate.
+template <class Kernel, class Dtype>
+Kernel const* automatic_choice(attention::KernelTable<Kernel> const& kernels, Dtype dtype,
+                               attention::AttentionCall const& call) {
+  Kernel const* const measured = measured_choice<Kernel>.find(dtype, call);
+  return measured != nullptr ? measured : attention::choose_fitting(kernels, dtype, call);
+}
 
 }  // namespace cute_kernels::binding

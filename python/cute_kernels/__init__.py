@@ -3,6 +3,12 @@
 from importlib.metadata import version as _version
 
 from cute_kernels.autotune import Tuned, tune, use_tuned
+from cute_kernels.cache import (
+    append_kv,
+    flash_attn_combine,
+    flash_attn_with_kvcache,
+    get_scheduler_metadata,
+)
 from cute_kernels.compile.config import TileConfig
 from cute_kernels.fp8 import FP8Tensor, flash_attn_fp8_func, quantize_fp8
 from cute_kernels.interface import flash_attn_func
@@ -23,13 +29,17 @@ __all__ = [
     "Tuned",
     "__version__",
     "add_tile_config",
+    "append_kv",
     "compile_tile_config",
+    "flash_attn_combine",
     "flash_attn_fp8_func",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "get_include",
+    "get_scheduler_metadata",
     "load_tile_configs",
     "quantize_fp8",
     "tile_configs",

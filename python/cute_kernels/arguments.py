@@ -20,9 +20,6 @@ _LATER = {
     "k_descale": None,
     "v_descale": None,
     "attention_chunk": 0,
-    "softcap": 0.0,
-    "sinks": None,
-    "page_table": None,
 }
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _NO_LIMIT = 2**31  # sizes are below it
@@ -34,6 +31,13 @@ def refuse_later(function: str, **arguments: object) -> None:
         nothing = _LATER[name]
         if value is not nothing and not (isinstance(value, _NUMBERS) and value == nothing):
             raise NotImplementedError(f"{function}: {name} is not there yet")
+
+
+def refuse_for_fp8(**asked: bool) -> None:
+    """Raises NotImplementedError if one of what calls of float8_e4m3fn do not have yet is asked."""
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise NotImplementedError(f"{name} is not there yet for float8_e4m3fn")
 
 
 def check_hints(q: Tensor, num_splits: int, pack_gqa: bool | None, sm_margin: int) -> None:
@@ -74,3 +78,8 @@ def _refuse_window(error: type[Exception], window_size: Any) -> NoReturn:
         f"window_size is {window_size!r}, must be two ints (left, right) of at least 0, or -1 for "
         "no limit"
     )
+
+
+def is_later(name: str) -> bool:
+    """Whether it is an argument whose feature is not there yet."""
+    return name in _LATER

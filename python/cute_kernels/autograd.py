@@ -15,14 +15,6 @@ import torch
 from torch import Tensor
 
 from cute_kernels.checks import NO_FORWARD_MODE, explain, outside_compilers, refuse_tangents
-from cute_kernels.compat import (
-    apply_outside_transforms,
-    below_autograd,
-    direct,
-    in_forward_mode,
-    in_transform,
-    is_functional,
-)
 from cute_kernels.operators import (
     DENSE,
     VARLEN,
@@ -33,6 +25,14 @@ from cute_kernels.operators import (
     gradients_of_inputs,
     refuse_second_derivative,
     save_for_backward,
+)
+from cute_kernels.torch_private import (
+    apply_outside_transforms,
+    below_autograd,
+    direct,
+    in_forward_mode,
+    in_transform,
+    is_functional,
 )
 
 _is_compiling = torch.compiler.is_compiling
@@ -52,7 +52,12 @@ class Calls(NamedTuple):
     backward_without_gradient: Backward
 
     def choose(
-        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float | None,
+        sinks: Tensor | None = None,
     ) -> tuple[Forward, float]:
         """The way to call forward here and now, and softmax_scale or its default.
 
@@ -63,17 +68,22 @@ class Calls(NamedTuple):
             softmax_scale = q.shape[-1] ** -0.5
         elif isinstance(softmax_scale, Tensor) and softmax_scale.requires_grad:
             raise TypeError("softmax_scale is a tensor that requires a gradient, must be a number")
-        needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        needs_grad = _is_grad_enabled() and (
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or (sinks is not None and sinks.requires_grad)
+        )
         if in_transform():
             return self.in_transform, softmax_scale
         if in_forward_mode():
-            refuse_tangents(q, k, v)
+            refuse_tangents(q, k, v, sinks)
         if _is_compiling():
             return self.compiled, softmax_scale
         return self.with_gradient if needs_grad else self.without_gradient, softmax_scale
 
 
-def _below_autograd(of_pass: Pass, keywords: tuple[str, ...]) -> Callable[..., Any]:
+def run_below_autograd(of_pass: Pass, keywords: tuple[str, ...]) -> Callable[..., Any]:
     """An operator past its autograd; of what it refuses, the exact error."""
     run, positional, check = direct(of_pass.operator), of_pass.positional, of_pass.check
     run_with_keywords = by_position(run, positional, keywords)
@@ -81,7 +91,7 @@ def _below_autograd(of_pass: Pass, keywords: tuple[str, ...]) -> Callable[..., A
     def call(*inputs: Any) -> Any:
         try:
             with below_autograd():
-                if len(inputs) == positional:
+                if len(inputs) <= positional:
                     return run(*inputs)
                 return run_with_keywords(*inputs)
         except RuntimeError as refusal:
@@ -92,7 +102,8 @@ def _below_autograd(of_pass: Pass, keywords: tuple[str, ...]) -> Callable[..., A
 
 def _calls(family: Family) -> Calls:
     forward_without_gradient, backward_without_gradient = (
-        _below_autograd(of_pass, family.keywords) for of_pass in (family.forward, family.backward)
+        run_below_autograd(of_pass, family.keywords)
+        for of_pass in (family.forward, family.backward)
     )
     compiled_forward, compiled_backward = (
         by_position(of_pass.operator, of_pass.positional, family.keywords)
@@ -121,7 +132,7 @@ def _calls(family: Family) -> Calls:
                 results = compiled_backward(*inputs)
             else:
                 if in_forward_mode():
-                    refuse_tangents(*inputs[:7])
+                    refuse_tangents(*inputs)
                 results = backward_without_gradient(*inputs)
             return gradients_of_inputs(family, ctx, results)
 
@@ -159,8 +170,13 @@ def _calls(family: Family) -> Calls:
 
     forward_with_rules: Forward = FlashAttention.apply
     gradient_with_rules: Backward = FlashAttentionGradient.apply
-    vmap_forward = family.vmap_rule(forward_with_rules, family.forward.check)
-    vmap_backward = family.vmap_rule(gradient_with_rules, family.backward.check)
+    vmap_forward, vmap_backward = (
+        family.vmap_rule(call, of_pass.check, of_pass.sinks)
+        for call, of_pass in (
+            (forward_with_rules, family.forward),
+            (gradient_with_rules, family.backward),
+        )
+    )
 
     @outside_compilers
     def forward_in_transform(*inputs: Any) -> tuple[Tensor, Tensor]:

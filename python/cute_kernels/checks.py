@@ -15,16 +15,22 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cute_kernels.compat import surely
 from cute_kernels.reference import accumulator_dtype
 from cute_kernels.tiles import ROWS
+from cute_kernels.torch_private import in_forward_mode, surely, surely_in_transform
 
 MAX_HEAD_DIM = 256
 HEAD_DIM_MULTIPLE = 8
 
 _GPU_DTYPES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (*_GPU_DTYPES, torch.float32, torch.float64)
-_DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_SINK_DTYPES = (*_GPU_DTYPES, torch.float32)
+_DTYPE_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "e4m3",
+    torch.int8: "int8",
+}
 _SIZE_LIMIT = 2**31
 _BLOCK = 64  # rows of the smallest tile
 _BLOCKS_LIMIT = 2**30
@@ -74,6 +80,24 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
             raise NotImplementedError(NO_FORWARD_MODE)
 
 
+def refuse_derivatives(function: str, *inputs: object, where: str = "") -> None:
+    """Raises NotImplementedError if an input has a derivative, so that none is dropped in
+    silence. `where`: in which calls the function has none."""
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise NotImplementedError(
+                    f"{function} has no gradient{where}: call it under torch.no_grad() or on "
+                    "tensors that need no gradient"
+                )
+    if torch.compiler.is_compiling():
+        return
+    if surely_in_transform():
+        raise NotImplementedError(f"{function} has no torch.func transforms{where}")
+    if in_forward_mode():
+        refuse_tangents(*(x for x in inputs if isinstance(x, Tensor)))
+
+
 def refuse_on_cuda(feature: str, asked: bool, q: object) -> None:
     """Raises NotImplementedError if q is on CUDA and the call asks for what has no kernels yet: the
     one place that says so."""
@@ -89,18 +113,21 @@ def check_forward(
     causal: bool,
     tile_config: str | None = None,
     deterministic: bool = False,
+    sinks: Tensor | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     diagonal: int | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Raises ValueError or TypeError unless the forward operator can answer this call."""
-    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic)
+    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic, sinks, softcap)
     _check_batch(q, k, v)
     check_window(window_left, window_right)
     check_int("diagonal", diagonal)
     right = 0 if causal else window_right
-    any_call = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
-    check_tile_config(tile_config, "forward", q, v, any_call)
+    own_mask = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
+    any_call = own_mask or sinks is not None or softcap > 0
+    check_tile_config(tile_config, "forward", q, v, any_call, softcap > 0)
     _check_blocks("q", q)
 
 
@@ -116,19 +143,21 @@ def check_backward(
     causal: bool,
     deterministic: bool,
     tile_config: str | None = None,
+    sinks: Tensor | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     diagonal: int | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Raises ValueError or TypeError unless the backward operator can answer this call."""
-    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic)
+    check_call(q, k, v, DENSE, softmax_scale, causal, deterministic, sinks, softcap)
     _check_batch(q, k, v)
     check_results(q, v, DENSE, out, grad_out, lse, grad_lse)
     check_window(window_left, window_right)
     check_int("diagonal", diagonal)
     right = 0 if causal else window_right
-    any_call = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
-    check_tile_config(tile_config, "backward", q, v, any_call)
+    own_mask = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
+    check_tile_config(tile_config, "backward", q, v, own_mask or softcap > 0, softcap > 0)
     _check_blocks("k", k)
 
 
@@ -145,7 +174,7 @@ def check_results(
     *batch, seqlen, heads, head_dim = q.shape
     shape = (*batch, seqlen, heads, v.shape[-1])
     for name, tensor in (("out", out), ("grad_out", grad_out)):
-        _check_like(name, tensor, q)
+        check_like(name, tensor, q)
         if tensor.shape != shape:
             like = "q" if shape[-1] == head_dim else "q, with v's head_dim"
             raise ValueError(
@@ -175,16 +204,21 @@ def check_call(
     softmax_scale: float,
     causal: bool,
     deterministic: bool,
+    sinks: Tensor | None,
+    softcap: float,
 ) -> None:
     """What calls of every layout have in common."""
     check_flag("causal", causal)
     check_flag("deterministic", deterministic)
-    _check_alone("q", q, layout)
+    check_alone("q", q, layout)
     for name, tensor in (("k", k), ("v", v)):
-        _check_like(name, tensor, q)
-        _check_alone(name, tensor, layout)
+        check_like(name, tensor, q)
+        check_alone(name, tensor, layout)
     _check_shapes(q, k, v, layout)
     check_softmax_scale(softmax_scale, accumulator_dtype(q.dtype))
+    check_softcap(softcap, accumulator_dtype(q.dtype))
+    if sinks is not None:
+        _check_sinks(sinks, q)
 
 
 def check_window(left: int | None, right: int | None) -> None:
@@ -210,8 +244,7 @@ def check_int(name: str, number: object, least: int | None = None, none: str = "
 
 def check_softmax_scale(softmax_scale: float, dtype: torch.dtype = torch.float32) -> None:
     """Raises ValueError or TypeError unless scores in dtype can be multiplied by it."""
-    if isinstance(softmax_scale, (str, bytes, Tensor)) or not hasattr(softmax_scale, "__float__"):
-        raise TypeError(f"softmax_scale is {softmax_scale!r}, must be a number")
+    _check_number("softmax_scale", softmax_scale)
     if not 0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and greater than 0")
     largest = torch.finfo(dtype).max
@@ -219,10 +252,31 @@ def check_softmax_scale(softmax_scale: float, dtype: torch.dtype = torch.float32
         raise ValueError(f"softmax_scale is {softmax_scale}, must be at most {largest}")
 
 
+def check_softcap(softcap: float, dtype: torch.dtype = torch.float32) -> None:
+    """Raises ValueError or TypeError unless scores in dtype can be divided by it; 0 is none."""
+    _check_number("softcap", softcap)
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}, must be finite and at least 0, which is none")
+    largest = torch.finfo(dtype).max
+    if softcap > largest:
+        raise ValueError(f"softcap is {softcap}, must be at most {largest}")
+
+
+def _check_number(name: str, number: object) -> None:
+    several = isinstance(number, (str, bytes, Tensor)) or getattr(number, "ndim", 0) != 0
+    if several or not hasattr(number, "__float__"):
+        raise TypeError(f"{name} is {number!r}, must be a number")
+
+
 def check_tile_config(
-    tile_config: str | None, of_pass: str, q: Tensor, v: Tensor, any_call: bool = False
+    tile_config: str | None,
+    of_pass: str,
+    q: Tensor,
+    v: Tensor,
+    any_call: bool = False,
+    softcap: bool = False,
 ) -> None:
-    """`any_call`: what a call needs a row with this column for."""
+    """`any_call`, `softcap`: what a call needs a row with these columns for."""
     if tile_config is None:
         return
     rows = ROWS[of_pass]
@@ -232,7 +286,7 @@ def check_tile_config(
         error = ValueError
     else:
         if q.device.type == "cuda":
-            _check_row(rows[tile_config], q, v, any_call)
+            _check_row(rows[tile_config], q, v, any_call, softcap)
         return
     raise error(
         f"tile_config is {tile_config!r}, must be None (automatic) or the name of a {of_pass} row "
@@ -252,7 +306,7 @@ def _is_own_mask(
     return right is not None and at + right < k.shape[1] - 1 and at + right != bottom_right
 
 
-def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool) -> None:
+def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool, softcap: bool) -> None:
     name, dtype = row["name"], _DTYPE_NAMES.get(q.dtype)
     head_dim_v = row.get("head_dim_v", row["head_dim"])
     if row["dtype"] != dtype or row["head_dim"] < q.shape[-1]:
@@ -265,10 +319,13 @@ def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool) -> Non
             f"tile_config {name!r} takes v with head_dim up to {head_dim_v}, but v has "
             f"{v.shape[-1]}"
         )
+    if softcap != row.get("softcap", False):
+        takes = "takes no softcap" if softcap else "takes calls with a softcap only"
+        raise ValueError(f"tile_config {name!r} {takes}")
     if any_call and not row.get("any_call", False):
         raise ValueError(
-            f"tile_config {name!r} takes no window, no diagonal and no packed sequences, must be "
-            "a row with any_call"
+            f"tile_config {name!r} takes no window, no diagonal, no sinks and no packed sequences, "
+            "must be a row with any_call"
         )
 
 
@@ -283,16 +340,18 @@ def _check_blocks(name: str, x: Tensor) -> None:
         )
 
 
-def check_device(name: str, tensor: Tensor, q: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, q: Tensor, like: str = "q") -> None:
+    """`like`: the name of the tensor q."""
     check_tensor(name, tensor)
     if tensor.device != q.device:
-        raise ValueError(f"{name} is on {tensor.device}, must be on {q.device} like q")
+        raise ValueError(f"{name} is on {tensor.device}, must be on {q.device} like {like}")
 
 
-def _check_like(name: str, tensor: Tensor, q: Tensor) -> None:
-    check_device(name, tensor, q)
+def check_like(name: str, tensor: Tensor, q: Tensor, like: str = "q") -> None:
+    """`like`: the name of the tensor q."""
+    check_device(name, tensor, q, like)
     if tensor.dtype != q.dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, must be {q.dtype} like q")
+        raise TypeError(f"{name} has dtype {tensor.dtype}, must be {q.dtype} like {like}")
 
 
 def check_tensor(name: str, tensor: object) -> None:
@@ -302,7 +361,7 @@ def check_tensor(name: str, tensor: object) -> None:
         raise TypeError(f"{name} has layout {tensor.layout}, must be torch.strided")
 
 
-def _check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
+def check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
     check_tensor(name, tensor)
     if tensor.dim() != len(layout):
         raise ValueError(
@@ -312,8 +371,9 @@ def _check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
     device = tensor.device.type
     allowed = _GPU_DTYPES if device == "cuda" else _CPU_DTYPES
     if tensor.dtype not in allowed:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"{name} has dtype {tensor.dtype}, must be {names} on {device}")
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, must be {_names_of(allowed)} on {device}"
+        )
     if device == "cuda" and any(isinstance(n, int) and n >= _SIZE_LIMIT for n in tensor.shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, each size must be below 2^31")
     if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
@@ -321,6 +381,25 @@ def _check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
             f"{name} has strides {tensor.stride()}, its last dimension (head_dim) must be "
             "contiguous (stride 1)"
         )
+
+
+def _check_sinks(sinks: Tensor, q: Tensor) -> None:
+    check_device("sinks", sinks, q)
+    allowed = _SINK_DTYPES if q.device.type == "cuda" else _CPU_DTYPES
+    if sinks.dtype not in allowed:
+        raise TypeError(
+            f"sinks has dtype {sinks.dtype}, must be {_names_of(allowed)} on {q.device.type}"
+        )
+    heads = q.shape[-2]
+    if sinks.shape != (heads,):
+        raise ValueError(
+            f"sinks has shape {tuple(sinks.shape)}, must be (heads,) = ({heads},), one for each "
+            "head of q"
+        )
+
+
+def _names_of(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...]) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
+from cute_kernels.arguments import Window, check_hints, refuse_for_fp8, refuse_later, window_of
 from cute_kernels.autograd import dense
-from cute_kernels.checks import check_forward, explain
+from cute_kernels.checks import check_forward, check_softcap, explain
+from cute_kernels.chunks import check_chunk
 from cute_kernels.fp8 import flash_attn_e4m3
+from cute_kernels.varlen import flash_attn_varlen_func
 
 _always_deterministic = torch.are_deterministic_algorithms_enabled
 _choose = dense.choose
 _E4M3 = torch.float8_e4m3fn
 
 # What the arguments are that most calls leave alone.
-_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0)
+_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None)
 
 
 def flash_attn_func(
@@ -37,6 +41,7 @@ def flash_attn_func(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
     *,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     tile_config: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -64,8 +69,13 @@ def flash_attn_func(
             multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
             are multiples of 16, returns bfloat16 and has no gradient. From 16-bit tensors,
             `flash_attn_fp8_func` loses less.
-        qv, attention_chunk, softcap: not there yet; anything that would change the call raises
-            NotImplementedError.
+        softcap: above 0, scores become ``softcap * tanh(score / softcap)`` after softmax_scale and
+            before the mask; 0 is none.
+        attention_chunk: above 0, a query sees only keys of its own chunk: with its position
+            ``p = i + seqlen_k - seqlen_q`` rounded down to a multiple of it as c, query i sees key
+            j only if ``c <= j < c + attention_chunk``, and what causal and window_size let it. On
+            CUDA q, k and v are copied in full unless batch entries follow one another in memory.
+        qv: not there yet; anything but None raises NotImplementedError.
         num_splits, pack_gqa: hints, which change no result and so far nothing else.
         sm_margin: how many multiprocessors to leave alone; other than 0 on the CPU only so far,
             which has none.
@@ -74,6 +84,9 @@ def flash_attn_func(
             ``torch.use_deterministic_algorithms(True)``. Has no effect on the output and on the
             CPU, which are always the same bits on one machine and build.
         return_attn_probs: FlashAttention-3's name for ``return_lse``.
+        sinks: (heads,), float32, float16 or bfloat16, of each query head a score that stands in the
+            softmax of its rows beside those of the keys, without a value: not multiplied by
+            softmax_scale, seen by every query, -inf for none. Has a gradient, of its dtype.
         return_lse: also return the LSE.
         tile_config: name of a row of ``cute_kernels.tile_configs("forward")`` to run, instead of
             the automatic choice. On the CPU it is only looked up.
@@ -81,8 +94,8 @@ def flash_attn_func(
     Returns:
         The output, like q but always contiguous and with v's head_dim, and if asked for the LSE:
         (batch, heads, seqlen_q), float32 (float64 for float64 inputs), the natural logarithm of the
-        softmax's denominator. A query that sees no key gets 0 and -inf. Both have gradients, once;
-        kept for them are q, k, v, the output and the LSE.
+        softmax's denominator. A query that sees no key gets 0 and -inf, with sinks 0 and its sink.
+        Both have gradients, once; kept for them are q, k, v, the sinks, the output and the LSE.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -101,30 +114,73 @@ def flash_attn_func(
         num_splits,
         pack_gqa,
         sm_margin,
+        sinks,
     )
-    mask: tuple[int | None, ...] = ()
+    options: tuple[Any, ...] = ()
     try:
         unusual = asked != _USUAL or getattr(q, "dtype", None) is _E4M3
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
         unusual = True
     if unusual:
-        refuse_later("flash_attn_func", qv=qv, attention_chunk=attention_chunk, softcap=softcap)
+        refuse_later("flash_attn_func", qv=qv)
         check_hints(q, num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
-        if left is not None or right is not None:
-            mask = (left, right, None)
+        if not isinstance(softcap, (int, float)):  # the operator would read a tensor, and wait
+            check_softcap(softcap)
+        check_chunk(attention_chunk)
+        options = (sinks, left, right, None, softcap)
         descales = (q_descale, k_descale, v_descale)
         if any(x is not None for x in descales) or getattr(q, "dtype", None) is _E4M3:
             if tile_config is not None:
                 raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-            if mask:
-                raise NotImplementedError("window_size is not there yet for float8_e4m3fn")
+            refuse_for_fp8(
+                window_size=(left, right) != (None, None),
+                sinks=sinks is not None,
+                softcap=softcap > 0,
+                attention_chunk=attention_chunk > 0,
+            )
             out, lse = flash_attn_e4m3(q, k, v, *descales, softmax_scale, causal)
             return (out, lse) if return_lse or return_attn_probs else out
+        if attention_chunk > 0:
+            check_forward(q, k, v, 1.0, causal, None, deterministic, *options)
+            out, lse = _attend_in_chunks(
+                q,
+                k,
+                v,
+                softmax_scale=softmax_scale,
+                causal=causal,
+                window_size=window_size,
+                attention_chunk=attention_chunk,
+                softcap=softcap,
+                deterministic=deterministic,
+                sinks=sinks,
+                tile_config=tile_config,
+            )
+            return (out, lse) if return_lse or return_attn_probs else out
     try:
-        forward, softmax_scale = _choose(q, k, v, softmax_scale)
+        forward, softmax_scale = _choose(q, k, v, softmax_scale, sinks)
     except (AttributeError, IndexError, ZeroDivisionError) as error:
-        explain(error, check_forward, q, k, v, 1.0, causal, tile_config)
+        explain(error, check_forward, q, k, v, 1.0, causal, tile_config, False, *options)
     inputs = (q, k, v, softmax_scale, causal, tile_config, _always_deterministic() or deterministic)
-    out, lse = forward(*inputs, *mask) if mask else forward(*inputs)
+    out, lse = forward(*inputs, *options)
     return (out, lse) if return_lse or return_attn_probs else out
+
+
+def _attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """As packed sequences: output and LSE of a call that is checked."""
+    batch, seqlen_q, heads, _ = q.shape
+    seqlen_k = k.shape[1]
+    of_entries = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    out, lse = flash_attn_varlen_func(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        of_entries * seqlen_q,
+        of_entries * seqlen_k,
+        seqlen_q,
+        seqlen_k,
+        **arguments,
+        return_lse=True,
+    )
+    lse = lse.reshape(heads, batch, seqlen_q).transpose(0, 1).contiguous()
+    return out.reshape(batch, seqlen_q, heads, v.shape[-1]), lse

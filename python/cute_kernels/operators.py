@@ -41,6 +41,11 @@ class Pass(NamedTuple):
     check: Callable[..., None]  # raises unless the operator can answer a call
     positional: int  # how many of its inputs are not keyword-only
 
+    @property
+    def sinks(self) -> int:
+        """Which of its inputs they are."""
+        return self.positional - 1
+
 
 class Family(NamedTuple):
     """A forward and a backward operator, and what the package knows of both.
@@ -56,41 +61,51 @@ class Family(NamedTuple):
     keywords: tuple[str, ...]  # the keyword-only inputs of both
     # softmax_scale and what follows it: as backward takes it, from what forward was given
     backward_options: Callable[..., tuple[Any, ...]]
-    vmap_rule: Callable[[Callable[..., Any], Callable[..., None]], Rule]
+    vmap_rule: Callable[[Callable[..., Any], Callable[..., None], int], Rule]
+
+
+_VARLEN_KEYWORDS = (
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "window_left",
+    "window_right",
+    "deterministic",
+    "tile_config",
+    "softcap",
+)
 
 
 def _dense_options(
-    softmax_scale: float, causal: bool, _: str | None, deterministic: bool, *mask: int | None
+    softmax_scale: float,
+    causal: bool,
+    _: str | None,
+    deterministic: bool,
+    sinks: Tensor | None = None,
+    *keywords: Any,
 ) -> tuple[Any, ...]:
-    return softmax_scale, causal, deterministic, None, *mask
+    return softmax_scale, causal, deterministic, None, sinks, *keywords
 
 
 def _varlen_options(*options: Any) -> tuple[Any, ...]:
-    return *options[:-1], None  # forward's tile_config is not backward's
+    before = 3 + _VARLEN_KEYWORDS.index("tile_config")
+    return *options[:before], None, *options[before + 1 :]  # forward's is not backward's
 
 
 DENSE = Family(
     function="flash_attn_func",
-    forward=Pass(flash_attn_forward, check_forward, 7),
-    backward=Pass(flash_attn_backward, check_backward, 11),
+    forward=Pass(flash_attn_forward, check_forward, 8),
+    backward=Pass(flash_attn_backward, check_backward, 12),
     tensors=3,
-    keywords=("window_left", "window_right", "diagonal"),
+    keywords=("window_left", "window_right", "diagonal", "softcap"),
     backward_options=_dense_options,
     vmap_rule=fold_into_batch,
 )
 VARLEN = Family(
     function="flash_attn_varlen_func",
-    forward=Pass(flash_attn_varlen_forward, check_varlen_forward, 10),
-    backward=Pass(flash_attn_varlen_backward, check_varlen_backward, 14),
+    forward=Pass(flash_attn_varlen_forward, check_varlen_forward, 11),
+    backward=Pass(flash_attn_varlen_backward, check_varlen_backward, 15),
     tensors=8,
-    keywords=(
-        "max_seqlen_q",
-        "max_seqlen_k",
-        "window_left",
-        "window_right",
-        "deterministic",
-        "tile_config",
-    ),
+    keywords=_VARLEN_KEYWORDS,
     backward_options=_varlen_options,
     vmap_rule=refuse_vmap,
 )
@@ -114,24 +129,36 @@ def by_position(
 def save_for_backward(
     family: Family, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 ) -> None:
-    ctx.options = inputs[family.tensors :]
-    ctx.save_for_backward(*inputs[: family.tensors], *output)
+    at = family.forward.sinks
+    ctx.options = list(inputs[family.tensors :])
+    sinks = None
+    if len(inputs) > at:
+        sinks, ctx.options[at - family.tensors] = inputs[at], None
+    ctx.sinks_dtype = None if sinks is None else sinks.dtype
+    ctx.save_for_backward(*inputs[: family.tensors], sinks, *output)
     ctx.set_materialize_grads(False)  # an LSE that nobody uses costs nothing
 
 
 def backward_inputs(
     family: Family, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Any, ...]:
-    q, k, v, *lengths, out, lse = ctx.saved_tensors
+    q, k, v, *lengths, sinks, out, lse = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    options = family.backward_options(*ctx.options)
-    return grad_out, grad_lse, q, k, v, out, lse, *lengths, *options
+    options = list(ctx.options)
+    if sinks is not None:
+        options[family.forward.sinks - family.tensors] = sinks
+    backward_options = family.backward_options(*options)
+    return grad_out, grad_lse, q, k, v, out, lse, *lengths, *backward_options
 
 
 def gradients_of_inputs(family: Family, ctx: Any, grads: Any) -> tuple[Tensor | None, ...]:
-    """Of q, k, v, and None for each other input of forward."""
-    return *grads, *(None,) * (family.tensors - 3 + len(ctx.options))
+    """Of q, k, v and the sinks, and None for each other input of forward."""
+    *of_qkv, of_sinks = grads
+    others: list[Tensor | None] = [None] * (family.tensors - 3 + len(ctx.options))
+    if ctx.sinks_dtype is not None:
+        others[family.forward.sinks - 3] = of_sinks.sum(0).to(ctx.sinks_dtype)
+    return *of_qkv, *others
 
 
 def refuse_second_derivative(family: Family) -> None:
@@ -142,9 +169,19 @@ def refuse_second_derivative(family: Family) -> None:
 
 
 def _forward_cpu(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, *_: Any, **mask: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    tile_config: str | None = None,
+    deterministic: bool = False,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+    **mask: Any,
 ) -> tuple[Tensor, Tensor]:
-    return reference.attention_forward(q, k, v, softmax_scale, reference.mask_of(causal, **mask))
+    of_call = softmax_scale, reference.mask_of(causal, **mask), sinks, softcap
+    return reference.attention_forward(q, k, v, *of_call)
 
 
 def _backward_cpu(
@@ -157,19 +194,35 @@ def _backward_cpu(
     lse: Tensor,
     softmax_scale: float,
     causal: bool,
-    *_: Any,
+    deterministic: bool,
+    tile_config: str | None = None,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
     **mask: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> reference.Gradients:
     tensors = (grad_out, grad_lse, q, k, v, out, lse)
-    return reference.attention_backward(*tensors, softmax_scale, reference.mask_of(causal, **mask))
+    of_call = softmax_scale, reference.mask_of(causal, **mask), sinks, softcap
+    return reference.attention_backward(*tensors, *of_call)
 
 
 def _varlen_forward_cpu(
-    q: Tensor, k: Tensor, v: Tensor, *inputs: Any, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    diagonal: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    *lengths, softmax_scale, causal = inputs
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     sequences, mask = _packed(q, k, lengths, causal, **options)
-    return reference.packed_forward(q, k, v, sequences, softmax_scale, mask)
+    return reference.packed_forward(q, k, v, sequences, softmax_scale, mask, sinks, softcap)
 
 
 def _varlen_backward_cpu(
@@ -180,19 +233,27 @@ def _varlen_backward_cpu(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *inputs: Any,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    diagonal: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *lengths, softmax_scale, causal = inputs
+) -> reference.Gradients:
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     sequences, mask = _packed(q, k, lengths, causal, **options)
     tensors = (grad_out, grad_lse, q, k, v, out, lse)
-    return reference.packed_backward(*tensors, sequences, softmax_scale, mask)
+    return reference.packed_backward(*tensors, sequences, softmax_scale, mask, sinks, softcap)
 
 
 def _packed(
     q: Tensor,
     k: Tensor,
-    lengths: list[Any],
+    lengths: tuple[Any, ...],
     causal: bool,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
@@ -233,7 +294,8 @@ def _register(
     torch.library.impl(name, "cpu", checked_cpu)
     torch.library.register_fake(name, checked_fake)
     torch.library.register_autograd(name, gradient, setup_context=setup_context)
-    torch.library.register_vmap(name, family.vmap_rule(of_pass.operator, of_pass.check))
+    rule = family.vmap_rule(of_pass.operator, of_pass.check, of_pass.sinks)
+    torch.library.register_vmap(name, rule)
 
 
 def _register_family(
@@ -255,7 +317,10 @@ def _register_family(
         return gradients_of_inputs(family, ctx, results)
 
     def backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(x.new_empty(x.shape) for x in inputs[2:5])  # q, k, v
+        q, k, v = inputs[2:5]
+        sinks = inputs[family.backward.sinks] if len(inputs) > family.backward.sinks else None
+        of_sinks = reference.empty_sinks_gradient(q, sinks)
+        return *(x.new_empty(x.shape) for x in (q, k, v)), of_sinks
 
     def second_derivative(*_: Any) -> None:
         refuse_second_derivative(family)
@@ -264,7 +329,7 @@ def _register_family(
     _register(family.backward, family, backward_cpu, backward_fake, second_derivative)
 
 
-def _backward_not_built(*_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_not_built(*_: Any, **__: Any) -> reference.Gradients:
     raise NotImplementedError(
         "this build has no kernels for gradients on CUDA: call attention under "
         "torch.no_grad() or on tensors that need no gradient, or on the CPU"
@@ -274,6 +339,5 @@ def _backward_not_built(*_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
 _register_family(DENSE, _forward_cpu, _backward_cpu)
 _register_family(VARLEN, _varlen_forward_cpu, _varlen_backward_cpu)
 if not tile_configs("backward"):
-    torch.library.impl(DENSE.backward.operator.name(), "cuda", _backward_not_built)
-# Its check says that there are no kernels.
-torch.library.impl(VARLEN.backward.operator.name(), "cuda", VARLEN.backward.check)
+    for _family in (DENSE, VARLEN):
+        torch.library.impl(_family.backward.operator.name(), "cuda", _backward_not_built)

@@ -25,6 +25,7 @@ def flash_attn_qkvpacked_func(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
     *,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     tile_config: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -54,6 +55,7 @@ def flash_attn_qkvpacked_func(
         softcap=softcap,
         deterministic=deterministic,
         sm_margin=sm_margin,
+        sinks=sinks,
         return_lse=return_lse or return_attn_probs,
         tile_config=tile_config,
     )
@@ -76,6 +78,7 @@ def flash_attn_varlen_qkvpacked_func(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
     *,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     tile_config: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -109,6 +112,7 @@ def flash_attn_varlen_qkvpacked_func(
         softcap=softcap,
         deterministic=deterministic,
         sm_margin=sm_margin,
+        sinks=sinks,
         return_lse=return_lse or return_attn_probs,
         tile_config=tile_config,
     )

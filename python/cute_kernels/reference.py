@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of q, k, v and the sinks
+
 QUERY_BLOCK = 128
 KEY_BLOCK = 256
 
@@ -48,7 +50,9 @@ def mask_of(
 class _Blocks:
     """The geometry of one problem: which queries meet which keys, and how heads become rows."""
 
-    def __init__(self, q: Tensor, k: Tensor, softmax_scale: float, mask: Mask):
+    def __init__(
+        self, q: Tensor, k: Tensor, softmax_scale: float, mask: Mask, softcap: float = 0.0
+    ):
         self.seqlen_q, self.heads = q.shape[1], q.shape[2]
         self.seqlen_k, self.key_heads = k.shape[1], k.shape[2]
         self.group = self.heads // self.key_heads
@@ -56,9 +60,15 @@ class _Blocks:
         self.right = math.inf if mask.right is None else mask.right
         self.diagonal = self.seqlen_k - self.seqlen_q if mask.diagonal is None else mask.diagonal
         self.dtype, self.device = accumulator_dtype(q.dtype), q.device
-        # As a number of that dtype it is neither 0 nor infinite.
+        self.softmax_scale = self._positive(softmax_scale)
+        # What `scores` are in units of, and with a softcap what products are, inside of tanh.
+        self.unit = self._positive(softcap) if softcap else self.softmax_scale
+        self.tanh_factor = self._positive(softmax_scale / softcap) if softcap else None
+
+    def _positive(self, number: float) -> float:
+        """As a number of the dtype it is neither 0 nor infinite."""
         limits = torch.finfo(self.dtype)
-        self.softmax_scale = min(max(softmax_scale, limits.tiny * limits.eps), limits.max)
+        return min(max(number, limits.tiny * limits.eps), limits.max)
 
     def queries(self) -> Iterator[slice]:
         for start in range(0, self.seqlen_q, QUERY_BLOCK):
@@ -96,13 +106,21 @@ class _Blocks:
         block = x[:, :, queries].to(self.dtype)
         return block.reshape(block.shape[0], self.key_heads, -1, 1)
 
+    def head_values(self, x: Tensor, queries: slice) -> Tensor:
+        """A (heads) tensor as (1, key heads, rows, 1)."""
+        of_rows = x.to(self.dtype)[:, None].expand(-1, queries.stop - queries.start)
+        return of_rows.reshape(1, self.key_heads, -1, 1)
+
     def all_keys(self, x: Tensor) -> Tensor:
         """(batch, seqlen, key heads, d) as (batch, key heads, seqlen, d)."""
         return x.to(self.dtype).transpose(1, 2)
 
     def scores(self, q_rows: Tensor, k_block: Tensor, hidden: Tensor | None) -> Tensor:
-        """Q K^T of a block, -inf where a query does not see a key."""
-        return hide(q_rows @ k_block.mT, hidden)
+        """Scores of a block in units of `unit`, -inf where a query does not see a key."""
+        scores = q_rows @ k_block.mT
+        if self.tanh_factor is not None:
+            scores.mul_(self.tanh_factor).tanh_()
+        return hide(scores, hidden)
 
 
 def hide(scores: Tensor, hidden: Tensor | None) -> Tensor:
@@ -134,18 +152,26 @@ def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Mask
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    mask: Mask,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(softmax_scale q k^T) v and the natural logarithm of the softmax's denominator.
+    """softmax(softmax_scale q k^T) v and the natural logarithm of the softmax's denominator, which
+    with `sinks` has exp(sink) in it. A softcap above 0 makes scores softcap tanh(score / softcap).
 
-    Rows that see no key get 0 and -inf. Shapes as in `flash_attn_func`.
+    Rows that see no key get 0 and -inf, or their sink. Shapes as in `flash_attn_func`.
     """
     out, lse = empty_outputs(q, v)
     if out.numel() == 0:
         return out, lse
     if k.numel() == 0:
-        return out.zero_(), lse.fill_(-math.inf)
-    blocks = _Blocks(q, k, softmax_scale, mask)
+        lse.fill_(-math.inf)
+        return out.zero_(), lse if sinks is None else lse.copy_(sinks[:, None])
+    blocks = _Blocks(q, k, softmax_scale, mask, softcap)
     all_k, all_v = blocks.all_keys(k), blocks.all_keys(v)
     for queries in blocks.queries():
         q_rows = blocks.rows(q, queries)
@@ -158,17 +184,30 @@ def attention_forward(
             # -inf - -inf would be NaN: a row that has seen no key yet measures from 0.
             origin = new_maximum.masked_fill(new_maximum == -math.inf, 0.0)
             # Scaled are differences: scores may be beyond a float when they are scaled.
-            rescale = (maximum - origin).mul_(blocks.softmax_scale).exp_()
-            probabilities = scores.sub_(origin).mul_(blocks.softmax_scale).exp_()
+            rescale = (maximum - origin).mul_(blocks.unit).exp_()
+            probabilities = scores.sub_(origin).mul_(blocks.unit).exp_()
             total = total * rescale + probabilities.sum(-1, keepdim=True)
             part = _product(probabilities, all_v[:, :, keys], hidden)
             accumulator = accumulator * rescale + part
             maximum = new_maximum
         accumulator /= total.masked_fill(total == 0, 1.0)
+        row_lse = maximum * blocks.unit + total.log()
+        if sinks is not None:
+            of_keys = row_lse
+            row_lse = torch.logaddexp(of_keys, blocks.head_values(sinks, queries))
+            # -inf - -inf would be NaN: a row that has seen no key is 0 already.
+            accumulator *= (of_keys - row_lse.masked_fill(of_keys == -math.inf, 0.0)).exp_()
         out[:, queries] = blocks.from_rows(accumulator)
-        row_lse = maximum * blocks.softmax_scale + total.log()
         lse[:, :, queries] = row_lse.view(q.shape[0], blocks.heads, -1)
     return out, lse
+
+
+def empty_sinks_gradient(q: Tensor, sinks: Tensor | None) -> Tensor:
+    """As every implementation allocates it: (batch, heads), what each batch entry adds, of packed
+    sequences (1, heads); without sinks no heads."""
+    batch = q.shape[0] if q.dim() == 4 else 1
+    heads = 0 if sinks is None else q.shape[-2]
+    return q.new_empty((batch, heads), dtype=accumulator_dtype(q.dtype))
 
 
 def attention_backward(
@@ -181,29 +220,43 @@ def attention_backward(
     lse: Tensor,
     softmax_scale: float,
     mask: Mask,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, from those of the output and the LSE."""
-    grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    if q.numel() == 0 or k.numel() == 0:
-        return grad_q, torch.zeros_like(k), torch.zeros_like(v)
-    blocks = _Blocks(q, k, softmax_scale, mask)
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Gradients:
+    """The gradients of q, k, v and the sinks, from those of the output and the LSE."""
+    dense = torch.contiguous_format
+    grad_q = torch.zeros_like(q, memory_format=dense)
+    grad_sinks = empty_sinks_gradient(q, sinks).zero_()
+    if q.numel() == 0 or (k.numel() == 0 and sinks is None):
+        grad_k, grad_v = (torch.zeros_like(x, memory_format=dense) for x in (k, v))
+        return grad_q, grad_k, grad_v, grad_sinks
+    blocks = _Blocks(q, k, softmax_scale, mask, softcap)
     all_k, all_v = blocks.all_keys(k), blocks.all_keys(v)
     grad_k, grad_v = torch.zeros_like(all_k), torch.zeros_like(all_v)
-    # P = exp(S - LSE) must be 0, not NaN, in rows that see no key.
-    lse = lse.masked_fill(lse == -math.inf, math.inf)
     for queries in blocks.queries():
         q_rows, grad_rows = blocks.rows(q, queries), blocks.rows(grad_out, queries)
         delta = (grad_rows * blocks.rows(out, queries)).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta -= blocks.row_values(grad_lse, queries)  # dLSE / dS = P
         lse_rows = blocks.row_values(lse, queries)
+        unseen = lse_rows == -math.inf
+        if sinks is not None:
+            # Of an LSE of -inf the sink is all there is.
+            share = (blocks.head_values(sinks, queries) - lse_rows).exp_().masked_fill_(unseen, 1.0)
+            grad_sinks -= (share * delta).view(q.shape[0], blocks.heads, -1).sum(-1)
+        # P = exp(S - LSE) must be 0, not NaN, in rows that see no key.
+        lse_rows = lse_rows.masked_fill(unseen, math.inf)
         grad_q_rows = torch.zeros_like(q_rows)
         for keys, hidden in blocks.keys(queries):
             k_block, v_block = all_k[:, :, keys], all_v[:, :, keys]
-            scores = blocks.scores(q_rows, k_block, hidden).mul_(blocks.softmax_scale)
+            scores = blocks.scores(q_rows, k_block, hidden)
+            slope = None if blocks.tanh_factor is None else 1 - scores.square()  # of tanh
+            scores.mul_(blocks.unit)
             # No P is above 1, though the difference of large numbers may be above 0.
             probabilities = scores.sub_(lse_rows).clamp_(max=0.0).exp_()
             grad_scores = (grad_rows @ v_block.mT).sub_(delta).mul_(probabilities)
+            if slope is not None:
+                grad_scores.mul_(slope)
             unseen_by_keys = None
             if hidden is not None:
                 probabilities.masked_fill_(hidden, 0.0)
@@ -214,11 +267,11 @@ def attention_backward(
             grad_q_rows += _product(grad_scores, k_block, hidden)
         grad_q[:, queries] = blocks.from_rows(grad_q_rows.mul_(blocks.softmax_scale))
     grad_k *= blocks.softmax_scale
-    dense = torch.contiguous_format
     return (
         grad_q,
-        grad_k.transpose(1, 2).to(k.dtype, memory_format=dense),
-        grad_v.transpose(1, 2).to(v.dtype, memory_format=dense),
+        grad_k.transpose(1, 2).to(k.dtype).contiguous(),
+        grad_v.transpose(1, 2).to(v.dtype).contiguous(),
+        grad_sinks,
     )
 
 
@@ -237,6 +290,8 @@ def packed_forward(
     sequences: list[Sequence],
     softmax_scale: float,
     mask: Mask,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`attention_forward` of each sequence; rows of none get 0 and -inf. Shapes as in
     `flash_attn_varlen_func`."""
@@ -245,7 +300,8 @@ def packed_forward(
     lse.fill_(-math.inf)
     for queries, keys, diagonal in sequences:
         one = (q[None, queries], k[None, keys], v[None, keys])
-        part, part_lse = attention_forward(*one, softmax_scale, mask._replace(diagonal=diagonal))
+        own_mask = mask._replace(diagonal=diagonal)
+        part, part_lse = attention_forward(*one, softmax_scale, own_mask, sinks, softcap)
         out[queries], lse[:, queries] = part[0], part_lse[0]
     return out, lse
 
@@ -261,23 +317,27 @@ def packed_backward(
     sequences: list[Sequence],
     softmax_scale: float,
     mask: Mask,
-) -> tuple[Tensor, Tensor, Tensor]:
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Gradients:
     """`attention_backward` of each sequence; rows of none get 0."""
     dense = torch.contiguous_format
     grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=dense) for x in (q, k, v))
+    grad_sinks = empty_sinks_gradient(q, sinks).zero_()
     for queries, keys, diagonal in sequences:
-        grad_q[queries], grad_k[keys], grad_v[keys] = (
-            part[0]
-            for part in attention_backward(
-                grad_out[None, queries],
-                None if grad_lse is None else grad_lse[None, :, queries],
-                q[None, queries],
-                k[None, keys],
-                v[None, keys],
-                out[None, queries],
-                lse[None, :, queries],
-                softmax_scale,
-                mask._replace(diagonal=diagonal),
-            )
+        part = attention_backward(
+            grad_out[None, queries],
+            None if grad_lse is None else grad_lse[None, :, queries],
+            q[None, queries],
+            k[None, keys],
+            v[None, keys],
+            out[None, queries],
+            lse[None, :, queries],
+            softmax_scale,
+            mask._replace(diagonal=diagonal),
+            sinks,
+            softcap,
         )
-    return grad_q, grad_k, grad_v
+        grad_q[queries], grad_k[keys], grad_v[keys] = (grad[0] for grad in part[:3])
+        grad_sinks += part[3]
+    return grad_q, grad_k, grad_v, grad_sinks

@@ -27,11 +27,11 @@ def tile_configs(of_pass: str | None = None) -> list[dict[str, Any]]:
         ``flash_attn_func(..., tile_config=)`` takes that of a forward row. Further keys:
         ``"dtype"`` ("bf16" or "fp16"), ``"head_dim"`` and
         ``"head_dim_v"`` (elements, the largest that the kernel takes), ``"mask"`` ("any", "full"
-        or "causal": the calls that the automatic choice may give it), ``"tile_m"`` (queries) and
-        ``"tile_n"`` (keys of a block), ``"stages"`` (blocks in shared memory that the kernel walks
-        over: K and V forward, Q and dO backward), ``"consumer_warpgroups"``, ``"why"`` the row is
-        there, and the pass's own columns, which the head of the table explains
-        (cute_kernels/attention/tile_configs.toml).
+        or "causal": the calls that the automatic choice may give it; "none": those it was measured
+        to be the fastest for), ``"tile_m"`` (queries) and ``"tile_n"`` (keys of a block),
+        ``"stages"`` (blocks in shared memory that the kernel walks over: K and V forward, Q and dO
+        backward), ``"consumer_warpgroups"``, ``"why"`` the row is there, and the pass's own
+        columns, which the head of the table explains (cute_kernels/attention/tile_configs.toml).
     """
     return [
         dict(row)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
 from cute_kernels.autograd import varlen
-from cute_kernels.checks import explain
+from cute_kernels.cache.pages import attend_pages
+from cute_kernels.checks import check_softcap, explain
+from cute_kernels.chunks import Lengths, check_chunk, in_chunks
 from cute_kernels.varlen_checks import (
     check_max_seqlens,
     check_varlen_forward,
@@ -31,7 +33,7 @@ def flash_attn_varlen_func(
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     seqused_q: Tensor | None = None,
@@ -73,24 +75,29 @@ def flash_attn_varlen_func(
         max_seqlen_q, max_seqlen_k: at least what the longest sequence uses; None if not known.
         seqused_q, seqused_k: (batch,), int32, on q's device: how many rows of its slot a sequence
             uses; all if None.
-        softmax_scale, causal, window_size, deterministic, return_attn_probs, return_lse,
-            tile_config: as of `flash_attn_func`.
-        qv, q_descale, k_descale, v_descale, attention_chunk, softcap, sinks, page_table: not there
-            yet; anything that would change the call raises NotImplementedError.
-        num_splits, pack_gqa, sm_margin: hints, which change no result and so far nothing else.
+        softmax_scale, causal, window_size, attention_chunk, softcap, deterministic,
+            return_attn_probs, sinks, return_lse, tile_config: as of `flash_attn_func`.
+        qv, q_descale, k_descale, v_descale: not there yet; anything that would change the call
+            raises NotImplementedError.
+        num_splits, pack_gqa, sm_margin: hints, which change no result.
+        page_table: (batch, max_pages), int32, last dimension contiguous. With it k and v are caches
+            of pages, (pages, page_size, key heads, head_dim), and key j of a sequence is row ``j %
+            page_size`` of page ``page_table[i, j // page_size]``; cu_seqlens_k is None, seqused_k
+            is required, there is no attention_chunk and no gradient. Only what the used keys need
+            of the table is looked at.
 
     Returns:
         The output, (total_q, heads, v's head_dim) in q's dtype, contiguous, and if asked for the
         LSE: (heads, total_q), float32 (float64 for float64 inputs). A query that sees no key and a
-        row of q that no sequence uses get 0 and -inf, and have no gradient. Gradients are those
-        of `flash_attn_func`.
+        row of q that no sequence uses get 0 and -inf, and have no gradient; with sinks the former
+        has its sink as its LSE. Gradients are those of `flash_attn_func`.
 
     Raises:
         ValueError, TypeError: an argument is not as described. What cu_seqlens and seqused hold is
             looked at on the CPU only, and on CUDA, where that waits for the GPU, if the environment
             had ``CUTE_KERNELS_CHECK=1`` when the package was imported.
         RuntimeError: the GPU is not of compute capability 9.0, or the build has no kernel for it.
-        NotImplementedError: an argument whose feature is not there yet, a gradient on CUDA,
+        NotImplementedError: an argument whose feature is not there yet,
             ``torch.func.vmap``, a second derivative, or a forward-mode one.
     """
     window: list[int | None] = [None, None]
@@ -119,24 +126,51 @@ def flash_attn_varlen_func(
             q_descale=q_descale,
             k_descale=k_descale,
             v_descale=v_descale,
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            sinks=sinks,
-            page_table=page_table,
         )
         check_hints(q, num_splits, pack_gqa, sm_margin)
         causal, *window = window_of(window_size, causal)
+        if not isinstance(softcap, (int, float)):  # as max_seqlen below
+            check_softcap(softcap)
+        check_chunk(attention_chunk)
     # Here too: the operator would read a tensor, and wait for the GPU.
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
-    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
+    if page_table is not None:
+        refuse_later("flash_attn_varlen_func with page_table", attention_chunk=attention_chunk)
+        out, lse = attend_pages(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            seqused_q,
+            seqused_k,
+            softmax_scale,
+            causal,
+            window[0],
+            window[1],
+            softcap,
+            num_splits,
+            sinks,
+            page_table,
+            tile_config,
+        )
+        return (out, lse) if return_lse or return_attn_probs else out
+    if cu_seqlens_k is None:
+        raise TypeError("cu_seqlens_k is a NoneType, must be a torch.Tensor")
+    lengths: Lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
+    if unusual and attention_chunk > 0:
+        check_varlen_forward(q, k, v, *lengths, 1.0, causal, sinks)
+        longest_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
+        lengths = in_chunks(attention_chunk, longest_k, *lengths[:4])
     try:
-        forward, softmax_scale = varlen.choose(q, k, v, softmax_scale)
+        forward, softmax_scale = varlen.choose(q, k, v, softmax_scale, sinks)
         if _CHECK_CONTENTS and q.is_cuda and not _is_compiling():
             rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
             rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
     except (AttributeError, IndexError, ZeroDivisionError) as error:
-        explain(error, check_varlen_forward, *tensors, 1.0, causal)
+        explain(error, check_varlen_forward, q, k, v, *lengths, 1.0, causal, sinks)
     deterministic = _always_deterministic() or deterministic
-    options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config)
-    out, lse = forward(*tensors, softmax_scale, causal, *options)
+    options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config, softcap)
+    out, lse = forward(q, k, v, *lengths, softmax_scale, causal, sinks, *options)
     return (out, lse) if return_lse or return_attn_probs else out

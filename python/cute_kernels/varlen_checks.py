@@ -15,7 +15,6 @@ from cute_kernels.checks import (
     check_results,
     check_tile_config,
     check_window,
-    refuse_on_cuda,
 )
 
 
@@ -30,20 +29,22 @@ def check_varlen_forward(
     diagonal: Tensor | None,
     softmax_scale: float,
     causal: bool,
+    sinks: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     deterministic: bool = False,
     tile_config: str | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Raises ValueError or TypeError unless the varlen forward operator can answer this call. The
     contents of tensors are left to `rows_of_sequences`."""
-    check_call(q, k, v, PACKED, softmax_scale, causal, deterministic)
+    check_call(q, k, v, PACKED, softmax_scale, causal, deterministic, sinks, softcap)
     _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     check_window(window_left, window_right)
-    check_tile_config(tile_config, "forward", q, v, any_call=True)
+    check_tile_config(tile_config, "forward", q, v, True, softcap > 0)
 
 
 def check_varlen_backward(
@@ -61,21 +62,22 @@ def check_varlen_backward(
     diagonal: Tensor | None,
     softmax_scale: float,
     causal: bool,
+    sinks: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     deterministic: bool = False,
     tile_config: str | None = None,
+    softcap: float = 0.0,
 ) -> None:
-    """The same for the varlen backward operator; NotImplementedError if only the CPU can."""
-    check_call(q, k, v, PACKED, softmax_scale, causal, deterministic)
+    """The same for the varlen backward operator."""
+    check_call(q, k, v, PACKED, softmax_scale, causal, deterministic, sinks, softcap)
     check_results(q, v, PACKED, out, grad_out, lse, grad_lse)
     _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     check_window(window_left, window_right)
-    refuse_on_cuda("the gradient of a call with packed sequences", True, q)
-    check_tile_config(tile_config, "backward", q, v, any_call=True)
+    check_tile_config(tile_config, "backward", q, v, True, softcap > 0)
 
 
 def check_max_seqlens(max_seqlen_q: int | None, max_seqlen_k: int | None) -> None:
@@ -92,7 +94,7 @@ def _check_lengths(
     diagonal: Tensor | None,
 ) -> None:
     for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        _check_int32(name, starts, q)
+        check_int32(name, starts, q)
         if starts.shape[0] == 0:
             raise ValueError(f"{name} has shape (0,), must be (batch + 1,)")
     slots = cu_seqlens_q.shape[0]
@@ -105,21 +107,23 @@ def _check_lengths(
     for name, values in of_batch:
         if values is None:
             continue
-        _check_int32(name, values, q)
+        check_int32(name, values, q)
         if values.shape[0] != slots - 1:
             raise ValueError(
                 f"{name} has shape ({values.shape[0]},), must be (batch,) = ({slots - 1},)"
             )
 
 
-def _check_int32(name: str, tensor: Tensor, q: Tensor) -> None:
-    check_device(name, tensor, q)
+def check_int32(name: str, tensor: Tensor, q: Tensor, dims: int = 1, like: str = "q") -> None:
+    """Numbers on the device of q, a tensor whose name is `like`."""
+    check_device(name, tensor, q, like)
     if tensor.dtype != torch.int32:
         raise TypeError(f"{name} has dtype {tensor.dtype}, must be torch.int32")
-    if tensor.dim() != 1:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must have 1 dimension")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} has stride {tensor.stride(0)}, must be contiguous (stride 1)")
+    if tensor.dim() != dims:
+        dimensions = "1 dimension" if dims == 1 else f"{dims} dimensions"
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must have {dimensions}")
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name} has stride {tensor.stride(-1)}, must be contiguous (stride 1)")
 
 
 def rows_of_sequences(

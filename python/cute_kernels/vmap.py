@@ -10,32 +10,41 @@ from torch import Tensor
 Rule = Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]]
 
 
-def fold_into_batch(call: Callable[..., tuple[Tensor, ...]], check: Callable[..., None]) -> Rule:
-    """The vmap rule of a call whose tensors, given and returned, all have the batch first.
+def fold_into_batch(
+    call: Callable[..., tuple[Tensor, ...]], check: Callable[..., None], sinks: int
+) -> Rule:
+    """The vmap rule of a call whose tensors, given and returned, all have the batch first, but for
+    the sinks, which have none: those of a whole batch are the same.
 
     Args:
         call: what is mapped over.
         check: raises unless one of the mapped calls can be answered; takes what `call` takes.
+        sinks: which input they are.
     """
 
     def rule(
         info: Any, in_dims: tuple[int | None, ...], *inputs: Any, **keywords: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        mapped = [
-            _mapped_first(x, dim, info.batch_size) if isinstance(x, Tensor) else x
-            for x, dim in zip(inputs, in_dims, strict=True)
-        ]
-        check(*(_one(x) if isinstance(x, Tensor) else x for x in mapped), **keywords)
-        folded = (x.flatten(0, 1) if isinstance(x, Tensor) else x for x in mapped)
+        if in_dims[sinks : sinks + 1] not in ((), (None,)):
+            raise NotImplementedError(
+                "flash_attn_func has no rule for torch.func.vmap over sinks: map over the other "
+                "tensors, or call it once for each of the sinks"
+            )
+        own = {i: x for i, x in enumerate(inputs) if isinstance(x, Tensor) and i != sinks}
+        mapped = {i: _mapped_first(x, in_dims[i], info.batch_size) for i, x in own.items()}
+        check(*(_one(mapped[i]) if i in mapped else x for i, x in enumerate(inputs)), **keywords)
+        folded = (mapped[i].flatten(0, 1) if i in mapped else x for i, x in enumerate(inputs))
         outputs = call(*folded, **keywords)
-        batch = next(x.shape[1] for x in mapped if isinstance(x, Tensor))
+        batch = next(iter(mapped.values())).shape[1]
         apart = tuple(x.reshape(info.batch_size, batch, *x.shape[1:]) for x in outputs)
         return apart, (0,) * len(apart)
 
     return rule
 
 
-def refuse_vmap(call: Callable[..., tuple[Tensor, ...]], check: Callable[..., None]) -> Rule:
+def refuse_vmap(
+    call: Callable[..., tuple[Tensor, ...]], check: Callable[..., None], sinks: int
+) -> Rule:
     """The vmap rule of calls on packed sequences, of which each has lengths of its own."""
 
     def rule(*_: Any, **__: Any) -> NoReturn:

@@ -3,6 +3,7 @@
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/backward/key_blocks.hpp"
+#include "cute_kernels/attention/global_tensor.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
@@ -46,9 +47,7 @@ class BackwardEpilogue {
                                    typename Traits::KeyBlock const& coord, int part) {
     using namespace cute;
     constexpr int kParts = Traits::kTileN / Traits::kWarpgroupN;
-    auto const [first_row, entry] = coord.tma_grad_k();
-    auto all_keys = tma.get_tma_tensor(params.shape_k)(_, _, coord.kv_head, entry);
-    auto keys = local_tile(domain_offset(make_coord(first_row, _0{}), all_keys),
+    auto keys = local_tile(rows_of_head(tma, params.shape_k, coord.kv_head, coord.tma_grad_k()),
                            Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>{},
                            make_coord(coord.n_block * kParts + part, _0{}));
     auto tile = make_tensor(make_smem_ptr(buffer), typename Traits::LayoutOwnKeys{});

@@ -19,7 +19,9 @@ namespace cute_kernels::attention {
 /// to TMA.
 template <class Traits, class TmaQ, class TmaK, class TmaV, class TmaDkv>
 struct BackwardParams {
-  using Shape = cute::Shape<int, int, int, int>;
+  using DenseShape = cute::Shape<int, int, int, int>;
+  using Shape =
+      std::conditional_t<Traits::kAnyCall, cute::Shape<int, int, int, int, int>, DenseShape>;
   TmaQ tma_q;
   TmaQ tma_grad_out;
   TmaK tma_k;
@@ -42,6 +44,7 @@ struct BackwardParams {
   int group;     // how many of them are worked on together
   cutlass::FastDivmod heads_kv;
   int head_dim_v;
+  float softcap_factor;
 };
 
 /// All threads of the cluster, whose barriers are ready, or whose memory no one needs any more.

@@ -30,9 +30,9 @@ struct KeyBlockCoord {
   }
 
   /// Of the loads and stores of TMA.
-  CUTLASS_DEVICE TmaRows tma_q() const { return {0, batch}; }
-  CUTLASS_DEVICE TmaRows tma_k() const { return {0, batch}; }
-  CUTLASS_DEVICE TmaRows tma_grad_k() const { return {0, batch}; }
+  CUTLASS_DEVICE TmaRows tma_q() const { return dense_tma_rows(batch); }
+  CUTLASS_DEVICE TmaRows tma_k() const { return dense_tma_rows(batch); }
+  CUTLASS_DEVICE TmaRows tma_grad_k() const { return dense_tma_rows(batch); }
 
   /// Where the first query stands in Q or dO, of head 0.
   CUTLASS_DEVICE int64_t first_of_q(TensorView const& view) const {

@@ -51,8 +51,11 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   AttentionCall const& call = problem.call;
   CallSizes const& sizes = call.sizes;
   auto tensor = [&](TensorView const& view, int rows, int channels, int heads) {
-    return call.is_packed() ? packed_tensor<Element>(view, rows, channels, heads)
-                            : global_tensor<Element>(view, rows, channels, heads, sizes.batch);
+    if constexpr (Traits::kAnyCall) {
+      return any_tensor<Element>(view, rows, channels, heads, sizes.batch, call.is_packed());
+    } else {
+      return global_tensor<Element>(view, rows, channels, heads, sizes.batch);
+    }
   };
   int const rows_q = tensor_rows_q(call), rows_k = tensor_rows_k(call);
   auto queries = [&](TensorView const& view, int channels) {
@@ -82,14 +85,13 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   params.tma_v = tma_v;
   params.tma_dk = tma_dk;
   params.tma_dv = tma_dv;
-  int const entries_q = call.is_packed() ? rows_q + 1 : sizes.batch;  // as packed_tensor() has them
-  int const entries_k = call.is_packed() ? rows_k + 1 : sizes.batch;
-  params.shape_q = make_shape(rows_q, sizes.head_dim, sizes.heads_q, entries_q);
-  params.shape_k = make_shape(rows_k, sizes.head_dim, sizes.heads_kv, entries_k);
+  params.shape_q = tensor(problem.q, rows_q, sizes.head_dim, sizes.heads_q).shape();
+  params.shape_k = tensor(problem.k, rows_k, sizes.head_dim, sizes.heads_kv).shape();
   params.grad_out = problem.grad_out;
   params.workspace = workspace;
   params.call_number = call_number;
-  params.scale_log2 = scale_of_scores(problem.call.scale) * sm90::kLog2e;
+  params.scale_log2 = scale_of_scores(Traits::kSoftcap ? call.softcap : call.scale) * sm90::kLog2e;
+  if constexpr (Traits::kSoftcap) params.softcap_factor = softcap_factor(call.scale, call.softcap);
   params.softmax_scale = problem.call.scale;
   params.heads = sizes.heads_q;
   params.head_dim_v = sizes.head_dim_v;
@@ -136,12 +138,14 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   of_queries.stream = stream;
   of_queries.device = problem.device.index;
 
+  // A softcap's scores meet the lse in powers of two.
+  float const unit_of_lse = Traits::kSoftcap ? sm90::kLn2 : scale_of_scores(call.scale);
   of_queries.threads = kPreprocessThreads;
   cudaError_t status = sm90::launch_kernel<preprocess_kernel<Traits>>(
-      of_queries, PreprocessParams<Traits>{
-                      problem.out, problem.grad_out, problem.lse, problem.grad_lse,
-                      tensor_rows_q(call), cutlass::FastDivmod(sizes.heads_q), sizes.head_dim_v,
-                      scale_of_scores(call.scale), call_number, workspace, of_sequences});
+      of_queries, PreprocessParams<Traits>{problem.out, problem.grad_out, problem.lse,
+                                           problem.grad_lse, problem.sinks, tensor_rows_q(call),
+                                           cutlass::FastDivmod(sizes.heads_q), sizes.head_dim_v,
+                                           unit_of_lse, call_number, workspace, of_sequences});
   if (status != cudaSuccess) return status;
 
   if (tensor_rows_k(call) > 0) {  // otherwise dQ = 0
@@ -157,10 +161,12 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   of_queries.threads = cutlass::NumThreadsPerWarpGroup * Traits::kDqSlices;
   of_queries.shared_bytes = postprocess_shared_bytes<Traits>();
   of_queries.early = true;
-  return sm90::launch_kernel<postprocess_kernel<Traits>>(
+  status = sm90::launch_kernel<postprocess_kernel<Traits>>(
       of_queries, PostprocessParams<Traits>{problem.grad_q, call.scale, tensor_rows_q(call),
                                             sizes.head_dim, cutlass::FastDivmod(sizes.heads_q),
                                             call_number, workspace, of_sequences});
+  if (status != cudaSuccess || problem.sinks == nullptr) return status;
+  return launch_sinks(problem, workspace, stream);
 }
 
 }  // namespace cute_kernels::attention

@@ -5,6 +5,7 @@
 #include <cutlass/pipeline/pipeline.hpp>
 
 #include "cute_kernels/attention/backward/steps.hpp"
+#include "cute_kernels/attention/global_tensor.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 
 namespace cute_kernels::attention {
@@ -78,9 +79,7 @@ class BackwardLoader {
                                 KeyBlock const& coord, Where const& where,
                                 cutlass::arch::ClusterTransactionBarrier& full) {
     using namespace cute;
-    auto const [first_row, entry] = coord.tma_k();
-    auto all_keys = tma.get_tma_tensor(params_.shape_k)(_, _, coord.kv_head, entry);
-    auto keys = local_tile(domain_offset(make_coord(first_row, _0{}), all_keys),
+    auto keys = local_tile(rows_of_head(tma, params_.shape_k, coord.kv_head, coord.tma_k()),
                            make_shape(size<0>(layout), size<1>(layout)), where);
     auto tile = make_tensor(make_smem_ptr(buffer), layout);
     auto [from, to] = tma_partition(tma, _0{}, cute::Layout<_1>{}, group_modes<0, 2>(tile),
@@ -95,9 +94,7 @@ class BackwardLoader {
                                         QuerySteps<Traits, Params> const& step,
                                         KeyBlock const& coord) {
     using namespace cute;
-    auto const [first_row, entry] = coord.tma_q();
-    auto all_queries = tma.get_tma_tensor(params_.shape_q)(_, _, step.head(), entry);
-    auto queries = local_tile(domain_offset(make_coord(first_row, _0{}), all_queries),
+    auto queries = local_tile(rows_of_head(tma, params_.shape_q, step.head(), coord.tma_q()),
                               Shape<Int<Traits::kTileM>, Int<Traits::kHeadDim>>{},
                               make_coord(step.block(), _0{}));
     auto stages = make_tensor(make_smem_ptr(buffer.data()), typename Traits::LayoutQ{});

@@ -9,6 +9,7 @@
 #include "cute_kernels/attention/backward/epilogue.hpp"
 #include "cute_kernels/attention/backward/hidden.hpp"
 #include "cute_kernels/attention/backward/scores.hpp"
+#include "cute_kernels/attention/backward/softcap.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
@@ -134,11 +135,21 @@ class BackwardMainloop {
       first_step = false;
 
       int const query = step.block() * kTileM + column;
+      auto p = make_tensor<Element>(OperandLayout{});
+      auto p_of_ds = make_tensor<Element>(OperandLayout{});  // with a softcap
       warpgroup_wait<1>();
+      if constexpr (Traits::kSoftcap) apply_softcap(scores, params.softcap_factor);
       if (!kCareful && step.masked()) {
         coord.mask(params).apply_transposed(p_rows, key, query, -INFINITY);
       }
-      if constexpr (kStatisticsByProduct) {
+      if constexpr (Traits::kSoftcap) {
+        if constexpr (kCareful) {
+          HiddenStep<Traits>(shared_, step.masked(), warpgroup_)
+              .template restrict<CappedScore>(p_rows, coord.mask(params), key, query);
+        }
+        capped_probabilities<kCareful>(p_rows, shared_.statistics[read_q_.index()], column,
+                                       params.scale_log2, p, p_of_ds);
+      } else if constexpr (kStatisticsByProduct) {
         scores_to_probabilities(scores, params.scale_log2);
       } else {
         scores_to_probabilities(p_rows, lse_log2, params.scale_log2);
@@ -148,13 +159,18 @@ class BackwardMainloop {
       if constexpr (!kStatisticsByProduct) subtract_delta(ds_rows, minus_delta);
       if constexpr (kCareful) {
         HiddenStep<Traits> const hidden(shared_, step.masked(), warpgroup_);
-        hidden.template restrict<Probability>(p_rows, coord.mask(params), key, query);
+        if constexpr (!Traits::kSoftcap) {
+          hidden.template restrict<Probability>(p_rows, coord.mask(params), key, query);
+        }
         hidden.clear(ds_rows, coord.mask(params), key, query);
         hidden.clear_queries(shared_, read_q_.index());
       }
-      gradients_of_scores(gradients, scores);
-      auto p = make_tensor<Element>(OperandLayout{});
-      sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
+      if constexpr (Traits::kSoftcap) {
+        gradients_of_scores(gradients, make_tensor(p_of_ds.data(), gradients.layout()));
+      } else {
+        gradients_of_scores(gradients, scores);
+        sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
+      }
       auto ds = make_tensor<Element>(OperandLayout{});
       sm90::convert_fragment<Element>(make_tensor(gradients.data(), OperandLayout{}), ds);
       Ds::store(ds, own_ds, ds_buffer_);

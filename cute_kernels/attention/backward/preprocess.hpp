@@ -3,6 +3,7 @@
 #include <cutlass/numeric_conversion.h>
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/backward/sinks.hpp"
 #include "cute_kernels/attention/backward/workspace.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 
@@ -16,10 +17,11 @@ struct PreprocessParams {
   TensorView grad_out;
   float const* lse;
   float const* grad_lse;
+  float const* sinks;
   int seqlen_q;  // rows of a batch entry, or of all packed sequences
   cutlass::FastDivmod heads;
   int head_dim_v;
-  float scale;  // of the scores
+  float unit_of_lse;
   uint64_t call_number;
   BackwardWorkspace workspace;
   typename Traits::CallOfSequences call;
@@ -63,6 +65,8 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   auto* const statistics =
       static_cast<typename Traits::Statistics*>(params.workspace.statistics) + block_index;
   bool alarming = false;
+  float const sink = params.sinks == nullptr ? -INFINITY : params.sinks[head];
+  float sink_gradient = 0.f;  // of the thread's rows
 
   int const lane = threadIdx.x % kLanes;
   int const column = lane * kVector;
@@ -97,9 +101,14 @@ __global__ void __launch_bounds__(kPreprocessThreads)
         lse = params.lse[at];
         minus_delta = (params.grad_lse == nullptr ? 0.f : params.grad_lse[at]) - sum;
         alarming |= is_alarming(lse, minus_delta);
+        sink_gradient += gradient_of_sink(sink, lse, minus_delta);
       }
-      statistics->set(row, lse, minus_delta, params.scale);
+      statistics->set(row, lse, minus_delta, params.unit_of_lse);
     }
+  }
+  if (params.sinks != nullptr) {
+    float const of_block = sum_of_cta<kPreprocessThreads>(sink_gradient);
+    if (threadIdx.x == 0) params.workspace.sinks[block_index] = of_block;
   }
   if (alarming) *params.workspace.alarm = params.call_number;
   int first_number = 0;

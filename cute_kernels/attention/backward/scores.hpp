@@ -54,7 +54,8 @@ class BackwardScores {
     using namespace cute;
     using sm90::Accumulate;
     constexpr int kInRegisters = tuple_element_t<0, Operands>::value;
-    constexpr auto kFirst = Traits::kStatisticsByProduct ? Accumulate::kYes : Accumulate::kNo;
+    constexpr bool kByProduct = Traits::is_by_product(kLess);
+    constexpr auto kFirst = kByProduct ? Accumulate::kYes : Accumulate::kNo;
     constexpr auto kRest = kInRegisters > 0 ? Accumulate::kYes : kFirst;
     auto const& keys_in_registers = get<1>(operands);
     auto const& keys = get<2>(operands);
@@ -64,11 +65,11 @@ class BackwardScores {
     auto fence = [&] {
       warpgroup_fence_operand(scores);
       if constexpr (kInRegisters > 0) sm90::fence_read_operand(keys_in_registers);
-      if constexpr (Traits::kStatisticsByProduct) sm90::fence_read_operand(ones);
+      if constexpr (kByProduct) sm90::fence_read_operand(ones);
     };
     fence();
     warpgroup_arrive();
-    if constexpr (Traits::kStatisticsByProduct) {
+    if constexpr (kByProduct) {
       sm90::add_gemm<Accumulate::kNo>(typename Traits::MmaStatistic{}, ones,
                                       statistic_parts(shared, stage, thread), scores);
     }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cute_kernels/attention/lengths.hpp"
+#include "cute_kernels/attention/tma_rows.hpp"
 
 // How backward counts blocks of packed rows, also of rows that no sequence uses, whose gradients
 // are 0, and in what order key blocks add to dQ. Nothing here needs a CUDA compiler.
@@ -82,22 +83,6 @@ constexpr int key_block_numbers(AttentionCall const& call, int keys) {
   return (call.sizes.seqlen_k + keys - 1) / keys;
 }
 
-/// Where TMA has a sequence's rows: row i at coordinate `first` + i of the rows, `entry` of the
-/// batch.
-///
-/// Of a packed tensor (packed_tensor() in global_tensor.hpp), the batch's coordinate has the stride
-/// of a row, and the tensor begins `total` rows early. Then there are two coordinates to choose for
-/// a row, and they are chosen so that the tensor ends behind the sequence's last row: TMA brings
-/// zeros for what is behind it, and writes nothing there.
-struct TmaRows {
-  int first;
-  int entry;
-};
-
-constexpr TmaRows packed_tma_rows(int total, int first, int count) {
-  return {total - count, first + count};
-}
-
 /// Of a batch entry of a dense call, or of one of the slots of a packed one.
 struct BackwardSequence {
   int batch;  // of a dense call; 0 of a packed one
@@ -123,7 +108,7 @@ struct BackwardSequence {
 constexpr BackwardSequence backward_sequence(AttentionCall const& call, int entry, int tile_m) {
   if (!call.is_packed()) {
     int const seqlen_q = call.sizes.seqlen_q, seqlen_k = call.sizes.seqlen_k;
-    TmaRows const rows{0, entry};
+    TmaRows const rows = dense_tma_rows(entry);
     int const blocks = entry * call.sizes.heads_q * query_block_numbers(call, tile_m);
     return {entry,
             {0, seqlen_q, seqlen_q},
@@ -144,9 +129,9 @@ constexpr BackwardSequence backward_sequence(AttentionCall const& call, int entr
           k,
           ranges,
           slots_q.first_block(entry, tile_m),
-          packed_tma_rows(slots_q.total, q.first, q.used),
-          packed_tma_rows(slots_k.total, k.first, k.used),
-          packed_tma_rows(slots_k.total, k.first, k.rows)};
+          packed_tma_rows(q.first, q.used),
+          packed_tma_rows(k.first, k.used),
+          packed_tma_rows(k.first, k.rows)};
 }
 
 /// The slot of a query block, whose number among those of a head becomes its number in the slot.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include <cutlass/arch/barrier.h>
@@ -11,6 +12,7 @@
 #include "cute_kernels/attention/backward/epilogue.hpp"
 #include "cute_kernels/attention/backward/hidden.hpp"
 #include "cute_kernels/attention/backward/scores.hpp"
+#include "cute_kernels/attention/backward/softcap.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
 #include "cute_kernels/sm90/cluster.hpp"
@@ -114,18 +116,26 @@ class BackwardSplitMainloop {
       int const query = step.block() * kTileM + column;
       warpgroup_wait<0>();
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
+      using Score = std::conditional_t<Traits::kSoftcap, CappedScore, Exponent>;
+      if constexpr (Traits::kSoftcap) apply_softcap(scores, params.softcap_factor);
       if constexpr (kCareful) {
         HiddenStep<Traits> const hidden(shared, step.masked(), 0);
-        hidden.template restrict<Exponent>(p_rows, coord.mask(params), key, query);
+        hidden.template restrict<Score>(p_rows, coord.mask(params), key, query);
         pipeline_grad_out.consumer_wait(read);
         hidden.clear_queries(shared, read.index());
       } else if (step.masked()) {
         coord.mask(params).apply_transposed(p_rows, key, query, -INFINITY);
       }
-      scores_to_probabilities(scores, params.scale_log2);
       auto p = make_tensor<Element>(OperandLayout{});
-      sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
-      auto* parts = reinterpret_cast<uint4 const*>(p.data());
+      auto p_of_ds = make_tensor<Element>(OperandLayout{});  // with a softcap
+      if constexpr (Traits::kSoftcap) {
+        capped_probabilities<kCareful>(p_rows, shared.statistics[read.index()], column,
+                                       params.scale_log2, p, p_of_ds);
+      } else {
+        scores_to_probabilities(scores, params.scale_log2);
+        sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
+      }
+      auto* parts = reinterpret_cast<uint4 const*>(Traits::kSoftcap ? p_of_ds.data() : p.data());
       shared.ds_empty.wait(phase ^ 1);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kTileM / 16; ++i) {

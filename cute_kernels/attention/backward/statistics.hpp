@@ -49,6 +49,14 @@ struct StatisticParts {
     return statistic == Statistic::kLse ? 0 : kParts;
   }
 
+  /// In the unit that it was set in, for threads to read.
+  CUTLASS_DEVICE float minus_lse(int query) const {
+    static_assert(first_column(Statistic::kLse) == 0);
+    uint2 const parts = reinterpret_cast<uint2 const&>(rows[query]);  // four bf16
+    auto upper_half = [](uint32_t bits) { return __uint_as_float(bits & 0xffff0000u); };
+    return upper_half(parts.x << 16) + (upper_half(parts.x) + upper_half(parts.y << 16));
+  }
+
   /// Both statistics' products meet the parts of the other, times 0. So a delta that is not finite
   /// becomes three times the largest bf16, which only their sum is not; a row whose lse is NaN is
   /// NaN in every product.
@@ -65,7 +73,9 @@ struct StatisticParts {
         value -= static_cast<float>(part);
       }
     };
-    split(Statistic::kLse, isinf(lse) ? -kFar : -lse / scale);
+    // A sink may be larger than any score, so that in their unit it is beyond a float.
+    float const minus_lse = sm90::max_nan(-lse / scale, -0x1p127f);
+    split(Statistic::kLse, isinf(lse) ? -kFar : minus_lse);
     split(Statistic::kDelta, isfinite(minus_delta) ? minus_delta : 0.f);
     if (!isfinite(minus_delta)) {
       CUTLASS_PRAGMA_UNROLL

@@ -119,6 +119,12 @@ struct BackwardTraits {
   using MmaStatistic = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<cutlass::bfloat16_t, cutlass::bfloat16_t, float,
                                  MnkShape<kWarpgroupN, kTileM, 16>>()));
+  // A softcap needs S as it is, before lse is subtracted: the threads do that.
+  static constexpr bool kSoftcap = Tile::kSoftcap;
+  static_assert(!kSoftcap || kStatisticsByProduct, "delta is always subtracted by WGMMA");
+  static constexpr bool is_by_product(Statistic statistic) {
+    return kStatisticsByProduct && !(kSoftcap && statistic == Statistic::kLse);
+  }
   // S^T is issued while the last step's dK is in flight.
   static constexpr bool kScoresBehindDk = Tile::kScoresBehindDk;
   static_assert(!kScoresBehindDk || !kSplitProducts, "no warpgroup has both S^T and dK");

@@ -25,6 +25,7 @@ struct BackwardWorkspace {
   uint64_t* alarm;     // the call's number if a query is alarming, anything else if none is
   int* drawn;          // how many key blocks CTAs have drawn
   int* careful_drawn;
+  float* sinks;  // [rows][m_blocks], what the queries add to the sink's gradient, or null
   int64_t bytes;
 };
 
@@ -62,6 +63,8 @@ BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
   carve(result.careful_turns, blocks * Traits::kCluster, sizeof(int));
   result.turns = nullptr;
   if (adds_in_order<Traits>(problem)) carve(result.turns, blocks * Traits::kCluster, sizeof(int));
+  result.sinks = nullptr;
+  if (problem.sinks != nullptr) carve(result.sinks, blocks, sizeof(float));
   result.bytes = next - static_cast<char*>(problem.workspace);
   return result;
 }

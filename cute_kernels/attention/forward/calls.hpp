@@ -38,12 +38,20 @@ struct DenseCalls {
 };
 
 /// All calls: a tile stands in the work list, where it is read again rather than kept.
+template <int kNeighbours>
 struct AnyCalls {
-  using Scheduler = ListScheduler;
+  using Scheduler = ListScheduler<kNeighbours>;
   using Tile = ListedTile;
   static constexpr bool kHasLeftEnd = WindowMask::kHasLeftEnd;
 
-  ListScheduler::Params scheduler;
+  typename Scheduler::Params scheduler;
+  float const* sinks;  // (heads), or null
+  float softcap_factor;
+
+  /// -inf where there is none.
+  CUTLASS_DEVICE float sink(Tile const& tile) const {
+    return sinks == nullptr ? -INFINITY : sinks[tile.head];
+  }
 
   CUTLASS_DEVICE WindowMask mask_of(Tile const& tile) const {
     return WindowMask(work(tile).ranges());

@@ -85,7 +85,12 @@ class ForwardEpilogue {
       int const seqlen_q = params.mask_of(coord).seqlen_q;
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < 2; ++i) {
-        if (row + 8 * i < seqlen_q) params.lse[base + row + 8 * i] = softmax.lse(i);
+        if (row + 8 * i >= seqlen_q) continue;
+        if constexpr (Traits::kAnyCall) {
+          params.lse[base + row + 8 * i] = softmax.lse(i, params.sink(coord));
+        } else {
+          params.lse[base + row + 8 * i] = softmax.lse(i);
+        }
       }
     }
   }

@@ -24,15 +24,15 @@ template <class Tile>
 cudaError_t launch_forward(ForwardProblem const& problem, cudaStream_t stream) {
   using Traits = ForwardTraits<Tile>;
   AttentionCall const& call = problem.call;
-  float const scale_log2 = scale_of_scores(call.scale) * sm90::kLog2e;
+  float const scale = Traits::kSoftcap ? call.softcap : call.scale;  // of tanh, or of products
+  float const scale_log2 = scale_of_scores(scale) * sm90::kLog2e;
   auto const params = forward_params<Traits>(problem, scale_log2);
   if constexpr (Traits::kAnyCall) {
     int64_t const row_bytes =
         int64_t{sizeof(typename Traits::Output)} * call.sizes.heads_q * call.sizes.head_dim_v;
     UnusedRows const unused{problem.out.data, row_bytes, problem.lse, call.sizes.heads_q};
-    cudaError_t const status =
-        start_preparing(call, QueryTiling{Traits::kTileM, Traits::kTileN},
-                        forward_work_list<Traits>(problem), unused, problem.device, stream);
+    cudaError_t const status = start_preparing<typename Traits::Tiling>(
+        call, forward_work_list<Traits>(problem), unused, problem.device, stream);
     if (status != cudaSuccess) return status;
   }
   return start_forward<ForwardMainloop<Traits>>(params, problem, stream, Traits::kAnyCall);

@@ -6,6 +6,7 @@
 #include "cute_kernels/attention/forward/softmax.hpp"
 #include "cute_kernels/attention/forward/value_guard.hpp"
 #include "cute_kernels/attention/ranges.hpp"
+#include "cute_kernels/attention/softcap.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/warp_gemm.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
@@ -103,7 +104,11 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord, warpgroup,
             softmax, out);
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
-    softmax.finalize(out_rows);
+    if constexpr (Traits::kAnyCall) {
+      softmax.finalize(out_rows, params.sink(coord));
+    } else {
+      softmax.finalize(out_rows);
+    }
     auto rounded = make_tensor<Element>(out.layout());
     sm90::convert_fragment<Element>(out, rounded);
     if (params.mask_of(coord).hides_values() && !are_finite(params, coord, warpgroup, rounded)) {
@@ -208,6 +213,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         auto own_q = local_tile(shared_q, Shape<Int<kWarpM>, Int<Traits::kHeadDim>>{},
                                 make_coord(opaque(thread) / 32, _0{}));
         sm90::warp_gemm(own_q, shared_k(_, _, opaque(read_k.index())), scores);
+        if constexpr (Traits::kSoftcap) apply_tanh(scores, params.softcap_factor);
         // Every second time as many blocks more as it took to come here: a tile starts few blocks
         // again, and where it does so once, its origins' margin is likely to be enough.
         if (Softmax::kHasMargin && seek_from < kSeekNoMore) {
@@ -223,6 +229,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       auto few = [&] {
         return first_end(params.forgotten(coord)) - kKeysOfOrigin < block * kTileN;
       };
+      if constexpr (Traits::kSoftcap) apply_softcap(scores, params.softcap_factor);
       softmax.update(rows, seek, few, mask, overflow, on_move);
     };
     auto round_probabilities = [&] {

@@ -88,22 +88,54 @@ class OnlineSoftmax {
   /// Divides O by the row sums. Rows that saw no key become 0. lse() is valid afterwards.
   template <class Output>
   CUTLASS_DEVICE void finalize(Output& out) {
+    divide(out, [&](int row) { return sum_[row]; });
+  }
+
+  /// The same where every row has one score more, `sink`, which is scaled already and has no value.
+  /// It may be far from the others, and is -inf where there is none; lse(row, sink) is valid
+  /// afterwards.
+  template <class Output>
+  CUTLASS_DEVICE void finalize(Output& out, float sink) {
+    divide(out, [&](int row) {
+      return sum_[row] * (1.f + sm90::exp2_mufu(sink_above_keys(row, sink)));
+    });
+  }
+
+  /// ln(sum_j exp(softmax_scale * s_j)); -inf for a row that saw no key.
+  CUTLASS_DEVICE float lse(int row) const {
+    return sum_[row] == 0.f ? kMinusInf : keys(row) * sm90::kLn2;
+  }
+
+  /// With the sink in the sum, which is all of it for a row that saw no key.
+  CUTLASS_DEVICE float lse(int row, float sink) const {
+    if (sum_[row] == 0.f) return sink;
+    float const above = sink_above_keys(row, sink);
+    float const most = above > 0.f ? sink : keys(row) * sm90::kLn2;
+    return most + log2f(1.f + sm90::exp2_mufu(-fabsf(above))) * sm90::kLn2;
+  }
+
+ private:
+  /// log2 of what the keys have in the denominator.
+  CUTLASS_DEVICE float keys(int row) const { return offset_of(origin_[row]) + log2f(sum_[row]); }
+
+  /// In powers of two, of a row that saw a key. Not by keys(): where offset and sink are large, the
+  /// first difference is exact.
+  CUTLASS_DEVICE float sink_above_keys(int row, float sink) const {
+    return sink * sm90::kLog2e - offset_of(origin_[row]) - log2f(sum_[row]);
+  }
+
+  template <class Output, class Denominator>
+  CUTLASS_DEVICE void divide(Output& out, Denominator const& denominator) {
     float inverse[kRows];
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
       sum_[row] += __shfl_xor_sync(0xffffffff, sum_[row], 1);
       sum_[row] += __shfl_xor_sync(0xffffffff, sum_[row], 2);
-      inverse[row] = sum_[row] == 0.f ? 0.f : 1.f / sum_[row];
+      inverse[row] = sum_[row] == 0.f ? 0.f : 1.f / denominator(row);
     }
     scale_rows(out, inverse);
   }
 
-  /// ln(sum_j exp(softmax_scale * s_j)); -inf for a row that saw no key.
-  CUTLASS_DEVICE float lse(int row) const {
-    return sum_[row] == 0.f ? kMinusInf : (offset_of(origin_[row]) + log2f(sum_[row])) * sm90::kLn2;
-  }
-
- private:
   static constexpr float kMinusInf = -INFINITY;
   // The offset of a row without an origin, or with one that is huge: every P but that of -inf is
   // above any bound.

@@ -9,6 +9,7 @@
 #include "cute_kernels/attention/global_tensor.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/schedule/prepare.hpp"
+#include "cute_kernels/attention/softcap.hpp"
 #include "cute_kernels/sm90/launch.hpp"
 
 // What the launches of 16-bit and FP8 forward kernels have in common.
@@ -34,6 +35,8 @@ typename Traits::Calls forward_calls(ForwardProblem const& problem) {
   if constexpr (Traits::kAnyCall) {
     WorkList const list = forward_work_list<Traits>(problem);
     calls.scheduler = {list.count, list.tiles, sizes.heads_q};
+    calls.sinks = call.sinks;
+    if (call.softcap > 0.f) calls.softcap_factor = softcap_factor(call.scale, call.softcap);
   } else {
     int64_t const kv_bytes = int64_t{sizeof(typename Traits::ElementQk)} * sizes.batch *
                              sizes.heads_kv * sizes.seqlen_k * (sizes.head_dim + sizes.head_dim_v);

@@ -28,7 +28,8 @@ struct ForwardTileTraits {
 
   static constexpr int kWarpgroupM = 64;
   static constexpr int kTileM = kWarpgroupM * kConsumers;
-  using Calls = std::conditional_t<kAnyCall, AnyCalls, DenseCalls<kTileM>>;
+  using Tiling = QueryTiling<kTileM, kTileN>;
+  using Calls = std::conditional_t<kAnyCall, AnyCalls<Tiling::kNeighbours>, DenseCalls<kTileM>>;
   static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup * (1 + kConsumers);
 
   // Registers of a thread after setmaxnreg, multiples of 8. A block's pool is what it starts with,

@@ -29,6 +29,7 @@ struct ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
   using Output = Element;
   static constexpr int kHeadDimV = Tile::kHeadDimV;
   static constexpr bool kSeparateOutput = Tile::kSeparateOutput;
+  static constexpr bool kSoftcap = Tile::kSoftcap;
   static constexpr bool kSumInPairs = Tile::kSumInPairs;  // of P, in OnlineSoftmax
 
   static_assert(kTileN % 16 == 0 && kTileN <= 256, "tile_n is N of Q K^T and K of P V");

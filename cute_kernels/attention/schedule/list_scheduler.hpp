@@ -5,7 +5,9 @@
 
 namespace cute_kernels::attention {
 
-/// The order of a work list's tiles, with all heads of each.
+/// The order of a work list's tiles, with all heads of each. CTAs move on, as in an order of
+/// bands: classes of length, each of which ends in the same places.
+template <int kNeighbours>
 class ListScheduler : public CtaRounds {
  public:
   struct Params {
@@ -20,9 +22,11 @@ class ListScheduler : public CtaRounds {
 
   CUTLASS_DEVICE bool valid() const { return number() < count_ * heads_; }
 
-  CUTLASS_DEVICE void advance() { next_round(0); }
+  CUTLASS_DEVICE void advance() { next_round(gridDim.x / 4); }
 
-  CUTLASS_DEVICE ListedTile coord() const { return listed_tile(number(), count_, heads_); }
+  CUTLASS_DEVICE ListedTile coord() const {
+    return listed_tile<kNeighbours>(number(), count_, heads_);
+  }
 
  private:
   int count_;

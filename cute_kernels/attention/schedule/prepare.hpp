@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cute/tensor.hpp>
+
 #include "cute_kernels/attention/lengths.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/schedule/work_list.hpp"
@@ -24,18 +26,18 @@ struct UnusedRows {
 /// The first CTA builds the list, the others clear unused rows of Q's results.
 template <class Tiling>
 __global__ void __launch_bounds__(WorkListBuilder<Tiling>::kThreads)
-    prepare_kernel(AttentionCall const call, Tiling const tiling, WorkList const list,
-                   UnusedRows const unused) {
+    prepare_kernel(CUTE_GRID_CONSTANT AttentionCall const call,
+                   CUTE_GRID_CONSTANT WorkList const list,
+                   CUTE_GRID_CONSTANT UnusedRows const unused) {
   using Builder = WorkListBuilder<Tiling>;
   sm90::let_next_kernel_start();
   if (blockIdx.x == 0) {
     __shared__ typename Builder::Shared shared;
-    Builder builder(call, tiling, list, shared);
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int phase = 0; phase < Builder::kPhases; ++phase) {
-      builder.phase(phase, threadIdx.x);
+    Builder builder(call, list, shared);
+    cute::for_each(cute::make_seq<Builder::kPhases>{}, [&](auto phase) {
+      builder.template phase<phase>(threadIdx.x);
       __syncthreads();
-    }
+    });
     return;
   }
   PackedLengths const& packed = call.packed;
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(WorkListBuilder<Tiling>::kThreads)
 
 /// Starts it. The next kernel may start early, and then waits for this one itself.
 template <class Tiling>
-cudaError_t start_preparing(AttentionCall const& call, Tiling const& tiling, WorkList const& list,
+cudaError_t start_preparing(AttentionCall const& call, WorkList const& list,
                             UnusedRows const& unused, Device const& device, cudaStream_t stream) {
   sm90::Launch how{};
   how.threads = WorkListBuilder<Tiling>::kThreads;
@@ -75,7 +77,7 @@ cudaError_t start_preparing(AttentionCall const& call, Tiling const& tiling, Wor
       1 + static_cast<unsigned>(ctas < device.multiprocessors ? ctas : device.multiprocessors));
   how.stream = stream;
   how.device = device.index;
-  return sm90::launch_kernel<prepare_kernel<Tiling>>(how, call, tiling, list, unused);
+  return sm90::launch_kernel<prepare_kernel<Tiling>>(how, call, list, unused);
 }
 
 }  // namespace cute_kernels::attention

@@ -23,20 +23,27 @@ struct alignas(16) WorkTile {
 };
 static_assert(sizeof(WorkTile) == 32);
 
-/// Forward: queries in tiles of tile_m, whose length is how many blocks of tile_n keys they see.
+/// Forward: queries in tiles of kTileM, whose length is how many blocks of kTileN keys they see.
+template <int kTileM, int kTileN>
 struct QueryTiling {
-  int tile_m;
-  int tile_n;
-
-  constexpr int count(Sequence const& sequence) const {
-    return (sequence.seqlen_q + tile_m - 1) / tile_m;
+  static constexpr int count(Sequence const& sequence) {
+    return (sequence.seqlen_q + kTileM - 1) / kTileM;
   }
-  constexpr int first_row(Sequence const& sequence, int tile) const {
-    return first_query_of_tile(sequence.seqlen_q, tile_m, count(sequence), tile);
+  static constexpr int first_row(Sequence const& sequence, int tile) {
+    return first_query_of_tile(sequence.seqlen_q, kTileM, count(sequence), tile);
   }
-  constexpr int length(WindowRanges const& ranges, int first_row) const {
-    BlockRange const keys = ranges.key_blocks(first_row, tile_m, tile_n);
+  static constexpr int length(WindowRanges const& ranges, int first_row) {
+    BlockRange const keys = ranges.key_blocks(first_row, kTileM, kTileN);
     return keys.end - keys.begin;
+  }
+
+  /// Tiles of a sequence that stand beside one another in the list and share the loads of K and V:
+  /// enough queries for a load (measured for TileScheduler's bands).
+  static constexpr int kNeighbours = 2 * kTileM >= 384 ? 2 : 4;
+
+  /// The last of a tile's neighbours: of `count` tiles, the last ones are the first group.
+  static constexpr int last_neighbour(int tile, int count) {
+    return count - 1 - (count - 1 - tile) / kNeighbours * kNeighbours;
   }
 };
 
@@ -52,10 +59,10 @@ struct ListedTile {
   int head;
 };
 
-/// The one at a place in the order, of a list of `count` tiles. Four neighbours in the list take
+/// The one at a place in the order, of a list of `count` tiles. Some neighbours in the list take
 /// turns with the heads: they are mostly of one sequence, and share the loads of K and V in L2.
+template <int kNeighbours>
 constexpr ListedTile listed_tile(int place, int count, int heads) {
-  constexpr int kNeighbours = 4;
   int const group = place / (kNeighbours * heads);
   int const rest = place - group * kNeighbours * heads;
   int const first = group * kNeighbours;
@@ -81,10 +88,14 @@ inline WorkList work_list_at(void* memory, int batch, int64_t most) {
   return {count, count + 1, reinterpret_cast<WorkTile*>(tiles), static_cast<int>(most)};
 }
 
-/// Fills a WorkList, the longest tiles first, those of about the same length in the order of the
-/// sequences and of their rows: few classes of length, so that neighbours are of one sequence. The
-/// work of one CTA in phases, between which all threads meet: what
-/// one phase leaves for another is in Shared and in the list. So the host can run it too.
+/// Fills a WorkList, the longest tiles first: neighbours by the length of the last of them, those
+/// of about the same length in the order of the sequences and of their rows. The work of one CTA in
+/// phases, between which all threads meet: what one phase leaves for another is in Shared and in
+/// the list. So the host can run it too.
+///
+/// The attention kernel waits for it, so what counts is how long one thread takes: nothing is
+/// divided by a number that only the call knows but lengths into classes, a tile's sequence is
+/// sought once and in shared memory, and who adds up others' numbers has read them all by then.
 template <class Tiling>
 class WorkListBuilder {
  public:
@@ -94,11 +105,14 @@ class WorkListBuilder {
  private:
   static constexpr int kGroup = 32;
   static constexpr int kGroups = kThreads / kGroup;
-  static constexpr int kBuckets = 8;  // lengths, the longest first
+  static constexpr int kBuckets = 32;   // classes of length, the longest first, at most
+  static constexpr int kNearby = 1023;  // sequences
 
  public:
   struct Shared {
     int of_thread[kThreads];
+    int entry[kThreads];      // the sequence of a thread's first tile
+    int starts[kNearby + 1];  // WorkList::starts, if they fit
     int of_group[kGroups];
     int total;
     int longest;
@@ -107,73 +121,55 @@ class WorkListBuilder {
     int counters[kThreads * (kBuckets + 1)];
   };
 
-  constexpr WorkListBuilder(AttentionCall const& call, Tiling tiling, WorkList const& list,
-                            Shared& shared)
-      : call_(call), tiling_(tiling), list_(list), shared_(shared) {}
+  constexpr WorkListBuilder(AttentionCall const& call, WorkList const& list, Shared& shared)
+      : call_(call), list_(list), shared_(shared) {}
 
-  constexpr void phase(int number, int thread) {
-    switch (number) {
-      case 0: {
-        int tiles = 0;
-        each_sequence(thread, [&](int, int count) { tiles = add(tiles, count); });
-        shared_.of_thread[thread] = tiles;
-        break;
+  template <int kPhase>
+  constexpr void phase(int thread) {
+    static_assert(kPhase >= 0 && kPhase < kPhases);
+    if constexpr (kPhase == 0) {
+      int tiles = 0;
+      each_sequence(thread, [&](int, int count) { tiles = add(tiles, count); });
+      shared_.of_thread[thread] = tiles;
+    } else if constexpr (kPhase == 1 || kPhase == 9) {
+      scan_group(thread);
+    } else if constexpr (kPhase == 2 || kPhase == 10) {
+      scan_groups(thread);
+    } else if constexpr (kPhase == 3) {
+      int start = before(thread);
+      each_sequence(thread, [&](int entry, int count) {
+        starts()[entry] = start;
+        start = add(start, count);
+      });
+      if (thread == 0) starts()[call_.sizes.batch] = *list_.count = shared_.total;
+    } else if constexpr (kPhase == 4) {
+      int const tile = first_tile(thread);
+      shared_.entry[thread] = entry_at(starts(), call_.sizes.batch, tile);
+      int longest = 0;
+      each_tile(thread, [&](WorkTile const&, int length) { longest = greater(longest, length); });
+      shared_.of_thread[thread] = longest;
+    } else if constexpr (kPhase == 5) {
+      longest_of_group(thread);
+    } else if constexpr (kPhase == 6) {
+      longest_of_groups(thread);
+    } else if constexpr (kPhase == 7) {
+      for (int bucket = 0; bucket < kBuckets; ++bucket) counter(bucket, thread) = 0;
+      each_tile(thread, [&](WorkTile const&, int length) { ++counter(bucket_of(length), thread); });
+    } else if constexpr (kPhase == 8) {
+      int sum = 0;
+      for (int i = 0; i < kBuckets; ++i) sum += neighbour(thread, i);
+      shared_.of_thread[thread] = sum;
+    } else if constexpr (kPhase == 11) {
+      int place = before(thread);
+      for (int i = 0; i < kBuckets; ++i) {
+        int const count = neighbour(thread, i);
+        neighbour(thread, i) = place;
+        place += count;
       }
-      case 1:
-      case 9:
-        return scan_group(thread);
-      case 2:
-      case 10:
-        return scan_groups(thread);
-      case 3: {
-        int start = before(thread);
-        each_sequence(thread, [&](int entry, int count) {
-          list_.starts[entry] = start;
-          start = add(start, count);
-        });
-        if (thread == 0) {
-          list_.starts[call_.sizes.batch] = shared_.total;
-          *list_.count = shared_.total;
-        }
-        break;
-      }
-      case 4: {
-        int longest = 0;
-        each_tile(thread, [&](WorkTile const&, int length) { longest = greater(longest, length); });
-        shared_.of_thread[thread] = longest;
-        break;
-      }
-      case 5:
-        return longest_of_group(thread);
-      case 6:
-        return longest_of_groups(thread);
-      case 7:
-        for (int bucket = 0; bucket < kBuckets; ++bucket) counter(bucket, thread) = 0;
-        each_tile(thread,
-                  [&](WorkTile const&, int length) { ++counter(bucket_of(length), thread); });
-        break;
-      case 8: {
-        int sum = 0;
-        for (int i = 0; i < kBuckets; ++i) sum += neighbour(thread, i);
-        shared_.of_thread[thread] = sum;
-        break;
-      }
-      case 11: {
-        int place = before(thread);
-        for (int i = 0; i < kBuckets; ++i) {
-          int const count = neighbour(thread, i);
-          neighbour(thread, i) = place;
-          place += count;
-        }
-        break;
-      }
-      case 12:
-        each_tile(thread, [&](WorkTile const& tile, int length) {
-          list_.tiles[counter(bucket_of(length), thread)++] = tile;
-        });
-        break;
-      default:
-        break;
+    } else {
+      each_tile(thread, [&](WorkTile const& tile, int length) {
+        list_.tiles[counter(bucket_of(length), thread)++] = tile;
+      });
     }
   }
 
@@ -187,35 +183,41 @@ class WorkListBuilder {
     int const first = lesser(thread * share, call_.sizes.batch);
     int const end = lesser(first + share, call_.sizes.batch);
     for (int entry = first; entry < end; ++entry) {
-      visit(entry, tiling_.count(sequence_of(call_, entry)));
+      visit(entry, Tiling::count(sequence_of(call_, entry)));
     }
   }
 
-  /// A thread's share of the tiles: some that follow one another, before they are sorted.
+  constexpr int* starts() { return call_.sizes.batch <= kNearby ? shared_.starts : list_.starts; }
+
+  constexpr int share_of_tiles() const { return (shared_.total + kThreads - 1) / kThreads; }
+  constexpr int first_tile(int thread) const {
+    return lesser(thread * share_of_tiles(), shared_.total);
+  }
+
+  /// A thread's share of the tiles: some that follow one another, before they are sorted. Behind
+  /// phase 3; the first one's sequence is known. With the length of the last of its neighbours.
   template <class Visit>
-  constexpr void each_tile(int thread, Visit const& visit) const {
-    int const tiles = *list_.count;
-    int const share = (tiles + kThreads - 1) / kThreads;
-    int const first = lesser(thread * share, tiles);
-    int const end = lesser(first + share, tiles);
-    if (first == end) return;
-    int entry = entry_at(list_.starts, call_.sizes.batch, first);
-    for (int i = first; i < end; ++entry) {
+  constexpr void each_tile(int thread, Visit const& visit) {
+    int const end = first_tile(thread + 1);
+    int entry = shared_.entry[thread];
+    for (int i = first_tile(thread); i < end; ++entry) {
       Sequence const sequence = sequence_of(call_, entry);
       WindowRanges const ranges = ranges_of(call_, sequence, entry);
-      int const start = list_.starts[entry];
-      for (int const stop = lesser(end, list_.starts[entry + 1]); i < stop; ++i) {
-        int const first_row = tiling_.first_row(sequence, i - start);
-        visit(WorkTile{first_row, sequence, ranges.left_edge, ranges.right_edge},
-              tiling_.length(ranges, first_row));
+      int const start = starts()[entry], count = starts()[entry + 1] - start;
+      for (int const stop = lesser(end, start + count); i < stop; ++i) {
+        auto first_row = [&](int tile) { return Tiling::first_row(sequence, tile); };
+        int const last = Tiling::last_neighbour(i - start, count);
+        visit(WorkTile{first_row(i - start), sequence, ranges.left_edge, ranges.right_edge},
+              Tiling::length(ranges, first_row(last)));
       }
     }
   }
 
   /// Behind phase 6, when the longest length is known.
   constexpr int bucket_of(int length) const {
-    int64_t const shorter = shared_.longest - length;
-    return static_cast<int>(shorter * kBuckets / (int64_t{shared_.longest} + 1));
+    // Blocks have 16 keys or more: there are at most 2^27 of them.
+    auto const shorter = static_cast<uint32_t>(shared_.longest - length);
+    return static_cast<int>(shorter * kBuckets / static_cast<uint32_t>(shared_.longest + 1));
   }
 
   constexpr int& counter(int bucket, int thread) {
@@ -230,21 +232,23 @@ class WorkListBuilder {
   // Sums of of_thread over the threads before one, in three phases: its own, these two.
   constexpr void scan_group(int thread) {
     if (thread % kGroup != 0) return;
+    int own[kGroup]{};
+    for (int i = 0; i < kGroup; ++i) own[i] = shared_.of_thread[thread + i];
     int sum = 0;
-    for (int i = thread; i < thread + kGroup; ++i) {
-      int const own = shared_.of_thread[i];
-      shared_.of_thread[i] = sum;
-      sum = add(sum, own);
+    for (int i = 0; i < kGroup; ++i) {
+      shared_.of_thread[thread + i] = sum;
+      sum = add(sum, own[i]);
     }
     shared_.of_group[thread / kGroup] = sum;
   }
   constexpr void scan_groups(int thread) {
     if (thread != 0) return;
+    int own[kGroups]{};
+    for (int i = 0; i < kGroups; ++i) own[i] = shared_.of_group[i];
     int sum = 0;
-    for (int& group : shared_.of_group) {
-      int const own = group;
-      group = sum;
-      sum = add(sum, own);
+    for (int i = 0; i < kGroups; ++i) {
+      shared_.of_group[i] = sum;
+      sum = add(sum, own[i]);
     }
     shared_.total = sum;
   }
@@ -260,12 +264,12 @@ class WorkListBuilder {
   }
   constexpr void longest_of_groups(int thread) {
     if (thread != 0) return;
-    shared_.longest = 0;
-    for (int const group : shared_.of_group) shared_.longest = greater(shared_.longest, group);
+    int longest = 0;
+    for (int const group : shared_.of_group) longest = greater(longest, group);
+    shared_.longest = longest;
   }
 
   AttentionCall const& call_;
-  Tiling tiling_;
   WorkList list_;
   Shared& shared_;
 };

@@ -22,7 +22,7 @@ FP8_DTYPES = {  # of Q and K
     "e4m3": ("cutlass::float_e4m3_t", "ScoreType::kE4m3"),
     "int8": ("int8_t", "ScoreType::kInt8"),
 }
-MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal"}
+MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal", "none": "kNone"}
 
 ACCUMULATOR_BYTES = 4
 SCALE_ROWS = 64  # FP8: keys that share a scale
@@ -38,6 +38,7 @@ FORWARD_FIELDS = (
     *HEAD,
     Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
     Field("any_call", bool, False, "kAnyCall"),
+    Field("softcap", bool, False, "kSoftcap"),
     Field("mask", str, "any"),
     Field("tile_m", int),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -52,6 +53,7 @@ FORWARD_FIELDS = (
 )
 FP8_FIELDS = (
     *HEAD,
+    Field("mask", str, "any"),
     Field("tile_m", int),
     Field("tile_n", int, REQUIRED, "kTileN"),
     Field("stages", int, 2, "kStages"),
@@ -64,6 +66,7 @@ FP8_FIELDS = (
 BACKWARD_FIELDS = (
     *HEAD,
     Field("any_call", bool, False, "kAnyCall"),
+    Field("softcap", bool, False, "kSoftcap"),
     Field("mask", str, "any"),
     Field("tile_m", int, REQUIRED, "kTileM"),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -287,6 +290,8 @@ def backward_problems(row: Row) -> list[str]:
         )
     if split and not row["statistics_by_product"]:
         found.append("split_products needs statistics_by_product: no thread reads lse or delta")
+    if row["softcap"] and not row["statistics_by_product"]:
+        found.append("softcap needs statistics_by_product: threads read lse, WGMMA subtracts delta")
     if split and row["scores_behind_dk"]:
         found.append("scores_behind_dk needs split_products = false: no warpgroup has S and dK")
     return found
@@ -296,7 +301,8 @@ def row_config(row: Row) -> tuple[object, ...]:
     """What the C++ RowConfig has after name and dtype."""
     head_dim = row["head_dim"]
     mask = f"MaskClass::{MASKS[row.get('mask', 'any')]}"
-    return head_dim, row.get("head_dim_v", head_dim), row.get("any_call", False), mask
+    any_call, softcap = (row.get(column, False) for column in ("any_call", "softcap"))
+    return head_dim, row.get("head_dim_v", head_dim), any_call, softcap, mask
 
 
 PASSES = {

@@ -59,6 +59,8 @@ def problems(row: Row, pass_: Pass) -> list[str]:
         found.append(f"mask {row['mask']!r} is none of {', '.join(MASKS)}")
     if row.get("any_call") and row["mask"] != "any":
         found.append(f"any_call needs mask = 'any', but it is {row['mask']!r}")
+    if row.get("softcap") and not row["any_call"]:
+        found.append("softcap needs any_call = true: one row answers all calls with a softcap")
     if not row["why"].strip():
         found.append("why is empty: say what was measured")
     for name in ("head_dim", "head_dim_v"):

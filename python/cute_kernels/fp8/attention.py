@@ -7,14 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_softmax_scale
+from cute_kernels.checks import check_softmax_scale, check_tile_config, refuse_derivatives
 from cute_kernels.fp8 import reference
 from cute_kernels.fp8.checks import (
     check_device,
     check_flag,
     check_quantised,
     check_tensor,
-    refuse_derivatives,
 )
 from cute_kernels.fp8.kernels import GPU_BUILT, attention_cuda, whole_attention_cuda
 from cute_kernels.fp8.quantize import SATURATION, quantize_fp8
@@ -41,6 +40,7 @@ def flash_attn_fp8_func(
     qk_dtype: torch.dtype = QK_DTYPE,
     out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
+    tile_config: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in FP8, from tensors of any float dtype or from tensors quantised before.
 
@@ -59,6 +59,9 @@ def flash_attn_fp8_func(
         return_lse: also return the natural logarithm of the softmax's denominator, (batch, heads,
             seqlen_q), float32; up to head dim 128 within about 0.03 of that of the quantised
             tensors, because P's row sums are those of rounded P.
+        tile_config: name of a row of ``cute_kernels.tile_configs("forward_fp8")`` to run, instead
+            of the automatic choice; 16-bit tensors are then quantised by calls of their own. On the
+            CPU it is only looked up.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -81,13 +84,14 @@ def flash_attn_fp8_func(
         _check_built(device)
     if device.type == "cuda" and out_dtype == torch.float32:
         raise TypeError("out_dtype is torch.float32, must be float16 or bfloat16 on CUDA")
-    refuse_derivatives("flash_attn_fp8_func", q, k, v)
+    refuse_derivatives("flash_attn_fp8_func", q, k, v, where=" in FP8")
     if softmax_scale is None:
         has_head_dim = len(q.shape) == 4 and q.shape[3] > 0
         softmax_scale = q.shape[3] ** -0.5 if has_head_dim else 1.0
     check_softmax_scale(softmax_scale)
     whole = None
-    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+    plain = tile_config is None
+    if plain and isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
         whole = whole_attention_cuda(
             q, k, v, softmax_scale, causal, smooth_k, incoherent, seed, qk_dtype, out_dtype
         )
@@ -95,7 +99,7 @@ def flash_attn_fp8_func(
         out, lse, shift = whole
     else:
         q8, k8, v8 = _quantised(q, k, v, incoherent, seed, smooth_k, qk_dtype)
-        out, lse = _attention_quantised(q8, k8, v8, softmax_scale, causal, out_dtype)
+        out, lse = _attention_quantised(q8, k8, v8, softmax_scale, causal, out_dtype, tile_config)
         shift = k8.shift
     if return_lse and shift is not None:
         lse = lse + _lse_of_shift(q, shift, softmax_scale)
@@ -147,7 +151,7 @@ def flash_attn_e4m3(
         check_device(name, x, q)
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, must have 4 dimensions")
-    refuse_derivatives("flash_attn_func", q, k, v)
+    refuse_derivatives("flash_attn_func", q, k, v, where=" in FP8")
     check_flag("causal", causal)
     heads, key_heads = q.shape[2], k.shape[2]
     pairs = (k.shape[0], key_heads)
@@ -189,17 +193,19 @@ def _attention_quantised(
     softmax_scale: float,
     causal: bool,
     out_dtype: torch.dtype,
+    tile_config: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE, checked, on whatever device the tensors are on."""
     check_quantised(q, k, v)
     check_softmax_scale(softmax_scale)
+    check_tile_config(tile_config, "forward_fp8", q.data, q.data)
     if k.shape[1] == 0 or q.data.is_meta:
         batch, seqlen, heads, _ = q.shape
         out = q.data.new_zeros(q.shape, dtype=out_dtype)
         return out, q.data.new_full((batch, heads, seqlen), -math.inf, dtype=torch.float32)
     if q.data.is_cuda:
         _check_built(q.data.device)
-        return attention_cuda(q, k, v, softmax_scale, causal, out_dtype)
+        return attention_cuda(q, k, v, softmax_scale, causal, out_dtype, tile_config)
     with torch.autocast(q.data.device.type, enabled=False):
         out, lse = reference.attention(q, k, v, softmax_scale, causal)
     return out.to(out_dtype), lse

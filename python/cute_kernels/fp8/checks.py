@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_softmax_scale, refuse_tangents
-from cute_kernels.compat import in_forward_mode, surely_in_transform
+from cute_kernels.checks import check_softmax_scale, check_tile_config
 from cute_kernels.fp8.tensor import KEY_PADDING, ROW_BLOCK, FP8Tensor
 
 E4M3 = torch.float8_e4m3fn
@@ -23,22 +22,6 @@ GPU_ROTATIONS = (64, 128, 256)  # head dims of rows that the fused kernel takes
 _GPU_INPUTS = (torch.float16, torch.bfloat16)
 _INPUTS = (*_GPU_INPUTS, torch.float32, torch.float64)
 _LIMIT = 2**30  # of each size, and of the tiles of a call
-
-
-def refuse_derivatives(function: str, *tensors: Tensor | FP8Tensor) -> None:
-    """Rounding has no derivative, so none is dropped in silence."""
-    plain = [x for x in tensors if isinstance(x, Tensor)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in plain):
-        raise NotImplementedError(
-            f"{function} has no gradient in FP8: call it under torch.no_grad() or on tensors that "
-            "need no gradient"
-        )
-    if torch.compiler.is_compiling():
-        return
-    if surely_in_transform():
-        raise NotImplementedError(f"{function} has no torch.func transforms in FP8")
-    if in_forward_mode():
-        refuse_tangents(*plain)
 
 
 def check_tensor(name: str, x: object, allows_quantised: bool = False) -> None:
@@ -189,7 +172,9 @@ def check_forward(
     k_scale: Tensor,
     v_scale: Tensor,
     softmax_scale: float,
-    *_: Any,
+    causal: bool,
+    out_float16: bool,
+    tile_config: str | None = None,
 ) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_rank(name, x, 4)
@@ -220,6 +205,7 @@ def check_forward(
                 f"or {(batch, count_heads, 1)}"
             )
     check_softmax_scale(softmax_scale)
+    check_tile_config(tile_config, "forward_fp8", q, q)
     _check_tiles(q)
 
 

@@ -47,6 +47,7 @@ def attention_cuda(
     softmax_scale: float,
     causal: bool,
     out_dtype: torch.dtype,
+    tile_config: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     for name, x in (("q", q), ("k", k)):
         if x.block != ROW_BLOCK and x.scale.shape[2] > 1:
@@ -57,7 +58,7 @@ def attention_cuda(
     v_scale = v.scale if v.block is not None else v.scale.squeeze(2)
     inputs = (
         *(q.data, k.data, v_data, q.scale, k.scale, v_scale),
-        *(softmax_scale, causal, out_dtype == torch.float16),
+        *(softmax_scale, causal, out_dtype == torch.float16, tile_config),
     )
     try:
         out, lse = torch.ops.cute_kernels.flash_attn_fp8_forward(*inputs)

@@ -68,6 +68,7 @@ def _forward_cpu(
     softmax_scale: float,
     causal: bool,
     out_float16: bool,
+    tile_config: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     def rows(x: Tensor, scale: Tensor) -> FP8Tensor:
         return FP8Tensor(x, scale, max(1, x.shape[1]) if scale.shape[2] == 1 else ROW_BLOCK)
@@ -92,6 +93,7 @@ def _forward_fake(
     softmax_scale: float,
     causal: bool,
     out_float16: bool,
+    tile_config: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _outputs_fake(q, out_float16)
 

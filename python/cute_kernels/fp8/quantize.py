@@ -7,12 +7,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cute_kernels.checks import refuse_derivatives
 from cute_kernels.fp8.checks import (
     E4M3,
     check_input,
     check_quantisation,
     check_tensor,
-    refuse_derivatives,
 )
 from cute_kernels.fp8.kernels import quantize_cuda
 from cute_kernels.fp8.rotation import norm_of, rotate_unscaled
@@ -58,7 +58,7 @@ def quantize_fp8(
     check_tensor("x", x)
     check_input("x", x)
     check_quantisation(block, seed, dtype)
-    refuse_derivatives("quantize_fp8", x)
+    refuse_derivatives("quantize_fp8", x, where=" in FP8")
     fused = quantize_cuda(x, incoherent, seed, block, dtype, smooth)
     if fused is not None:
         return fused

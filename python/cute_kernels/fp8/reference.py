@@ -74,7 +74,7 @@ def uses_linear_exp(dtype: torch.dtype, head_dim: int) -> bool:
     rows = [
         row
         for row in reversed(tile_configs("forward_fp8"))
-        if row["dtype"] == name and row["head_dim"] >= head_dim
+        if row["dtype"] == name and row["head_dim"] >= head_dim and row["mask"] != "none"
     ]
     return bool(rows) and bool(min(rows, key=lambda row: row["head_dim"])["linear_exp"])
 

@@ -49,6 +49,13 @@ def _has_level() -> bool:
 in_forward_mode = _has_level if hasattr(forward_ad, "_current_level") else _unknown
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces. The public question is answered with True inside of
+    torch.compile, too, before torch 2.13."""
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
 def surely(condition: Any) -> bool:
     """Whether it is true. While compilers trace, a number that a program reads from a tensor has no
     value: of that nothing is sure."""
@@ -73,3 +80,11 @@ def apply_outside_transforms(function: type[torch.autograd.Function]) -> Callabl
         return function.apply
     apply: Callable[..., Any] = vars(base)["apply"].__get__(None, function)
     return apply
+
+
+def has_cuda_kernel(operator: Any) -> bool:
+    """Whether an operator is compiled for CUDA, or may be."""
+    is_registered: Callable[[str, str], bool] | None = getattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", None
+    )
+    return is_registered is None or is_registered(operator.name(), "CUDA")

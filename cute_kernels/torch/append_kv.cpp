@@ -1,0 +1,210 @@
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <optional>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cute_kernels/cache/launch.hpp"
+#include "cute_kernels/torch/call.hpp"
+#include "cute_kernels/torch/device.hpp"
+#include "cute_kernels/torch/require.hpp"
+#include "cute_kernels/torch/tensor.hpp"
+
+namespace cute_kernels::binding {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// What is refused here is refused in few words: Python's cache/checks.py then says what is wrong.
+constexpr int64_t kMost = std::numeric_limits<int>::max();
+
+void check_sizes(Argument const& a, size_t rank) {
+  require(a.sizes.size() == rank, a.name, " does not have ", rank, " dimensions");
+  for (int64_t size : a.sizes) require(size <= kMost, a.name, " has a size of 2^31 or more");
+  int const last = static_cast<int>(rank) - 1;
+  require(a.stride(last) == 1 || a.size(last) <= 1, a.name, "'s last dimension is not contiguous");
+}
+
+/// (count,) or (count, any) numbers on q's device; null if there are none.
+int const* check_int32(char const* name, std::optional<Tensor> const& tensor, Argument const& like,
+                       size_t rank, int64_t count) {
+  if (!tensor) return nullptr;
+  Argument const a(name, *tensor);
+  check_device(a, like);
+  require(a.dtype == ScalarType::Int, name, " is not int32");
+  check_sizes(a, rank);
+  require(a.size(0) == count, name, " does not have ", count, " rows");
+  return static_cast<int const*>(tensor->data_ptr());
+}
+
+/// Dense tokens are (batch, seqlen, heads, head_dim), packed ones (total, heads, head_dim).
+cache::Tokens tokens_of(Argument const& x, int64_t batch, std::optional<Tensor> const& cu_seqlens) {
+  check_sizes(x, cu_seqlens ? 3 : 4);
+  int const* const starts = check_int32("cu_seqlens", cu_seqlens, x, 1, batch + 1);
+  cache::Tokens tokens{};
+  tokens.batch = static_cast<int>(batch);
+  tokens.cu_seqlens = starts;
+  int64_t total = x.size(0);
+  if (!starts) {
+    require(x.size(0) == batch, x.name, " does not have batch ", batch);
+    tokens.seqlen = static_cast<int>(x.size(1));
+    total *= x.size(1);
+  }
+  require(total <= kMost, x.name, " has 2^31 rows or more");
+  tokens.total = static_cast<int>(total);
+  return tokens;
+}
+
+cache::Rotary rotary_of(Tensor const& cos_tensor, Tensor const& sin_tensor, bool interleaved,
+                        Argument const& x) {
+  Argument const cos("rotary_cos", cos_tensor), sin("rotary_sin", sin_tensor);
+  for (Argument const* table : {&cos, &sin}) {
+    check_device(*table, x);
+    check_sizes(*table, 2);
+    require(table->dtype == ScalarType::Float || table->dtype == x.dtype, table->name,
+            " is not float32 and not of ", x.name, "'s dtype");
+  }
+  require(sin.dtype == cos.dtype && sin.size(0) == cos.size(0) && sin.size(1) == cos.size(1),
+          "rotary_sin is not like rotary_cos");
+  int64_t const pairs = cos.size(1);
+  require(pairs % cache::kPairs == 0 && 2 * pairs <= x.sizes.back(),
+          "rotary_cos does not have a multiple of ", cache::kPairs, " pairs within the head_dim");
+  bool const is_float32 = cos.dtype == ScalarType::Float;
+  int const bytes = is_float32 ? static_cast<int>(sizeof(float)) : kElementBytes;
+  return {cos_tensor.data_ptr(),
+          sin_tensor.data_ptr(),
+          cos.stride(0),
+          sin.stride(0),
+          static_cast<int>(cos.size(0)),
+          static_cast<int>(pairs),
+          interleaved,
+          is_float32,
+          suits_tma(cos, bytes) && suits_tma(sin, bytes)};
+}
+
+cache::Rows rows_of(Argument const& from, Argument const& to) {
+  int64_t const head_dim = from.sizes.back();
+  check_head_dim(from.name, head_dim);
+  return {view(from.tensor),
+          view(to.tensor),
+          suits_tma(from, kElementBytes),
+          suits_tma(to, kElementBytes),
+          static_cast<int>(from.size(static_cast<int>(from.sizes.size()) - 2)),
+          static_cast<int>(head_dim)};
+}
+
+void check_16_bits(Argument const& a) {
+  require(a.is_cuda, a.name, " is not on CUDA");
+  require(a.dtype == ScalarType::Half || a.dtype == ScalarType::BFloat16, a.name,
+          " is not float16 or bfloat16");
+}
+
+cache::Rows rows_to_append(Argument const& from, Argument const& to, Argument const& k) {
+  check_like(from, k);
+  check_like(to, k);
+  check_sizes(to, 4);
+  cache::Rows const rows = rows_of(from, to);
+  require(to.size(2) == rows.heads && to.size(3) == rows.head_dim, from.name,
+          " does not have the heads and head_dim of ", to.name);
+  return rows;
+}
+
+/// The lengths afterwards, at most what the cache can hold.
+Tensor append_kv(Tensor const& k_cache_tensor, Tensor const& v_cache_tensor, Tensor const& k_tensor,
+                 Tensor const& v_tensor, Tensor const& cache_seqlens,
+                 std::optional<Tensor> cu_seqlens_k_new, std::optional<Tensor> page_table,
+                 std::optional<Tensor> cache_batch_idx, std::optional<Tensor> rotary_cos,
+                 std::optional<Tensor> rotary_sin, std::optional<Tensor> rotary_seqlens,
+                 bool rotary_interleaved) {
+  Argument const k_cache("k_cache", k_cache_tensor), v_cache("v_cache", v_cache_tensor),
+      k("k", k_tensor), v("v", v_tensor);
+  check_16_bits(k);
+  int64_t const batch = cache_seqlens.numel();
+  require(batch < kMost, "cache_seqlens has 2^31 elements or more");
+  cache::AppendProblem problem{};
+  problem.tokens = tokens_of(k, batch, cu_seqlens_k_new);
+  tokens_of(v, batch, cu_seqlens_k_new);
+  for (size_t dim = 0; dim + 1 < k.sizes.size(); ++dim) {
+    require(v.sizes[dim] == k.sizes[dim], "v does not have k's shape");
+  }
+  problem.k = rows_to_append(k, k_cache, k);
+  problem.v = rows_to_append(v, v_cache, k);
+  for (int dim = 0; dim < 3; ++dim) {
+    require(v_cache.size(dim) == k_cache.size(dim), "v_cache does not have k_cache's shape");
+  }
+  problem.lengths = check_int32("cache_seqlens", cache_seqlens, k, 1, batch);
+  int const* const positions = check_int32("rotary_seqlens", rotary_seqlens, k, 1, batch);
+  problem.positions = positions ? positions : problem.lengths;
+  problem.places.page_table = check_int32("page_table", page_table, k, 2, batch);
+  problem.places.cache_batch_idx = check_int32("cache_batch_idx", cache_batch_idx, k, 1, batch);
+  require(!(page_table && cache_batch_idx), "cache_batch_idx does not go with page_table");
+  require(page_table || cache_batch_idx || k_cache.size(0) == batch, "k_cache is not of batch ",
+          batch);
+  require(!page_table || k_cache.size(1) > 0, "k_cache has pages without rows");
+  problem.places.page_table_stride = page_table ? page_table->stride(0) : 0;
+  problem.places.pages = static_cast<int>(k_cache.size(0));
+  problem.places.page_size = static_cast<int>(k_cache.size(1));
+  problem.places.capacity =
+      static_cast<int>(std::min(k_cache.size(1) * (page_table ? page_table->size(1) : 1), kMost));
+  require(rotary_cos.has_value() == rotary_sin.has_value(),
+          "rotary_cos and rotary_sin are not both");
+  if (rotary_cos) problem.rotary = rotary_of(*rotary_cos, *rotary_sin, rotary_interleaved, k);
+  problem.is_float16 = k.dtype == ScalarType::Half;
+  attention::Device const& device = hopper(k.device);
+
+  torch::stable::accelerator::DeviceGuard const guard(k.device);
+  Tensor lengths_after = empty({batch}, ScalarType::Int, k.device);
+  problem.lengths_after = static_cast<int*>(lengths_after.data_ptr());
+  if (batch == 0) return lengths_after;
+  require_success(cache::launch_append(problem, device, current_stream(k.device)), "append_kv");
+  return lengths_after;
+}
+
+/// Token i of sequence b stands at position seqlens[b] + i, or all of them at seqlens[b].
+Tensor apply_rotary(Tensor const& x_tensor, Tensor const& rotary_cos, Tensor const& rotary_sin,
+                    Tensor const& seqlens, std::optional<Tensor> cu_seqlens, bool interleaved,
+                    bool advance) {
+  Argument const x("x", x_tensor);
+  check_16_bits(x);
+  int64_t const batch = seqlens.numel();
+  require(batch < kMost, "seqlens has 2^31 elements or more");
+  cache::RotateProblem problem{};
+  problem.tokens = tokens_of(x, batch, cu_seqlens);
+  problem.positions = check_int32("seqlens", seqlens, x, 1, batch);
+  problem.advance = advance;
+  problem.rotary = rotary_of(rotary_cos, rotary_sin, interleaved, x);
+  problem.is_float16 = x.dtype == ScalarType::Half;
+  attention::Device const& device = hopper(x.device);
+
+  torch::stable::accelerator::DeviceGuard const guard(x.device);
+  Tensor out = empty(static_cast<int>(x.sizes.size()), x.sizes.data(), x.dtype, x.device);
+  problem.x = rows_of(x, Argument("out", out));
+  if (out.numel() == 0) return out;
+  require_success(cache::launch_rotate(problem, device, current_stream(x.device)), "apply_rotary");
+  return out;
+}
+
+}  // namespace
+}  // namespace cute_kernels::binding
+
+// Sequence i of a batch has cache_seqlens[i] rows in its cache, and gets k and v behind them: dense
+// (batch, seqlen_new, key heads, head_dim), or with cu_seqlens_k_new packed (total, key heads,
+// head_dim). Returned are the lengths afterwards.
+STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
+  library.def(
+      "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, "
+      "Tensor? cu_seqlens_k_new, Tensor? page_table, Tensor? cache_batch_idx, Tensor? rotary_cos, "
+      "Tensor? rotary_sin, Tensor? rotary_seqlens, bool rotary_interleaved) -> Tensor");
+  library.def(
+      "apply_rotary(Tensor x, Tensor rotary_cos, Tensor rotary_sin, Tensor seqlens, "
+      "Tensor? cu_seqlens, bool interleaved, bool advance) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
+  library.impl("append_kv", TORCH_BOX(&cute_kernels::binding::append_kv));
+  library.impl("apply_rotary", TORCH_BOX(&cute_kernels::binding::apply_rotary));
+}

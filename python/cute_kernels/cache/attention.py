@@ -1,0 +1,317 @@
+"""Attention to a KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
+from cute_kernels.cache import operators
+from cute_kernels.cache.append import append_rows
+from cute_kernels.cache.checks import ENTRIES, PAGES, check_attention, check_output
+from cute_kernels.checks import (
+    DENSE,
+    PACKED,
+    check_alone,
+    check_tensor,
+    explain,
+    refuse_derivatives,
+)
+from cute_kernels.varlen_checks import check_int32
+
+# What the arguments are that most calls leave alone.
+_USUAL = (None, None, None, None, 0, (-1, -1), None, 0)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of new queries to a cache of keys and values, into which new ones may be written
+    first.
+
+    Names, order and meaning of the arguments are those of FlashAttention-3's function of this name.
+    Masks are those of `flash_attn_func` with the keys that the cache holds as seqlen_k: the last
+    query stands at the last key. Rows of the cache that no sequence uses may be NaN.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim), or with cu_seqlens_q packed, (total_q, heads,
+            head_dim); dtypes and head_dim as of `flash_attn_func`.
+        k_cache, v_cache, page_table, cache_batch_idx: as of `append_kv`; the number of query heads
+            is a multiple of that of key heads. Of the page table only what a sequence's rows need
+            is looked at: the rest may be -1 or anything.
+        k, v, cu_seqlens_k_new, rotary_seqlens: as of `append_kv`. If given, they are appended
+            first, in place, and attended to.
+        rotary_cos, rotary_sin, rotary_interleaved: as of `append_kv`, only with k and v. Queries
+            are rotated too: with `causal` or a window query i of a sequence by the angles of
+            position ``cache_seqlens + i``, otherwise all by those of ``cache_seqlens``.
+        cache_seqlens: (batch,), int32, or an int for all: how many rows the cache holds of each
+            sequence before k is appended, those of cache_leftpad included. All if None, which goes
+            only without k.
+        cache_leftpad: (batch,), int32: how many rows at the beginning are no keys.
+        cu_seqlens_q: (batch + 1,), int32: 0, and where each sequence's part of q ends.
+        max_seqlen_q: at least the longest sequence's number of queries; None if not known.
+        softmax_scale, causal, window_size: as of `flash_attn_func`.
+        softcap: if not 0, scores become ``softcap * tanh(score / softcap)``.
+        scheduler_metadata: what `get_scheduler_metadata` returned; it changes nothing.
+        num_splits: into how many parts the keys of a sequence are cut; 0 chooses. A hint, as are
+            pack_gqa and sm_margin.
+        return_softmax_lse: also return the LSE.
+        qv, q_descale, k_descale, v_descale, attention_chunk: not there yet, nor are caches of 8
+            bits, nor cache_leftpad and cache_batch_idx with a page table: NotImplementedError.
+        sinks: (heads,), float32, float16 or bfloat16: a score for each head, not scaled, that takes
+            part in the softmax without a value; the LSE includes it.
+        out: where the output is to be: of its shape, and q's dtype.
+
+    Returns:
+        The output, (batch, seqlen_q, heads, v's head_dim) or (total_q, heads, v's head_dim), and if
+        asked for the LSE, natural logarithms in float32 (float64 for float64 inputs): (batch,
+        heads, seqlen_q), a view of the operator's (heads, batch * seqlen_q), or (heads, total_q). A
+        query that sees no key gets 0, and as LSE -inf or its head's sink.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described. What tensors hold is looked at on
+            the CPU only.
+        NotImplementedError: an argument whose feature is not there yet, or a tensor that needs a
+            gradient.
+    """
+    refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, sinks)
+    left = right = None
+    asked = (qv, q_descale, k_descale, v_descale, attention_chunk, window_size, pack_gqa, sm_margin)
+    try:
+        unusual = asked != _USUAL
+    except (ValueError, RuntimeError):  # arrays do not compare to one answer
+        unusual = True
+    if unusual:
+        refuse_later(
+            "flash_attn_with_kvcache",
+            qv=qv,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            attention_chunk=attention_chunk,
+        )
+        check_hints(q, num_splits, pack_gqa, sm_margin)
+        causal, left, right = window_of(window_size, causal)
+    if scheduler_metadata is not None:
+        _check_metadata(scheduler_metadata)
+    check_tensor("q", q)
+    dense = cu_seqlens_q is None
+    if q.dim() != (4 if dense else 3):
+        check_alone("q", q, DENSE if dense else PACKED)
+    if cu_seqlens_q is None:
+        batch, max_seqlen_q = q.shape[:2]
+        starts = _starts_of(batch, max_seqlen_q, q)
+    else:
+        check_int32("cu_seqlens_q", cu_seqlens_q, q)
+        batch, starts = cu_seqlens_q.shape[0] - 1, cu_seqlens_q
+    lengths = cache_seqlens
+    if not isinstance(lengths, Tensor):
+        lengths = _lengths(cache_seqlens, batch, k_cache, page_table)
+    if k is not None and v is not None:
+        if cache_seqlens is None:
+            raise ValueError("cache_seqlens is None, must be given with k and v")
+        positions = lengths if rotary_seqlens is None else rotary_seqlens
+        rotary = (rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
+        places = (cu_seqlens_k_new, page_table, cache_batch_idx)
+        lengths = append_rows(k_cache, v_cache, k, v, lengths, *places, *rotary)
+        if rotary_cos is not None:
+            advance = causal or left is not None or right is not None
+            angles = (rotary_cos, rotary_sin, positions, cu_seqlens_q, rotary_interleaved, advance)
+            q = operators.rotary(q, *angles)
+    else:
+        _refuse_without_new_keys(
+            k=k,
+            v=v,
+            cu_seqlens_k_new=cu_seqlens_k_new,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            rotary_seqlens=rotary_seqlens,
+        )
+    into = None
+    if out is not None:
+        check_tensor("out", out)
+        if out.shape[:-1] != q.shape[:-1]:
+            raise ValueError(
+                f"out has shape {tuple(out.shape)}, must be {(*q.shape[:-1], v_cache.shape[-1])}"
+            )
+        if out.is_contiguous():
+            into = out.flatten(0, 1) if dense else out
+    result, lse = attend(
+        into,
+        q.flatten(0, 1) if dense else q,
+        k_cache,
+        v_cache,
+        starts,
+        lengths,
+        page_table,
+        cache_batch_idx,
+        cache_leftpad,
+        sinks,
+        softmax_scale,
+        causal,
+        max_seqlen_q,
+        left,
+        right,
+        softcap,
+        num_splits,
+    )
+    if dense:
+        result = result.view(*q.shape[:3], result.shape[2])
+    if out is not None and into is None:
+        check_output(out, result.shape, result)
+        result = out.copy_(result)
+    elif out is not None:
+        result = out
+    if not return_softmax_lse:
+        return result
+    return result, lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1) if dense else lse
+
+
+def attend(
+    into: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+    page_table: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The attention operator, with softmax_scale's default and sinks of any dtype; its output is
+    written to `into`, packed and dense, if given. Keyword-only inputs go by position."""
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    if sinks is not None:
+        check_tensor("sinks", sinks)
+        if not sinks.dtype.is_floating_point:
+            raise TypeError(f"sinks has dtype {sinks.dtype}, must be float32, float16 or bfloat16")
+        sinks = sinks.float()
+    places = (cache_seqlens, page_table, cache_batch_idx, cache_leftpad)
+    inputs = (q, k_cache, v_cache, cu_seqlens_q, *places, sinks, softmax_scale, *options)
+    try:
+        if into is None:
+            result: tuple[Tensor, Tensor] = operators.attention(*inputs)
+            return result
+        lse: Tensor = operators.attention_out(into, *inputs)
+    except (AttributeError, IndexError) as error:
+        explain(error, check_attention, *inputs)
+    operators.mark_written(into)
+    return into, lse
+
+
+def _starts_of(batch: int, seqlen: int, like: Tensor) -> Tensor:
+    """cu_seqlens of sequences of one length; nothing waits for a GPU."""
+    how: Any = {"dtype": torch.int32, "device": like.device}
+    if seqlen == 0:
+        return torch.zeros(batch + 1, **how)
+    return torch.arange(0, (batch + 1) * seqlen, seqlen, **how)
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: Tensor,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> Tensor:
+    """What FlashAttention-3's callers make once a step for all layers.
+
+    Here the work is shared out by each call on the device, from the lengths of that call: nothing
+    has to be known before, and the same metadata does for every call.
+
+    Args:
+        cache_seqlens: any tensor on the device of the calls. Names and order of the arguments are
+            FlashAttention-3's; the others are not looked at.
+
+    Returns:
+        (0,), int32, on cache_seqlens' device, for `scheduler_metadata`.
+    """
+    check_tensor("cache_seqlens", cache_seqlens)
+    return cache_seqlens.new_empty(0, dtype=torch.int32)
+
+
+def _check_metadata(scheduler_metadata: Tensor) -> None:
+    check_tensor("scheduler_metadata", scheduler_metadata)
+    if scheduler_metadata.dtype != torch.int32:
+        raise TypeError(
+            f"scheduler_metadata has dtype {scheduler_metadata.dtype}, must be torch.int32, as of "
+            "get_scheduler_metadata"
+        )
+
+
+def _lengths(
+    cache_seqlens: int | Tensor | None, batch: int, k_cache: Tensor, page_table: Tensor | None
+) -> Tensor:
+    """As a tensor, if it is not one; all that the cache can hold if None."""
+    if isinstance(cache_seqlens, Tensor):
+        return cache_seqlens
+    if cache_seqlens is None:
+        check_alone("k_cache", k_cache, ENTRIES if page_table is None else PAGES)
+        cache_seqlens = k_cache.shape[1]
+        if page_table is not None:
+            check_int32("page_table", page_table, k_cache, dims=2, like="k_cache")
+            cache_seqlens *= page_table.shape[1]
+    elif isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
+        raise TypeError(f"cache_seqlens is {cache_seqlens!r}, must be a torch.Tensor, int or None")
+    return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=k_cache.device)
+
+
+def _refuse_without_new_keys(**arguments: object) -> None:
+    """Those that go only with k and v."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name} is given, must be None unless both k and v are given")

@@ -1,0 +1,334 @@
+"""What a call of the operators of this folder may look like, see cute_kernels/checks.py.
+
+The contents of tensors are left to reference.py: on CUDA nobody looks at them, and what they name
+that does not exist is neither read nor written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cute_kernels.checks import (
+    HEAD_DIM_MULTIPLE,
+    MAX_HEAD_DIM,
+    PACKED,
+    check_alone,
+    check_device,
+    check_flag,
+    check_int,
+    check_like,
+    check_softcap,
+    check_softmax_scale,
+    check_tensor,
+    check_window,
+)
+from cute_kernels.reference import accumulator_dtype
+from cute_kernels.varlen_checks import check_int32
+
+ROTARY_MULTIPLE = 16
+NEW = ("batch", "seqlen_new", "key heads", "head_dim")
+PAGES = ("pages", "page_size", "key heads", "head_dim")
+ENTRIES = ("batch_cache", "seqlen_cache", "key heads", "head_dim")
+PARTS = ("splits", "batch", "seqlen", "heads", "head_dim")
+
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+_VECTOR_BYTES = 16
+_OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    cache_seqlens: Tensor,
+    page_table: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    max_seqlen_q: int | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    softcap: float = 0.0,
+    num_splits: int = 0,
+) -> None:
+    """Raises ValueError, TypeError or NotImplementedError unless the attention operator can answer
+    this call."""
+    check_flag("causal", causal)
+    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _refuse_eight_bits(name, tensor)
+    check_alone("q", q, PACKED)
+    _check_head_dim("q", q)
+    _check_caches(k_cache, v_cache, page_table, q, "q")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _check_vectors(name, cache)
+    heads, head_dim = q.shape[1:]
+    if k_cache.shape[3] != head_dim:
+        raise ValueError(f"k_cache has head_dim {k_cache.shape[3]}, must be {head_dim} like q")
+    key_heads = k_cache.shape[2]
+    if heads != 0 and (key_heads == 0 or heads % key_heads != 0):
+        raise ValueError(f"q has {heads} heads, must be a multiple of k_cache's {key_heads}")
+    check_int32("cu_seqlens_q", cu_seqlens_q, q)
+    if cu_seqlens_q.shape[0] == 0:
+        raise ValueError("cu_seqlens_q has shape (0,), must be (batch + 1,)")
+    check_int32("cache_seqlens", cache_seqlens, q)
+    batch = cu_seqlens_q.shape[0] - 1
+    _check_batch("cache_seqlens", cache_seqlens, batch)
+    _check_places(k_cache, page_table, cache_batch_idx, cache_leftpad, batch, q, "q")
+    if sinks is not None:
+        check_device("sinks", sinks, q)
+        if sinks.dtype != torch.float32:
+            raise TypeError(f"sinks has dtype {sinks.dtype}, must be torch.float32")
+        if sinks.shape != (heads,):
+            raise ValueError(f"sinks has shape {tuple(sinks.shape)}, must be (heads,) = ({heads},)")
+    check_softmax_scale(softmax_scale, accumulator_dtype(q.dtype))
+    check_int("max_seqlen_q", max_seqlen_q, least=0)
+    check_window(window_left, window_right)
+    check_softcap(softcap, accumulator_dtype(q.dtype))
+    check_int("num_splits", num_splits, least=0, none="")
+
+
+def check_attention_out(out: Tensor, q: Tensor, *inputs: Any, **options: Any) -> None:
+    """The same of the operator that writes its output into `out`."""
+    check_attention(q, *inputs, **options)
+    v_cache = inputs[1]
+    check_output(out, (*q.shape[:2], v_cache.shape[3]), q)
+    if not out.is_contiguous():
+        raise ValueError(f"out has strides {out.stride()}, must be contiguous")
+    _check_vectors("out", out)
+
+
+def check_output(out: Tensor, shape: Sequence[int], q: Tensor) -> None:
+    check_like("out", out, q)
+    if out.shape != shape:
+        raise ValueError(f"out has shape {tuple(out.shape)}, must be {tuple(shape)}")
+
+
+def check_append(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_seqlens: Tensor,
+    cu_seqlens_k_new: Tensor | None,
+    page_table: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_seqlens: Tensor | None,
+    rotary_interleaved: bool,
+) -> None:
+    """The same of the append operator."""
+    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _refuse_eight_bits(name, tensor)
+    layout = NEW if cu_seqlens_k_new is None else PACKED
+    check_alone("k", k, layout)
+    check_like("v", v, k, "k")
+    check_alone("v", v, layout)
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"v has shape {tuple(v.shape)}, must be {tuple(k.shape)} like k but for head_dim"
+        )
+    _check_caches(k_cache, v_cache, page_table, k, "k")
+    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        if x.shape[-2:] != cache.shape[-2:]:
+            raise ValueError(
+                f"{name} has (key heads, head_dim) {tuple(x.shape[-2:])}, must be "
+                f"{tuple(cache.shape[-2:])} like {name}_cache"
+            )
+    check_int32("cache_seqlens", cache_seqlens, k, like="k")
+    batch = cache_seqlens.shape[0]
+    if cu_seqlens_k_new is None:
+        if k.shape[0] != batch:
+            raise ValueError(f"k has batch {k.shape[0]}, must be {batch} like cache_seqlens")
+    else:
+        _check_starts("cu_seqlens_k_new", cu_seqlens_k_new, batch, k, "k")
+    _check_places(k_cache, page_table, cache_batch_idx, None, batch, k, "k")
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError("rotary_cos and rotary_sin must both be given, or neither")
+    if rotary_cos is not None and rotary_sin is not None:
+        _check_tables(rotary_cos, rotary_sin, k, "k")
+    if rotary_seqlens is not None:
+        check_int32("rotary_seqlens", rotary_seqlens, k, like="k")
+        _check_batch("rotary_seqlens", rotary_seqlens, batch)
+    check_flag("rotary_interleaved", rotary_interleaved)
+
+
+def check_rotary(
+    x: Tensor,
+    rotary_cos: Tensor,
+    rotary_sin: Tensor,
+    seqlens: Tensor,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+    advance: bool,
+) -> None:
+    """The same of the rotary operator, whose x is the queries."""
+    check_alone("q", x, ("batch", "seqlen", "heads", "head_dim") if cu_seqlens is None else PACKED)
+    _check_head_dim("q", x)
+    _check_tables(rotary_cos, rotary_sin, x, "q")
+    check_int32("cache_seqlens", seqlens, x)
+    batch = seqlens.shape[0]
+    if cu_seqlens is not None:
+        _check_starts("cu_seqlens_q", cu_seqlens, batch, x, "q")
+    elif x.shape[0] != batch:
+        raise ValueError(f"q has batch {x.shape[0]}, must be {batch} like cache_seqlens")
+    check_flag("rotary_interleaved", interleaved)
+    check_flag("advance", advance)
+
+
+def check_combine(
+    out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None = None
+) -> None:
+    """The same of the operator that combines parts."""
+    check_tensor("out_partial", out_partial)
+    if out_partial.dim() != len(PARTS):
+        raise ValueError(
+            f"out_partial has shape {tuple(out_partial.shape)}, must have {len(PARTS)} dimensions: "
+            f"({', '.join(PARTS)})"
+        )
+    wide = (torch.float32, torch.float64) if out_partial.device.type == "cpu" else (torch.float32,)
+    if out_partial.dtype not in wide:
+        raise TypeError(f"out_partial has dtype {out_partial.dtype}, must be torch.float32")
+    if out_partial.stride(-1) != 1 and out_partial.shape[-1] > 1:
+        raise ValueError(
+            f"out_partial has strides {out_partial.stride()}, its last dimension (head_dim) must "
+            "be contiguous (stride 1)"
+        )
+    check_like("lse_partial", lse_partial, out_partial, "out_partial")
+    if lse_partial.shape != out_partial.shape[:-1]:
+        raise ValueError(
+            f"lse_partial has shape {tuple(lse_partial.shape)}, must be ({', '.join(PARTS[:-1])}) "
+            f"= {tuple(out_partial.shape[:-1])}"
+        )
+    allowed = (out_partial.dtype, *_OUTPUTS)
+    if out_dtype is not None and out_dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in _OUTPUTS)
+        raise TypeError(f"out_dtype is {out_dtype}, must be {names}")
+
+
+def _refuse_eight_bits(name: str, tensor: Tensor) -> None:
+    dtype = getattr(tensor, "dtype", None)
+    if dtype in _EIGHT_BITS:
+        raise NotImplementedError(f"{name} of {dtype} is not there yet")
+
+
+def _check_head_dim(name: str, x: Tensor) -> None:
+    head_dim = x.shape[-1]
+    if head_dim % HEAD_DIM_MULTIPLE != 0 or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{name} has head_dim {head_dim}, must be a multiple of {HEAD_DIM_MULTIPLE} from "
+            f"{HEAD_DIM_MULTIPLE} to {MAX_HEAD_DIM}"
+        )
+
+
+def _check_caches(
+    k_cache: Tensor, v_cache: Tensor, page_table: Tensor | None, q: Tensor, like: str
+) -> None:
+    layout = ENTRIES if page_table is None else PAGES
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_like(name, cache, q, like)
+        check_alone(name, cache, layout)
+        _check_head_dim(name, cache)
+    if v_cache.shape[:-1] != k_cache.shape[:-1]:
+        raise ValueError(
+            f"v_cache has shape {tuple(v_cache.shape)}, must be {tuple(k_cache.shape)} like "
+            "k_cache but for head_dim"
+        )
+    if page_table is not None and k_cache.shape[1] == 0:
+        raise ValueError("k_cache has page_size 0, must be at least 1")
+
+
+def _check_vectors(name: str, cache: Tensor) -> None:
+    """On CUDA attention reads caches by vectors, and no copy of a cache is made."""
+    if cache.device.type != "cuda" or cache.numel() == 0:
+        return
+    strides = zip(cache.shape[:-1], cache.stride(), strict=False)
+    offsets = [cache.storage_offset(), *(stride for n, stride in strides if n > 1)]
+    if any(n * cache.element_size() % _VECTOR_BYTES != 0 for n in offsets):
+        raise ValueError(
+            f"{name} has strides {cache.stride()} and offset {cache.storage_offset()}, must be "
+            f"multiples of {_VECTOR_BYTES} bytes on CUDA"
+        )
+
+
+def _check_places(
+    k_cache: Tensor,
+    page_table: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    batch: int,
+    q: Tensor,
+    like: str,
+) -> None:
+    """Where sequences are in the caches."""
+    of_entries = (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad))
+    for name, values in of_entries:
+        if values is None:
+            continue
+        if page_table is not None:
+            raise NotImplementedError(f"{name} is not there yet with page_table")
+        check_int32(name, values, q, like=like)
+        _check_batch(name, values, batch)
+    if page_table is not None:
+        check_int32("page_table", page_table, q, dims=2, like=like)
+        if page_table.shape[0] != batch:
+            raise ValueError(
+                f"page_table has shape {tuple(page_table.shape)}, must be (batch, max_pages) with "
+                f"batch {batch}"
+            )
+    elif cache_batch_idx is None and k_cache.shape[0] != batch:
+        raise ValueError(
+            f"k_cache has batch_cache {k_cache.shape[0]}, must be the batch {batch} without "
+            "cache_batch_idx"
+        )
+
+
+def _check_batch(name: str, values: Tensor, batch: int) -> None:
+    if values.shape[0] != batch:
+        raise ValueError(f"{name} has shape ({values.shape[0]},), must be (batch,) = ({batch},)")
+
+
+def _check_starts(name: str, starts: Tensor, batch: int, x: Tensor, like: str) -> None:
+    check_int32(name, starts, x, like=like)
+    if starts.shape[0] != batch + 1:
+        raise ValueError(
+            f"{name} has shape ({starts.shape[0]},), must be (batch + 1,) = ({batch + 1},)"
+        )
+
+
+def _check_tables(cos: Tensor, sin: Tensor, x: Tensor, like: str) -> None:
+    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        check_device(name, table, x, like)
+        if table.dtype not in (torch.float32, x.dtype):
+            raise TypeError(
+                f"{name} has dtype {table.dtype}, must be torch.float32 or {x.dtype} like {like}"
+            )
+        if table.dim() != 2:
+            raise ValueError(
+                f"{name} has shape {tuple(table.shape)}, must have 2 dimensions: "
+                "(positions, rotary_dim / 2)"
+            )
+        if table.stride(-1) != 1 and table.shape[-1] > 1:
+            raise ValueError(
+                f"{name} has strides {table.stride()}, its last dimension must be contiguous "
+                "(stride 1)"
+            )
+    if sin.dtype != cos.dtype:
+        raise TypeError(f"rotary_sin has dtype {sin.dtype}, must be {cos.dtype} like rotary_cos")
+    if sin.shape != cos.shape:
+        raise ValueError(
+            f"rotary_sin has shape {tuple(sin.shape)}, must be {tuple(cos.shape)} like rotary_cos"
+        )
+    rotary_dim, head_dim = 2 * cos.shape[1], x.shape[-1]
+    if rotary_dim % ROTARY_MULTIPLE != 0 or rotary_dim > head_dim:
+        raise ValueError(
+            f"rotary_cos has shape {tuple(cos.shape)}: rotary_dim is {rotary_dim}, must be a "
+            f"multiple of {ROTARY_MULTIPLE} up to {like}'s head_dim {head_dim}"
+        )

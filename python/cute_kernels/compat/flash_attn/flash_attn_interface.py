@@ -1,0 +1,360 @@
+"""FlashAttention-2's module `flash_attn.flash_attn_interface`.
+
+Its functions with their names, order and results, on those of this package: dropout and ALiBi raise
+NotImplementedError. The four whose names begin with an underscore are what context parallelism
+calls (ring-flash-attention, for one): they have no gradient of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+import cute_kernels
+from cute_kernels.compat.operators import Sequences, backward, public, rows_contiguous
+
+Window = tuple[int, int]
+_MULTIPLE = 8  # of head dims; others are padded, as FlashAttention-2 does
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`cute_kernels.flash_attn_func` with FlashAttention-2's arguments.
+
+    Args:
+        dropout_p, alibi_slopes: not there; other than 0 and None raise NotImplementedError.
+        return_attn_probs: also return the LSE, and an empty tensor in place of probabilities.
+
+    Head dims that are no multiple of 8 are padded.
+    """
+    _refuse("flash_attn_func", dropout_p, alibi_slopes)
+    inputs = _padded(q, k, v)
+    out, lse = cute_kernels.flash_attn_func(
+        *inputs,
+        softmax_scale=_scale(q, softmax_scale),
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        deterministic=deterministic,
+        return_lse=True,
+    )
+    return _results(out, lse, v, return_attn_probs)
+
+
+def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *inputs: Any, **options: Any) -> Any:
+    """`flash_attn_func` of kv: (batch, seqlen_k, 2, key heads, head_dim)."""
+    k, v = _apart("kv", kv, 2, 5)
+    return flash_attn_func(q, k, v, *inputs, **options)
+
+
+def flash_attn_qkvpacked_func(qkv: Tensor, *inputs: Any, **options: Any) -> Any:
+    """`flash_attn_func` of qkv: (batch, seqlen, 3, heads, head_dim)."""
+    q, k, v = _apart("qkv", qkv, 3, 5)
+    return flash_attn_func(q, k, v, *inputs, **options)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Any:
+    """`cute_kernels.flash_attn_varlen_func` with FlashAttention-2's arguments, see
+    `flash_attn_func`.
+
+    Args:
+        block_table: (batch, pages), of k and v in pages, (pages, page size, key heads, head_dim).
+    """
+    _refuse("flash_attn_varlen_func", dropout_p, alibi_slopes)
+    inputs = _padded(q, k, v)
+    is_paged = block_table is not None
+    starts_k: Any = None if is_paged else cu_seqlens_k
+    out, lse = cute_kernels.flash_attn_varlen_func(
+        *inputs,
+        cu_seqlens_q,
+        starts_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale=_scale(q, softmax_scale),
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        deterministic=deterministic,
+        seqused_k=cu_seqlens_k.diff() if is_paged else None,
+        page_table=block_table,
+        return_lse=True,
+    )
+    return _results(out, lse, v, return_attn_probs)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    *inputs: Any,
+    **options: Any,
+) -> Any:
+    """`flash_attn_varlen_func` of kv: (total_k, 2, key heads, head_dim)."""
+    k, v = _apart("kv", kv, 2, 4)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return flash_attn_varlen_func(q, k, v, *lengths, *inputs, **options)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, *inputs: Any, **options: Any
+) -> Any:
+    """`flash_attn_varlen_func` of qkv: (total, 3, heads, head_dim)."""
+    q, k, v = _apart("qkv", qkv, 3, 4)
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(q, k, v, *lengths, *inputs, **options)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """`cute_kernels.flash_attn_with_kvcache` with FlashAttention-2's arguments."""
+    _refuse("flash_attn_with_kvcache", 0.0, alibi_slopes)
+    return public("flash_attn_with_kvcache")(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        cache_seqlens=cache_seqlens,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        page_table=block_table,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        rotary_interleaved=rotary_interleaved,
+        num_splits=num_splits,
+        return_softmax_lse=return_softmax_lse,
+    )
+
+
+def _flash_attn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, LSE, and empty tensors in place of probabilities and the generator's state."""
+    with torch.no_grad():
+        out, lse, nothing = flash_attn_func(
+            q,
+            k,
+            v,
+            dropout_p,
+            softmax_scale,
+            causal,
+            (window_size_left, window_size_right),
+            softcap,
+            alibi_slopes,
+            return_attn_probs=True,
+        )
+    return out, lse, nothing, torch.empty(0, dtype=torch.int64, device=q.device)
+
+
+def _flash_attn_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_flash_attn_forward` of packed sequences."""
+    _refuse("_flash_attn_varlen_forward", dropout_p, alibi_slopes)
+    if block_table is not None or leftpad_k is not None:
+        raise NotImplementedError(
+            "_flash_attn_varlen_forward: block_table and leftpad_k are not there; "
+            "flash_attn_with_kvcache takes them"
+        )
+    inputs = _padded(q, k, v)
+    with torch.no_grad():
+        out, lse = cute_kernels.flash_attn_varlen_func(
+            *inputs,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            seqused_k=seqused_k,
+            softmax_scale=_scale(q, softmax_scale),
+            causal=causal,
+            window_size=(window_size_left, window_size_right),
+            softcap=softcap,
+            return_lse=True,
+        )
+    out, lse, nothing = _results(out, lse, v, True)
+    return out, lse, nothing, torch.empty(0, dtype=torch.int64, device=q.device)
+
+
+def _flash_attn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """Writes the gradients into dq, dk and dv, and returns an empty tensor. Output and LSE may be
+    of more keys than k has. Head dims are multiples of 8."""
+    _refuse("_flash_attn_backward", dropout_p, alibi_slopes)
+    tensors = (dout, q, k, v, out, softmax_lse, (dq, dk, dv), None)
+    window = (window_size_left, window_size_right)
+    options = (softmax_scale, causal, window, softcap, deterministic)
+    backward("_flash_attn_backward", *tensors, *options)
+    return torch.empty(0, dtype=torch.float32, device=q.device)
+
+
+def _flash_attn_varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """`_flash_attn_backward` of packed sequences."""
+    _refuse("_flash_attn_varlen_backward", dropout_p, alibi_slopes)
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, None, None, max_seqlen_q, max_seqlen_k)
+    tensors = (dout, q, k, v, out, softmax_lse, (dq, dk, dv), sequences)
+    window = (window_size_left, window_size_right)
+    options = (softmax_scale, causal, window, softcap, deterministic)
+    backward("_flash_attn_varlen_backward", *tensors, *options)
+    return torch.empty(0, dtype=torch.float32, device=q.device)
+
+
+def _refuse(function: str, dropout_p: float, alibi_slopes: Tensor | None) -> None:
+    if dropout_p != 0:
+        raise NotImplementedError(f"{function}: dropout_p is {dropout_p}, there is no dropout yet")
+    if alibi_slopes is not None:
+        raise NotImplementedError(f"{function}: alibi_slopes is not there yet")
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors with head dims that the kernels take."""
+
+    def padded(x: Tensor) -> Tensor:
+        missing = -x.shape[-1] % _MULTIPLE
+        return pad(x, (0, missing)) if missing else x
+
+    q, k, v = rows_contiguous(q, k, v)
+    return padded(q), padded(k), padded(v)
+
+
+def _scale(q: Tensor, softmax_scale: float | None) -> float | None:
+    """The default is that of the head dim before it is padded."""
+    return float(q.shape[-1] ** -0.5) if softmax_scale is None else softmax_scale
+
+
+def _apart(name: str, packed: Tensor, parts: int, dims: int) -> tuple[Tensor, ...]:
+    if packed.dim() != dims or packed.shape[-3] != parts:
+        rows = "(batch, seqlen" if dims == 5 else "(total"
+        raise ValueError(
+            f"{name} has shape {tuple(packed.shape)}, must be {rows}, {parts}, heads, head_dim)"
+        )
+    return packed.unbind(-3)
+
+
+def _results(out: Tensor, lse: Tensor, v: Tensor, with_lse: bool) -> Any:
+    out = out[..., : v.shape[-1]]
+    return (out, lse, torch.empty(0, dtype=out.dtype, device=out.device)) if with_lse else out

@@ -1,0 +1,93 @@
+"""What the integration with transformers reads from masks, against the explicit ones."""
+
+import pytest
+import torch
+
+tiny = pytest.importorskip("tiny_models", reason="needs transformers 5 or newer")
+transformers = tiny.transformers
+from transformers.masking_utils import (  # noqa: E402
+    AttentionMaskInterface,
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+    sdpa_mask,
+)
+
+from cute_kernels.integrations.transformers import (  # noqa: E402
+    NAME,
+    fallback,
+    masks,
+    register,
+)
+
+pytestmark = pytest.mark.usefixtures("in_transformers")
+
+SEQLEN = 23
+
+CONFIG = transformers.LlamaConfig(
+    **tiny.DECODER, sliding_window=5, attention_chunk_size=7, attn_implementation=NAME
+)
+
+
+def explicit(encoded, queries, keys):
+    """(batch, 1, queries, keys) of a mask for our attention."""
+    query, key = torch.empty(3, 1, queries, 8), torch.empty(3, 1, keys, 8)
+    return fallback._explicit(masks.decode(encoded, keys, 5, 7), query, key)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_masks_say_what_explicit_ones_do(seed):
+    """Of random padding, lengths and windows, in the rows of what is not padding."""
+    chance = torch.Generator().manual_seed(seed)
+    for _ in range(8):
+        keys, queries = (int(torch.randint(1, n, (), generator=chance)) for n in (24, 12))
+        queries = min(queries, keys)
+        first, last = torch.randint(0, keys + 1, (2, 3), generator=chance).sort(dim=0).values
+        place = torch.arange(keys)[None]
+        padding = (place >= first[:, None]) & (place < last[:, None])
+        create = (
+            create_causal_mask,
+            create_sliding_window_causal_mask,
+            create_chunked_causal_mask,
+        )[seed % 3]
+        embeds = torch.empty(3, queries, 0)
+        cache = transformers.DynamicCache()
+        if keys > queries:
+            past = torch.zeros(3, 1, keys - queries, 1)
+            cache.update(past, past, 0)
+        inputs = (CONFIG, embeds, padding, cache)
+        found = create(*inputs)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        right = create(*inputs, allow_is_causal_skip=False)
+        register()
+        if found is None:
+            found = masks.encode(True, False, False, keys, None, torch.device("cpu"))
+        assert found.dtype == torch.int32
+        kept = padding[:, keys - queries :]
+        shown = explicit(found, queries, keys).expand(3, 1, queries, keys)
+        assert torch.equal(shown[:, 0][kept], right[:, 0][kept])
+        assert not shown[:, 0][~kept].any() or torch.equal(shown, right)
+
+
+def test_unknown_parts_become_explicit_masks():
+    embeds = torch.empty(3, SEQLEN, 0)
+
+    def own(batch, head, query, key):
+        return key != 3
+
+    found = create_causal_mask(CONFIG, embeds, None, None, and_mask_function=own)
+    assert found.dtype == torch.bool and found.shape[-2:] == (SEQLEN, SEQLEN)
+    assert not found[..., 3].any()
+    blocks = torch.zeros(3, SEQLEN, dtype=torch.long)
+    found = create_causal_mask(CONFIG, embeds, None, None, block_sequence_ids=blocks)
+    assert found.dtype == torch.bool and found.all()
+
+
+def test_positions_are_looked_at_again_after_a_change():
+    query = torch.empty(1, 2, SEQLEN, 8)
+    position_ids = torch.cat([torch.arange(n) for n in (9, 3, 11)])[None]
+    assert masks.packed_by_positions(position_ids, query, SEQLEN).cu_seqlens_q.tolist() == [
+        *(0, 9, 12, 23)
+    ]
+    position_ids.copy_(torch.arange(SEQLEN)[None])
+    assert masks.packed_by_positions(position_ids, query, SEQLEN) is None
