@@ -206,7 +206,7 @@ def test_graph_with_other_lengths(hopper):
 
 BAD = {
     "k on the CPU": ("k", lambda x: x.cpu(), ValueError, "v is on cuda:0, must be on cpu like k"),
-    "float32": ("k", lambda x: x.float(), TypeError, "v has dtype torch.bfloat16, must be torch"),
+    "float32": ("k", lambda x: x.float(), TypeError, "k has dtype torch.float32, must be float16"),
     "v of another dtype": ("v", lambda x: x.half(), TypeError, "v has dtype torch.float16, must"),
     "lengths of int64": (
         "cache_seqlens",

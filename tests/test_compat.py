@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import inspect
 import math
+import random
 import subprocess
 import sys
 
@@ -11,7 +12,13 @@ import pytest
 import torch
 from oracle import Attention, assert_rows
 from packed import assert_packed_right, random_grads, random_packed
-from parity import assert_gradients_right, assert_right, random_qkv
+from parity import (
+    assert_gradients_right,
+    assert_right,
+    random_qkv,
+    skip_unless_answered,
+    skip_unless_built,
+)
 
 import cute_kernels
 from cute_kernels import compat
@@ -29,14 +36,20 @@ def dtype_of(device):
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
+def skip_without_rows(device):
+    skip_unless_answered(device, torch.bfloat16)
+    for causal in (False, True) if device == "cuda" else ():
+        skip_unless_built(torch.bfloat16, 64, causal)
+
+
 def inputs_of(device, **sizes):
+    skip_without_rows(device)
     sizes = {"seqlen_q": 33, "seqlen_k": 47, "heads": 4, "key_heads": 2, **sizes}
     return random_qkv(device, dtype_of(device), **sizes)
 
 
 def packed_of(device, **options):
-    import random
-
+    skip_without_rows(device)
     chance = random.Random(0)
     slots = ([9, 0, 31], [12, 5, 40])
     return random_packed(chance, device, dtype_of(device), *slots, (64, 64), (4, 2), **options)

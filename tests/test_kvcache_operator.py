@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from cute_kernels import append_kv, flash_attn_with_kvcache
 
 attention = torch.ops.cute_kernels.flash_attn_kvcache_forward.default
+attention_out = torch.ops.cute_kernels.flash_attn_kvcache_forward_out.default
 append = torch.ops.cute_kernels.append_kv.default
 rotary = torch.ops.cute_kernels.apply_rotary.default
 
@@ -43,6 +44,8 @@ def test_attention_operator(page_size):
     inputs = (q, cache.k_cache, cache.v_cache, starts, cache.seqlens(), *places)
     opcheck(attention, *inputs, None, 0.3, True, max_seqlen_q=4)
     opcheck(attention, *inputs, torch.zeros(4), 0.3, False, window_left=9, num_splits=3)
+    out = torch.empty(6, 4, 16)
+    opcheck(attention_out, out, *inputs, None, 0.3, True, max_seqlen_q=4, num_splits=3)
 
 
 @pytest.mark.parametrize("page_size", [None, 16])

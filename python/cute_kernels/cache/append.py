@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from cute_kernels.cache import operators
 from cute_kernels.cache.checks import check_append
 from cute_kernels.checks import explain, refuse_derivatives
-
-_is_compiling = torch.compiler.is_compiling
 
 
 def append_kv(
@@ -76,8 +72,5 @@ def append_rows(k_cache: Tensor, v_cache: Tensor, *inputs: Any) -> Tensor:
         lengths: Tensor = operators.append(k_cache, v_cache, *inputs)
     except (AttributeError, IndexError) as error:
         explain(error, check_append, k_cache, v_cache, *inputs)
-    if not _is_compiling():  # compilers know
-        for cache in (k_cache, v_cache):
-            if not cache.is_inference():
-                increment_version(cache)
+    operators.mark_written(k_cache, v_cache)
     return lengths

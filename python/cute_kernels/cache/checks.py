@@ -6,7 +6,8 @@ that does not exist is neither read nor written.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from cute_kernels.checks import (
     check_flag,
     check_int,
     check_like,
+    check_softcap,
     check_softmax_scale,
     check_tensor,
     check_window,
@@ -88,8 +90,24 @@ def check_attention(
     check_softmax_scale(softmax_scale, accumulator_dtype(q.dtype))
     check_int("max_seqlen_q", max_seqlen_q, least=0)
     check_window(window_left, window_right)
-    check_softcap(softcap)
+    check_softcap(softcap, accumulator_dtype(q.dtype))
     check_int("num_splits", num_splits, least=0, none="")
+
+
+def check_attention_out(out: Tensor, q: Tensor, *inputs: Any, **options: Any) -> None:
+    """The same of the operator that writes its output into `out`."""
+    check_attention(q, *inputs, **options)
+    v_cache = inputs[1]
+    check_output(out, (*q.shape[:2], v_cache.shape[3]), q)
+    if not out.is_contiguous():
+        raise ValueError(f"out has strides {out.stride()}, must be contiguous")
+    _check_vectors("out", out)
+
+
+def check_output(out: Tensor, shape: Sequence[int], q: Tensor) -> None:
+    check_like("out", out, q)
+    if out.shape != shape:
+        raise ValueError(f"out has shape {tuple(out.shape)}, must be {tuple(shape)}")
 
 
 def check_append(
@@ -193,13 +211,6 @@ def check_combine(
     if out_dtype is not None and out_dtype not in allowed:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in _OUTPUTS)
         raise TypeError(f"out_dtype is {out_dtype}, must be {names}")
-
-
-def check_softcap(softcap: float) -> None:
-    if isinstance(softcap, Tensor) or not hasattr(softcap, "__float__"):
-        raise TypeError(f"softcap is {softcap!r}, must be a number")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}, must be finite and at least 0, which is none")
 
 
 def _refuse_eight_bits(name: str, tensor: Tensor) -> None:

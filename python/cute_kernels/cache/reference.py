@@ -7,7 +7,7 @@ sequence does not use, and what its page table names beyond them, are not looked
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,8 +77,6 @@ def attention(
     num_splits: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Each sequence's attention to its keys; rows of q that no sequence has get 0 and -inf."""
-    if softcap != 0:
-        raise NotImplementedError("softcap is not there yet with a KV cache")
     places = places_of(k_cache, page_table, cache_batch_idx)
     sequences = rows_of_sequences("q", q, cu_seqlens_q, None, max_seqlen_q)
     mask = reference.mask_of(causal, window_left, window_right)
@@ -94,19 +92,17 @@ def attention(
         keys = places.rows(i, first, last)
         one = [x[None].to(wide) for x in (q[queries], k_cache[keys], v_cache[keys])]
         (part,), (part_lse,) = reference.attention_forward(
-            one[0], one[1], one[2], softmax_scale, mask
+            one[0], one[1], one[2], softmax_scale, mask, sinks, softcap
         )
-        if sinks is not None:
-            part, part_lse = _with_sinks(part, part_lse, sinks)
         out[queries], lse[:, queries] = part.to(q.dtype), part_lse
     return out, lse
 
 
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """A result to whose softmax a score without a value is added for each head."""
-    sinks = sinks.to(lse.dtype)[:, None]
-    of_keys = torch.sigmoid(lse - sinks).masked_fill(lse == -math.inf, 0.0)
-    return out * of_keys.mT[..., None], torch.logaddexp(lse, sinks)
+def attention_out(out: Tensor, *inputs: Any, **options: Any) -> Tensor:
+    """The same with its output in `out`."""
+    result, lse = attention(*inputs, **options)
+    out.copy_(result)
+    return lse
 
 
 def _length(
