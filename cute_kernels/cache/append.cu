@@ -11,41 +11,36 @@ constexpr int kMany = 2048;  // tokens, from which on a thread has several
 constexpr int kAtOnce = 2;
 
 /// Few tokens have a thread for each unit; of many, a thread has several units.
-Share share_of(int units, int tokens) {
-  int const most = tokens < kMany ? kCtaThreads : 2 * kWarpThreads;
+Share share_of(int units, bool many) {
+  int const most = many ? 2 * kWarpThreads : kCtaThreads;
   int threads = kWarpThreads;
   while (threads < units && threads < most) threads *= 2;
   return {threads};
 }
 
-template <auto kFew, auto kSeveral, class Problem>
-cudaError_t launch(Problem const& problem, int units, int device, cudaStream_t stream) {
-  int const tokens = problem.tokens.total;
-  Share const share = share_of(units, tokens);
-  int const tokens_per_cta = share.stride() * (tokens < kMany ? 1 : kAtOnce);
+int ctas_of(Tokens const& tokens, Share share, bool many) {
+  int const tokens_per_cta = share.stride() * (many ? kAtOnce : 1);
+  return tokens.total == 0 ? 0 : (tokens.total - 1) / tokens_per_cta + 1;
+}
+
+template <class Element>
+cudaError_t append(AppendProblem const& problem, int device, cudaStream_t stream) {
+  int const pairs = distant_pairs(problem.rotary);
+  Queries const& queries = problem.queries;
+  bool const many = std::max(problem.tokens.total, queries.tokens.total) >= kMany;
+  Share const share = share_of(units_of_row(problem.k, pairs) + units_of_row(problem.v, 0), many);
+  Share const share_of_queries = share_of(units_of_row(queries.rows, pairs), many);
+  int const append_ctas = std::max(1, ctas_of(problem.tokens, share, many));
   sm90::Launch how{};
-  how.grid = dim3(std::max(1, (tokens - 1) / tokens_per_cta + 1));
+  how.grid = dim3(append_ctas + ctas_of(queries.tokens, share_of_queries, many));
   how.threads = kCtaThreads;
   how.stream = stream;
   how.device = device;
   how.early = true;
-  return tokens < kMany ? sm90::launch_kernel<kFew>(how, problem, share)
-                        : sm90::launch_kernel<kSeveral>(how, problem, share);
-}
-
-template <class Element>
-cudaError_t append(AppendProblem const& p, int device, cudaStream_t stream) {
-  int const units = p.k.heads * (units_of_head(p.k.head_dim, distant_pairs(p.rotary)) +
-                                 units_of_head(p.v.head_dim, 0));
-  return launch<append_kernel<Element, 1>, append_kernel<Element, kAtOnce>>(p, units, device,
-                                                                            stream);
-}
-
-template <class Element>
-cudaError_t rotate(RotateProblem const& p, int device, cudaStream_t stream) {
-  int const units = p.x.heads * units_of_head(p.x.head_dim, distant_pairs(p.rotary));
-  return launch<rotate_kernel<Element, 1>, rotate_kernel<Element, kAtOnce>>(p, units, device,
-                                                                            stream);
+  return many ? sm90::launch_kernel<append_kernel<Element, kAtOnce>>(how, problem, share,
+                                                                     share_of_queries, append_ctas)
+              : sm90::launch_kernel<append_kernel<Element, 1>>(how, problem, share,
+                                                               share_of_queries, append_ctas);
 }
 
 }  // namespace
@@ -54,12 +49,6 @@ cudaError_t launch_append(AppendProblem const& problem, attention::Device const&
                           cudaStream_t stream) {
   return problem.is_float16 ? append<cutlass::half_t>(problem, device.index, stream)
                             : append<cutlass::bfloat16_t>(problem, device.index, stream);
-}
-
-cudaError_t launch_rotate(RotateProblem const& problem, attention::Device const& device,
-                          cudaStream_t stream) {
-  return problem.is_float16 ? rotate<cutlass::half_t>(problem, device.index, stream)
-                            : rotate<cutlass::bfloat16_t>(problem, device.index, stream);
 }
 
 }  // namespace cute_kernels::cache

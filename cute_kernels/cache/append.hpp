@@ -12,8 +12,8 @@
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/rounded.hpp"
 
-// Kernels that move rows, and turn some of them on the way. Some threads have a token and go over
-// the vectors of all its heads.
+// The kernel that moves rows, and turns some of them on the way. Some threads have a token and go
+// over the vectors of all its heads.
 namespace cute_kernels::cache {
 
 inline constexpr int kCtaThreads = 256;
@@ -156,10 +156,11 @@ struct Batch {
   UnitPlace place{};
   Unit<Element> units[kTokens];
 
-  CUTLASS_DEVICE Batch(Tokens const& tokens, Share const& share)
+  /// `cta`: the number of this one.
+  CUTLASS_DEVICE Batch(Tokens const& tokens, Share const& share, int cta)
       : tokens(tokens),
         share(share),
-        first(blockIdx.x * (kTokens * share.stride()) + threadIdx.x / share.threads_per_token) {}
+        first(cta * (kTokens * share.stride()) + threadIdx.x / share.threads_per_token) {}
 
   CUTLASS_DEVICE int token(int i) const { return first + i * share.stride(); }
   CUTLASS_DEVICE bool exists(int i) const { return token(i) < tokens.total; }
@@ -175,15 +176,12 @@ struct Batch {
 };
 
 template <class Element, int kTokens>
-__global__ void __launch_bounds__(kCtaThreads, kCtas)
-    append_kernel(AppendProblem const problem, Share const share) {
-  sm90::let_next_kernel_start();
-  sm90::wait_for_previous_kernel();
+CUTLASS_DEVICE void append_rows(AppendProblem const& problem, Share const& share, int cta) {
   Tokens const& tokens = problem.tokens;
-  Batch<Element, kTokens> batch(tokens, share);
+  Batch<Element, kTokens> batch(tokens, share, cta);
   int const pairs = distant_pairs(problem.rotary);
-  int const units_k = problem.k.heads * units_of_head(problem.k.head_dim, pairs);
-  int const units = units_k + problem.v.heads * units_of_head(problem.v.head_dim, 0);
+  int const units_k = units_of_row(problem.k, pairs);
+  int const units = units_k + units_of_row(problem.v, 0);
   int const first_index = threadIdx.x % share.threads_per_token;
   CacheRow places[kTokens];
   int positions[kTokens];
@@ -209,35 +207,26 @@ __global__ void __launch_bounds__(kCtaThreads, kCtas)
       store_unit(batch.units[i], batch.place, is_k ? problem.k : problem.v, places[i]);
     }
   }
-  if (blockIdx.x != 0) return;
-  for (int entry = threadIdx.x; entry < tokens.batch; entry += kCtaThreads) {
-    problem.lengths_after[entry] =
-        length_after(problem.places, problem.lengths[entry], rows_of_entry(tokens, entry));
-  }
 }
 
 template <class Element, int kTokens>
-__global__ void __launch_bounds__(kCtaThreads, kCtas)
-    rotate_kernel(RotateProblem const problem, Share const share) {
-  sm90::let_next_kernel_start();
-  sm90::wait_for_previous_kernel();
-  Tokens const& tokens = problem.tokens;
-  Rows const& x = problem.x;
-  Batch<Element, kTokens> batch(tokens, share);
+CUTLASS_DEVICE void turn_queries(AppendProblem const& problem, Share const& share, int cta) {
+  Queries const& queries = problem.queries;
+  Batch<Element, kTokens> batch(queries.tokens, share, cta);
   int const pairs = distant_pairs(problem.rotary);
-  int const units = x.heads * units_of_head(x.head_dim, pairs);
+  int const units = units_of_row(queries.rows, pairs);
   int const first_index = threadIdx.x % share.threads_per_token;
   TokenPlace places[kTokens];
   int positions[kTokens];
   for (int index = first_index; index < units; index += share.threads_per_token) {
-    batch.load(x, pairs, index);
+    batch.load(queries.rows, pairs, index);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kTokens; ++i) {
       if (index != first_index) break;
       if (!batch.exists(i)) continue;
-      places[i] = place_of(tokens, batch.token(i));
+      places[i] = place_of(queries.tokens, batch.token(i));
       if (places[i].entry < 0) continue;
-      int const advance = problem.advance ? places[i].index : 0;
+      int const advance = queries.advance ? places[i].index : 0;
       positions[i] =
           table_row(problem.rotary, int64_t{problem.positions[places[i].entry]} + advance);
     }
@@ -251,9 +240,29 @@ __global__ void __launch_bounds__(kCtaThreads, kCtas)
         unit.first.clear();
         unit.second.clear();
       }
-      SourceRow const source = source_row(tokens, batch.token(i));
-      store_unit(unit, batch.place, x, {source.batch, source.row});
+      SourceRow const source = source_row(queries.tokens, batch.token(i));
+      store_unit(unit, batch.place, queries.rows, {source.batch, source.row});
     }
+  }
+}
+
+/// The first append_ctas CTAs, at least one, append; the others turn queries.
+template <class Element, int kTokens>
+__global__ void __launch_bounds__(kCtaThreads, kCtas)
+    append_kernel(AppendProblem const problem, Share const share, Share const share_of_queries,
+                  int const append_ctas) {
+  sm90::let_next_kernel_start();
+  sm90::wait_for_previous_kernel();
+  int const cta = static_cast<int>(blockIdx.x);
+  if (cta >= append_ctas) {
+    turn_queries<Element, kTokens>(problem, share_of_queries, cta - append_ctas);
+    return;
+  }
+  append_rows<Element, kTokens>(problem, share, cta);
+  if (cta != 0) return;
+  for (int entry = threadIdx.x; entry < problem.tokens.batch; entry += kCtaThreads) {
+    problem.lengths_after[entry] =
+        length_after(problem.places, problem.lengths[entry], rows_of_entry(problem.tokens, entry));
   }
 }
 

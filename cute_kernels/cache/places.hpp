@@ -80,6 +80,10 @@ constexpr int units_of_head(int head_dim, int distant_pairs) {
   return (head_dim - distant_pairs) / kVector;
 }
 
+constexpr int units_of_row(Rows const& rows, int distant_pairs) {
+  return rows.heads * units_of_head(rows.head_dim, distant_pairs);
+}
+
 /// What a thread moves at once: a vector, or two whose channels are distant pairs.
 struct UnitPlace {
   int head;

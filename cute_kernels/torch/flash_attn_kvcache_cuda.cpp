@@ -99,7 +99,7 @@ CachePages cache_pages(Argument const& q, Argument const& k, int64_t batch,
     pages.table_stride = page_table->sizes()[0] > 1 ? page_table->strides()[0] : 0;
     pages.pages_of_sequence = static_cast<int>(page_table->sizes()[1]);
   } else {
-    require(cache_batch_idx || k.size(0) >= batch,
+    require(cache_batch_idx || k.size(0) == batch,
             "k_cache has fewer entries than there are "
             "sequences");
   }

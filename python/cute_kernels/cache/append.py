@@ -63,14 +63,15 @@ def append_kv(
     refuse_derivatives("append_kv", k, v, k_cache, v_cache)
     places = (cu_seqlens_k_new, page_table, cache_batch_idx)
     rotary = (rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
-    return append_rows(k_cache, v_cache, k, v, cache_seqlens, *places, *rotary)
+    queries = (None, None, True)
+    return append_rows(k_cache, v_cache, k, v, cache_seqlens, *places, *rotary, *queries)[0]
 
 
-def append_rows(k_cache: Tensor, v_cache: Tensor, *inputs: Any) -> Tensor:
+def append_rows(k_cache: Tensor, v_cache: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     """The append operator, whose inputs these are."""
     try:
-        lengths: Tensor = operators.append(k_cache, v_cache, *inputs)
+        results: tuple[Tensor, Tensor] = operators.append(k_cache, v_cache, *inputs)
     except (AttributeError, IndexError) as error:
         explain(error, check_append, k_cache, v_cache, *inputs)
     operators.mark_written(k_cache, v_cache)
-    return lengths
+    return results

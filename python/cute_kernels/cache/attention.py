@@ -144,14 +144,15 @@ def flash_attn_with_kvcache(
     if k is not None and v is not None:
         if cache_seqlens is None:
             raise ValueError("cache_seqlens is None, must be given with k and v")
-        positions = lengths if rotary_seqlens is None else rotary_seqlens
         rotary = (rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
         places = (cu_seqlens_k_new, page_table, cache_batch_idx)
-        lengths = append_rows(k_cache, v_cache, k, v, lengths, *places, *rotary)
+        queries: tuple[Any, ...] = (None, None, True)
         if rotary_cos is not None:
-            advance = causal or left is not None or right is not None
-            angles = (rotary_cos, rotary_sin, positions, cu_seqlens_q, rotary_interleaved, advance)
-            q = operators.rotary(q, *angles)
+            queries = (q, cu_seqlens_q, causal or left is not None or right is not None)
+        inputs = (lengths, *places, *rotary, *queries)
+        lengths, turned = append_rows(k_cache, v_cache, k, v, *inputs)
+        if rotary_cos is not None:
+            q = turned
     else:
         _refuse_without_new_keys(
             k=k,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cute_kernels.checks import (
+    DENSE,
     HEAD_DIM_MULTIPLE,
     MAX_HEAD_DIM,
     PACKED,
@@ -123,6 +124,9 @@ def check_append(
     rotary_sin: Tensor | None,
     rotary_seqlens: Tensor | None,
     rotary_interleaved: bool,
+    q: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    q_advance: bool = True,
 ) -> None:
     """The same of the append operator."""
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -158,29 +162,30 @@ def check_append(
         check_int32("rotary_seqlens", rotary_seqlens, k, like="k")
         _check_batch("rotary_seqlens", rotary_seqlens, batch)
     check_flag("rotary_interleaved", rotary_interleaved)
+    if q is not None:
+        _check_queries(q, cu_seqlens_q, rotary_cos, rotary_sin, batch, k)
+    check_flag("q_advance", q_advance)
 
 
-def check_rotary(
-    x: Tensor,
-    rotary_cos: Tensor,
-    rotary_sin: Tensor,
-    seqlens: Tensor,
-    cu_seqlens: Tensor | None,
-    interleaved: bool,
-    advance: bool,
+def _check_queries(
+    q: Tensor,
+    cu_seqlens_q: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    batch: int,
+    k: Tensor,
 ) -> None:
-    """The same of the rotary operator, whose x is the queries."""
-    check_alone("q", x, ("batch", "seqlen", "heads", "head_dim") if cu_seqlens is None else PACKED)
-    _check_head_dim("q", x)
-    _check_tables(rotary_cos, rotary_sin, x, "q")
-    check_int32("cache_seqlens", seqlens, x)
-    batch = seqlens.shape[0]
-    if cu_seqlens is not None:
-        _check_starts("cu_seqlens_q", cu_seqlens, batch, x, "q")
-    elif x.shape[0] != batch:
-        raise ValueError(f"q has batch {x.shape[0]}, must be {batch} like cache_seqlens")
-    check_flag("rotary_interleaved", interleaved)
-    check_flag("advance", advance)
+    """Queries that are rotated beside k."""
+    check_alone("q", q, DENSE if cu_seqlens_q is None else PACKED)
+    check_like("q", q, k, "k")
+    _check_head_dim("q", q)
+    if rotary_cos is None or rotary_sin is None:
+        raise ValueError("q is given, must be None without rotary_cos and rotary_sin")
+    _check_tables(rotary_cos, rotary_sin, q, "q")
+    if cu_seqlens_q is not None:
+        _check_starts("cu_seqlens_q", cu_seqlens_q, batch, q, "q")
+    elif q.shape[0] != batch:
+        raise ValueError(f"q has batch {q.shape[0]}, must be {batch} like cache_seqlens")
 
 
 def check_combine(

@@ -16,7 +16,6 @@ from cute_kernels.cache.checks import (
     check_attention,
     check_attention_out,
     check_combine,
-    check_rotary,
 )
 from cute_kernels.operators import NAMESPACE, Pass, by_position
 from cute_kernels.reference import empty_outputs
@@ -36,13 +35,10 @@ def _attention_out_fake(_: Tensor, *inputs: Any, **__: Any) -> Tensor:
     return _attention_fake(*inputs)[1]
 
 
-def _append_fake(*inputs: Any) -> Tensor:
-    lengths: Tensor = inputs[4]
-    return lengths.new_empty(lengths.shape)
-
-
-def _rotary_fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
+def _append_fake(*inputs: Any, **_: Any) -> tuple[Tensor, Tensor]:
+    k, lengths, q = inputs[2], inputs[4], inputs[12] if len(inputs) > 12 else None
+    turned = k.new_empty(0) if q is None else q.new_empty(q.shape)
+    return lengths.new_empty(lengths.shape), turned
 
 
 def _combine_fake(
@@ -115,14 +111,11 @@ attention_out = _register(
     has_autograd=False,
 )
 append = _register(
-    Pass(_operators.append_kv.default, check_append, 12),
+    Pass(_operators.append_kv.default, check_append, 15),
     (),
     reference.append,
     _append_fake,
     has_autograd=False,
-)
-rotary = _register(
-    Pass(_operators.apply_rotary.default, check_rotary, 7), (), reference.rotate, _rotary_fake
 )
 combine = _register(
     Pass(_operators.flash_attn_combine.default, check_combine, 2),
