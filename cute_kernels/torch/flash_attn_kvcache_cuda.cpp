@@ -100,8 +100,7 @@ CachePages cache_pages(Argument const& q, Argument const& k, int64_t batch,
     pages.pages_of_sequence = static_cast<int>(page_table->sizes()[1]);
   } else {
     require(cache_batch_idx || k.size(0) == batch,
-            "k_cache has fewer entries than there are "
-            "sequences");
+            "k_cache does not have an entry for each sequence");
   }
   return pages;
 }
