@@ -163,8 +163,7 @@ class Attention:
     def _slope_noise(self):
         """What a softcap's derivative 1 - tanh^2 may be off by, which near 0 is much of it."""
         of_products = self._product_noise()[..., None] / self.softcap
-        noise = 2 * self.noise + 2 * self.slope * of_products.clamp(max=1)
-        return noise.masked_fill(~self.seen, 0.0)
+        return 2 * self.noise + 2 * self.slope * of_products.clamp(max=1)
 
     def _allowed(self, of, squares, noise, exact, terms, scale=1.0, least=1.25):
         """of: what is summed; squares: of the errors by chance; noise: the others' sum; scale: what
@@ -238,7 +237,8 @@ class Attention:
         reach = lengths(v)[..., None, :] + lengths(self.out_rows)[..., None]
         ds_noise = ds.abs() * score_noise + self.noise * p * do2 * reach
         if self.softcap > 0:
-            ds_noise += p * slope.abs() * self._slope_noise()
+            of_slope = p * slope.abs() * self._slope_noise()
+            ds_noise += of_slope.masked_fill(~self.seen, 0.0)
         queries, keys = p.shape[-2:]
 
         dq = total(ds, k, self.seen) * self.scale

@@ -58,7 +58,7 @@ class Kernel:
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, softmax_scale):
         """Gradients of q, k and v, deterministic."""
         tensors = (grad_out, grad_lse, q, k, v, out, lse)
-        return flash_attn_backward(*tensors, softmax_scale, self.causal, True, self.name)
+        return flash_attn_backward(*tensors, softmax_scale, self.causal, True, self.name)[:3]
 
 
 def common_head_dim(row):

@@ -9,6 +9,7 @@ import itertools
 import sys
 
 import torch
+import torch.nn.functional as F
 
 from cute_kernels import (
     flash_attn_fp8_func,
@@ -52,8 +53,10 @@ def forward(row, q, k, v, causal):
 
 def backward(row, q, k, v, causal):
     results = []
+    softcap = {"softcap": 2.0} if row["softcap"] else {}
     windows = [{}, {"window_left": 90, "window_right": 20}] if row["any_call"] else [{}]
     for window, deterministic in itertools.product(windows, (False, True)):
+        window = window | softcap
         out, lse = flash_attn_forward(q, k, v, 0.1, causal, **window)
         grads = torch.randn_like(out), torch.randn_like(lse)
         arguments = (*grads, q, k, v, out, lse, 0.1, causal, deterministic, row["name"])
@@ -74,7 +77,23 @@ def forward_fp8(row, q, k, v, causal):
     return [flash_attn_fp8_func(q, k, v, causal=causal, qk_dtype=FP8_DTYPES[row["dtype"]])]
 
 
-CALLS = {"forward": forward, "backward": backward, "forward_fp8": forward_fp8}
+def decode(row, q, k, v, causal):
+    """Two sequences in pages of 16, the second one shorter; parts of the keys."""
+    pages, (seqlen_q, heads, head_dim) = -(-k.shape[1] // 16), q.shape[1:]
+    table = torch.arange(2 * pages, device="cuda", dtype=torch.int32).view(2, pages)
+    k, v = (
+        F.pad(x, (0, 0, 0, 0, 0, pages * 16 - x.shape[1])).unflatten(1, (pages, 16)) for x in (k, v)
+    )
+    starts = torch.arange(0, 3 * seqlen_q, seqlen_q, device="cuda", dtype=torch.int32)
+    lengths = torch.tensor([pages * 16, pages * 8], device="cuda", dtype=torch.int32)
+    q = q.reshape(-1, heads, head_dim)
+    out, _ = torch.ops.cute_kernels.flash_attn_kvcache_forward(
+        q, k.flatten(0, 1), v.flatten(0, 1), starts, lengths, table, None, None, None, 0.1, causal
+    )
+    return [out]
+
+
+CALLS = {"forward": forward, "backward": backward, "forward_fp8": forward_fp8, "decode": decode}
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import inspect
 import math
+import random
 import subprocess
 import sys
 
@@ -11,11 +12,16 @@ import pytest
 import torch
 from oracle import Attention, assert_rows
 from packed import assert_packed_right, random_grads, random_packed
-from parity import assert_gradients_right, assert_right, random_qkv
+from parity import (
+    assert_gradients_right,
+    assert_right,
+    random_qkv,
+    skip_unless_answered,
+    skip_unless_built,
+)
 
 import cute_kernels
 from cute_kernels import compat
-from cute_kernels.arguments import is_later
 from cute_kernels.compat import flash_attn as fa2
 from cute_kernels.compat import flash_attn_interface as fa3
 from cute_kernels.compat.flash_attn import bert_padding
@@ -29,14 +35,20 @@ def dtype_of(device):
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
+def skip_without_rows(device):
+    skip_unless_answered(device, torch.bfloat16)
+    for causal in (False, True) if device == "cuda" else ():
+        skip_unless_built(torch.bfloat16, 64, causal)
+
+
 def inputs_of(device, **sizes):
+    skip_without_rows(device)
     sizes = {"seqlen_q": 33, "seqlen_k": 47, "heads": 4, "key_heads": 2, **sizes}
     return random_qkv(device, dtype_of(device), **sizes)
 
 
 def packed_of(device, **options):
-    import random
-
+    skip_without_rows(device)
     chance = random.Random(0)
     slots = ([9, 0, 31], [12, 5, 40])
     return random_packed(chance, device, dtype_of(device), *slots, (64, 64), (4, 2), **options)
@@ -137,13 +149,6 @@ def test_softcap_of_the_gradients():
     """Those of the public function."""
     inputs = [x.requires_grad_() for x in inputs_of("cpu")]
     options = {"softcap": 0.5, "window_size": (30, -1)}
-    if is_later("softcap"):
-        tensors = (*inputs, inputs[0], torch.zeros(2, 4, 33))
-        with pytest.raises(NotImplementedError, match="softcap"):
-            fa3._flash_attn_backward(
-                inputs[0], *tensors, dq=inputs[0], dk=inputs[1], dv=inputs[2], softcap=0.5
-            )
-        return
     out, lse, *_ = fa3._flash_attn_forward(*inputs, **options)
     expected = torch.autograd.grad(out, inputs, torch.ones_like(out))
     with torch.no_grad():
@@ -234,10 +239,7 @@ def test_calls_of_paged_inference(monkeypatch):
 
 
 def test_paged_inference_is_right():
-    if not hasattr(cute_kernels, "flash_attn_with_kvcache"):
-        with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache"):
-            megatron_forward(*inputs_of("cpu"), kv_batch_idx=torch.zeros(2, dtype=torch.int32))
-        return
+    """And so is a cache with pages that FlashAttention-2 is asked for."""
     generator = torch.Generator().manual_seed(0)
     pages = torch.randn(10, 16, 2, 2, 64, generator=generator)
     table = torch.randperm(10, generator=generator)[:9].view(3, 3).int()
@@ -258,21 +260,22 @@ def test_paged_inference_is_right():
         rows = slice(int(starts[i]), int(starts[i + 1]))
         k, v = pages[table[i].long()].flatten(0, 1)[None, :n].unbind(-2)
         assert_right(out[None, rows], lse[None, :, rows], q[None, rows], k, v, SCALE, True)
+    ends = torch.tensor([0, 5, 45, 62], dtype=torch.int32)
+    options = {"softmax_scale": SCALE, "causal": True, "block_table": table}
+    cache = (pages[..., 0, :], pages[..., 1, :])
+    assert torch.equal(fa2.flash_attn_varlen_func(q, *cache, starts, ends, 4, 48, **options), out)
 
 
 # Public functions
 
 
 def test_flash_attention_3_has_our_names():
-    for name in ("flash_attn_func", "flash_attn_varlen_func"):
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
         theirs, ours = (
             inspect.signature(getattr(module, name)).parameters for module in (fa3, cute_kernels)
         )
         assert [p for p in theirs if p != "s_aux"] == list(ours)
         assert theirs["s_aux"].default is None
-    if hasattr(cute_kernels, "flash_attn_with_kvcache"):
-        of_caches = inspect.signature(fa3.flash_attn_with_kvcache).parameters
-        assert {"window_size", "page_table", "cache_seqlens", "s_aux"} <= set(of_caches)
     assert set(fa3.__all__) <= set(vars(fa3))
 
 
@@ -315,10 +318,6 @@ def test_sinks_are_never_dropped():
     """transformers passes s_aux where a signature has it."""
     q, k, v = inputs_of("cpu")
     sinks = torch.randn(4)
-    if "sinks" not in inspect.signature(cute_kernels.flash_attn_func).parameters:
-        with pytest.raises(NotImplementedError, match="s_aux"):
-            fa3.flash_attn_func(q, k, v, s_aux=sinks)
-        return
     expected = cute_kernels.flash_attn_func(q, k, v, sinks=sinks)
     assert torch.equal(fa3.flash_attn_func(q, k, v, s_aux=sinks), expected)
     assert not torch.equal(expected, cute_kernels.flash_attn_func(q, k, v))
@@ -500,7 +499,6 @@ def test_uninstall_leaves_nothing_behind(installed):
 
 TRANSFORMERS = """
 from cute_kernels import compat
-from cute_kernels.arguments import is_later
 compat.install()
 from transformers.utils import import_utils
 import torch, transformers.modeling_flash_attention_utils as utils

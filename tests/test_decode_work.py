@@ -29,16 +29,18 @@ void deal(CachedCall const& call, int ctas, int num_splits) {{
     starts.push_back(starts.back() + work.blocks);
     longest = greater(longest, work.longest);
   }}
-  WorkLine const line(starts.back(), longest, ctas, num_splits);
+  WorkLine const line(starts.back(), call.heads_kv, longest, ctas, num_splits);
   std::cout << line.share;
-  for (int cta = 0, entry = 0; cta < ctas; ++cta) {{
+  for (int cta = 0; cta < ctas; ++cta) {{
+    WorkPlace place = end_of_line(line);
     int const block = line.begin(cta);
-    while (entry < call.batch && starts[entry + 1] <= block) ++entry;
-    WorkPlace const place =
-        block < line.blocks
-            ? place_in_sequence<Tiling>(call, entry, work_of<Tiling>(call, entry), starts[entry],
-                                        block)
-            : end_of_line(line);
+    if (block < line.blocks) {{
+      int const head = block / line.of_head;
+      int entry = 0;
+      while (starts[entry + 1] <= block % line.of_head) ++entry;
+      place = place_in_sequence<Tiling>(cached_sequence(call, entry), entry, head,
+                                        head * line.of_head + starts[entry], block);
+    }}
     for (WorkWalk<Tiling> walk(call, line, place, cta); walk.valid(); walk.advance()) {{
       RowTile<Tiling> const& tile = walk.tile();
       for (int value : {{cta, walk.entry(), walk.head(), walk.sequence().row_q, tile.first_row,
@@ -178,19 +180,34 @@ def test_every_block_is_in_one_part(deal, seed):
         assert all(load <= share for load in loads.values())
         if num_splits == 0:
             least = max(1, -(-sum(loads.values()) // ctas))
-            assert least <= share <= least + least // 32
+            assert least <= share <= least + least // 16
 
 
-def test_shares_divide_equal_items_evenly(deal):
-    """Where that makes them 1/32 longer at most."""
-    for keys, batch, share, ctas in [
-        (2048 * TILE_N, 1, 64, 33),
-        (128 * TILE_N, 33, 256, 17),
-        (131 * TILE_N, 1, 4, 40),
+def test_shares_divide_all_heads_alike(deal):
+    """Where that makes them 1/16 longer at most."""
+    for lengths, key_heads, ctas, share in [
+        ([2048 * TILE_N], 8, 132, 128),
+        ([64 * TILE_N], 8, 132, 4),
+        ([128 * TILE_N] * 32, 8, 132, 256),
+        ([1000, 17, 65000, 3333], 8, 132, 136),
+        ([128 * TILE_N] * 3, 130, 132, 3 * 128),
+        ([128 * TILE_N], 88, 132, 86),  # 128 would be too long
     ]:
-        found, parts = deal([1] * batch, [keys] * batch, [0] * batch, (1, 1), (NONE, 0), ctas, 0)
+        batch = len(lengths)
+        found, parts = deal(
+            [1] * batch, lengths, [0] * batch, (key_heads, key_heads), (NONE, 0), ctas, 0
+        )
         assert found == share
-        if keys % (share * TILE_N) == 0 or share * TILE_N % keys == 0:
-            assert {part["end_block"] - part["first_block"] for part in parts} == {
-                min(share, keys // TILE_N)
+        of_head = sum(part["end_block"] - part["first_block"] for part in parts) // key_heads
+        if of_head % share and share % of_head:
+            continue
+        ctas_of_head = max(1, of_head // share)
+        cuts = [
+            {
+                (part["entry"], part["first_block"], part["end_block"], part["cta"] % ctas_of_head)
+                for part in parts
+                if part["head"] == head
             }
+            for head in range(key_heads)
+        ]
+        assert all(cut == cuts[0] for cut in cuts)

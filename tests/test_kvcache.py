@@ -202,15 +202,21 @@ def test_a_cache_in_order_is_no_cache():
         assert torch.equal(half, flash_attn_func(q, k[:, :35], v[:, :35], **options))
 
 
-def test_out():
-    cache = random_cache(random.Random(0), "cpu", torch.bfloat16, [40, 5], 16, 2, [64, 32])
-    q, starts = random_queries(random.Random(0), "cpu", torch.bfloat16, [2, 2], 4, 64)
+def test_out(device):
+    """Also where it is a part of another tensor, and is copied into."""
+    skip_unless_attended(device, torch.bfloat16, (64, 64))
+    cache = random_cache(random.Random(0), device, torch.bfloat16, [40, 5], 16, 2, [64, 32])
+    q, starts = random_queries(random.Random(0), device, torch.bfloat16, [2, 2], 4, 64)
     right, right_lse = attend(q, starts, cache)
-    whole = torch.full((4, 4, 50), math.nan).bfloat16()
-    out, lse = attend(q, starts, cache, out=whole[..., 3:35])
-    assert out.data_ptr() == whole[..., 3:35].data_ptr()
-    assert torch.equal(whole[..., 3:35], right)
-    assert torch.equal(lse, right_lse)
+    whole = torch.full((4, 4, 50), math.nan, device=device).bfloat16()
+    for given in (whole[..., 3:35], torch.full_like(right, math.nan)):
+        out, lse = attend(q, starts, cache, out=given)
+        assert out is given
+        assert torch.equal(out, right)
+        assert torch.equal(lse, right_lse)
+        rows = given.clone().fill_(math.nan).view(2, 2, 4, 32)
+        assert attend(q.view(2, 2, 4, 64), None, cache, out=rows)[0] is rows
+        assert torch.equal(rows.view_as(right), right)
     assert whole[..., :3].isnan().all() and whole[..., 35:].isnan().all()
 
 

@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 from cute_kernels import append_kv, flash_attn_with_kvcache
 
 attention = torch.ops.cute_kernels.flash_attn_kvcache_forward.default
+attention_out = torch.ops.cute_kernels.flash_attn_kvcache_forward_out.default
 append = torch.ops.cute_kernels.append_kv.default
-rotary = torch.ops.cute_kernels.apply_rotary.default
 
 
 def angles(positions=60, pairs=8):
@@ -43,6 +43,8 @@ def test_attention_operator(page_size):
     inputs = (q, cache.k_cache, cache.v_cache, starts, cache.seqlens(), *places)
     opcheck(attention, *inputs, None, 0.3, True, max_seqlen_q=4)
     opcheck(attention, *inputs, torch.zeros(4), 0.3, False, window_left=9, num_splits=3)
+    out = torch.empty(6, 4, 16)
+    opcheck(attention_out, out, *inputs, None, 0.3, True, max_seqlen_q=4, num_splits=3)
 
 
 @pytest.mark.parametrize("page_size", [None, 16])
@@ -57,12 +59,15 @@ def test_append_operator(page_size):
     opcheck(append, *caches, *packed, table, None, None, None, None, False)
 
 
-def test_rotary_operator():
-    x = torch.randn(2, 4, 3, 32).transpose(1, 2).contiguous().transpose(1, 2)
-    seqlens = torch.tensor([3, 50], dtype=torch.int32)
-    opcheck(rotary, x, *angles(), seqlens, None, True, True)
+def test_append_operator_with_queries():
+    cache, *_ = small()
+    k, v = torch.randn(2, 4, 2, 32), torch.randn(2, 4, 2, 16)
+    q = torch.randn(2, 4, 3, 32).transpose(1, 2).contiguous().transpose(1, 2)
+    table = cache.places["page_table"]
+    inputs = (cache.k_cache, cache.v_cache, k, v, cache.seqlens(), None, table, None, *angles())
+    opcheck(append, *inputs, None, True, q)
     ends = torch.tensor([0, 3, 4], dtype=torch.int32)
-    opcheck(rotary, x[0], *angles(), seqlens, ends, False, False)
+    opcheck(append, *inputs, None, False, q[0], ends, False)
 
 
 def form(x):

@@ -7,17 +7,21 @@ import warnings
 
 import pytest
 import torch
+from parity import skip_unless_answered
 from torch._dynamo.testing import CompileCounterWithBackend
 
 tiny = pytest.importorskip("tiny_models", reason="needs transformers 5 or newer")
 transformers = tiny.transformers
-from transformers.masking_utils import AttentionMaskInterface  # noqa: E402
+from transformers.masking_utils import (  # noqa: E402
+    AttentionMaskInterface,
+    causal_mask_function,
+)
 
 from cute_kernels.integrations.transformers import (  # noqa: E402
     attention,
     fallback,
+    masks,
     register,
-    support,
     unregister,
 )
 from cute_kernels.interface import flash_attn_func  # noqa: E402
@@ -202,14 +206,7 @@ def test_attention_matters():
         ("qwen3", "packed", ["flash_attn_varlen_func"] * 2),
         ("deepseek", "dense", ["flash_attn_func"] * 2),
         ("modernbert", "dense", ["flash_attn_func"] * 2),
-        pytest.param(
-            *("llama4", "left", ["sdpa_attention_forward", "flash_attn_varlen_func"]),
-            marks=pytest.mark.skipif(support._CHUNKS, reason="there is attention_chunk"),
-        ),
-        pytest.param(
-            *("llama4", "left", ["flash_attn_varlen_func"] * 2),
-            marks=pytest.mark.skipif(not support._CHUNKS, reason="no attention_chunk yet"),
-        ),
+        ("llama4", "left", ["flash_attn_varlen_func"] * 2),
     ],
 )
 def test_which_function_answers(calls, name, batch, expected):
@@ -281,33 +278,35 @@ def test_position_bias_falls_back(calls):
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
-@pytest.mark.parametrize("there", [False, True])
-def test_features_are_used_as_soon_as_they_are_there(monkeypatch, name, there):
-    """softcap and sinks: else the model's own attention answers."""
-    monkeypatch.setattr(support, "_SOFTCAP", there)
-    monkeypatch.setattr(support, "_SINKS", there)
+def test_softcap_and_sinks_are_the_layers_own(monkeypatch, name):
     asked = []
 
     def kernel(q, k, v, **options):
         asked.append(options)
-        return q
+        return flash_attn_func(q, k, v, **options)
 
     monkeypatch.setattr(attention, "flash_attn_func", kernel)
-    model, ids = tiny.DECODERS[name].build(NAME), tiny.random_ids()
-    if there:
-        model(input_ids=ids)
-        assert len(asked) == 2
-        if name == "gemma2":
-            assert {options["softcap"] for options in asked} == {2.0}
-        else:
-            for layer, options in zip(model.model.layers, asked, strict=True):
-                assert torch.equal(options["sinks"], layer.self_attn.sinks)
-        assert [options.get("window_size") for options in asked] in ([(6, 0), None],)
+    model = tiny.DECODERS[name].build(NAME)
+    model(input_ids=tiny.random_ids())
+    if name == "gemma2":
+        assert {options["softcap"] for options in asked} == {2.0}
     else:
-        with pytest.warns(UserWarning, match="there (is|are) no (softcap|sinks) yet"):
-            found = model(input_ids=ids).logits
-        right = tiny.DECODERS[name].build("eager")(input_ids=ids).logits
-        assert torch.equal(found, right) and not asked
+        for layer, options in zip(model.model.layers, asked, strict=True):
+            assert torch.equal(options["sinks"], layer.self_attn.sinks)
+    assert [options.get("window_size") for options in asked] == [(6, 0), None]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("batch", ["dense", "left", "packed"])
+def test_fallback_with_softcap_and_sinks(monkeypatch, name, batch):
+    """PyTorch's attention has neither: the model's own answers."""
+    monkeypatch.setattr(attention, "unsupported", lambda *_: "nothing goes")
+    inputs = {"input_ids": tiny.random_ids(), **BATCHES[batch]}
+    kept = kept_of(inputs)
+    right = results(tiny.DECODERS[name].build("eager"), kept, **inputs)
+    with pytest.warns(UserWarning, match="nothing goes"):
+        found = results(tiny.DECODERS[name].build(NAME), kept, **inputs)
+    assert max(off(found, right)) <= 1e-6
 
 
 def test_dropout_is_refused():
@@ -346,23 +345,20 @@ def test_single_queries_go_to_the_attention_of_caches(monkeypatch, calls, cache,
     """Keys stay where they are, whatever their strides: sequences by where they start and stop."""
     lengths = []
 
-    def with_kvcache(q, k, v, cache_leftpad, cache_seqlens, causal, window_size, softmax_scale):
+    def with_kvcache(q, k, v, cache_leftpad, cache_seqlens, causal, softmax_scale):
         assert q.shape[:2] == (3, 1) and not k.requires_grad
         stops = cache_seqlens.tolist() if isinstance(cache_seqlens, torch.Tensor) else None
         stops = [cache_seqlens] * 3 if stops is None else stops
         starts = [0] * 3 if cache_leftpad is None else cache_leftpad.tolist()
         lengths.append([b - a for a, b in zip(starts, stops, strict=True)])
-        options = {"causal": causal, "window_size": window_size, "softmax_scale": softmax_scale}
+        options = {"causal": causal, "softmax_scale": softmax_scale}
         one_by_one = [
             flash_attn_func(q[i : i + 1], k[i : i + 1, a:b], v[i : i + 1, a:b], **options)
             for i, (a, b) in enumerate(zip(starts, stops, strict=True))
         ]
         return torch.cat(one_by_one)
 
-    def usual(*inputs, window_size=(-1, -1), **options):
-        return with_kvcache(*inputs, window_size=window_size, **options)
-
-    monkeypatch.setattr(attention, "attention_to_caches", lambda q: usual)
+    monkeypatch.setattr(attention, "flash_attn_with_kvcache", with_kvcache)
     mask = left_padding() if side else torch.ones(3, SEQLEN, dtype=torch.long)
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
     if cache is not None:
@@ -526,6 +522,7 @@ def test_the_package_does_not_import_transformers():
 @pytest.mark.parametrize("name", tiny.DECODERS)
 def test_decoders_on_a_gpu(hopper, name, batch):
     """bf16: at most twice as far from fp32 as the others."""
+    skip_unless_answered(hopper, torch.bfloat16, *((192, 128) if name == "deepseek" else (64,)))
     architecture = tiny.DECODERS[name]
     inputs = {"input_ids": tiny.random_ids(), **BATCHES[batch]}
     kept = kept_of(inputs)
@@ -547,12 +544,38 @@ def test_fp32_on_a_gpu_falls_back(hopper, calls):
     assert calls == ["sdpa_attention_forward"] * 2
 
 
+def test_a_step_on_a_static_cache_does_not_wait(hopper):
+    skip_unless_answered(hopper, torch.bfloat16)
+    layer = torch.nn.Module()
+    layer.is_causal = True
+    q, k, v = (
+        torch.randn(3, heads, seqlen, 64, device=hopper, dtype=torch.bfloat16)
+        for heads, seqlen in ((4, 1), (2, 40), (2, 40))
+    )
+    filled = torch.tensor(18, device=hopper)
+
+    def step():
+        mask = masks.mask(3, 1, 40, filled, 0, causal_mask_function, None, device=hopper)
+        return attention.attention(layer, q, k, v, mask)[0]
+
+    first = step()  # loads what is waited for
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = flash_attn_func(*(x.transpose(1, 2) for x in (q, k[:, :, :19], v[:, :, :19])))
+    for found in (first, second):
+        torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generation_on_a_gpu(hopper, cache):
     """Static caches run compiled steps."""
     options = {"max_new_tokens": 9, "do_sample": False}
     if cache is not None:
         options["cache_implementation"] = cache
+    skip_unless_answered(hopper, torch.bfloat16)
     mask = left_padding().to(hopper)
     model = tiny.DECODERS["mistral"].build(NAME, torch.bfloat16).to(hopper)
     tokens = model.generate(tiny.random_ids().to(hopper), attention_mask=mask, **options)

@@ -9,7 +9,7 @@ from host_program import CHECKED, host_program, needs_cxx
 pytestmark = needs_cxx
 
 HEADS = 3
-KEY_BYTES = 2 * 7 * (256 + 128)
+NEIGHBOURS = {64: 4, 128: 4, 192: 2}  # by tile_m
 NONE = -1000  # a mask's field without a value
 MAIN = f"""
 #include <iostream>
@@ -73,9 +73,6 @@ int main() {{
   int diagonal, left, right, tile_m, tile_n;
   AttentionCall call{{}};
   CallSizes& sizes = call.sizes;
-  sizes.heads_kv = 7;
-  sizes.head_dim = 256;
-  sizes.head_dim_v = 128;
   PackedLengths& packed = call.packed;
   while (std::cin >> sizes.batch >> sizes.seqlen_q >> sizes.seqlen_k >> packed.total_q >>
          packed.total_k >> diagonal >> left >> right >> tile_m >> tile_n) {{
@@ -183,19 +180,20 @@ def test_every_tile_is_there_once_and_the_longest_come_first(program):
             first = -(-n_q // 64) * 64 - tiles * tile_m
             place = (0, starts(slots_q)[i], starts(slots_k)[i]) if packed else (i, 0, 0)
             seen = visible(n_q, n_k, own)
-            for row in range(first, first + tiles * tile_m, tile_m):
-                length = length_of(seen[max(0, row) : row + tile_m], tile_n)
-                expected.append((row, *place, n_q, n_k, length))
+            rows = range(first, first + tiles * tile_m, tile_m)
+            lengths = [length_of(seen[max(0, row) : row + tile_m], tile_n) for row in rows]
+            for tile, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                group = (tiles - 1 - tile) // NEIGHBOURS[tile_m]
+                leader = lengths[tiles - 1 - group * NEIGHBOURS[tile_m]]
+                expected.append((leader, (row, *place, n_q, n_k, length)))
         count, most, *rest = line
         tiles = [tuple(rest[i : i + 7]) for i in range(0, len(rest), 7)]
         assert count == len(tiles) <= most
-        longest = max((tile[-1] for tile in expected), default=0)
-        # stable within one of up to 32 classes of length, of a tile's width where L2 holds K and V
-        neighbours = 2 if tile_m == 192 else 4
-        rows = starts(slots_k)[-1] + 3 if packed else len(slots_k) * max(slots_k, default=0)
-        width = tile_m * (1 if rows * KEY_BYTES <= 32 << 20 else neighbours)
-        classes = max(1, min(32, longest * tile_n // width))
-        expected.sort(key=lambda tile: (longest - tile[-1]) * classes // (longest + 1))
+        neighbours = NEIGHBOURS[tile_m]
+        longest = max((leader for leader, _ in expected), default=0)
+        # stable within one of 32 classes of length
+        expected.sort(key=lambda tile: (longest - tile[0]) * 32 // (longest + 1))
+        expected = [tile for _, tile in expected]
         assert tiles == expected, case
         groups = [range(i, min(i + neighbours, count)) for i in range(0, count, neighbours)]
         assert list(zip(order[::2], order[1::2], strict=True)) == [

@@ -7,45 +7,48 @@
 namespace cute_kernels::cache {
 namespace {
 
-/// At least as many threads as a token has units, as far as a CTA has them.
-Share share_of(int units) {
+constexpr int kMany = 2048;  // tokens, from which on a thread has several
+constexpr int kAtOnce = 2;
+
+/// Few tokens have a thread for each unit; of many, a thread has several units.
+Share share_of(int units, bool many) {
+  int const most = many ? 2 * kWarpThreads : kCtaThreads;
   int threads = kWarpThreads;
-  while (threads < units && threads < kCtaThreads) threads *= 2;
+  while (threads < units && threads < most) threads *= 2;
   return {threads};
 }
 
-sm90::Launch how_to_launch(int tokens, Share share, int device, cudaStream_t stream) {
-  int const tokens_per_cta = kCtaThreads / share.threads_per_token;
+int ctas_of(Tokens const& tokens, Share share, bool many) {
+  int const tokens_per_cta = share.stride() * (many ? kAtOnce : 1);
+  return tokens.total == 0 ? 0 : (tokens.total - 1) / tokens_per_cta + 1;
+}
+
+template <class Element>
+cudaError_t append(AppendProblem const& problem, int device, cudaStream_t stream) {
+  int const pairs = distant_pairs(problem.rotary);
+  Queries const& queries = problem.queries;
+  bool const many = std::max(problem.tokens.total, queries.tokens.total) >= kMany;
+  Share const share = share_of(units_of_row(problem.k, pairs) + units_of_row(problem.v, 0), many);
+  Share const share_of_queries = share_of(units_of_row(queries.rows, pairs), many);
+  int const append_ctas = std::max(1, ctas_of(problem.tokens, share, many));
   sm90::Launch how{};
-  how.grid = dim3(std::max(1, (tokens - 1) / tokens_per_cta + 1));
+  how.grid = dim3(append_ctas + ctas_of(queries.tokens, share_of_queries, many));
   how.threads = kCtaThreads;
   how.stream = stream;
   how.device = device;
   how.early = true;
-  return how;
+  return many ? sm90::launch_kernel<append_kernel<Element, kAtOnce>>(how, problem, share,
+                                                                     share_of_queries, append_ctas)
+              : sm90::launch_kernel<append_kernel<Element, 1>>(how, problem, share,
+                                                               share_of_queries, append_ctas);
 }
 
 }  // namespace
 
 cudaError_t launch_append(AppendProblem const& problem, attention::Device const& device,
                           cudaStream_t stream) {
-  int const pairs = distant_pairs(problem.rotary);
-  Share const share = share_of(problem.k.heads * (units_of_head(problem.k.head_dim, pairs) +
-                                                  units_of_head(problem.v.head_dim, 0)));
-  sm90::Launch const how = how_to_launch(problem.tokens.total, share, device.index, stream);
-  return problem.is_float16
-             ? sm90::launch_kernel<append_kernel<cutlass::half_t>>(how, problem, share)
-             : sm90::launch_kernel<append_kernel<cutlass::bfloat16_t>>(how, problem, share);
-}
-
-cudaError_t launch_rotate(RotateProblem const& problem, attention::Device const& device,
-                          cudaStream_t stream) {
-  int const pairs = distant_pairs(problem.rotary);
-  Share const share = share_of(problem.x.heads * units_of_head(problem.x.head_dim, pairs));
-  sm90::Launch const how = how_to_launch(problem.tokens.total, share, device.index, stream);
-  return problem.is_float16
-             ? sm90::launch_kernel<rotate_kernel<cutlass::half_t>>(how, problem, share)
-             : sm90::launch_kernel<rotate_kernel<cutlass::bfloat16_t>>(how, problem, share);
+  return problem.is_float16 ? append<cutlass::half_t>(problem, device.index, stream)
+                            : append<cutlass::bfloat16_t>(problem, device.index, stream);
 }
 
 }  // namespace cute_kernels::cache

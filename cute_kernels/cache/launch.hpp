@@ -4,13 +4,12 @@
 
 #include "cute_kernels/cache/problem.hpp"
 
-// The compiled launchers of append.hpp. Nothing here needs a CUDA compiler. The kernels start while
-// what comes before them on the stream ends, and let the next one start early.
+// The compiled launcher of append.hpp. Nothing here needs a CUDA compiler.
 namespace cute_kernels::cache {
 
+/// One kernel, which starts while what comes before it on the stream ends, and lets the next one
+/// start early.
 cudaError_t launch_append(AppendProblem const& problem, attention::Device const& device,
-                          cudaStream_t stream);
-cudaError_t launch_rotate(RotateProblem const& problem, attention::Device const& device,
                           cudaStream_t stream);
 
 }  // namespace cute_kernels::cache

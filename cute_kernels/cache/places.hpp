@@ -27,6 +27,17 @@ constexpr TokenPlace place_of(Tokens const& tokens, int token) {
   return {index >= 0 && index < rows.count ? entry : -1, index};
 }
 
+/// Where a token is in the tensor that it comes from.
+struct SourceRow {
+  int batch;
+  int row;
+};
+
+constexpr SourceRow source_row(Tokens const& tokens, int token) {
+  if (tokens.cu_seqlens != nullptr) return {0, token};
+  return {token / tokens.seqlen, token % tokens.seqlen};
+}
+
 /// How many tokens a sequence has.
 constexpr int rows_of_entry(Tokens const& tokens, int entry) {
   if (tokens.cu_seqlens == nullptr) return tokens.seqlen;
@@ -57,11 +68,20 @@ constexpr int length_after(Places const& places, int length, int added) {
   return static_cast<int>(after < 0 ? 0 : after > places.capacity ? places.capacity : after);
 }
 
+/// The row of the tables for a position; -1 where they have none.
+constexpr int table_row(Rotary const& rotary, int64_t position) {
+  return position >= 0 && position < rotary.positions ? static_cast<int>(position) : -1;
+}
+
 /// Pairs of channels that are a vector's apart, as they are unless interleaved.
 constexpr int distant_pairs(Rotary const& rotary) { return rotary.interleaved ? 0 : rotary.pairs; }
 
 constexpr int units_of_head(int head_dim, int distant_pairs) {
   return (head_dim - distant_pairs) / kVector;
+}
+
+constexpr int units_of_row(Rows const& rows, int distant_pairs) {
+  return rows.heads * units_of_head(rows.head_dim, distant_pairs);
 }
 
 /// What a thread moves at once: a vector, or two whose channels are distant pairs.

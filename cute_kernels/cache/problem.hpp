@@ -56,6 +56,14 @@ struct Rows {
   int head_dim;  // a multiple of 8
 };
 
+/// Queries that are turned like keys: token i of sequence b by the angles of position
+/// positions[b] + i, or all of them by those of positions[b]. Rows that no sequence has become 0.
+struct Queries {
+  Tokens tokens;  // none in all: there are no queries
+  bool advance;
+  Rows rows;
+};
+
 /// Token i of sequence b becomes row lengths[b] + i of the cache. Rows beyond the capacity, and
 /// those whose page or entry there is not, are not written.
 struct AppendProblem {
@@ -64,21 +72,11 @@ struct AppendProblem {
   int const* lengths;    // (batch,)
   int* lengths_after;    // (batch,), from 0 to the capacity
   int const* positions;  // (batch,) of the first tokens, for rotary
-  Rotary rotary;         // of K
+  Rotary rotary;         // of K and the queries
   Rows k;
   Rows v;
+  Queries queries;
   bool is_float16;  // else bfloat16
-};
-
-/// Rows are turned; token i of sequence b stands at position positions[b] + i, or all of them at
-/// positions[b]. Rows that no sequence has become 0.
-struct RotateProblem {
-  Tokens tokens;
-  int const* positions;
-  bool advance;
-  Rotary rotary;
-  Rows x;
-  bool is_float16;
 };
 
 }  // namespace cute_kernels::cache

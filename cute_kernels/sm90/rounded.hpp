@@ -18,4 +18,11 @@ CUTLASS_DEVICE float rounded_sum(float a, float b) {
   return y;
 }
 
+/// a - b: the negative of a subnormal b may be 0.
+CUTLASS_DEVICE float rounded_difference(float a, float b) {
+  float y;
+  asm("sub.rn.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 }  // namespace cute_kernels::sm90

@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <tuple>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -113,13 +114,14 @@ cache::Rows rows_to_append(Argument const& from, Argument const& to, Argument co
   return rows;
 }
 
-/// The lengths afterwards, at most what the cache can hold.
-Tensor append_kv(Tensor const& k_cache_tensor, Tensor const& v_cache_tensor, Tensor const& k_tensor,
-                 Tensor const& v_tensor, Tensor const& cache_seqlens,
-                 std::optional<Tensor> cu_seqlens_k_new, std::optional<Tensor> page_table,
-                 std::optional<Tensor> cache_batch_idx, std::optional<Tensor> rotary_cos,
-                 std::optional<Tensor> rotary_sin, std::optional<Tensor> rotary_seqlens,
-                 bool rotary_interleaved) {
+/// The lengths afterwards, at most what the cache can hold, and q turned, or without q nothing.
+std::tuple<Tensor, Tensor> append_kv(
+    Tensor const& k_cache_tensor, Tensor const& v_cache_tensor, Tensor const& k_tensor,
+    Tensor const& v_tensor, Tensor const& cache_seqlens, std::optional<Tensor> cu_seqlens_k_new,
+    std::optional<Tensor> page_table, std::optional<Tensor> cache_batch_idx,
+    std::optional<Tensor> rotary_cos, std::optional<Tensor> rotary_sin,
+    std::optional<Tensor> rotary_seqlens, bool rotary_interleaved, std::optional<Tensor> q_tensor,
+    std::optional<Tensor> cu_seqlens_q, bool q_advance) {
   Argument const k_cache("k_cache", k_cache_tensor), v_cache("v_cache", v_cache_tensor),
       k("k", k_tensor), v("v", v_tensor);
   check_16_bits(k);
@@ -154,38 +156,29 @@ Tensor append_kv(Tensor const& k_cache_tensor, Tensor const& v_cache_tensor, Ten
           "rotary_cos and rotary_sin are not both");
   if (rotary_cos) problem.rotary = rotary_of(*rotary_cos, *rotary_sin, rotary_interleaved, k);
   problem.is_float16 = k.dtype == ScalarType::Half;
+  if (q_tensor) {
+    Argument const q("q", *q_tensor);
+    check_like(q, k);
+    problem.queries.tokens = tokens_of(q, batch, cu_seqlens_q);
+    problem.queries.advance = q_advance;
+    require(rotary_cos.has_value() && 2 * problem.rotary.pairs <= q.sizes.back(),
+            "q is given without rotary_cos, or its head_dim is less than rotary_dim");
+  }
   attention::Device const& device = hopper(k.device);
 
   torch::stable::accelerator::DeviceGuard const guard(k.device);
   Tensor lengths_after = empty({batch}, ScalarType::Int, k.device);
   problem.lengths_after = static_cast<int*>(lengths_after.data_ptr());
-  if (batch == 0) return lengths_after;
+  Tensor turned = q_tensor ? empty(static_cast<int>(q_tensor->sizes().size()),
+                                   q_tensor->sizes().data(), k.dtype, k.device)
+                           : empty({0}, k.dtype, k.device);
+  if (q_tensor) {
+    problem.queries.rows = rows_of(Argument("q", *q_tensor), Argument("out", turned));
+    if (turned.numel() == 0) problem.queries.tokens.total = 0;
+  }
+  if (batch == 0 && problem.queries.tokens.total == 0) return {lengths_after, turned};
   require_success(cache::launch_append(problem, device, current_stream(k.device)), "append_kv");
-  return lengths_after;
-}
-
-/// Token i of sequence b stands at position seqlens[b] + i, or all of them at seqlens[b].
-Tensor apply_rotary(Tensor const& x_tensor, Tensor const& rotary_cos, Tensor const& rotary_sin,
-                    Tensor const& seqlens, std::optional<Tensor> cu_seqlens, bool interleaved,
-                    bool advance) {
-  Argument const x("x", x_tensor);
-  check_16_bits(x);
-  int64_t const batch = seqlens.numel();
-  require(batch < kMost, "seqlens has 2^31 elements or more");
-  cache::RotateProblem problem{};
-  problem.tokens = tokens_of(x, batch, cu_seqlens);
-  problem.positions = check_int32("seqlens", seqlens, x, 1, batch);
-  problem.advance = advance;
-  problem.rotary = rotary_of(rotary_cos, rotary_sin, interleaved, x);
-  problem.is_float16 = x.dtype == ScalarType::Half;
-  attention::Device const& device = hopper(x.device);
-
-  torch::stable::accelerator::DeviceGuard const guard(x.device);
-  Tensor out = empty(static_cast<int>(x.sizes.size()), x.sizes.data(), x.dtype, x.device);
-  problem.x = rows_of(x, Argument("out", out));
-  if (out.numel() == 0) return out;
-  require_success(cache::launch_rotate(problem, device, current_stream(x.device)), "apply_rotary");
-  return out;
+  return {lengths_after, turned};
 }
 
 }  // namespace
@@ -193,18 +186,18 @@ Tensor apply_rotary(Tensor const& x_tensor, Tensor const& rotary_cos, Tensor con
 
 // Sequence i of a batch has cache_seqlens[i] rows in its cache, and gets k and v behind them: dense
 // (batch, seqlen_new, key heads, head_dim), or with cu_seqlens_k_new packed (total, key heads,
-// head_dim). Returned are the lengths afterwards.
+// head_dim). Returned are the lengths afterwards, and q turned as k is: by the angles of each
+// query's position, counted from the first new key's, or with q_advance = false all by those of the
+// latter. Without q that is a tensor of no elements.
 STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
   library.def(
       "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, "
       "Tensor? cu_seqlens_k_new, Tensor? page_table, Tensor? cache_batch_idx, Tensor? rotary_cos, "
-      "Tensor? rotary_sin, Tensor? rotary_seqlens, bool rotary_interleaved) -> Tensor");
-  library.def(
-      "apply_rotary(Tensor x, Tensor rotary_cos, Tensor rotary_sin, Tensor seqlens, "
-      "Tensor? cu_seqlens, bool interleaved, bool advance) -> Tensor");
+      "Tensor? rotary_sin, Tensor? rotary_seqlens, bool rotary_interleaved, Tensor? q=None, "
+      "Tensor? cu_seqlens_q=None, bool q_advance=True) -> (Tensor cache_seqlens_after, Tensor "
+      "q_rotated)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   library.impl("append_kv", TORCH_BOX(&cute_kernels::binding::append_kv));
-  library.impl("apply_rotary", TORCH_BOX(&cute_kernels::binding::apply_rotary));
 }

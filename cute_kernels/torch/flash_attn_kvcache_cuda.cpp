@@ -99,9 +99,8 @@ CachePages cache_pages(Argument const& q, Argument const& k, int64_t batch,
     pages.table_stride = page_table->sizes()[0] > 1 ? page_table->strides()[0] : 0;
     pages.pages_of_sequence = static_cast<int>(page_table->sizes()[1]);
   } else {
-    require(cache_batch_idx || k.size(0) >= batch,
-            "k_cache has fewer entries than there are "
-            "sequences");
+    require(cache_batch_idx || k.size(0) == batch,
+            "k_cache does not have an entry for each sequence");
   }
   return pages;
 }
@@ -117,8 +116,8 @@ DecodeKernel const& decode_kernel_for(ScalarType dtype, CachedCall const& call) 
   return *kernel;
 }
 
-std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
-    Tensor const& q_tensor, Tensor const& k_cache, Tensor const& v_cache,
+Tensor flash_attn_kvcache_forward_out(
+    Tensor const& out_tensor, Tensor const& q_tensor, Tensor const& k_cache, Tensor const& v_cache,
     Tensor const& cu_seqlens_q, Tensor const& cache_seqlens, std::optional<Tensor> page_table,
     std::optional<Tensor> cache_batch_idx, std::optional<Tensor> cache_leftpad,
     std::optional<Tensor> sinks, double softmax_scale, bool causal,
@@ -140,6 +139,13 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
   require(q.size(0) * sizes.heads_q <= std::numeric_limits<int>::max(), "q has 2^31 rows or more");
   require(std::isfinite(softcap) && softcap >= 0, "softcap is not finite and at least 0");
   require(num_splits >= 0, "num_splits is below 0");
+  Argument const out("out", out_tensor);
+  check_like(out, q);
+  check_sizes(out, 3);
+  require(out.size(0) == q.size(0) && out.size(1) == q.size(1) && out.size(2) == v.size(3),
+          "out does not have the output's shape");
+  require(out_tensor.is_contiguous() && suits_tma(out, kElementBytes),
+          "out is not contiguous, or its address not a multiple of 16 bytes");
 
   int64_t const batch = cache_seqlens.numel();
   DecodeProblem problem{};
@@ -172,19 +178,38 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
           "q and the cache have too many blocks for one call: pass fewer queries at a time");
 
   torch::stable::accelerator::DeviceGuard const guard(q.device);
-  Tensor out = empty({q.size(0), sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device);
   Tensor lse = empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device);
-  if (lse.numel() == 0) return {out, lse};
+  if (lse.numel() == 0) return lse;
   // The copy, if any, and the workspace live until the launch is enqueued: the allocator reuses
   // memory in stream order.
   Tensor const q_readable = tma_readable(q, kElementBytes);
   problem.q = view(q_readable);
-  problem.out = out.data_ptr();
+  problem.out = out_tensor.data_ptr();
   problem.lse = static_cast<float*>(lse.data_ptr());
   Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, q.device);
   problem.workspace = workspace.data_ptr();
   problem.ticket = next_ticket();
   require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
+  return lse;
+}
+
+std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
+    Tensor const& q_tensor, Tensor const& k_cache, Tensor const& v_cache,
+    Tensor const& cu_seqlens_q, Tensor const& cache_seqlens, std::optional<Tensor> page_table,
+    std::optional<Tensor> cache_batch_idx, std::optional<Tensor> cache_leftpad,
+    std::optional<Tensor> sinks, double softmax_scale, bool causal,
+    std::optional<int64_t> max_seqlen_q, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, double softcap, int64_t num_splits) {
+  Argument const q("q", q_tensor), v("v_cache", v_cache);
+  require(q.is_cuda, "q is not on CUDA");
+  check_sizes(q, 3);
+  check_sizes(v, 4);
+  torch::stable::accelerator::DeviceGuard const guard(q.device);
+  Tensor out = empty({q.size(0), q.size(1), v.size(3)}, q.dtype, q.device);
+  Tensor lse = flash_attn_kvcache_forward_out(
+      out, q_tensor, k_cache, v_cache, cu_seqlens_q, cache_seqlens, page_table, cache_batch_idx,
+      cache_leftpad, sinks, softmax_scale, causal, max_seqlen_q, window_left, window_right, softcap,
+      num_splits);
   return {out, lse};
 }
 
@@ -254,5 +279,7 @@ std::tuple<Tensor, Tensor> flash_attn_combine(Tensor const& out_partial, Tensor 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   library.impl("flash_attn_kvcache_forward",
                TORCH_BOX(&cute_kernels::binding::flash_attn_kvcache_forward));
+  library.impl("flash_attn_kvcache_forward_out",
+               TORCH_BOX(&cute_kernels::binding::flash_attn_kvcache_forward_out));
   library.impl("flash_attn_combine", TORCH_BOX(&cute_kernels::binding::flash_attn_combine));
 }

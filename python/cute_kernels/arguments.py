@@ -78,8 +78,3 @@ def _refuse_window(error: type[Exception], window_size: Any) -> NoReturn:
         f"window_size is {window_size!r}, must be two ints (left, right) of at least 0, or -1 for "
         "no limit"
     )
-
-
-def is_later(name: str) -> bool:
-    """Whether it is an argument whose feature is not there yet."""
-    return name in _LATER

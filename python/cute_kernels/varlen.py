@@ -161,6 +161,10 @@ def flash_attn_varlen_func(
     lengths: Lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
     if unusual and attention_chunk > 0:
         check_varlen_forward(q, k, v, *lengths, 1.0, causal, sinks)
+        if not q.is_cuda and not _is_compiling() and type(cu_seqlens_q) is Tensor:
+            # Not of the chunks, as the operator would: of what the caller gave.
+            rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
+            rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
         longest_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
         lengths = in_chunks(attention_chunk, longest_k, *lengths[:4])
     try:

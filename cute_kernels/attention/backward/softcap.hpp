@@ -36,7 +36,10 @@ CUTLASS_DEVICE void capped_probabilities(Rows const& rows, Statistics const& sta
   };
   auto probability = [&](float tanh, float minus_lse) {
     float exponent = __fmaf_rn(tanh, scale_log2, minus_lse);
-    if constexpr (kCareful) exponent = sm90::min_nan(exponent, 0.f);
+    if constexpr (kCareful) {
+      if (tanh == CappedScore::kHidden) return 0.f;  // also where lse is NaN
+      exponent = sm90::min_nan(exponent, 0.f);
+    }
     return sm90::exp2_mufu(exponent);
   };
   auto slope = [](float tanh) {

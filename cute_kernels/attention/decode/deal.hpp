@@ -59,20 +59,22 @@ class WorkDealer {
       longest = greater(longest, shared.longest[i]);
     }
     int const cta = blockIdx.x;
-    WorkLine const line(all, longest, gridDim.x, num_splits);
+    WorkLine const line(all, call.heads_kv, longest, gridDim.x, num_splits);
     int const block = line.begin(cta);
-    if (block >= start && block < start + blocks) {
+    int const head = all == 0 ? 0 : block / all;
+    start += head * all;
+    if (block < line.blocks && block >= start && block < start + blocks) {
       int entry = first;
       CUTLASS_PRAGMA_NO_UNROLL
       while (block >= start + work.blocks) {
         start += work.blocks;
         work = work_of<Traits>(call, ++entry);
       }
-      shared.place = place_in_sequence<Traits>(call, entry, work, start, block);
+      shared.place = place_in_sequence<Traits>(work.sequence, entry, head, start, block);
     }
     if (threadIdx.x == 0) {
       shared.line = line;
-      if (block >= all) shared.place = end_of_line(line);
+      if (block >= line.blocks) shared.place = end_of_line(line);
     }
     __syncthreads();
   }

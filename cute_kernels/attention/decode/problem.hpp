@@ -55,7 +55,7 @@ struct CachedCall {
   CacheLengths lengths;
 };
 
-/// All parts of a call's work are numbered by an int, with 1/32 to spare.
+/// All parts of a call's work are numbered by an int, with 1/16 to spare.
 inline constexpr int64_t kMostBlocks = 2000000000;
 
 /// How many blocks of tile_n keys a call may have, for tiles of tile_m rows.

@@ -11,10 +11,10 @@
 //
 // The query heads of a key head share a tile's rows: row r of a sequence is its query r / group,
 // head r % group of the group. An item is a tile of rows of one sequence and key head, with all
-// keys that some of its rows see, in blocks. The blocks of all items stand in one line, by
-// sequence, key head, tile and key. Each CTA takes a share of the line, all of them of the same
-// length, wherever it begins or ends. So an item may be in parts, and of a CTA's parts only the
-// first one and the last one are less than an item.
+// keys that some of its rows see, in blocks. The blocks of all items stand in one line, by key
+// head, sequence, tile and key. Each CTA takes a share of the line, all of them of the same length,
+// wherever it begins or ends. So an item may be in parts, and of a CTA's parts only the first one
+// and the last one are less than an item.
 namespace cute_kernels::attention {
 
 /// The keys from `begin` up to before `end`.
@@ -89,27 +89,30 @@ struct RowTile {
 
 /// The line of all blocks.
 struct WorkLine {
-  static constexpr int kSharesOfSlack = 32;
-
+  int of_head;  // blocks of a head: all heads have the same
   int blocks;
   int share;   // of one CTA, at least 1
   bool whole;  // no item is in parts: a CTA has those that begin in its share
 
   /// Shares of about the same length for as many as `ctas` CTAs, but so long that no item is in
   /// more than `num_splits` parts, of which 0 is any number. Then they may be a little longer,
-  /// where that divides the longest item evenly or makes a share a number of such items: CTAs have
-  /// fewer parts then, and those of one sequence's heads read the same pages at the same time.
-  constexpr WorkLine(int blocks, int longest_item, int ctas, int num_splits)
-      : blocks(blocks), share((blocks + ctas - 1) / ctas), whole(num_splits == 1) {
+  /// where all heads are divided alike so: their rows of a page, which are neighbours in memory,
+  /// are read at the same time.
+  constexpr WorkLine(int of_head, int heads, int longest_item, int ctas, int num_splits)
+      : of_head(of_head),
+        blocks(of_head * heads),
+        share((blocks + ctas - 1) / ctas),
+        whole(num_splits == 1) {
+    constexpr int kParts = 16;  // a little: one part of these
     if (share < 1) share = 1;
-    if (num_splits == 0 && longest_item > 0) {
-      int const even = share <= longest_item
-                           ? (longest_item - 1) / (longest_item / share) + 1
-                           : (share + longest_item - 1) / longest_item * longest_item;
-      if (even - share <= share / kSharesOfSlack) share = even;
-    } else if (num_splits > 1) {
-      int const least = (longest_item + num_splits - 2) / (num_splits - 1);
-      if (share < least) share = least;
+    if (num_splits > 1) {
+      share = greater(share, (longest_item + num_splits - 2) / (num_splits - 1));
+    } else if (share <= of_head) {
+      int const even = (of_head - 1) / (of_head / share) + 1;
+      if (even - share <= share / kParts) share = even;
+    } else if (of_head > 0) {
+      int const even = (share - 1) / of_head * of_head + of_head;
+      if (even - share <= share / kParts) share = even;
     }
   }
 
@@ -146,7 +149,7 @@ struct WorkPlace {
 #define CUTE_KERNELS_FEW_ROUNDS
 #endif
 
-/// A sequence, how many blocks it has in the line, and how many its longest item has.
+/// A sequence, how many blocks it has for each head, and how many its longest item has.
 struct SequenceWork {
   CachedSequence sequence;
   int blocks;
@@ -162,19 +165,15 @@ constexpr SequenceWork work_of(CachedCall const& call, int entry) {
     work.blocks += of_tile;
     work.longest = greater(work.longest, of_tile);
   }
-  work.blocks *= call.heads_kv;
   return work;
 }
 
-/// The place of a block that sequence `entry` has in the line, where it starts at `start`.
+/// The place of a block that a sequence and head have in the line, where they start at `start`.
 template <class Tiling>
-constexpr WorkPlace place_in_sequence(CachedCall const& call, int entry, SequenceWork const& work,
+constexpr WorkPlace place_in_sequence(CachedSequence const& sequence, int entry, int head,
                                       int start, int block) {
-  WorkPlace place{block, block, entry, 0, 0, work.sequence};
-  int const of_head = work.blocks / call.heads_kv;
+  WorkPlace place{block, block, entry, head, 0, sequence};
   int rest = block - start;
-  place.head = rest / of_head;
-  rest -= place.head * of_head;
   CUTE_KERNELS_FEW_ROUNDS
   for (;; ++place.tile) {
     int const of_tile = RowTile<Tiling>(place.sequence, place.tile).blocks();
@@ -216,12 +215,13 @@ class WorkWalk {
     if (!valid()) return;
     if (++tile_number_ == RowTile<Tiling>::count(sequence_)) {
       tile_number_ = 0;
-      if (++head_ == call_.heads_kv) {
-        head_ = 0;
-        do {
-          sequence_ = cached_sequence(call_, ++entry_);
-        } while (sequence_.rows() == 0);
-      }
+      do {
+        if (++entry_ == call_.batch) {
+          entry_ = 0;
+          ++head_;
+        }
+        sequence_ = cached_sequence(call_, entry_);
+      } while (sequence_.rows() == 0);
     }
     tile_ = RowTile<Tiling>(sequence_, tile_number_);
   }

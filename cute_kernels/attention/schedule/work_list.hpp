@@ -37,20 +37,14 @@ struct QueryTiling {
     return keys.end - keys.begin;
   }
 
-  /// How many classes of length pay, the longest tile's being given. Under a causal mask a class
-  /// has as many queries of a sequence as it is keys wide; where K and V do not stay in L2 they are
-  /// to be enough for a load of them (TileScheduler's bands, for which this was measured).
-  static constexpr int classes(AttentionCall const& call, int longest) {
-    constexpr int64_t kCachedBytes = 32 << 20;
-    CallSizes const& sizes = call.sizes;
-    int64_t const rows = int64_t{tensor_rows_k(call)} * tensor_batch(call) * sizes.heads_kv;
-    bool const cached = rows * (sizes.head_dim + sizes.head_dim_v) * 2 <= kCachedBytes;
-    int const width = kTileM * (cached ? 1 : kNeighbours);
-    return static_cast<int>(int64_t{longest} * kTileN / width);
-  }
-
-  /// Tiles of a sequence that share a load of K and V: neighbours in the list.
+  /// Tiles of a sequence that stand beside one another in the list and share the loads of K and V:
+  /// enough queries for a load (measured for TileScheduler's bands).
   static constexpr int kNeighbours = 2 * kTileM >= 384 ? 2 : 4;
+
+  /// The last of a tile's neighbours: of `count` tiles, the last ones are the first group.
+  static constexpr int last_neighbour(int tile, int count) {
+    return count - 1 - (count - 1 - tile) / kNeighbours * kNeighbours;
+  }
 };
 
 /// How many tiles of tile_m queries a call may have.
@@ -94,10 +88,10 @@ inline WorkList work_list_at(void* memory, int batch, int64_t most) {
   return {count, count + 1, reinterpret_cast<WorkTile*>(tiles), static_cast<int>(most)};
 }
 
-/// Fills a WorkList, the longest tiles first, those of about the same length in the order of the
-/// sequences and of their rows: few classes of length, so that neighbours are of one sequence. The
-/// work of one CTA in phases, between which all threads meet: what
-/// one phase leaves for another is in Shared and in the list. So the host can run it too.
+/// Fills a WorkList, the longest tiles first: neighbours by the length of the last of them, those
+/// of about the same length in the order of the sequences and of their rows. The work of one CTA in
+/// phases, between which all threads meet: what one phase leaves for another is in Shared and in
+/// the list. So the host can run it too.
 ///
 /// The attention kernel waits for it, so what counts is how long one thread takes: nothing is
 /// divided by a number that only the call knows but lengths into classes, a tile's sequence is
@@ -122,7 +116,6 @@ class WorkListBuilder {
     int of_group[kGroups];
     int total;
     int longest;
-    int buckets;
     // By bucket and thread: how many tiles, then the place of the next one. Padded, as a thread
     // adds up kBuckets neighbours.
     int counters[kThreads * (kBuckets + 1)];
@@ -202,7 +195,7 @@ class WorkListBuilder {
   }
 
   /// A thread's share of the tiles: some that follow one another, before they are sorted. Behind
-  /// phase 3; the first one's sequence is known.
+  /// phase 3; the first one's sequence is known. With the length of the last of its neighbours.
   template <class Visit>
   constexpr void each_tile(int thread, Visit const& visit) {
     int const end = first_tile(thread + 1);
@@ -210,11 +203,12 @@ class WorkListBuilder {
     for (int i = first_tile(thread); i < end; ++entry) {
       Sequence const sequence = sequence_of(call_, entry);
       WindowRanges const ranges = ranges_of(call_, sequence, entry);
-      int const start = starts()[entry];
-      for (int const stop = lesser(end, starts()[entry + 1]); i < stop; ++i) {
-        int const first_row = Tiling::first_row(sequence, i - start);
-        visit(WorkTile{first_row, sequence, ranges.left_edge, ranges.right_edge},
-              Tiling::length(ranges, first_row));
+      int const start = starts()[entry], count = starts()[entry + 1] - start;
+      for (int const stop = lesser(end, start + count); i < stop; ++i) {
+        auto first_row = [&](int tile) { return Tiling::first_row(sequence, tile); };
+        int const last = Tiling::last_neighbour(i - start, count);
+        visit(WorkTile{first_row(i - start), sequence, ranges.left_edge, ranges.right_edge},
+              Tiling::length(ranges, first_row(last)));
       }
     }
   }
@@ -223,8 +217,7 @@ class WorkListBuilder {
   constexpr int bucket_of(int length) const {
     // Blocks have 16 keys or more: there are at most 2^27 of them.
     auto const shorter = static_cast<uint32_t>(shared_.longest - length);
-    auto const lengths = static_cast<uint32_t>(shared_.longest + 1);
-    return static_cast<int>(shorter * static_cast<uint32_t>(shared_.buckets) / lengths);
+    return static_cast<int>(shorter * kBuckets / static_cast<uint32_t>(shared_.longest + 1));
   }
 
   constexpr int& counter(int bucket, int thread) {
@@ -274,7 +267,6 @@ class WorkListBuilder {
     int longest = 0;
     for (int const group : shared_.of_group) longest = greater(longest, group);
     shared_.longest = longest;
-    shared_.buckets = greater(1, lesser(Tiling::classes(call_, longest), kBuckets));
   }
 
   AttentionCall const& call_;

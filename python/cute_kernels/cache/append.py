@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from cute_kernels.cache import operators
 from cute_kernels.cache.checks import check_append
 from cute_kernels.checks import explain, refuse_derivatives
-
-_is_compiling = torch.compiler.is_compiling
 
 
 def append_kv(
@@ -67,17 +63,15 @@ def append_kv(
     refuse_derivatives("append_kv", k, v, k_cache, v_cache)
     places = (cu_seqlens_k_new, page_table, cache_batch_idx)
     rotary = (rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
-    return append_rows(k_cache, v_cache, k, v, cache_seqlens, *places, *rotary)
+    queries = (None, None, True)
+    return append_rows(k_cache, v_cache, k, v, cache_seqlens, *places, *rotary, *queries)[0]
 
 
-def append_rows(k_cache: Tensor, v_cache: Tensor, *inputs: Any) -> Tensor:
+def append_rows(k_cache: Tensor, v_cache: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     """The append operator, whose inputs these are."""
     try:
-        lengths: Tensor = operators.append(k_cache, v_cache, *inputs)
+        results: tuple[Tensor, Tensor] = operators.append(k_cache, v_cache, *inputs)
     except (AttributeError, IndexError) as error:
         explain(error, check_append, k_cache, v_cache, *inputs)
-    if not _is_compiling():  # compilers know
-        for cache in (k_cache, v_cache):
-            if not cache.is_inference():
-                increment_version(cache)
-    return lengths
+    operators.mark_written(k_cache, v_cache)
+    return results

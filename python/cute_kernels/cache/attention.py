@@ -10,8 +10,7 @@ from torch import Tensor
 from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
 from cute_kernels.cache import operators
 from cute_kernels.cache.append import append_rows
-from cute_kernels.cache.checks import ENTRIES, PAGES, check_attention
-from cute_kernels.cache.combine import written
+from cute_kernels.cache.checks import ENTRIES, PAGES, check_attention, check_output
 from cute_kernels.checks import (
     DENSE,
     PACKED,
@@ -145,14 +144,15 @@ def flash_attn_with_kvcache(
     if k is not None and v is not None:
         if cache_seqlens is None:
             raise ValueError("cache_seqlens is None, must be given with k and v")
-        positions = lengths if rotary_seqlens is None else rotary_seqlens
         rotary = (rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
         places = (cu_seqlens_k_new, page_table, cache_batch_idx)
-        lengths = append_rows(k_cache, v_cache, k, v, lengths, *places, *rotary)
+        queries: tuple[Any, ...] = (None, None, True)
         if rotary_cos is not None:
-            advance = causal or left is not None or right is not None
-            angles = (rotary_cos, rotary_sin, positions, cu_seqlens_q, rotary_interleaved, advance)
-            q = operators.rotary(q, *angles)
+            queries = (q, cu_seqlens_q, causal or left is not None or right is not None)
+        inputs = (lengths, *places, *rotary, *queries)
+        lengths, turned = append_rows(k_cache, v_cache, k, v, *inputs)
+        if rotary_cos is not None:
+            q = turned
     else:
         _refuse_without_new_keys(
             k=k,
@@ -162,7 +162,17 @@ def flash_attn_with_kvcache(
             rotary_sin=rotary_sin,
             rotary_seqlens=rotary_seqlens,
         )
+    into = None
+    if out is not None:
+        check_tensor("out", out)
+        if out.shape[:-1] != q.shape[:-1]:
+            raise ValueError(
+                f"out has shape {tuple(out.shape)}, must be {(*q.shape[:-1], v_cache.shape[-1])}"
+            )
+        if out.is_contiguous():
+            into = out.flatten(0, 1) if dense else out
     result, lse = attend(
+        into,
         q.flatten(0, 1) if dense else q,
         k_cache,
         v_cache,
@@ -182,14 +192,18 @@ def flash_attn_with_kvcache(
     )
     if dense:
         result = result.view(*q.shape[:3], result.shape[2])
-    if out is not None:
-        result = written(out, result)
+    if out is not None and into is None:
+        check_output(out, result.shape, result)
+        result = out.copy_(result)
+    elif out is not None:
+        result = out
     if not return_softmax_lse:
         return result
     return result, lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1) if dense else lse
 
 
 def attend(
+    into: Tensor | None,
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -202,8 +216,8 @@ def attend(
     softmax_scale: float | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The attention operator, with softmax_scale's default and sinks of any dtype. Its keyword-only
-    inputs go by position."""
+    """The attention operator, with softmax_scale's default and sinks of any dtype; its output is
+    written to `into`, packed and dense, if given. Keyword-only inputs go by position."""
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     if sinks is not None:
@@ -214,10 +228,14 @@ def attend(
     places = (cache_seqlens, page_table, cache_batch_idx, cache_leftpad)
     inputs = (q, k_cache, v_cache, cu_seqlens_q, *places, sinks, softmax_scale, *options)
     try:
-        result: tuple[Tensor, Tensor] = operators.attention(*inputs)
+        if into is None:
+            result: tuple[Tensor, Tensor] = operators.attention(*inputs)
+            return result
+        lse: Tensor = operators.attention_out(into, *inputs)
     except (AttributeError, IndexError) as error:
         explain(error, check_attention, *inputs)
-    return result
+    operators.mark_written(into)
+    return into, lse
 
 
 def _starts_of(batch: int, seqlen: int, like: Tensor) -> Tensor:

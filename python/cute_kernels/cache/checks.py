@@ -6,12 +6,14 @@ that does not exist is neither read nor written.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cute_kernels.checks import (
+    DENSE,
     HEAD_DIM_MULTIPLE,
     MAX_HEAD_DIM,
     PACKED,
@@ -20,6 +22,7 @@ from cute_kernels.checks import (
     check_flag,
     check_int,
     check_like,
+    check_softcap,
     check_softmax_scale,
     check_tensor,
     check_window,
@@ -88,8 +91,24 @@ def check_attention(
     check_softmax_scale(softmax_scale, accumulator_dtype(q.dtype))
     check_int("max_seqlen_q", max_seqlen_q, least=0)
     check_window(window_left, window_right)
-    check_softcap(softcap)
+    check_softcap(softcap, accumulator_dtype(q.dtype))
     check_int("num_splits", num_splits, least=0, none="")
+
+
+def check_attention_out(out: Tensor, q: Tensor, *inputs: Any, **options: Any) -> None:
+    """The same of the operator that writes its output into `out`."""
+    check_attention(q, *inputs, **options)
+    v_cache = inputs[1]
+    check_output(out, (*q.shape[:2], v_cache.shape[3]), q)
+    if not out.is_contiguous():
+        raise ValueError(f"out has strides {out.stride()}, must be contiguous")
+    _check_vectors("out", out)
+
+
+def check_output(out: Tensor, shape: Sequence[int], q: Tensor) -> None:
+    check_like("out", out, q)
+    if out.shape != shape:
+        raise ValueError(f"out has shape {tuple(out.shape)}, must be {tuple(shape)}")
 
 
 def check_append(
@@ -105,6 +124,9 @@ def check_append(
     rotary_sin: Tensor | None,
     rotary_seqlens: Tensor | None,
     rotary_interleaved: bool,
+    q: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    q_advance: bool = True,
 ) -> None:
     """The same of the append operator."""
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -140,29 +162,30 @@ def check_append(
         check_int32("rotary_seqlens", rotary_seqlens, k, like="k")
         _check_batch("rotary_seqlens", rotary_seqlens, batch)
     check_flag("rotary_interleaved", rotary_interleaved)
+    if q is not None:
+        _check_queries(q, cu_seqlens_q, rotary_cos, rotary_sin, batch, k)
+    check_flag("q_advance", q_advance)
 
 
-def check_rotary(
-    x: Tensor,
-    rotary_cos: Tensor,
-    rotary_sin: Tensor,
-    seqlens: Tensor,
-    cu_seqlens: Tensor | None,
-    interleaved: bool,
-    advance: bool,
+def _check_queries(
+    q: Tensor,
+    cu_seqlens_q: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    batch: int,
+    k: Tensor,
 ) -> None:
-    """The same of the rotary operator, whose x is the queries."""
-    check_alone("q", x, ("batch", "seqlen", "heads", "head_dim") if cu_seqlens is None else PACKED)
-    _check_head_dim("q", x)
-    _check_tables(rotary_cos, rotary_sin, x, "q")
-    check_int32("cache_seqlens", seqlens, x)
-    batch = seqlens.shape[0]
-    if cu_seqlens is not None:
-        _check_starts("cu_seqlens_q", cu_seqlens, batch, x, "q")
-    elif x.shape[0] != batch:
-        raise ValueError(f"q has batch {x.shape[0]}, must be {batch} like cache_seqlens")
-    check_flag("rotary_interleaved", interleaved)
-    check_flag("advance", advance)
+    """Queries that are rotated beside k."""
+    check_alone("q", q, DENSE if cu_seqlens_q is None else PACKED)
+    check_like("q", q, k, "k")
+    _check_head_dim("q", q)
+    if rotary_cos is None or rotary_sin is None:
+        raise ValueError("q is given, must be None without rotary_cos and rotary_sin")
+    _check_tables(rotary_cos, rotary_sin, q, "q")
+    if cu_seqlens_q is not None:
+        _check_starts("cu_seqlens_q", cu_seqlens_q, batch, q, "q")
+    elif q.shape[0] != batch:
+        raise ValueError(f"q has batch {q.shape[0]}, must be {batch} like cache_seqlens")
 
 
 def check_combine(
@@ -193,13 +216,6 @@ def check_combine(
     if out_dtype is not None and out_dtype not in allowed:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in _OUTPUTS)
         raise TypeError(f"out_dtype is {out_dtype}, must be {names}")
-
-
-def check_softcap(softcap: float) -> None:
-    if isinstance(softcap, Tensor) or not hasattr(softcap, "__float__"):
-        raise TypeError(f"softcap is {softcap!r}, must be a number")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}, must be finite and at least 0, which is none")
 
 
 def _refuse_eight_bits(name: str, tensor: Tensor) -> None:

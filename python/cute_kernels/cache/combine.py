@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from cute_kernels.cache import operators
-from cute_kernels.cache.checks import check_combine
-from cute_kernels.checks import check_like, explain, refuse_derivatives
+from cute_kernels.cache.checks import check_combine, check_output
+from cute_kernels.checks import explain, refuse_derivatives
 
 
 def flash_attn_combine(
@@ -42,12 +42,7 @@ def flash_attn_combine(
         result, lse = operators.combine(out_partial, lse_partial, out_dtype)
     except (AttributeError, IndexError) as error:
         explain(error, check_combine, out_partial, lse_partial, out_dtype)
-    return (result if out is None else written(out, result)), lse
-
-
-def written(out: Tensor, result: Tensor) -> Tensor:
-    """out, which holds the result now."""
-    check_like("out", out, result, "the result")
-    if out.shape != result.shape:
-        raise ValueError(f"out has shape {tuple(out.shape)}, must be {tuple(result.shape)}")
-    return out.copy_(result)
+    if out is not None:
+        check_output(out, result.shape, result)
+        result = out.copy_(result)
+    return result, lse

@@ -7,10 +7,16 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from cute_kernels.autograd import run_below_autograd
 from cute_kernels.cache import reference
-from cute_kernels.cache.checks import check_append, check_attention, check_combine, check_rotary
+from cute_kernels.cache.checks import (
+    check_append,
+    check_attention,
+    check_attention_out,
+    check_combine,
+)
 from cute_kernels.operators import NAMESPACE, Pass, by_position
 from cute_kernels.reference import empty_outputs
 from cute_kernels.torch_private import has_cuda_kernel
@@ -25,13 +31,14 @@ def _attention_fake(
     return empty_outputs(q, v_cache)
 
 
-def _append_fake(*inputs: Any) -> Tensor:
-    lengths: Tensor = inputs[4]
-    return lengths.new_empty(lengths.shape)
+def _attention_out_fake(_: Tensor, *inputs: Any, **__: Any) -> Tensor:
+    return _attention_fake(*inputs)[1]
 
 
-def _rotary_fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
+def _append_fake(*inputs: Any, **_: Any) -> tuple[Tensor, Tensor]:
+    k, lengths, q = inputs[2], inputs[4], inputs[12] if len(inputs) > 12 else None
+    turned = k.new_empty(0) if q is None else q.new_empty(q.shape)
+    return lengths.new_empty(lengths.shape), turned
 
 
 def _combine_fake(
@@ -50,7 +57,7 @@ def _register(
     has_autograd: bool = True,
 ) -> Callable[..., Any]:
     """What calls the operator, with keyword-only inputs by position; of what it refuses it raises
-    the exact error."""
+    the exact error. PyTorch has no autograd for an operator that writes its inputs."""
     operator = of_pass.operator
     name = operator.name()
 
@@ -89,22 +96,26 @@ def _register(
     return call
 
 
+_OPTIONS = ("max_seqlen_q", "window_left", "window_right", "softcap", "num_splits")
 attention = _register(
     Pass(_operators.flash_attn_kvcache_forward.default, check_attention, 11),
-    ("max_seqlen_q", "window_left", "window_right", "softcap", "num_splits"),
+    _OPTIONS,
     reference.attention,
     _attention_fake,
 )
-# PyTorch has no autograd for an operator that writes its inputs.
+attention_out = _register(
+    Pass(_operators.flash_attn_kvcache_forward_out.default, check_attention_out, 12),
+    _OPTIONS,
+    reference.attention_out,
+    _attention_out_fake,
+    has_autograd=False,
+)
 append = _register(
-    Pass(_operators.append_kv.default, check_append, 12),
+    Pass(_operators.append_kv.default, check_append, 15),
     (),
     reference.append,
     _append_fake,
     has_autograd=False,
-)
-rotary = _register(
-    Pass(_operators.apply_rotary.default, check_rotary, 7), (), reference.rotate, _rotary_fake
 )
 combine = _register(
     Pass(_operators.flash_attn_combine.default, check_combine, 2),
@@ -112,3 +123,12 @@ combine = _register(
     reference.combine,
     _combine_fake,
 )
+
+
+def mark_written(*tensors: Tensor) -> None:
+    """Autograd notices what an operator writes only if it is told; compilers know."""
+    if _is_compiling():
+        return
+    for tensor in tensors:
+        if not tensor.is_inference():
+            increment_version(tensor)

@@ -39,6 +39,7 @@ def attend_pages(
     if seqused_k is None:
         raise ValueError("seqused_k is None, must be given with page_table")
     return attend(
+        None,
         q,
         k,
         v,

@@ -7,7 +7,7 @@ sequence does not use, and what its page table names beyond them, are not looked
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,8 +77,6 @@ def attention(
     num_splits: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Each sequence's attention to its keys; rows of q that no sequence has get 0 and -inf."""
-    if softcap != 0:
-        raise NotImplementedError("softcap is not there yet with a KV cache")
     places = places_of(k_cache, page_table, cache_batch_idx)
     sequences = rows_of_sequences("q", q, cu_seqlens_q, None, max_seqlen_q)
     mask = reference.mask_of(causal, window_left, window_right)
@@ -94,19 +92,17 @@ def attention(
         keys = places.rows(i, first, last)
         one = [x[None].to(wide) for x in (q[queries], k_cache[keys], v_cache[keys])]
         (part,), (part_lse,) = reference.attention_forward(
-            one[0], one[1], one[2], softmax_scale, mask
+            one[0], one[1], one[2], softmax_scale, mask, sinks, softcap
         )
-        if sinks is not None:
-            part, part_lse = _with_sinks(part, part_lse, sinks)
         out[queries], lse[:, queries] = part.to(q.dtype), part_lse
     return out, lse
 
 
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """A result to whose softmax a score without a value is added for each head."""
-    sinks = sinks.to(lse.dtype)[:, None]
-    of_keys = torch.sigmoid(lse - sinks).masked_fill(lse == -math.inf, 0.0)
-    return out * of_keys.mT[..., None], torch.logaddexp(lse, sinks)
+def attention_out(out: Tensor, *inputs: Any, **options: Any) -> Tensor:
+    """The same with its output in `out`."""
+    result, lse = attention(*inputs, **options)
+    out.copy_(result)
+    return lse
 
 
 def _length(
@@ -131,8 +127,12 @@ def append(
     rotary_sin: Tensor | None,
     rotary_seqlens: Tensor | None,
     rotary_interleaved: bool,
-) -> Tensor:
-    """Writes k, rotated, and v behind what the caches hold; returns the lengths afterwards."""
+    q: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    q_advance: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Writes k, rotated, and v behind what the caches hold; returns the lengths afterwards, and q
+    rotated, or without q nothing."""
     places = places_of(k_cache, page_table, cache_batch_idx)
     sequences = _sequences("k", k, cu_seqlens_k_new)
     k, v = (x.reshape(-1, *x.shape[-2:]) for x in (k, v))
@@ -148,27 +148,18 @@ def append(
             )
         lengths.append(last)
         targets.append(places.rows(i, first, last))
+    turned = k.new_empty(0)
     if rotary_cos is not None and rotary_sin is not None:
         starts = cache_seqlens if rotary_seqlens is None else rotary_seqlens
-        k = _rotate(k, sequences, rotary_cos, rotary_sin, starts, rotary_interleaved, True)
+        rotary = (rotary_cos, rotary_sin, starts, rotary_interleaved)
+        k = _rotate(k, sequences, *rotary, True)
+        if q is not None:
+            rows = q.reshape(-1, *q.shape[-2:])
+            turned = _rotate(rows, _sequences("q", q, cu_seqlens_q), *rotary, q_advance)
+            turned = turned.view(q.shape)
     for new, target in zip(sequences, targets, strict=True):
         k_cache[target], v_cache[target] = k[new], v[new]
-    return torch.tensor(lengths, dtype=torch.int32)
-
-
-def rotate(
-    x: Tensor,
-    rotary_cos: Tensor,
-    rotary_sin: Tensor,
-    seqlens: Tensor,
-    cu_seqlens: Tensor | None,
-    interleaved: bool,
-    advance: bool,
-) -> Tensor:
-    """x rotated; token i of a sequence stands at position seqlens + i, or all at seqlens."""
-    sequences, rows = _sequences("q", x, cu_seqlens), x.reshape(-1, *x.shape[-2:])
-    rows = _rotate(rows, sequences, rotary_cos, rotary_sin, seqlens, interleaved, advance)
-    return rows.view(x.shape)
+    return torch.tensor(lengths, dtype=torch.int32), turned
 
 
 def _sequences(which: str, x: Tensor, cu_seqlens: Tensor | None) -> list[slice]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import cute_kernels
-from cute_kernels.compat.operators import Sequences, backward, public, rows_contiguous
+from cute_kernels.compat.operators import Sequences, backward, rows_contiguous
 from cute_kernels.qkvpacked import flash_attn_qkvpacked_func
 
 __all__ = [
@@ -42,8 +42,6 @@ def _with_sinks(function: Callable[..., Any], copies: bool = True) -> Callable[.
     def call(*inputs: Any, **options: Any) -> Any:
         s_aux = options.pop("s_aux", None)
         if s_aux is not None:
-            if "sinks" not in signature.parameters:
-                raise NotImplementedError(f"{function.__name__}: s_aux is not there yet")
             options["sinks"] = s_aux
         if copies:
             inputs = (*rows_contiguous(*inputs[:3]), *inputs[3:])
@@ -53,18 +51,16 @@ def _with_sinks(function: Callable[..., Any], copies: bool = True) -> Callable[.
 
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
-    place = -1 if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else len(parameters)
-    s_aux = inspect.Parameter("s_aux", inspect.Parameter.KEYWORD_ONLY, default=None)
-    parameters.insert(place, s_aux)
+    parameters.append(inspect.Parameter("s_aux", inspect.Parameter.KEYWORD_ONLY, default=None))
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return call
 
 
 flash_attn_func = _with_sinks(cute_kernels.flash_attn_func)
 flash_attn_varlen_func = _with_sinks(cute_kernels.flash_attn_varlen_func)
-flash_attn_with_kvcache = _with_sinks(public("flash_attn_with_kvcache"), copies=False)
-flash_attn_combine = public("flash_attn_combine")
-get_scheduler_metadata = public("get_scheduler_metadata")
+flash_attn_with_kvcache = _with_sinks(cute_kernels.flash_attn_with_kvcache, copies=False)
+flash_attn_combine = cute_kernels.flash_attn_combine
+get_scheduler_metadata = cute_kernels.get_scheduler_metadata
 
 
 def _flash_attn_forward(
@@ -223,7 +219,6 @@ def _flash_attn_backward(
 
     Raises:
         ValueError, TypeError: an argument is not as described, or dq, dk or dv is not given.
-        NotImplementedError: softcap.
     """
     window = (window_size_left, window_size_right) if window_size is None else window_size
     sequences = None
@@ -233,7 +228,6 @@ def _flash_attn_backward(
     elif sequed_q is not None or sequed_k is not None:
         sequences = Sequences.of_batch(q, k, sequed_q, sequed_k)
     backward(
-        "_flash_attn_backward",
         dout,
         q,
         k,

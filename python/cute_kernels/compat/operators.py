@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import cute_kernels
-from cute_kernels.arguments import is_later, refuse_later, window_of
+from cute_kernels.arguments import window_of
 from cute_kernels.operators import flash_attn_backward, flash_attn_varlen_backward
 
 
@@ -45,19 +43,7 @@ def rows_contiguous(*values: Any) -> tuple[Any, ...]:
     )
 
 
-def public(name: str) -> Callable[..., Any]:
-    """A function of the package; where this version has none of that name, one that raises
-    NotImplementedError: imports go well."""
-
-    def missing(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(f"{name} is not there yet")
-
-    function: Callable[..., Any] = getattr(cute_kernels, name, missing)
-    return function
-
-
 def backward(
-    function: str,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -80,13 +66,7 @@ def backward(
 
     Raises:
         ValueError: one of `grads` is None, or not of the shape of its tensor.
-        NotImplementedError: softcap, where the package has none yet.
     """
-    options: dict[str, Any] = {}
-    if softcap != 0:
-        if is_later("softcap"):
-            refuse_later(function, softcap=softcap)
-        options["softcap"] = softcap
     for name, grad, x in zip(("dq", "dk", "dv"), grads, (q, k, v), strict=True):
         if grad is None:
             raise ValueError(f"{name} is None, must be a tensor that the gradient is written to")
@@ -101,7 +81,7 @@ def backward(
     causal, left, right = window_of(window_size, causal)
     tensors = (dout, None, q, k, v, out, softmax_lse.contiguous())
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    options.update(window_left=left, window_right=right)
+    options = {"window_left": left, "window_right": right, "softcap": softcap}
     if sequences is None:
         results = flash_attn_backward(*tensors, scale, causal, deterministic, **options)
     else:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cute_kernels.arguments import window_of
-from cute_kernels.autograd import dense, varlen
+from cute_kernels.operators import DENSE, VARLEN, Pass
 from cute_kernels.tiles import ROWS
+from cute_kernels.torch_private import direct
 
 _deterministic = torch.are_deterministic_algorithms_enabled
 _DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -148,26 +148,26 @@ def flash_attention_backward(
     if dropout_p or _asks(later) or (cum_seq_q is None) != (cum_seq_k is None):
         return NotImplemented
     packed = cum_seq_q is not None
-    causal, *window = _mask(is_causal, window_size_left, window_size_right)
-    any_call = packed or window != [None, None]
+    causal, *limits = _mask(is_causal, window_size_left, window_size_right)
+    any_call = packed or limits != [None, None]
     softmax_scale = _softmax_scale(query, scale)
     if softmax_scale is None or not _has_kernel("backward", query, value, causal, any_call):
         return NotImplemented
     grad_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, out))
     inputs: tuple[Any, ...] = (grad_out, None, query, key, value, out, logsumexp)
+    options = {"window_left": limits[0], "window_right": limits[1]} if any_call else {}
     if packed:
-        run = varlen.backward_without_gradient
-        options = (max_q, max_k, *window, _deterministic(), None)
-        inputs = (*inputs, cum_seq_q, cum_seq_k, None, None, None, softmax_scale, causal, *options)
+        lengths = (cum_seq_q, cum_seq_k, None, None, None)
+        options.update(max_seqlen_q=max_q, max_seqlen_k=max_k, deterministic=_deterministic())
+        inputs = (*inputs, *lengths, softmax_scale, causal)
+        grads = _unless_refused(VARLEN.backward, *inputs, **options)
     else:
-        run = dense.backward_without_gradient
-        inputs = (*inputs, softmax_scale, causal, _deterministic(), None)
-        if any_call:
-            inputs = (*inputs, *window, None)
-    grads = _unless_refused(run, *inputs)
+        inputs = (*inputs, softmax_scale, causal, _deterministic())
+        grads = _unless_refused(DENSE.backward, *inputs, **options)
     if grads is NotImplemented:
         return NotImplemented
-    return tuple(_laid_out_as(x, grad) for x, grad in zip((query, key, value), grads, strict=True))
+    of_qkv = zip((query, key, value), grads[:3], strict=True)
+    return tuple(_laid_out_as(x, grad) for x, grad in of_qkv)
 
 
 def flash_attention_forward_no_dropout_inplace(
@@ -199,18 +199,13 @@ def _forward(
     softmax_scale = _softmax_scale(query, scale)
     if softmax_scale is None or not _has_kernel("forward", query, value, causal, any_call):
         return NotImplemented
-    inputs: tuple[Any, ...]
+    options = {"window_left": limits[0], "window_right": limits[1]} if any_call else {}
     if packed is not None:
-        run = varlen.without_gradient
-        lengths, longest = packed
-        options = (*longest, *limits, False, None)
-        inputs = (query, key, value, *lengths, softmax_scale, causal, *options)
+        lengths, (options["max_seqlen_q"], options["max_seqlen_k"]) = packed
+        inputs = (query, key, value, *lengths, softmax_scale, causal)
+        answer = _unless_refused(VARLEN.forward, *inputs, **options)
     else:
-        run = dense.without_gradient
-        inputs = (query, key, value, softmax_scale, causal, None, False)
-        if any_call:
-            inputs = (*inputs, *limits, None)
-    answer = _unless_refused(run, *inputs)
+        answer = _unless_refused(DENSE.forward, query, key, value, softmax_scale, causal, **options)
     if answer is NotImplemented:
         return NotImplemented
     out, lse = answer
@@ -280,13 +275,17 @@ def _has_row(
     )
 
 
-def _unless_refused(run: Callable[..., Any], *inputs: Any) -> Any:
-    """What an operator returns, or NotImplemented if it does not take the inputs. Errors of the GPU
-    are not of these types."""
+def _unless_refused(of_pass: Pass, *inputs: Any, **options: Any) -> Any:
+    """What an operator returns, or NotImplemented if it does not take the inputs. Any other error
+    is one."""
     try:
-        return run(*inputs)
-    except (TypeError, ValueError, NotImplementedError):
-        return NotImplemented
+        return direct(of_pass.operator)(*inputs, **options)
+    except (RuntimeError, TypeError, ValueError):
+        try:
+            of_pass.check(*inputs, **options)
+        except (TypeError, ValueError, NotImplementedError):
+            return NotImplemented
+        raise
 
 
 def _laid_out_as(like: Tensor, result: Tensor) -> Tensor:

@@ -246,7 +246,7 @@ def backward_op(ctx: Any, grad_out: Tensor, *_: Any, **of_step: Tensor) -> tuple
     deterministic = torch.are_deterministic_algorithms_enabled()
     tensors = (grad_out.contiguous(), None, query, key, value, out, lse)
     grads: tuple[Tensor, ...] = flash_attn_backward(*tensors, ctx.scale, False, deterministic)
-    return grads
+    return grads[:3]
 
 
 def _warn_of_native(what: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import cute_kernels
-from cute_kernels.compat.operators import Sequences, backward, public, rows_contiguous
+from cute_kernels.compat.operators import Sequences, backward, rows_contiguous
 
 Window = tuple[int, int]
 _MULTIPLE = 8  # of head dims; others are padded, as FlashAttention-2 does
@@ -94,11 +94,10 @@ def flash_attn_varlen_func(
     _refuse("flash_attn_varlen_func", dropout_p, alibi_slopes)
     inputs = _padded(q, k, v)
     is_paged = block_table is not None
-    starts_k: Any = None if is_paged else cu_seqlens_k
     out, lse = cute_kernels.flash_attn_varlen_func(
         *inputs,
         cu_seqlens_q,
-        starts_k,
+        None if is_paged else cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
         softmax_scale=_scale(q, softmax_scale),
@@ -161,7 +160,7 @@ def flash_attn_with_kvcache(
 ) -> Any:
     """`cute_kernels.flash_attn_with_kvcache` with FlashAttention-2's arguments."""
     _refuse("flash_attn_with_kvcache", 0.0, alibi_slopes)
-    return public("flash_attn_with_kvcache")(
+    return cute_kernels.flash_attn_with_kvcache(
         q,
         k_cache,
         v_cache,
@@ -285,7 +284,7 @@ def _flash_attn_backward(
     tensors = (dout, q, k, v, out, softmax_lse, (dq, dk, dv), None)
     window = (window_size_left, window_size_right)
     options = (softmax_scale, causal, window, softcap, deterministic)
-    backward("_flash_attn_backward", *tensors, *options)
+    backward(*tensors, *options)
     return torch.empty(0, dtype=torch.float32, device=q.device)
 
 
@@ -319,7 +318,7 @@ def _flash_attn_varlen_backward(
     tensors = (dout, q, k, v, out, softmax_lse, (dq, dk, dv), sequences)
     window = (window_size_left, window_size_right)
     options = (softmax_scale, causal, window, softcap, deterministic)
-    backward("_flash_attn_varlen_backward", *tensors, *options)
+    backward(*tensors, *options)
     return torch.empty(0, dtype=torch.float32, device=q.device)
 
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cute_kernels.cache import flash_attn_with_kvcache
 from cute_kernels.integrations.transformers import NAME
 from cute_kernels.integrations.transformers.fallback import Result, fall_back
 from cute_kernels.integrations.transformers.masks import (
@@ -15,7 +16,7 @@ from cute_kernels.integrations.transformers.masks import (
     decode,
     packed_by_positions,
 )
-from cute_kernels.integrations.transformers.support import attention_to_caches, unsupported
+from cute_kernels.integrations.transformers.support import attends_to_caches, unsupported
 from cute_kernels.interface import flash_attn_func
 from cute_kernels.varlen import flash_attn_varlen_func
 
@@ -76,9 +77,7 @@ def attention(
         if packed is not None:
             mask = mask._replace(lengths=packed)
 
-    chunk = mask.chunk if isinstance(mask, Seen) else None
-    known = isinstance(mask, Seen)
-    reason = unsupported(query, key, value, known, position_bias, softcap, s_aux, chunk)
+    reason = unsupported(query, key, value, isinstance(mask, Seen), position_bias)
     if reason is not None:
         options.update(scaling=scaling, position_bias=position_bias, softcap=softcap, s_aux=s_aux)
         return fall_back(reason, module, query, key, value, mask, **options)
@@ -98,11 +97,13 @@ def attention(
 
 def _attend(seen: Seen, q: Tensor, k: Tensor, v: Tensor, chosen: dict[str, Any]) -> Tensor:
     """(batch, seqlen, heads, v's head_dim), of tensors in that order."""
-    with_kvcache = attention_to_caches(q) if q.shape[1] == 1 else None
-    is_batch = (seen.lengths is None or seen.ends is not None) and seen.chunk is None
-    if with_kvcache is not None and is_batch and not _needs_gradient(q, k, v):
+    is_batch = seen.lengths is None or seen.ends is not None
+    is_of_caches = is_batch and seen.chunk is None and "softcap" not in chosen  # not there yet
+    is_step = q.shape[1] == 1 and not _needs_gradient(q, k, v, chosen.get("sinks"))
+    if is_step and is_of_caches and attends_to_caches(q):
         starts, stops = seen.ends or (None, seen.keys)
-        return with_kvcache(q, k, v, cache_leftpad=starts, cache_seqlens=stops, **chosen)
+        out = flash_attn_with_kvcache(q, k, v, cache_leftpad=starts, cache_seqlens=stops, **chosen)
+        return cast(Tensor, out)
     if seen.lengths is None:
         k, v = k[:, : seen.keys], v[:, : seen.keys]
         return cast(Tensor, flash_attn_func(q, k, v, **chosen))
@@ -141,8 +142,9 @@ def _of_one_dtype(module: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in tensors)
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    needing = (x is not None and x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any(needing)
 
 
 def _mask(

@@ -63,8 +63,8 @@ def _eager(module: nn.Module) -> Any:
         if eager is not None:
             return eager
     raise NotImplementedError(
-        f"{NAME}: {type(module).__name__} asks for softcap or sinks, which are not there yet, and "
-        "its module has no eager_attention_forward to fall back to"
+        f"{NAME}: {type(module).__name__} asks for softcap or sinks, which PyTorch's attention "
+        "does not have, and its module has no eager_attention_forward to fall back to"
     )
 
 
