@@ -507,16 +507,21 @@ def test_flash_comes_before_cudnn_until_undone():
         torch._C._set_sdp_priority_order(given)
 
 
-def test_caches_of_compilers_are_told_apart_until_undone(monkeypatch):
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
-    undo = torch_choice.tag_caches("ours")
-    assert torch.compiler.config.cache_key_tag == "mineours"
-    undo()
-    assert torch.compiler.config.cache_key_tag == "mine"
-    undo = torch_choice.tag_caches("ours")
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "another")
-    undo()
-    assert torch.compiler.config.cache_key_tag == "another"
+def test_caches_of_compilers_are_told_apart_until_undone():
+    config = torch.compiler.config
+    given = config.cache_key_tag
+    try:  # not by monkeypatch, which deletes what such a module's own dictionary does not have
+        config.cache_key_tag = "mine"
+        undo = torch_choice.tag_caches("ours")
+        assert config.cache_key_tag == "mineours"
+        undo()
+        assert config.cache_key_tag == "mine"
+        undo = torch_choice.tag_caches("ours")
+        config.cache_key_tag = "another"
+        undo()
+        assert config.cache_key_tag == "another"
+    finally:
+        config.cache_key_tag = given
 
 
 def test_a_torch_without_a_registry_is_named(monkeypatch):

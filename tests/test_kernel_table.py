@@ -79,7 +79,7 @@ int main() {
       {"fast", kBf16, 64, 64, false, false, MaskClass::kFull, 128, 1.5, 0}, nullptr, nullptr};
   forward_kernels.add(fast);
   static ForwardKernel const none{
-      {"none", kBf16, 64, 64, false, kNone, 128, 99.0, 0}, nullptr, nullptr};
+      {"none", kBf16, 64, 64, false, false, kNone, 128, 99.0, 0}, nullptr, nullptr};
   forward_kernels.add(none);
   show("full forward", forward(false));
   show("causal forward", forward(true));
