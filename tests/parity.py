@@ -206,6 +206,11 @@ def by_token(x, first_channel, channels, seqlen):
     return chosen.permute(1, 2, 0, 3).flatten(2)[..., :seqlen]
 
 
+def changed(call, changes):
+    """A call's arguments, some by functions of what they were."""
+    return {**call, **{name: change(call.get(name)) for name, change in changes.items()}}
+
+
 def skip_unless_answered(
     device, dtype, head_dim=64, head_dim_v=None, softcap=False, passes=("forward", "backward")
 ):

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from caches import random_cache, random_queries
+from parity import changed
 from torch._subclasses import FakeTensorMode
 
 from cute_kernels import append_kv, flash_attn_varlen_func, flash_attn_with_kvcache
@@ -252,10 +253,6 @@ BAD_CONTENTS = {
         "max_seqlen_q is 3, must be at least 4, the rows that sequence 0 uses",
     ),
 }
-
-
-def changed(call, changes):
-    return {**call, **{name: change(call.get(name)) for name, change in changes.items()}}
 
 
 @pytest.mark.parametrize("bad", BAD)

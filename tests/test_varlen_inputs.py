@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from packed import random_packed
-from parity import skip_unless_answered
+from parity import changed, skip_unless_answered
 from torch._subclasses import FakeTensorMode
 
 import cute_kernels.varlen
@@ -191,10 +191,6 @@ BAD_CONTENTS = {
         "max_seqlen_k is 0, must be at least 10, the rows that sequence 0 uses",
     ),
 }
-
-
-def changed(call, changes):
-    return {**call, **{name: change(call.get(name)) for name, change in changes.items()}}
 
 
 @pytest.mark.parametrize("bad", BAD)

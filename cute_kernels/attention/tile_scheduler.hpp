@@ -6,6 +6,7 @@
 #include <cutlass/fast_math.h>
 
 #include "cute_kernels/attention/call.hpp"
+#include "cute_kernels/attention/ranges.hpp"
 
 namespace cute_kernels::attention {
 
@@ -126,9 +127,7 @@ class TileScheduler : public CtaRounds {
 
   // K and V that stay in L2 (50 MB) whatever the order.
   static constexpr int64_t kCachedBytes = 32 << 20;
-  // Measured on an H100: with fewer queries for a load, and in orders of no more than four bands,
-  // memory traffic costs more than balance gains.
-  static constexpr int kQueriesForALoad = 384;
+  // In orders of no more than four bands, too, memory traffic costs more than balance gains.
   static constexpr int kShortOrder = 4;
 
   Params const& params_;

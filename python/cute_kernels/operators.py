@@ -1,8 +1,8 @@
 """The registered operators: everything about them that is not compiled.
 
-The extension defines two families, each of a forward and a backward operator: ``flash_attn_*`` with
-its CUDA implementations, and ``flash_attn_varlen_*``, which has none yet. Here are their CPU
-implementations, shape inference, gradients and vmap.
+The extension defines two families, each of a forward and a backward operator with its CUDA
+implementation: ``flash_attn_*`` and ``flash_attn_varlen_*``. Here are their CPU implementations,
+shape inference, gradients and vmap.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ def flash_attn_varlen_func(
             looked at on the CPU only, and on CUDA, where that waits for the GPU, if the environment
             had ``CUTE_KERNELS_CHECK=1`` when the package was imported.
         RuntimeError: the GPU is not of compute capability 9.0, or the build has no kernel for it.
-        NotImplementedError: an argument whose feature is not there yet,
-            ``torch.func.vmap``, a second derivative, or a forward-mode one.
+        NotImplementedError: an argument whose feature is not there yet, ``torch.func.vmap``, a
+            second derivative, or a forward-mode one.
     """
     window: list[int | None] = [None, None]
     asked = (

@@ -38,8 +38,8 @@ struct QueryTiling {
   }
 
   /// Tiles of a sequence that stand beside one another in the list and share the loads of K and V:
-  /// enough queries for a load (measured for TileScheduler's bands).
-  static constexpr int kNeighbours = 2 * kTileM >= 384 ? 2 : 4;
+  /// enough queries for a load.
+  static constexpr int kNeighbours = 2 * kTileM >= kQueriesForALoad ? 2 : 4;
 
   /// The last of a tile's neighbours: of `count` tiles, the last ones are the first group.
   static constexpr int last_neighbour(int tile, int count) {
