@@ -3,6 +3,7 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -18,6 +19,7 @@
 #include "cute_kernels/torch/packed_call.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
+#include "cute_kernels/torch/variant_call.hpp"
 
 namespace cute_kernels::binding {
 namespace {
@@ -70,7 +72,10 @@ struct Results {
 BackwardKernel const& backward_kernel_for(ElementType dtype, AttentionCall const& call,
                                           TileName const& tile) {
   auto const choose = [&] { return automatic_choice(attention::backward_kernels, dtype, call); };
-  BackwardKernel const& kernel = kernel_for(attention::backward_kernels, choose, dtype, call, tile);
+  return kernel_for(attention::backward_kernels, choose, dtype, call, tile);
+}
+
+void require_few_blocks(AttentionCall const& call, BackwardKernel const& kernel) {
   constexpr int kLeastQueries = 64;  // of a block
   double const entries = attention::tensor_batch(call);
   require(entries * call.sizes.heads_q * attention::query_block_numbers(call, kLeastQueries) <
@@ -82,7 +87,6 @@ BackwardKernel const& backward_kernel_for(ElementType dtype, AttentionCall const
   require(!call.is_packed() || std::max(attention::tensor_rows_q(call),
                                         attention::tensor_rows_k(call)) < attention::kManyRows,
           "q or k has 2^30 rows or more");
-  return kernel;
 }
 
 Tensor dense(Argument const& a) {
@@ -97,11 +101,12 @@ Tensor empty_like(Argument const& a) {
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 /// Of a call that is checked, as its results are.
-Gradients answer(AttentionCall const& call, bool deterministic, TileName const& tile,
+Gradients answer(AttentionCall const& call, BackwardKernel const& kernel, bool deterministic,
                  Argument const& q, Argument const& k, Argument const& v,
-                 std::optional<Tensor> const& sinks_tensor, Results const& results) {
+                 std::optional<Tensor> const& sinks_tensor, Results const& results,
+                 attention::VariantArguments const* variant = nullptr) {
   attention::Device const& device = hopper(q.device);
-  BackwardKernel const& kernel = backward_kernel_for(element_type(q.dtype), call, tile);
+  require_few_blocks(call, kernel);
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor grad_q = empty_like(q), grad_k = empty_like(k), grad_v = empty_like(v);
   CallSizes const& sizes = call.sizes;
@@ -142,6 +147,7 @@ Gradients answer(AttentionCall const& call, bool deterministic, TileName const& 
   problem.grad_v = view(grad_v);
   if (has_sinks) problem.grad_sinks = static_cast<float*>(grad_sinks.data_ptr());
   problem.device = device;
+  problem.variant = variant;
   Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, q.device);
   problem.workspace = workspace.data_ptr();
   require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
@@ -163,7 +169,8 @@ Gradients flash_attn_backward(Tensor const& grad_out, std::optional<Tensor> grad
   call.softcap = checked_softcap(softcap);
   Results const results(grad_out, grad_lse, out, lse);
   results.check(q, v, {q.size(0), q.size(2), q.size(1)});
-  return answer(call, deterministic, tile, q, k, v, sinks, results);
+  BackwardKernel const& kernel = backward_kernel_for(element_type(q.dtype), call, tile);
+  return answer(call, kernel, deterministic, q, k, v, sinks, results);
 }
 
 /// The same of packed sequences. What cu_seqlens and seqused hold is not looked at here.
@@ -185,7 +192,67 @@ Gradients flash_attn_varlen_backward(
   call.softcap = checked_softcap(softcap);
   Results const results(grad_out, grad_lse, out, lse);
   results.check(q, v, {q.size(1), q.size(0)});
-  return answer(call, deterministic, tile, q, k, v, sinks, results);
+  BackwardKernel const& kernel = backward_kernel_for(element_type(q.dtype), call, tile);
+  return answer(call, kernel, deterministic, q, k, v, sinks, results);
+}
+
+/// Where the kernel writes what it computes of a captured tensor's gradient.
+Tensor empty_captured_gradient(AttentionCall const& call, BackwardKernel const& kernel,
+                               attention::Gradient kind, int device) {
+  CallSizes const& sizes = call.sizes;
+  if (kind == attention::Gradient::kOfScores) {
+    require(!call.is_packed(), "packed sequences have no gradient by query or key");
+    return empty({sizes.batch, sizes.heads_q, sizes.seqlen_q, sizes.seqlen_k}, ScalarType::Float,
+                 device);
+  }
+  constexpr int kWarps = 8;
+  return empty({attention::tensor_batch(call), sizes.heads_q,
+                attention::key_block_numbers(call, kernel.config.tile_n), kWarps},
+               ScalarType::Float, device);
+}
+
+/// Either of them with a variant, by the kernel of this name, which computes the gradients of as
+/// many captured tensors as there are kinds.
+std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> flash_attn_variant_backward(
+    Tensor const& grad_out, std::optional<Tensor> grad_lse, Tensor const& q_tensor,
+    Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out, Tensor const& lse,
+    std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
+    std::optional<Tensor> seqused_q, std::optional<Tensor> seqused_k, std::vector<Tensor> captured,
+    std::vector<double> numbers, std::optional<StringHandle> variant_key,
+    std::optional<StringHandle> tile_config, std::vector<int64_t> gradient_kinds,
+    double softmax_scale, bool causal, std::optional<Tensor> sinks,
+    std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right, bool deterministic) {
+  TileName const key(variant_key), tile(tile_config);
+  Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
+  attention::VariantArguments variant{};
+  std::optional<Tensor> const diagonal;
+  AttentionCall const call =
+      check_variant_call(q, k, v,
+                         packed_call_of(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal,
+                                        max_seqlen_q, max_seqlen_k),
+                         captured, numbers, softmax_scale,
+                         mask_of(causal, window_left, window_right, std::nullopt), variant);
+  Results const results(grad_out, grad_lse, out, lse);
+  if (call.is_packed()) {
+    results.check(q, v, {q.size(1), q.size(0)});
+  } else {
+    results.check(q, v, {q.size(0), q.size(2), q.size(1)});
+  }
+  BackwardKernel const& kernel =
+      variant_kernel(attention::backward_kernels, element_type(q.dtype), call, key, tile);
+  require(gradient_kinds.size() <= attention::kMostCaptured, "too many gradients");
+  torch::stable::accelerator::DeviceGuard const guard(q.device);
+  std::vector<Tensor> of_captured;
+  for (int64_t kind : gradient_kinds) {
+    Tensor gradient = empty_captured_gradient(call, kernel, attention::Gradient(kind), q.device);
+    torch::stable::zero_(gradient);
+    variant.gradients[of_captured.size()] = static_cast<float*>(gradient.data_ptr());
+    of_captured.push_back(gradient);
+  }
+  auto const [grad_q, grad_k, grad_v, grad_sinks] =
+      answer(call, kernel, deterministic, q, k, v, sinks, results, &variant);
+  return {grad_q, grad_k, grad_v, grad_sinks, of_captured};
 }
 
 }  // namespace
@@ -198,6 +265,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
       "str? tile_config=None, Tensor? sinks=None, *, SymInt? window_left=None, "
       "SymInt? window_right=None, SymInt? diagonal=None, float softcap=0.0) -> "
       "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_sinks)");
+  library.def(
+      "flash_attn_variant_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, "
+      "Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "Tensor? seqused_q, Tensor? seqused_k, Tensor[] captured, float[] numbers, str? variant, "
+      "str? tile_config, int[] gradient_kinds, float softmax_scale, bool causal, Tensor? sinks, "
+      "SymInt? max_seqlen_q, SymInt? max_seqlen_k, SymInt? window_left, SymInt? window_right, "
+      "bool deterministic) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_sinks, "
+      "Tensor[] grad_captured)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
@@ -206,4 +281,6 @@ STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   library.impl("flash_attn_backward", TORCH_BOX(&cute_kernels::binding::flash_attn_backward));
   library.impl("flash_attn_varlen_backward",
                TORCH_BOX(&cute_kernels::binding::flash_attn_varlen_backward));
+  library.impl("flash_attn_variant_backward",
+               TORCH_BOX(&cute_kernels::binding::flash_attn_variant_backward));
 }

@@ -7,11 +7,19 @@ import os
 import torch
 from torch import Tensor
 
-from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
+from cute_kernels.arguments import (
+    Window,
+    check_hints,
+    refuse_later,
+    refuse_with_variant,
+    window_of,
+)
 from cute_kernels.autograd import varlen
 from cute_kernels.cache.pages import attend_pages
 from cute_kernels.checks import check_softcap, explain
 from cute_kernels.chunks import Lengths, check_chunk, in_chunks
+from cute_kernels.variants.attention import Packed, attend
+from cute_kernels.variants.variant import BoundVariant, Variant
 from cute_kernels.varlen_checks import (
     check_max_seqlens,
     check_varlen_forward,
@@ -22,7 +30,7 @@ _is_compiling = torch.compiler.is_compiling
 _always_deterministic = torch.are_deterministic_algorithms_enabled
 
 # What the arguments are that most calls leave alone.
-_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None)
+_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None, None)
 
 # On CUDA the contents of cu_seqlens and seqused are read only if asked for: it waits for the GPU.
 _CHECK_CONTENTS = os.environ.get("CUTE_KERNELS_CHECK") == "1"
@@ -57,6 +65,7 @@ def flash_attn_varlen_func(
     return_lse: bool = False,
     page_table: Tensor | None = None,
     tile_config: str | None = None,
+    variant: Variant | BoundVariant | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention inside each of several packed sequences.
 
@@ -114,6 +123,7 @@ def flash_attn_varlen_func(
         sm_margin,
         sinks,
         page_table,
+        variant,
     )
     try:
         unusual = asked != _USUAL
@@ -132,6 +142,12 @@ def flash_attn_varlen_func(
         if not isinstance(softcap, (int, float)):  # as max_seqlen below
             check_softcap(softcap)
         check_chunk(attention_chunk)
+    if variant is not None:
+        refuse_with_variant(
+            softcap=softcap > 0,
+            attention_chunk=attention_chunk > 0,
+            page_table=page_table is not None,
+        )
     # Here too: the operator would read a tensor, and wait for the GPU.
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     if page_table is not None:
@@ -158,6 +174,14 @@ def flash_attn_varlen_func(
         return (out, lse) if return_lse or return_attn_probs else out
     if cu_seqlens_k is None:
         raise TypeError("cu_seqlens_k is a NoneType, must be a torch.Tensor")
+    if variant is not None:
+        of_call = Packed(
+            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k
+        )
+        deterministic = _always_deterministic() or deterministic
+        call = (q, k, v, of_call, softmax_scale, causal, sinks, window[0], window[1])
+        out, lse = attend(variant, *call, deterministic, tile_config)
+        return (out, lse) if return_lse or return_attn_probs else out
     lengths: Lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
     if unusual and attention_chunk > 0:
         check_varlen_forward(q, k, v, *lengths, 1.0, causal, sinks)

@@ -44,7 +44,7 @@ struct BackwardParams {
   int group;     // how many of them are worked on together
   cutlass::FastDivmod heads_kv;
   int head_dim_v;
-  float softcap_factor;
+  typename Traits::Variant::Arguments variant;
 };
 
 /// All threads of the cluster, whose barriers are ready, or whose memory no one needs any more.

@@ -27,6 +27,7 @@ struct ForwardParams : Traits::Calls {
   float scale_log2;
   int heads;
   cutlass::FastDivmod heads_per_kv;
+  typename Traits::Variant::Arguments variant;
 };
 
 /// Warpgroup 0 moves data (its first warp) and in a second pass looks at some of it (its second

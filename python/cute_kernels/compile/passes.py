@@ -38,7 +38,7 @@ FORWARD_FIELDS = (
     *HEAD,
     Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
     Field("any_call", bool, False, "kAnyCall"),
-    Field("softcap", bool, False, "kSoftcap"),
+    Field("softcap", bool, False),
     Field("mask", str, "any"),
     Field("tile_m", int),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -66,7 +66,7 @@ FP8_FIELDS = (
 BACKWARD_FIELDS = (
     *HEAD,
     Field("any_call", bool, False, "kAnyCall"),
-    Field("softcap", bool, False, "kSoftcap"),
+    Field("softcap", bool, False),
     Field("mask", str, "any"),
     Field("tile_m", int, REQUIRED, "kTileM"),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -302,7 +302,8 @@ def row_config(row: Row) -> tuple[object, ...]:
     head_dim = row["head_dim"]
     mask = f"MaskClass::{MASKS[row.get('mask', 'any')]}"
     any_call, softcap = (row.get(column, False) for column in ("any_call", "softcap"))
-    return head_dim, row.get("head_dim_v", head_dim), any_call, softcap, mask
+    variant = f'"{row["variant"]}"' if "variant" in row else "nullptr"
+    return head_dim, row.get("head_dim_v", head_dim), any_call, softcap, variant, mask
 
 
 PASSES = {
@@ -322,6 +323,7 @@ PASSES = {
             problems=forward_problems,
             swizzle=32,
             workspace=True,
+            variants=True,
         ),
         Pass(
             name="backward",
@@ -336,6 +338,7 @@ PASSES = {
             registers=backward_registers,
             problems=backward_problems,
             workspace=True,
+            variants=True,
         ),
         Pass(
             name="forward_fp8",
