@@ -84,7 +84,7 @@ def group_of(case):
 
 
 def whole_results(case, group):
-    layout = "contiguous" if case.form == "ulysses" else case.layout
+    layout = case.layout
     at = 0 if case.documents else 1
     q, k, v, sinks, grad_out, grad_lse = case.tensors()
     parts = [distributed.shard(x, group, at, layout).requires_grad_() for x in (q, k, v)]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cute_kernels.distributed.exchange import Ranks
+from cute_kernels.distributed.layouts import part_of, whole_of
 from cute_kernels.distributed.operators import group_of
 from cute_kernels.operators import NAMESPACE
 
@@ -55,32 +56,41 @@ def check_heads(q: Tensor, k: Tensor, ranks: int) -> None:
         )
 
 
-def to_heads(q: Tensor, k: Tensor, v: Tensor, group: str, ranks: int) -> tuple[Tensor, ...]:
+def to_heads(
+    q: Tensor, k: Tensor, v: Tensor, group: str, ranks: int, layout: str
+) -> tuple[Tensor, ...]:
     """This rank's rows, (batch, rows, heads, head_dim), to all ranks' rows of its share of the
-    heads, (batch, rows * ranks, heads / ranks, head_dim); or the same without batch. They are views
-    of what one message brings from each rank."""
+    heads, (batch, rows * ranks, heads / ranks, head_dim), in the order of the sequence; or the same
+    without batch. One message goes to each rank, and the results are views of what comes."""
     parts = [torch.unflatten(_rows_first(x), -2, (ranks, -1)).flatten(-2) for x in (q, k, v)]
     sizes = [x.shape[-1] for x in parts]
     # (rows, batch, ranks, channels) to (ranks, rows, batch, channels)
-    sent = torch.cat(parts, dim=-1).movedim(-2, 0)
-    received = torch.split(_all_to_all(sent, group).flatten(0, 1), sizes, dim=-1)
+    received = _all_to_all(torch.cat(parts, dim=-1).movedim(-2, 0), group)
+    if layout == "contiguous":
+        rows = received.flatten(0, 1)
+    else:
+        rows = whole_of(received.unbind(0), 0, layout)
     return tuple(
         _rows_first(torch.unflatten(y, -1, (-1, x.shape[-1])))
-        for x, y in zip((q, k, v), received, strict=True)
+        for x, y in zip((q, k, v), torch.split(rows, sizes, dim=-1), strict=True)
     )
 
 
-def from_heads(out: Tensor, group: str, ranks: int) -> Tensor:
+def from_heads(out: Tensor, group: str, ranks: int, layout: str) -> Tensor:
     """The way back, of the output."""
-    sent = torch.unflatten(_rows_first(out), 0, (ranks, -1))
+    rows = _rows_first(out)
+    if layout == "contiguous":
+        sent = torch.unflatten(rows, 0, (ranks, -1))
+    else:
+        sent = torch.stack([part_of(rows, 0, layout, rank, ranks) for rank in range(ranks)])
     # (ranks, rows, batch, heads / ranks, head_dim) to (rows, batch, heads, head_dim)
     received = _all_to_all(sent, group).movedim(0, -3).flatten(-3, -2)
     return _rows_first(received).contiguous()
 
 
-def lse_from_heads(lse: Tensor, group: str, ranks: int) -> Tensor:
-    """The same for (batch, heads / ranks, rows of all ranks), or without batch."""
-    return from_heads(lse.mT[..., None], group, ranks)[..., 0].mT.contiguous()
+def lse_from_heads(lse: Tensor, group: str, ranks: int, layout: str) -> Tensor:
+    """The same for (batch, heads / ranks, rows * ranks), or without batch."""
+    return from_heads(lse.mT[..., None], group, ranks, layout)[..., 0].mT.contiguous()
 
 
 def sinks_of_heads(sinks: Tensor | None, ranks: Ranks) -> Tensor | None:

@@ -159,9 +159,9 @@ def ulysses_attn_func(
         group: also a DeviceMesh of two dimensions, (ring, heads): the ranks along the second share
             the heads, those along the first the sequence, by `ring_attn_func`. The number of query
             heads and that of key heads must be multiples of the ranks that share heads.
-        layout: of the dimension (ring, ); ranks that share heads hold equal parts of what a rank of
-            the ring holds, in the order of its rows, which is the whole sequence where there is no
-            ring.
+        layout: of the ranks along the first dimension of a mesh of two; those that share heads hold
+            equal chunks of what each of these holds, as `shard` gives them. With one dimension,
+            "contiguous" is the fastest: others cost a copy each way.
     """
     ring, of_heads = _two_groups(group)
     ranks = Ranks.of(of_heads)
@@ -171,8 +171,9 @@ def ulysses_attn_func(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     check_shard(q, k, v, scale, causal, left, right, softcap, deterministic, sinks, packed)
     check_heads(q, k, ranks.size)
-    name = of_heads.group_name
-    q, k, v = to_heads(q, k, v, name, ranks.size)
+    way = (of_heads.group_name, ranks.size, layout if ring is None else "contiguous")
+    check_tokens(q.shape[-3] * ranks.size, way[2], ranks.size)
+    q, k, v = to_heads(q, k, v, *way)
     options: dict[str, Any] = {
         "softmax_scale": softmax_scale,
         "causal": causal,
@@ -191,8 +192,8 @@ def ulysses_attn_func(
         lengths = torch.tensor(starts, dtype=torch.int32).to(q.device)
         longest = max((b - a for a, b in itertools.pairwise(starts)), default=0)
         result = flash_attn_varlen_func(q, k, v, lengths, lengths, longest, longest, **options)
-    out = from_heads(result[0], name, ranks.size)
-    return (out, lse_from_heads(result[1], name, ranks.size)) if return_lse else out
+    out = from_heads(result[0], *way)
+    return (out, lse_from_heads(result[1], *way)) if return_lse else out
 
 
 def _two_groups(group: Group) -> tuple[Any, Any]:

@@ -10,7 +10,11 @@ Of R ranks that share a sequence, rank r holds
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 LAYOUTS = ("zigzag", "contiguous", "stripe")
 
@@ -55,3 +59,23 @@ def chunks_of(layout: str, rank: int, ranks: int, tokens: int) -> tuple[Chunk, .
     if layout == "contiguous":
         return (Chunk(0, size, rank * size),)
     return Chunk(0, size, rank * size), Chunk(size, size, (2 * ranks - 1 - rank) * size)
+
+
+def part_of(x: Tensor, dim: int, layout: str, rank: int, ranks: int) -> Tensor:
+    """What a rank holds of a whole tensor along a dimension; where it can be, a view."""
+    chunks = chunks_of(layout, rank, ranks, x.shape[dim])
+    if layout == "stripe":
+        return torch.unflatten(x, dim, (-1, ranks)).select(dim % x.dim() + 1, rank)
+    parts = [x.narrow(dim, chunk.first, chunk.rows) for chunk in chunks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def whole_of(parts: Sequence[Tensor], dim: int, layout: str) -> Tensor:
+    """The inverse, of what all ranks hold."""
+    if layout == "stripe":
+        after = dim % parts[0].dim() + 1
+        return torch.stack(tuple(parts), after).flatten(after - 1, after)
+    if layout == "contiguous":
+        return torch.cat(tuple(parts), dim)
+    halves = [x.chunk(2, dim) for x in parts]
+    return torch.cat([*(x for x, _ in halves), *(x for _, x in reversed(halves))], dim)

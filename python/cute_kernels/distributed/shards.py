@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cute_kernels.distributed.checks import Group, documents_of, groups_of
 from cute_kernels.distributed.exchange import Ranks
-from cute_kernels.distributed.layouts import check_layout, check_tokens, chunks_of
+from cute_kernels.distributed.layouts import check_layout, check_tokens, part_of, whole_of
 
 
 def shard(x: Tensor, group: Group = None, dim: int = 1, layout: str = "zigzag") -> Tensor:
@@ -23,8 +23,7 @@ def shard(x: Tensor, group: Group = None, dim: int = 1, layout: str = "zigzag") 
     - "stripe" rows r, r + R, r + 2 R, ...
 
     With a mesh of two dimensions, (ring, heads), this is what the ranks along the first hold, and
-    those along the second hold equal chunks of that: what `ulysses_attn_func` takes. For it without
-    a ring, the layout is "contiguous".
+    those along the second hold equal chunks of that: what `ulysses_attn_func` takes.
 
     Args:
         x: any tensor, of which dimension `dim` is the sequence: embeddings, position ids, labels.
@@ -32,17 +31,17 @@ def shard(x: Tensor, group: Group = None, dim: int = 1, layout: str = "zigzag") 
         group: the ranks, as of `ring_attn_func`.
 
     Returns:
-        A contiguous copy; gradients go back to the rows of x.
+        A contiguous tensor, which may be x itself where there is one rank; gradients go back to the
+        rows of x.
 
     Raises:
         ValueError, TypeError: the rows cannot be shared evenly (the message says what to pad to),
             or another argument is not as described.
     """
-    tokens = x.shape[dim]
     for ranks, of_layout in _levels(group, layout):
-        rows = _rows(ranks.rank, ranks.size, x.shape[dim], of_layout, tokens)
-        x = x.index_select(dim, rows.to(x.device))
-    return x
+        check_tokens(x.shape[dim], of_layout, ranks.size)
+        x = part_of(x, dim, of_layout, ranks.rank, ranks.size)
+    return x.contiguous()
 
 
 def unshard(x: Tensor, group: Group = None, dim: int = 1, layout: str = "zigzag") -> Tensor:
@@ -56,15 +55,10 @@ def unshard(x: Tensor, group: Group = None, dim: int = 1, layout: str = "zigzag"
             "unshard has no gradient: call it under torch.no_grad() or on x.detach()"
         )
     for ranks, of_layout in reversed(_levels(group, layout)):
-        tokens = x.shape[dim] * ranks.size
-        parts = [
-            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks.size)
-        ]
+        check_tokens(x.shape[dim] * ranks.size, of_layout, ranks.size)
+        parts = [x.new_empty(x.shape) for _ in range(ranks.size)]
         dist.all_gather(parts, x.contiguous(), group=ranks.group)
-        rows = torch.cat(
-            [_rows(r, ranks.size, tokens, of_layout, tokens) for r in range(ranks.size)]
-        )
-        x = torch.cat(parts, dim).index_select(dim, rows.argsort().to(x.device))
+        x = whole_of(parts, dim, of_layout)
     return x
 
 
@@ -105,13 +99,3 @@ def _levels(group: Group, layout: str) -> list[tuple[Ranks, str]]:
     check_layout(layout)
     ranks = [Ranks.of(one) for one in groups_of(group, (1, 2))]
     return list(zip(ranks, (layout, "contiguous"), strict=False))
-
-
-def _rows(rank: int, ranks: int, tokens: int, layout: str, whole: int) -> Tensor:
-    check_tokens(tokens, layout, ranks)
-    return torch.cat(
-        [
-            torch.arange(chunk.first, chunk.first + chunk.rows * chunk.step, chunk.step)
-            for chunk in chunks_of(layout, rank, ranks, tokens)
-        ]
-    )
