@@ -23,8 +23,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Form:
-    """`layout`, `group`: which rows a rank has, as `shard` takes them; `takes`: whether it answers a
-    cell on so many ranks."""
+    """`layout`, `group`: which rows a rank has, as `shard` takes them; `takes`: whether it answers
+    a cell on so many ranks."""
 
     name: str
     layout: str

@@ -79,7 +79,8 @@ def flash_attn_varlen_func(
             return_attn_probs, sinks, return_lse, tile_config: as of `flash_attn_func`.
         qv, q_descale, k_descale, v_descale: not there yet; anything that would change the call
             raises NotImplementedError.
-        num_splits, pack_gqa, sm_margin: hints, which change no result.
+        num_splits, pack_gqa: hints, which change no result.
+        sm_margin: as of `flash_attn_func`.
         page_table: (batch, max_pages), int32, last dimension contiguous. With it k and v are caches
             of pages, (pages, page_size, key heads, head_dim), and key j of a sequence is row ``j %
             page_size`` of page ``page_table[i, j // page_size]``; cu_seqlens_k is None, seqused_k
@@ -127,7 +128,7 @@ def flash_attn_varlen_func(
             k_descale=k_descale,
             v_descale=v_descale,
         )
-        check_hints(q, num_splits, pack_gqa, sm_margin)
+        check_hints(num_splits, pack_gqa, sm_margin)
         causal, *window = window_of(window_size, causal)
         if not isinstance(softcap, (int, float)):  # as max_seqlen below
             check_softcap(softcap)
@@ -151,6 +152,7 @@ def flash_attn_varlen_func(
             window[1],
             softcap,
             num_splits,
+            sm_margin,
             sinks,
             page_table,
             tile_config,
@@ -175,6 +177,6 @@ def flash_attn_varlen_func(
     except (AttributeError, IndexError, ZeroDivisionError) as error:
         explain(error, check_varlen_forward, q, k, v, *lengths, 1.0, causal, sinks)
     deterministic = _always_deterministic() or deterministic
-    options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config, softcap)
+    options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config, softcap, sm_margin)
     out, lse = forward(q, k, v, *lengths, softmax_scale, causal, sinks, *options)
     return (out, lse) if return_lse or return_attn_probs else out

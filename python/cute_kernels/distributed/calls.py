@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -210,17 +210,21 @@ def add_gradients(
 ) -> None:
     """Adds the part's gradients to that of q, and to those of k and v."""
     grad_lse = saved.grad_lse
+    mask, packed = _mask(part, saved.q)
     adds = [grad.is_added_to(part.keys) for grad in grads_kv]
     part_gradients_(
         rows_of(grad_q, part.queries),
-        *(rows_of(grad.total, part.keys) for grad in grads_kv),
+        rows_of(grads_kv[0].total, part.keys),
+        rows_of(grads_kv[1].total, part.keys),
         rows_of(saved.grad_out, part.queries),
         rows_of(saved.q, part.queries),
-        *(rows_of(x, part.keys) for x in kv),
+        rows_of(kv[0], part.keys),
+        rows_of(kv[1], part.keys),
         rows_of(saved.out, part.queries),
         lse_of(saved.lse, part.queries),
         options.softmax_scale,
-        *_mask(part, saved.q),
+        mask,
+        packed,
         grad_lse=None if grad_lse is None else lse_of(grad_lse, part.queries),
         add_to_q=True,
         add_to_kv=all(adds),
@@ -249,7 +253,7 @@ def _packed(part: Part, device: torch.device) -> Packed:
     keys = [block.keys for block in part.blocks]
     rows = [_starts(queries), _starts(keys), _sizes(queries), _sizes(keys), list(part.diagonals)]
     numbers = torch.tensor([n for of in rows for n in of], dtype=torch.int32)
-    on_device = torch.split(numbers.to(device), [len(numbers) for numbers in rows])
+    on_device: Any = torch.split(numbers.to(device), [len(numbers) for numbers in rows])
     return Packed(*on_device, max(_sizes(queries)), max(_sizes(keys)))
 
 
