@@ -40,8 +40,9 @@ class Case:
         k = normal(*lead, self.heads[1], self.head_dims[0])
         v, grad_out = (normal(*lead, self.heads[i], self.head_dims[1]) for i in (1, 0))
         grad_lse = normal(*lead[:-1], self.heads[0], self.tokens)
-        sinks = normal(self.heads[0]) if self.sinks else None
-        grad_lse = grad_lse.to(torch.float32 if self.dtype != torch.float64 else self.dtype)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        sinks = normal(self.heads[0]).to(wide) if self.sinks else None
+        grad_lse = grad_lse.to(wide)
         return *(x.to(self.dtype) for x in (q, k, v)), sinks, grad_out.to(self.dtype), grad_lse
 
     @property
@@ -63,15 +64,16 @@ class Case:
         }
 
 
-def run_cases(rank, cases):
+def run_cases(rank, cases, device="cpu"):
     """For each: output, LSE and the gradients of q, k, v and the sinks, whole on every rank."""
-    return [whole_results(case, group_of(case)) for case in cases]
+    results = [whole_results(case, group_of(case, device), device) for case in cases]
+    return [[x.cpu() for x in whole] for whole in results]
 
 
 _meshes = {}
 
 
-def group_of(case):
+def group_of(case, device):
     if case.form != "2d":
         return None
     from torch.distributed.device_mesh import init_device_mesh
@@ -79,14 +81,14 @@ def group_of(case):
     ranks = torch.distributed.get_world_size()
     if ranks not in _meshes:
         shape = {2: (1, 2), 4: (2, 2), 6: (3, 2), 8: (4, 2)}[ranks]
-        _meshes[ranks] = init_device_mesh("cpu", shape)
+        _meshes[ranks] = init_device_mesh(device, shape)
     return _meshes[ranks]
 
 
-def whole_results(case, group):
+def whole_results(case, group, device):
     layout = case.layout
     at = 0 if case.documents else 1
-    q, k, v, sinks, grad_out, grad_lse = case.tensors()
+    q, k, v, sinks, grad_out, grad_lse = (x if x is None else x.to(device) for x in case.tensors())
     parts = [distributed.shard(x, group, at, layout).requires_grad_() for x in (q, k, v)]
     inputs = [*parts, *([] if sinks is None else [sinks.requires_grad_()])]
     out, lse = case.function(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -253,8 +253,9 @@ def _packed(part: Part, device: torch.device) -> Packed:
     keys = [block.keys for block in part.blocks]
     rows = [_starts(queries), _starts(keys), _sizes(queries), _sizes(keys), list(part.diagonals)]
     numbers = torch.tensor([n for of in rows for n in of], dtype=torch.int32)
-    on_device: Any = torch.split(numbers.to(device), [len(numbers) for numbers in rows])
-    return Packed(*on_device, max(_sizes(queries)), max(_sizes(keys)))
+    cu_q, cu_k, used_q, used_k, diagonal = torch.split(numbers.to(device), [len(n) for n in rows])
+    longest = max(_sizes(queries)), max(_sizes(keys))
+    return Packed(cu_q, cu_k, used_q, used_k, diagonal, *longest)
 
 
 def _starts(intervals: list[Interval]) -> list[int]:
