@@ -1,5 +1,6 @@
 """Context parallelism: one sequence over many GPUs, on torch.distributed."""
 
+from cute_kernels.distributed.cost import H100, Machine, Prediction, choose
 from cute_kernels.distributed.interface import (
     all_gather_attn_func,
     ring_attn_func,
@@ -8,7 +9,11 @@ from cute_kernels.distributed.interface import (
 from cute_kernels.distributed.shards import next_tokens, positions, shard, unshard
 
 __all__ = [
+    "H100",
+    "Machine",
+    "Prediction",
     "all_gather_attn_func",
+    "choose",
     "next_tokens",
     "positions",
     "ring_attn_func",

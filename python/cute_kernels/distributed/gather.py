@@ -29,9 +29,6 @@ from cute_kernels.distributed.plan import Interval, Problem
 from cute_kernels.distributed.ring import as_call, empty_rows, rows_first
 from cute_kernels.reference import accumulator_dtype, empty_outputs
 
-# A call of fewer rows of queries, over its heads, leaves multiprocessors without work.
-_LEAST_ROWS = 2 * 132 * 128
-
 
 class Gathered(NamedTuple):
     """Keys and values of some heads, of `plan.needed_tokens`."""
@@ -48,7 +45,10 @@ class Gathering:
         self.problem, self.ranks = problem, ranks
         self._kv = k, v
         self._rows = plan.count(plan.needed_tokens(problem, ranks.rank))
-        self.groups = head_groups(q, k)
+        key_heads = k.shape[-2]
+        # Of one call: half of the queries, of all heads of a key head.
+        rows = q.shape[:-3].numel() * q.shape[-3] * (q.shape[-2] // max(1, key_heads)) // 2
+        self.groups = plan.head_groups(rows, key_heads)
         self.others = [rank for rank in range(ranks.size) if rank != ranks.rank]
         self.own_routes = plan.routes(problem, ranks.rank, ranks.rank)
 
@@ -199,18 +199,3 @@ def _finish(returning: Returning, grad_k: Tensor, grad_v: Tensor, key_heads: Int
 def heads_of_queries(q: Tensor, k: Tensor, key_heads: Interval) -> Interval:
     group = q.shape[-2] // k.shape[-2]
     return key_heads[0] * group, key_heads[1] * group
-
-
-def head_groups(q: Tensor, k: Tensor) -> list[Interval]:
-    """Key heads that are exchanged together: few at first, as nothing is computed meanwhile, and
-    then each time twice as many as before, the last at least that."""
-    batch = q.shape[0] if q.dim() == 4 else 1
-    key_heads = k.shape[-2]
-    rows = max(1, batch * q.shape[-3] * (q.shape[-2] // max(1, key_heads)) // 2)
-    size = max(1, -(-_LEAST_ROWS // rows))
-    groups, start = [], 0
-    while key_heads - start >= 3 * size:
-        groups.append((start, start + size))
-        start, size = start + size, 2 * size
-    groups.append((start, key_heads))
-    return groups

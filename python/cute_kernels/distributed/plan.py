@@ -16,6 +16,9 @@ from cute_kernels.distributed.layouts import Chunk, chunks_of
 
 Interval = tuple[int, int]  # rows from, to before
 
+# A call of fewer rows of queries, over its heads, leaves multiprocessors without work.
+_LEAST_ROWS = 2 * 132 * 128
+
 
 class Problem(NamedTuple):
     """One attention over all ranks. A document is seen from inside only; `documents` are where each
@@ -159,6 +162,19 @@ def work(problem: Problem, rank: int) -> int:
         for part in parts(problem, rank, source)
         for block in part.blocks
     )
+
+
+def head_groups(rows: int, key_heads: int) -> list[Interval]:
+    """Key heads that are exchanged together, with `rows` rows of queries each: few at first, as
+    nothing is computed meanwhile, and then each time twice as many as before, the last at least
+    that."""
+    size = max(1, -(-_LEAST_ROWS // max(1, rows)))
+    groups, start = [], 0
+    while key_heads - start >= 3 * size:
+        groups.append((start, start + size))
+        start, size = start + size, 2 * size
+    groups.append((start, key_heads))
+    return groups
 
 
 def joined(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
