@@ -77,8 +77,9 @@ def flash_attn_func(
             CUDA q, k and v are copied in full unless batch entries follow one another in memory.
         qv: not there yet; anything but None raises NotImplementedError.
         num_splits, pack_gqa: hints, which change no result and so far nothing else.
-        sm_margin: how many multiprocessors to leave alone; other than 0 on the CPU only so far,
-            which has none.
+        sm_margin: how many multiprocessors of a GPU the call, and its gradient, leave alone, for
+            communication beside it; one is always left to the call. The short kernels around
+            attention itself do not look at it. Changes no result.
         deterministic: gradients on CUDA are the same bits from run to run, at some cost; without
             it the order in which the blocks of keys add to q's gradient varies. Implied by
             ``torch.use_deterministic_algorithms(True)``. Has no effect on the output and on the
@@ -123,17 +124,17 @@ def flash_attn_func(
         unusual = True
     if unusual:
         refuse_later("flash_attn_func", qv=qv)
-        check_hints(q, num_splits, pack_gqa, sm_margin)
+        check_hints(num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
         if not isinstance(softcap, (int, float)):  # the operator would read a tensor, and wait
             check_softcap(softcap)
         check_chunk(attention_chunk)
-        options = (sinks, left, right, None, softcap)
+        options = (sinks, left, right, None, softcap, sm_margin)
         descales = (q_descale, k_descale, v_descale)
         if any(x is not None for x in descales) or getattr(q, "dtype", None) is _E4M3:
             if tile_config is not None:
                 raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-            refuse_for_fp8(softcap=softcap > 0)
+            refuse_for_fp8(softcap=softcap > 0, sm_margin=sm_margin > 0 and q.is_cuda)
             operands = e4m3_operands(q, k, v, *descales, sinks)
             if attention_chunk == 0:
                 out, lse = flash_attn_e4m3(operands, softmax_scale, (causal, left, right), sinks)
@@ -164,6 +165,7 @@ def flash_attn_func(
                 attention_chunk=attention_chunk,
                 softcap=softcap,
                 deterministic=deterministic,
+                sm_margin=sm_margin,
                 sinks=sinks,
                 tile_config=tile_config,
             )

@@ -84,7 +84,8 @@ def flash_attn_varlen_func(
             are multiples of 16, returns bfloat16, has no softcap, no page_table and no gradient.
             From 16-bit tensors, `flash_attn_fp8_varlen_func` loses less.
         qv: not there yet; anything but None raises NotImplementedError.
-        num_splits, pack_gqa, sm_margin: hints, which change no result.
+        num_splits, pack_gqa: hints, which change no result.
+        sm_margin: as of `flash_attn_func`.
         page_table: (batch, max_pages), int32, last dimension contiguous. With it k and v are caches
             of pages, (pages, page_size, key heads, head_dim), and key j of a sequence is row ``j %
             page_size`` of page ``page_table[i, j // page_size]``; cu_seqlens_k is None, seqused_k
@@ -126,7 +127,7 @@ def flash_attn_varlen_func(
         unusual = True
     if unusual:
         refuse_later("flash_attn_varlen_func", qv=qv)
-        check_hints(q, num_splits, pack_gqa, sm_margin)
+        check_hints(num_splits, pack_gqa, sm_margin)
         causal, *window = window_of(window_size, causal)
         if not isinstance(softcap, (int, float)):  # as max_seqlen below
             check_softcap(softcap)
@@ -159,6 +160,7 @@ def flash_attn_varlen_func(
             window[1],
             softcap,
             num_splits,
+            sm_margin,
             sinks,
             page_table,
             tile_config,
@@ -169,7 +171,7 @@ def flash_attn_varlen_func(
     if is_fp8:
         if tile_config is not None:
             raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-        refuse_for_fp8(softcap=softcap > 0)
+        refuse_for_fp8(softcap=softcap > 0, sm_margin=sm_margin > 0 and q.is_cuda)
         out, lse = flash_attn_varlen_e4m3(
             q,
             k,
@@ -200,6 +202,6 @@ def flash_attn_varlen_func(
     except (AttributeError, IndexError, ZeroDivisionError) as error:
         explain(error, check_varlen_forward, q, k, v, *lengths, 1.0, causal, sinks)
     deterministic = _always_deterministic() or deterministic
-    options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config, softcap)
+    options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config, softcap, sm_margin)
     out, lse = forward(q, k, v, *lengths, softmax_scale, causal, sinks, *options)
     return (out, lse) if return_lse or return_attn_probs else out

@@ -13,6 +13,7 @@ from cute_kernels.checks import (
     check_device,
     check_int,
     check_results,
+    check_sm_margin,
     check_tile_config,
     check_window,
 )
@@ -37,6 +38,7 @@ def check_varlen_forward(
     deterministic: bool = False,
     tile_config: str | None = None,
     softcap: float = 0.0,
+    sm_margin: int = 0,
 ) -> None:
     """Raises ValueError or TypeError unless the varlen forward operator can answer this call. The
     contents of tensors are left to `rows_of_sequences`."""
@@ -44,6 +46,7 @@ def check_varlen_forward(
     check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     check_window(window_left, window_right)
+    check_sm_margin(sm_margin)
     check_tile_config(tile_config, "forward", q, v, True, softcap > 0)
 
 
@@ -70,6 +73,7 @@ def check_varlen_backward(
     deterministic: bool = False,
     tile_config: str | None = None,
     softcap: float = 0.0,
+    sm_margin: int = 0,
 ) -> None:
     """The same for the varlen backward operator."""
     check_call(q, k, v, PACKED, softmax_scale, causal, deterministic, sinks, softcap)
@@ -77,6 +81,7 @@ def check_varlen_backward(
     check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     check_window(window_left, window_right)
+    check_sm_margin(sm_margin)
     check_tile_config(tile_config, "backward", q, v, True, softcap > 0)
 
 
