@@ -215,6 +215,7 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
         "backward_table.cpp",
         "forward_fp8_table.cpp",
         "decode_table.cpp",
+        "prefill_table.cpp",
     ]
     text = (tmp_path / "fp16_d128_m128n176.cu").read_text()
     assert "using Element = cutlass::half_t;" in text

@@ -50,8 +50,9 @@ struct Mask : CausalRanges {
 };
 
 /// The same of every mask, which has two ends.
-struct WindowMask : WindowRanges {
-  explicit constexpr WindowMask(WindowRanges const& ranges) : WindowRanges(ranges) {}
+template <class Ranges>
+struct TwoEndedMask : Ranges {
+  explicit constexpr TwoEndedMask(Ranges const& ranges) : Ranges(ranges) {}
 
   /// Keys behind a sequence's last one are there too, and of another sequence.
   CUTLASS_DEVICE constexpr bool hides_values() const { return true; }
@@ -61,8 +62,8 @@ struct WindowMask : WindowRanges {
     using namespace cute;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < size<0>(scores); ++row) {
-      int const first = first_key(query + 8 * row) - key;
-      int const limit = end_key(query + 8 * row) - key;
+      int const first = this->first_key(query + 8 * row) - key;
+      int const limit = this->end_key(query + 8 * row) - key;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
         int const offset = 8 * (col / 2) + col % 2;
@@ -77,8 +78,8 @@ struct WindowMask : WindowRanges {
     using namespace cute;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < size<0>(scores); ++row) {
-      int const first = first_query(key + 8 * row) - query;
-      int const limit = lesser(end_query(key + 8 * row), seqlen_q) - query;
+      int const first = this->first_query(key + 8 * row) - query;
+      int const limit = lesser(this->end_query(key + 8 * row), this->seqlen_q) - query;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
         int const offset = 8 * (col / 2) + col % 2;
@@ -87,5 +88,7 @@ struct WindowMask : WindowRanges {
     }
   }
 };
+
+using WindowMask = TwoEndedMask<WindowRanges>;
 
 }  // namespace cute_kernels::attention

@@ -145,6 +145,46 @@ struct WindowRanges : MaskRanges<WindowRanges> {
   constexpr int end_query(int key) const { return key + 1 - left_edge; }
 };
 
+/// What div() of cutlass::FastDivmod gives, on the host too.
+struct PlainDivisor {
+  int divisor;
+  constexpr int div(int dividend) const { return dividend / divisor; }
+};
+
+/// The same of packed rows: row r of a sequence is a head's of query r / group, and seqlen_q counts
+/// rows. The edges are those of queries.
+template <class Divisor>
+struct GroupedRanges : MaskRanges<GroupedRanges<Divisor>> {
+  using Base = MaskRanges<GroupedRanges<Divisor>>;
+  static constexpr bool kHasLeftEnd = true;
+  int seqlen_q;
+  int seqlen_k;
+  int left_edge;
+  int right_edge;
+  Divisor group;
+
+  constexpr GroupedRanges(int rows, int seqlen_k, int left_edge, int right_edge,
+                          Divisor const& group)
+      : seqlen_q(rows),
+        seqlen_k(seqlen_k),
+        left_edge(left_edge),
+        right_edge(right_edge),
+        group(group) {}
+
+  constexpr int first_key(int row) const { return greater(0, group.div(row) + left_edge); }
+  constexpr int end_key(int row) const { return lesser(seqlen_k, group.div(row) + right_edge); }
+  constexpr int first_query(int key) const {
+    return key >= seqlen_k ? Base::kNoQuery : first_row(key + 1 - right_edge);
+  }
+  constexpr int end_query(int key) const { return first_row(key + 1 - left_edge); }
+
+ private:
+  /// Or some row behind the last one.
+  constexpr int first_row(int query) const {
+    return lesser(greater(0, query), group.div(seqlen_q) + 1) * group.divisor;
+  }
+};
+
 /// What the kernels for dense calls make of a call's mask; nothing where they do not read it:
 /// windows and diagonals of one's own, but for those that are no mask or the causal one in other
 /// words.

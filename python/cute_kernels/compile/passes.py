@@ -52,6 +52,16 @@ FORWARD_FIELDS = (
     Field("overhead", int, 0),
     Field("why", str),
 )
+PREFILL_FIELDS = (
+    *HEAD,
+    Field("tile_m", int),
+    Field("tile_n", int, REQUIRED, "kTileN"),
+    Field("stages", int, 2, "kStages"),
+    Field("pingpong", bool, True, "kPingpong"),
+    Field("overlap", bool, True, "kOverlap"),
+    Field("sum_in_pairs", bool, False, "kSumInPairs"),
+    Field("why", str),
+)
 FP8_FIELDS = (
     *HEAD,
     Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
@@ -111,6 +121,11 @@ def forward_registers(row: Row) -> dict[str, int]:
         "packed P": scores * ELEMENT_BYTES // 4,
         "working": WORKING_REGISTERS,
     }
+
+
+def as_forward(row: Row) -> Row:
+    """A prefill row as the forward row that it is but for its loads and stores."""
+    return {**row, "head_dim_v": row["head_dim"], "separate_output": True}
 
 
 def fp8_shared_memory(row: Row) -> dict[str, int]:
@@ -206,6 +221,16 @@ def forward_problems(row: Row) -> list[str]:
     if row["speed"] <= 0 or row["overhead"] < 0:
         found.append(
             f"speed = {row['speed']} must be above 0, overhead = {row['overhead']} at least 0"
+        )
+    return found
+
+
+def prefill_problems(row: Row) -> list[str]:
+    found = query_block_problems(row)
+    if row["tile_n"] % 32 or not 32 <= row["tile_n"] <= 256:
+        found.append(
+            f"tile_n = {row['tile_n']} must be a multiple of 32 up to 256: a warp gathers 32 rows "
+            f"at a time, and it is N of the WGMMA Q K^T"
         )
     return found
 
@@ -360,5 +385,19 @@ PASSES = {
             workspace=True,
         ),
         DECODE,
+        Pass(
+            name="prefill",
+            cpp="Prefill",
+            launch_header="prefill/launch.hpp",
+            table_header="prefill/tile_config.hpp",
+            fields=PREFILL_FIELDS,
+            dtypes=DTYPES,
+            element="Element",
+            config=("tile_m",),
+            shared_memory=lambda row: forward_shared_memory(as_forward(row)),
+            registers=lambda row: forward_registers(as_forward(row)),
+            problems=prefill_problems,
+            workspace=True,
+        ),
     )
 }
