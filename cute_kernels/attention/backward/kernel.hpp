@@ -17,17 +17,18 @@ namespace cute_kernels::attention {
 
 /// What the main backward kernel is told at run time. Tensors are (seqlen, head_dim, heads, batch)
 /// to TMA.
-template <class Traits, class TmaQ, class TmaK, class TmaV, class TmaDkv>
+template <class Traits, class TmaQ, class TmaGradOut, class TmaK, class TmaV, class TmaDk,
+          class TmaDv>
 struct BackwardParams {
   using DenseShape = cute::Shape<int, int, int, int>;
   using Shape =
       std::conditional_t<Traits::kAnyCall, cute::Shape<int, int, int, int, int>, DenseShape>;
   TmaQ tma_q;
-  TmaQ tma_grad_out;
+  TmaGradOut tma_grad_out;
   TmaK tma_k;
   TmaV tma_v;
-  TmaDkv tma_dk;
-  TmaDkv tma_dv;
+  TmaDk tma_dk;
+  TmaDv tma_dv;
   Shape shape_q;
   Shape shape_k;
   TensorView grad_out;
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       dq_through_memory ? Traits::kStageReleases : cutlass::NumWarpsPerWarpGroup;
   pipeline_params.transaction_bytes = Traits::kBytesQ + sizeof(typename Traits::Statistics);
   Pipeline pipeline_q(shared.pipeline_q, pipeline_params);
-  pipeline_params.transaction_bytes = Traits::kBytesQ;
+  pipeline_params.transaction_bytes = Traits::kBytesGradOut;
   Pipeline pipeline_grad_out(shared.pipeline_grad_out, pipeline_params);
   cutlass::arch::fence_barrier_init();
   meet<Traits>();

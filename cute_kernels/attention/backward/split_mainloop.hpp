@@ -58,32 +58,41 @@ class BackwardSplitMainloop {
                                      KeyBlock const& coord, int warpgroup) {
     using namespace cute;
     using Epilogue = BackwardEpilogue<Traits>;
-    auto gradient = Epilogue::new_gradient();
-    bool const is_dv = warpgroup == 0;
-    if (Traits::kAnyCall && !QuerySteps<Traits, Params>(params, coord).valid()) {
-      // No query sees the keys, and nothing is loaded.
-    } else if (is_dv) {
-      compute_dv<kCareful>(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);
+    // Where no query sees the keys nothing is loaded.
+    bool const is_seen = !Traits::kAnyCall || QuerySteps<Traits, Params>(params, coord).valid();
+    if (warpgroup == 0) {
+      auto dv = Epilogue::template new_gradient<Traits::kHeadDimV>();
+      if (is_seen) compute_dv<kCareful>(params, shared, pipeline_q, pipeline_grad_out, coord, dv);
+      hand_out<Traits::kHeadDimV>(params.tma_dv, params, shared.v[0], coord, dv, 1.f);
     } else {
-      compute_dk<kCareful>(params, shared, pipeline_q, pipeline_grad_out, coord, gradient);
+      auto dk = Epilogue::template new_gradient<Traits::kHeadDim>();
+      if (is_seen) compute_dk<kCareful>(params, shared, pipeline_q, pipeline_grad_out, coord, dk);
+      hand_out<Traits::kHeadDim>(params.tma_dk, params, shared.k.data(), coord, dk,
+                                 params.softmax_scale);
     }
+  }
+
+ private:
+  /// A gradient leaves from where its keys were.
+  template <int kChannels, class Tma, class Params, class Accumulator>
+  CUTLASS_DEVICE static void hand_out(Tma const& tma, Params const& params, Element* buffer,
+                                      KeyBlock const& coord, Accumulator& gradient, float factor) {
+    using Epilogue = BackwardEpilogue<Traits>;
     auto meet = [] {
       sm90::barrier_sync(sm90::NamedBarrier::kGradientsReady, 0,
                          Traits::kConsumers * cutlass::NumThreadsPerWarpGroup);
     };
     meet();  // done with K and V
-    Element* const buffer = is_dv ? shared.v[0] : shared.k.data();
-    Epilogue::write(buffer, gradient, is_dv ? 1.f : params.softmax_scale);
-    tma_store_fence();
+    Epilogue::template write<kChannels>(buffer, gradient, factor);
+    cute::tma_store_fence();
     meet();
     if (threadIdx.x % cutlass::NumThreadsPerWarpGroup == 0) {
-      Epilogue::store(is_dv ? params.tma_dv : params.tma_dk, params, buffer, coord, 0);
-      tma_store_arrive();
-      tma_store_wait<0>();
+      Epilogue::template store<kChannels>(tma, params, buffer, coord, 0);
+      cute::tma_store_arrive();
+      cute::tma_store_wait<0>();
     }
   }
 
- private:
   /// The first warpgroup: adds up dV.
   template <bool kCareful, class Params, class Accumulator>
   CUTLASS_DEVICE static void compute_dv(Params const& params, SharedStorage& shared,
@@ -91,8 +100,9 @@ class BackwardSplitMainloop {
                                         KeyBlock const& coord, Accumulator& dv) {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
-    typename Traits::MmaDkv mma_dkv;
-    auto operand_grad_out_t = transposed_operand(shared.grad_out, thread);
+    typename Traits::MmaDv mma_dv;
+    auto operand_grad_out_t =
+        transposed_operand(mma_dv, shared.grad_out, typename Traits::LayoutGradOutT{}, thread);
     DqOfBoth const dq_of_both(shared, coord, 0, thread);
 
     int const key = coord.n_block * Traits::kTileN + thread / 32 * 16 + thread % 32 / 4;
@@ -108,7 +118,8 @@ class BackwardSplitMainloop {
       check_own_keys<Traits>(params, coord, shared, 0);
     }
     auto const product_s = Scores::template operands<Traits::kKeyBlocksInRegisters>(
-        keys(shared.k.data()), shared.q, thread);
+        tensor(shared.k.data(), typename Traits::LayoutK{}),
+        tensor(shared.q.data(), typename Traits::LayoutQ{}), thread);
     for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
       auto scores = Scores::accumulator();
       pipeline_q.consumer_wait(read);
@@ -145,8 +156,8 @@ class BackwardSplitMainloop {
       if (thread % cutlass::NumThreadsPerWarp == 0) shared.p_full.arrive();
 
       pipeline_grad_out.consumer_wait(read);
-      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, p,
-                                               operand_grad_out_t(_, _, _, read.index()), dv);
+      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dv, p, operand_grad_out_t(_, _, _, read.index()),
+                                               dv);
       auto dq = Dq::accumulator();
       dq_of_both.compute(shared, phase, dq);
       send_dq(params, shared, pipeline_grad_out, read, step, 0, thread, dq);
@@ -163,8 +174,8 @@ class BackwardSplitMainloop {
                                         KeyBlock const& coord, Accumulator& dk) {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
-    typename Traits::MmaDkv mma_dkv;
-    auto operand_qt = transposed_operand(shared.q, thread);
+    typename Traits::MmaDk mma_dk;
+    auto operand_qt = transposed_operand(mma_dk, shared.q, typename Traits::LayoutQt{}, thread);
     DqOfBoth const dq_of_both(shared, coord, 1, thread);
 
     int const rank = Traits::rank(coord.n_block);
@@ -177,7 +188,8 @@ class BackwardSplitMainloop {
     shared.k_full.wait(0);
     if (kCareful && coord.hides_values(params)) {
       shared.peer_k_full.wait(0);
-      WarpRows<Traits::kTileN, Traits::kPeerChannels, Element>(shared.own.data(), thread / 32 * 16)
+      WarpRows<Traits::kTileN, Traits::kPeerChannels, Traits::kKeyColumns, Element>(
+          shared.own.data(), thread / 32 * 16)
           .clear();
     }
     int const key = coord.n_block * Traits::kTileN + thread / 32 * 16 + thread % 32 / 4;
@@ -186,8 +198,9 @@ class BackwardSplitMainloop {
     if constexpr (Traits::kAnyCall && !kCareful) {
       check_own_values<Traits>(params, coord, shared.v[0]);
     }
-    auto const product_dp = Scores::template operands<Traits::kKeyBlocksInRegisters>(
-        keys(shared.v[0]), shared.grad_out, thread);
+    auto const product_dp = Scores::template operands<Traits::kValueBlocksInRegisters>(
+        tensor(shared.v[0], typename Traits::LayoutV{}),
+        tensor(shared.grad_out.data(), typename Traits::LayoutGradOut{}), thread);
     for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
       auto gradients = Scores::accumulator();
       pipeline_q.consumer_wait(read);  // delta comes with Q
@@ -222,7 +235,7 @@ class BackwardSplitMainloop {
       __syncwarp();
       if (thread % cutlass::NumThreadsPerWarp == 0) shared.ds_full[0].arrive();
 
-      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read.index()), dk);
+      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dk, ds, operand_qt(_, _, _, read.index()), dk);
       auto dq = Dq::accumulator();
       dq_of_both.compute(shared, phase, dq);
       send_dq(params, shared, pipeline_q, read, step, 1, thread, dq);
@@ -293,17 +306,17 @@ class BackwardSplitMainloop {
     }
   }
 
-  CUTLASS_DEVICE static auto keys(Element* data) {
-    return cute::make_tensor(cute::make_smem_ptr(data), typename Traits::LayoutK{});
+  template <class Layout>
+  CUTLASS_DEVICE static auto tensor(Element* data, Layout layout) {
+    return cute::make_tensor(cute::make_smem_ptr(data), layout);
   }
 
   /// B of dV += P^T dO, or of dK += dS^T Q.
-  template <class Queries>
-  CUTLASS_DEVICE static auto transposed_operand(Queries& queries, int thread) {
-    using namespace cute;
-    auto slice = typename Traits::MmaDkv{}.get_thread_slice(thread);
-    return slice.make_fragment_B(
-        slice.partition_B(make_tensor(make_smem_ptr(queries.data()), typename Traits::LayoutQt{})));
+  template <class Mma, class Queries, class Layout>
+  CUTLASS_DEVICE static auto transposed_operand(Mma mma, Queries& queries, Layout layout,
+                                                int thread) {
+    auto slice = mma.get_thread_slice(thread);
+    return slice.make_fragment_B(slice.partition_B(tensor(queries.data(), layout)));
   }
 };
 

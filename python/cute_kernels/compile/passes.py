@@ -29,7 +29,7 @@ SCALE_ROWS = 64  # FP8: keys that share a scale
 SEQUENCE_KEY_BLOCK_BYTES = 100  # backward, any_call: what is known of a key block
 KEY_BLOCK = 16  # backward: channels of a k-step of WGMMA, 4 registers as an operand
 SUM_CHANNELS = 8  # FP8 with linear_exp: channels of V that are ones
-SWIZZLE_ELEMENTS = 64  # a row of the 128-byte swizzle
+SWIZZLE_ELEMENTS = 16  # a row of the 32-byte swizzle, the narrowest
 WARPGROUP_WARPS = 4
 # What setmaxnreg leaves a consumer thread (forward/traits.hpp); one consumer warpgroup keeps the
 # compiler's limit.
@@ -65,6 +65,7 @@ FP8_FIELDS = (
 )
 BACKWARD_FIELDS = (
     *HEAD,
+    Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
     Field("any_call", bool, False, "kAnyCall"),
     Field("softcap", bool, False, "kSoftcap"),
     Field("mask", str, "any"),
@@ -145,8 +146,8 @@ def dq_slices(row: Row) -> int:
 
 def backward_shared_memory(row: Row) -> dict[str, int]:
     stages, consumers = row["stages"], row["consumer_warpgroups"]
-    keys = row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
-    queries = stages * row["tile_m"] * row["head_dim"] * ELEMENT_BYTES
+    k, v = (row["tile_n"] * row[size] * ELEMENT_BYTES for size in ("head_dim", "head_dim_v"))
+    block = stages * row["tile_m"] * ELEMENT_BYTES
     split = row["split_products"]
     scores = row["tile_m"] * row["tile_n"] * ELEMENT_BYTES
     dq = row["tile_m"] * row["head_dim"] * ACCUMULATOR_BYTES
@@ -161,13 +162,13 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
     barriers += 2 * SEQUENCE_KEY_BLOCK_BYTES if row["any_call"] else 0
     return aligned(
         {
-            "K": keys,
-            "V": keys,
-            "Q": queries,
-            "dO": queries,
+            "K": k,
+            "V": v,
+            "Q": block * row["head_dim"],
+            "dO": block * row["head_dim_v"],
             "dS": 2 * scores,
             # split by products, dQ leaves through Q's and dO's memory if at all
-            **({"the other CTA's K": keys // 2} if split else {"dQ": dq, "dV": keys}),
+            **({"the other CTA's K": k // 2} if split else {"dQ": dq, "dV": v}),
             "LSE, delta and barriers": statistics + barriers,
         }
     )
@@ -177,13 +178,13 @@ def backward_registers(row: Row) -> dict[str, int]:
     split = row["split_products"]
     scores = WARPGROUP_M * row["tile_m"] // WARPGROUP_THREADS
     dq = row["tile_m"] * row["head_dim"] // (WARPGROUP_THREADS * dq_slices(row))
-    gradient = WARPGROUP_M * row["head_dim"] // WARPGROUP_THREADS
+    dk, dv = (WARPGROUP_M * row[size] // WARPGROUP_THREADS for size in ("head_dim", "head_dim_v"))
     return {
         "scores and dP, then dQ": max(scores if split else 2 * scores, dq),
         "keys": 4 * row["key_blocks_in_registers"],
         "ones": 8 if row["statistics_by_product"] else 0,  # WGMMA's operands for lse and delta
-        "dK": gradient,
-        "dV": 0 if split else gradient,
+        "dK": max(dk, dv) if split else dk,
+        "dV": 0 if split else dv,
         "working": WORKING_REGISTERS,
     }
 
@@ -261,17 +262,23 @@ def backward_problems(row: Row) -> list[str]:
             f"{row['head_dim']}: dQ is split over {slices} warpgroups, each with 64 of the "
             f"queries, or with channels, 64 of them if tile_m is not 64"
         )
-    if split and row["head_dim"] % (2 * SWIZZLE_ELEMENTS):
+    if row["tile_m"] == WARPGROUP_M and row["head_dim"] % (slices * SWIZZLE_ELEMENTS):
         found.append(
-            f"head_dim = {row['head_dim']} must be a multiple of {2 * SWIZZLE_ELEMENTS} with "
-            f"tile_n = {row['tile_n']}: two CTAs have half of dQ's channels each, in rows of "
-            f"{SWIZZLE_ELEMENTS}"
+            f"head_dim = {row['head_dim']} must be a multiple of {slices * SWIZZLE_ELEMENTS} with "
+            f"tile_m = {row['tile_m']}: dQ's channels are split over {slices} warpgroups, in "
+            f"swizzled rows of {SWIZZLE_ELEMENTS}"
         )
     key_blocks, registers = row["head_dim"] // KEY_BLOCK, row["key_blocks_in_registers"]
+    value_blocks = row["head_dim_v"] // KEY_BLOCK
     if registers < 0 or (registers > 0 and key_blocks % registers):
         found.append(
             f"key_blocks_in_registers = {registers} must be 0 or divide {key_blocks}, the blocks "
             f"of {KEY_BLOCK} channels that head_dim = {row['head_dim']} has"
+        )
+    elif split and registers > 0 and value_blocks % min(registers, value_blocks):
+        found.append(
+            f"key_blocks_in_registers = {registers} must divide {value_blocks}, the blocks of "
+            f"{KEY_BLOCK} channels that head_dim_v = {row['head_dim_v']} has, or be no fewer"
         )
     if row["stages"] < 2:
         found.append(
@@ -335,6 +342,7 @@ PASSES = {
             shared_memory=backward_shared_memory,
             registers=backward_registers,
             problems=backward_problems,
+            swizzle=32,
             workspace=True,
         ),
         Pass(
