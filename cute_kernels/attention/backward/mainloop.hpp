@@ -39,6 +39,8 @@ class BackwardMainloop {
   using Epilogue = BackwardEpilogue<Traits>;
   using Scores = BackwardScores<Traits>;
 
+  template <class Params>
+  using Steps = QuerySteps<Traits, Params, Caller::kWarp>;
   using OperandLayout = typename Traits::ScoresAsOperand;
 
   static constexpr int kTileM = Traits::kTileM;
@@ -104,7 +106,7 @@ class BackwardMainloop {
     };
 
     if constexpr (Traits::kAnyCall) {
-      if (!QuerySteps<Traits, Params>(params, coord).valid()) return hand_out_zeros();
+      if (!Steps<Params>(params, coord).valid()) return hand_out_zeros();
     }
     shared_.k_full.wait(keys_phase_);
     if constexpr (kCareful) {
@@ -122,7 +124,7 @@ class BackwardMainloop {
     auto const product_dp = Scores::template operands<Traits::kValueBlocksInRegisters>(
         own_v, tensor(shared_.grad_out, typename Traits::LayoutGradOut{}), thread);
     await_queries();
-    QuerySteps<Traits, Params> step(params, coord);
+    Steps<Params> step(params, coord);
     for (bool more = step.valid(); more;) {
       // S^T and dP^T, back to back.
       auto scores = Scores::accumulator();
