@@ -420,11 +420,13 @@ def test_a_table_without_backward_rows_has_an_empty_one(tmp_path):
         ({"key_blocks_in_registers": -1}, "key_blocks_in_registers = -1 must be 0 or divide 8"),
         ({"key_blocks_in_registers": 3}, "key_blocks_in_registers = 3 must be 0 or divide 8"),
         ({"key_blocks_in_registers": 16}, "key_blocks_in_registers = 16 must be 0 or divide 8"),
+        ({"value_blocks_in_registers": 3}, "value_blocks_in_registers = 3 must be 0 or divide 8"),
         (
-            {**SPLIT_192_128, "key_blocks_in_registers": 6},
-            "key_blocks_in_registers = 6 must divide 8, the blocks of 16 channels that head_dim_v "
-            "= 128 has, or be no fewer",
+            {**SPLIT_192_128, "value_blocks_in_registers": 12},
+            "value_blocks_in_registers = 12 must be 0 or divide 8, the blocks of 16 channels that "
+            "head_dim_v = 128 has",
         ),
+        ({"scores_ahead": True}, "scores_ahead needs split_products = true, softcap = false"),
         ({**SPLIT_192_128, "stages": 4}, "24576 K + 16384 V + 98304 Q + 65536 dO + 16384 dS"),
         ({"head_dim_v": 80}, "head_dim_v = 80 must be a multiple of 32"),
         (

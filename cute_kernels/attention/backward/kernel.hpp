@@ -5,6 +5,7 @@
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/backward/ahead_mainloop.hpp"
 #include "cute_kernels/attention/backward/load.hpp"
 #include "cute_kernels/attention/backward/mainloop.hpp"
 #include "cute_kernels/attention/backward/send.hpp"
@@ -100,11 +101,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     shared.number_full.init(1);
     shared.number_empty.init(Traits::kConsumerWarps + Traits::kConsumers + params.dq_in_order);
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < Traits::kDsBuffers; ++i) shared.ds_full[i].init(Traits::kDsWriters);
+    for (int i = 0; i < 2; ++i) shared.ds_full[i].init(Traits::kDsWriters);
     shared.p_full.init(cutlass::NumWarpsPerWarpGroup);
     shared.peer_k_full.init(1);
-    shared.peer_ds_full.init(1);
-    shared.ds_empty.init(Traits::kConsumerWarps * Traits::kCluster);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < Traits::kDsSteps; ++i) {
+      shared.peer_ds_full[i].init(1);
+      shared.ds_empty[i].init(Traits::kConsumerWarps * Traits::kCluster);
+    }
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Traits::kConsumers; ++i) {
       CUTLASS_PRAGMA_UNROLL
@@ -177,7 +181,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     int const consumer = warpgroup - 1;
     if constexpr (Traits::kSplitProducts) {
-      BackwardSplitMainloop<Traits>::template compute<kCareful>(
+      using Mainloop = std::conditional_t<Traits::kScoresAhead, BackwardAheadMainloop<Traits>,
+                                          BackwardSplitMainloop<Traits>>;
+      BackwardSplitProducts<Traits>::template compute<Mainloop, kCareful>(
           params, shared, pipeline_q, pipeline_grad_out,
           key_block<Traits>(params, shared, number, 0), consumer);
     } else {

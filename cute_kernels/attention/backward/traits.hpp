@@ -110,10 +110,9 @@ struct BackwardTraits {
                                  kMajorDqA, kMajorDqB>()));
 
   // What binds is shared memory, which WGMMA reads its operands from. So many blocks of 16 channels
-  // of K, and split by products of V, are S^T's and dP^T's operand from registers instead.
+  // of K and of V are S^T's and dP^T's operand from registers instead.
   static constexpr int kKeyBlocksInRegisters = Tile::kKeyBlocksInRegisters;
-  static constexpr int kValueBlocksInRegisters =
-      kSplitProducts ? std::min(kKeyBlocksInRegisters, kHeadDimV / 16) : 0;
+  static constexpr int kValueBlocksInRegisters = Tile::kValueBlocksInRegisters;
   using MmaScoresOfRegisters = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float, MnkShape<kWarpgroupN, kTileM, 16>>()));
 
@@ -131,6 +130,9 @@ struct BackwardTraits {
   static constexpr bool is_by_product(Statistic statistic) {
     return kStatisticsByProduct && !(kSoftcap && statistic == Statistic::kLse);
   }
+  // Split by products: S^T and dP^T of the next step are issued before this step's dQ.
+  static constexpr bool kScoresAhead = Tile::kScoresAhead;
+  static_assert(!kScoresAhead || (kSplitProducts && !kSoftcap), "registers are left there alone");
   // S^T is issued while the last step's dK is in flight.
   static constexpr bool kScoresBehindDk = Tile::kScoresBehindDk;
   static_assert(!kScoresBehindDk || !kSplitProducts, "no warpgroup has both S^T and dK");
@@ -176,8 +178,11 @@ struct BackwardTraits {
   using LayoutQt = TransposedStages<kHeadDim>;
   using LayoutGradOutT = TransposedStages<kHeadDimV>;
   // Two buffers make one barrier a step enough: who writes the second one knows that everyone has
-  // read the first. Split by products, they are for the dS of both CTAs.
-  static constexpr int kDsBuffers = 2;
+  // read the first. Split by products, they are for the dS of both CTAs, and with scores ahead, of
+  // two steps, beside one for P.
+  static constexpr int kDsSteps = kScoresAhead ? 2 : 1;
+  static constexpr int kDsBuffers =
+      kSplitProducts ? kCluster * kDsSteps + (kScoresAhead ? 1 : 0) : 2;
   using LayoutDs = decltype(cute::tile_to_shape(
       SwizzleOf<64>{}, cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kDsBuffers>>{}));
   // K, of which dQ's product takes a slice's channels.
@@ -246,13 +251,13 @@ struct BackwardTraits {
     cutlass::arch::ClusterBarrier number_full;
     cutlass::arch::ClusterBarrier number_empty;
     // Every warp has written its part of dS.
-    cutlass::arch::ClusterBarrier ds_full[kDsBuffers];
+    cutlass::arch::ClusterBarrier ds_full[2];
     // Split by products. The first warpgroup has written P; the other CTA's keys, its dS have
     // landed; every consumer warp of both CTAs has read both dS.
     cutlass::arch::ClusterBarrier p_full;
     cutlass::arch::ClusterTransactionBarrier peer_k_full;
-    cutlass::arch::ClusterTransactionBarrier peer_ds_full;
-    cutlass::arch::ClusterBarrier ds_empty;
+    cutlass::arch::ClusterTransactionBarrier peer_ds_full[kDsSteps];
+    cutlass::arch::ClusterBarrier ds_empty[kDsSteps];
     // Full: the warps of warpgroup i have written its slice of dQ, or dK. Empty: TMA has read it
     // (split by products, the pipelines' empty says so).
     cutlass::arch::ClusterBarrier dq_full[kConsumers][kDqBuffers];

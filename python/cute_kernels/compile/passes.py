@@ -74,9 +74,11 @@ BACKWARD_FIELDS = (
     Field("stages", int, 2, "kStages"),
     Field("consumer_warpgroups", int, 2, "kConsumerWarpgroups"),
     Field("key_blocks_in_registers", int, 0, "kKeyBlocksInRegisters"),
+    Field("value_blocks_in_registers", int, 0, "kValueBlocksInRegisters"),
     Field("split_products", bool, False, "kSplitProducts"),
     Field("statistics_by_product", bool, False, "kStatisticsByProduct"),
     Field("scores_behind_dk", bool, False, "kScoresBehindDk"),
+    Field("scores_ahead", bool, False, "kScoresAhead"),
     Field("why", str),
 )
 # A forward tile has 64 queries for each consumer warpgroup; a backward row says both.
@@ -158,6 +160,7 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
     # buffers), of the next key block's number (and that); full: K, V, P, both dS, the other CTA's K
     # and dS, every warpgroup's dV; empty: K and V, dS
     barriers = 8 * (4 * stages + consumers * (2 + stages) + 12)
+    barriers += 2 * 8 if row["scores_ahead"] else 0  # dS of the second step, full and empty
     barriers += 5 * WARPGROUP_WARPS * consumers  # what a warp knows of keys and queries not finite
     barriers += 2 * SEQUENCE_KEY_BLOCK_BYTES if row["any_call"] else 0
     return aligned(
@@ -166,7 +169,7 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
             "V": v,
             "Q": block * row["head_dim"],
             "dO": block * row["head_dim_v"],
-            "dS": 2 * scores,
+            "dS": (5 if row["scores_ahead"] else 2) * scores,  # of two steps, and P
             # split by products, dQ leaves through Q's and dO's memory if at all
             **({"the other CTA's K": k // 2} if split else {"dQ": dq, "dV": v}),
             "LSE, delta and barriers": statistics + barriers,
@@ -178,10 +181,13 @@ def backward_registers(row: Row) -> dict[str, int]:
     split = row["split_products"]
     scores = WARPGROUP_M * row["tile_m"] // WARPGROUP_THREADS
     dq = row["tile_m"] * row["head_dim"] // (WARPGROUP_THREADS * dq_slices(row))
+    in_registers = row["key_blocks_in_registers"], row["value_blocks_in_registers"]
     dk, dv = (WARPGROUP_M * row[size] // WARPGROUP_THREADS for size in ("head_dim", "head_dim_v"))
     return {
-        "scores and dP, then dQ": max(scores if split else 2 * scores, dq),
-        "keys": 4 * row["key_blocks_in_registers"],
+        "scores and dP, then dQ": scores + dq
+        if row["scores_ahead"]
+        else max(scores if split else 2 * scores, dq),
+        "keys": 4 * (max(in_registers) if split else sum(in_registers)),
         "ones": 8 if row["statistics_by_product"] else 0,  # WGMMA's operands for lse and delta
         "dK": max(dk, dv) if split else dk,
         "dV": 0 if split else dv,
@@ -268,18 +274,14 @@ def backward_problems(row: Row) -> list[str]:
             f"tile_m = {row['tile_m']}: dQ's channels are split over {slices} warpgroups, in "
             f"swizzled rows of {SWIZZLE_ELEMENTS}"
         )
-    key_blocks, registers = row["head_dim"] // KEY_BLOCK, row["key_blocks_in_registers"]
-    value_blocks = row["head_dim_v"] // KEY_BLOCK
-    if registers < 0 or (registers > 0 and key_blocks % registers):
-        found.append(
-            f"key_blocks_in_registers = {registers} must be 0 or divide {key_blocks}, the blocks "
-            f"of {KEY_BLOCK} channels that head_dim = {row['head_dim']} has"
-        )
-    elif split and registers > 0 and value_blocks % min(registers, value_blocks):
-        found.append(
-            f"key_blocks_in_registers = {registers} must divide {value_blocks}, the blocks of "
-            f"{KEY_BLOCK} channels that head_dim_v = {row['head_dim_v']} has, or be no fewer"
-        )
+    for operand, size in (("key", "head_dim"), ("value", "head_dim_v")):
+        blocks, column = row[size] // KEY_BLOCK, f"{operand}_blocks_in_registers"
+        registers = row[column]
+        if registers < 0 or (registers > 0 and blocks % registers):
+            found.append(
+                f"{column} = {registers} must be 0 or divide {blocks}, the blocks of {KEY_BLOCK} "
+                f"channels that {size} = {row[size]} has"
+            )
     if row["stages"] < 2:
         found.append(
             f"stages = {row['stages']} must be at least 2: the next Q is waited for before the "
@@ -299,6 +301,8 @@ def backward_problems(row: Row) -> list[str]:
         found.append("split_products needs statistics_by_product: no thread reads lse or delta")
     if row["softcap"] and not row["statistics_by_product"]:
         found.append("softcap needs statistics_by_product: threads read lse, WGMMA subtracts delta")
+    if row["scores_ahead"] and (row["softcap"] or not split):
+        found.append("scores_ahead needs split_products = true, softcap = false")
     if split and row["scores_behind_dk"]:
         found.append("scores_behind_dk needs split_products = false: no warpgroup has S and dK")
     return found
