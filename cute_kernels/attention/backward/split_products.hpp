@@ -96,15 +96,16 @@ class BackwardSplitProducts {
         Mainloop::template compute_dv<kCareful>(params, shared, pipeline_q, pipeline_grad_out,
                                                 coord, dv);
       }
-      hand_out<Traits::kHeadDimV>(params.tma_dv, params, shared.v[0], coord, dv, 1.f);
+      hand_out<Traits::kHeadDimV>(params.tma_dv, params, params.grad_v, params.head_dim_v,
+                                  shared.v[0], coord, dv, 1.f);
     } else {
       auto dk = Epilogue::template new_gradient<Traits::kHeadDim>();
       if (is_seen) {
         Mainloop::template compute_dk<kCareful>(params, shared, pipeline_q, pipeline_grad_out,
                                                 coord, dk);
       }
-      hand_out<Traits::kHeadDim>(params.tma_dk, params, shared.k.data(), coord, dk,
-                                 params.softmax_scale);
+      hand_out<Traits::kHeadDim>(params.tma_dk, params, params.grad_k, params.head_dim,
+                                 shared.k.data(), coord, dk, params.softmax_scale);
     }
   }
 
@@ -152,18 +153,20 @@ class BackwardSplitProducts {
 
   /// A gradient leaves from where its keys were.
   template <int kChannels, class Tma, class Params, class Accumulator>
-  CUTLASS_DEVICE static void hand_out(Tma const& tma, Params const& params, Element* buffer,
-                                      KeyBlock const& coord, Accumulator& gradient, float factor) {
+  CUTLASS_DEVICE static void hand_out(Tma const& tma, Params const& params, TensorView const& grad,
+                                      int channels, Element* buffer, KeyBlock const& coord,
+                                      Accumulator& gradient, float factor) {
     using Epilogue = BackwardEpilogue<Traits>;
     auto meet = [] {
       sm90::barrier_sync(sm90::NamedBarrier::kGradientsReady, 0,
                          Traits::kConsumers * cutlass::NumThreadsPerWarpGroup);
     };
     meet();  // done with K and V
-    Epilogue::template write<kChannels>(buffer, gradient, factor);
+    Epilogue::template hand_out<kChannels>(params, grad, channels, coord, 0, buffer, gradient,
+                                           factor);
     cute::tma_store_fence();
     meet();
-    if (threadIdx.x % cutlass::NumThreadsPerWarpGroup == 0) {
+    if (!params.float_grads && threadIdx.x % cutlass::NumThreadsPerWarpGroup == 0) {
       Epilogue::template store<kChannels>(tma, params, buffer, coord, 0);
       cute::tma_store_arrive();
       cute::tma_store_wait<0>();
