@@ -54,6 +54,7 @@ def attend(
     window_right: int | None,
     deterministic: bool,
     tile_config: str | None,
+    sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of a call with a variant, dense or packed; errors as of `flash_attn_func`."""
     given = bound(variant)
@@ -77,7 +78,7 @@ def attend(
         softmax_scale = q.shape[-1] ** -0.5
     call = (q, k, v, lengths, softmax_scale, causal, sinks, window_left, window_right)
     if q.device.type == "cuda":
-        return _on_cuda(given, *call, deterministic, tile_config)
+        return _on_cuda(given, *call, deterministic, tile_config, sm_margin)
     return _in_python(given, *call)
 
 
@@ -109,6 +110,7 @@ def _on_cuda(
     window_right: int | None,
     deterministic: bool,
     tile_config: str | None,
+    sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
     hooks = given.variant.hooks
     names = with_gradient(given)
@@ -138,6 +140,7 @@ def _on_cuda(
         window_left,
         window_right,
         deterministic,
+        sm_margin,
     )
     return out, lse
 

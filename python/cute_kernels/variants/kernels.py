@@ -23,7 +23,13 @@ _FORWARD: dict[int, dict[str, Any]] = {
 _BACKWARD: dict[int, dict[str, Any]] = {
     64: {"tile_m": 64, "tile_n": 128, "key_blocks_in_registers": 2},
     128: {"tile_m": 64, "tile_n": 128},
-    256: {"tile_m": 64, "tile_n": 64, "key_blocks_in_registers": 4, "split_products": True},
+    256: {
+        "tile_m": 64,
+        "tile_n": 64,
+        "key_blocks_in_registers": 4,
+        "value_blocks_in_registers": 4,
+        "split_products": True,
+    },
 }
 # What leaves no registers for keys, and no second way from one warpgroup to the other
 _LARGEST_WITH_MORE = 128

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cute_kernels.checks import MAX_HEAD_DIM, check_int
 from cute_kernels.compile.hooks import (
     COORDINATES,
     CPP_TYPES,
@@ -22,6 +23,7 @@ from cute_kernels.compile.hooks import (
     Hooks,
 )
 from cute_kernels.compile.hooks import Tensor as Declared
+from cute_kernels.variants.kernels import load, rows_of
 
 DTYPES = {getattr(torch, name): name for name in CPP_TYPES}
 _NUMBER_TYPES = {int: "int32", float: "float32"}
@@ -35,7 +37,7 @@ class Variant:
 
     The hooks are bodies of C++ functions, compiled with the kernels on this machine when a call on
     CUDA first needs them (see `add_tile_config`), and Python functions for the CPU. What they may
-    use, examples and costs are in docs/own_variants.md.
+    use, examples and costs are in docs/variants.md.
 
     Args:
         name: lower case letters, digits and ``_``; of kernels and messages.
@@ -112,6 +114,37 @@ class Variant:
             TypeError: a tensor or number is missing, of the wrong type, or not declared.
         """
         return BoundVariant(self, captured)
+
+    def compile(
+        self, dtype: torch.dtype, head_dim: int, *, gradient: bool = True, of: Sequence[str] = ()
+    ) -> list[str]:
+        """Compiles kernels ahead of the first call, and adds them to this process.
+
+        Args:
+            dtype: float16 or bfloat16.
+            head_dim: the larger one of q and v.
+            gradient: also the backward kernel.
+            of: the captured tensors that it computes gradients of.
+
+        Returns:
+            The names of the kernels.
+
+        Raises:
+            ValueError, TypeError: an argument is not as described.
+            RuntimeError: as `add_tile_config`; what the compiler says names the hook and its line.
+            NotImplementedError: there is no such gradient.
+        """
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise TypeError(f"dtype is {dtype!r}, must be torch.float16 or torch.bfloat16")
+        check_int("head_dim", head_dim, least=1, none="")
+        if head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim is {head_dim}, must be at most {MAX_HEAD_DIM}")
+        declared = [tensor.name for tensor in self.hooks.tensors]
+        if wrong := [name for name in of if name not in declared]:
+            raise ValueError(f"of has {wrong[0]!r}, must be of {_listed(declared)}")
+        rows = rows_of(self.hooks.key, dtype, head_dim, gradient, of)
+        load(rows)
+        return [row["name"] for row in rows]
 
     def __repr__(self) -> str:
         return f"Variant({self.name!r})"
