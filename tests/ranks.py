@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 120
+TIMEOUT = 240
 
 
 def run(ranks, function, *arguments, backend="gloo"):
