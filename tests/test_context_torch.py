@@ -55,7 +55,7 @@ def scaled_dot_product_attention(query, key, value, is_causal=False, enable_gqa=
 
 
 def check(ranks, backend, *call):
-    device, dtype, *sizes = call
+    _, dtype, *sizes = call
     out, *grads = processes.run(ranks, attend, *call, backend=backend)[0]
     *qkv, grad_out = whole_inputs(dtype, *sizes)
     exact = Attention(*qkv, sizes[-1] ** -0.5, True)
