@@ -183,6 +183,7 @@ def flash_attn_varlen_func(
             (causal, window[0], window[1]),
             attention_chunk,
             sinks,
+            return_lse or return_attn_probs,
         )
         return (out, lse) if return_lse or return_attn_probs else out
     lengths: Lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
