@@ -75,8 +75,8 @@ def flash_attn_varlen_func(
         max_seqlen_q, max_seqlen_k: at least what the longest sequence uses; None if not known.
         seqused_q, seqused_k: (batch,), int32, on q's device: how many rows of its slot a sequence
             uses; all if None.
-        softmax_scale, causal, window_size, attention_chunk, softcap, deterministic,
-            return_attn_probs, sinks, return_lse, tile_config: as of `flash_attn_func`.
+        softmax_scale, causal, window_size, attention_chunk, softcap: as of `flash_attn_func`.
+        deterministic, return_attn_probs, sinks, return_lse, tile_config: likewise.
         qv, q_descale, k_descale, v_descale: not there yet; anything that would change the call
             raises NotImplementedError.
         num_splits, pack_gqa, sm_margin: hints, which change no result.
