@@ -215,6 +215,7 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
         "backward_table.cpp",
         "forward_fp8_table.cpp",
         "decode_table.cpp",
+        "decode_fp8_table.cpp",
     ]
     text = (tmp_path / "fp16_d128_m128n176.cu").read_text()
     assert "using Element = cutlass::half_t;" in text
@@ -247,6 +248,7 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
         ("forward_fp8", ["forward/tile_traits.hpp", "forward/fp8_traits.hpp"]),
         ("backward", ["backward/traits.hpp"]),
         ("decode", ["decode/traits.hpp"]),
+        ("decode_fp8", ["decode/traits.hpp", "decode/fp8_traits.hpp"]),
     ],
 )
 def test_traits_read_the_constants_that_the_generator_writes(name, headers):

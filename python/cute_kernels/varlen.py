@@ -22,7 +22,7 @@ _is_compiling = torch.compiler.is_compiling
 _always_deterministic = torch.are_deterministic_algorithms_enabled
 
 # What the arguments are that most calls leave alone.
-_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None)
+_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None, None)
 
 # On CUDA the contents of cu_seqlens and seqused are read only if asked for: it waits for the GPU.
 _CHECK_CONTENTS = os.environ.get("CUTE_KERNELS_CHECK") == "1"
@@ -56,6 +56,7 @@ def flash_attn_varlen_func(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     page_table: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     tile_config: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention inside each of several packed sequences.
@@ -77,14 +78,15 @@ def flash_attn_varlen_func(
             uses; all if None.
         softmax_scale, causal, window_size, attention_chunk, softcap, deterministic,
             return_attn_probs, sinks, return_lse, tile_config: as of `flash_attn_func`.
-        qv, q_descale, k_descale, v_descale: not there yet; anything that would change the call
-            raises NotImplementedError.
+        qv: not there yet, nor are q_descale, k_descale and v_descale without a page table;
+            anything that would change the call raises NotImplementedError.
         num_splits, pack_gqa, sm_margin: hints, which change no result.
         page_table: (batch, max_pages), int32, last dimension contiguous. With it k and v are caches
             of pages, (pages, page_size, key heads, head_dim), and key j of a sequence is row ``j %
             page_size`` of page ``page_table[i, j // page_size]``; cu_seqlens_k is None, seqused_k
             is required, there is no attention_chunk and no gradient. Only what the used keys need
-            of the table is looked at.
+            of the table is looked at. Pages may be of 8 bits: dtypes and descales are as of
+            `flash_attn_with_kvcache`, as is tree_mask.
 
     Returns:
         The output, (total_q, heads, v's head_dim) in q's dtype, contiguous, and if asked for the
@@ -114,19 +116,23 @@ def flash_attn_varlen_func(
         sm_margin,
         sinks,
         page_table,
+        tree_mask,
     )
     try:
         unusual = asked != _USUAL
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
         unusual = True
     if unusual:
-        refuse_later(
-            "flash_attn_varlen_func",
-            qv=qv,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-        )
+        refuse_later("flash_attn_varlen_func", qv=qv)
+        if page_table is None:
+            refuse_later(
+                "flash_attn_varlen_func",
+                q_descale=q_descale,
+                k_descale=k_descale,
+                v_descale=v_descale,
+            )
+            if tree_mask is not None:
+                raise ValueError("tree_mask is given, must be None without page_table")
         check_hints(q, num_splits, pack_gqa, sm_margin)
         causal, *window = window_of(window_size, causal)
         if not isinstance(softcap, (int, float)):  # as max_seqlen below
@@ -154,6 +160,10 @@ def flash_attn_varlen_func(
             sinks,
             page_table,
             tile_config,
+            q_descale,
+            k_descale,
+            v_descale,
+            tree_mask,
         )
         return (out, lse) if return_lse or return_attn_probs else out
     if cu_seqlens_k is None:

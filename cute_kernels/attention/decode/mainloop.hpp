@@ -3,6 +3,7 @@
 #include <cutlass/fast_math.h>
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/decode/fp8_scales.hpp"
 #include "cute_kernels/attention/decode/softmax.hpp"
 #include "cute_kernels/attention/decode/traits.hpp"
 #include "cute_kernels/sm90/finite.hpp"
@@ -18,6 +19,18 @@ struct ScoreUnits {
   float log2_of_unit;  // log2(e), times the softmax scale where that is not in s already
 };
 
+/// What a query sees: keys of a span, and of its sequence's new ones those of a set.
+struct Sight {
+  KeySpan span;
+  uint64_t tree;  // bit i: new key i, of which there are as many as bits
+
+  CUTLASS_DEVICE bool sees(int key, int first_new) const {
+    int const token = key - first_new;
+    return key >= span.begin && key < span.end && (token < 0 || sees_new(token));
+  }
+  CUTLASS_DEVICE bool sees_new(int token) const { return token < 64 && (tree >> token & 1) != 0; }
+};
+
 /// A consumer warpgroup: softmax(scale Q K^T) V of 64 rows of a part, not divided by the row sums.
 template <class Traits>
 class DecodeMainloop {
@@ -30,13 +43,16 @@ class DecodeMainloop {
   static constexpr int kWarpgroupM = Traits::kWarpgroupM;
   static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
   static constexpr int kRows = 2;  // of a thread, 8 apart
+  static constexpr int kNoKey = 0x7fffffff;
 
  public:
   using Softmax = RunningSoftmax<kRows>;
+  using Scales = std::conditional_t<Traits::kEightBits, Fp8Scales<Traits, kRows>, NoScales>;
 
   CUTLASS_DEVICE DecodeMainloop(ScoreUnits const& units, cutlass::FastDivmod const& group,
+                                int64_t const* tree_mask, Scales const& scales,
                                 SharedStorage& shared)
-      : units_(units), group_(group), shared_(shared) {}
+      : units_(units), group_(group), tree_mask_(tree_mask), scales_(scales), shared_(shared) {}
 
   /// O of a part without keys.
   CUTLASS_DEVICE static auto empty_output() {
@@ -58,8 +74,10 @@ class DecodeMainloop {
   template <class Output>
   CUTLASS_DEVICE void compute(Walk const& walk, Softmax& softmax, Output& out) {
     if (walk.begin_block() == walk.end_block()) return;
-    shared_.q_full.wait(q_phase_);
-    q_phase_ ^= 1;
+    if constexpr (!Traits::kEightBits) {
+      shared_.q_full.wait(q_phase_);
+      q_phase_ ^= 1;
+    }
     if (warpgroup() * kWarpgroupM < walk.tile().rows) {
       compute_rows(walk, softmax, out);
     } else {
@@ -69,6 +87,15 @@ class DecodeMainloop {
 
  private:
   CUTLASS_DEVICE static int warpgroup() { return cutlass::canonical_warp_group_idx() - 1; }
+
+  /// Of a row's query; rows behind the tile's last one may be no query's.
+  CUTLASS_DEVICE Sight sight_of(Walk const& walk, int query) const {
+    Sight sight{walk.sequence().seen_by(query), 0};
+    if (tree_mask_ != nullptr && query < walk.sequence().ranges.seqlen_q) {
+      sight.tree = static_cast<uint64_t>(__ldg(tree_mask_ + walk.sequence().row_q + query));
+    }
+    return sight;
+  }
 
   /// What only other warpgroups have rows for: nothing to compute, but stages go round.
   CUTLASS_DEVICE void skip(Walk const& walk) {
@@ -105,13 +132,18 @@ class DecodeMainloop {
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
 
     RowTile<Traits> const& tile = walk.tile();
-    KeySpan const seen_by_all = walk.sequence().seen_by_all(tile.first_query, tile.last_query);
-    KeySpan seen[kRows];
+    KeySpan seen_by_all = walk.sequence().seen_by_all(tile.first_query, tile.last_query);
+    WindowRanges const& ranges = walk.sequence().ranges;
+    // Where there is no tree no key is new.
+    int const first_new = tree_mask_ == nullptr ? kNoKey : ranges.seqlen_k - ranges.seqlen_q;
+    seen_by_all.end = min(seen_by_all.end, first_new);
+    Sight seen[kRows];
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      seen[row] = walk.sequence().seen_by(group_.div(tile.first_row + first_row() + 8 * row));
+      seen[row] = sight_of(walk, group_.div(tile.first_row + first_row() + 8 * row));
     }
     auto first_key = [&](int block) { return tile.keys.begin + block * kTileN; };
+    if constexpr (Traits::kEightBits) scales_.begin(walk, warpgroup(), first_row(), shared_);
 
     // S of a block, in flight.
     auto issue_scores = [&] {
@@ -122,6 +154,9 @@ class DecodeMainloop {
     };
     // S has been computed.
     auto release_keys = [&](int block) {
+      if constexpr (Traits::kEightBits) {
+        scales_.apply_to_scores(score_rows, first_column(), k_stage_.index, shared_);
+      }
       release(shared_.k_empty[k_stage_.index]);
       k_stage_.advance();
       if (block + 1 == walk.end_block()) release(shared_.q_empty);
@@ -129,8 +164,22 @@ class DecodeMainloop {
     auto softmax_block = [&](int block, float (&factor)[kRows]) {
       int const key = first_key(block);
       if (units_.softcap > 0) cap(scores);
-      if (key < seen_by_all.begin || key + kTileN > seen_by_all.end) mask(score_rows, seen, key);
+      if (key < seen_by_all.begin || key + kTileN > seen_by_all.end) {
+        mask(score_rows, seen, key);
+        if (key + kTileN > first_new) mask_new(score_rows, seen, key - first_new);
+      }
       return softmax.update(score_rows, factor);
+    };
+    // What O is multiplied by before the next P V; whether it is more than the softmax says.
+    auto scale_probabilities = [&](float (&factor)[kRows]) {
+      if constexpr (Traits::kEightBits) {
+        if (scales_.are_values_scaled()) {
+          shared_.v_full[v_stage_.index].wait(v_stage_.phase);
+          return scales_.apply_to_probabilities(score_rows, first_column(), v_stage_.index, shared_,
+                                                factor);
+        }
+      }
+      return false;
     };
     auto round_probabilities = [&] {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
@@ -141,7 +190,7 @@ class DecodeMainloop {
       int const key = first_key(block);
       shared_.v_full[v_stage_.index].wait(v_stage_.phase);
       if (key < seen_by_all.begin || min(key + kTileN, tile.keys.end) > seen_by_all.end) {
-        guard_values(tile, out_rows, seen, key);
+        guard_values(tile, out_rows, seen, key, first_new);
       }
       cutlass::arch::fence_view_async_shared();
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
@@ -160,6 +209,7 @@ class DecodeMainloop {
     warpgroup_fence_operand(scores);
     release_keys(block);
     softmax_block(block, factor);
+    scale_probabilities(factor);
     round_probabilities();
 
     // Steady state: the softmax of a block runs while P V of the one before is in flight.
@@ -170,10 +220,11 @@ class DecodeMainloop {
       warpgroup_wait<1>();
       warpgroup_fence_operand(scores);
       release_keys(block + 1);
-      bool const moves = softmax_block(block + 1, factor);
+      bool moves = softmax_block(block + 1, factor);
       sm90::warpgroup_wait_all();
       warpgroup_fence_operand(out);
       release_values();
+      moves |= scale_probabilities(factor);
       if (moves) Softmax::scale_rows(out_rows, factor);
       round_probabilities();
     }
@@ -183,6 +234,7 @@ class DecodeMainloop {
     warpgroup_wait<0>();
     warpgroup_fence_operand(out);
     release_values();
+    if constexpr (Traits::kEightBits) scales_.apply_to_output(out, walk);
     softmax.reduce_sums();
   }
 
@@ -204,16 +256,31 @@ class DecodeMainloop {
 
   /// Sets the scores of unseen keys to -inf; the first column is key `key`.
   template <class Scores>
-  CUTLASS_DEVICE static void mask(Scores& scores, KeySpan const (&seen)[kRows], int key) {
+  CUTLASS_DEVICE static void mask(Scores& scores, Sight const (&seen)[kRows], int key) {
     using namespace cute;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      int const first = seen[row].begin - key - first_column();
-      int const limit = seen[row].end - key - first_column();
+      int const first = seen[row].span.begin - key - first_column();
+      int const limit = seen[row].span.end - key - first_column();
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
         int const offset = column(col);
         if (offset < first || offset >= limit) scores(row, col) = -INFINITY;
+      }
+    }
+  }
+
+  /// The same of new keys; the first column is number `token` of them, or before them.
+  template <class Scores>
+  CUTLASS_DEVICE static void mask_new(Scores& scores, Sight const (&seen)[kRows], int token) {
+    using namespace cute;
+    CUTLASS_PRAGMA_UNROLL
+    for (int col = 0; col < size<1>(scores); ++col) {
+      int const own = token + first_column() + column(col);
+      if (own < 0) continue;
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        if (!seen[row].sees_new(own)) scores(row, col) = -INFINITY;
       }
     }
   }
@@ -223,7 +290,7 @@ class DecodeMainloop {
   /// see in part, when V has landed.
   template <class Output>
   CUTLASS_DEVICE void guard_values(RowTile<Traits> const& tile, Output& out,
-                                   KeySpan const (&seen)[kRows], int key) {
+                                   Sight const (&seen)[kRows], int key, int first_new) {
     using namespace cute;
     Element* const data = shared_.v.data() + v_stage_.index * Traits::kStageElements;
     int const thread = threadIdx.x % kThreads;
@@ -240,8 +307,7 @@ class DecodeMainloop {
         if (sm90::is_finite(value)) continue;
         CUTLASS_PRAGMA_UNROLL
         for (int row = 0; row < kRows; ++row) {
-          bool const sees = key + i >= seen[row].begin && key + i < seen[row].end;
-          if (sees) out(row, col) += static_cast<float>(value);
+          if (seen[row].sees(key + i, first_new)) out(row, col) += static_cast<float>(value);
         }
       }
     }
@@ -256,6 +322,8 @@ class DecodeMainloop {
 
   ScoreUnits units_;
   cutlass::FastDivmod const& group_;
+  int64_t const* tree_mask_;  // or null
+  Scales scales_;
   SharedStorage& shared_;
   Stage k_stage_;
   Stage v_stage_;

@@ -53,6 +53,9 @@ struct CachedCall {
   float scale;
   float softcap;  // of the scaled scores; 0: none
   CacheLengths lengths;
+  // (total_q), or null: bit j of a query: whether it sees new key j, of the last keys of its
+  // sequence, as many as it has queries. It sees no new key from number 64 on.
+  int64_t const* tree_mask;
 };
 
 /// All parts of a call's work are numbered by an int, with 1/16 to spare.

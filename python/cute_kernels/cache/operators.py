@@ -17,6 +17,7 @@ from cute_kernels.cache.checks import (
     check_attention_out,
     check_combine,
 )
+from cute_kernels.cache.eight_bits import output_dtype
 from cute_kernels.operators import NAMESPACE, Pass, by_position
 from cute_kernels.reference import empty_outputs
 from cute_kernels.torch_private import has_cuda_kernel
@@ -28,7 +29,7 @@ _is_compiling = torch.compiler.is_compiling
 def _attention_fake(
     q: Tensor, _: Tensor, v_cache: Tensor, *__: Any, **___: Any
 ) -> tuple[Tensor, Tensor]:
-    return empty_outputs(q, v_cache)
+    return empty_outputs(q, v_cache, output_dtype(q))
 
 
 def _attention_out_fake(_: Tensor, *inputs: Any, **__: Any) -> Tensor:
@@ -96,22 +97,29 @@ def _register(
     return call
 
 
-_OPTIONS = ("max_seqlen_q", "window_left", "window_right", "softcap", "num_splits")
+_OPTIONS = (
+    "max_seqlen_q",
+    "window_left",
+    "window_right",
+    "softcap",
+    "num_splits",
+    "rotation_seed",
+)
 attention = _register(
-    Pass(_operators.flash_attn_kvcache_forward.default, check_attention, 11),
+    Pass(_operators.flash_attn_kvcache_forward.default, check_attention, 15),
     _OPTIONS,
     reference.attention,
     _attention_fake,
 )
 attention_out = _register(
-    Pass(_operators.flash_attn_kvcache_forward_out.default, check_attention_out, 12),
+    Pass(_operators.flash_attn_kvcache_forward_out.default, check_attention_out, 16),
     _OPTIONS,
     reference.attention_out,
     _attention_out_fake,
     has_autograd=False,
 )
 append = _register(
-    Pass(_operators.append_kv.default, check_append, 15),
+    Pass(_operators.append_kv.default, check_append, 20),
     (),
     reference.append,
     _append_fake,
@@ -125,10 +133,10 @@ combine = _register(
 )
 
 
-def mark_written(*tensors: Tensor) -> None:
+def mark_written(*tensors: Tensor | None) -> None:
     """Autograd notices what an operator writes only if it is told; compilers know."""
     if _is_compiling():
         return
     for tensor in tensors:
-        if not tensor.is_inference():
+        if tensor is not None and not tensor.is_inference():
             increment_version(tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .decode import DECODE
+from .decode import DECODE, FP8_DECODE
 from .rows import (
     DTYPES,
     ELEMENT_BYTES,
@@ -351,5 +351,6 @@ PASSES = {
             problems=fp8_problems,
         ),
         DECODE,
+        FP8_DECODE,
     )
 }
