@@ -19,18 +19,6 @@ struct ScoreUnits {
   float log2_of_unit;  // log2(e), times the softmax scale where that is not in s already
 };
 
-/// What a query sees: keys of a span, and of its sequence's new ones those of a set.
-struct Sight {
-  KeySpan span;
-  uint64_t tree;  // bit i: new key i, of which there are as many as bits
-
-  CUTLASS_DEVICE bool sees(int key, int first_new) const {
-    int const token = key - first_new;
-    return key >= span.begin && key < span.end && (token < 0 || sees_new(token));
-  }
-  CUTLASS_DEVICE bool sees_new(int token) const { return token < 64 && (tree >> token & 1) != 0; }
-};
-
 /// A consumer warpgroup: softmax(scale Q K^T) V of 64 rows of a part, not divided by the row sums.
 template <class Traits>
 class DecodeMainloop {
@@ -88,14 +76,35 @@ class DecodeMainloop {
  private:
   CUTLASS_DEVICE static int warpgroup() { return cutlass::canonical_warp_group_idx() - 1; }
 
-  /// Of a row's query; rows behind the tile's last one may be no query's.
-  CUTLASS_DEVICE Sight sight_of(Walk const& walk, int query) const {
-    Sight sight{walk.sequence().seen_by(query), 0};
-    if (tree_mask_ != nullptr && query < walk.sequence().ranges.seqlen_q) {
-      sight.tree = static_cast<uint64_t>(__ldg(tree_mask_ + walk.sequence().row_q + query));
-    }
-    return sight;
+  /// A consumer thread's row of a tile, of its kRows.
+  CUTLASS_DEVICE int query_of(RowTile<Traits> const& tile, int row) const {
+    return group_.div(tile.first_row + first_row() + 8 * row);
   }
+
+  /// The first of the keys of which a tree says who sees them; where there is no tree none is.
+  CUTLASS_DEVICE int first_new(Walk const& walk) const {
+    WindowRanges const& ranges = walk.sequence().ranges;
+    return tree_mask_ == nullptr ? kNoKey : ranges.seqlen_k - ranges.seqlen_q;
+  }
+
+  /// Which of these a row sees. Read where it is needed: few blocks have such keys.
+  struct NewKeys {
+    uint64_t seen[kRows];
+
+    CUTLASS_DEVICE NewKeys(DecodeMainloop const& loop, Walk const& walk) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        int const query = loop.query_of(walk.tile(), row);
+        bool const there = loop.tree_mask_ != nullptr && query < walk.sequence().ranges.seqlen_q;
+        auto const* const bits = loop.tree_mask_ + walk.sequence().row_q + query;
+        seen[row] = there ? static_cast<uint64_t>(__ldg(bits)) : 0;
+      }
+    }
+    /// Key `number` of them, or a key before them.
+    CUTLASS_DEVICE bool sees(int row, int number) const {
+      return number < 0 || (number < 64 && (seen[row] >> number & 1) != 0);
+    }
+  };
 
   /// What only other warpgroups have rows for: nothing to compute, but stages go round.
   CUTLASS_DEVICE void skip(Walk const& walk) {
@@ -133,15 +142,10 @@ class DecodeMainloop {
 
     RowTile<Traits> const& tile = walk.tile();
     KeySpan seen_by_all = walk.sequence().seen_by_all(tile.first_query, tile.last_query);
-    WindowRanges const& ranges = walk.sequence().ranges;
-    // Where there is no tree no key is new.
-    int const first_new = tree_mask_ == nullptr ? kNoKey : ranges.seqlen_k - ranges.seqlen_q;
-    seen_by_all.end = min(seen_by_all.end, first_new);
-    Sight seen[kRows];
+    seen_by_all.end = min(seen_by_all.end, first_new(walk));
+    KeySpan seen[kRows];
     CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      seen[row] = sight_of(walk, group_.div(tile.first_row + first_row() + 8 * row));
-    }
+    for (int row = 0; row < kRows; ++row) seen[row] = walk.sequence().seen_by(query_of(tile, row));
     auto first_key = [&](int block) { return tile.keys.begin + block * kTileN; };
     if constexpr (Traits::kEightBits) scales_.begin(walk, warpgroup(), first_row(), shared_);
 
@@ -166,7 +170,7 @@ class DecodeMainloop {
       if (units_.softcap > 0) cap(scores);
       if (key < seen_by_all.begin || key + kTileN > seen_by_all.end) {
         mask(score_rows, seen, key);
-        if (key + kTileN > first_new) mask_new(score_rows, seen, key - first_new);
+        if (key + kTileN > first_new(walk)) mask_new(score_rows, walk, key);
       }
       return softmax.update(score_rows, factor);
     };
@@ -190,7 +194,7 @@ class DecodeMainloop {
       int const key = first_key(block);
       shared_.v_full[v_stage_.index].wait(v_stage_.phase);
       if (key < seen_by_all.begin || min(key + kTileN, tile.keys.end) > seen_by_all.end) {
-        guard_values(tile, out_rows, seen, key, first_new);
+        guard_values(walk, out_rows, seen, key);
       }
       cutlass::arch::fence_view_async_shared();
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
@@ -256,12 +260,12 @@ class DecodeMainloop {
 
   /// Sets the scores of unseen keys to -inf; the first column is key `key`.
   template <class Scores>
-  CUTLASS_DEVICE static void mask(Scores& scores, Sight const (&seen)[kRows], int key) {
+  CUTLASS_DEVICE static void mask(Scores& scores, KeySpan const (&seen)[kRows], int key) {
     using namespace cute;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      int const first = seen[row].span.begin - key - first_column();
-      int const limit = seen[row].span.end - key - first_column();
+      int const first = seen[row].begin - key - first_column();
+      int const limit = seen[row].end - key - first_column();
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
         int const offset = column(col);
@@ -270,17 +274,17 @@ class DecodeMainloop {
     }
   }
 
-  /// The same of new keys; the first column is number `token` of them, or before them.
+  /// The same of keys that a tree hides.
   template <class Scores>
-  CUTLASS_DEVICE static void mask_new(Scores& scores, Sight const (&seen)[kRows], int token) {
+  CUTLASS_DEVICE void mask_new(Scores& scores, Walk const& walk, int key) const {
     using namespace cute;
+    NewKeys const keys(*this, walk);
+    int const first = key + first_column() - first_new(walk);
     CUTLASS_PRAGMA_UNROLL
-    for (int col = 0; col < size<1>(scores); ++col) {
-      int const own = token + first_column() + column(col);
-      if (own < 0) continue;
+    for (int row = 0; row < kRows; ++row) {
       CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < kRows; ++row) {
-        if (!seen[row].sees_new(own)) scores(row, col) = -INFINITY;
+      for (int col = 0; col < size<1>(scores); ++col) {
+        if (!keys.sees(row, first + column(col))) scores(row, col) = -INFINITY;
       }
     }
   }
@@ -289,16 +293,18 @@ class DecodeMainloop {
   /// be NaN. They are cleared, and added to the rows that do see them. Of a block that some rows
   /// see in part, when V has landed.
   template <class Output>
-  CUTLASS_DEVICE void guard_values(RowTile<Traits> const& tile, Output& out,
-                                   Sight const (&seen)[kRows], int key, int first_new) {
+  CUTLASS_DEVICE void guard_values(Walk const& walk, Output& out, KeySpan const (&seen)[kRows],
+                                   int key) {
     using namespace cute;
     Element* const data = shared_.v.data() + v_stage_.index * Traits::kStageElements;
     int const thread = threadIdx.x % kThreads;
     // Of the warpgroups that come here, each looks at the whole block.
-    int const all_threads = (tile.rows + kWarpgroupM - 1) / kWarpgroupM * kThreads;
+    int const all_threads = (walk.tile().rows + kWarpgroupM - 1) / kWarpgroupM * kThreads;
     bool const own = sm90::all_finite<kThreads, Traits::kStageElements>(data, thread);
     if (sm90::barrier_all(sm90::NamedBarrier::kValuesCleared, 0, all_threads, own)) return;
     auto const values = make_tensor(make_smem_ptr(data), typename Traits::LayoutRows{});
+    NewKeys const new_keys(*this, walk);
+    int const number = key - first_new(walk);  // of the first, counted from the new ones
     CUTLASS_PRAGMA_UNROLL
     for (int col = 0; col < size<1>(out); ++col) {
       CUTLASS_PRAGMA_NO_UNROLL
@@ -307,7 +313,9 @@ class DecodeMainloop {
         if (sm90::is_finite(value)) continue;
         CUTLASS_PRAGMA_UNROLL
         for (int row = 0; row < kRows; ++row) {
-          if (seen[row].sees(key + i, first_new)) out(row, col) += static_cast<float>(value);
+          bool const sees = key + i >= seen[row].begin && key + i < seen[row].end &&
+                            new_keys.sees(row, number + i);
+          if (sees) out(row, col) += static_cast<float>(value);
         }
       }
     }
