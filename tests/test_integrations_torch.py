@@ -393,6 +393,26 @@ def another_kernel():
     library._destroy()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_calls_share_what_nobody_reads(overridden, dtype):
+    inputs = heads_first(*random_qkv("cpu", dtype, 2, 8, 8))
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    alone = SDPA(*inputs)
+    aten.keep_unread(torch.device("cpu"))
+    try:
+        calls = [SDPA(*inputs) for _ in range(2)]
+        grads = [torch.autograd.grad(call[0].sum(), inputs) for call in calls]
+    finally:
+        aten.drop_unread()
+    for call, grad in zip(calls, grads, strict=True):
+        assert [form(x) for x in call] == [form(x) for x in alone]
+        assert [x.data_ptr() for x in call[6:8]] == [x.data_ptr() for x in calls[0][6:8]]
+        assert torch.equal(call[0], alone[0])
+        right = torch.autograd.grad(alone[0].sum(), inputs, retain_graph=True)
+        assert all(torch.equal(x, y) for x, y in zip(grad, right, strict=True))
+    assert calls[0][6].data_ptr() != alone[6].data_ptr()
+
+
 def test_what_is_not_answered_goes_on(another_kernel, overridden, recwarn):
     q, k, v = (x.requires_grad_() for x in heads_first(*random_qkv("cpu", torch.float32, 1, 8, 8)))
     out = SDPA(q, k, v, 0.0, True)[0]

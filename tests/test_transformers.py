@@ -17,6 +17,7 @@ from transformers.masking_utils import (  # noqa: E402
     causal_mask_function,
 )
 
+from cute_kernels.cache import flash_attn_with_kvcache  # noqa: E402
 from cute_kernels.integrations.transformers import (  # noqa: E402
     attention,
     fallback,
@@ -337,6 +338,25 @@ def test_greedy_tokens(name, cache, side):
     ]
     assert torch.equal(*tokens)
     assert tokens[0].shape == (3, SEQLEN + 9)
+
+
+@pytest.mark.parametrize(("name", "option"), [("gemma2", "softcap"), ("gpt_oss", "sinks")])
+def test_a_steps_softcap_and_sinks_go_to_the_attention_of_caches(monkeypatch, name, option):
+    asked = []
+
+    def with_kvcache(q, *caches, **options):
+        asked.append(options)
+        return flash_attn_with_kvcache(q, *caches, **options)
+
+    monkeypatch.setattr(attention, "flash_attn_with_kvcache", with_kvcache)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    tokens = [
+        tiny.DECODERS[name].build(implementation).generate(tiny.random_ids(), **options)
+        for implementation in ("eager", NAME)
+    ]
+    assert torch.equal(*tokens)
+    assert [option in options for options in asked] == [True] * 6  # of two layers, three steps
+    assert {options.get("softcap") for options in asked} == {2.0 if name == "gemma2" else None}
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

@@ -16,6 +16,7 @@ struct Fp8ForwardKernel {
   using Problem = Fp8ForwardProblem;
   static constexpr char const* kPass = "forward_fp8";
   Fp8TileConfig config;
+  int64_t (*workspace_bytes)(Problem const&);
   cudaError_t (*launch)(Problem const&, cudaStream_t);
 };
 

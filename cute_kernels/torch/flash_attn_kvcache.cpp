@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
       "Tensor? sinks, float softmax_scale, bool causal, Tensor? q_descale=None, "
       "Tensor? k_descale=None, Tensor? v_descale=None, Tensor? tree_mask=None, *, "
       "SymInt? max_seqlen_q=None, SymInt? window_left=None, SymInt? window_right=None, "
-      "float softcap=0.0, SymInt num_splits=0, SymInt? rotation_seed=None) -> "
+      "float softcap=0.0, SymInt num_splits=0, SymInt sm_margin=0, SymInt? rotation_seed=None) -> "
       "(Tensor out, Tensor lse)");
   // The same with its output in `out`, dense.
   library.def(
@@ -25,11 +25,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
       "Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None, "
       "Tensor? tree_mask=None, *, SymInt? max_seqlen_q=None, SymInt? window_left=None, "
       "SymInt? window_right=None, float softcap=0.0, SymInt num_splits=0, "
-      "SymInt? rotation_seed=None) -> Tensor lse");
-  // Results of parts of the keys, (splits, batch, seqlen, heads, head_dim) and (splits, batch,
-  // seqlen, heads), made one. The LSE returned is (batch, seqlen, heads), a view of a dense (batch,
-  // heads, seqlen).
-  library.def(
-      "flash_attn_combine(Tensor out_partial, Tensor lse_partial, *, ScalarType? out_dtype=None) "
-      "-> (Tensor out, Tensor lse)");
+      "SymInt sm_margin=0, SymInt? rotation_seed=None) -> Tensor lse");
 }

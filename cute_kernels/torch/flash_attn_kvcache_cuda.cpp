@@ -13,7 +13,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "cute_kernels/attention/combine/problem.hpp"
 #include "cute_kernels/attention/decode/fp8_tile_config.hpp"
 #include "cute_kernels/attention/decode/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
@@ -29,8 +28,6 @@ using attention::CachedCall;
 using attention::CachePages;
 using attention::CacheView;
 using attention::CallSizes;
-using attention::CombinedType;
-using attention::CombineProblem;
 using attention::DecodeProblem;
 using attention::EightBits;
 using attention::Fp8DecodeProblem;
@@ -156,7 +153,7 @@ Tensor flash_attn_kvcache_forward_out(
     std::optional<Tensor> k_descale, std::optional<Tensor> v_descale,
     std::optional<Tensor> tree_mask, [[maybe_unused]] std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
-    int64_t num_splits, std::optional<int64_t> rotation_seed) {
+    int64_t num_splits, int64_t sm_margin, std::optional<int64_t> rotation_seed) {
   Argument const q("q", q_tensor), k("k_cache", k_cache), v("v_cache", v_cache);
   require(q.is_cuda, "q is not on CUDA");
   bool const eight_bits = is_8_bits(k.dtype);
@@ -195,7 +192,7 @@ Tensor flash_attn_kvcache_forward_out(
   problem.k = cache_view(k);
   problem.v = cache_view(v);
   problem.sinks = numbers<float>("sinks", sinks, q, {sizes.heads_q});
-  problem.device = hopper(q.device);
+  problem.device = hopper(q.device, sm_margin);
   CachedCall& call = problem.call;
   call.batch = static_cast<int>(batch);
   call.total_q = static_cast<int>(q.size(0));
@@ -266,7 +263,7 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
     std::optional<Tensor> k_descale, std::optional<Tensor> v_descale,
     std::optional<Tensor> tree_mask, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
-    int64_t num_splits, std::optional<int64_t> rotation_seed) {
+    int64_t num_splits, int64_t sm_margin, std::optional<int64_t> rotation_seed) {
   Argument const q("q", q_tensor), v("v_cache", v_cache);
   require(q.is_cuda, "q is not on CUDA");
   check_sizes(q, 3);
@@ -276,68 +273,8 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
   Tensor lse = flash_attn_kvcache_forward_out(
       out, q_tensor, k_cache, v_cache, cu_seqlens_q, cache_seqlens, page_table, cache_batch_idx,
       cache_leftpad, sinks, softmax_scale, causal, q_descale, k_descale, v_descale, tree_mask,
-      max_seqlen_q, window_left, window_right, softcap, num_splits, rotation_seed);
+      max_seqlen_q, window_left, window_right, softcap, num_splits, sm_margin, rotation_seed);
   return {out, lse};
-}
-
-CombinedType combined_type(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return CombinedType::kFloat32;
-    case ScalarType::Half:
-      return CombinedType::kFloat16;
-    case ScalarType::BFloat16:
-      return CombinedType::kBFloat16;
-    default:
-      fail("out_dtype is ", DtypeOf{dtype}, ", must be float32, float16 or bfloat16");
-  }
-}
-
-CombineProblem::Strides strides_of(Argument const& a) {
-  return {a.stride(0), a.stride(1), a.stride(2), a.stride(3)};
-}
-
-std::tuple<Tensor, Tensor> flash_attn_combine(Tensor const& out_partial, Tensor const& lse_partial,
-                                              std::optional<ScalarType> out_dtype) {
-  Argument const partial("out_partial", out_partial), partial_lse("lse_partial", lse_partial);
-  require(partial.is_cuda, "out_partial is not on CUDA");
-  check_like(partial_lse, partial);
-  require(partial.dtype == ScalarType::Float, "out_partial is not float32");
-  check_sizes(partial, 5);
-  check_sizes(partial_lse, 4);
-  for (int dim = 0; dim < 4; ++dim) {
-    require(partial_lse.size(dim) == partial.size(dim),
-            "lse_partial does not have out_partial's sizes before head_dim");
-  }
-  require(partial.stride(4) == 1 || partial.size(4) <= 1,
-          "out_partial's head_dim is not contiguous");
-  ScalarType const dtype = out_dtype.value_or(ScalarType::Float);
-  CombineProblem problem{};
-  problem.out_partial = static_cast<float const*>(out_partial.data_ptr());
-  problem.out_strides = strides_of(partial);
-  problem.lse_partial = static_cast<float const*>(lse_partial.data_ptr());
-  problem.lse_strides = strides_of(partial_lse);
-  problem.type = combined_type(dtype);
-  problem.splits = static_cast<int>(partial.size(0));
-  problem.batch = static_cast<int>(partial.size(1));
-  problem.seqlen = static_cast<int>(partial.size(2));
-  problem.heads = static_cast<int>(partial.size(3));
-  problem.head_dim = static_cast<int>(partial.size(4));
-  hopper(partial.device);
-
-  torch::stable::accelerator::DeviceGuard const guard(partial.device);
-  Tensor out = empty({partial.size(1), partial.size(2), partial.size(3), partial.size(4)}, dtype,
-                     partial.device);
-  Tensor lse =
-      empty({partial.size(1), partial.size(3), partial.size(2)}, ScalarType::Float, partial.device);
-  problem.out = out.data_ptr();
-  problem.lse = static_cast<float*>(lse.data_ptr());
-  if (lse.numel() > 0) {
-    require_success(
-        attention::launch_combine(problem, current_stream(partial.device), partial.device),
-        "flash_attn_combine");
-  }
-  return {out, torch::stable::transpose(lse, 1, 2)};
 }
 
 }  // namespace
@@ -348,5 +285,4 @@ STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
                TORCH_BOX(&cute_kernels::binding::flash_attn_kvcache_forward));
   library.impl("flash_attn_kvcache_forward_out",
                TORCH_BOX(&cute_kernels::binding::flash_attn_kvcache_forward_out));
-  library.impl("flash_attn_combine", TORCH_BOX(&cute_kernels::binding::flash_attn_combine));
 }

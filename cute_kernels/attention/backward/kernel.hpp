@@ -31,6 +31,9 @@ struct BackwardParams {
   Shape shape_q;
   Shape shape_k;
   TensorView grad_out;
+  bool float_grads;  // dK and dV go to these, or by TMA in the inputs' type
+  TensorView grad_k;
+  TensorView grad_v;
   BackwardWorkspace workspace;
   uint64_t call_number;
   float scale_log2;
@@ -43,6 +46,8 @@ struct BackwardParams {
   int pairs;     // of batch entries and KV heads
   int group;     // how many of them are worked on together
   cutlass::FastDivmod heads_kv;
+  int first_number;  // of the key blocks, where a call is launched in parts
+  int head_dim;
   int head_dim_v;
   float softcap_factor;
 };

@@ -38,6 +38,14 @@ struct KeyBlockCoord {
   CUTLASS_DEVICE int64_t first_of_q(TensorView const& view) const {
     return batch * view.batch_stride;
   }
+  /// The same of the first key, and how many rows of K's tensors are the sequence's.
+  CUTLASS_DEVICE int64_t first_of_k(TensorView const& view) const {
+    return batch * view.batch_stride;
+  }
+  template <class Params>
+  CUTLASS_DEVICE int rows_of_k(Params const& params) const {
+    return params.masks.seqlen_k;
+  }
 
   /// The number of the first query block of a head of Q.
   template <class Params>
@@ -69,6 +77,13 @@ struct SequenceKeyBlock {
 
   CUTLASS_DEVICE int64_t first_of_q(TensorView const& view) const {
     return sequence.offset_of_q(view.batch_stride, view.seqlen_stride);
+  }
+  CUTLASS_DEVICE int64_t first_of_k(TensorView const& view) const {
+    return sequence.batch * view.batch_stride + sequence.k.first * view.seqlen_stride;
+  }
+  template <class Params>
+  CUTLASS_DEVICE int rows_of_k(Params const&) const {
+    return sequence.k.rows;
   }
 
   template <class Params>
@@ -127,7 +142,7 @@ CUTLASS_DEVICE SequenceKeyBlock find_key_block(Params const& params, int number)
 /// starts them.
 template <class Traits, class Params>
 CUTLASS_DEVICE int draw_key_block(Params const& params, typename Traits::SharedStorage& shared) {
-  if (Traits::kPersistent || !params.dq_in_order) return blockIdx.x;
+  if (Traits::kPersistent || !params.dq_in_order) return params.first_number + blockIdx.x;
   uint32_t const rank = cute::block_rank_in_cluster();
   if (rank == 0 && threadIdx.x == 0) {
     sm90::wait_for_previous_kernel();  // it clears the counter

@@ -103,7 +103,9 @@ class BackwardMainloop {
     };
 
     if constexpr (Traits::kAnyCall) {
-      if (!QuerySteps<Traits, Params>(params, coord).valid()) return hand_out_zeros();
+      if (!QuerySteps<Traits, Params>(params, coord).valid()) {
+        return hand_out_zeros(params, coord);
+      }
     }
     shared_.k_full.wait(keys_phase_);
     if constexpr (kCareful) {
@@ -204,7 +206,7 @@ class BackwardMainloop {
     }
     if constexpr (kCareful) restore_dv<Traits>(params, shared_, coord, key, column, dv);
     // The last key block's dV has left: the first dQ of this one waited for it.
-    Epilogue::write(shared_.own.dv[warpgroup_], dv);
+    hand_out_dv(params, coord, dv);
     Dq::announce(shared_, warpgroup_, 0, thread);
     if (thread % cutlass::NumThreadsPerWarp == 0) {
       shared_.keys_empty.arrive();
@@ -213,8 +215,7 @@ class BackwardMainloop {
     warpgroup_wait<0>();
     release(pipeline_q_, read_by_dk);
     shared_.dq_empty[warpgroup_].wait(dq_phase_ ^ 1);
-    Epilogue::write(reinterpret_cast<Element*>(shared_.own.dq[warpgroup_]), dk,
-                    params.softmax_scale);
+    hand_out_dk(params, coord, dk);
     Dq::announce(shared_, warpgroup_, 0, thread);
     dq_phase_ ^= 1;
   }
@@ -222,18 +223,31 @@ class BackwardMainloop {
  private:
   /// dK and dV of keys that no query sees: nothing is loaded and no dQ leaves. The memory of dV is
   /// free with that of dQ, through which dK of the last key block has left, behind its dV.
-  CUTLASS_DEVICE void hand_out_zeros() {
+  template <class Params>
+  CUTLASS_DEVICE void hand_out_zeros(Params const& params, KeyBlock const& coord) {
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
     auto zeros = Epilogue::new_gradient();
     shared_.dq_empty[warpgroup_].wait(dq_phase_ ^ 1);
-    Epilogue::write(shared_.own.dv[warpgroup_], zeros);
-    Epilogue::write(reinterpret_cast<Element*>(shared_.own.dq[warpgroup_]), zeros);
+    hand_out_dv(params, coord, zeros);
+    hand_out_dk(params, coord, zeros);
     Dq::announce(shared_, warpgroup_, 0, thread);
     if (thread % cutlass::NumThreadsPerWarp == 0) {
       shared_.keys_empty.arrive();
       shared_.dv_full[warpgroup_].arrive();
     }
     dq_phase_ ^= 1;
+  }
+
+  template <class Params, class Accumulator>
+  CUTLASS_DEVICE void hand_out_dv(Params const& params, KeyBlock const& coord, Accumulator& dv) {
+    Epilogue::hand_out(params, params.grad_v, params.head_dim_v, coord, warpgroup_,
+                       shared_.own.dv[warpgroup_], dv);
+  }
+  template <class Params, class Accumulator>
+  CUTLASS_DEVICE void hand_out_dk(Params const& params, KeyBlock const& coord, Accumulator& dk) {
+    Epilogue::hand_out(params, params.grad_k, params.head_dim, coord, warpgroup_,
+                       reinterpret_cast<Element*>(shared_.own.dq[warpgroup_]), dk,
+                       params.softmax_scale);
   }
 
   /// One arrival a warp: a warp's own WGMMA wait says nothing of the other warps' reads.

@@ -73,10 +73,12 @@ class BackwardSplitMainloop {
     };
     meet();  // done with K and V
     Element* const buffer = is_dv ? shared.v[0] : shared.k.data();
-    Epilogue::write(buffer, gradient, is_dv ? 1.f : params.softmax_scale);
+    Epilogue::hand_out(params, is_dv ? params.grad_v : params.grad_k,
+                       is_dv ? params.head_dim_v : params.head_dim, coord, 0, buffer, gradient,
+                       is_dv ? 1.f : params.softmax_scale);
     tma_store_fence();
     meet();
-    if (threadIdx.x % cutlass::NumThreadsPerWarpGroup == 0) {
+    if (!params.float_grads && threadIdx.x % cutlass::NumThreadsPerWarpGroup == 0) {
       Epilogue::store(is_dv ? params.tma_dv : params.tma_dk, params, buffer, coord, 0);
       tma_store_arrive();
       tma_store_wait<0>();

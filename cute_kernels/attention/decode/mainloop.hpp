@@ -88,23 +88,16 @@ class DecodeMainloop {
   }
 
   /// Which of these a row sees. Read where it is needed: few blocks have such keys.
-  struct NewKeys {
-    uint64_t seen[kRows];
-
-    CUTLASS_DEVICE NewKeys(DecodeMainloop const& loop, Walk const& walk) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < kRows; ++row) {
-        int const query = loop.query_of(walk.tile(), row);
-        bool const there = loop.tree_mask_ != nullptr && query < walk.sequence().ranges.seqlen_q;
-        auto const* const bits = loop.tree_mask_ + walk.sequence().row_q + query;
-        seen[row] = there ? static_cast<uint64_t>(__ldg(bits)) : 0;
-      }
-    }
-    /// Key `number` of them, or a key before them.
-    CUTLASS_DEVICE bool sees(int row, int number) const {
-      return number < 0 || (number < 64 && (seen[row] >> number & 1) != 0);
-    }
-  };
+  CUTLASS_DEVICE uint64_t new_keys_seen(Walk const& walk, int row) const {
+    int const query = query_of(walk.tile(), row);
+    bool const there = tree_mask_ != nullptr && query < walk.sequence().ranges.seqlen_q;
+    auto const* const bits = tree_mask_ + walk.sequence().row_q + query;
+    return there ? static_cast<uint64_t>(__ldg(bits)) : 0;
+  }
+  /// Of key `number` of them, or a key before them.
+  CUTLASS_DEVICE static bool is_seen(uint64_t new_keys_seen, int number) {
+    return number < 0 || (number < 64 && (new_keys_seen >> number & 1) != 0);
+  }
 
   /// What only other warpgroups have rows for: nothing to compute, but stages go round.
   CUTLASS_DEVICE void skip(Walk const& walk) {
@@ -278,13 +271,13 @@ class DecodeMainloop {
   template <class Scores>
   CUTLASS_DEVICE void mask_new(Scores& scores, Walk const& walk, int key) const {
     using namespace cute;
-    NewKeys const keys(*this, walk);
     int const first = key + first_column() - first_new(walk);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
+      uint64_t const seen = new_keys_seen(walk, row);
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
-        if (!keys.sees(row, first + column(col))) scores(row, col) = -INFINITY;
+        if (!is_seen(seen, first + column(col))) scores(row, col) = -INFINITY;
       }
     }
   }
@@ -303,24 +296,26 @@ class DecodeMainloop {
     bool const own = sm90::all_finite<kThreads, Traits::kStageElements>(data, thread);
     if (sm90::barrier_all(sm90::NamedBarrier::kValuesCleared, 0, all_threads, own)) return;
     auto const values = make_tensor(make_smem_ptr(data), typename Traits::LayoutRows{});
-    NewKeys const new_keys(*this, walk);
-    int const number = key - first_new(walk);  // of the first, counted from the new ones
-    CUTLASS_PRAGMA_UNROLL
-    for (int col = 0; col < size<1>(out); ++col) {
-      CUTLASS_PRAGMA_NO_UNROLL
-      for (int i = 0; i < kTileN; ++i) {
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int i = 0; i < kTileN; ++i) {
+      bool sees[kRows];
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        sees[row] = key + i >= seen[row].begin && key + i < seen[row].end &&
+                    is_seen(new_keys_seen(walk, row), key + i - first_new(walk));
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < size<1>(out); ++col) {
         Element const value = values(i, first_column() + column(col));
         if (sm90::is_finite(value)) continue;
         CUTLASS_PRAGMA_UNROLL
         for (int row = 0; row < kRows; ++row) {
-          bool const sees = key + i >= seen[row].begin && key + i < seen[row].end &&
-                            new_keys.sees(row, number + i);
-          if (sees) out(row, col) += static_cast<float>(value);
+          if (sees[row]) out(row, col) += static_cast<float>(value);
         }
       }
     }
     sm90::barrier_sync(sm90::NamedBarrier::kValuesCleared, 0, all_threads);
-    sm90::clear_nonfinite<kThreads, Traits::kStageElements>(data, thread);
+    if (warpgroup() == 0) sm90::clear_nonfinite<kThreads, Traits::kStageElements>(data, thread);
     cutlass::arch::fence_view_async_shared();
     sm90::barrier_sync(sm90::NamedBarrier::kValuesCleared, 0, all_threads);
   }

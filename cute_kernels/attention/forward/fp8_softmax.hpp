@@ -124,9 +124,48 @@ class ScaledSoftmax {
   /// Takes a block's row sum that was computed elsewhere.
   CUTLASS_DEVICE void add_sum(int row, float sum) { sum_[row] += sum; }
 
+  /// All scores of a row are higher by this, which only a sink and the LSE see.
+  CUTLASS_DEVICE void add_offset(int row, float offset) { score_offset_[row] = offset; }
+
   /// Divides O by the row sums. Rows that saw no key become 0. lse() is valid afterwards.
   template <class Output>
   CUTLASS_DEVICE void finalize(Output& out) {
+    divide(out, [&](int row) { return sum_[row]; });
+  }
+
+  /// The same where every row has one score more, `sink`, which has no value: -inf where there is
+  /// none. lse(row, sink) is valid afterwards.
+  template <class Output>
+  CUTLASS_DEVICE void finalize(Output& out, float sink) {
+    divide(out, [&](int row) {
+      return sum_[row] * (1.f + sm90::exp2_mufu(sink_above_keys(row, sink)));
+    });
+  }
+
+  /// ln(sum_j exp(s_j)); -inf for a row that saw no key.
+  CUTLASS_DEVICE float lse(int row) const {
+    return sum_[row] == 0.f ? kMinusInf : keys(row) * sm90::kLn2;
+  }
+
+  /// With the sink in the sum, which is all of it for a row that saw no key.
+  CUTLASS_DEVICE float lse(int row, float sink) const {
+    if (sum_[row] == 0.f) return sink;
+    float const above = sink_above_keys(row, sink);
+    float const most = above > 0.f ? sink : keys(row) * sm90::kLn2 + score_offset_[row];
+    return most + log2f(1.f + sm90::exp2_mufu(-fabsf(above))) * sm90::kLn2;
+  }
+
+ private:
+  /// log2 of what the keys have in the denominator, but for the offset of their scores.
+  CUTLASS_DEVICE float keys(int row) const { return origin_[row] - kShift + log2f(sum_[row]); }
+
+  /// In powers of two, of a row that saw a key.
+  CUTLASS_DEVICE float sink_above_keys(int row, float sink) const {
+    return (sink - score_offset_[row]) * sm90::kLog2e - keys(row);
+  }
+
+  template <class Output, class Denominator>
+  CUTLASS_DEVICE void divide(Output& out, Denominator const& denominator) {
     float inverse[kRows];
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
@@ -134,17 +173,11 @@ class ScaledSoftmax {
         sum_[row] += __shfl_xor_sync(0xffffffff, sum_[row], 1);
         sum_[row] += __shfl_xor_sync(0xffffffff, sum_[row], 2);
       }
-      inverse[row] = sum_[row] == 0.f ? 0.f : 1.f / sum_[row];
+      inverse[row] = sum_[row] == 0.f ? 0.f : 1.f / denominator(row);
     }
     scale_rows(out, inverse);
   }
 
-  /// ln(sum_j exp(s_j)); -inf for a row that saw no key.
-  CUTLASS_DEVICE float lse(int row) const {
-    return sum_[row] == 0.f ? kMinusInf : (origin_[row] - kShift + log2f(sum_[row])) * sm90::kLn2;
-  }
-
- private:
   static constexpr float kMinusInf = -INFINITY;
   static constexpr float kMagic = Traits::kMagic;
   // P is at most 2^(kShift + kSlack), below e4m3's 448. Small P are coarse, with a linear
@@ -256,6 +289,7 @@ class ScaledSoftmax {
   float offset_[kRows];  // what exponents are measured from: origin - kShift
   float sum_[kRows];
   float rescale_[kRows];
+  float score_offset_[kRows] = {};
   bool is_huge_ = false;  // the scores of this block were made relative to the origins
 };
 

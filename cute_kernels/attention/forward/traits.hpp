@@ -10,6 +10,7 @@
 #include "cute_kernels/attention/forward/passes.hpp"
 #include "cute_kernels/attention/forward/tile_traits.hpp"
 #include "cute_kernels/attention/global_tensor.hpp"
+#include "cute_kernels/attention/lengths.hpp"
 
 namespace cute_kernels::attention {
 
@@ -102,8 +103,9 @@ struct ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
   static_assert(!kSharedOutput || kConsumers == 2, "each warpgroup's turns are of one parity");
 
   /// V as TMA reads it: (keys, head_dim_v, heads, batch).
-  static auto value_tensor(TensorView const& view, int keys, int head_dim_v, int heads, int batch) {
-    return global_tensor<Element>(view, keys, head_dim_v, heads, batch);
+  static auto value_tensor(TensorView const& view, AttentionCall const& call, int keys) {
+    return global_tensor<Element>(view, keys, call.sizes.head_dim_v, call.sizes.heads_kv,
+                                  tensor_batch(call));
   }
 
   struct SharedStorage {

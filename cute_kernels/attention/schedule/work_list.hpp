@@ -10,7 +10,8 @@
 namespace cute_kernels::attention {
 
 /// A tile of one sequence, of all heads: what kernels need to know of it. A tile of queries may
-/// begin before the first one.
+/// begin before the first one. Tiling::kNumbersSequences: also of packed sequences, `batch` is
+/// which one it is.
 struct alignas(16) WorkTile {
   int first_row;  // in the sequence
   Sequence sequence;
@@ -26,6 +27,8 @@ static_assert(sizeof(WorkTile) == 32);
 /// Forward: queries in tiles of kTileM, whose length is how many blocks of kTileN keys they see.
 template <int kTileM, int kTileN>
 struct QueryTiling {
+  static constexpr bool kNumbersSequences = false;
+
   static constexpr int count(Sequence const& sequence) {
     return (sequence.seqlen_q + kTileM - 1) / kTileM;
   }
@@ -45,6 +48,11 @@ struct QueryTiling {
   static constexpr int last_neighbour(int tile, int count) {
     return count - 1 - (count - 1 - tile) / kNeighbours * kNeighbours;
   }
+};
+
+template <int kTileM, int kTileN>
+struct NumberedQueryTiling : QueryTiling<kTileM, kTileN> {
+  static constexpr bool kNumbersSequences = true;
 };
 
 /// How many tiles of tile_m queries a call may have.
@@ -201,7 +209,8 @@ class WorkListBuilder {
     int const end = first_tile(thread + 1);
     int entry = shared_.entry[thread];
     for (int i = first_tile(thread); i < end; ++entry) {
-      Sequence const sequence = sequence_of(call_, entry);
+      Sequence sequence = sequence_of(call_, entry);
+      if constexpr (Tiling::kNumbersSequences) sequence.batch = entry;
       WindowRanges const ranges = ranges_of(call_, sequence, entry);
       int const start = starts()[entry], count = starts()[entry + 1] - start;
       for (int const stop = lesser(end, start + count); i < stop; ++i) {

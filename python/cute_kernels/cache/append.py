@@ -10,6 +10,7 @@ from cute_kernels.cache import operators
 from cute_kernels.cache.checks import check_append
 from cute_kernels.checks import check_flag, check_int, explain, refuse_derivatives
 from cute_kernels.fp8.rotation import signed
+from cute_kernels.registration import mark_written
 
 
 def append_kv(
@@ -112,5 +113,5 @@ def append_rows(
         results: tuple[Tensor, Tensor] = operators.append(k_cache, v_cache, *inputs)
     except (AttributeError, IndexError) as error:
         explain(error, check_append, k_cache, v_cache, *inputs)
-    operators.mark_written(k_cache, v_cache, *factors[2:4])
+    mark_written(k_cache, v_cache, *factors[2:4])
     return results

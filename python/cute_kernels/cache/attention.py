@@ -20,6 +20,7 @@ from cute_kernels.checks import (
     explain,
     refuse_derivatives,
 )
+from cute_kernels.registration import mark_written
 from cute_kernels.varlen_checks import check_int32
 
 # What the arguments are that most calls leave alone.
@@ -132,7 +133,7 @@ def flash_attn_with_kvcache(
         unusual = True
     if unusual:
         refuse_later("flash_attn_with_kvcache", qv=qv, attention_chunk=attention_chunk)
-        check_hints(q, num_splits, pack_gqa, sm_margin)
+        check_hints(num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
     if scheduler_metadata is not None:
         _check_metadata(scheduler_metadata)
@@ -203,6 +204,7 @@ def flash_attn_with_kvcache(
         right,
         softcap,
         num_splits,
+        sm_margin,
         rotation,
     )
     if dense:
@@ -249,7 +251,7 @@ def attend(
         lse: Tensor = operators.attention_out(into, *inputs)
     except (AttributeError, IndexError) as error:
         explain(error, check_attention, *inputs)
-    operators.mark_written(into)
+    mark_written(into)
     return into, lse
 
 

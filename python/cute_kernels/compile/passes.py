@@ -26,6 +26,7 @@ MASKS = {"any": "kAny", "full": "kFull", "causal": "kCausal", "none": "kNone"}
 
 ACCUMULATOR_BYTES = 4
 SCALE_ROWS = 64  # FP8: keys that share a scale
+PACKED_VALUE_KEYS = 128  # FP8: keys of V that a packed sequence has whole blocks of
 SEQUENCE_KEY_BLOCK_BYTES = 100  # backward, any_call: what is known of a key block
 KEY_BLOCK = 16  # backward: channels of a k-step of WGMMA, 4 registers as an operand
 SUM_CHANNELS = 8  # FP8 with linear_exp: channels of V that are ones
@@ -53,6 +54,8 @@ FORWARD_FIELDS = (
 )
 FP8_FIELDS = (
     *HEAD,
+    Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
+    Field("any_call", bool, False, "kAnyCall"),
     Field("mask", str, "any"),
     Field("tile_m", int),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -112,15 +115,15 @@ def forward_registers(row: Row) -> dict[str, int]:
 
 def fp8_shared_memory(row: Row) -> dict[str, int]:
     stages, consumers = row["stages"], row["consumer_warpgroups"]
-    channels = row["head_dim"] + (SUM_CHANNELS if row["linear_exp"] else 0)
-    queries = consumers * WARPGROUP_M * row["head_dim"]
+    channels = row["head_dim_v"] + (SUM_CHANNELS if row["linear_exp"] else 0)
+    rows = consumers * WARPGROUP_M
     return aligned(
         {
             "K": stages * row["tile_n"] * row["head_dim"],
             "V": stages * row["tile_n"] * channels,
-            "Q": queries,
-            "O": queries * ELEMENT_BYTES,
-            "scales and barriers": consumers * row["head_dim"] * 4
+            "Q": rows * row["head_dim"],
+            "O": rows * row["head_dim_v"] * ELEMENT_BYTES,
+            "scales and barriers": consumers * row["head_dim_v"] * 4
             + 16  # what int8 products are added to
             + 2 * 8 * (2 * stages + consumers),
         }
@@ -129,7 +132,7 @@ def fp8_shared_memory(row: Row) -> dict[str, int]:
 
 def fp8_registers(row: Row) -> dict[str, int]:
     scores = WARPGROUP_M * row["tile_n"] // WARPGROUP_THREADS
-    channels = row["head_dim"] + (SUM_CHANNELS if row["linear_exp"] else 0)
+    channels = row["head_dim_v"] + (SUM_CHANNELS if row["linear_exp"] else 0)
     return {
         "scores": scores,
         "output": WARPGROUP_M * channels // WARPGROUP_THREADS,
@@ -214,10 +217,15 @@ def fp8_problems(row: Row) -> list[str]:
             f"tile_n = {row['tile_n']} must be a multiple of {SCALE_ROWS}, the keys that share a "
             f"scale, up to 256"
         )
-    if row["linear_exp"] and (row["tile_n"] > 128 or row["head_dim"] == 256):
+    if row["linear_exp"] and (row["tile_n"] > 128 or row["head_dim_v"] == 256):
         found.append(
             f"linear_exp needs {SUM_CHANNELS} more channels of V, for the row sums: tile_n of 64 "
-            f"or 128 (one swizzled column) and head_dim + {SUM_CHANNELS} <= 256"
+            f"or 128 (one swizzled column) and head_dim_v + {SUM_CHANNELS} <= 256"
+        )
+    if row["any_call"] and PACKED_VALUE_KEYS % row["tile_n"]:
+        found.append(
+            f"any_call needs tile_n of 64 or 128: packed sequences have whole blocks of "
+            f"{PACKED_VALUE_KEYS} keys of V to themselves"
         )
     if row["linear_exp"] and row["overlap"]:
         found.append(
@@ -349,6 +357,7 @@ PASSES = {
             shared_memory=fp8_shared_memory,
             registers=fp8_registers,
             problems=fp8_problems,
+            workspace=True,
         ),
         DECODE,
         FP8_DECODE,

@@ -21,6 +21,10 @@ from cute_kernels.torch_private import direct
 _deterministic = torch.are_deterministic_algorithms_enabled
 _DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
+# What `_make_unread` gave: all calls share it, as to make it anew takes a fifth of a small call's
+# host time. Only `keep_unread` adds to it, so that none of it is memory of a CUDA graph.
+_kept_unread: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
+
 
 def scaled_dot_product_flash_attention(
     query: Tensor,
@@ -42,8 +46,8 @@ def scaled_dot_product_flash_attention(
     answer = _forward(*tensors, None, is_causal, (None, None), scale)
     if answer is NotImplemented:
         return NotImplemented
-    out, lse, *placeholders = answer
-    return out.transpose(1, 2), lse, None, None, query.shape[2], key.shape[2], *placeholders
+    out, lse, *unread = answer
+    return out.transpose(1, 2), lse, None, None, query.shape[2], key.shape[2], *unread
 
 
 def scaled_dot_product_flash_attention_backward(
@@ -209,11 +213,28 @@ def _forward(
     if answer is NotImplemented:
         return NotImplemented
     out, lse = answer
-    # What dropout would draw from, and the debug mask: nobody reads them.
-    device = query.device
+    place = query.device, query.dtype
+    unread = _kept_unread.get(place) or _make_unread(*place)
+    return _laid_out_as(query, out), lse, *unread
+
+
+def _make_unread(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What the operators return beside output and LSE: the two that dropout would draw from, and
+    the debug mask. Without dropout nobody reads them, or writes to them."""
     rng_state = torch.empty(2, dtype=torch.uint64, device=device)
     unused = torch.empty((), dtype=torch.uint64, device=device)
-    return _laid_out_as(query, out), lse, rng_state, unused, query.new_empty(0)
+    return rng_state, unused, torch.empty(0, dtype=dtype, device=device)
+
+
+def keep_unread(device: torch.device) -> None:
+    """Has calls on a device share what nobody reads of their results. Not while a CUDA graph is
+    captured."""
+    for dtype in _DTYPE_NAMES:
+        _kept_unread[device, dtype] = _make_unread(device, dtype)
+
+
+def drop_unread() -> None:
+    _kept_unread.clear()
 
 
 def _asks(later: dict[str, Any]) -> bool:

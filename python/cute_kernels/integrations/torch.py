@@ -91,6 +91,9 @@ class Overrides:
         self._undo: list[Callable[[], None]] = []
         if dispatch_key == "CUDA":
             self._undo = [torch_choice.put_flash_before_cudnn(), torch_choice.tag_caches(NAME)]
+            if torch.cuda.is_available():
+                aten.keep_unread(torch.device("cuda", torch.cuda.current_device()))
+                self._undo.append(aten.drop_unread)
         library: Any = Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         self._library = library
         with warnings.catch_warnings():  # that a kernel is overridden, once in a process

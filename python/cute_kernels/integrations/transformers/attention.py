@@ -98,7 +98,7 @@ def attention(
 def _attend(seen: Seen, q: Tensor, k: Tensor, v: Tensor, chosen: dict[str, Any]) -> Tensor:
     """(batch, seqlen, heads, v's head_dim), of tensors in that order."""
     is_batch = seen.lengths is None or seen.ends is not None
-    is_of_caches = is_batch and seen.chunk is None and "softcap" not in chosen  # not there yet
+    is_of_caches = is_batch and seen.chunk is None  # chunks are not there yet
     is_step = q.shape[1] == 1 and not _needs_gradient(q, k, v, chosen.get("sinks"))
     if is_step and is_of_caches and attends_to_caches(q):
         starts, stops = seen.ends or (None, seen.keys)
