@@ -14,7 +14,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cute_kernels/attention/decode/fp8_tile_config.hpp"
-#include "cute_kernels/attention/decode/tile_config.hpp"
+#include "cute_kernels/attention/prefill/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
 #include "cute_kernels/torch/eight_bits.hpp"
@@ -25,6 +25,7 @@ namespace cute_kernels::binding {
 namespace {
 
 using attention::CachedCall;
+using attention::CacheKernels;
 using attention::CachePages;
 using attention::CacheView;
 using attention::CallSizes;
@@ -107,31 +108,73 @@ CachePages cache_pages(Argument const& q, Argument const& k, int64_t batch,
   return pages;
 }
 
-/// The last of the kernels that fit.
-template <class Kernel, class Dtype>
-Kernel const& decode_kernel_for(attention::KernelTable<Kernel> const& kernels, Dtype dtype,
-                                Argument const& k, CachedCall const& call) {
-  Kernel const* const kernel = attention::choose_decode(kernels, dtype, call);
-  if (kernel == nullptr) {
-    std::ostringstream there;
-    for (Kernel const& other : kernels) there << ' ' << other.config.name;
-    fail("no decode kernel for caches of ", DtypeOf{k.dtype}, " and head_dim ",
-         std::max(call.head_dim, call.head_dim_v), " in this build, which has", there.str());
-  }
-  require(attention::most_blocks(call, kernel->config.tile_m, kernel->config.tile_n) <=
-              attention::kMostBlocks,
-          "q and the cache have too many blocks for one call: pass fewer queries at a time");
-  return *kernel;
+/// Which of a pass's kernels there are, for a message.
+template <class Kernel>
+[[noreturn]] void fail_without_kernel(attention::KernelTable<Kernel> const& kernels,
+                                      ScalarType dtype, CachedCall const& call) {
+  std::ostringstream there;
+  for (Kernel const& kernel : kernels) there << ' ' << kernel.config.name;
+  fail("no decode kernel for caches of ", DtypeOf{dtype}, " and head_dim ",
+       std::max(call.head_dim, call.head_dim_v), " in this build, which has", there.str());
 }
 
-/// Allocates what the call needs, and starts it. The workspace lives until the launch is enqueued:
-/// the allocator reuses memory in stream order.
 template <class Kernel>
-void start(Kernel const& kernel, typename Kernel::Problem& problem, int device) {
+void check_blocks(Kernel const& kernel, CachedCall const& call) {
+  require(attention::most_blocks(call, kernel.config.tile_m, kernel.config.tile_n) <=
+              attention::kMostBlocks,
+          "q and the cache have too many blocks for one call: pass fewer queries at a time");
+}
+
+/// A call's kernels. Of `longest`, which the caller knows or not, no sequence has more queries.
+CacheKernels kernels_for(ScalarType dtype, CachedCall const& call, std::optional<int64_t> longest,
+                         attention::Device const& device) {
+  auto const most =
+      static_cast<int>(std::min<int64_t>(longest.value_or(call.total_q), call.total_q));
+  CacheKernels const kernels =
+      attention::choose_for_cache(element_type(dtype), call, most, device.multiprocessors);
+  if (kernels.decode == nullptr && kernels.prefill == nullptr) {
+    fail_without_kernel(attention::decode_kernels, dtype, call);
+  }
+  if (kernels.decode != nullptr) check_blocks(*kernels.decode, call);
+  return kernels;
+}
+
+/// Launches a kernel with a workspace of its own, which lives until the launch is enqueued: the
+/// allocator reuses memory in stream order.
+template <class Kernel>
+void launch(Kernel const& kernel, typename Kernel::Problem& problem) {
+  int const device = problem.device.index;
   Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, device);
   problem.workspace = workspace.data_ptr();
-  problem.ticket = next_ticket();
   require_success(kernel.launch(problem, current_stream(device)), kernel.config.name);
+}
+
+/// Sequences of many queries and of few have kernels of their own.
+void launch_all(CacheKernels const& kernels, DecodeProblem& problem) {
+  CachedCall& call = problem.call;
+  if (kernels.prefill != nullptr) {
+    if (kernels.decode != nullptr) call.least_rows = CacheKernels::kLeastRows;
+    launch(*kernels.prefill, problem);
+    call.least_rows = 0;
+  }
+  if (kernels.decode != nullptr) {
+    if (kernels.prefill != nullptr) call.most_rows = CacheKernels::kLeastRows - 1;
+    launch(*kernels.decode, problem);
+  }
+}
+
+/// To a cache of 8 bits of this dtype.
+void launch_eight_bits(ScalarType dtype, Fp8DecodeProblem& problem) {
+#ifdef CUTE_KERNELS_FP8
+  auto const& kernels = attention::fp8_decode_kernels;
+  auto const* const kernel =
+      attention::choose_decode(kernels, attention::CacheType::kEightBits, problem.call);
+  if (kernel == nullptr) fail_without_kernel(kernels, dtype, problem.call);
+  check_blocks(*kernel, problem.call);
+  launch(*kernel, problem);
+#else
+  fail("this build has no kernels for caches of ", DtypeOf{dtype}, " (CUTE_KERNELS_FP8=OFF)");
+#endif
 }
 
 attention::QueryType query_type(ScalarType dtype) {
@@ -151,7 +194,7 @@ Tensor flash_attn_kvcache_forward_out(
     std::optional<Tensor> cache_batch_idx, std::optional<Tensor> cache_leftpad,
     std::optional<Tensor> sinks, double softmax_scale, bool causal, std::optional<Tensor> q_descale,
     std::optional<Tensor> k_descale, std::optional<Tensor> v_descale,
-    std::optional<Tensor> tree_mask, [[maybe_unused]] std::optional<int64_t> max_seqlen_q,
+    std::optional<Tensor> tree_mask, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
     int64_t num_splits, int64_t sm_margin, std::optional<int64_t> rotation_seed) {
   Argument const q("q", q_tensor), k("k_cache", k_cache), v("v_cache", v_cache);
@@ -176,6 +219,7 @@ Tensor flash_attn_kvcache_forward_out(
   require(q.size(0) * sizes.heads_q <= std::numeric_limits<int>::max(), "q has 2^31 rows or more");
   require(std::isfinite(softcap) && softcap >= 0, "softcap is not finite and at least 0");
   require(num_splits >= 0, "num_splits is below 0");
+  require(!max_seqlen_q || *max_seqlen_q >= 0, "max_seqlen_q is below 0");
   Argument const out("out", out_tensor);
   check_device(out, q);
   require(out.dtype == output_type(q.dtype), "out does not have the output's dtype");
@@ -234,25 +278,15 @@ Tensor flash_attn_kvcache_forward_out(
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor lse = empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device);
   if (lse.numel() == 0) return lse;
-  // The copy, if any, lives until the launch is enqueued, as the workspace does.
-  int const q_bytes = is_8_bits(q.dtype) ? 1 : kElementBytes;
-  Tensor const q_readable = tma_readable(q, q_bytes);
+  // The copy, if any, lives until the launches are enqueued.
+  Tensor const q_readable = tma_readable(q, is_8_bits(q.dtype) ? 1 : kElementBytes);
   problem.q = view(q_readable);
   problem.out = out_tensor.data_ptr();
   problem.lse = static_cast<float*>(lse.data_ptr());
-  if (!eight_bits) {
-    auto const type = element_type(q.dtype);
-    start<attention::DecodeKernel>(decode_kernel_for(attention::decode_kernels, type, k, call),
-                                   problem, q.device);
-    return lse;
-  }
-#ifdef CUTE_KERNELS_FP8
-  auto const type = attention::CacheType::kEightBits;
-  start(decode_kernel_for(attention::fp8_decode_kernels, type, k, call), problem, q.device);
+  problem.ticket = next_ticket();
+  eight_bits ? launch_eight_bits(k.dtype, problem)
+             : launch_all(kernels_for(q.dtype, call, max_seqlen_q, problem.device), problem);
   return lse;
-#else
-  fail("this build has no kernels for caches of 8 bits (CUTE_KERNELS_FP8=OFF)");
-#endif
 }
 
 std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "cute_kernels/attention/call.hpp"
 #include "cute_kernels/attention/problem.hpp"
@@ -55,7 +56,11 @@ struct CachedCall {
   CacheLengths lengths;
   // (total_q), or null: bit j of a query: whether it sees new key j, of the last keys of its
   // sequence, as many as it has queries. It sees no new key from number 64 on.
-  int64_t const* tree_mask;
+  int64_t const* tree_mask = nullptr;
+  // A launch answers the sequences that have so many rows (queries * group); of others it writes
+  // nothing.
+  int least_rows = 0;
+  int most_rows = std::numeric_limits<int>::max();
 };
 
 /// All parts of a call's work are numbered by an int, with 1/16 to spare.
