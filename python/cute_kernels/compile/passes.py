@@ -39,7 +39,7 @@ FORWARD_FIELDS = (
     *HEAD,
     Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
     Field("any_call", bool, False, "kAnyCall"),
-    Field("softcap", bool, False, "kSoftcap"),
+    Field("softcap", bool, False),
     Field("mask", str, "any"),
     Field("tile_m", int),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -80,7 +80,7 @@ BACKWARD_FIELDS = (
     *HEAD,
     Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
     Field("any_call", bool, False, "kAnyCall"),
-    Field("softcap", bool, False, "kSoftcap"),
+    Field("softcap", bool, False),
     Field("mask", str, "any"),
     Field("tile_m", int, REQUIRED, "kTileM"),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -346,7 +346,8 @@ def row_config(row: Row) -> tuple[object, ...]:
     head_dim = row["head_dim"]
     mask = f"MaskClass::{MASKS[row.get('mask', 'any')]}"
     any_call, softcap = (row.get(column, False) for column in ("any_call", "softcap"))
-    return head_dim, row.get("head_dim_v", head_dim), any_call, softcap, mask
+    variant = f'"{row["variant"]}"' if "variant" in row else "nullptr"
+    return head_dim, row.get("head_dim_v", head_dim), any_call, softcap, variant, mask
 
 
 PASSES = {
@@ -366,6 +367,7 @@ PASSES = {
             problems=forward_problems,
             swizzle=32,
             workspace=True,
+            variants=True,
         ),
         Pass(
             name="backward",
@@ -381,6 +383,7 @@ PASSES = {
             problems=backward_problems,
             swizzle=32,
             workspace=True,
+            variants=True,
         ),
         Pass(
             name="forward_fp8",
