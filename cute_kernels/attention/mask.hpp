@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/ranges.hpp"
@@ -80,10 +82,11 @@ struct TwoEndedMask : Ranges {
     for (int row = 0; row < size<0>(scores); ++row) {
       int const first = this->first_query(key + 8 * row) - query;
       int const limit = lesser(this->end_query(key + 8 * row), this->seqlen_q) - query;
+      constexpr int kColumns = decltype(size<1>(scores))::value;
+      uint32_t const seen = columns_between<kColumns>(first, limit);
       CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(scores); ++col) {
-        int const offset = 8 * (col / 2) + col % 2;
-        if (offset < first || offset >= limit) scores(row, col) = hidden;
+      for (int col = 0; col < kColumns; ++col) {
+        if ((seen & uint32_t{1} << col) == 0) scores(row, col) = hidden;
       }
     }
   }

@@ -13,6 +13,20 @@ namespace cute_kernels::attention {
 constexpr int lesser(int a, int b) { return b < a ? b : a; }
 constexpr int greater(int a, int b) { return a < b ? b : a; }
 
+/// Of kColumns columns of an accumulator that a thread has, pairs 8 apart, a bit for each that lies
+/// from `first` up to before `end`. On the device: two comparisons for each column would not leave
+/// enough predicates.
+template <int kColumns>
+constexpr uint32_t columns_between(int first, int end) {
+  static_assert(kColumns <= 32);
+  auto before = [](int offset) {  // that many columns
+    int const inside = lesser(greater(0, offset), 4 * kColumns);
+    return inside / 8 * 2 + lesser(inside % 8, 2);
+  };
+  auto ones = [](int count) { return static_cast<uint32_t>((uint64_t{1} << count) - 1); };
+  return ones(before(end)) & ~ones(before(first));
+}
+
 /// The blocks of keys that some queries see, or of queries that see some keys: those from `begin`
 /// up to before `end`, of which those from `full_begin` up to before `full_end` need no mask (none,
 /// where full_begin >= full_end). Forward walks from the last block to the first, so that the
