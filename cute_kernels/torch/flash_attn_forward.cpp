@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -6,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "cute_kernels/attention/prefill/tile_config.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/schedule/work_list.hpp"
 #include "cute_kernels/attention/tile_config.hpp"
@@ -31,6 +33,16 @@ ForwardKernel const& forward_kernel_for(ElementType dtype, AttentionCall const& 
                                         TileName const& tile, int multiprocessors) {
   auto const choose = [&] { return automatic_choice(dtype, call, multiprocessors); };
   return kernel_for(attention::forward_kernels, choose, dtype, call, tile);
+}
+
+/// Null where the call is not one for tiles of several heads' rows, or the caller or a measurement
+/// has chosen.
+attention::PrefillKernel const* grouped_kernel_for(ElementType dtype, AttentionCall const& call,
+                                                   TileName const& tile) {
+  if (!tile.automatic() || measured_choice<ForwardKernel>.find(dtype, call) != nullptr) {
+    return nullptr;
+  }
+  return attention::choose_grouped(dtype, call);
 }
 
 /// Output and LSE of a call that was checked, of shapes that fit it. Where they have no elements
@@ -63,6 +75,53 @@ void answer(AttentionCall const& call, ForwardKernel const& kernel, attention::D
   require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
 }
 
+attention::CacheView rows_in_pages(Tensor const& tensor) {
+  attention::TensorView const rows = view(tensor);
+  return {rows.data, rows.batch_stride, rows.seqlen_stride, rows.head_stride};
+}
+
+/// The same by a kernel whose tiles have rows of several heads: K and V are one page, or one of
+/// each sequence.
+void answer_grouped(AttentionCall const& call, attention::PrefillKernel const& kernel,
+                    attention::Device const& device, Argument const& q, Argument const& k,
+                    Argument const& v, Tensor const& out, Tensor const& lse) {
+  if (lse.numel() == 0) return;
+  CallSizes const& sizes = call.sizes;
+  bool const is_dense = !call.is_packed();
+  int const keys = attention::tensor_rows_k(call);
+  Tensor const q_readable = tma_readable(q, kElementBytes);
+  Tensor const k_readable = keys > 0 ? tma_readable(k, kElementBytes) : out;
+  Tensor const v_readable = keys > 0 ? tma_readable(v, kElementBytes) : out;
+  attention::PrefillProblem problem{};
+  attention::CachedCall& grouped = problem.call;
+  grouped.batch = sizes.batch;
+  grouped.total_q = is_dense ? sizes.batch * sizes.seqlen_q : call.packed.total_q;
+  grouped.heads_q = sizes.heads_q;
+  grouped.heads_kv = sizes.heads_kv;
+  grouped.group = sizes.heads_q / sizes.heads_kv;
+  grouped.head_dim = sizes.head_dim;
+  grouped.head_dim_v = sizes.head_dim_v;
+  grouped.most_keys = keys;
+  grouped.mask = call.mask;
+  grouped.scale = call.scale;
+  grouped.lengths.cu_seqlens_q = call.packed.cu_seqlens_q;
+  grouped.uncached = {is_dense, call.packed.cu_seqlens_k, call.packed.seqused_q,
+                      call.packed.seqused_k};
+  problem.pages.pages = is_dense ? sizes.batch : 1;
+  problem.pages.page_size = std::max(1, keys);
+  problem.pages.pages_of_sequence = 1;
+  problem.q = view(q_readable);
+  problem.k = rows_in_pages(k_readable);
+  problem.v = rows_in_pages(v_readable);
+  problem.sinks = call.sinks;
+  problem.out = out.data_ptr();
+  problem.lse = static_cast<float*>(lse.data_ptr());
+  problem.device = device;
+  Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, q.device);
+  problem.workspace = workspace.data_ptr();
+  require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
+}
+
 /// `deterministic` is for the gradient; the forward pass always is.
 std::tuple<Tensor, Tensor> flash_attn_forward(
     Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor, double softmax_scale,
@@ -80,15 +139,23 @@ std::tuple<Tensor, Tensor> flash_attn_forward(
   Sinks const sinks(sinks_tensor, q, sizes.heads_q);
   call.sinks = sinks.data();
   call.softcap = checked_softcap(softcap);
+  auto const results = [&] {
+    return std::tuple(
+        empty({sizes.batch, sizes.seqlen_q, sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device),
+        empty({sizes.batch, sizes.heads_q, sizes.seqlen_q}, ScalarType::Float, q.device));
+  };
+  if (auto const* const grouped = grouped_kernel_for(element_type(q.dtype), call, tile)) {
+    auto [out, lse] = results();
+    answer_grouped(call, *grouped, device, q, k, v, out, lse);
+    return {out, lse};
+  }
   ForwardKernel const& kernel =
       forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
   int64_t const query_blocks = (q.size(1) + kernel.config.tile_m - 1) / kernel.config.tile_m;
   require(static_cast<double>(sizes.batch) * sizes.heads_q * query_blocks < double{1 << 30},
           "q has 2^30 blocks or more");
 
-  Tensor out =
-      empty({sizes.batch, sizes.seqlen_q, sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device);
-  Tensor lse = empty({sizes.batch, sizes.heads_q, sizes.seqlen_q}, ScalarType::Float, q.device);
+  auto [out, lse] = results();
   answer(call, kernel, device, q, k, v, out, lse);
   return {out, lse};
 }
@@ -114,13 +181,21 @@ std::tuple<Tensor, Tensor> flash_attn_varlen_forward(
   Sinks const sinks(sinks_tensor, q, sizes.heads_q);
   call.sinks = sinks.data();
   call.softcap = checked_softcap(softcap);
+  auto const results = [&] {
+    return std::tuple(empty({q.size(0), sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device),
+                      empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device));
+  };
+  if (auto const* const grouped = grouped_kernel_for(element_type(q.dtype), call, tile)) {
+    auto [out, lse] = results();
+    answer_grouped(call, *grouped, device, q, k, v, out, lse);
+    return {out, lse};
+  }
   ForwardKernel const& kernel =
       forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
   int64_t const most = attention::most_tiles(call, kernel.config.tile_m) * sizes.heads_q;
   require(most < 1 << 30, "q has 2^30 blocks or more");
 
-  Tensor out = empty({q.size(0), sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device);
-  Tensor lse = empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device);
+  auto [out, lse] = results();
   answer(call, kernel, device, q, k, v, out, lse);
   return {out, lse};
 }
