@@ -78,8 +78,10 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
                                           int warpgroup, Store const& store) {
     using namespace cute;
     Softmax softmax;
-    auto out = partition_fragment_C(typename Traits::MmaPv{},
-                                    Shape<Int<Traits::kWarpgroupM>, Int<Traits::kValueChannels>>{});
+    constexpr int kChannels = Traits::kPromote ? Traits::kHeadDimV : Traits::kValueChannels;
+    using Mma =
+        std::conditional_t<Traits::kPromote, typename Traits::MmaOut, typename Traits::MmaPv>;
+    auto out = partition_fragment_C(Mma{}, Shape<Int<Traits::kWarpgroupM>, Int<kChannels>>{});
     clear(out);
     Result::load_value_scales(params, shared, coord, warpgroup);
     compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord, warpgroup,
@@ -266,11 +268,16 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
         softmax_block(scores, block, false_type{}, [&] { softmax.rescale(out_rows); });
         Softmax::pack(scores, probabilities);
         pipeline_v.consumer_wait(read_v);
-        sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
-                                                 operand_v(_, _, _, read_v.index()), out);
-        warpgroup_wait<0>();
-        release(pipeline_v, read_v);
-        take_sums(out, softmax);
+        if constexpr (Traits::kPromote) {
+          Result::add_slices(shared, read_v.index(), probabilities, softmax, out);
+          release(pipeline_v, read_v);
+        } else {
+          sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
+                                                   operand_v(_, _, _, read_v.index()), out);
+          warpgroup_wait<0>();
+          release(pipeline_v, read_v);
+          Result::take_sums(out, softmax);
+        }
       }
       skip_last_blocks();
       return;
@@ -333,20 +340,6 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     warpgroup_wait<0>();
     release(pipeline_v, read_v);
     skip_last_blocks();
-  }
-
-  /// Takes a block's row sums from the channels of ones. Not left there for the next block: 8-bit
-  /// WGMMAs add up in about 14 bits and cut off the rest, a third of the sum after 16k keys.
-  template <class Output>
-  CUTLASS_DEVICE static void take_sums(Output& out, Softmax& softmax) {
-    if constexpr (Traits::kLinearExp) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < 2; ++row) {
-        float& sum = out(Traits::kHeadDimV / 2 + 2 * row);  // a column pair a row
-        softmax.add_sum(row, sum);
-        sum = 0.f;
-      }
-    }
   }
 
   /// Sets all products to Traits::kMagicBits. A load sets four, a move one: instructions are short,
