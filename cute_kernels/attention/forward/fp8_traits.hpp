@@ -125,10 +125,11 @@ struct Fp8ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
 
   /// V as TMA reads it: (head_dim_v, keys, heads, batch).
   static auto value_tensor(TensorView const& view, AttentionCall const& call, int keys) {
-    int const padded_keys =
-        call.is_packed()
-            ? static_cast<int>(packed_value_keys(call.packed.total_k, call.sizes.batch))
-            : (keys + 15) / 16 * 16;
+    int padded_keys = (keys + 15) / 16 * 16;
+    if (call.is_packed()) {  // a descriptor of no keys is not allowed
+      int64_t const of_all = packed_value_keys(call.packed.total_k, call.sizes.batch);
+      padded_keys = static_cast<int>(of_all > 0 ? of_all : kPackedValueKeys);
+    }
     return global_tensor<ElementPv>(view, call.sizes.head_dim_v, padded_keys, call.sizes.heads_kv,
                                     tensor_batch(call));
   }
