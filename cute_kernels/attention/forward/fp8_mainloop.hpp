@@ -279,66 +279,66 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
           Result::take_sums(out, softmax);
         }
       }
-      skip_last_blocks();
-      return;
-    }
+    } else {
+      // Prologue: the first block's scores, nothing to overlap with yet.
+      {
+        auto products = new_products();
+        load_scales(block);
+        pipeline_k.consumer_wait(read_k);
+        sm90::issue_gemm<kOntoMagic>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
+                                     products);
+        warpgroup_wait<0>();
+        release(pipeline_k, read_k);
+        if (block == begin) release_query(shared, warpgroup);
+        // Not sooner, as the compiler would: Q's scale comes from device memory meanwhile.
+        asm volatile("" : "+f"(q_scale));
+        q_scale = sm90::min_nan(q_scale * params.scale_log2, kLargestQueryFactor);
+        auto scores = as_float(products);
+        softmax_block(scores, block, true_type{}, [] {});
+        Softmax::pack(scores, probabilities);
+      }
 
-    // Prologue: the first block's scores, nothing to overlap with yet.
-    {
-      auto products = new_products();
-      load_scales(block);
-      pipeline_k.consumer_wait(read_k);
-      sm90::issue_gemm<kOntoMagic>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()), products);
-      warpgroup_wait<0>();
-      release(pipeline_k, read_k);
-      if (block == begin) release_query(shared, warpgroup);
-      // Not sooner, as the compiler would: Q's scale comes from device memory meanwhile.
-      asm volatile("" : "+f"(q_scale));
-      q_scale = sm90::min_nan(q_scale * params.scale_log2, kLargestQueryFactor);
-      auto scores = as_float(products);
-      softmax_block(scores, block, true_type{}, [] {});
-      Softmax::pack(scores, probabilities);
-    }
+      // Steady state: this step's Q K^T and the last step's P V are issued back to back; the
+      // softmax of the new scores runs while P V is in flight.
+      auto k_token = pipeline_k.consumer_test_wait(read_k);
+      while (block > begin) {
+        --block;
+        auto products = new_products();
+        load_scales(block);
+        pipeline_k.consumer_wait(read_k, k_token);
+        wait_turn(warpgroup);
+        sm90::issue_gemm<kOntoMagic>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
+                                     products);
+        pipeline_v.consumer_wait(read_v);
+        sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
+                                                 operand_v(_, _, _, read_v.index()), out);
+        pass_turn(warpgroup);
+        warpgroup_wait<1>();
+        release(pipeline_k, read_k);
+        if (block == begin) release_query(shared, warpgroup);
+        auto scores = as_float(products);
+        bool origins_moved = false;
+        softmax_block(scores, block, false_type{}, [&] { origins_moved = true; });
+        // Two waits on purpose: without a branch here the compiler moves most of the exponentials
+        // behind the wait. A branch that a warpgroup's warps take together, as PTX asks for.
+        if (block == begin) {
+          warpgroup_wait<0>();
+        } else {
+          sm90::warpgroup_wait_all();
+        }
+        if (origins_moved) softmax.rescale(out_rows);
+        release(pipeline_v, read_v);
+        if (block > begin) k_token = pipeline_k.consumer_test_wait(read_k);
+        Softmax::pack(scores, probabilities);
+      }
 
-    // Steady state: this step's Q K^T and the last step's P V are issued back to back; the softmax
-    // of the new scores runs while P V is in flight.
-    auto k_token = pipeline_k.consumer_test_wait(read_k);
-    while (block > begin) {
-      --block;
-      auto products = new_products();
-      load_scales(block);
-      pipeline_k.consumer_wait(read_k, k_token);
-      wait_turn(warpgroup);
-      sm90::issue_gemm<kOntoMagic>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()), products);
+      // Tail: the last block's P V.
       pipeline_v.consumer_wait(read_v);
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
                                                operand_v(_, _, _, read_v.index()), out);
-      pass_turn(warpgroup);
-      warpgroup_wait<1>();
-      release(pipeline_k, read_k);
-      if (block == begin) release_query(shared, warpgroup);
-      auto scores = as_float(products);
-      bool origins_moved = false;
-      softmax_block(scores, block, false_type{}, [&] { origins_moved = true; });
-      // Two waits on purpose: without a branch here the compiler moves most of the exponentials
-      // behind the wait. A branch that a warpgroup's warps take together, as PTX asks for.
-      if (block == begin) {
-        warpgroup_wait<0>();
-      } else {
-        sm90::warpgroup_wait_all();
-      }
-      if (origins_moved) softmax.rescale(out_rows);
+      warpgroup_wait<0>();
       release(pipeline_v, read_v);
-      if (block > begin) k_token = pipeline_k.consumer_test_wait(read_k);
-      Softmax::pack(scores, probabilities);
     }
-
-    // Tail: the last block's P V.
-    pipeline_v.consumer_wait(read_v);
-    sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
-                                             operand_v(_, _, _, read_v.index()), out);
-    warpgroup_wait<0>();
-    release(pipeline_v, read_v);
     skip_last_blocks();
   }
 
