@@ -73,6 +73,7 @@ FP8_FIELDS = (
     Field("pingpong", bool, True, "kPingpong"),
     Field("overlap", bool, True, "kOverlap"),
     Field("linear_exp", bool, False, "kLinearExp"),
+    Field("promote", bool, False, "kPromote"),
     Field("moves_of_four", int, 0, "kMovesOfFour"),
     Field("why", str),
 )
@@ -263,6 +264,10 @@ def fp8_problems(row: Row) -> list[str]:
         found.append(
             "linear_exp needs overlap = false: each block's row sums would take registers that the "
             "scores and P of two blocks do not leave"
+        )
+    if row["promote"] and row["overlap"]:
+        found.append(
+            "promote needs overlap = false: a block's products take the registers of its scores"
         )
     if not 0 <= row["moves_of_four"] <= 4:
         found.append(f"moves_of_four = {row['moves_of_four']} must be 0 to 4")
