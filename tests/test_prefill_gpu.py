@@ -147,9 +147,7 @@ def test_lengths_change_between_replays_of_a_graph(hopper):
     skip_unless_built(torch.bfloat16, 128)
     chance = random.Random(5)
     queries = [600, 1, 300, 16, 1]
-    cache = random_cache(
-        chance, [4000, 900, 2500, 70, 1200], queries, heads=(32, 4), page_size=64
-    )
+    cache = random_cache(chance, [4000, 900, 2500, 70, 1200], queries, heads=(32, 4), page_size=64)
     whole = cache.sequences
     run(cache)
     graph = torch.cuda.CUDAGraph()

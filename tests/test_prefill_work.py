@@ -111,7 +111,11 @@ def test_every_row_is_in_one_tile_with_all_keys_that_it_sees(tiles_of, seed):
     queries, used, leftpad, group, mask = case = random_case(random.Random(seed))
     rows_done = defaultdict(list)
     for entry, first_row, row_q, row_k, rows, begin, end, left, right, *ends in tiles_of(*case):
-        assert (row_q, row_k, rows) == (sum(queries[:entry]), leftpad[entry], queries[entry] * group)
+        assert (row_q, row_k, rows) == (
+            sum(queries[:entry]),
+            leftpad[entry],
+            queries[entry] * group,
+        )
         keys = used[entry] - leftpad[entry]
         own = range(max(0, first_row), min(rows, first_row + TILE_M))
         rows_done[entry] += own

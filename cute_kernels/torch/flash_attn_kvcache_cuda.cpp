@@ -13,8 +13,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "cute_kernels/attention/combine/problem.hpp"
-#include "cute_kernels/attention/decode/tile_config.hpp"
 #include "cute_kernels/attention/prefill/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"

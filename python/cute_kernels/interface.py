@@ -135,9 +135,10 @@ def flash_attn_func(
             if tile_config is not None:
                 raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
             refuse_for_fp8(softcap=softcap > 0, sm_margin=sm_margin > 0 and q.is_cuda)
+            mask, with_lse = (causal, left, right), return_lse or return_attn_probs
             operands = e4m3_operands(q, k, v, *descales, sinks)
             if attention_chunk == 0:
-                out, lse = flash_attn_e4m3(operands, softmax_scale, (causal, left, right), sinks)
+                out, lse = flash_attn_e4m3(operands, softmax_scale, mask, sinks, with_lse)
             else:
                 out, lse = _attend_in_chunks(
                     q,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 
 #include "cute_kernels/attention/decode/tile_config.hpp"
 
@@ -51,13 +52,14 @@ inline CacheKernels choose_for_cache(ElementType dtype, CachedCall const& call, 
     if (prefill == nullptr || kernel.config.head_dim <= prefill->config.head_dim) prefill = &kernel;
   }
   if (prefill == nullptr || call.softcap > 0) return {nullptr, decode};
-  int64_t const rows = int64_t{call.total_q} * call.group;
   if (int64_t{longest} * call.group < CacheKernels::kLeastRows) return {nullptr, decode};
+  int64_t const rows = int64_t{call.total_q} * call.group;
   double const tiles = static_cast<double>(rows) / prefill->config.tile_m * call.heads_kv;
   double const rounds = std::ceil(tiles / multiprocessors);
-  constexpr double kMostTiles = 1 << 30;
   bool const pays = tiles * kPrefillSpeed > rounds * multiprocessors;
-  if (!pays || tiles + double{call.batch} * call.heads_kv > kMostTiles) return {nullptr, decode};
+  constexpr int64_t kMostPlaces = 1 << 29;  // of tiles, also of one warpgroup's rows, and heads
+  bool const fits = (rows / 64 + call.batch) * call.heads_kv < kMostPlaces;
+  if (!pays || !fits) return {nullptr, decode};
   bool const all_are_long = int64_t{longest} * call.batch <= call.total_q;
   return {prefill, all_are_long ? nullptr : decode};
 }

@@ -57,6 +57,7 @@ def attention_cuda(
     tile_config: str | None = None,
     sinks: Tensor | None = None,
     score_offset: Tensor | None = None,
+    with_lse: bool = False,
     window_left: int | None = None,
     window_right: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -73,9 +74,11 @@ def attention_cuda(
     )
     window = {"window_left": window_left, "window_right": window_right}
     try:
-        out, lse = torch.ops.cute_kernels.flash_attn_fp8_forward(*inputs, **window)
+        out, lse = torch.ops.cute_kernels.flash_attn_fp8_forward(
+            *inputs, with_lse=with_lse, **window
+        )
     except RuntimeError as refusal:
-        explain(refusal, check_forward, *inputs, *window.values())
+        explain(refusal, check_forward, *inputs, **window)
     return out, lse
 
 
@@ -97,7 +100,7 @@ def whole_attention_cuda(
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Output, LSE and what was subtracted from k: `quantize_cuda` of all three and `attention_cuda`
     in one call, whose kernels overlap. None for what it does not do or refuses. Without `with_lse`
-    the LSE may be that of k less what was subtracted."""
+    the LSE may be that of rounded P, and of k less what was subtracted."""
     if not GPU_BUILT or not all(map(_is_fusible, (q, k, v))):
         return None
     if dtype not in (torch.int8, torch.float8_e4m3fn) or not 0 <= seed < 2**64:
@@ -116,7 +119,7 @@ def whole_attention_cuda(
     try:
         out, lse, shift = torch.ops.cute_kernels.flash_attn_fp8(*inputs, **window)
     except RuntimeError as refusal:
-        explain(refusal, check_whole, *inputs, *window.values())
+        explain(refusal, check_whole, *inputs, **window)
     return out, lse, shift if smooth_k else None
 
 
