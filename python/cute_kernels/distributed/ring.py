@@ -20,6 +20,7 @@ from cute_kernels.distributed.calls import (
     Options,
     Saved,
     Whole,
+    Written,
     add_gradients,
     attend,
     heads_of,
@@ -220,11 +221,24 @@ class Sums:
             total += more
 
     def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        for intervals, arrived in self._others.items():
-            for total, more in zip(self._own, arrived, strict=True):
-                place = 0
-                for start, stop in intervals:
-                    rows_of(total, (start, stop)).add_(rows_of(more, (place, place + stop - start)))
-                    place += stop - start
-        grad_k, grad_v = (total.to(dtype) for total in self._own)
+        """Rounded to a dtype, in the pass that adds the last of the others'."""
+        grad_k, grad_v = (torch.empty_like(own, dtype=dtype) for own in self._own)
+        others = list(self._others.items())
+        written = Written()
+        for number, (intervals, arrived) in enumerate(others):
+            is_last = number == len(others) - 1
+            for rows in intervals:
+                stored = plan.place(rows, intervals)
+                for own, more, grad in zip(self._own, arrived, (grad_k, grad_v), strict=True):
+                    mine = rows_of(own, rows)
+                    torch.add(
+                        mine,
+                        rows_of(more, (stored, stored + rows[1] - rows[0])),
+                        out=rows_of(grad, rows) if is_last else mine,
+                    )
+                if is_last:
+                    written.add(rows)
+        for rows in written.missing((0, grad_k.shape[-3])):
+            for own, grad in zip(self._own, (grad_k, grad_v), strict=True):
+                rows_of(grad, rows).copy_(rows_of(own, rows))
         return grad_k, grad_v
