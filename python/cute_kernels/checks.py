@@ -49,11 +49,13 @@ _Call = TypeVar("_Call", bound=Callable[..., Any])
 _unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual
 
 
-def explain(refusal: Exception, check: Callable[..., None], *inputs: Any) -> NoReturn:
+def explain(
+    refusal: Exception, check: Callable[..., None], *inputs: Any, **keywords: Any
+) -> NoReturn:
     """Raises what `check` raises for the inputs of a call that was refused, or if that is nothing
     the refusal itself."""
     try:
-        check(*inputs)
+        check(*inputs, **keywords)
     except (TypeError, ValueError, NotImplementedError) as exact:
         raise exact from None
     raise refusal
@@ -121,7 +123,7 @@ def check_forward(
     check_int("diagonal", diagonal)
     check_sm_margin(sm_margin)
     right = 0 if causal else window_right
-    own_mask = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
+    own_mask = tile_config is not None and is_own_mask(q, k, window_left, right, diagonal)
     any_call = own_mask or sinks is not None or softcap > 0
     check_tile_config(tile_config, "forward", q, v, any_call, softcap > 0)
     _check_blocks("q", q)
@@ -154,7 +156,7 @@ def check_backward(
     check_int("diagonal", diagonal)
     check_sm_margin(sm_margin)
     right = 0 if causal else window_right
-    own_mask = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
+    own_mask = tile_config is not None and is_own_mask(q, k, window_left, right, diagonal)
     check_tile_config(tile_config, "backward", q, v, own_mask or softcap > 0, softcap > 0)
     _check_blocks("k", k)
 
@@ -216,7 +218,7 @@ def check_call(
     check_softmax_scale(softmax_scale, accumulator_dtype(q.dtype))
     check_softcap(softcap, accumulator_dtype(q.dtype))
     if sinks is not None:
-        _check_sinks(sinks, q)
+        check_sinks(sinks, q)
 
 
 def check_window(left: int | None, right: int | None) -> None:
@@ -309,7 +311,7 @@ def check_tile_config(
     )
 
 
-def _is_own_mask(
+def is_own_mask(
     q: Tensor, k: Tensor, left: int | None, right: int | None, diagonal: int | None
 ) -> bool:
     """Whether it is neither none nor the causal one, as kernel_ranges has it
@@ -398,7 +400,7 @@ def check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
         )
 
 
-def _check_sinks(sinks: Tensor, q: Tensor) -> None:
+def check_sinks(sinks: Tensor, q: Tensor) -> None:
     check_device("sinks", sinks, q)
     allowed = _SINK_DTYPES if q.device.type == "cuda" else _CPU_DTYPES
     if sinks.dtype not in allowed:

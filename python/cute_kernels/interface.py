@@ -11,7 +11,7 @@ from cute_kernels.arguments import Window, check_hints, refuse_for_fp8, refuse_l
 from cute_kernels.autograd import dense
 from cute_kernels.checks import check_forward, check_softcap, explain
 from cute_kernels.chunks import check_chunk
-from cute_kernels.fp8 import flash_attn_e4m3
+from cute_kernels.fp8 import e4m3_operands, flash_attn_e4m3
 from cute_kernels.varlen import flash_attn_varlen_func
 
 _always_deterministic = torch.are_deterministic_algorithms_enabled
@@ -67,8 +67,8 @@ def flash_attn_func(
             ends included; -1 is no limit. With ``causal`` right is 0.
         q_descale, k_descale, v_descale: for q, k and v of float8_e4m3fn, what they are to be
             multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
-            are multiples of 16, returns bfloat16 and has no gradient. From 16-bit tensors,
-            `flash_attn_fp8_func` loses less.
+            are multiples of 16, returns bfloat16, has no softcap and no gradient. From 16-bit
+            tensors, `flash_attn_fp8_func` loses less.
         softcap: above 0, scores become ``softcap * tanh(score / softcap)`` after softmax_scale and
             before the mask; 0 is none.
         attention_chunk: above 0, a query sees only keys of its own chunk: with its position
@@ -134,14 +134,25 @@ def flash_attn_func(
         if any(x is not None for x in descales) or getattr(q, "dtype", None) is _E4M3:
             if tile_config is not None:
                 raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-            refuse_for_fp8(
-                window_size=(left, right) != (None, None),
-                sinks=sinks is not None,
-                softcap=softcap > 0,
-                attention_chunk=attention_chunk > 0,
-                sm_margin=sm_margin > 0 and q.is_cuda,
-            )
-            out, lse = flash_attn_e4m3(q, k, v, *descales, softmax_scale, causal)
+            refuse_for_fp8(softcap=softcap > 0, sm_margin=sm_margin > 0 and q.is_cuda)
+            mask, with_lse = (causal, left, right), return_lse or return_attn_probs
+            operands = e4m3_operands(q, k, v, *descales, sinks)
+            if attention_chunk == 0:
+                out, lse = flash_attn_e4m3(operands, softmax_scale, mask, sinks, with_lse)
+            else:
+                out, lse = _attend_in_chunks(
+                    q,
+                    k,
+                    v,
+                    q_descale=q_descale,
+                    k_descale=k_descale,
+                    v_descale=v_descale,
+                    softmax_scale=softmax_scale,
+                    causal=causal,
+                    window_size=window_size,
+                    attention_chunk=attention_chunk,
+                    sinks=sinks,
+                )
             return (out, lse) if return_lse or return_attn_probs else out
         if attention_chunk > 0:
             check_forward(q, k, v, 1.0, causal, None, deterministic, *options)

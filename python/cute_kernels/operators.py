@@ -225,7 +225,7 @@ def _varlen_forward_cpu(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
-    sequences, mask = _packed(q, k, lengths, causal, **options)
+    sequences, mask = packed_sequences(q, k, lengths, causal, **options)
     return reference.packed_forward(q, k, v, sequences, softmax_scale, mask, sinks, softcap)
 
 
@@ -250,13 +250,13 @@ def varlen_backward_cpu(
     **options: Any,
 ) -> reference.Gradients:
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
-    sequences, mask = _packed(q, k, lengths, causal, **options)
+    sequences, mask = packed_sequences(q, k, lengths, causal, **options)
     tensors = (grad_out, grad_lse, q, k, v, out, lse)
     of_call = sequences, softmax_scale, mask, sinks, softcap
     return reference.packed_backward(*tensors, *of_call, grad_dtype)
 
 
-def _packed(
+def packed_sequences(
     q: Tensor,
     k: Tensor,
     lengths: tuple[Any, ...],

@@ -43,7 +43,7 @@ def check_varlen_forward(
     """Raises ValueError or TypeError unless the varlen forward operator can answer this call. The
     contents of tensors are left to `rows_of_sequences`."""
     check_call(q, k, v, PACKED, softmax_scale, causal, deterministic, sinks, softcap)
-    _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
+    check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     check_window(window_left, window_right)
     check_sm_margin(sm_margin)
@@ -78,7 +78,7 @@ def check_varlen_backward(
     """The same for the varlen backward operator."""
     check_call(q, k, v, PACKED, softmax_scale, causal, deterministic, sinks, softcap)
     check_results(q, v, PACKED, out, grad_out, lse, grad_lse)
-    _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
+    check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     check_window(window_left, window_right)
     check_sm_margin(sm_margin)
@@ -90,7 +90,7 @@ def check_max_seqlens(max_seqlen_q: int | None, max_seqlen_k: int | None) -> Non
         check_int(name, longest, least=0)
 
 
-def _check_lengths(
+def check_lengths(
     q: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,

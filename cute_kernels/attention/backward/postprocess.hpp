@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cutlass/array.h>
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/backward/workspace.hpp"
@@ -39,18 +40,29 @@ CUTLASS_DEVICE void store_floats(PostprocessParams<Traits> const& params, Accumu
   int const warpgroup = threadIdx.x / 128;
   int const first_query = kByQueries ? warpgroup * Traits::kDqQueries : 0;
   int const first_channel = kByQueries ? 0 : warpgroup * Traits::kDqChannels;
-  auto places =
+  auto const places =
       typename Traits::MmaDq{}
           .get_thread_slice(threadIdx.x % 128)
           .partition_C(make_identity_tensor(Shape<Int<Traits::kSliceM>, Int<Traits::kSliceN>>{}));
+  // Two that follow one another are neighbouring channels, or queries of the same channel.
+  constexpr int kChannelsAtOnce = Traits::kDqTransposed ? 1 : 2;
+  using Vector = cutlass::AlignedArray<float, kChannelsAtOnce>;
   CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < size(dq); ++i) {
+  for (int i = 0; i < size(dq); i += kChannelsAtOnce) {
     int const query = first_query + get<Traits::kDqTransposed ? 1 : 0>(places(i));
     int const channel = first_channel + get<Traits::kDqTransposed ? 0 : 1>(places(i));
     if (query >= (params.adds ? used : rows) || channel >= params.head_dim) continue;
-    float& to = first_row[query * params.grad_q.seqlen_stride + channel];
-    float const value = query < used ? dq(i) : 0.f;
-    to = params.adds ? to + value : value;
+    auto& to =
+        *reinterpret_cast<Vector*>(first_row + query * params.grad_q.seqlen_stride + channel);
+    Vector values;
+    CUTLASS_PRAGMA_UNROLL
+    for (int n = 0; n < kChannelsAtOnce; ++n) values[n] = query < used ? dq(i + n) : 0.f;
+    if (params.adds) {
+      Vector const before = to;
+      CUTLASS_PRAGMA_UNROLL
+      for (int n = 0; n < kChannelsAtOnce; ++n) values[n] += before[n];
+    }
+    to = values;
   }
 }
 
@@ -123,7 +135,7 @@ __global__ void __launch_bounds__(128 * Traits::kDqSlices)
   copy(rounded, mma.get_thread_slice(thread).partition_C(make_tensor(own.data(), layout)));
   __syncthreads();
 
-  constexpr int kLanes = Traits::kHeadDim / kVector;
+  constexpr int kLanes = lanes_of_row(Traits::kHeadDim / kVector);
   int const column = threadIdx.x % kLanes * kVector;
   auto* grad_q = static_cast<Element*>(params.grad_q.data) + batch * params.grad_q.batch_stride +
                  head * params.grad_q.head_stride + column;

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cute_kernels.fp8 import flash_attn_fp8_func
+from cute_kernels.integrations.enums import remove_member
 from cute_kernels.interface import flash_attn_func
 from cute_kernels.operators import flash_attn_backward, flash_attn_forward
 from cute_kernels.varlen import flash_attn_varlen_func
@@ -86,7 +87,7 @@ def unregister() -> None:
         for table in (registry._backends, registry._constraints, registry._supported_arg_names):
             table.pop(member)
         registry._supports_context_parallel.discard(name)
-        _remove_member(names, member)
+        remove_member(names, member)
     _active_before = None
 
 
@@ -287,9 +288,3 @@ def _add_member(names: Any, value: str) -> Any:
     names._member_map_[name] = names._value2member_map_[value] = member
     type.__setattr__(names, name, member)
     return member
-
-
-def _remove_member(names: Any, member: Any) -> None:
-    type.__delattr__(names, member.name)
-    names._member_names_.remove(member.name)
-    del names._member_map_[member.name], names._value2member_map_[member.value]
