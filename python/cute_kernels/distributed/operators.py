@@ -12,7 +12,7 @@ import cute_kernels.extension  # noqa: F401  the namespace
 from cute_kernels import reference
 from cute_kernels.distributed.calls import Options, Saved
 from cute_kernels.distributed.checks import check_shard, documents_of
-from cute_kernels.distributed.exchange import Ranks, agree
+from cute_kernels.distributed.exchange import Ranks, agree, watch
 from cute_kernels.distributed.gather import gather_backward, gather_forward
 from cute_kernels.distributed.layouts import check_tokens
 from cute_kernels.distributed.plan import Problem
@@ -118,7 +118,9 @@ def _run_forward(
         },
     )
     with torch.autocast(q.device.type, enabled=False):
-        return _FORMS[call.form][0](problem, ranks, q, k, v, call.options, sinks)
+        results = _FORMS[call.form][0](problem, ranks, q, k, v, call.options, sinks)
+    watch(ranks, q.device)
+    return results
 
 
 def _run_backward(
@@ -140,7 +142,9 @@ def _run_backward(
     with torch.autocast(q.device.type, enabled=False):
         backward = _FORMS[call.form][1]
         grads = backward(call.problem(ranks, q, cu_seqlens), ranks, saved, k, v, call.options)
-        return *grads, _sinks_gradient(saved, sinks)
+        of_sinks = _sinks_gradient(saved, sinks)
+    watch(ranks, q.device)
+    return *grads, of_sinks
 
 
 def _sinks_gradient(saved: Saved, sinks: Tensor | None) -> Tensor:
