@@ -167,7 +167,7 @@ def test_lse_of_a_shift_in_chunks(device, monkeypatch):
     q8 = quantize_fp8(q, incoherent=True, dtype=torch.int8, seed=9)
     results = []
     for chunk in (1 << 23, 1000):
-        monkeypatch.setattr("cute_kernels.fp8.attention._LSE_CHUNK", chunk)
+        monkeypatch.setattr("cute_kernels.fp8.reference._CHUNK", chunk)
         results.append(flash_attn_fp8_func(q, k, v, return_lse=True)[1])
         results.append(flash_attn_fp8_func(q8, k, v, return_lse=True)[1])
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])

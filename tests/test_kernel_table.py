@@ -66,9 +66,9 @@ int main() {
 
   show("no fp8", int8());
   static Fp8ForwardKernel const fp8{
-      {"int8", ScoreType::kInt8, 64, 64, false, false, kAny, 128}, nullptr};
+      {"int8", ScoreType::kInt8, 64, 64, false, false, kAny, 128}, nullptr, nullptr};
   static Fp8ForwardKernel const e4m3{
-      {"e4m3", ScoreType::kE4m3, 64, 64, false, false, kAny, 128}, nullptr};
+      {"e4m3", ScoreType::kE4m3, 64, 64, false, false, kAny, 128}, nullptr, nullptr};
   fp8_forward_kernels.add(fp8);
   fp8_forward_kernels.add(e4m3);
   show("fp8", int8());

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 #include "cute_kernels/attention/call.hpp"
 #include "cute_kernels/attention/ranges.hpp"
 
@@ -40,12 +42,24 @@ constexpr Sequence sequence_of(AttentionCall const& call, int entry) {
   return {0, q.first, k.first, q.count, k.count};
 }
 
+constexpr int sequences(AttentionCall const& call) { return call.sizes.batch; }
+
 /// What the sequence's queries see of its keys.
 constexpr WindowRanges ranges_of(AttentionCall const& call, Sequence const& sequence, int entry) {
   int const bottom_right = sequence.seqlen_k - sequence.seqlen_q;
   int const diagonal = call.packed.diagonal != nullptr ? call.packed.diagonal[entry]
                                                        : call.mask.diagonal.value_or(bottom_right);
   return WindowRanges(call.mask, diagonal, sequence.seqlen_q, sequence.seqlen_k);
+}
+
+/// The first block of sequence `entry`, whose slot begins at row `first`, where each sequence has
+/// whole blocks of `block` rows to itself, one behind the other: no two meet, whatever their
+/// lengths are, and blocks_of_all() is enough, without a sum over the sequences before.
+constexpr int first_block(int first, int entry, int block) { return first / block + entry; }
+
+/// How many blocks `batch` sequences with `total` rows have then, at most.
+constexpr int64_t blocks_of_all(int64_t total, int64_t batch, int64_t block) {
+  return total / block + batch;
 }
 
 /// The last sequence whose slot begins at or before `row`; 0 where there is none. starts[i] does

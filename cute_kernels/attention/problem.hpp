@@ -27,8 +27,17 @@ constexpr Element* rows_of(TensorView const& view, int batch, int head, int firs
 /// The facts about a GPU that shape a launch.
 struct Device {
   int index;
-  int multiprocessors;
+  int multiprocessors;     // that the call's kernels may keep to themselves
+  bool is_shared = false;  // the GPU has more, which the call leaves alone
 };
+
+/// The GPU for a call that leaves `margin` of its multiprocessors alone. One is always left to the
+/// call.
+constexpr Device leaving(Device device, int64_t margin) {
+  if (margin <= 0) return device;
+  bool const is_most = margin >= device.multiprocessors;
+  return {device.index, is_most ? 1 : device.multiprocessors - static_cast<int>(margin), true};
+}
 
 /// One call of exact attention, forward. Requires heads_q % heads_kv == 0, every pointer and byte
 /// stride a multiple of 16, batch, heads and seqlen_q at least 1, a row that can_take() the call;
@@ -47,7 +56,9 @@ struct ForwardProblem {
 /// The gradients of one call of exact attention. Requires what ForwardProblem does.
 struct BackwardProblem {
   AttentionCall call;
-  bool deterministic;  // the same bits from run to run: dQ is summed in a fixed order
+  bool deterministic;   // the same bits from run to run: dQ is summed in a fixed order
+  bool float_grads;     // grad_q, grad_k and grad_v are of float, not of the inputs' type
+  bool adds_to_grad_q;  // what is there stays, and is added to; of float only
   TensorView q;
   TensorView k;
   TensorView v;

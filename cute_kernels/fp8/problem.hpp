@@ -36,27 +36,42 @@ inline Signs random_signs(uint64_t seed) {
 
 enum class InputType { kFloat16, kBFloat16, kE4m3 };
 
-/// What a kernel that quantises reads: (batch, seqlen, heads, head_dim), pointer and byte strides
-/// multiples of 16.
+/// What a kernel that quantises reads: (batch, seqlen, heads, head_dim), or of packed sequences
+/// (seqlen, heads, head_dim); pointer and byte strides multiples of 16, head_dim one of 16. What is
+/// said of a batch entry is said of each sequence, too, and of its rows of the rows that it uses.
 struct Source {
   InputType type;
-  int batch;
-  int seqlen;
+  int batch;   // or how many sequences
+  int seqlen;  // or the rows of all
   int heads;
   int head_dim;
   TensorView in;
+  int const* cu_seqlens;  // as PackedLengths has them; null: not packed
+  int const* seqused;
   int first_block = 0;  // of a launch, where one does not reach all
   int first_batch = 0;
+
+  constexpr bool is_packed() const { return cu_seqlens != nullptr; }
 };
 
-/// Q or K, in 16 bits and of head_dim 64, 128 or 256, to 8 bits.
+/// Q or K, in 16 bits, to 8 bits.
 struct QuantizeRowsProblem : Source {
-  bool to_int8;        // or to e4m3
-  void* out;           // (batch, seqlen, heads, head_dim), dense
-  float* scale;        // (batch, heads, blocks of kBlockRows rows), dense
+  bool to_int8;  // or to e4m3
+  void* out;     // as the input's shape, dense
+  // (batch, heads, blocks of kBlockRows rows), dense; of packed sequences (heads, blocks of all),
+  // as attention::first_block() counts these.
+  float* scale;
   float const* shift;  // (batch, heads, head_dim), subtracted from every row; may be null
   bool incoherent;
   Signs signs;
+};
+
+/// What was subtracted from the keys' scores, of Q in 16 bits.
+struct ScoreOffsetProblem : Source {
+  float const* shift;  // (batch, key heads, head_dim): of K
+  int heads_per_kv;
+  float scale;    // of the scores
+  float* result;  // (batch, heads, seqlen), of packed sequences (heads, seqlen)
 };
 
 /// What about 256 rows of every head, in 16 bits, tell: of K what most have in common, which is
@@ -68,7 +83,9 @@ struct SampleProblem : Source {
 
 /// V, in 16 bits or e4m3, to e4m3, transposed.
 struct QuantizeValuesProblem : Source {
-  void* out;        // (batch, heads, head_dim, seqlen padded to 16), keys in value_key_order
+  // (batch, heads, head_dim, seqlen padded to 16), keys in value_key_order; of packed sequences
+  // (heads, head_dim, keys of all), as Fp8ForwardProblem says.
+  void* out;
   float* maximum;   // (batch, heads, head_dim), to be scaled for; what follows is null for e4m3
   int* overflowed;  // (batch, heads), scratch: whether an element was too large
   float* scale;     // (batch, heads, head_dim)
@@ -80,6 +97,7 @@ struct QuantizeProblem {
   std::optional<SampleProblem> value_maximum;  // what v.maximum is
   std::optional<QuantizeRowsProblem> q;
   std::optional<QuantizeRowsProblem> k;
+  std::optional<ScoreOffsetProblem> score_offset;  // whose shift is k.shift
   std::optional<QuantizeValuesProblem> v;
 };
 

@@ -1,9 +1,11 @@
 #include <algorithm>
+#include <type_traits>
 
 #include "cute_kernels/fp8/quantize_launch.hpp"
 #include "cute_kernels/fp8/quantize_rows.hpp"
 #include "cute_kernels/fp8/quantize_values.hpp"
 #include "cute_kernels/fp8/sample.hpp"
+#include "cute_kernels/fp8/score_offset.hpp"
 #include "cute_kernels/sm90/launch.hpp"
 
 namespace cute_kernels::fp8 {
@@ -39,7 +41,6 @@ class Chain {
     }
   }
 
-  void fail(cudaError_t status) { status_ = status; }
   cudaError_t status() const { return status_; }
 
  private:
@@ -54,45 +55,59 @@ dim3 sample_grid(SampleProblem const& p) {
   return dim3(p.heads, (p.head_dim + kSampleChannels - 1) / kSampleChannels, p.batch);
 }
 
+// Heads, or their slices, come first in a grid: CTAs that run together read what lies together.
+
 template <class Kernel>
 void launch_rows(QuantizeRowsProblem const& p, Chain& chain) {
-  // Heads first: CTAs that run together read what lies together.
-  dim3 const grid(p.heads, blocks_of_rows(p.seqlen), p.batch);
-  chain.launch<quantize_rows_kernel<Kernel>>(grid, Kernel::kThreads, p);
+  chain.launch<quantize_rows_kernel<Kernel>>(blocks_grid(p, p.heads, kBlockRows), Kernel::kThreads,
+                                             p);
 }
 
-template <class In, class Out>
+template <class In, class Out, bool kPacked>
 void quantize_rows_to(QuantizeRowsProblem const& p, Chain& chain) {
+  auto launch = [&](auto layout) {
+    launch_rows<QuantizeRows<In, Out, decltype(layout), kPacked>>(p, chain);
+  };
   switch (p.head_dim) {
     case 64:
-      return launch_rows<QuantizeRows<In, Out, 64>>(p, chain);
+      return launch(RowLayout<4, 2>{});
     case 128:
-      return launch_rows<QuantizeRows<In, Out, 128>>(p, chain);
+      return launch(RowLayout<4, 4>{});
     case 256:
-      return launch_rows<QuantizeRows<In, Out, 256>>(p, chain);
-    default:
-      return chain.fail(cudaErrorInvalidValue);
+      return launch(RowLayout<8, 4>{});
+    case 192:
+      return launch(RowLayout<8, 3, true>{});
+    default:  // an odd number of times 32, or of times 16
+      return p.head_dim % 32 == 0 ? launch(RowLayout<4, 7, true>{})
+                                  : launch(RowLayout<2, 15, true>{});
   }
 }
 
-template <class In>
+template <class In, bool kPacked>
 void quantize_rows(QuantizeRowsProblem const& p, Chain& chain) {
-  p.to_int8 ? quantize_rows_to<In, int8_t>(p, chain) : quantize_rows_to<In, E4m3>(p, chain);
+  p.to_int8 ? quantize_rows_to<In, int8_t, kPacked>(p, chain)
+            : quantize_rows_to<In, E4m3, kPacked>(p, chain);
 }
 
-template <class In>
+template <class In, bool kPacked>
 void quantize_values(QuantizeValuesProblem const& p, Chain& chain) {
-  int const blocks = (p.seqlen - 1) / kValueKeys + 1;
-  chain.launch<quantize_values_kernel<In>>(values_grid(p, blocks), kValueThreads, p);
-  if constexpr (!QuantizeValues<In>::kMove) {
-    chain.launch<quantize_values_again_kernel<In>>(values_grid(p, 1), kValueThreads, p);
+  int const slices = p.heads * values_slices(p.head_dim);
+  chain.launch<quantize_values_kernel<In, kPacked>>(blocks_grid(p, slices, kValueKeys),
+                                                    kValueThreads, p);
+  if constexpr (!QuantizeValues<In, kPacked>::kMove) {
+    chain.launch<quantize_values_again_kernel<In, kPacked>>(dim3(slices, 1, p.batch), kValueThreads,
+                                                            p);
   }
 }
 
-/// Calls launch(element), of the type that a 16-bit part is in.
+/// Calls launch(element, is_packed), of the type that a part is in and constants.
 template <class Launch>
-void with_element(InputType type, Launch const& launch) {
-  type == InputType::kFloat16 ? launch(cutlass::half_t{}) : launch(cutlass::bfloat16_t{});
+void with_types(Source const& p, Launch const& launch) {
+  auto with_element = [&](auto is_packed) {
+    p.type == InputType::kFloat16 ? launch(cutlass::half_t{}, is_packed)
+                                  : launch(cutlass::bfloat16_t{}, is_packed);
+  };
+  p.is_packed() ? with_element(std::true_type{}) : with_element(std::false_type{});
 }
 
 }  // namespace
@@ -101,29 +116,49 @@ cudaError_t launch_quantize(QuantizeProblem const& p, cudaStream_t stream) {
   Chain chain(stream);
   // Few CTAs are hidden by what comes next: samples by V's first loads, V's second pass by Q.
   if (p.key_center) {
-    with_element(p.key_center->type, [&](auto element) {
-      chain.launch<center_kernel<decltype(element)>>(sample_grid(*p.key_center), kSampleThreads,
-                                                     *p.key_center);
+    with_types(*p.key_center, [&](auto element, auto is_packed) {
+      chain.launch<center_kernel<decltype(element), is_packed>>(sample_grid(*p.key_center),
+                                                                kSampleThreads, *p.key_center);
     });
   }
   if (p.value_maximum) {
-    with_element(p.value_maximum->type, [&](auto element) {
-      chain.launch<range_kernel<decltype(element)>>(sample_grid(*p.value_maximum), kSampleThreads,
-                                                    *p.value_maximum);
+    with_types(*p.value_maximum, [&](auto element, auto is_packed) {
+      chain.launch<range_kernel<decltype(element), is_packed>>(sample_grid(*p.value_maximum),
+                                                               kSampleThreads, *p.value_maximum);
     });
   }
   if (p.v && p.v->type == InputType::kE4m3) {
-    quantize_values<E4m3>(*p.v, chain);
+    p.v->is_packed() ? quantize_values<E4m3, true>(*p.v, chain)
+                     : quantize_values<E4m3, false>(*p.v, chain);
   } else if (p.v) {
-    with_element(p.v->type, [&](auto element) { quantize_values<decltype(element)>(*p.v, chain); });
+    with_types(*p.v, [&](auto element, auto is_packed) {
+      quantize_values<decltype(element), is_packed>(*p.v, chain);
+    });
   }
-  if (p.q) {
-    with_element(p.q->type, [&](auto element) { quantize_rows<decltype(element)>(*p.q, chain); });
+  if (p.score_offset) {
+    with_types(*p.score_offset, [&](auto element, auto is_packed) {
+      chain.launch<score_offset_kernel<decltype(element), is_packed>>(
+          blocks_grid(*p.score_offset, p.score_offset->heads, kBlockRows), kOffsetThreads,
+          *p.score_offset);
+    });
   }
-  if (p.k) {
-    with_element(p.k->type, [&](auto element) { quantize_rows<decltype(element)>(*p.k, chain); });
+  for (auto const* rows : {&p.q, &p.k}) {
+    if (!*rows) continue;
+    with_types(**rows, [&](auto element, auto is_packed) {
+      quantize_rows<decltype(element), is_packed>(**rows, chain);
+    });
   }
   return chain.status();
+}
+
+cudaError_t launch_add(float* to, float const* from, int64_t count, int device,
+                       cudaStream_t stream) {
+  sm90::Launch how{};
+  how.grid = dim3(static_cast<unsigned>((count + kOffsetThreads - 1) / kOffsetThreads));
+  how.threads = kOffsetThreads;
+  how.stream = stream;
+  how.device = device;
+  return sm90::launch_kernel<add_kernel>(how, to, from, count);
 }
 
 }  // namespace cute_kernels::fp8

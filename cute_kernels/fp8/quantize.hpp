@@ -8,6 +8,7 @@
 #include <cutlass/numeric_conversion.h>
 #include <cutlass/numeric_types.h>
 
+#include "cute_kernels/attention/lengths.hpp"
 #include "cute_kernels/fp8/problem.hpp"
 #include "cute_kernels/sm90/math.hpp"
 
@@ -51,6 +52,87 @@ CUTLASS_DEVICE uint32_t round_to(float a, float b, float c, float d) {
         cutlass::NumericArrayConverter<Out, float, 4>{}(cutlass::Array<float, 4>{a, b, c, d});
     return reinterpret_cast<uint32_t const&>(rounded);
   }
+}
+
+/// One of a source's batch entries, or one of its packed sequences.
+template <bool kPacked>
+class SourceEntry {
+ public:
+  CUTLASS_DEVICE SourceEntry(Source const& p, int number) : number_(number) {
+    if constexpr (kPacked) {
+      rows_ = attention::packed_rows(p.cu_seqlens, p.seqused, p.seqlen, number);
+    }
+  }
+
+  CUTLASS_DEVICE int number() const { return number_; }
+  CUTLASS_DEVICE int seqlen(Source const& p) const { return kPacked ? rows_.count : p.seqlen; }
+  /// Among those of all entries, where these lie one behind the other.
+  CUTLASS_DEVICE int64_t first_row(Source const& p) const {
+    return kPacked ? rows_.first : static_cast<int64_t>(number_) * p.seqlen;
+  }
+  CUTLASS_DEVICE int64_t pair(Source const& p, int head) const {
+    return static_cast<int64_t>(number_) * p.heads + head;
+  }
+  /// Its first row of a head.
+  template <class In>
+  CUTLASS_DEVICE In const* rows(Source const& p, int head) const {
+    int64_t const entry = kPacked ? rows_.first * p.in.seqlen_stride : number_ * p.in.batch_stride;
+    return static_cast<In const*>(p.in.data) + entry + head * p.in.head_stride;
+  }
+  /// Its first block, as attention::first_block() counts those of `rows` rows.
+  CUTLASS_DEVICE int first_block(int rows) const {
+    return attention::first_block(rows_.first, number_, rows);
+  }
+
+ private:
+  int number_;
+  attention::RowSpan rows_;  // if packed
+};
+
+/// The packed sequence that has a block of all, of `rows` rows. Of a whole warp, each lane of which
+/// looks at another sequence. A block that none has may be given to any.
+CUTLASS_DEVICE int entry_of_block(Source const& p, int block, int rows) {
+  constexpr int kLanes = 32;
+  int const lane = threadIdx.x % kLanes;
+  int first = 0;
+  for (int count = p.batch; count > 1;) {
+    int const step = (count + kLanes - 1) / kLanes;
+    int const entry = first + lane * step;
+    bool const begins =
+        lane * step < count &&
+        attention::first_block(max(0, min(p.cu_seqlens[entry], p.seqlen)), entry, rows) <= block;
+    int const last = 31 - __clz(__ballot_sync(0xffffffff, begins || lane == 0));
+    first += last * step;
+    count = min(step, count - last * step);
+  }
+  return first;
+}
+
+/// A CTA's block of kRows rows of a source: blockIdx.y and z count blocks and batch entries, or
+/// where sequences are packed y the blocks of all.
+template <bool kPacked, int kRows>
+struct SourceBlock {
+  int const of_all;
+  SourceEntry<kPacked> const entry;
+
+  CUTLASS_DEVICE explicit SourceBlock(Source const& p)
+      : of_all(p.first_block + blockIdx.y),
+        entry(p, kPacked ? entry_of_block(p, of_all, kRows) : p.first_batch + blockIdx.z) {}
+
+  /// Which one of its entry's blocks.
+  CUTLASS_DEVICE int number() const { return kPacked ? of_all - entry.first_block(kRows) : of_all; }
+  /// Packed sequences have blocks without a row, too.
+  CUTLASS_DEVICE bool is_empty(Source const& p) const {
+    return kPacked && (number() < 0 || number() * kRows >= entry.seqlen(p));
+  }
+};
+
+/// How many of a grid's y and z.
+inline dim3 blocks_grid(Source const& p, int of_x, int rows) {
+  if (p.is_packed()) {
+    return dim3(of_x, static_cast<unsigned>(attention::blocks_of_all(p.seqlen, p.batch, rows)));
+  }
+  return dim3(of_x, (p.seqlen - 1) / rows + 1, p.batch);
 }
 
 /// The end of the grid is that of the one before it in its Chain, too: its last CTA waits for it.

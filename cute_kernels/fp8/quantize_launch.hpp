@@ -11,4 +11,8 @@ namespace cute_kernels::fp8 {
 /// for all of them.
 cudaError_t launch_quantize(QuantizeProblem const& problem, cudaStream_t stream);
 
+/// Adds `count` floats to others.
+cudaError_t launch_add(float* to, float const* from, int64_t count, int device,
+                       cudaStream_t stream);
+
 }  // namespace cute_kernels::fp8

@@ -9,37 +9,54 @@ namespace cute_kernels::fp8 {
 
 static_assert(kBlockRows == attention::kScaleRows);
 
+/// How the threads of a row share it: kChunks runs of 8 elements each, next to one another in
+/// kLanes lanes. The head dim is 8 kLanes kChunks, or with kReflects any multiple of 8 kLanes up to
+/// that: what incoherent processing then has beside a Hadamard matrix of 8 kLanes is the reflection
+/// that turns those chunks into each other.
+template <int kLanes_, int kChunks_, bool kReflects_ = false>
+struct RowLayout {
+  static constexpr int kLanes = kLanes_;
+  static constexpr int kChunks = kChunks_;
+  static constexpr bool kReflects = kReflects_;
+  static constexpr int kMaxHeadDim = 8 * kLanes * kChunks;
+  static constexpr int kRows = kChunks > 4 ? 1 : 2;  // of a thread
+};
+
 /// One CTA quantises the kBlockRows rows of a head that share a scale: everything is read once,
-/// stays in registers, and is written once. A thread has kRows rows' share.
+/// stays in registers, and is written once. A thread has Layout::kRows rows' share.
 ///
 /// The kernel is to be bound by memory, and instructions are what stands in its way: at 2.5 TB/s an
 /// SM may spend 30 on an element. So signs are flipped two elements at a time, the factor 1 /
 /// sqrt(d) is left to the scale, and elements that must be saturated or are NaN are looked for once
 /// a block: its maximum tells, and then everything is read and done again, with care.
-template <class In_, class Out_, int kHeadDim_>
+template <class In_, class Out_, class Layout, bool kPacked>
 struct QuantizeRows {
   using In = In_;
   using Out = Out_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kRows = 2;
-  // Threads of a row: more than four where one would have more than four runs of 8 elements.
-  static constexpr int kLanes = kHeadDim > 4 * 4 * 8 ? kHeadDim / (4 * 8) : 4;
-  static constexpr int kChunks = kHeadDim / 8 / kLanes;  // runs of 8 elements of a thread
+  static constexpr int kLanes = Layout::kLanes;
+  static constexpr int kChunks = Layout::kChunks;
+  static constexpr int kRows = Layout::kRows;
+  static constexpr int kMaxHeadDim = Layout::kMaxHeadDim;
   static constexpr int kThreads = kBlockRows / kRows * kLanes;
-  static constexpr int kResidentThreads = 2048 / kChunks;  // whose elements registers hold
-  // 1 / sqrt(kHeadDim)
-  static constexpr float kNorm = kHeadDim == 64    ? 0.125f
-                                 : kHeadDim == 256 ? 0.0625f
-                                                   : 0.08838834764831845f;
+  // Whose elements registers hold.
+  static constexpr int kResidentThreads = attention::greater(kThreads, 2048 / kChunks);
+  // Of the Hadamard matrix: 1 / sqrt(n)
+  static constexpr int kOrder = Layout::kReflects ? 8 * kLanes : kMaxHeadDim;
+  static constexpr float kNorm = kOrder == 16    ? 0.25f
+                                 : kOrder == 32  ? 0.17677669529663687f
+                                 : kOrder == 64  ? 0.125f
+                                 : kOrder == 128 ? 0.08838834764831845f
+                                                 : 0.0625f;
+  static_assert(kOrder >= 16 && kOrder <= 256);
   // No sum of magnitudes up to it passes kSaturation, and the other way round: an element beyond
   // kSaturation leaves a result beyond it, unless the shift is as large.
   static constexpr float kHarmless = 0x1p40f;
 
   struct SharedStorage {
-    alignas(16) uint32_t signs[kHeadDim / 2];  // in the sign bits of two elements
+    alignas(16) uint32_t signs[kMaxHeadDim / 2];  // in the sign bits of two elements
     // With the signs already flipped; first halves of all runs of 8 elements, then second ones, so
     // that lanes find theirs in different banks.
-    alignas(16) float shift[2][kHeadDim / 2];
+    alignas(16) float shift[2][kMaxHeadDim / 2];
     uint32_t maximum[kThreads / 32];
   };
 
@@ -48,43 +65,50 @@ struct QuantizeRows {
 
   QuantizeRowsProblem const& p;
   SharedStorage& shared;
+  SourceBlock<kPacked, kBlockRows> const block{p};
   int const head = blockIdx.x;
-  int const block = p.first_block + blockIdx.y;
-  int const batch = p.first_batch + blockIdx.z;
   int const lane = threadIdx.x % kLanes;
 
   CUTLASS_DEVICE int row(int i) const {
-    return block * kBlockRows + threadIdx.x / kLanes + i * (kBlockRows / kRows);
+    return block.number() * kBlockRows + threadIdx.x / kLanes + i * (kBlockRows / kRows);
+  }
+  CUTLASS_DEVICE bool has_row(int i) const { return row(i) < block.entry.seqlen(p); }
+
+  CUTLASS_DEVICE int head_dim() const { return Layout::kReflects ? p.head_dim : kMaxHeadDim; }
+  CUTLASS_DEVICE bool has_chunk(int c) const {
+    return !Layout::kReflects || c * kLanes * 8 < p.head_dim;
   }
 
   CUTLASS_DEVICE void load(Raw& raw) const {
-    In const* const in = static_cast<In const*>(p.in.data) + batch * p.in.batch_stride +
-                         head * p.in.head_stride + lane * 8;
+    In const* const in = block.entry.template rows<In>(p, head) + lane * 8;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kRows; ++i) {
       auto const* const from = reinterpret_cast<uint4 const*>(in + row(i) * p.in.seqlen_stride);
       CUTLASS_PRAGMA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
-        raw[i][c] = row(i) < p.seqlen ? __ldcs(from + c * kLanes) : make_uint4(0, 0, 0, 0);
+        raw[i][c] = has_row(i) && has_chunk(c) ? __ldcs(from + c * kLanes) : make_uint4(0, 0, 0, 0);
       }
     }
   }
 
   /// What is the same for all rows, to shared memory. Whether the shift alone may pass kSaturation.
   CUTLASS_DEVICE bool prepare() const {
-    static_assert(kThreads >= kHeadDim);
-    uint32_t const i = threadIdx.x;
     bool is_huge = false;
-    if (i < kHeadDim) {
+    auto prepare_channel = [&](uint32_t i) {
       uint32_t const sign = p.incoherent ? p.signs.words[i / 32] >> (i % 32) : 0;
       reinterpret_cast<uint16_t*>(shared.signs)[i] = sign << 15;
       if (p.shift != nullptr) {
-        int64_t const pair = static_cast<int64_t>(batch) * p.heads + head;
-        float const shift = __ldcg(p.shift + pair * kHeadDim + i);
+        float const shift = __ldcg(p.shift + block.entry.pair(p, head) * head_dim() + i);
         shared.shift[i / 4 % 2][i / 8 * 4 + i % 4] =
             __uint_as_float(__float_as_uint(shift) ^ sign << 31);
-        is_huge = !(fabsf(shift) <= kHarmless);
+        is_huge |= !(fabsf(shift) <= kHarmless);
       }
+    };
+    if constexpr (!Layout::kReflects) {
+      static_assert(kThreads >= kMaxHeadDim || Layout::kReflects);
+      if (threadIdx.x < kMaxHeadDim) prepare_channel(threadIdx.x);
+    } else {
+      for (int i = threadIdx.x; i < p.head_dim; i += kThreads) prepare_channel(i);
     }
     return __syncthreads_or(is_huge);
   }
@@ -95,6 +119,14 @@ struct QuantizeRows {
     float maximum = 0.f;
     CUTLASS_PRAGMA_UNROLL
     for (int c = 0; c < kChunks; ++c) {
+      if (!has_chunk(c)) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          CUTLASS_PRAGMA_UNROLL
+          for (int j = 0; j < 8; ++j) x[i][8 * c + j] = 0.f;
+        }
+        continue;
+      }
       int const channel = (c * kLanes + lane) * 8;
       uint4 const signs = *reinterpret_cast<uint4 const*>(&shared.signs[channel / 2]);
       CUTLASS_PRAGMA_UNROLL
@@ -114,7 +146,7 @@ struct QuantizeRows {
           float4 const shift = *reinterpret_cast<float4 const*>(&shared.shift[j / 4][channel / 2]);
           CUTLASS_PRAGMA_UNROLL
           for (int i = 0; i < kRows; ++i) {
-            if (row(i) >= p.seqlen) continue;  // no row: stays 0
+            if (!has_row(i)) continue;  // no row: stays 0
             float* const values = &x[i][8 * c + j];
             values[0] -= shift.x;
             values[1] -= shift.y;
@@ -127,7 +159,12 @@ struct QuantizeRows {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kRows; ++i) {
       if (p.incoherent) {
-        maximum = sm90::max_nan(maximum, hadamard_transform<kLanes, kChunks>(x[i]));
+        if constexpr (Layout::kReflects) {
+          int const runs = p.head_dim / (8 * kLanes);
+          maximum = sm90::max_nan(maximum, reflected_transform<kLanes, kChunks>(x[i], runs));
+        } else {
+          maximum = sm90::max_nan(maximum, hadamard_transform<kLanes, kChunks>(x[i]));
+        }
       } else {
         CUTLASS_PRAGMA_UNROLL
         for (int j = 0; j < 8 * kChunks; ++j) maximum = sm90::max_nan(maximum, fabsf(x[i][j]));
@@ -166,14 +203,15 @@ struct QuantizeRows {
   }
 
   CUTLASS_DEVICE void store(Values const& x, float factor) const {
-    Out* const out = static_cast<Out*>(p.out) + head * kHeadDim + lane * 8;
+    Out* const out = static_cast<Out*>(p.out) + head * head_dim() + lane * 8;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      if (row(i) >= p.seqlen) continue;
-      int64_t const number = (static_cast<int64_t>(batch) * p.seqlen + row(i)) * p.heads;
-      auto* const to = reinterpret_cast<uint2*>(out + number * kHeadDim);
+      if (!has_row(i)) continue;
+      int64_t const number = (block.entry.first_row(p) + row(i)) * p.heads;
+      auto* const to = reinterpret_cast<uint2*>(out + number * head_dim());
       CUTLASS_PRAGMA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
+        if (!has_chunk(c)) continue;
         float const* const v = &x[i][8 * c];
         to[c * kLanes] =
             make_uint2(round_to<Out>(v[0] * factor, v[1] * factor, v[2] * factor, v[3] * factor),
@@ -182,7 +220,17 @@ struct QuantizeRows {
     }
   }
 
+  /// Where the block's scale stands.
+  CUTLASS_DEVICE int64_t scale_index() const {
+    if constexpr (kPacked) {
+      return head * attention::blocks_of_all(p.seqlen, p.batch, kBlockRows) + block.of_all;
+    } else {
+      return block.entry.pair(p, head) * blocks_of_rows(p.seqlen) + block.number();
+    }
+  }
+
   CUTLASS_DEVICE void run() const {
+    if (block.is_empty(p)) return;
     Raw raw;
     load(raw);  // all loads first: they are what the kernel's time is made of
     if (p.shift != nullptr) cudaGridDependencySynchronize();
@@ -195,10 +243,8 @@ struct QuantizeRows {
     // int8 has no NaN: there the scale tells of one, and the elements are 0.
     bool const lost = std::is_same_v<Out, int8_t> && has_nan;
     if (threadIdx.x == 0) {
-      int64_t const pair = static_cast<int64_t>(batch) * p.heads + head;
       float const norm = p.incoherent ? kNorm : 1.f;
-      p.scale[pair * blocks_of_rows(p.seqlen) + block] =
-          lost ? NAN : __fdiv_rn(__fmul_rn(maximum, norm), kLargest<Out>);
+      p.scale[scale_index()] = lost ? NAN : __fdiv_rn(__fmul_rn(maximum, norm), kLargest<Out>);
     }
     store(x, lost ? NAN : __fdiv_rn(kLargest<Out>, maximum));
   }

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cute_kernels/attention/forward/fp8_traits.hpp"
+#include "cute_kernels/attention/fp8_problem.hpp"
 #include "cute_kernels/fp8/problem.hpp"
 #include "cute_kernels/fp8/quantize.hpp"
 
@@ -25,7 +26,8 @@ constexpr int values_slices(int head_dim) {
 /// too large all the same, its head is quantised again (quantize_values_again_kernel).
 ///
 /// In e4m3 V is only moved.
-template <class In_>
+/// A packed sequence has whole attention::kPackedValueKeys to itself, zeros behind its last key.
+template <class In_, bool kPacked>
 struct QuantizeValues {
   using In = In_;
   using Out = cutlass::float_e4m3_t;
@@ -51,23 +53,22 @@ struct QuantizeValues {
   QuantizeValuesProblem const& p;
   SharedStorage& shared;
   int const head;
-  int const batch;
+  SourceEntry<kPacked> const entry;
   int const first_channel;
   int const channels = min(kChannels, p.head_dim - first_channel);
   int const chunk = threadIdx.x % kChunks;
-  In const* const in = static_cast<In const*>(p.in.data) + batch * p.in.batch_stride +
-                       head * p.in.head_stride + first_channel + chunk * 8;
+  In const* const in = entry.template rows<In>(p, head) + first_channel + chunk * 8;
 
   /// `slice` counts through the heads.
   CUTLASS_DEVICE QuantizeValues(QuantizeValuesProblem const& problem, SharedStorage& storage,
-                                int slice, int batch)
+                                int slice, SourceEntry<kPacked> const& entry)
       : p(problem),
         shared(storage),
         head(slice / values_slices(problem.head_dim)),
-        batch(batch),
+        entry(entry),
         first_channel(slice % values_slices(problem.head_dim) * kChannels) {}
 
-  CUTLASS_DEVICE int64_t pair() const { return static_cast<int64_t>(batch) * p.heads + head; }
+  CUTLASS_DEVICE int64_t pair() const { return entry.pair(p, head); }
   CUTLASS_DEVICE int64_t channel(int i) const { return pair() * p.head_dim + first_channel + i; }
 
   /// The 4 keys that a thread rounds to a word, which it writes at `word`.
@@ -82,7 +83,7 @@ struct QuantizeValues {
       for (int i = 0; i < 4; ++i) {
         int const key = block * kKeys + word(turn) / 4 * 16 +
                         attention::value_key_order(word(turn) % 4 * 4 + i);
-        bool const is_there = key < p.seqlen && chunk * 8 < channels;
+        bool const is_there = key < entry.seqlen(p) && chunk * 8 < channels;
         raw[turn][i] = is_there
                            ? __ldcs(reinterpret_cast<Chunk const*>(in + key * p.in.seqlen_stride))
                            : Chunk{};
@@ -197,8 +198,18 @@ struct QuantizeValues {
       }
     }
     bool const overflowed = __syncthreads_or(overflow & 0x80808080u);
-    int const padded = (p.seqlen + 15) / 16 * 16;
-    Out* const out = static_cast<Out*>(p.out) + channel(0) * padded;
+    auto whole = [](int keys, int block) { return (keys + block - 1) / block * block; };
+    constexpr int kBlock = kPacked ? attention::kPackedValueKeys : 16;
+    int const padded = whole(entry.seqlen(p), kBlock);
+    int64_t pitch = padded;  // of a channel
+    Out* out = static_cast<Out*>(p.out);
+    if constexpr (kPacked) {
+      pitch = attention::packed_value_keys(p.seqlen, p.batch);
+      out += (static_cast<int64_t>(head) * p.head_dim + first_channel) * pitch +
+             static_cast<int64_t>(entry.first_block(kBlock)) * kBlock;
+    } else {
+      out += channel(0) * padded;
+    }
     CUTLASS_PRAGMA_UNROLL
     for (int turn = 0; turn < kChannels * kKeys / 16 / kValueThreads; ++turn) {
       int const item = threadIdx.x + turn * kValueThreads;
@@ -207,26 +218,23 @@ struct QuantizeValues {
       int const key = block * kKeys + part * 16;
       if (row >= channels || key >= padded) continue;
       uint32_t const* const words = &shared.turned[row * kPitch + part * 4];
-      *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row) * padded + key) =
+      *reinterpret_cast<uint4*>(out + row * pitch + key) =
           make_uint4(words[0], words[1], words[2], words[3]);
     }
     return overflowed;
   }
 };
 
-/// Slices first: CTAs that run together read what lies together.
-inline dim3 values_grid(QuantizeValuesProblem const& p, int blocks) {
-  return dim3(p.heads * values_slices(p.head_dim), blocks, p.batch);
-}
-
-template <class In>
+template <class In, bool kPacked>
 __global__ void __launch_bounds__(kValueThreads, 5)
     quantize_values_kernel(CUTE_GRID_CONSTANT QuantizeValuesProblem const p) {
-  using Kernel = QuantizeValues<In>;
+  using Kernel = QuantizeValues<In, kPacked>;
   __shared__ typename Kernel::SharedStorage shared;
   cudaTriggerProgrammaticLaunchCompletion();
-  int const block = p.first_block + blockIdx.y;
-  Kernel const kernel(p, shared, blockIdx.x, p.first_batch + blockIdx.z);
+  SourceBlock<kPacked, kValueKeys> const keys(p);
+  int const block = keys.number();
+  Kernel const kernel(p, shared, blockIdx.x, keys.entry);
+  if (keys.is_empty(p)) return end_after_previous();
   typename Kernel::Raw raw;
   kernel.load(block, raw);  // all loads first
   cudaGridDependencySynchronize();
@@ -237,16 +245,16 @@ __global__ void __launch_bounds__(kValueThreads, 5)
 
 /// A CTA a slice: where an element of the head was too large, everything again with scales of the
 /// largest elements.
-template <class In>
+template <class In, bool kPacked>
 __global__ void __launch_bounds__(kValueThreads)
     quantize_values_again_kernel(CUTE_GRID_CONSTANT QuantizeValuesProblem const p) {
-  using Kernel = QuantizeValues<In>;
+  using Kernel = QuantizeValues<In, kPacked>;
   __shared__ typename Kernel::SharedStorage shared;
   cudaTriggerProgrammaticLaunchCompletion();
-  Kernel const kernel(p, shared, blockIdx.x, p.first_batch + blockIdx.z);
+  Kernel const kernel(p, shared, blockIdx.x, SourceEntry<kPacked>(p, p.first_batch + blockIdx.z));
   cudaGridDependencySynchronize();
   if (__ldcg(p.overflowed + kernel.pair()) == 0) return;
-  int const blocks = (p.seqlen + kValueKeys - 1) / kValueKeys;
+  int const blocks = (kernel.entry.seqlen(p) + kValueKeys - 1) / kValueKeys;
   kernel.set_scales_of_all(blocks);
   for (int block = 0; block < blocks; ++block) {
     typename Kernel::Raw raw;

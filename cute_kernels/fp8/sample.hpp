@@ -15,13 +15,13 @@ inline constexpr float kHeadroom = 512.f;
 
 /// The samples of kSampleChannels channels of a head, a CTA's, dealt to the 32 groups in turn. A
 /// thread reads 8 channels of a group.
-template <class In>
+template <class In, bool kPacked>
 struct Samples {
   static constexpr int kGroups = 32;
   static constexpr int kChunks = kSampleChannels / 8;
   static_assert(kGroups * kChunks == kSampleThreads);
 
-  int const batch;
+  SourceEntry<kPacked> const entry;
   int const first_channel;
   int const channels;
   int const step;
@@ -33,15 +33,14 @@ struct Samples {
   In const* const in;
 
   CUTLASS_DEVICE explicit Samples(SampleProblem const& p)
-      : batch(p.first_batch + blockIdx.z),
+      : entry(p, p.first_batch + blockIdx.z),
         first_channel(blockIdx.y * kSampleChannels),
         channels(min(kSampleChannels, p.head_dim - first_channel)),
-        step(max(1, p.seqlen / kSamples)),
-        samples((p.seqlen - 1) / step + 1),
-        pair(static_cast<int64_t>(batch) * p.heads + blockIdx.x),
+        step(max(1, entry.seqlen(p) / kSamples)),
+        samples((entry.seqlen(p) + step - 1) / step),
+        pair(entry.pair(p, blockIdx.x)),
         count(chunk * 8 < channels ? (samples - group + kGroups - 1) / kGroups : 0),
-        in(static_cast<In const*>(p.in.data) + batch * p.in.batch_stride +
-           blockIdx.x * p.in.head_stride + first_channel + chunk * 8) {}
+        in(entry.template rows<In>(p, blockIdx.x) + first_channel + chunk * 8) {}
 
   /// NaN and what is beyond kSaturation count as 0, so that one of them does not cost all rows
   /// their precision.
@@ -79,12 +78,13 @@ CUTLASS_DEVICE void sort_over_lanes(float (&x)[kNumbers]) {
 /// What most of a head's rows have in common: the median of the groups, each with the mean of the
 /// medians of its samples taken three at a time, the last one again where some lack. As near to all
 /// rows as their mean where they are alike.
-template <class In>
+template <class In, bool kPacked>
 __global__ void __launch_bounds__(kSampleThreads)
     center_kernel(CUTE_GRID_CONSTANT SampleProblem const p) {
-  __shared__ float means[Samples<In>::kGroups][kSampleChannels + 1];
+  using Rows = Samples<In, kPacked>;
+  __shared__ float means[Rows::kGroups][kSampleChannels + 1];
   cudaTriggerProgrammaticLaunchCompletion();
-  Samples<In> const s(p);
+  Rows const s(p);
   float total[8] = {};
 #pragma unroll 3
   for (int first = 0; first < s.count; first += 3) {
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kSampleThreads)
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < 8; ++i) sorted[i] = means[lane][chunk * 8 + i];
   sort_over_lanes(sorted);
-  int const groups = min(s.samples, Samples<In>::kGroups);
+  int const groups = min(s.samples, Rows::kGroups);
   float median = 0.f;  // of channel `lane`
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < 8; ++i) {
@@ -126,14 +126,15 @@ __global__ void __launch_bounds__(kSampleThreads)
 /// What elements are to be scaled for: kHeadroom times the usual size, or the largest sample. The
 /// usual size is a geometric mean, of numbers that are not 0: of floats' bits, whose mean is nearly
 /// one of logarithms, and exact in any order.
-template <class In>
+template <class In, bool kPacked>
 __global__ void __launch_bounds__(kSampleThreads)
     range_kernel(CUTE_GRID_CONSTANT SampleProblem const p) {
-  __shared__ uint32_t logarithms[Samples<In>::kGroups][kSampleChannels + 1];
-  __shared__ uint32_t counts[Samples<In>::kGroups][kSampleChannels + 1];
-  __shared__ uint32_t largest[Samples<In>::kGroups][kSampleChannels + 1];
+  using Rows = Samples<In, kPacked>;
+  __shared__ uint32_t logarithms[Rows::kGroups][kSampleChannels + 1];
+  __shared__ uint32_t counts[Rows::kGroups][kSampleChannels + 1];
+  __shared__ uint32_t largest[Rows::kGroups][kSampleChannels + 1];
   cudaTriggerProgrammaticLaunchCompletion();
-  Samples<In> const s(p);
+  Rows const s(p);
   uint32_t logarithm[8] = {}, count[8] = {}, most[8] = {};
 #pragma unroll 8
   for (int turn = 0; turn < s.count; ++turn) {

@@ -63,6 +63,11 @@ attention::Device const& hopper(int index) {
   return facts.device;
 }
 
+attention::Device hopper(int index, int64_t sm_margin) {
+  require(sm_margin >= 0, "sm_margin is below 0");
+  return attention::leaving(hopper(index), sm_margin);
+}
+
 cudaStream_t current_stream(int index) {
   require(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch was built without CUDA");
   void* stream = nullptr;

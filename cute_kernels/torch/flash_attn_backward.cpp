@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cute_kernels/attention/backward/slots.hpp"
+#include "cute_kernels/attention/combine/merge.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
@@ -89,21 +90,67 @@ Tensor dense(Argument const& a) {
   return a.tensor.is_contiguous() ? a.tensor : torch::stable::contiguous(a.tensor);
 }
 
-Tensor empty_like(Argument const& a) {
-  return empty(static_cast<int>(a.sizes.size()), a.sizes.data(), a.dtype, a.device);
+Tensor empty_like(Argument const& a, ScalarType dtype) {
+  return empty(static_cast<int>(a.sizes.size()), a.sizes.data(), dtype, a.device);
+}
+
+/// Of float32 and of the same sizes, of which there are some.
+void add_in_place(Argument const& sum, Tensor const& term) {
+  bool const is_dense = sum.sizes.size() == 4;
+  size_t const rows = is_dense ? 1 : 0;
+  attention::AddProblem const problem{view(sum.tensor),
+                                      view(term),
+                                      static_cast<int>(is_dense ? sum.size(0) : 1),
+                                      static_cast<int>(sum.sizes[rows]),
+                                      static_cast<int>(sum.sizes[rows + 1]),
+                                      static_cast<int>(sum.sizes[rows + 2])};
+  require_success(attention::launch_add(problem, current_stream(sum.device), sum.device), sum.name);
 }
 
 /// Of q, k, v and the sinks.
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-/// Of a call that is checked, as its results are.
+/// Tensors of float32 that the gradients of q, k and v are written to, or added to.
+struct Given {
+  Tensor const& grad_q;
+  Tensor const& grad_k;
+  Tensor const& grad_v;
+  bool add_to_q;
+  bool add_to_kv;
+
+  /// Throws unless they have the shapes of q, k and v.
+  void check(Argument const& q, Argument const& k, Argument const& v) const {
+    check_one({"grad_q", grad_q}, q);
+    check_one({"grad_k", grad_k}, k);
+    check_one({"grad_v", grad_v}, v);
+  }
+
+ private:
+  static void check_one(Argument const& grad, Argument const& like) {
+    check_device(grad, like);
+    require(grad.dtype == ScalarType::Float, grad.name, " is not float32");
+    require(grad.sizes.equals(like.sizes), grad.name, " does not have ", like.name, "'s shape");
+    require(grad.tensor.numel() == 0 || suits_tma(grad, sizeof(float)), grad.name,
+            "'s address or strides are not multiples of 16 bytes");
+  }
+};
+
+/// Of a call that is checked, as its results are. Without `given` new tensors of the inputs' dtype.
 Gradients answer(AttentionCall const& call, bool deterministic, TileName const& tile,
-                 Argument const& q, Argument const& k, Argument const& v,
-                 std::optional<Tensor> const& sinks_tensor, Results const& results) {
-  attention::Device const& device = hopper(q.device);
+                 attention::Device const& device, Argument const& q, Argument const& k,
+                 Argument const& v, std::optional<Tensor> const& sinks_tensor,
+                 Results const& results, Given const* given) {
   BackwardKernel const& kernel = backward_kernel_for(element_type(q.dtype), call, tile);
+  if (given != nullptr) given->check(q, k, v);
   torch::stable::accelerator::DeviceGuard const guard(q.device);
-  Tensor grad_q = empty_like(q), grad_k = empty_like(k), grad_v = empty_like(v);
+  bool const add_to_q = given != nullptr && given->add_to_q;
+  bool const add_to_kv = given != nullptr && given->add_to_kv;
+  ScalarType const dtype = given != nullptr ? ScalarType::Float : q.dtype;
+  // Of keys and values the kernel may write gradients twice (hidden.hpp): nothing may be added to
+  // before it has ended.
+  Tensor grad_q = given != nullptr ? given->grad_q : empty_like(q, dtype);
+  Tensor grad_k = given != nullptr && !add_to_kv ? given->grad_k : empty_like(k, dtype);
+  Tensor grad_v = given != nullptr && !add_to_kv ? given->grad_v : empty_like(v, dtype);
   CallSizes const& sizes = call.sizes;
   Sinks const sinks(sinks_tensor, q, sizes.heads_q);
   bool const has_sinks = sinks.data() != nullptr;
@@ -112,7 +159,8 @@ Gradients answer(AttentionCall const& call, bool deterministic, TileName const& 
   // Without keys rows still see their sinks.
   if (sizes.batch == 0 || sizes.heads_q == 0 || attention::tensor_rows_q(call) == 0 ||
       (attention::tensor_rows_k(call) == 0 && !has_sinks)) {
-    for (Tensor* grad : {&grad_q, &grad_k, &grad_v, &grad_sinks}) torch::stable::zero_(*grad);
+    if (!add_to_q) torch::stable::zero_(grad_q);
+    for (Tensor* grad : {&grad_k, &grad_v, &grad_sinks}) torch::stable::zero_(*grad);
     return {grad_q, grad_k, grad_v, grad_sinks};
   }
 
@@ -129,6 +177,8 @@ Gradients answer(AttentionCall const& call, bool deterministic, TileName const& 
   BackwardProblem problem{};
   problem.call = call;
   problem.deterministic = deterministic;
+  problem.float_grads = given != nullptr;
+  problem.adds_to_grad_q = add_to_q;
   problem.q = view(q_readable);
   problem.k = view(k_readable);
   problem.v = view(v_readable);
@@ -145,47 +195,103 @@ Gradients answer(AttentionCall const& call, bool deterministic, TileName const& 
   Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, q.device);
   problem.workspace = workspace.data_ptr();
   require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
+  if (add_to_kv && attention::tensor_rows_k(call) > 0) {
+    add_in_place({"grad_k", given->grad_k}, grad_k);
+    add_in_place({"grad_v", given->grad_v}, grad_v);
+  }
   return {grad_q, grad_k, grad_v, grad_sinks};
 }
 
-Gradients flash_attn_backward(Tensor const& grad_out, std::optional<Tensor> grad_lse,
-                              Tensor const& q_tensor, Tensor const& k_tensor,
-                              Tensor const& v_tensor, Tensor const& out, Tensor const& lse,
-                              double softmax_scale, bool causal, bool deterministic,
-                              std::optional<StringHandle> tile_config, std::optional<Tensor> sinks,
-                              std::optional<int64_t> window_left,
-                              std::optional<int64_t> window_right, std::optional<int64_t> diagonal,
-                              double softcap) {
+Gradients dense_backward(Given const* given, Tensor const& grad_out,
+                         std::optional<Tensor> const& grad_lse, Tensor const& q_tensor,
+                         Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out,
+                         Tensor const& lse, double softmax_scale, bool deterministic,
+                         std::optional<StringHandle> tile_config,
+                         std::optional<Tensor> const& sinks, attention::MaskSpec const& mask,
+                         double softcap, int64_t sm_margin) {
   TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
-  AttentionCall call =
-      check_call(q, k, v, softmax_scale, mask_of(causal, window_left, window_right, diagonal));
+  AttentionCall call = check_call(q, k, v, softmax_scale, mask);
   call.softcap = checked_softcap(softcap);
   Results const results(grad_out, grad_lse, out, lse);
   results.check(q, v, {q.size(0), q.size(2), q.size(1)});
-  return answer(call, deterministic, tile, q, k, v, sinks, results);
+  return answer(call, deterministic, tile, hopper(q.device, sm_margin), q, k, v, sinks, results,
+                given);
+}
+
+Gradients flash_attn_backward(Tensor const& grad_out, std::optional<Tensor> grad_lse,
+                              Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& out,
+                              Tensor const& lse, double softmax_scale, bool causal,
+                              bool deterministic, std::optional<StringHandle> tile_config,
+                              std::optional<Tensor> sinks, std::optional<int64_t> window_left,
+                              std::optional<int64_t> window_right, std::optional<int64_t> diagonal,
+                              double softcap, int64_t sm_margin) {
+  return dense_backward(nullptr, grad_out, grad_lse, q, k, v, out, lse, softmax_scale,
+                        deterministic, tile_config, sinks,
+                        mask_of(causal, window_left, window_right, diagonal), softcap, sm_margin);
+}
+
+Tensor flash_attn_backward_into(
+    Tensor const& grad_q, Tensor const& grad_k, Tensor const& grad_v, bool add_to_q, bool add_to_kv,
+    Tensor const& grad_out, std::optional<Tensor> grad_lse, Tensor const& q, Tensor const& k,
+    Tensor const& v, Tensor const& out, Tensor const& lse, double softmax_scale, bool causal,
+    bool deterministic, std::optional<StringHandle> tile_config, std::optional<Tensor> sinks,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+    std::optional<int64_t> diagonal, double softcap, int64_t sm_margin) {
+  Given const given{grad_q, grad_k, grad_v, add_to_q, add_to_kv};
+  return std::get<3>(dense_backward(
+      &given, grad_out, grad_lse, q, k, v, out, lse, softmax_scale, deterministic, tile_config,
+      sinks, mask_of(causal, window_left, window_right, diagonal), softcap, sm_margin));
 }
 
 /// The same of packed sequences. What cu_seqlens and seqused hold is not looked at here.
-Gradients flash_attn_varlen_backward(
-    Tensor const& grad_out, std::optional<Tensor> grad_lse, Tensor const& q_tensor,
-    Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out, Tensor const& lse,
-    Tensor const& cu_seqlens_q, Tensor const& cu_seqlens_k, std::optional<Tensor> seqused_q,
-    std::optional<Tensor> seqused_k, std::optional<Tensor> diagonal, double softmax_scale,
-    bool causal, std::optional<Tensor> sinks, std::optional<int64_t> max_seqlen_q,
-    std::optional<int64_t> max_seqlen_k, std::optional<int64_t> window_left,
-    std::optional<int64_t> window_right, bool deterministic,
-    std::optional<StringHandle> tile_config, double softcap) {
+Gradients packed_backward(Given const* given, Tensor const& grad_out,
+                          std::optional<Tensor> const& grad_lse, Tensor const& q_tensor,
+                          Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out,
+                          Tensor const& lse, PackedCall const& packed, double softmax_scale,
+                          attention::MaskSpec const& mask, std::optional<Tensor> const& sinks,
+                          bool deterministic, std::optional<StringHandle> tile_config,
+                          double softcap, int64_t sm_margin) {
   TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
-  PackedCall const packed{cu_seqlens_q, cu_seqlens_k, seqused_q,   seqused_k,
-                          diagonal,     max_seqlen_q, max_seqlen_k};
-  AttentionCall call = check_packed_call(
-      q, k, v, softmax_scale, mask_of(causal, window_left, window_right, std::nullopt), packed);
+  AttentionCall call = check_packed_call(q, k, v, softmax_scale, mask, packed);
   call.softcap = checked_softcap(softcap);
   Results const results(grad_out, grad_lse, out, lse);
   results.check(q, v, {q.size(1), q.size(0)});
-  return answer(call, deterministic, tile, q, k, v, sinks, results);
+  return answer(call, deterministic, tile, hopper(q.device, sm_margin), q, k, v, sinks, results,
+                given);
+}
+
+Gradients flash_attn_varlen_backward(
+    Tensor const& grad_out, std::optional<Tensor> grad_lse, Tensor const& q, Tensor const& k,
+    Tensor const& v, Tensor const& out, Tensor const& lse, Tensor const& cu_seqlens_q,
+    Tensor const& cu_seqlens_k, std::optional<Tensor> seqused_q, std::optional<Tensor> seqused_k,
+    std::optional<Tensor> diagonal, double softmax_scale, bool causal, std::optional<Tensor> sinks,
+    std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right, bool deterministic,
+    std::optional<StringHandle> tile_config, double softcap, int64_t sm_margin) {
+  return packed_backward(
+      nullptr, grad_out, grad_lse, q, k, v, out, lse,
+      {cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal, max_seqlen_q, max_seqlen_k},
+      softmax_scale, mask_of(causal, window_left, window_right, std::nullopt), sinks, deterministic,
+      tile_config, softcap, sm_margin);
+}
+
+Tensor flash_attn_varlen_backward_into(
+    Tensor const& grad_q, Tensor const& grad_k, Tensor const& grad_v, bool add_to_q, bool add_to_kv,
+    Tensor const& grad_out, std::optional<Tensor> grad_lse, Tensor const& q, Tensor const& k,
+    Tensor const& v, Tensor const& out, Tensor const& lse, Tensor const& cu_seqlens_q,
+    Tensor const& cu_seqlens_k, std::optional<Tensor> seqused_q, std::optional<Tensor> seqused_k,
+    std::optional<Tensor> diagonal, double softmax_scale, bool causal, std::optional<Tensor> sinks,
+    std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right, bool deterministic,
+    std::optional<StringHandle> tile_config, double softcap, int64_t sm_margin) {
+  Given const given{grad_q, grad_k, grad_v, add_to_q, add_to_kv};
+  return std::get<3>(packed_backward(
+      &given, grad_out, grad_lse, q, k, v, out, lse,
+      {cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal, max_seqlen_q, max_seqlen_k},
+      softmax_scale, mask_of(causal, window_left, window_right, std::nullopt), sinks, deterministic,
+      tile_config, softcap, sm_margin));
 }
 
 }  // namespace
@@ -196,14 +302,26 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
       "flash_attn_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor lse, float softmax_scale, bool causal, bool deterministic, "
       "str? tile_config=None, Tensor? sinks=None, *, SymInt? window_left=None, "
-      "SymInt? window_right=None, SymInt? diagonal=None, float softcap=0.0) -> "
-      "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_sinks)");
+      "SymInt? window_right=None, SymInt? diagonal=None, float softcap=0.0, "
+      "SymInt sm_margin=0) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_sinks)");
+  // The same into given tensors of float32, or added to them.
+  library.def(
+      "flash_attn_backward_into(Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, "
+      "bool add_to_q, bool add_to_kv, Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, "
+      "Tensor v, Tensor out, Tensor lse, float softmax_scale, bool causal, bool deterministic, "
+      "str? tile_config=None, Tensor? sinks=None, *, SymInt? window_left=None, "
+      "SymInt? window_right=None, SymInt? diagonal=None, float softcap=0.0, "
+      "SymInt sm_margin=0) -> Tensor grad_sinks");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   // A build without backward rows answers from Python, with an error that says so.
   if (!cute_kernels::attention::backward_kernels.is_built()) return;
   library.impl("flash_attn_backward", TORCH_BOX(&cute_kernels::binding::flash_attn_backward));
+  library.impl("flash_attn_backward_into",
+               TORCH_BOX(&cute_kernels::binding::flash_attn_backward_into));
   library.impl("flash_attn_varlen_backward",
                TORCH_BOX(&cute_kernels::binding::flash_attn_varlen_backward));
+  library.impl("flash_attn_varlen_backward_into",
+               TORCH_BOX(&cute_kernels::binding::flash_attn_varlen_backward_into));
 }

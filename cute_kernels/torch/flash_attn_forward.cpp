@@ -68,13 +68,14 @@ std::tuple<Tensor, Tensor> flash_attn_forward(
     Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor, double softmax_scale,
     bool causal, std::optional<StringHandle> tile_config, [[maybe_unused]] bool deterministic,
     std::optional<Tensor> sinks_tensor, std::optional<int64_t> window_left,
-    std::optional<int64_t> window_right, std::optional<int64_t> diagonal, double softcap) {
+    std::optional<int64_t> window_right, std::optional<int64_t> diagonal, double softcap,
+    int64_t sm_margin) {
   TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   AttentionCall call =
       check_call(q, k, v, softmax_scale, mask_of(causal, window_left, window_right, diagonal));
   CallSizes const& sizes = call.sizes;
-  attention::Device const& device = hopper(q.device);
+  attention::Device const device = hopper(q.device, sm_margin);
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Sinks const sinks(sinks_tensor, q, sizes.heads_q);
   call.sinks = sinks.data();
@@ -100,7 +101,7 @@ std::tuple<Tensor, Tensor> flash_attn_varlen_forward(
     bool causal, std::optional<Tensor> sinks_tensor, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> max_seqlen_k, std::optional<int64_t> window_left,
     std::optional<int64_t> window_right, [[maybe_unused]] bool deterministic,
-    std::optional<StringHandle> tile_config, double softcap) {
+    std::optional<StringHandle> tile_config, double softcap, int64_t sm_margin) {
   TileName const tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   PackedCall const packed{cu_seqlens_q, cu_seqlens_k, seqused_q,   seqused_k,
@@ -108,7 +109,7 @@ std::tuple<Tensor, Tensor> flash_attn_varlen_forward(
   AttentionCall call = check_packed_call(
       q, k, v, softmax_scale, mask_of(causal, window_left, window_right, std::nullopt), packed);
   CallSizes const& sizes = call.sizes;
-  attention::Device const& device = hopper(q.device);
+  attention::Device const device = hopper(q.device, sm_margin);
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Sinks const sinks(sinks_tensor, q, sizes.heads_q);
   call.sinks = sinks.data();
@@ -132,8 +133,7 @@ STABLE_TORCH_LIBRARY(cute_kernels, library) {
       "flash_attn_forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
       "str? tile_config=None, bool deterministic=False, Tensor? sinks=None, *, "
       "SymInt? window_left=None, SymInt? window_right=None, SymInt? diagonal=None, "
-      "float softcap=0.0) -> "
-      "(Tensor out, Tensor lse)");
+      "float softcap=0.0, SymInt sm_margin=0) -> (Tensor out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {

@@ -10,18 +10,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
       "Tensor cache_seqlens, Tensor? page_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, "
       "Tensor? sinks, float softmax_scale, bool causal, *, SymInt? max_seqlen_q=None, "
       "SymInt? window_left=None, SymInt? window_right=None, float softcap=0.0, "
-      "SymInt num_splits=0) -> (Tensor out, Tensor lse)");
+      "SymInt num_splits=0, SymInt sm_margin=0) -> (Tensor out, Tensor lse)");
   // The same with its output in `out`, dense.
   library.def(
       "flash_attn_kvcache_forward_out(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, "
       "Tensor cu_seqlens_q, Tensor cache_seqlens, Tensor? page_table, Tensor? cache_batch_idx, "
       "Tensor? cache_leftpad, Tensor? sinks, float softmax_scale, bool causal, *, "
       "SymInt? max_seqlen_q=None, SymInt? window_left=None, SymInt? window_right=None, "
-      "float softcap=0.0, SymInt num_splits=0) -> Tensor lse");
-  // Results of parts of the keys, (splits, batch, seqlen, heads, head_dim) and (splits, batch,
-  // seqlen, heads), made one. The LSE returned is (batch, seqlen, heads), a view of a dense (batch,
-  // heads, seqlen).
-  library.def(
-      "flash_attn_combine(Tensor out_partial, Tensor lse_partial, *, ScalarType? out_dtype=None) "
-      "-> (Tensor out, Tensor lse)");
+      "float softcap=0.0, SymInt num_splits=0, SymInt sm_margin=0) -> Tensor lse");
 }

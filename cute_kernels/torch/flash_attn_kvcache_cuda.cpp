@@ -13,8 +13,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "cute_kernels/attention/combine/problem.hpp"
-#include "cute_kernels/attention/decode/tile_config.hpp"
+#include "cute_kernels/attention/prefill/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
 #include "cute_kernels/torch/require.hpp"
@@ -24,11 +23,10 @@ namespace cute_kernels::binding {
 namespace {
 
 using attention::CachedCall;
+using attention::CacheKernels;
 using attention::CachePages;
 using attention::CacheView;
 using attention::CallSizes;
-using attention::CombinedType;
-using attention::CombineProblem;
 using attention::DecodeKernel;
 using attention::DecodeProblem;
 using torch::headeronly::ScalarType;
@@ -105,15 +103,31 @@ CachePages cache_pages(Argument const& q, Argument const& k, int64_t batch,
   return pages;
 }
 
-DecodeKernel const& decode_kernel_for(ScalarType dtype, CachedCall const& call) {
-  DecodeKernel const* const kernel = attention::choose_decode(element_type(dtype), call);
-  if (kernel == nullptr) {
+/// A call's kernels. Of `longest`, which the caller knows or not, no sequence has more queries.
+CacheKernels kernels_for(ScalarType dtype, CachedCall const& call, std::optional<int64_t> longest,
+                         attention::Device const& device) {
+  require(!longest || *longest >= 0, "max_seqlen_q is below 0");
+  auto const most =
+      static_cast<int>(std::min<int64_t>(longest.value_or(call.total_q), call.total_q));
+  CacheKernels const kernels =
+      attention::choose_for_cache(element_type(dtype), call, most, device.multiprocessors);
+  if (kernels.decode == nullptr && kernels.prefill == nullptr) {
     std::ostringstream there;
     for (DecodeKernel const& other : attention::decode_kernels) there << ' ' << other.config.name;
     fail("no decode kernel for ", DtypeOf{dtype}, " and head_dim ",
          std::max(call.head_dim, call.head_dim_v), " in this build, which has", there.str());
   }
-  return *kernel;
+  return kernels;
+}
+
+/// Launches a kernel with a workspace of its own, which lives until the launch is enqueued: the
+/// allocator reuses memory in stream order.
+template <class Kernel>
+void launch(Kernel const& kernel, DecodeProblem& problem) {
+  int const device = problem.device.index;
+  Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, device);
+  problem.workspace = workspace.data_ptr();
+  require_success(kernel.launch(problem, current_stream(device)), kernel.config.name);
 }
 
 Tensor flash_attn_kvcache_forward_out(
@@ -121,8 +135,8 @@ Tensor flash_attn_kvcache_forward_out(
     Tensor const& cu_seqlens_q, Tensor const& cache_seqlens, std::optional<Tensor> page_table,
     std::optional<Tensor> cache_batch_idx, std::optional<Tensor> cache_leftpad,
     std::optional<Tensor> sinks, double softmax_scale, bool causal,
-    [[maybe_unused]] std::optional<int64_t> max_seqlen_q, std::optional<int64_t> window_left,
-    std::optional<int64_t> window_right, double softcap, int64_t num_splits) {
+    std::optional<int64_t> max_seqlen_q, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, double softcap, int64_t num_splits, int64_t sm_margin) {
   Argument const q("q", q_tensor), k("k_cache", k_cache), v("v_cache", v_cache);
   require(q.is_cuda, "q is not on CUDA");
   require(q.dtype == ScalarType::Half || q.dtype == ScalarType::BFloat16,
@@ -154,7 +168,7 @@ Tensor flash_attn_kvcache_forward_out(
   problem.k = cache_view(k);
   problem.v = cache_view(v);
   problem.sinks = numbers<float>("sinks", sinks, q, {sizes.heads_q});
-  problem.device = hopper(q.device);
+  problem.device = hopper(q.device, sm_margin);
   CachedCall& call = problem.call;
   call.batch = static_cast<int>(batch);
   call.total_q = static_cast<int>(q.size(0));
@@ -172,24 +186,30 @@ Tensor flash_attn_kvcache_forward_out(
   call.lengths = {numbers<int>("cu_seqlens_q", cu_seqlens_q, q, {batch + 1}),
                   numbers<int>("cache_seqlens", cache_seqlens, q, {batch}),
                   numbers<int>("cache_leftpad", cache_leftpad, q, {batch})};
-  DecodeKernel const& kernel = decode_kernel_for(q.dtype, call);
-  require(attention::most_blocks(call, kernel.config.tile_m, kernel.config.tile_n) <=
-              attention::kMostBlocks,
+  CacheKernels const kernels = kernels_for(q.dtype, call, max_seqlen_q, problem.device);
+  require(kernels.decode == nullptr ||
+              attention::most_blocks(call, kernels.decode->config.tile_m,
+                                     kernels.decode->config.tile_n) <= attention::kMostBlocks,
           "q and the cache have too many blocks for one call: pass fewer queries at a time");
 
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor lse = empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device);
   if (lse.numel() == 0) return lse;
-  // The copy, if any, and the workspace live until the launch is enqueued: the allocator reuses
-  // memory in stream order.
+  // The copy, if any, lives until the launches are enqueued.
   Tensor const q_readable = tma_readable(q, kElementBytes);
   problem.q = view(q_readable);
   problem.out = out_tensor.data_ptr();
   problem.lse = static_cast<float*>(lse.data_ptr());
-  Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, q.device);
-  problem.workspace = workspace.data_ptr();
   problem.ticket = next_ticket();
-  require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
+  if (kernels.prefill != nullptr) {
+    if (kernels.decode != nullptr) call.least_rows = CacheKernels::kLeastRows;
+    launch(*kernels.prefill, problem);
+    call.least_rows = 0;
+  }
+  if (kernels.decode != nullptr) {
+    if (kernels.prefill != nullptr) call.most_rows = CacheKernels::kLeastRows - 1;
+    launch(*kernels.decode, problem);
+  }
   return lse;
 }
 
@@ -199,7 +219,7 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
     std::optional<Tensor> cache_batch_idx, std::optional<Tensor> cache_leftpad,
     std::optional<Tensor> sinks, double softmax_scale, bool causal,
     std::optional<int64_t> max_seqlen_q, std::optional<int64_t> window_left,
-    std::optional<int64_t> window_right, double softcap, int64_t num_splits) {
+    std::optional<int64_t> window_right, double softcap, int64_t num_splits, int64_t sm_margin) {
   Argument const q("q", q_tensor), v("v_cache", v_cache);
   require(q.is_cuda, "q is not on CUDA");
   check_sizes(q, 3);
@@ -209,68 +229,8 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
   Tensor lse = flash_attn_kvcache_forward_out(
       out, q_tensor, k_cache, v_cache, cu_seqlens_q, cache_seqlens, page_table, cache_batch_idx,
       cache_leftpad, sinks, softmax_scale, causal, max_seqlen_q, window_left, window_right, softcap,
-      num_splits);
+      num_splits, sm_margin);
   return {out, lse};
-}
-
-CombinedType combined_type(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return CombinedType::kFloat32;
-    case ScalarType::Half:
-      return CombinedType::kFloat16;
-    case ScalarType::BFloat16:
-      return CombinedType::kBFloat16;
-    default:
-      fail("out_dtype is ", DtypeOf{dtype}, ", must be float32, float16 or bfloat16");
-  }
-}
-
-CombineProblem::Strides strides_of(Argument const& a) {
-  return {a.stride(0), a.stride(1), a.stride(2), a.stride(3)};
-}
-
-std::tuple<Tensor, Tensor> flash_attn_combine(Tensor const& out_partial, Tensor const& lse_partial,
-                                              std::optional<ScalarType> out_dtype) {
-  Argument const partial("out_partial", out_partial), partial_lse("lse_partial", lse_partial);
-  require(partial.is_cuda, "out_partial is not on CUDA");
-  check_like(partial_lse, partial);
-  require(partial.dtype == ScalarType::Float, "out_partial is not float32");
-  check_sizes(partial, 5);
-  check_sizes(partial_lse, 4);
-  for (int dim = 0; dim < 4; ++dim) {
-    require(partial_lse.size(dim) == partial.size(dim),
-            "lse_partial does not have out_partial's sizes before head_dim");
-  }
-  require(partial.stride(4) == 1 || partial.size(4) <= 1,
-          "out_partial's head_dim is not contiguous");
-  ScalarType const dtype = out_dtype.value_or(ScalarType::Float);
-  CombineProblem problem{};
-  problem.out_partial = static_cast<float const*>(out_partial.data_ptr());
-  problem.out_strides = strides_of(partial);
-  problem.lse_partial = static_cast<float const*>(lse_partial.data_ptr());
-  problem.lse_strides = strides_of(partial_lse);
-  problem.type = combined_type(dtype);
-  problem.splits = static_cast<int>(partial.size(0));
-  problem.batch = static_cast<int>(partial.size(1));
-  problem.seqlen = static_cast<int>(partial.size(2));
-  problem.heads = static_cast<int>(partial.size(3));
-  problem.head_dim = static_cast<int>(partial.size(4));
-  hopper(partial.device);
-
-  torch::stable::accelerator::DeviceGuard const guard(partial.device);
-  Tensor out = empty({partial.size(1), partial.size(2), partial.size(3), partial.size(4)}, dtype,
-                     partial.device);
-  Tensor lse =
-      empty({partial.size(1), partial.size(3), partial.size(2)}, ScalarType::Float, partial.device);
-  problem.out = out.data_ptr();
-  problem.lse = static_cast<float*>(lse.data_ptr());
-  if (lse.numel() > 0) {
-    require_success(
-        attention::launch_combine(problem, current_stream(partial.device), partial.device),
-        "flash_attn_combine");
-  }
-  return {out, torch::stable::transpose(lse, 1, 2)};
 }
 
 }  // namespace
@@ -281,5 +241,4 @@ STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
                TORCH_BOX(&cute_kernels::binding::flash_attn_kvcache_forward));
   library.impl("flash_attn_kvcache_forward_out",
                TORCH_BOX(&cute_kernels::binding::flash_attn_kvcache_forward_out));
-  library.impl("flash_attn_combine", TORCH_BOX(&cute_kernels::binding::flash_attn_combine));
 }

@@ -19,8 +19,18 @@ struct PackedCall {
   std::optional<int64_t> max_seqlen_k;
 };
 
-/// The call that 16-bit q, k and v, packed, make with them, checked but for what is known to the
-/// device alone. It points into the tensors.
+/// The (count) numbers of a tensor, checked to be on q's device.
+int const* check_int32(char const* name, torch::stable::Tensor const& tensor, Argument const& q,
+                       int64_t count);
+
+/// The call that q and k of any number format, packed and with sizes that an int holds, make with
+/// them and a V of head_dim_v, checked but for what is known to the device alone. It points into
+/// the tensors.
+attention::AttentionCall packed_call_of(Argument const& q, Argument const& k, int64_t head_dim_v,
+                                        double softmax_scale, attention::MaskSpec const& mask,
+                                        PackedCall const& packed);
+
+/// The same of 16-bit q, k and v as the caller gave them, all of it checked.
 attention::AttentionCall check_packed_call(Argument const& q, Argument const& k, Argument const& v,
                                            double softmax_scale, attention::MaskSpec const& mask,
                                            PackedCall const& packed);

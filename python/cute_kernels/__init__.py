@@ -10,7 +10,12 @@ from cute_kernels.cache import (
     get_scheduler_metadata,
 )
 from cute_kernels.compile.config import TileConfig
-from cute_kernels.fp8 import FP8Tensor, flash_attn_fp8_func, quantize_fp8
+from cute_kernels.fp8 import (
+    FP8Tensor,
+    flash_attn_fp8_func,
+    flash_attn_fp8_varlen_func,
+    quantize_fp8,
+)
 from cute_kernels.interface import flash_attn_func
 from cute_kernels.plugins import (
     add_tile_config,
@@ -33,6 +38,7 @@ __all__ = [
     "compile_tile_config",
     "flash_attn_combine",
     "flash_attn_fp8_func",
+    "flash_attn_fp8_varlen_func",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_flag, check_int, refuse_on_cuda
+from cute_kernels.checks import check_flag, check_int, check_sm_margin
 
 Window = Sequence[int | None] | Tensor | None
 
@@ -40,13 +40,12 @@ def refuse_for_fp8(**asked: bool) -> None:
             raise NotImplementedError(f"{name} is not there yet for float8_e4m3fn")
 
 
-def check_hints(q: Tensor, num_splits: int, pack_gqa: bool | None, sm_margin: int) -> None:
+def check_hints(num_splits: int, pack_gqa: bool | None, sm_margin: int) -> None:
     """What may change how a result is computed, but not the result."""
     check_int("num_splits", num_splits, least=0, none="")
     if pack_gqa is not None and not isinstance(pack_gqa, bool):
         raise TypeError(f"pack_gqa is {pack_gqa!r}, must be True, False or None")
-    check_int("sm_margin", sm_margin, least=0, none="")
-    refuse_on_cuda("sm_margin", sm_margin != 0, q)
+    check_sm_margin(sm_margin)
 
 
 def window_of(window_size: Window, causal: bool) -> tuple[bool, int | None, int | None]:

@@ -32,6 +32,7 @@ _DTYPE_NAMES = {
     torch.int8: "int8",
 }
 _SIZE_LIMIT = 2**31
+_VECTOR_BYTES = 16
 _BLOCK = 64  # rows of the smallest tile
 _BLOCKS_LIMIT = 2**30
 
@@ -48,11 +49,13 @@ _Call = TypeVar("_Call", bound=Callable[..., Any])
 _unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual
 
 
-def explain(refusal: Exception, check: Callable[..., None], *inputs: Any) -> NoReturn:
+def explain(
+    refusal: Exception, check: Callable[..., None], *inputs: Any, **keywords: Any
+) -> NoReturn:
     """Raises what `check` raises for the inputs of a call that was refused, or if that is nothing
     the refusal itself."""
     try:
-        check(*inputs)
+        check(*inputs, **keywords)
     except (TypeError, ValueError, NotImplementedError) as exact:
         raise exact from None
     raise refusal
@@ -98,13 +101,6 @@ def refuse_derivatives(function: str, *inputs: object, where: str = "") -> None:
         refuse_tangents(*(x for x in inputs if isinstance(x, Tensor)))
 
 
-def refuse_on_cuda(feature: str, asked: bool, q: object) -> None:
-    """Raises NotImplementedError if q is on CUDA and the call asks for what has no kernels yet: the
-    one place that says so."""
-    if asked and isinstance(q, Tensor) and q.device.type == "cuda":
-        raise NotImplementedError(f"{feature} is not there yet on CUDA: CPU only so far")
-
-
 def check_forward(
     q: Tensor,
     k: Tensor,
@@ -118,14 +114,16 @@ def check_forward(
     window_right: int | None = None,
     diagonal: int | None = None,
     softcap: float = 0.0,
+    sm_margin: int = 0,
 ) -> None:
     """Raises ValueError or TypeError unless the forward operator can answer this call."""
     check_call(q, k, v, DENSE, softmax_scale, causal, deterministic, sinks, softcap)
     _check_batch(q, k, v)
     check_window(window_left, window_right)
     check_int("diagonal", diagonal)
+    check_sm_margin(sm_margin)
     right = 0 if causal else window_right
-    own_mask = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
+    own_mask = tile_config is not None and is_own_mask(q, k, window_left, right, diagonal)
     any_call = own_mask or sinks is not None or softcap > 0
     check_tile_config(tile_config, "forward", q, v, any_call, softcap > 0)
     _check_blocks("q", q)
@@ -148,6 +146,7 @@ def check_backward(
     window_right: int | None = None,
     diagonal: int | None = None,
     softcap: float = 0.0,
+    sm_margin: int = 0,
 ) -> None:
     """Raises ValueError or TypeError unless the backward operator can answer this call."""
     check_call(q, k, v, DENSE, softmax_scale, causal, deterministic, sinks, softcap)
@@ -155,8 +154,9 @@ def check_backward(
     check_results(q, v, DENSE, out, grad_out, lse, grad_lse)
     check_window(window_left, window_right)
     check_int("diagonal", diagonal)
+    check_sm_margin(sm_margin)
     right = 0 if causal else window_right
-    own_mask = tile_config is not None and _is_own_mask(q, k, window_left, right, diagonal)
+    own_mask = tile_config is not None and is_own_mask(q, k, window_left, right, diagonal)
     check_tile_config(tile_config, "backward", q, v, own_mask or softcap > 0, softcap > 0)
     _check_blocks("k", k)
 
@@ -218,13 +218,30 @@ def check_call(
     check_softmax_scale(softmax_scale, accumulator_dtype(q.dtype))
     check_softcap(softcap, accumulator_dtype(q.dtype))
     if sinks is not None:
-        _check_sinks(sinks, q)
+        check_sinks(sinks, q)
 
 
 def check_window(left: int | None, right: int | None) -> None:
     """The operators' window: at least 0, or None for no limit."""
     for name, limit in (("window_left", left), ("window_right", right)):
         check_int(name, limit, least=0)
+
+
+def check_vectors(name: str, x: Tensor) -> None:
+    """On CUDA kernels take a tensor by vectors, where no copy of it is made."""
+    if x.device.type != "cuda" or x.numel() == 0:
+        return
+    strides = zip(x.shape[:-1], x.stride(), strict=False)
+    offsets = [x.storage_offset(), *(stride for n, stride in strides if n > 1)]
+    if any(n * x.element_size() % _VECTOR_BYTES != 0 for n in offsets):
+        raise ValueError(
+            f"{name} has strides {x.stride()} and offset {x.storage_offset()}, must be multiples "
+            f"of {_VECTOR_BYTES} bytes on CUDA"
+        )
+
+
+def check_sm_margin(sm_margin: int) -> None:
+    check_int("sm_margin", sm_margin, least=0, none="")
 
 
 def check_flag(name: str, flag: object) -> None:
@@ -294,7 +311,7 @@ def check_tile_config(
     )
 
 
-def _is_own_mask(
+def is_own_mask(
     q: Tensor, k: Tensor, left: int | None, right: int | None, diagonal: int | None
 ) -> bool:
     """Whether it is neither none nor the causal one, as kernel_ranges has it
@@ -383,7 +400,7 @@ def check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
         )
 
 
-def _check_sinks(sinks: Tensor, q: Tensor) -> None:
+def check_sinks(sinks: Tensor, q: Tensor) -> None:
     check_device("sinks", sinks, q)
     allowed = _SINK_DTYPES if q.device.type == "cuda" else _CPU_DTYPES
     if sinks.dtype not in allowed:

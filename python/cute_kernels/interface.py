@@ -11,7 +11,7 @@ from cute_kernels.arguments import Window, check_hints, refuse_for_fp8, refuse_l
 from cute_kernels.autograd import dense
 from cute_kernels.checks import check_forward, check_softcap, explain
 from cute_kernels.chunks import check_chunk
-from cute_kernels.fp8 import flash_attn_e4m3
+from cute_kernels.fp8 import e4m3_operands, flash_attn_e4m3
 from cute_kernels.varlen import flash_attn_varlen_func
 
 _always_deterministic = torch.are_deterministic_algorithms_enabled
@@ -67,8 +67,8 @@ def flash_attn_func(
             ends included; -1 is no limit. With ``causal`` right is 0.
         q_descale, k_descale, v_descale: for q, k and v of float8_e4m3fn, what they are to be
             multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
-            are multiples of 16, returns bfloat16 and has no gradient. From 16-bit tensors,
-            `flash_attn_fp8_func` loses less.
+            are multiples of 16, returns bfloat16, has no softcap and no gradient. From 16-bit
+            tensors, `flash_attn_fp8_func` loses less.
         softcap: above 0, scores become ``softcap * tanh(score / softcap)`` after softmax_scale and
             before the mask; 0 is none.
         attention_chunk: above 0, a query sees only keys of its own chunk: with its position
@@ -77,8 +77,9 @@ def flash_attn_func(
             CUDA q, k and v are copied in full unless batch entries follow one another in memory.
         qv: not there yet; anything but None raises NotImplementedError.
         num_splits, pack_gqa: hints, which change no result and so far nothing else.
-        sm_margin: how many multiprocessors to leave alone; other than 0 on the CPU only so far,
-            which has none.
+        sm_margin: how many multiprocessors of a GPU the call, and its gradient, leave alone, for
+            communication beside it; one is always left to the call. The short kernels around
+            attention itself do not look at it. Changes no result.
         deterministic: gradients on CUDA are the same bits from run to run, at some cost; without
             it the order in which the blocks of keys add to q's gradient varies. Implied by
             ``torch.use_deterministic_algorithms(True)``. Has no effect on the output and on the
@@ -123,23 +124,35 @@ def flash_attn_func(
         unusual = True
     if unusual:
         refuse_later("flash_attn_func", qv=qv)
-        check_hints(q, num_splits, pack_gqa, sm_margin)
+        check_hints(num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
         if not isinstance(softcap, (int, float)):  # the operator would read a tensor, and wait
             check_softcap(softcap)
         check_chunk(attention_chunk)
-        options = (sinks, left, right, None, softcap)
+        options = (sinks, left, right, None, softcap, sm_margin)
         descales = (q_descale, k_descale, v_descale)
         if any(x is not None for x in descales) or getattr(q, "dtype", None) is _E4M3:
             if tile_config is not None:
                 raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-            refuse_for_fp8(
-                window_size=(left, right) != (None, None),
-                sinks=sinks is not None,
-                softcap=softcap > 0,
-                attention_chunk=attention_chunk > 0,
-            )
-            out, lse = flash_attn_e4m3(q, k, v, *descales, softmax_scale, causal)
+            refuse_for_fp8(softcap=softcap > 0, sm_margin=sm_margin > 0 and q.is_cuda)
+            mask, with_lse = (causal, left, right), return_lse or return_attn_probs
+            operands = e4m3_operands(q, k, v, *descales, sinks)
+            if attention_chunk == 0:
+                out, lse = flash_attn_e4m3(operands, softmax_scale, mask, sinks, with_lse)
+            else:
+                out, lse = _attend_in_chunks(
+                    q,
+                    k,
+                    v,
+                    q_descale=q_descale,
+                    k_descale=k_descale,
+                    v_descale=v_descale,
+                    softmax_scale=softmax_scale,
+                    causal=causal,
+                    window_size=window_size,
+                    attention_chunk=attention_chunk,
+                    sinks=sinks,
+                )
             return (out, lse) if return_lse or return_attn_probs else out
         if attention_chunk > 0:
             check_forward(q, k, v, 1.0, causal, None, deterministic, *options)
@@ -153,6 +166,7 @@ def flash_attn_func(
                 attention_chunk=attention_chunk,
                 softcap=softcap,
                 deterministic=deterministic,
+                sm_margin=sm_margin,
                 sinks=sinks,
                 tile_config=tile_config,
             )

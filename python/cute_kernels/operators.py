@@ -72,6 +72,7 @@ _VARLEN_KEYWORDS = (
     "deterministic",
     "tile_config",
     "softcap",
+    "sm_margin",
 )
 
 
@@ -96,7 +97,7 @@ DENSE = Family(
     forward=Pass(flash_attn_forward, check_forward, 8),
     backward=Pass(flash_attn_backward, check_backward, 12),
     tensors=3,
-    keywords=("window_left", "window_right", "diagonal", "softcap"),
+    keywords=("window_left", "window_right", "diagonal", "softcap", "sm_margin"),
     backward_options=_dense_options,
     vmap_rule=fold_into_batch,
 )
@@ -178,13 +179,14 @@ def _forward_cpu(
     deterministic: bool = False,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    sm_margin: int = 0,
     **mask: Any,
 ) -> tuple[Tensor, Tensor]:
     of_call = softmax_scale, reference.mask_of(causal, **mask), sinks, softcap
     return reference.attention_forward(q, k, v, *of_call)
 
 
-def _backward_cpu(
+def backward_cpu(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -198,11 +200,13 @@ def _backward_cpu(
     tile_config: str | None = None,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    sm_margin: int = 0,
+    grad_dtype: torch.dtype | None = None,
     **mask: Any,
 ) -> reference.Gradients:
     tensors = (grad_out, grad_lse, q, k, v, out, lse)
     of_call = softmax_scale, reference.mask_of(causal, **mask), sinks, softcap
-    return reference.attention_backward(*tensors, *of_call)
+    return reference.attention_backward(*tensors, *of_call, grad_dtype)
 
 
 def _varlen_forward_cpu(
@@ -221,11 +225,11 @@ def _varlen_forward_cpu(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
-    sequences, mask = _packed(q, k, lengths, causal, **options)
+    sequences, mask = packed_sequences(q, k, lengths, causal, **options)
     return reference.packed_forward(q, k, v, sequences, softmax_scale, mask, sinks, softcap)
 
 
-def _varlen_backward_cpu(
+def varlen_backward_cpu(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -242,15 +246,17 @@ def _varlen_backward_cpu(
     causal: bool,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    grad_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> reference.Gradients:
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
-    sequences, mask = _packed(q, k, lengths, causal, **options)
+    sequences, mask = packed_sequences(q, k, lengths, causal, **options)
     tensors = (grad_out, grad_lse, q, k, v, out, lse)
-    return reference.packed_backward(*tensors, sequences, softmax_scale, mask, sinks, softcap)
+    of_call = sequences, softmax_scale, mask, sinks, softcap
+    return reference.packed_backward(*tensors, *of_call, grad_dtype)
 
 
-def _packed(
+def packed_sequences(
     q: Tensor,
     k: Tensor,
     lengths: tuple[Any, ...],
@@ -336,8 +342,8 @@ def _backward_not_built(*_: Any, **__: Any) -> reference.Gradients:
     )
 
 
-_register_family(DENSE, _forward_cpu, _backward_cpu)
-_register_family(VARLEN, _varlen_forward_cpu, _varlen_backward_cpu)
+_register_family(DENSE, _forward_cpu, backward_cpu)
+_register_family(VARLEN, _varlen_forward_cpu, varlen_backward_cpu)
 if not tile_configs("backward"):
     for _family in (DENSE, VARLEN):
         torch.library.impl(_family.backward.operator.name(), "cuda", _backward_not_built)

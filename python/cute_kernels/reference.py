@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -222,13 +222,15 @@ def attention_backward(
     mask: Mask,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Gradients:
-    """The gradients of q, k, v and the sinks, from those of the output and the LSE."""
-    dense = torch.contiguous_format
-    grad_q = torch.zeros_like(q, memory_format=dense)
+    """The gradients of q, k, v and the sinks, from those of the output and the LSE; the first three
+    in `dtype`, that of the inputs if None."""
+    how: Any = {"memory_format": torch.contiguous_format, "dtype": dtype or q.dtype}
+    grad_q = torch.zeros_like(q, **how)
     grad_sinks = empty_sinks_gradient(q, sinks).zero_()
     if q.numel() == 0 or (k.numel() == 0 and sinks is None):
-        grad_k, grad_v = (torch.zeros_like(x, memory_format=dense) for x in (k, v))
+        grad_k, grad_v = (torch.zeros_like(x, **how) for x in (k, v))
         return grad_q, grad_k, grad_v, grad_sinks
     blocks = _Blocks(q, k, softmax_scale, mask, softcap)
     all_k, all_v = blocks.all_keys(k), blocks.all_keys(v)
@@ -269,8 +271,8 @@ def attention_backward(
     grad_k *= blocks.softmax_scale
     return (
         grad_q,
-        grad_k.transpose(1, 2).to(k.dtype).contiguous(),
-        grad_v.transpose(1, 2).to(v.dtype).contiguous(),
+        grad_k.transpose(1, 2).to(grad_q.dtype).contiguous(),
+        grad_v.transpose(1, 2).to(grad_q.dtype).contiguous(),
         grad_sinks,
     )
 
@@ -319,10 +321,11 @@ def packed_backward(
     mask: Mask,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Gradients:
     """`attention_backward` of each sequence; rows of none get 0."""
-    dense = torch.contiguous_format
-    grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=dense) for x in (q, k, v))
+    how: Any = {"memory_format": torch.contiguous_format, "dtype": dtype or q.dtype}
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, **how) for x in (q, k, v))
     grad_sinks = empty_sinks_gradient(q, sinks).zero_()
     for queries, keys, diagonal in sequences:
         part = attention_backward(
@@ -337,6 +340,7 @@ def packed_backward(
             mask._replace(diagonal=diagonal),
             sinks,
             softcap,
+            dtype,
         )
         grad_q[queries], grad_k[keys], grad_v[keys] = (grad[0] for grad in part[:3])
         grad_sinks += part[3]

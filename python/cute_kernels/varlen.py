@@ -7,11 +7,12 @@ import os
 import torch
 from torch import Tensor
 
-from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
+from cute_kernels.arguments import Window, check_hints, refuse_for_fp8, refuse_later, window_of
 from cute_kernels.autograd import varlen
 from cute_kernels.cache.pages import attend_pages
 from cute_kernels.checks import check_softcap, explain
 from cute_kernels.chunks import Lengths, check_chunk, in_chunks
+from cute_kernels.fp8 import flash_attn_varlen_e4m3
 from cute_kernels.varlen_checks import (
     check_max_seqlens,
     check_varlen_forward,
@@ -19,6 +20,7 @@ from cute_kernels.varlen_checks import (
 )
 
 _is_compiling = torch.compiler.is_compiling
+_E4M3 = torch.float8_e4m3fn
 _always_deterministic = torch.are_deterministic_algorithms_enabled
 
 # What the arguments are that most calls leave alone.
@@ -77,9 +79,13 @@ def flash_attn_varlen_func(
             uses; all if None.
         softmax_scale, causal, window_size, attention_chunk, softcap: as of `flash_attn_func`.
         deterministic, return_attn_probs, sinks, return_lse, tile_config: likewise.
-        qv, q_descale, k_descale, v_descale: not there yet; anything that would change the call
-            raises NotImplementedError.
-        num_splits, pack_gqa, sm_margin: hints, which change no result.
+        q_descale, k_descale, v_descale: for q, k and v of float8_e4m3fn, what they are to be
+            multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
+            are multiples of 16, returns bfloat16, has no softcap, no page_table and no gradient.
+            From 16-bit tensors, `flash_attn_fp8_varlen_func` loses less.
+        qv: not there yet; anything but None raises NotImplementedError.
+        num_splits, pack_gqa: hints, which change no result.
+        sm_margin: as of `flash_attn_func`.
         page_table: (batch, max_pages), int32, last dimension contiguous. With it k and v are caches
             of pages, (pages, page_size, key heads, head_dim), and key j of a sequence is row ``j %
             page_size`` of page ``page_table[i, j // page_size]``; cu_seqlens_k is None, seqused_k
@@ -116,26 +122,29 @@ def flash_attn_varlen_func(
         page_table,
     )
     try:
-        unusual = asked != _USUAL
+        unusual = asked != _USUAL or getattr(q, "dtype", None) is _E4M3
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
         unusual = True
     if unusual:
-        refuse_later(
-            "flash_attn_varlen_func",
-            qv=qv,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-        )
-        check_hints(q, num_splits, pack_gqa, sm_margin)
+        refuse_later("flash_attn_varlen_func", qv=qv)
+        check_hints(num_splits, pack_gqa, sm_margin)
         causal, *window = window_of(window_size, causal)
         if not isinstance(softcap, (int, float)):  # as max_seqlen below
             check_softcap(softcap)
         check_chunk(attention_chunk)
     # Here too: the operator would read a tensor, and wait for the GPU.
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
+    descales = (q_descale, k_descale, v_descale)
+    is_e4m3 = getattr(q, "dtype", None) is _E4M3
+    is_fp8 = unusual and (is_e4m3 or any(x is not None for x in descales))
     if page_table is not None:
-        refuse_later("flash_attn_varlen_func with page_table", attention_chunk=attention_chunk)
+        refuse_later(
+            "flash_attn_varlen_func with page_table",
+            attention_chunk=attention_chunk,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+        )
         out, lse = attend_pages(
             q,
             k,
@@ -151,6 +160,7 @@ def flash_attn_varlen_func(
             window[1],
             softcap,
             num_splits,
+            sm_margin,
             sinks,
             page_table,
             tile_config,
@@ -158,6 +168,24 @@ def flash_attn_varlen_func(
         return (out, lse) if return_lse or return_attn_probs else out
     if cu_seqlens_k is None:
         raise TypeError("cu_seqlens_k is a NoneType, must be a torch.Tensor")
+    if is_fp8:
+        if tile_config is not None:
+            raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
+        refuse_for_fp8(softcap=softcap > 0, sm_margin=sm_margin > 0 and q.is_cuda)
+        out, lse = flash_attn_varlen_e4m3(
+            q,
+            k,
+            v,
+            (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k),
+            (max_seqlen_q, max_seqlen_k),
+            descales,
+            softmax_scale,
+            (causal, window[0], window[1]),
+            attention_chunk,
+            sinks,
+            return_lse or return_attn_probs,
+        )
+        return (out, lse) if return_lse or return_attn_probs else out
     lengths: Lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
     if unusual and attention_chunk > 0:
         check_varlen_forward(q, k, v, *lengths, 1.0, causal, sinks)
@@ -175,6 +203,6 @@ def flash_attn_varlen_func(
     except (AttributeError, IndexError, ZeroDivisionError) as error:
         explain(error, check_varlen_forward, q, k, v, *lengths, 1.0, causal, sinks)
     deterministic = _always_deterministic() or deterministic
-    options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config, softcap)
+    options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config, softcap, sm_margin)
     out, lse = forward(q, k, v, *lengths, softmax_scale, causal, sinks, *options)
     return (out, lse) if return_lse or return_attn_probs else out

@@ -13,6 +13,7 @@ from cute_kernels.checks import (
     check_device,
     check_int,
     check_results,
+    check_sm_margin,
     check_tile_config,
     check_window,
 )
@@ -37,13 +38,15 @@ def check_varlen_forward(
     deterministic: bool = False,
     tile_config: str | None = None,
     softcap: float = 0.0,
+    sm_margin: int = 0,
 ) -> None:
     """Raises ValueError or TypeError unless the varlen forward operator can answer this call. The
     contents of tensors are left to `rows_of_sequences`."""
     check_call(q, k, v, PACKED, softmax_scale, causal, deterministic, sinks, softcap)
-    _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
+    check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     check_window(window_left, window_right)
+    check_sm_margin(sm_margin)
     check_tile_config(tile_config, "forward", q, v, True, softcap > 0)
 
 
@@ -70,13 +73,15 @@ def check_varlen_backward(
     deterministic: bool = False,
     tile_config: str | None = None,
     softcap: float = 0.0,
+    sm_margin: int = 0,
 ) -> None:
     """The same for the varlen backward operator."""
     check_call(q, k, v, PACKED, softmax_scale, causal, deterministic, sinks, softcap)
     check_results(q, v, PACKED, out, grad_out, lse, grad_lse)
-    _check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
+    check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     check_window(window_left, window_right)
+    check_sm_margin(sm_margin)
     check_tile_config(tile_config, "backward", q, v, True, softcap > 0)
 
 
@@ -85,7 +90,7 @@ def check_max_seqlens(max_seqlen_q: int | None, max_seqlen_k: int | None) -> Non
         check_int(name, longest, least=0)
 
 
-def _check_lengths(
+def check_lengths(
     q: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,

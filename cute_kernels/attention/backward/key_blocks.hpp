@@ -11,8 +11,11 @@
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/sm90/cluster.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
+#include "cute_kernels/sm90/uniform.hpp"
 
 namespace cute_kernels::attention {
+
+enum class Caller { kWarp, kThread };
 
 /// kTileN keys of one KV head of one batch entry.
 struct KeyBlockCoord {
@@ -37,6 +40,14 @@ struct KeyBlockCoord {
   /// Where the first query stands in Q or dO, of head 0.
   CUTLASS_DEVICE int64_t first_of_q(TensorView const& view) const {
     return batch * view.batch_stride;
+  }
+  /// The same of the first key, and how many rows of K's tensors are the sequence's.
+  CUTLASS_DEVICE int64_t first_of_k(TensorView const& view) const {
+    return batch * view.batch_stride;
+  }
+  template <class Params>
+  CUTLASS_DEVICE int rows_of_k(Params const& params) const {
+    return params.masks.seqlen_k;
   }
 
   /// The number of the first query block of a head of Q.
@@ -69,6 +80,13 @@ struct SequenceKeyBlock {
 
   CUTLASS_DEVICE int64_t first_of_q(TensorView const& view) const {
     return sequence.offset_of_q(view.batch_stride, view.seqlen_stride);
+  }
+  CUTLASS_DEVICE int64_t first_of_k(TensorView const& view) const {
+    return sequence.batch * view.batch_stride + sequence.k.first * view.seqlen_stride;
+  }
+  template <class Params>
+  CUTLASS_DEVICE int rows_of_k(Params const&) const {
+    return sequence.k.rows;
   }
 
   template <class Params>
@@ -127,7 +145,7 @@ CUTLASS_DEVICE SequenceKeyBlock find_key_block(Params const& params, int number)
 /// starts them.
 template <class Traits, class Params>
 CUTLASS_DEVICE int draw_key_block(Params const& params, typename Traits::SharedStorage& shared) {
-  if (Traits::kPersistent || !params.dq_in_order) return blockIdx.x;
+  if (Traits::kPersistent || !params.dq_in_order) return params.first_number + blockIdx.x;
   uint32_t const rank = cute::block_rank_in_cluster();
   if (rank == 0 && threadIdx.x == 0) {
     sm90::wait_for_previous_kernel();  // it clears the counter
@@ -199,8 +217,6 @@ CUTLASS_DEVICE void hand_out_key_blocks(Params const& params,
   }
 }
 
-enum class Caller { kWarp, kThread };
-
 /// The same walk for everyone else, by whole warps or by one thread.
 template <class Traits, Caller kCaller, class Params, class Work>
 CUTLASS_DEVICE void for_each_key_block(Params const& params, typename Traits::SharedStorage& shared,
@@ -209,7 +225,13 @@ CUTLASS_DEVICE void for_each_key_block(Params const& params, typename Traits::Sh
     for (uint32_t phase = 0;; phase ^= 1) {
       shared.number_full.wait(phase);
       number = shared.number;
-      if constexpr (kCaller == Caller::kWarp) __syncwarp();
+      if constexpr (kCaller == Caller::kWarp) {
+        if constexpr (Traits::kAnyCall) {
+          number = sm90::uniform(number);
+        } else {
+          __syncwarp();
+        }
+      }
       if (kCaller == Caller::kThread || threadIdx.x % cutlass::NumThreadsPerWarp == 0) {
         shared.number_empty.arrive();
       }

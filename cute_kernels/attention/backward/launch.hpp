@@ -41,6 +41,16 @@ int heads_at_a_time(AttentionCall const& call, BackwardWorkspace const& workspac
   return heads;
 }
 
+/// How many of the main kernel's CTAs are launched at a time. Those that do not stay are launched
+/// all at once, but where other work has multiprocessors of its own: then as many as may run. The
+/// careful kernel's have nothing to do in most calls.
+template <class Traits>
+int main_grid(int ctas, Device const& device, bool careful) {
+  if (!Traits::kPersistent && (careful || !device.is_shared)) return ctas;
+  int const clusters = std::max(1, device.multiprocessors / Traits::kCluster);
+  return std::min(ctas, clusters * Traits::kCluster);
+}
+
 /// The main kernel: dK and dV, and dQ added up in the workspace. Careful, it only does so in a call
 /// that has raised the alarm.
 template <class Traits, bool kCareful>
@@ -58,26 +68,31 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
     }
   };
   int const rows_q = tensor_rows_q(call), rows_k = tensor_rows_k(call);
-  auto queries = [&](TensorView const& view, int channels) {
+  auto queries = [&](TensorView const& view, int channels, auto layout) {
     return make_tma_copy(SM90_TMA_LOAD{}, tensor(view, rows_q, channels, sizes.heads_q),
-                         take<0, 2>(typename Traits::LayoutQ{}));
+                         take<0, 2>(layout));
   };
   auto keys = [&](auto operation, TensorView const& view, int channels, auto layout) {
     return make_tma_copy(operation, tensor(view, rows_k, channels, sizes.heads_kv), layout);
   };
-  typename Traits::LayoutOwnKeys const own{};
-  auto const tma_q = queries(problem.q, sizes.head_dim);
-  auto const tma_grad_out = queries(problem.grad_out, sizes.head_dim_v);
+  auto const tma_q = queries(problem.q, sizes.head_dim, typename Traits::LayoutQ{});
+  auto const tma_grad_out =
+      queries(problem.grad_out, sizes.head_dim_v, typename Traits::LayoutGradOut{});
   auto const tma_k = keys(SM90_TMA_LOAD{}, problem.k, sizes.head_dim, typename Traits::LayoutK{});
-  auto const tma_v = keys(SM90_TMA_LOAD{}, problem.v, sizes.head_dim_v, own);
-  auto const tma_dk = keys(SM90_TMA_STORE{}, problem.grad_k, sizes.head_dim, own);
-  auto const tma_dv = keys(SM90_TMA_STORE{}, problem.grad_v, sizes.head_dim_v, own);
+  auto const tma_v = keys(SM90_TMA_LOAD{}, problem.v, sizes.head_dim_v, typename Traits::LayoutV{});
+  // Floats do not go by TMA, but a descriptor must be one.
+  bool const by_tma = !problem.float_grads;
+  auto const tma_dk = keys(SM90_TMA_STORE{}, by_tma ? problem.grad_k : problem.k, sizes.head_dim,
+                           typename Traits::LayoutDk{});
+  auto const tma_dv = keys(SM90_TMA_STORE{}, by_tma ? problem.grad_v : problem.v, sizes.head_dim_v,
+                           typename Traits::LayoutDv{});
   constexpr int kClusterKeys = Traits::kTileN * Traits::kCluster;
   int const clusters = key_block_numbers(call, kClusterKeys);
   int const pairs = sizes.heads_kv * tensor_batch(call);
   using Params =
-      BackwardParams<Traits, std::decay_t<decltype(tma_q)>, std::decay_t<decltype(tma_k)>,
-                     std::decay_t<decltype(tma_v)>, std::decay_t<decltype(tma_dk)>>;
+      BackwardParams<Traits, std::decay_t<decltype(tma_q)>, std::decay_t<decltype(tma_grad_out)>,
+                     std::decay_t<decltype(tma_k)>, std::decay_t<decltype(tma_v)>,
+                     std::decay_t<decltype(tma_dk)>, std::decay_t<decltype(tma_dv)>>;
   Params params{};
   params.tma_q = tma_q;
   params.tma_grad_out = tma_grad_out;
@@ -88,12 +103,16 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   params.shape_q = tensor(problem.q, rows_q, sizes.head_dim, sizes.heads_q).shape();
   params.shape_k = tensor(problem.k, rows_k, sizes.head_dim, sizes.heads_kv).shape();
   params.grad_out = problem.grad_out;
+  params.float_grads = problem.float_grads;
+  params.grad_k = problem.grad_k;
+  params.grad_v = problem.grad_v;
   params.workspace = workspace;
   params.call_number = call_number;
   params.scale_log2 = scale_of_scores(Traits::kSoftcap ? call.softcap : call.scale) * sm90::kLog2e;
   if constexpr (Traits::kSoftcap) params.softcap_factor = softcap_factor(call.scale, call.softcap);
   params.softmax_scale = problem.call.scale;
   params.heads = sizes.heads_q;
+  params.head_dim = sizes.head_dim;
   params.head_dim_v = sizes.head_dim_v;
   params.heads_per_kv = sizes.heads_q / sizes.heads_kv;
   params.dq_in_order = workspace.turns != nullptr;
@@ -109,17 +128,26 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
 
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
   static_assert(kSharedBytes <= 227 * 1024, "a block has 227 KB of shared memory");
-  int grid = clusters * pairs * Traits::kCluster;
-  if constexpr (Traits::kPersistent) grid = std::min(grid, problem.device.multiprocessors);
+  int const ctas = clusters * pairs * Traits::kCluster;
+  int const grid = main_grid<Traits>(ctas, problem.device, kCareful);
   sm90::Launch how{};
-  how.grid = dim3(grid);
   how.threads = Traits::kThreads;
   how.stream = stream;
   how.device = problem.device.index;
   how.shared_bytes = kSharedBytes;
   how.cluster = Traits::kCluster;
   how.early = true;
-  return sm90::launch_kernel<backward_kernel<Traits, kCareful, Params>>(how, params);
+  if constexpr (Traits::kPersistent) {
+    how.grid = dim3(grid);
+    return sm90::launch_kernel<backward_kernel<Traits, kCareful, Params>>(how, params);
+  }
+  cudaError_t status = cudaSuccess;
+  for (; params.first_number < ctas && status == cudaSuccess; params.first_number += grid) {
+    how.grid = dim3(std::min(grid, ctas - params.first_number));
+    status = sm90::launch_kernel<backward_kernel<Traits, kCareful, Params>>(how, params);
+    how.early = false;
+  }
+  return status;
 }
 
 /// Starts the backward kernels of a tile on `stream`: rows' statistics, gradients, dQ's rounding.
@@ -162,7 +190,8 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   of_queries.shared_bytes = postprocess_shared_bytes<Traits>();
   of_queries.early = true;
   status = sm90::launch_kernel<postprocess_kernel<Traits>>(
-      of_queries, PostprocessParams<Traits>{problem.grad_q, call.scale, tensor_rows_q(call),
+      of_queries, PostprocessParams<Traits>{problem.grad_q, problem.float_grads,
+                                            problem.adds_to_grad_q, call.scale, tensor_rows_q(call),
                                             sizes.head_dim, cutlass::FastDivmod(sizes.heads_q),
                                             call_number, workspace, of_sequences});
   if (status != cudaSuccess || problem.sinks == nullptr) return status;

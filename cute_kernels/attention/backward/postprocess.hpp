@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cutlass/array.h>
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/backward/workspace.hpp"
@@ -11,6 +12,8 @@ namespace cute_kernels::attention {
 template <class Traits>
 struct PostprocessParams {
   TensorView grad_q;
+  bool float_grads;  // grad_q is of float
+  bool adds;         // to what stands there; of float only
   float softmax_scale;
   int seqlen_q;
   int head_dim;
@@ -25,6 +28,42 @@ inline constexpr int kPostprocessPad = 8;  // elements, against bank conflicts
 template <class Traits>
 constexpr int postprocess_shared_bytes() {
   return Traits::kTileM * (Traits::kHeadDim + kPostprocessPad) * sizeof(typename Traits::Element);
+}
+
+/// A thread's part of a slice of dQ, in the order of the accumulators, as floats to `first_row`,
+/// where the block's first row is. What is beyond `used` is 0.
+template <class Traits, class Accumulator>
+CUTLASS_DEVICE void store_floats(PostprocessParams<Traits> const& params, Accumulator const& dq,
+                                 float* first_row, int rows, int used) {
+  using namespace cute;
+  constexpr bool kByQueries = Traits::kDqSplit == Traits::DqSplit::kQueries;
+  int const warpgroup = threadIdx.x / 128;
+  int const first_query = kByQueries ? warpgroup * Traits::kDqQueries : 0;
+  int const first_channel = kByQueries ? 0 : warpgroup * Traits::kDqChannels;
+  auto const places =
+      typename Traits::MmaDq{}
+          .get_thread_slice(threadIdx.x % 128)
+          .partition_C(make_identity_tensor(Shape<Int<Traits::kSliceM>, Int<Traits::kSliceN>>{}));
+  // Two that follow one another are neighbouring channels, or queries of the same channel.
+  constexpr int kChannelsAtOnce = Traits::kDqTransposed ? 1 : 2;
+  using Vector = cutlass::AlignedArray<float, kChannelsAtOnce>;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < size(dq); i += kChannelsAtOnce) {
+    int const query = first_query + get<Traits::kDqTransposed ? 1 : 0>(places(i));
+    int const channel = first_channel + get<Traits::kDqTransposed ? 0 : 1>(places(i));
+    if (query >= (params.adds ? used : rows) || channel >= params.head_dim) continue;
+    auto& to =
+        *reinterpret_cast<Vector*>(first_row + query * params.grad_q.seqlen_stride + channel);
+    Vector values;
+    CUTLASS_PRAGMA_UNROLL
+    for (int n = 0; n < kChannelsAtOnce; ++n) values[n] = query < used ? dq(i + n) : 0.f;
+    if (params.adds) {
+      Vector const before = to;
+      CUTLASS_PRAGMA_UNROLL
+      for (int n = 0; n < kChannelsAtOnce; ++n) values[n] += before[n];
+    }
+    to = values;
+  }
 }
 
 /// One CTA for each query block of a head of a batch entry: dQ from the order of the accumulators
@@ -70,6 +109,13 @@ __global__ void __launch_bounds__(128 * Traits::kDqSlices)
     dq(4 * i + 2) = part.z * params.softmax_scale;
     dq(4 * i + 3) = part.w * params.softmax_scale;
   }
+  if (params.float_grads) {
+    int const first = block * Traits::kTileM;
+    auto* const row = static_cast<float*>(params.grad_q.data) + batch * params.grad_q.batch_stride +
+                      head * params.grad_q.head_stride +
+                      (slot.first + first) * params.grad_q.seqlen_stride;
+    return store_floats<Traits>(params, dq, row, slot.rows - first, slot.used - first);
+  }
   auto rounded = make_tensor<Element>(dq.layout());
   sm90::convert_fragment<Element>(dq, rounded);
 
@@ -89,7 +135,7 @@ __global__ void __launch_bounds__(128 * Traits::kDqSlices)
   copy(rounded, mma.get_thread_slice(thread).partition_C(make_tensor(own.data(), layout)));
   __syncthreads();
 
-  constexpr int kLanes = Traits::kHeadDim / kVector;
+  constexpr int kLanes = lanes_of_row(Traits::kHeadDim / kVector);
   int const column = threadIdx.x % kLanes * kVector;
   auto* grad_q = static_cast<Element*>(params.grad_q.data) + batch * params.grad_q.batch_stride +
                  head * params.grad_q.head_stride + column;

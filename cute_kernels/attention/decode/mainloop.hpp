@@ -246,7 +246,7 @@ class DecodeMainloop {
       }
     }
     sm90::barrier_sync(sm90::NamedBarrier::kValuesCleared, 0, all_threads);
-    sm90::clear_nonfinite<kThreads, Traits::kStageElements>(data, thread);
+    if (warpgroup() == 0) sm90::clear_nonfinite<kThreads, Traits::kStageElements>(data, thread);
     cutlass::arch::fence_view_async_shared();
     sm90::barrier_sync(sm90::NamedBarrier::kValuesCleared, 0, all_threads);
   }

@@ -26,8 +26,14 @@ struct Fp8ForwardParams : CommonParams {
 /// stay finite.
 inline constexpr float kLargestScale = 0x1p64f;
 
-/// Starts the FP8 forward kernel of a tile on `stream`: TMA descriptors, grid, launch.
-/// Asynchronous.
+/// The memory that a launch needs.
+template <class Tile>
+int64_t fp8_forward_workspace_bytes(Fp8ForwardProblem const& problem) {
+  return work_bytes<Fp8ForwardTraits<Tile>>(problem);
+}
+
+/// Starts the FP8 forward kernel of a tile on `stream`: TMA descriptors, grid, launch; before it,
+/// where the kernel takes any call, the one that prepares its work. Asynchronous.
 template <class Tile>
 cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t stream) {
   using Traits = Fp8ForwardTraits<Tile>;
@@ -40,7 +46,15 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
   params.v_scale = problem.v_scale;
   params.head_dim_v = problem.call.sizes.head_dim_v;
   params.out_float16 = problem.out_float16;
-  return start_forward<Fp8ForwardMainloop<Traits>>(params, problem, stream, problem.overlaps);
+  if constexpr (Traits::kAnyCall) {
+    params.is_packed = problem.call.is_packed();
+    params.exact_lse = problem.exact_lse;
+    params.score_offset = problem.score_offset;
+    cudaError_t const status = start_listing_work<Traits>(problem, stream, problem.overlaps);
+    if (status != cudaSuccess) return status;
+  }
+  return start_forward<Fp8ForwardMainloop<Traits>>(params, problem, stream,
+                                                   Traits::kAnyCall || problem.overlaps);
 }
 
 }  // namespace cute_kernels::attention

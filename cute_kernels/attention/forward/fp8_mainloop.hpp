@@ -1,8 +1,8 @@
 #pragma once
 
-#include <cutlass/arch/memory_sm80.h>
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/forward/fp8_result.hpp"
 #include "cute_kernels/attention/forward/fp8_softmax.hpp"
 #include "cute_kernels/attention/forward/fp8_traits.hpp"
 #include "cute_kernels/attention/forward/protocol.hpp"
@@ -28,6 +28,8 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
   using typename Protocol::SharedStorage;
 
   static constexpr int kGroups = Traits::kScaleGroups;
+  static constexpr bool kHasLeftEnd = Traits::Calls::kHasLeftEnd;
+  static constexpr int kManyScales = 1 << 30;
   // Of scores to powers of two. As good as 0, but 0 * -inf is NaN.
   static constexpr float kSmallestFactor = 0x1p-100f;
   // Of a query's scale in powers of two: scores so large that the largest one has all the weight,
@@ -37,6 +39,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       Traits::kIntegerScores ? sm90::Accumulate::kYes : sm90::Accumulate::kNo;
 
   using Softmax = ScaledSoftmax<Traits>;
+  using Result = Fp8Result<Traits>;
 
  public:
   /// Issues every load of one tile. Called by one thread.
@@ -44,11 +47,14 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
   CUTLASS_DEVICE static void load(Params const& params, SharedStorage& shared, Pipeline& pipeline_k,
                                   Pipeline& pipeline_v, PipelineState& write_k,
                                   PipelineState& write_v, uint32_t q_phase,
-                                  TileCoord const& coord) {
+                                  typename Params::Tile const& coord) {
     using namespace cute;
     int const kv_head = params.heads_per_kv.div(coord.head);
-    auto v = params.tma_v.get_tma_tensor(params.shape_v)(_, _, kv_head, coord.batch);
-    auto blocks_v = local_tile(v, Shape<Int<Traits::kHeadDim>, Int<kTileN>>{}, make_coord(_0{}, _));
+    auto v = domain_offset(
+        make_coord(_0{}, params.value_column(coord)),
+        params.tma_v.get_tma_tensor(params.shape_v)(_, _, kv_head, params.batch(coord)));
+    auto blocks_v =
+        local_tile(v, Shape<Int<Traits::kHeadDimV>, Int<kTileN>>{}, make_coord(_0{}, _));
     auto load_v = [&](int block) {
       pipeline_v.producer_acquire(write_v);
       auto stage_v = make_tensor(
@@ -68,21 +74,26 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
   CUTLASS_DEVICE static void compute_tile(Params const& params, SharedStorage& shared,
                                           Pipeline& pipeline_k, Pipeline& pipeline_v,
                                           PipelineState& read_k, PipelineState& read_v,
-                                          uint32_t q_phase, TileCoord const& coord, int warpgroup,
-                                          Store const& store) {
+                                          uint32_t q_phase, typename Params::Tile const& coord,
+                                          int warpgroup, Store const& store) {
     using namespace cute;
     Softmax softmax;
     auto out = partition_fragment_C(typename Traits::MmaPv{},
                                     Shape<Int<Traits::kWarpgroupM>, Int<Traits::kValueChannels>>{});
     clear(out);
-    load_value_scales(params, shared, coord, warpgroup);
+    Result::load_value_scales(params, shared, coord, warpgroup);
     compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord, warpgroup,
             softmax, out);
-    auto values = without_ones(out);
+    auto values = Result::without_ones(out);
     auto rows = make_tensor(values.data(), sm90::accumulator_rows_cols(values.layout()));
-    softmax.finalize(rows);
-    scale_values(shared, warpgroup, rows);
-    store(softmax, round_output(params, values));
+    if constexpr (Traits::kAnyCall) {
+      Result::add_score_offsets(params, coord, warpgroup, softmax);
+      softmax.finalize(rows, params.sink(coord));
+    } else {
+      softmax.finalize(rows);
+    }
+    Result::scale_values(shared, warpgroup, rows);
+    store(softmax, Result::round_output(params, values));
   }
 
   /// Writes what stays in shared memory for good: channels of V that are all ones, which TMA never
@@ -95,7 +106,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       constexpr int kStage = Traits::kValueChannels * kTileN;
       constexpr int kOnes = Traits::kSumChannels * kTileN;
       for (int i = threadIdx.x; i < Traits::kStages * kOnes; i += Traits::kThreads) {
-        shared.v[i / kOnes * kStage + Traits::kHeadDim * kTileN + i % kOnes] =
+        shared.v[i / kOnes * kStage + Traits::kHeadDimV * kTileN + i % kOnes] =
             typename Traits::ElementPv(1.f);
       }
       cutlass::arch::fence_view_async_shared();
@@ -110,8 +121,8 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
   CUTLASS_DEVICE static void compute(Params const& params, SharedStorage& shared,
                                      Pipeline& pipeline_k, Pipeline& pipeline_v,
                                      PipelineState& read_k, PipelineState& read_v, uint32_t q_phase,
-                                     TileCoord const& coord, int warpgroup, Softmax& softmax,
-                                     Output& out) {
+                                     typename Params::Tile const& coord, int warpgroup,
+                                     Softmax& softmax, Output& out) {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
     typename Traits::MmaQk mma_qk;
@@ -136,29 +147,60 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
 
     int const first_query = params.first_query(coord);
     int const own_query = first_query + warpgroup * Traits::kWarpgroupM;
-    BlockRange const loaded = params.mask.key_blocks(first_query, Traits::kTileM, kTileN);
-    BlockRange const own = params.mask.key_blocks(own_query, Traits::kWarpgroupM, kTileN);
+    auto const& mask_of_tile = params.mask_of(coord);
+    BlockRange const loaded = mask_of_tile.key_blocks(first_query, Traits::kTileM, kTileN);
+    BlockRange const own =
+        mask_of_tile.key_blocks_of(loaded, own_query, Traits::kWarpgroupM, kTileN);
+    int const begin = kHasLeftEnd ? own.begin : 0;
     int const row = own_query + thread / 32 * 16 + thread % 32 / 4;
     int const column = thread % 4 * 2;
 
-    // Keys behind the last one that any query of the warpgroup sees are -inf with any scale but
-    // their own, which may be NaN.
-    int const last_query = min(own_query + Traits::kWarpgroupM, params.mask.seqlen_q) - 1;
-    int const last_scale = (params.mask.end_key(last_query) - 1) / kScaleRows;
-    float const* k_scales = params.k_scale.data + coord.batch * params.k_scale.batch_stride +
+    // Blocks of scales that keys have which some query of the warpgroup sees: the others' keys are
+    // -inf with any scale but their own, which may be NaN.
+    auto last_scale_of = [](auto const& mask, int own_query) {
+      int const last_query = min(own_query + Traits::kWarpgroupM, mask.seqlen_q) - 1;
+      return (mask.end_key(last_query) - 1) / kScaleRows;
+    };
+    int const last_scale_of_tile = last_scale_of(mask_of_tile, own_query);
+    float const* k_scales = params.k_scale.data +
+                            params.entry(coord) * params.k_scale.batch_stride +
                             params.heads_per_kv.div(coord.head) * params.k_scale.head_stride;
+    if constexpr (Traits::kAnyCall) k_scales += params.key_block(coord) * params.k_scale.stride;
     asm volatile("" : "+l"(k_scales));  // not computed again in every step
-    float q_scale = own.end == 0
+    auto query_block = [&] {
+      if constexpr (Traits::kAnyCall) {
+        return params.query_block(coord) + own_query / kScaleRows;
+      } else {
+        return own_query / kScaleRows;
+      }
+    };
+    float q_scale = own.end == begin
                         ? 0.f
-                        : params.q_scale.data[coord.batch * params.q_scale.batch_stride +
+                        : params.q_scale.data[params.entry(coord) * params.q_scale.batch_stride +
                                               coord.head * params.q_scale.head_stride +
-                                              own_query / kScaleRows * params.q_scale.stride];
+                                              query_block() * params.q_scale.stride];
+    auto is_masked = [&](int block) {
+      if constexpr (kHasLeftEnd) return block >= own.right_begin() || block < own.left_end();
+      return block >= own.full_end;
+    };
     float scale[kGroups];
     // Read before the wait for the products, needed after it.
     auto load_scales = [&](int block) {
+      int first_scale = 0, last_scale = last_scale_of_tile;
+      if constexpr (kHasLeftEnd) {
+        last_scale = kManyScales;
+        if (is_masked(block)) {
+          auto const again = params.forgotten(coord);  // not kept from step to step
+          auto const mask = params.mask_of(again);
+          int const own_query = params.first_query(again) + warpgroup * Traits::kWarpgroupM;
+          first_scale = mask.first_key(max(0, own_query)) / kScaleRows;
+          last_scale = last_scale_of(mask, own_query);
+        }
+      }
       CUTLASS_PRAGMA_UNROLL
       for (int group = 0; group < kGroups; ++group) {
-        int const index = min(block * kGroups + group, last_scale);
+        int index = min(block * kGroups + group, last_scale);
+        if constexpr (kHasLeftEnd) index = max(index, first_scale);
         scale[group] = k_scales[index * params.k_scale.stride];
       }
     };
@@ -166,18 +208,41 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     // Products -> P in place.
     auto softmax_block = [&](auto& scores, int block, auto is_first, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
-      if (block >= own.full_end) params.mask.apply(rows, row, block * kTileN + column);
+      if (is_masked(block)) {
+        if constexpr (Traits::kAnyCall) {
+          auto const again = params.forgotten(coord);
+          int const lane = Result::opaque_thread();
+          int const row = params.first_query(again) + warpgroup * Traits::kWarpgroupM +
+                          lane / 32 * 16 + lane % 32 / 4;
+          params.mask_of(again).apply(rows, row, block * kTileN + lane % 4 * 2);
+        } else {
+          params.mask.apply(rows, row, block * kTileN + column);
+        }
+      }
       CUTLASS_PRAGMA_UNROLL
       for (int group = 0; group < kGroups; ++group) {
         scale[group] = sm90::max_nan(scale[group] * q_scale, kSmallestFactor);
       }
-      softmax.template update<decltype(is_first)::value>(rows, scale, on_move);
+      if constexpr (Traits::kAnyCall) {
+        softmax.template update<decltype(is_first)::value>(rows, scale, on_move, params.exact_lse);
+      } else {
+        softmax.template update<decltype(is_first)::value>(rows, scale, on_move);
+      }
+    };
+
+    // Blocks that only the other warpgroups see, behind the last of this one's.
+    auto skip_last_blocks = [&] {
+      if constexpr (kHasLeftEnd) {
+        Protocol::skip_last_blocks(begin - 1, loaded.begin, pipeline_k, pipeline_v, read_k, read_v,
+                                   warpgroup);
+      }
     };
 
     shared.q_full[warpgroup].wait(q_phase);
     int block = loaded.end - 1;
-    Protocol::skip_blocks(block, own.end, 0, pipeline_k, pipeline_v, read_k, read_v, warpgroup);
-    if (block < 0) {  // no visible key: O stays 0
+    Protocol::skip_blocks(block, own.end, kHasLeftEnd ? loaded.begin : 0, pipeline_k, pipeline_v,
+                          read_k, read_v, warpgroup);
+    if (block < begin) {  // no visible key: O stays 0
       release_query(shared, warpgroup);
       return;
     }
@@ -186,7 +251,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       q_scale = sm90::min_nan(q_scale * params.scale_log2, kLargestQueryFactor);
       // One step after the other, so that scores and P never need registers at the same time: the
       // other warpgroups keep the tensor cores busy.
-      for (; block >= 0; --block) {
+      for (; block >= begin; --block) {
         auto products = new_products();
         load_scales(block);
         pipeline_k.consumer_wait(read_k);
@@ -196,7 +261,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
         if (block + 1 < own.end) pass_turn(warpgroup);
         warpgroup_wait<0>();
         release(pipeline_k, read_k);
-        if (block == 0) release_query(shared, warpgroup);
+        if (block == begin) release_query(shared, warpgroup);
         auto scores = as_float(products);
         softmax_block(scores, block, false_type{}, [&] { softmax.rescale(out_rows); });
         Softmax::pack(scores, probabilities);
@@ -207,6 +272,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
         release(pipeline_v, read_v);
         take_sums(out, softmax);
       }
+      skip_last_blocks();
       return;
     }
 
@@ -218,7 +284,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       sm90::issue_gemm<kOntoMagic>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()), products);
       warpgroup_wait<0>();
       release(pipeline_k, read_k);
-      if (block == 0) release_query(shared, warpgroup);
+      if (block == begin) release_query(shared, warpgroup);
       // Not sooner, as the compiler would: Q's scale comes from device memory meanwhile.
       asm volatile("" : "+f"(q_scale));
       q_scale = sm90::min_nan(q_scale * params.scale_log2, kLargestQueryFactor);
@@ -230,7 +296,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     // Steady state: this step's Q K^T and the last step's P V are issued back to back; the softmax
     // of the new scores runs while P V is in flight.
     auto k_token = pipeline_k.consumer_test_wait(read_k);
-    while (block > 0) {
+    while (block > begin) {
       --block;
       auto products = new_products();
       load_scales(block);
@@ -243,20 +309,20 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       pass_turn(warpgroup);
       warpgroup_wait<1>();
       release(pipeline_k, read_k);
-      if (block == 0) release_query(shared, warpgroup);
+      if (block == begin) release_query(shared, warpgroup);
       auto scores = as_float(products);
       bool origins_moved = false;
       softmax_block(scores, block, false_type{}, [&] { origins_moved = true; });
       // Two waits on purpose: without a branch here the compiler moves most of the exponentials
       // behind the wait. A branch that a warpgroup's warps take together, as PTX asks for.
-      if (block == 0) {
+      if (block == begin) {
         warpgroup_wait<0>();
       } else {
         sm90::warpgroup_wait_all();
       }
       if (origins_moved) softmax.rescale(out_rows);
       release(pipeline_v, read_v);
-      if (block > 0) k_token = pipeline_k.consumer_test_wait(read_k);
+      if (block > begin) k_token = pipeline_k.consumer_test_wait(read_k);
       Softmax::pack(scores, probabilities);
     }
 
@@ -266,17 +332,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
                                              operand_v(_, _, _, read_v.index()), out);
     warpgroup_wait<0>();
     release(pipeline_v, read_v);
-  }
-
-  /// The thread's part of O as the accumulator of a product without the channels of ones.
-  template <class Output>
-  CUTLASS_DEVICE static auto without_ones(Output& out) {
-    using namespace cute;
-    using Mma = typename Traits::MmaOut;
-    auto layout =
-        partition_fragment_C(Mma{}, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDim>>{})
-            .layout();
-    return make_tensor(out.data(), layout);
+    skip_last_blocks();
   }
 
   /// Takes a block's row sums from the channels of ones. Not left there for the next block: 8-bit
@@ -286,67 +342,11 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     if constexpr (Traits::kLinearExp) {
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < 2; ++row) {
-        float& sum = out(Traits::kHeadDim / 2 + 2 * row);  // a column pair a row
+        float& sum = out(Traits::kHeadDimV / 2 + 2 * row);  // a column pair a row
         softmax.add_sum(row, sum);
         sum = 0.f;
       }
     }
-  }
-
-  /// Starts to copy V's scales to shared memory, long before they are needed.
-  template <class Params>
-  CUTLASS_DEVICE static void load_value_scales(Params const& params, SharedStorage& shared,
-                                               TileCoord const& coord, int warpgroup) {
-    float const* const scales = params.v_scale.data + coord.batch * params.v_scale.batch_stride +
-                                params.heads_per_kv.div(coord.head) * params.v_scale.head_stride;
-    for (int channel = opaque_thread(); channel < Traits::kHeadDim;
-         channel += cutlass::NumThreadsPerWarpGroup) {
-      bool const is_there = channel < params.head_dim_v;
-      cutlass::arch::cp_async_zfill<sizeof(float)>(
-          &shared.v_scale[warpgroup][channel],
-          scales + (is_there ? channel * params.v_scale.stride : 0), is_there);
-    }
-  }
-
-  /// Multiplies the columns of the thread's part of O by V's scales.
-  template <class Output>
-  CUTLASS_DEVICE static void scale_values(SharedStorage& shared, int warpgroup, Output& out) {
-    using namespace cute;
-    cutlass::arch::cp_async_wait<0>();
-    sm90::barrier_sync(sm90::NamedBarrier::kOutputReady, warpgroup,
-                       cutlass::NumThreadsPerWarpGroup);
-    float const* const scales = shared.v_scale[warpgroup].data() + opaque_thread() % 4 * 2;
-    CUTLASS_PRAGMA_UNROLL
-    for (int col = 0; col < size<1>(out); col += 2) {
-      float2 const pair = *reinterpret_cast<float2 const*>(scales + 4 * col);
-      CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < size<0>(out); ++row) {
-        out(row, col) *= pair.x;
-        out(row, col + 1) *= pair.y;
-      }
-    }
-  }
-
-  /// O in 16 bits. Both types share a kernel: what moves the result afterwards only moves bits.
-  template <class Params, class Output>
-  CUTLASS_DEVICE static auto round_output(Params const& params, Output const& out) {
-    using namespace cute;
-    auto rounded = make_tensor<typename Traits::Output>(out.layout());
-    if (params.out_float16) {
-      auto half = recast<cutlass::half_t>(rounded);
-      sm90::convert_fragment<cutlass::half_t>(out, half);
-    } else {
-      sm90::convert_fragment<typename Traits::Output>(out, rounded);
-    }
-    return rounded;
-  }
-
-  /// The thread's number in its warpgroup. What is computed from it once a tile shall not stay in
-  /// registers from tile to tile.
-  CUTLASS_DEVICE static int opaque_thread() {
-    int thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
-    asm volatile("" : "+r"(thread));
-    return thread;
   }
 
   /// Sets all products to Traits::kMagicBits. A load sets four, a move one: instructions are short,

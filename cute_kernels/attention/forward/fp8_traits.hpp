@@ -8,14 +8,12 @@
 #include <cute/tensor.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
+#include "cute_kernels/attention/forward/fp8_calls.hpp"
 #include "cute_kernels/attention/forward/passes.hpp"
 #include "cute_kernels/attention/forward/tile_traits.hpp"
 #include "cute_kernels/attention/global_tensor.hpp"
 
 namespace cute_kernels::attention {
-
-/// Rows of Q and K that share a scale.
-inline constexpr int kScaleRows = 64;
 
 /// The order in which the transposed V holds its keys: position p of a run of 16 holds key
 /// value_key_order(p). An accumulator thread has the columns 2c, 2c+1, 8+2c, 8+2c+1 of 16 (c =
@@ -28,12 +26,14 @@ CUTLASS_HOST_DEVICE constexpr int value_key_order(int position) {
 /// Everything about an FP8 forward kernel that is known when it is compiled: 8-bit operands, all
 /// K-major, so that V comes transposed.
 template <class Tile>
-struct Fp8ForwardTraits : ForwardTileTraits<Tile> {
-  using Common = ForwardTileTraits<Tile>;
+struct Fp8ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
+  using Common = ForwardTileTraits<Tile, Tile::kAnyCall>;
+  using Common::kAnyCall;
   using Common::kConsumers;
   using Common::kHeadDim;
   using Common::kOverlap;
   using Common::kStages;
+  using Common::kTileM;
   using Common::kTileN;
   using Common::kWarpgroupM;
   using typename Common::Pipeline;
@@ -52,7 +52,11 @@ struct Fp8ForwardTraits : ForwardTileTraits<Tile> {
   // three warpgroups' loads alone keep shared memory's port busy for a third of a step.
   static constexpr int kMovesOfFour = Tile::kMovesOfFour;
 
-  static constexpr int kHeadDimV = kHeadDim;
+  using Tiling = NumberedQueryTiling<kTileM, kTileN>;
+  using Calls =
+      std::conditional_t<kAnyCall, Fp8AnyCalls<Tiling::kNeighbours>, Fp8DenseCalls<kTileM>>;
+
+  static constexpr int kHeadDimV = Tile::kHeadDimV;
   static constexpr bool kSeparateOutput = true;
   static constexpr bool kSharedOutput = false;
   static constexpr int kScaleGroups = kTileN / kScaleRows;
@@ -60,10 +64,11 @@ struct Fp8ForwardTraits : ForwardTileTraits<Tile> {
   // ones.
   static constexpr bool kLinearExp = Tile::kLinearExp;
   static constexpr int kSumChannels = kLinearExp ? 8 : 0;
-  static constexpr int kValueChannels = kHeadDim + kSumChannels;
+  static constexpr int kValueChannels = kHeadDimV + kSumChannels;
 
   static_assert(kTileN % kScaleRows == 0 && kTileN <= 256, "a block is whole blocks of scales");
-  static_assert(kHeadDim % 64 == 0);
+  static_assert(!kAnyCall || kPackedValueKeys % kTileN == 0, "no block meets two sequences' V");
+  static_assert(kHeadDim % 64 == 0 && kHeadDimV % 64 == 0);
   static_assert(kWarpgroupM == kScaleRows, "a warpgroup's queries share a scale");
 
   using MmaQk = decltype(cute::make_tiled_mma(
@@ -96,19 +101,24 @@ struct Fp8ForwardTraits : ForwardTileTraits<Tile> {
   static_assert(!kLinearExp || kTileN == 64 || kTileN == 128,
                 "the ones follow V's channels in one swizzled column");
   using LayoutValueLoad = decltype(cute::tile_to_shape(
-      SwizzleAtom<ElementPv, kTileN>{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>>{}));
-  using LayoutO = decltype(cute::tile_to_shape(
-      SwizzleAtom<Output, kHeadDim>{}, cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDim>>{}));
+      SwizzleAtom<ElementPv, kTileN>{}, cute::Shape<cute::Int<kHeadDimV>, cute::Int<kTileN>>{}));
+  using LayoutO =
+      decltype(cute::tile_to_shape(SwizzleAtom<Output, kHeadDimV>{},
+                                   cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDimV>>{}));
 
   static constexpr int kBytesQ = kWarpgroupM * kHeadDim;
   static constexpr int kBytesK = kTileN * kHeadDim;
-  static constexpr int kBytesV = kTileN * kHeadDim;
+  static constexpr int kBytesV = kTileN * kHeadDimV;
   static constexpr int kQueryReleases = cutlass::NumWarpsPerWarpGroup;
 
   /// V as TMA reads it: (head_dim_v, keys, heads, batch).
-  static auto value_tensor(TensorView const& view, int keys, int head_dim_v, int heads, int batch) {
-    int const padded_keys = (keys + 15) / 16 * 16;
-    return global_tensor<ElementPv>(view, head_dim_v, padded_keys, heads, batch);
+  static auto value_tensor(TensorView const& view, AttentionCall const& call, int keys) {
+    int const padded_keys =
+        call.is_packed()
+            ? static_cast<int>(packed_value_keys(call.packed.total_k, call.sizes.batch))
+            : (keys + 15) / 16 * 16;
+    return global_tensor<ElementPv>(view, call.sizes.head_dim_v, padded_keys, call.sizes.heads_kv,
+                                    tensor_batch(call));
   }
 
   struct SharedStorage {
@@ -118,7 +128,7 @@ struct Fp8ForwardTraits : ForwardTileTraits<Tile> {
     } q[kConsumers];
     struct alignas(1024) OutputBuffer : cute::array<Output, cute::cosize_v<LayoutO>> {};
     cute::array<OutputBuffer, kConsumers> o;  // twice as wide as Q
-    cute::array_aligned<float, kHeadDim> v_scale[kConsumers];
+    cute::array_aligned<float, kHeadDimV> v_scale[kConsumers];
     cute::array_aligned<int32_t, 4> magic;  // kMagicBits
     typename Pipeline::SharedStorage pipeline_k;
     typename Pipeline::SharedStorage pipeline_v;

@@ -10,12 +10,9 @@
 
 namespace cute_kernels::attention {
 
-/// The memory that a launch needs: that of the work list.
 template <class Tile>
 int64_t forward_workspace_bytes(ForwardProblem const& problem) {
-  using Traits = ForwardTraits<Tile>;
-  if constexpr (!Traits::kAnyCall) return 0;
-  return work_list_bytes(problem.call.sizes.batch, most_work<Traits>(problem.call));
+  return work_bytes<ForwardTraits<Tile>>(problem);
 }
 
 /// Starts the forward kernel of a tile on `stream`: TMA descriptors, grid, launch; before it, where
@@ -28,11 +25,7 @@ cudaError_t launch_forward(ForwardProblem const& problem, cudaStream_t stream) {
   float const scale_log2 = scale_of_scores(scale) * sm90::kLog2e;
   auto const params = forward_params<Traits>(problem, scale_log2);
   if constexpr (Traits::kAnyCall) {
-    int64_t const row_bytes =
-        int64_t{sizeof(typename Traits::Output)} * call.sizes.heads_q * call.sizes.head_dim_v;
-    UnusedRows const unused{problem.out.data, row_bytes, problem.lse, call.sizes.heads_q};
-    cudaError_t const status = start_preparing<typename Traits::Tiling>(
-        call, forward_work_list<Traits>(problem), unused, problem.device, stream);
+    cudaError_t const status = start_listing_work<Traits>(problem, stream);
     if (status != cudaSuccess) return status;
   }
   return start_forward<ForwardMainloop<Traits>>(params, problem, stream, Traits::kAnyCall);

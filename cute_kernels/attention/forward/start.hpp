@@ -26,6 +26,25 @@ WorkList forward_work_list(ForwardProblem const& problem) {
   return work_list_at(problem.workspace, problem.call.sizes.batch, most_work<Traits>(problem.call));
 }
 
+/// The memory that a launch needs: that of the work list.
+template <class Traits>
+int64_t work_bytes(ForwardProblem const& problem) {
+  if constexpr (!Traits::kAnyCall) return 0;
+  return work_list_bytes(problem.call.sizes.batch, most_work<Traits>(problem.call));
+}
+
+/// Starts the kernel that runs before one that takes any call; `early`: see start_preparing.
+template <class Traits>
+cudaError_t start_listing_work(ForwardProblem const& problem, cudaStream_t stream,
+                               bool early = false) {
+  CallSizes const& sizes = problem.call.sizes;
+  int64_t const row_bytes =
+      int64_t{sizeof(typename Traits::Output)} * sizes.heads_q * sizes.head_dim_v;
+  UnusedRows const unused{problem.out.data, row_bytes, problem.lse, sizes.heads_q};
+  return start_preparing<typename Traits::Tiling>(problem.call, forward_work_list<Traits>(problem),
+                                                  unused, problem.device, stream, early);
+}
+
 /// What the kernel is told of the call.
 template <class Traits>
 typename Traits::Calls forward_calls(ForwardProblem const& problem) {
@@ -61,7 +80,7 @@ auto forward_params(ForwardProblem const& problem, float scale_log2) {
                                                      sizes.heads_q, batch);
   auto k = global_tensor<typename Traits::ElementQk>(problem.k, keys, sizes.head_dim,
                                                      sizes.heads_kv, batch);
-  auto v = Traits::value_tensor(problem.v, keys, sizes.head_dim_v, sizes.heads_kv, batch);
+  auto v = Traits::value_tensor(problem.v, call, keys);
   auto o = global_tensor<typename Traits::Output>(problem.out, queries, sizes.head_dim_v,
                                                   sizes.heads_q, batch);
   auto tma_q = make_tma_copy(SM90_TMA_LOAD{}, q, typename Traits::LayoutQ{});
@@ -108,8 +127,9 @@ cudaError_t start_forward(Params const& params, ForwardProblem const& problem, c
   how.device = problem.device.index;
   how.shared_bytes = kSharedBytes;
   how.early = overlaps;
-  return sm90::launch_kernel<forward_kernel<Mainloop, ForwardEpilogue<Traits>, Params>>(how,
-                                                                                        params);
+  constexpr auto kKernel =
+      forward_kernel<Mainloop, TileProducer<Mainloop>, ForwardEpilogue<Traits>, Params>;
+  return sm90::launch_kernel<kKernel>(how, params);
 }
 
 }  // namespace cute_kernels::attention

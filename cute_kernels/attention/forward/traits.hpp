@@ -10,6 +10,7 @@
 #include "cute_kernels/attention/forward/passes.hpp"
 #include "cute_kernels/attention/forward/tile_traits.hpp"
 #include "cute_kernels/attention/global_tensor.hpp"
+#include "cute_kernels/attention/lengths.hpp"
 
 namespace cute_kernels::attention {
 
@@ -31,6 +32,7 @@ struct ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
   static constexpr bool kSeparateOutput = Tile::kSeparateOutput;
   static constexpr bool kSoftcap = Tile::kSoftcap;
   static constexpr bool kSumInPairs = Tile::kSumInPairs;  // of P, in OnlineSoftmax
+  static constexpr bool kGroupedRows = false;  // a tile's rows are of several heads (PrefillTraits)
 
   static_assert(kTileN % 16 == 0 && kTileN <= 256, "tile_n is N of Q K^T and K of P V");
   static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0,
@@ -102,8 +104,9 @@ struct ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
   static_assert(!kSharedOutput || kConsumers == 2, "each warpgroup's turns are of one parity");
 
   /// V as TMA reads it: (keys, head_dim_v, heads, batch).
-  static auto value_tensor(TensorView const& view, int keys, int head_dim_v, int heads, int batch) {
-    return global_tensor<Element>(view, keys, head_dim_v, heads, batch);
+  static auto value_tensor(TensorView const& view, AttentionCall const& call, int keys) {
+    return global_tensor<Element>(view, keys, call.sizes.head_dim_v, call.sizes.heads_kv,
+                                  tensor_batch(call));
   }
 
   struct SharedStorage {

@@ -23,7 +23,8 @@ struct UnusedRows {
   int heads;
 };
 
-/// The first CTA builds the list, the others clear unused rows of Q's results.
+/// The first CTA builds the list, the others clear unused rows of Q's results. Its end is that of
+/// the kernel before it, too: whoever waits for it waits for both.
 template <class Tiling>
 __global__ void __launch_bounds__(WorkListBuilder<Tiling>::kThreads)
     prepare_kernel(CUTE_GRID_CONSTANT AttentionCall const call,
@@ -38,6 +39,7 @@ __global__ void __launch_bounds__(WorkListBuilder<Tiling>::kThreads)
       builder.template phase<phase>(threadIdx.x);
       __syncthreads();
     });
+    sm90::wait_for_previous_kernel();
     return;
   }
   PackedLengths const& packed = call.packed;
@@ -65,10 +67,12 @@ __global__ void __launch_bounds__(WorkListBuilder<Tiling>::kThreads)
   }
 }
 
-/// Starts it. The next kernel may start early, and then waits for this one itself.
+/// Starts it. The next kernel may start early, and then waits for this one itself. So may this one
+/// if `early`: what the kernel before it writes is neither read nor written here.
 template <class Tiling>
 cudaError_t start_preparing(AttentionCall const& call, WorkList const& list,
-                            UnusedRows const& unused, Device const& device, cudaStream_t stream) {
+                            UnusedRows const& unused, Device const& device, cudaStream_t stream,
+                            bool early = false) {
   sm90::Launch how{};
   how.threads = WorkListBuilder<Tiling>::kThreads;
   int64_t const rows = call.is_packed() ? call.packed.total_q : 0;
@@ -77,6 +81,7 @@ cudaError_t start_preparing(AttentionCall const& call, WorkList const& list,
       1 + static_cast<unsigned>(ctas < device.multiprocessors ? ctas : device.multiprocessors));
   how.stream = stream;
   how.device = device.index;
+  how.early = early;
   return sm90::launch_kernel<prepare_kernel<Tiling>>(how, call, list, unused);
 }
 

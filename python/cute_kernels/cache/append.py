@@ -9,6 +9,7 @@ from torch import Tensor
 from cute_kernels.cache import operators
 from cute_kernels.cache.checks import check_append
 from cute_kernels.checks import explain, refuse_derivatives
+from cute_kernels.registration import mark_written
 
 
 def append_kv(
@@ -73,5 +74,5 @@ def append_rows(k_cache: Tensor, v_cache: Tensor, *inputs: Any) -> tuple[Tensor,
         results: tuple[Tensor, Tensor] = operators.append(k_cache, v_cache, *inputs)
     except (AttributeError, IndexError) as error:
         explain(error, check_append, k_cache, v_cache, *inputs)
-    operators.mark_written(k_cache, v_cache)
+    mark_written(k_cache, v_cache)
     return results

@@ -19,6 +19,7 @@ from cute_kernels.checks import (
     explain,
     refuse_derivatives,
 )
+from cute_kernels.registration import mark_written
 from cute_kernels.varlen_checks import check_int32
 
 # What the arguments are that most calls leave alone.
@@ -124,7 +125,7 @@ def flash_attn_with_kvcache(
             v_descale=v_descale,
             attention_chunk=attention_chunk,
         )
-        check_hints(q, num_splits, pack_gqa, sm_margin)
+        check_hints(num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
     if scheduler_metadata is not None:
         _check_metadata(scheduler_metadata)
@@ -189,6 +190,7 @@ def flash_attn_with_kvcache(
         right,
         softcap,
         num_splits,
+        sm_margin,
     )
     if dense:
         result = result.view(*q.shape[:3], result.shape[2])
@@ -234,7 +236,7 @@ def attend(
         lse: Tensor = operators.attention_out(into, *inputs)
     except (AttributeError, IndexError) as error:
         explain(error, check_attention, *inputs)
-    operators.mark_written(into)
+    mark_written(into)
     return into, lse
 
 

@@ -22,9 +22,11 @@ from cute_kernels.checks import (
     check_flag,
     check_int,
     check_like,
+    check_sm_margin,
     check_softcap,
     check_softmax_scale,
     check_tensor,
+    check_vectors,
     check_window,
 )
 from cute_kernels.reference import accumulator_dtype
@@ -37,7 +39,6 @@ ENTRIES = ("batch_cache", "seqlen_cache", "key heads", "head_dim")
 PARTS = ("splits", "batch", "seqlen", "heads", "head_dim")
 
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
-_VECTOR_BYTES = 16
 _OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -58,6 +59,7 @@ def check_attention(
     window_right: int | None = None,
     softcap: float = 0.0,
     num_splits: int = 0,
+    sm_margin: int = 0,
 ) -> None:
     """Raises ValueError, TypeError or NotImplementedError unless the attention operator can answer
     this call."""
@@ -68,7 +70,7 @@ def check_attention(
     _check_head_dim("q", q)
     _check_caches(k_cache, v_cache, page_table, q, "q")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _check_vectors(name, cache)
+        check_vectors(name, cache)
     heads, head_dim = q.shape[1:]
     if k_cache.shape[3] != head_dim:
         raise ValueError(f"k_cache has head_dim {k_cache.shape[3]}, must be {head_dim} like q")
@@ -93,6 +95,7 @@ def check_attention(
     check_window(window_left, window_right)
     check_softcap(softcap, accumulator_dtype(q.dtype))
     check_int("num_splits", num_splits, least=0, none="")
+    check_sm_margin(sm_margin)
 
 
 def check_attention_out(out: Tensor, q: Tensor, *inputs: Any, **options: Any) -> None:
@@ -102,7 +105,7 @@ def check_attention_out(out: Tensor, q: Tensor, *inputs: Any, **options: Any) ->
     check_output(out, (*q.shape[:2], v_cache.shape[3]), q)
     if not out.is_contiguous():
         raise ValueError(f"out has strides {out.stride()}, must be contiguous")
-    _check_vectors("out", out)
+    check_vectors("out", out)
 
 
 def check_output(out: Tensor, shape: Sequence[int], q: Tensor) -> None:
@@ -248,19 +251,6 @@ def _check_caches(
         )
     if page_table is not None and k_cache.shape[1] == 0:
         raise ValueError("k_cache has page_size 0, must be at least 1")
-
-
-def _check_vectors(name: str, cache: Tensor) -> None:
-    """On CUDA attention reads caches by vectors, and no copy of a cache is made."""
-    if cache.device.type != "cuda" or cache.numel() == 0:
-        return
-    strides = zip(cache.shape[:-1], cache.stride(), strict=False)
-    offsets = [cache.storage_offset(), *(stride for n, stride in strides if n > 1)]
-    if any(n * cache.element_size() % _VECTOR_BYTES != 0 for n in offsets):
-        raise ValueError(
-            f"{name} has strides {cache.stride()} and offset {cache.storage_offset()}, must be "
-            f"multiples of {_VECTOR_BYTES} bytes on CUDA"
-        )
 
 
 def _check_places(

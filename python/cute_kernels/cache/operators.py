@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from cute_kernels.autograd import run_below_autograd
 from cute_kernels.cache import reference
 from cute_kernels.cache.checks import (
     check_append,
@@ -17,12 +14,11 @@ from cute_kernels.cache.checks import (
     check_attention_out,
     check_combine,
 )
-from cute_kernels.operators import NAMESPACE, Pass, by_position
+from cute_kernels.operators import NAMESPACE, Pass
 from cute_kernels.reference import empty_outputs
-from cute_kernels.torch_private import has_cuda_kernel
+from cute_kernels.registration import register
 
 _operators = getattr(torch.ops, NAMESPACE)
-_is_compiling = torch.compiler.is_compiling
 
 
 def _attention_fake(
@@ -49,86 +45,30 @@ def _combine_fake(
     return out, lse_partial.new_empty((batch, heads, seqlen)).transpose(1, 2)
 
 
-def _register(
-    of_pass: Pass,
-    keywords: tuple[str, ...],
-    cpu: Callable[..., Any],
-    fake: Callable[..., Any],
-    has_autograd: bool = True,
-) -> Callable[..., Any]:
-    """What calls the operator, with keyword-only inputs by position; of what it refuses it raises
-    the exact error. PyTorch has no autograd for an operator that writes its inputs."""
-    operator = of_pass.operator
-    name = operator.name()
-
-    def checked_cpu(*inputs: Any, **given: Any) -> Any:
-        of_pass.check(*inputs, **given)
-        with torch.autocast("cpu", enabled=False):
-            return cpu(*inputs, **given)
-
-    def checked_fake(*inputs: Any, **given: Any) -> Any:
-        of_pass.check(*inputs, **given)
-        return fake(*inputs, **given)
-
-    def not_built(*_: Any, **__: Any) -> NoReturn:
-        raise NotImplementedError(f"{name} is not there yet on CUDA: CPU only so far")
-
-    def no_gradient(*_: Any) -> NoReturn:
-        raise NotImplementedError(f"{name} has no gradient: call it under torch.no_grad()")
-
-    def no_vmap(*_: Any, **__: Any) -> NoReturn:
-        raise NotImplementedError(f"{name} has no rule for torch.func.vmap")
-
-    torch.library.impl(name, "cpu", checked_cpu)
-    torch.library.register_fake(name, checked_fake)
-    torch.library.register_vmap(name, no_vmap)
-    if has_autograd:
-        torch.library.register_autograd(name, no_gradient)
-    if not has_cuda_kernel(operator):
-        torch.library.impl(name, "cuda", not_built)
-
-    eager = run_below_autograd(of_pass, keywords)
-    compiled = by_position(operator, of_pass.positional, keywords)
-
-    def call(*inputs: Any) -> Any:
-        return (compiled if _is_compiling() else eager)(*inputs)
-
-    return call
-
-
-_OPTIONS = ("max_seqlen_q", "window_left", "window_right", "softcap", "num_splits")
-attention = _register(
+_OPTIONS = ("max_seqlen_q", "window_left", "window_right", "softcap", "num_splits", "sm_margin")
+attention = register(
     Pass(_operators.flash_attn_kvcache_forward.default, check_attention, 11),
     _OPTIONS,
     reference.attention,
     _attention_fake,
 )
-attention_out = _register(
+attention_out = register(
     Pass(_operators.flash_attn_kvcache_forward_out.default, check_attention_out, 12),
     _OPTIONS,
     reference.attention_out,
     _attention_out_fake,
     has_autograd=False,
 )
-append = _register(
+append = register(
     Pass(_operators.append_kv.default, check_append, 15),
     (),
     reference.append,
     _append_fake,
     has_autograd=False,
 )
-combine = _register(
+combine = register(
     Pass(_operators.flash_attn_combine.default, check_combine, 2),
     ("out_dtype",),
     reference.combine,
     _combine_fake,
 )
-
-
-def mark_written(*tensors: Tensor) -> None:
-    """Autograd notices what an operator writes only if it is told; compilers know."""
-    if _is_compiling():
-        return
-    for tensor in tensors:
-        if not tensor.is_inference():
-            increment_version(tensor)

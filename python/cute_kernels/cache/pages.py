@@ -25,6 +25,7 @@ def attend_pages(
     window_right: int | None,
     softcap: float,
     num_splits: int,
+    sm_margin: int,
     sinks: Tensor | None,
     page_table: Tensor,
     tile_config: str | None,
@@ -56,4 +57,5 @@ def attend_pages(
         window_right,
         softcap,
         num_splits,
+        sm_margin,
     )

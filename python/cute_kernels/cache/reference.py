@@ -75,6 +75,7 @@ def attention(
     window_right: int | None = None,
     softcap: float = 0.0,
     num_splits: int = 0,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Each sequence's attention to its keys; rows of q that no sequence has get 0 and -inf."""
     places = places_of(k_cache, page_table, cache_batch_idx)

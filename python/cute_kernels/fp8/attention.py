@@ -7,24 +7,30 @@ import math
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_softmax_scale, check_tile_config, refuse_derivatives
+from cute_kernels.arguments import Window, window_of
+from cute_kernels.checks import (
+    check_sinks,
+    check_softmax_scale,
+    check_tile_config,
+    is_own_mask,
+    refuse_derivatives,
+)
 from cute_kernels.fp8 import reference
 from cute_kernels.fp8.checks import (
     check_device,
-    check_flag,
     check_quantised,
     check_tensor,
 )
 from cute_kernels.fp8.kernels import GPU_BUILT, attention_cuda, whole_attention_cuda
-from cute_kernels.fp8.quantize import SATURATION, quantize_fp8
-from cute_kernels.fp8.rotation import rotate
+from cute_kernels.fp8.quantize import quantize_fp8
 from cute_kernels.fp8.tensor import FP8Tensor
+from cute_kernels.reference import mask_of
 
 # What flash_attn_fp8_func makes of Q and K: int8's error is half of e4m3's after incoherent
 # processing, at a few percent of speed (docs/fp8.md).
 QK_DTYPE = torch.int8
 
-_LSE_CHUNK = 1 << 23  # elements of q that are in float32 at a time
+Mask = tuple[bool, int | None, int | None]  # causal, window_left, window_right
 
 
 def flash_attn_fp8_func(
@@ -34,6 +40,8 @@ def flash_attn_fp8_func(
     softmax_scale: float | None = None,
     causal: bool = False,
     *,
+    window_size: Window = (-1, -1),
+    sinks: Tensor | None = None,
     incoherent: bool = True,
     seed: int = 0,
     smooth_k: bool = True,
@@ -48,17 +56,19 @@ def flash_attn_fp8_func(
     float32.
 
     Args:
-        q, k, v: (batch, seqlen, heads, head_dim) as in `flash_attn_func`, or the results of
-            `quantize_fp8`: q and k with the same seed and dtype, v without incoherent processing.
+        q, k, v: (batch, seqlen, heads, head_dim) as in `flash_attn_func`, head dims multiples of 16
+            up to 256, or the results of `quantize_fp8`: q and k with the same seed and dtype, v
+            without incoherent processing.
         softmax_scale: finite, greater than 0; ``head_dim ** -0.5`` if None.
         causal: query i sees key j only if ``j <= i + seqlen_k - seqlen_q``.
+        window_size, sinks: as of `flash_attn_func`, without a gradient.
         incoherent, seed, smooth_k, qk_dtype: of the quantisation of q and k that come as they are;
             see `quantize_fp8`.
         out_dtype: float16 or bfloat16 (float32 on the CPU); q's dtype if None, bfloat16 if q comes
             quantised.
         return_lse: also return the natural logarithm of the softmax's denominator, (batch, heads,
-            seqlen_q), float32; up to head dim 128 within about 0.03 of that of the quantised
-            tensors, because P's row sums are those of rounded P.
+            seqlen_q), float32: to 1e-3 that of the quantised tensors, where Q and K are int8. Takes
+            some time up to head dim 128, where kernels do without exponentials otherwise.
         tile_config: name of a row of ``cute_kernels.tile_configs("forward_fp8")`` to run, instead
             of the automatic choice; 16-bit tensors are then quantised by calls of their own. On the
             CPU it is only looked up.
@@ -71,39 +81,50 @@ def flash_attn_fp8_func(
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, allows_quantised=True)
-    check_flag("causal", causal)
-    if out_dtype is None:
-        out_dtype = torch.bfloat16 if isinstance(q, FP8Tensor) else q.dtype
-    if out_dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"out_dtype is {out_dtype}, must be float16, bfloat16 or float32")
+    mask = window_of(window_size, causal)
     elements = [x.data if isinstance(x, FP8Tensor) else x for x in (q, k, v)]
     for name, x in zip("kv", elements[1:], strict=True):
         check_device(name, x, elements[0])
-    device = elements[0].device
-    if device.type == "cuda":
-        _check_built(device)
-    if device.type == "cuda" and out_dtype == torch.float32:
-        raise TypeError("out_dtype is torch.float32, must be float16 or bfloat16 on CUDA")
-    refuse_derivatives("flash_attn_fp8_func", q, k, v, where=" in FP8")
+    if out_dtype is None and isinstance(q, FP8Tensor):
+        out_dtype = torch.bfloat16
+    out_dtype = output_dtype(elements[0], out_dtype)
+    refuse_derivatives("flash_attn_fp8_func", q, k, v, sinks, where=" in FP8")
+    if sinks is not None:
+        check_sinks(sinks, elements[0])
     if softmax_scale is None:
         has_head_dim = len(q.shape) == 4 and q.shape[3] > 0
         softmax_scale = q.shape[3] ** -0.5 if has_head_dim else 1.0
     check_softmax_scale(softmax_scale)
-    whole = None
     plain = tile_config is None
     if plain and isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
-        whole = whole_attention_cuda(
-            q, k, v, softmax_scale, causal, smooth_k, incoherent, seed, qk_dtype, out_dtype
-        )
-    if whole is not None:
-        out, lse, shift = whole
-    else:
-        q8, k8, v8 = _quantised(q, k, v, incoherent, seed, smooth_k, qk_dtype)
-        out, lse = _attention_quantised(q8, k8, v8, softmax_scale, causal, out_dtype, tile_config)
-        shift = k8.shift
-    if return_lse and shift is not None:
-        lse = lse + _lse_of_shift(q, shift, softmax_scale)
+        how = smooth_k, incoherent, seed, qk_dtype
+        variant = return_lse, sinks, mask[1], mask[2]
+        whole = whole_attention_cuda(q, k, v, softmax_scale, mask[0], *how, out_dtype, *variant)
+        if whole is not None:
+            return whole[:2] if return_lse else whole[0]
+    q8, k8, v8 = _quantised(q, k, v, incoherent, seed, smooth_k, qk_dtype)
+    offset = None
+    if k8.shift is not None and (return_lse or sinks is not None):
+        offset = reference.score_offset(q, k8.shift, softmax_scale)
+    of_sinks = None if sinks is None else offset
+    of_call = (softmax_scale, mask, out_dtype, tile_config, sinks, of_sinks, return_lse)
+    out, lse = _attention_quantised(q8, k8, v8, *of_call)
+    if offset is not None and of_sinks is None:
+        lse = lse + offset
     return (out, lse) if return_lse else out
+
+
+def output_dtype(q: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    """The output's, of an argument and a q that is not quantised; checked, with the device."""
+    if out_dtype is None:
+        out_dtype = q.dtype
+    if out_dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"out_dtype is {out_dtype}, must be float16, bfloat16 or float32")
+    if q.device.type == "cuda":
+        _check_built(q.device)
+        if out_dtype == torch.float32:
+            raise TypeError("out_dtype is torch.float32, must be float16 or bfloat16 on CUDA")
+    return out_dtype
 
 
 def _quantised(
@@ -131,59 +152,89 @@ def _quantised(
     return q, k, v
 
 
-def flash_attn_e4m3(
+Operands = tuple[FP8Tensor, FP8Tensor, FP8Tensor]
+
+
+def e4m3_operands(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     q_descale: Tensor | None,
     k_descale: Tensor | None,
     v_descale: Tensor | None,
+    sinks: Tensor | None,
+) -> Operands:
+    """e4m3 tensors with a number for each key head, as FlashAttention-3's function has them;
+    checked, with the call's sinks."""
+    check_e4m3("flash_attn_func", q, k, v, 4, sinks)
+    scales = scales_of(q.shape[2], k, k.shape[0], q_descale, k_descale, v_descale)
+    of_q, of_k, of_v = (
+        FP8Tensor(x, scale[:, :, : x.shape[1]], max(1, x.shape[1]))
+        for x, scale in zip((q, k, v), scales, strict=True)
+    )
+    check_quantised(of_q, of_k, of_v)
+    return of_q, of_k, of_v
+
+
+def flash_attn_e4m3(
+    operands: Operands,
     softmax_scale: float | None,
-    causal: bool,
+    mask: Mask,
+    sinks: Tensor | None,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output, in bfloat16, and LSE of e4m3 tensors with a number for each key head, as
-    FlashAttention-3's function of the same arguments."""
+    """Their output, in bfloat16, and LSE, which is exact only `with_lse`."""
+    if softmax_scale is None:
+        softmax_scale = operands[0].shape[3] ** -0.5
+    q, k, v = operands
+    return _attention_quantised(
+        q, k, v, softmax_scale, mask, torch.bfloat16, sinks=sinks, with_lse=with_lse
+    )
+
+
+def check_e4m3(
+    function: str, q: Tensor, k: Tensor, v: Tensor, rank: int, sinks: Tensor | None
+) -> None:
+    """What calls of e4m3 tensors of every layout have in common."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
         if x.dtype != torch.float8_e4m3fn:
             why = "with descales" if name == "q" else "like q"
             raise TypeError(f"{name} has dtype {x.dtype}, must be torch.float8_e4m3fn {why}")
         check_device(name, x, q)
-        if x.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, must have 4 dimensions")
-    refuse_derivatives("flash_attn_func", q, k, v, where=" in FP8")
-    check_flag("causal", causal)
-    heads, key_heads = q.shape[2], k.shape[2]
-    pairs = (k.shape[0], key_heads)
-    group = heads // key_heads if key_heads else 1
+        if x.dim() != rank:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, must have {rank} dimensions")
+    if q.device.type == "cuda":
+        _check_built(q.device)
+    refuse_derivatives(function, q, k, v, sinks, where=" in FP8")
+    if sinks is not None:
+        check_sinks(sinks, q)
 
-    def scaled(name: str, x: Tensor, descale: Tensor | None, repeats: int) -> FP8Tensor:
+
+def scales_of(
+    heads: int, k: Tensor, batch: int, *descales: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of q, (batch, heads, 1), of k and of v, (batch, key heads, 1), from descales."""
+    key_heads = k.shape[-2]
+    pairs = (batch, key_heads)
+
+    def scale_of(name: str, descale: Tensor | None) -> Tensor:
         if descale is None:
-            scale = torch.ones((1, 1, 1), device=x.device).expand(*pairs, 1)
-        elif tuple(descale.shape) != pairs:
+            return torch.ones((1, 1, 1), device=k.device).expand(*pairs, 1)
+        if tuple(descale.shape) != pairs:
             raise ValueError(
                 f"{name} has shape {tuple(descale.shape)}, must be (batch, key heads) = {pairs}"
             )
-        elif descale.dtype != torch.float32:
+        if descale.dtype != torch.float32:
             raise TypeError(f"{name} has dtype {descale.dtype}, must be torch.float32")
-        elif descale.device != x.device:
-            raise ValueError(f"{name} is on {descale.device}, must be on {x.device} like q")
-        else:
-            scale = descale.unsqueeze(2)
-        if repeats != 1:
-            scale = scale.repeat_interleave(repeats, dim=1)
-        return FP8Tensor(x, scale[:, :, : x.shape[1]], max(1, x.shape[1]))
+        if descale.device != k.device:
+            raise ValueError(f"{name} is on {descale.device}, must be on {k.device} like q")
+        return descale.unsqueeze(2)
 
-    if softmax_scale is None:
-        softmax_scale = q.shape[3] ** -0.5 if q.shape[3] else 1.0
-    return _attention_quantised(
-        scaled("q_descale", q, q_descale, group),
-        scaled("k_descale", k, k_descale, 1),
-        scaled("v_descale", v, v_descale, 1),
-        softmax_scale,
-        causal,
-        torch.bfloat16,
-    )
+    names = ("q_descale", "k_descale", "v_descale")
+    of_q, of_k, of_v = (scale_of(*pair) for pair in zip(names, descales, strict=True))
+    group = heads // key_heads if key_heads else 1
+    return of_q if group == 1 else of_q.repeat_interleave(group, dim=1), of_k, of_v
 
 
 def _attention_quantised(
@@ -191,23 +242,31 @@ def _attention_quantised(
     k: FP8Tensor,
     v: FP8Tensor,
     softmax_scale: float,
-    causal: bool,
+    mask: Mask,
     out_dtype: torch.dtype,
     tile_config: str | None = None,
+    sinks: Tensor | None = None,
+    score_offset: Tensor | None = None,
+    with_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE, checked, on whatever device the tensors are on."""
     check_quantised(q, k, v)
     check_softmax_scale(softmax_scale)
-    check_tile_config(tile_config, "forward_fp8", q.data, q.data)
+    causal, left, right = mask
+    any_call = sinks is not None or is_own_mask(q.data, k.data, left, 0 if causal else right, None)
+    check_tile_config(tile_config, "forward_fp8", q.data, q.data, any_call)
+    batch, seqlen, heads, _ = q.shape
     if k.shape[1] == 0 or q.data.is_meta:
-        batch, seqlen, heads, _ = q.shape
-        out = q.data.new_zeros(q.shape, dtype=out_dtype)
-        return out, q.data.new_full((batch, heads, seqlen), -math.inf, dtype=torch.float32)
+        out = q.data.new_zeros((batch, seqlen, heads, v.shape[3]), dtype=out_dtype)
+        lse = q.data.new_full((batch, heads, seqlen), -math.inf, dtype=torch.float32)
+        return out, lse if sinks is None else lse.copy_(sinks[:, None])
     if q.data.is_cuda:
         _check_built(q.data.device)
-        return attention_cuda(q, k, v, softmax_scale, causal, out_dtype, tile_config)
+        variant = (sinks, score_offset, with_lse, left, right)
+        return attention_cuda(q, k, v, softmax_scale, causal, out_dtype, tile_config, *variant)
     with torch.autocast(q.data.device.type, enabled=False):
-        out, lse = reference.attention(q, k, v, softmax_scale, causal)
+        of_mask = mask_of(causal, left, right)
+        out, lse = reference.attention(q, k, v, softmax_scale, of_mask, sinks, score_offset)
     return out.to(out_dtype), lse
 
 
@@ -216,27 +275,3 @@ def _check_built(device: torch.device) -> None:
         raise NotImplementedError(
             f"q is on {device}, and this build has no FP8 kernels (CUTE_KERNELS_FP8=OFF)"
         )
-
-
-def _lse_of_shift(q: Tensor | FP8Tensor, shift: Tensor, softmax_scale: float) -> Tensor:
-    """What the row that was subtracted from k adds to a query's scores, and so to its LSE."""
-    rows = q.data if isinstance(q, FP8Tensor) else q
-    scale = None
-    if isinstance(q, FP8Tensor):
-        scale = q.row_scales().squeeze(-1)
-        if q.seed is not None:  # as M is orthogonal
-            shift = rotate(shift, q.seed)
-    batch, seqlen, heads, head_dim = rows.shape
-    shift = shift.repeat_interleave(heads // max(1, shift.shape[1]), dim=1).unsqueeze(1)
-    # In float32 a few rows at a time. Compilers fuse the product with the sum.
-    count = max(1, seqlen)
-    if not torch.compiler.is_compiling():
-        count = max(1, _LSE_CHUNK // max(1, batch * heads * head_dim))
-    sums = [
-        (chunk.float().clamp(-SATURATION, SATURATION) * shift).sum(-1)
-        for chunk in torch.split(rows, count, dim=1)
-    ]
-    products = torch.cat(sums, dim=1)
-    if scale is not None:
-        products = products * scale
-    return softmax_scale * products.transpose(1, 2)

@@ -11,16 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_softmax_scale, check_tile_config
-from cute_kernels.fp8.tensor import KEY_PADDING, ROW_BLOCK, FP8Tensor
+from cute_kernels.checks import (
+    check_sinks,
+    check_softmax_scale,
+    check_tile_config,
+    check_window,
+    is_own_mask,
+)
+from cute_kernels.fp8.tensor import E4M3, KEY_PADDING, ROW_BLOCK, FP8Tensor
 
-E4M3 = torch.float8_e4m3fn
+DENSE_ORDER = "batch, seqlen, heads, head_dim"
+PACKED_ORDER = "total, heads, head_dim"
 HEAD_DIM_MULTIPLE = 16
 MAX_HEAD_DIM = 256
-GPU_ROTATIONS = (64, 128, 256)  # head dims of rows that the fused kernel takes
 
-_GPU_INPUTS = (torch.float16, torch.bfloat16)
-_INPUTS = (*_GPU_INPUTS, torch.float32, torch.float64)
+GPU_FLOATS = (torch.float16, torch.bfloat16)
+FLOATS = (*GPU_FLOATS, torch.float32, torch.float64)
 _LIMIT = 2**30  # of each size, and of the tiles of a call
 
 
@@ -41,10 +47,10 @@ def check_flag(name: str, flag: object) -> None:
         raise TypeError(f"{name} is {flag!r}, must be True or False")
 
 
-def check_input(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = _INPUTS) -> None:
+def check_input(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """Of what is to be quantised."""
-    _check_rank(name, x, 4)
-    _check_dtype(name, x, dtypes)
+    check_rank(name, x, 4, DENSE_ORDER)
+    check_dtype(name, x, dtypes)
     check_head_dim(name, x.shape[3])
 
 
@@ -60,9 +66,9 @@ def check_quantisation(block: int | None, seed: int, dtype: torch.dtype) -> None
 def check_quantised(q: FP8Tensor, k: FP8Tensor, v: FP8Tensor) -> None:
     """Whether attention can be computed of these."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_rank(name, x.data, 4)
+        check_rank(name, x.data, 4, DENSE_ORDER)
         check_head_dim(name, x.shape[3])
-        _check_layout(name, x.data)
+        check_layout(name, x.data)
     if q.block is None or k.block is None:
         raise ValueError("q and k need scales of row blocks, not of channels (block=None)")
     if v.block is not None and v.scale.dim() == 3 and v.scale.shape[2] > 1:
@@ -74,7 +80,7 @@ def check_quantised(q: FP8Tensor, k: FP8Tensor, v: FP8Tensor) -> None:
             raise ValueError(f"{name} has a shift, which only k may have")
     if v.seed is not None:
         raise ValueError(f"v has seed {v.seed}, must be quantised without incoherent processing")
-    _check_elements(q.data, k.data, v.data)
+    check_elements(q.data, k.data, v.data)
     _check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
     for name, x in (("q", q), ("k", k), ("v", v)):
         batch, seqlen, heads, head_dim = x.shape
@@ -86,7 +92,7 @@ def check_quantised(q: FP8Tensor, k: FP8Tensor, v: FP8Tensor) -> None:
                 f"{name}'s scale has shape {tuple(x.scale.shape)}, must be {expected} "
                 f"for block {x.block}"
             )
-        _check_scale(f"{name}'s scale", x.scale, q.data)
+        check_scale(f"{name}'s scale", x.scale, q.data)
 
 
 def check_head_dim(name: str, head_dim: int) -> None:
@@ -97,27 +103,27 @@ def check_head_dim(name: str, head_dim: int) -> None:
         )
 
 
-def _check_rank(name: str, x: Tensor, rank: int) -> None:
+def check_rank(name: str, x: Tensor, rank: int, order: str = "") -> None:
     if x.dim() != rank:
-        order = ": (batch, seqlen, heads, head_dim)" if rank == 4 else ""
+        order = f": ({order})" if order else ""
         raise ValueError(f"{name} has shape {tuple(x.shape)}, must have {rank} dimensions{order}")
 
 
-def _check_dtype(name: str, x: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+def check_dtype(name: str, x: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if x.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"{name} has dtype {x.dtype}, must be one of {names}")
 
 
-def _check_elements(q: Tensor, k: Tensor, v: Tensor) -> None:
-    _check_dtype("q", q, (E4M3, torch.int8))
+def check_elements(q: Tensor, k: Tensor, v: Tensor) -> None:
+    check_dtype("q", q, (E4M3, torch.int8))
     if k.dtype != q.dtype:
         raise TypeError(f"k has dtype {k.dtype}, must be {q.dtype} like q")
     if v.dtype != E4M3:
         raise TypeError(f"v has dtype {v.dtype}, must be {E4M3}")
 
 
-def _check_scale(name: str, scale: Tensor, q: Tensor) -> None:
+def check_scale(name: str, scale: Tensor, q: Tensor) -> None:
     if scale.dtype != torch.float32:
         raise TypeError(f"{name} has dtype {scale.dtype}, must be torch.float32")
     check_device(name, scale, q)
@@ -128,8 +134,8 @@ def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) ->
     for name, shape in (("k", k), ("v", v)):
         if shape[0] != batch:
             raise ValueError(f"{name} has batch {shape[0]}, must be {batch} like q")
-        if shape[3] != head_dim:
-            raise ValueError(f"{name} has head_dim {shape[3]}, must be {head_dim} like q")
+    if k[3] != head_dim:
+        raise ValueError(f"k has head_dim {k[3]}, must be {head_dim} like q")
     if v[1:3] != k[1:3]:
         raise ValueError(f"v has seqlen and heads {v[1:3]}, must be {k[1:3]} like k")
     if heads and (k[2] == 0 or heads % k[2]):
@@ -140,20 +146,32 @@ def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) ->
 
 
 def check_rows(x: Tensor, *_: Any, name: str = "x") -> None:
-    on_cuda = x.device.type == "cuda"
-    check_input(name, x, _GPU_INPUTS if on_cuda else _INPUTS)
-    if on_cuda and x.shape[3] not in GPU_ROTATIONS:
-        raise ValueError(f"{name} has head_dim {x.shape[3]}, must be 64, 128 or 256")
-    _check_layout(name, x)
+    check_input(name, x, GPU_FLOATS if x.device.type == "cuda" else FLOATS)
+    check_layout(name, x)
 
 
 def check_values(v: Tensor, also: tuple[torch.dtype, ...] = (E4M3,)) -> None:
-    inputs = _GPU_INPUTS if v.device.type == "cuda" else _INPUTS
+    inputs = GPU_FLOATS if v.device.type == "cuda" else FLOATS
     check_input("v", v, (*inputs, *also))
-    _check_layout("v", v)
+    check_layout("v", v)
 
 
-def check_whole(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, *_: Any) -> None:
+def check_whole(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    smooth_k: bool,
+    incoherent: bool,
+    seed: int,
+    to_int8: bool,
+    out_float16: bool,
+    with_lse: bool = False,
+    sinks: Tensor | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+) -> None:
     check_rows(q, name="q")
     check_rows(k, name="k")
     check_values(v, also=())
@@ -161,7 +179,8 @@ def check_whole(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, *_: Any) 
         check_device(name, x, q)
     _check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
     check_softmax_scale(softmax_scale)
-    _check_tiles(q)
+    check_variant(q, sinks, window_left, window_right)
+    check_tiles(q)
 
 
 def check_forward(
@@ -175,18 +194,25 @@ def check_forward(
     causal: bool,
     out_float16: bool,
     tile_config: str | None = None,
+    sinks: Tensor | None = None,
+    score_offset: Tensor | None = None,
+    with_lse: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
 ) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_rank(name, x, 4)
+        check_rank(name, x, 4, DENSE_ORDER)
         check_device(name, x, q)
-        _check_layout(name, x)
-    _check_elements(q, k, v)
+        check_layout(name, x)
+    check_elements(q, k, v)
     batch, seqlen_q, heads, head_dim = q.shape
     seqlen_k, key_heads = k.shape[1:3]
+    head_dim_v = v.shape[2]
     check_head_dim("q", head_dim)
-    _check_shapes(tuple(q.shape), tuple(k.shape), (batch, seqlen_k, key_heads, head_dim))
+    check_head_dim("v", head_dim_v)
+    _check_shapes(tuple(q.shape), tuple(k.shape), (batch, seqlen_k, key_heads, head_dim_v))
     padded = (seqlen_k + KEY_PADDING - 1) // KEY_PADDING * KEY_PADDING
-    wanted = (batch, key_heads, head_dim, padded)
+    wanted = (batch, key_heads, head_dim_v, padded)
     if tuple(v.shape) != wanted or not v.is_contiguous():
         raise ValueError(
             f"v has shape {tuple(v.shape)}, must be what quantize_fp8_values gives, {wanted}, "
@@ -195,22 +221,42 @@ def check_forward(
     for name, scale, count_heads, count in (
         ("q_scale", q_scale, heads, (seqlen_q + ROW_BLOCK - 1) // ROW_BLOCK),
         ("k_scale", k_scale, key_heads, (seqlen_k + ROW_BLOCK - 1) // ROW_BLOCK),
-        ("v_scale", v_scale, key_heads, head_dim),
+        ("v_scale", v_scale, key_heads, head_dim_v),
     ):
-        _check_rank(name, scale, 3)
-        _check_scale(name, scale, q)
+        check_rank(name, scale, 3)
+        check_scale(name, scale, q)
         if tuple(scale.shape[:2]) != (batch, count_heads) or scale.shape[2] not in (1, count):
             raise ValueError(
                 f"{name} has shape {tuple(scale.shape)}, must be {(batch, count_heads, count)} "
                 f"or {(batch, count_heads, 1)}"
             )
     check_softmax_scale(softmax_scale)
-    check_tile_config(tile_config, "forward_fp8", q, q)
-    _check_tiles(q)
+    check_variant(q, sinks, window_left, window_right)
+    check_like_lse("score_offset", score_offset, q, (batch, heads, seqlen_q))
+    right = 0 if causal else window_right
+    any_call = sinks is not None or is_own_mask(q, k, window_left, right, None)
+    check_tile_config(tile_config, "forward_fp8", q, v.transpose(-1, -2), any_call)
+    check_tiles(q)
 
 
-def _check_layout(name: str, x: Tensor) -> None:
-    if x.stride(3) != 1 and x.shape[3] > 1:
+def check_variant(
+    q: Tensor, sinks: Tensor | None, window_left: int | None, window_right: int | None
+) -> None:
+    check_window(window_left, window_right)
+    if sinks is not None:
+        check_sinks(sinks, q)
+
+
+def check_like_lse(name: str, x: Tensor | None, q: Tensor, shape: tuple[int, ...]) -> None:
+    if x is None:
+        return
+    check_scale(name, x, q)
+    if tuple(x.shape) != shape or not x.is_contiguous():
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, must be {shape}, contiguous")
+
+
+def check_layout(name: str, x: Tensor) -> None:
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(
             f"{name} has strides {x.stride()}, its last dimension must be contiguous (stride 1)"
         )
@@ -218,9 +264,10 @@ def _check_layout(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, each size must be below 2^30")
 
 
-def _check_tiles(q: Tensor) -> None:
+def check_tiles(q: Tensor) -> None:
     """The grid's limit, far from what fits into memory; compilers' symbols are not asked."""
-    batch, seqlen, heads, _ = q.shape
+    *batches, seqlen, heads, _ = q.shape
+    batch = batches[0] if batches else 1
     tiles = batch * heads * ((seqlen + ROW_BLOCK - 1) // ROW_BLOCK)
     if isinstance(tiles, int) and tiles >= _LIMIT:
         raise ValueError(

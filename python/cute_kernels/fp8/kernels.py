@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 import cute_kernels.extension  # noqa: F401  defines the operators
 from cute_kernels.checks import explain
+from cute_kernels.chunks import Lengths
 from cute_kernels.fp8.checks import (
-    GPU_ROTATIONS,
     check_forward,
     check_rows,
     check_values,
     check_whole,
 )
 from cute_kernels.fp8.rotation import signed
-from cute_kernels.fp8.tensor import ROW_BLOCK, FP8Tensor
+from cute_kernels.fp8.tensor import ROW_BLOCK, FP8Tensor, Quantisation
+from cute_kernels.fp8.varlen_checks import (
+    check_varlen_forward,
+    check_varlen_values,
+    check_varlen_whole,
+)
 
 GPU_BUILT = hasattr(torch.ops.cute_kernels, "flash_attn_fp8_forward")
 _GPU_INPUTS = (torch.float16, torch.bfloat16)
@@ -30,7 +37,7 @@ def quantize_cuda(
     if block is None and dtype == torch.float8_e4m3fn and not incoherent and not smooth:
         data, scale = _quantize_values(x)
         return FP8Tensor(data, scale.unsqueeze(2), None, keys=x.shape[1])
-    if block != ROW_BLOCK or x.shape[3] not in GPU_ROTATIONS:
+    if block != ROW_BLOCK:
         return None
     inputs = x, smooth, incoherent, signed(seed), dtype == torch.int8
     try:
@@ -48,6 +55,11 @@ def attention_cuda(
     causal: bool,
     out_dtype: torch.dtype,
     tile_config: str | None = None,
+    sinks: Tensor | None = None,
+    score_offset: Tensor | None = None,
+    with_lse: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     for name, x in (("q", q), ("k", k)):
         if x.block != ROW_BLOCK and x.scale.shape[2] > 1:
@@ -58,12 +70,15 @@ def attention_cuda(
     v_scale = v.scale if v.block is not None else v.scale.squeeze(2)
     inputs = (
         *(q.data, k.data, v_data, q.scale, k.scale, v_scale),
-        *(softmax_scale, causal, out_dtype == torch.float16, tile_config),
+        *(softmax_scale, causal, out_dtype == torch.float16, tile_config, sinks, score_offset),
     )
+    window = {"window_left": window_left, "window_right": window_right}
     try:
-        out, lse = torch.ops.cute_kernels.flash_attn_fp8_forward(*inputs)
+        out, lse = torch.ops.cute_kernels.flash_attn_fp8_forward(
+            *inputs, with_lse=with_lse, **window
+        )
     except RuntimeError as refusal:
-        explain(refusal, check_forward, *inputs)
+        explain(refusal, check_forward, *inputs, **window)
     return out, lse
 
 
@@ -78,28 +93,85 @@ def whole_attention_cuda(
     seed: int,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
+    with_lse: bool = False,
+    sinks: Tensor | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Output, LSE and what was subtracted from k: `quantize_cuda` of all three and `attention_cuda`
-    in one call, whose kernels overlap. None for what it does not do or refuses."""
+    in one call, whose kernels overlap. None for what it does not do or refuses. Without `with_lse`
+    the LSE may be that of rounded P, and of k less what was subtracted."""
     if not GPU_BUILT or not all(map(_is_fusible, (q, k, v))):
         return None
     if dtype not in (torch.int8, torch.float8_e4m3fn) or not 0 <= seed < 2**64:
         return None
     batch, _, heads, head_dim = q.shape
     key_heads = k.shape[2]
-    if head_dim not in GPU_ROTATIONS or key_heads == 0 or heads % key_heads:
+    if key_heads == 0 or heads % key_heads:
         return None
-    if v.shape != k.shape or (k.shape[0], k.shape[3]) != (batch, head_dim):
+    if v.shape[:3] != k.shape[:3] or (k.shape[0], k.shape[3]) != (batch, head_dim):
         return None
     inputs = (
         *(q, k, v, softmax_scale, causal, smooth_k, incoherent, signed(seed)),
-        *(dtype == torch.int8, out_dtype == torch.float16),
+        *(dtype == torch.int8, out_dtype == torch.float16, with_lse, sinks),
+    )
+    window = {"window_left": window_left, "window_right": window_right}
+    try:
+        out, lse, shift = torch.ops.cute_kernels.flash_attn_fp8(*inputs, **window)
+    except RuntimeError as refusal:
+        explain(refusal, check_whole, *inputs, **window)
+    return out, lse, shift if smooth_k else None
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths,
+    softmax_scale: float,
+    causal: bool,
+    how: Quantisation,
+    out_dtype: torch.dtype,
+    with_lse: bool,
+    sinks: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`flash_attn_fp8_varlen_func`'s operator, on a GPU or the CPU; options are its keyword-only
+    inputs."""
+    inputs = (
+        *(q, k, v, *lengths, softmax_scale, causal, how.smooth_k, how.incoherent, signed(how.seed)),
+        *(how.qk_dtype == torch.int8, out_dtype == torch.float16, with_lse, sinks),
     )
     try:
-        out, lse, shift = torch.ops.cute_kernels.flash_attn_fp8(*inputs)
+        out, lse = torch.ops.cute_kernels.flash_attn_fp8_varlen(*inputs, **options)
     except RuntimeError as refusal:
-        explain(refusal, check_whole, *inputs)
-    return out, lse, shift if smooth_k else None
+        explain(refusal, check_varlen_whole, *inputs, **options)
+    return out, lse
+
+
+def varlen_attention_e4m3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: tuple[Tensor, Tensor, Tensor],
+    lengths: Lengths,
+    softmax_scale: float,
+    causal: bool,
+    sinks: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The same of e4m3 tensors and scales of (batch, heads, 1)."""
+    values = (v, lengths[1], lengths[3])
+    try:
+        data, _ = torch.ops.cute_kernels.quantize_fp8_varlen_values(*values)
+    except RuntimeError as refusal:
+        explain(refusal, check_varlen_values, *values)
+    inputs = (q, k, data, *scales, *lengths, softmax_scale, causal, False, sinks)
+    try:
+        out, lse = torch.ops.cute_kernels.flash_attn_fp8_varlen_forward(*inputs, **options)
+    except RuntimeError as refusal:
+        explain(refusal, check_varlen_forward, *inputs, **options)
+    return out, lse
 
 
 def _is_fusible(x: Tensor) -> bool:

@@ -9,12 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cute_kernels.fp8 import reference
-from cute_kernels.fp8.checks import E4M3, check_forward, check_rows, check_values, check_whole
+from cute_kernels.fp8 import packed, reference
+from cute_kernels.fp8.checks import check_forward, check_rows, check_values, check_whole
 from cute_kernels.fp8.kernels import GPU_BUILT
 from cute_kernels.fp8.quantize import quantize_by_operations
 from cute_kernels.fp8.rotation import U64
-from cute_kernels.fp8.tensor import KEY_PADDING, ROW_BLOCK, FP8Tensor, in_key_order
+from cute_kernels.fp8.tensor import (
+    E4M3,
+    KEY_PADDING,
+    ROW_BLOCK,
+    VALUE_KEYS,
+    FP8Tensor,
+    Quantisation,
+    blocks_of_all,
+)
+from cute_kernels.fp8.varlen_checks import (
+    check_varlen_forward,
+    check_varlen_values,
+    check_varlen_whole,
+)
+from cute_kernels.operators import packed_sequences
+from cute_kernels.reference import mask_of
+from cute_kernels.varlen_checks import rows_of_sequences
 
 
 def _rows_cpu(
@@ -41,13 +57,6 @@ def _rows_fake(
     )
 
 
-def _values_cpu(v: Tensor) -> tuple[Tensor, Tensor]:
-    if v.dtype == E4M3:
-        return in_key_order(v), v.new_empty((v.shape[0], v.shape[2], 0), dtype=torch.float32)
-    values = quantize_by_operations(v, False, 0, None, E4M3, False)
-    return in_key_order(values.data), values.scale.squeeze(2)
-
-
 def _values_fake(v: Tensor) -> tuple[Tensor, Tensor]:
     batch, seqlen, heads, head_dim = v.shape
     padded = (seqlen + KEY_PADDING - 1) // KEY_PADDING * KEY_PADDING
@@ -69,6 +78,10 @@ def _forward_cpu(
     causal: bool,
     out_float16: bool,
     tile_config: str | None = None,
+    sinks: Tensor | None = None,
+    score_offset: Tensor | None = None,
+    with_lse: bool = False,
+    **window: Any,
 ) -> tuple[Tensor, Tensor]:
     def rows(x: Tensor, scale: Tensor) -> FP8Tensor:
         return FP8Tensor(x, scale, max(1, x.shape[1]) if scale.shape[2] == 1 else ROW_BLOCK)
@@ -77,9 +90,9 @@ def _forward_cpu(
     values = FP8Tensor(v, v_scale, max(1, keys), keys=keys)
     if v_scale.shape[2] > 1:
         values = FP8Tensor(v, v_scale.unsqueeze(2), None, keys=keys)
-    out, lse = reference.attention(
-        rows(q, q_scale), rows(k, k_scale), values, softmax_scale, causal
-    )
+    quantised = rows(q, q_scale), rows(k, k_scale), values
+    mask = mask_of(causal, **window)
+    out, lse = reference.attention(*quantised, softmax_scale, mask, sinks, score_offset)
     return out.to(_out_dtype(out_float16)), lse
 
 
@@ -93,9 +106,10 @@ def _forward_fake(
     softmax_scale: float,
     causal: bool,
     out_float16: bool,
-    tile_config: str | None = None,
+    *_: Any,
+    **__: Any,
 ) -> tuple[Tensor, Tensor]:
-    return _outputs_fake(q, out_float16)
+    return _outputs_fake(q, v.shape[-2], out_float16)
 
 
 def _whole_cpu(
@@ -109,12 +123,19 @@ def _whole_cpu(
     seed: int,
     to_int8: bool,
     out_float16: bool,
+    with_lse: bool = False,
+    sinks: Tensor | None = None,
+    **window: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q_rows, q_scale, _ = _rows_cpu(q, False, incoherent, seed, to_int8)
     k_rows, k_scale, shift = _rows_cpu(k, smooth_k, incoherent, seed, to_int8)
-    values, v_scale = _values_cpu(v)
+    values, v_scale = packed.values_of(v)
     inputs = q_rows, k_rows, values, q_scale, k_scale, v_scale
-    return *_forward_cpu(*inputs, softmax_scale, causal, out_float16), shift
+    offset = None
+    if smooth_k and (with_lse or sinks is not None):
+        offset = reference.score_offset(q, shift, softmax_scale)
+    of_call = softmax_scale, causal, out_float16, None, sinks, offset
+    return *_forward_cpu(*inputs, *of_call, **window), shift
 
 
 def _whole_fake(
@@ -128,15 +149,103 @@ def _whole_fake(
     seed: int,
     to_int8: bool,
     out_float16: bool,
+    *_: Any,
+    **__: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shift = (k.shape[0], k.shape[2], k.shape[3] if smooth_k else 0)
-    return *_outputs_fake(q, out_float16), k.new_empty(shift, dtype=torch.float32)
+    outputs = _outputs_fake(q, v.shape[-1], out_float16)
+    return *outputs, k.new_empty(shift, dtype=torch.float32)
 
 
-def _outputs_fake(q: Tensor, out_float16: bool) -> tuple[Tensor, Tensor]:
-    batch, seqlen, heads, _ = q.shape
-    out = q.new_empty(q.shape, dtype=_out_dtype(out_float16))
-    return out, q.new_empty((batch, heads, seqlen), dtype=torch.float32)
+def _varlen_values_cpu(
+    v: Tensor, cu_seqlens: Tensor, seqused: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rows = rows_of_sequences("v", v, cu_seqlens, seqused, None)
+    return packed.values_of_sequences(v, rows)
+
+
+def _varlen_values_fake(
+    v: Tensor, cu_seqlens: Tensor, seqused: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    total, heads, head_dim = v.shape
+    batch = cu_seqlens.shape[0] - 1
+    keys = blocks_of_all(total, batch, VALUE_KEYS) * VALUE_KEYS
+    channels = 0 if v.dtype == E4M3 else head_dim
+    return (
+        v.new_empty((heads, head_dim, keys), dtype=E4M3),
+        v.new_empty((batch, heads, channels), dtype=torch.float32),
+    )
+
+
+def _varlen_forward_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    diagonal: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    out_float16: bool,
+    sinks: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
+    sequences, mask = packed_sequences(q, k, lengths, causal, **options)
+    scales, dtype = (q_scale, k_scale, v_scale), _out_dtype(out_float16)
+    return packed.attention_of_quantised(
+        q, k, v, scales, sequences, softmax_scale, mask, sinks, dtype
+    )
+
+
+def _varlen_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    diagonal: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    smooth_k: bool,
+    incoherent: bool,
+    seed: int,
+    to_int8: bool,
+    out_float16: bool,
+    with_lse: bool = False,
+    sinks: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
+    sequences, mask = packed_sequences(q, k, lengths, causal, **options)
+    dtype = torch.int8 if to_int8 else E4M3
+    how = Quantisation(incoherent, seed & U64, smooth_k, dtype)
+    return packed.attention_of_sequences(
+        q, k, v, sequences, softmax_scale, mask, how, sinks, _out_dtype(out_float16), with_lse
+    )
+
+
+def _varlen_forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, *options: Any, **_: Any
+) -> tuple[Tensor, Tensor]:
+    return _outputs_fake(q, v.shape[-2], options[10])
+
+
+def _varlen_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any, **_: Any) -> tuple[Tensor, Tensor]:
+    return _outputs_fake(q, v.shape[-1], options[11])
+
+
+def _outputs_fake(q: Tensor, head_dim_v: int, out_float16: bool) -> tuple[Tensor, Tensor]:
+    *batch, seqlen, heads, _ = q.shape
+    out = q.new_empty((*batch, seqlen, heads, head_dim_v), dtype=_out_dtype(out_float16))
+    return out, q.new_empty((*batch, heads, seqlen), dtype=torch.float32)
 
 
 def _out_dtype(out_float16: bool) -> torch.dtype:
@@ -146,15 +255,15 @@ def _out_dtype(out_float16: bool) -> torch.dtype:
 def _register(
     name: str, check: Callable[..., None], cpu: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
-    def checked_cpu(*inputs: Any) -> Any:
-        check(*inputs)
+    def checked_cpu(*inputs: Any, **keywords: Any) -> Any:
+        check(*inputs, **keywords)
         with torch.autocast("cpu", enabled=False):
-            results = cpu(*inputs)
+            results = cpu(*inputs, **keywords)
         # Empty results have the strides of new ones, too.
         return tuple(x if x.numel() else x.new_empty(x.shape) for x in results)
 
-    def checked_fake(*inputs: Any) -> Any:
-        check(*inputs)
+    def checked_fake(*inputs: Any, **keywords: Any) -> Any:
+        check(*inputs, **keywords)
         return fake(*inputs)
 
     torch.library.impl(f"cute_kernels::{name}", "cpu", checked_cpu)
@@ -163,6 +272,16 @@ def _register(
 
 if GPU_BUILT:
     _register("quantize_fp8_rows", check_rows, _rows_cpu, _rows_fake)
-    _register("quantize_fp8_values", check_values, _values_cpu, _values_fake)
+    _register("quantize_fp8_values", check_values, packed.values_of, _values_fake)
     _register("flash_attn_fp8_forward", check_forward, _forward_cpu, _forward_fake)
     _register("flash_attn_fp8", check_whole, _whole_cpu, _whole_fake)
+    _register(
+        "quantize_fp8_varlen_values", check_varlen_values, _varlen_values_cpu, _varlen_values_fake
+    )
+    _register(
+        "flash_attn_fp8_varlen_forward",
+        check_varlen_forward,
+        _varlen_forward_cpu,
+        _varlen_forward_fake,
+    )
+    _register("flash_attn_fp8_varlen", check_varlen_whole, _varlen_cpu, _varlen_fake)

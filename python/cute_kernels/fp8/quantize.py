@@ -9,14 +9,13 @@ from torch import Tensor
 
 from cute_kernels.checks import refuse_derivatives
 from cute_kernels.fp8.checks import (
-    E4M3,
     check_input,
     check_quantisation,
     check_tensor,
 )
 from cute_kernels.fp8.kernels import quantize_cuda
 from cute_kernels.fp8.rotation import norm_of, rotate_unscaled
-from cute_kernels.fp8.tensor import ROW_BLOCK, FP8Tensor
+from cute_kernels.fp8.tensor import E4M3, ROW_BLOCK, FP8Tensor
 
 SATURATION = 2.0**48  # the scores of saturated inputs are still finite in fp32
 SMALLEST_MAXIMUM = 2.0**-60  # so that scales, their inverses and their products are finite

@@ -66,7 +66,10 @@ def _hadamard(x: Tensor) -> Tensor:
         stride *= 2
     if odd > 1:
         runs = x.reshape(*x.shape[:-1], odd, power)
-        x = (runs - runs.sum(-2, keepdim=True) * (2 / odd)).view(x.shape)
+        total = torch.zeros_like(runs[..., :1, :])
+        for run in torch.split(runs, 1, -2):  # in this order: the same bits on all devices
+            total = total + run
+        x = (runs - total * (2 / odd)).view(x.shape)
     return x
 
 

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cute_kernels.fp8.rotation import rotate_back
 
+E4M3 = torch.float8_e4m3fn
 ROW_BLOCK = 64  # rows of Q and K that share a scale
 KEY_PADDING = 16  # the keys of a transposed v are padded to a multiple of it
+VALUE_KEYS = 128  # of which a packed sequence has whole blocks to itself in the transposed v
+
+
+class Quantisation(NamedTuple):
+    """How q, k and v are quantised: see `quantize_fp8`."""
+
+    incoherent: bool
+    seed: int
+    smooth_k: bool
+    qk_dtype: torch.dtype
+
+
+def first_block(first_row: int, entry: int, rows: int) -> int:
+    """Where packed sequence `entry`, whose slot begins at `first_row`, has its first block of
+    `rows` rows among the blocks of all: as first_block() of attention/lengths.hpp."""
+    return first_row // rows + entry
+
+
+def blocks_of_all(total: int, batch: int, rows: int) -> int:
+    return total // rows + batch
 
 
 @dataclass(frozen=True)

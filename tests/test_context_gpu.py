@@ -1,0 +1,94 @@
+"""Context parallelism on several Hopper GPUs, by NCCL."""
+
+import functools
+import random
+
+import pytest
+import ranks as processes
+import torch
+from context import Case, run_cases
+from parity import DTYPES
+from test_context import assert_case_right
+
+from cute_kernels import tile_configs
+
+COUNT = 28
+FORMS = ("ring", "ring", "all_gather", "ulysses", "2d")
+
+
+@pytest.fixture(scope="module")
+def gpus(request):
+    """How many the tests use: all, but no more than 4."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs or more")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs Hopper GPUs (compute capability 9.0)")
+    return 4 if torch.cuda.device_count() >= 4 else 2
+
+
+def random_case(chance, ranks, form):
+    """Of what this build has kernels for."""
+    rows = [row for row in tile_configs("backward") if row["any_call"] and not row["softcap"]]
+    row = chance.choice([row for row in rows if row["head_dim"] <= 128])
+    tokens = 2 * ranks * chance.randint(1, 130)
+    documents = None
+    if form == "2d":
+        tokens *= 2
+    if chance.random() < 0.4:
+        cuts = sorted(chance.randint(0, tokens) for _ in range(chance.randint(0, 4)))
+        documents = (0, *cuts, tokens)
+    shared = {"ulysses": ranks, "2d": 2}.get(form, 1)
+    key_heads = shared * chance.choice([1, 2])
+    limits = [(-1, -1), (-1, -1), (chance.randint(0, 300), 0), (chance.randint(0, 90), 17)]
+    softcapped = any(
+        other["softcap"] and other["head_dim"] == row["head_dim"] and other["dtype"] == row["dtype"]
+        for other in tile_configs("backward")
+    )
+    return Case(
+        form,
+        chance.choice(["zigzag", "zigzag", "contiguous"] + ["stripe"] * (form != "all_gather")),
+        tokens,
+        batch=chance.choice([1, 1, 2]),
+        heads=(key_heads * chance.choice([1, 4]), key_heads),
+        head_dims=(row["head_dim"], row["head_dim"]),
+        dtype=DTYPES[row["dtype"]],
+        causal=chance.random() < 0.7,
+        window_size=chance.choice(limits),
+        softcap=chance.choice([0.0, 0.0, 20.0 if softcapped else 0.0]),
+        sinks=chance.random() < 0.3,
+        documents=documents,
+        deterministic=chance.random() < 0.3,
+        seed=chance.randrange(2**31),
+    )
+
+
+@functools.cache
+def results(ranks):
+    chance = random.Random(ranks)
+    cases = [random_case(chance, ranks, FORMS[i % len(FORMS)]) for i in range(COUNT)]
+    return cases, processes.run(ranks, run_cases, cases, "cuda", backend="nccl")
+
+
+@pytest.mark.parametrize("number", range(COUNT))
+def test_forms(gpus, number):
+    cases, by_rank = results(gpus)
+    case = cases[number]
+    first, *others = [results[number] for results in by_rank]
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert_case_right(case, first)
+
+
+def twice(rank, cases):
+    return run_cases(rank, cases + cases, "cuda")
+
+
+def test_deterministic_gradients_are_the_same_bits(gpus):
+    form = {"heads": (8, 4), "causal": True, "deterministic": True, "dtype": torch.bfloat16}
+    cases = [
+        Case(form_name, "zigzag", 2048, head_dims=(64, 64), **form)
+        for form_name in ("ring", "all_gather")
+    ]
+    runs = processes.run(gpus, twice, cases, backend="nccl")[0]
+    for first, second in zip(runs[: len(cases)], runs[len(cases) :], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

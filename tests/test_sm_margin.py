@@ -1,0 +1,152 @@
+"""Multiprocessors that a call leaves alone."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from host_program import host_program, needs_cxx
+from parity import DTYPES, common_head_dim, random_qkv, skip_unless_answered
+from torch.profiler import ProfilerActivity, profile
+
+from cute_kernels import (
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+    tile_configs,
+)
+
+SOURCE = """
+#include <cstdint>
+#include <cstdio>
+
+#include "cute_kernels/attention/problem.hpp"
+
+int main() {
+  using namespace cute_kernels::attention;
+  long long multiprocessors, margin;
+  while (std::scanf("%lld %lld", &multiprocessors, &margin) == 2) {
+    Device const device = leaving({3, static_cast<int>(multiprocessors)}, margin);
+    std::printf("%d %d %d\\n", device.index, device.multiprocessors, device.is_shared);
+  }
+}
+"""
+
+
+@needs_cxx
+def test_what_is_left(tmp_path):
+    """One multiprocessor at least, whatever is asked for."""
+    run = host_program(tmp_path, SOURCE)
+    cases = [(132, n) for n in (0, 1, 16, 131, 132, 133, 2**40, 2**63 - 1)] + [(1, 0), (1, 5)]
+    right = [[3, max(1, n - margin), int(margin > 0)] for n, margin in cases]
+    assert run(cases) == right
+
+
+def calls(device, head_dim=64, seqlen=1024, dtype=torch.bfloat16):
+    """Every function that takes a margin, with it in `hints`."""
+    q, k, v = random_qkv(device, dtype, 4, seqlen, seqlen, 16, 8, head_dim)
+    starts = torch.arange(5, dtype=torch.int32, device=device) * seqlen
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    used = torch.full((4,), seqlen, dtype=torch.int32, device=device)
+    pages = torch.arange(4, dtype=torch.int32, device=device)[:, None]
+    qkv = torch.cat([q, k, v], 2)
+    of_packed = {"page_table": pages, "seqused_k": used}
+    return {
+        "dense": lambda **hints: flash_attn_func(q, k, v, causal=True, **hints),
+        "window": lambda **hints: flash_attn_func(q, k, v, window_size=(200, 0), **hints),
+        "chunks": lambda **hints: flash_attn_func(q, k, v, attention_chunk=100, **hints),
+        "packed": lambda **hints: flash_attn_varlen_func(*packed, starts, starts, **hints),
+        "pages": lambda **hints: flash_attn_varlen_func(
+            packed[0], k, v, starts, **of_packed, **hints
+        ),
+        "cache": lambda **hints: flash_attn_with_kvcache(q, k, v, cache_seqlens=used, **hints),
+        "one tensor": lambda **hints: flash_attn_qkvpacked_func(qkv, num_heads_q=16, **hints),
+        "one packed tensor": lambda **hints: flash_attn_varlen_qkvpacked_func(
+            qkv.flatten(0, 1), starts, num_heads_q=16, **hints
+        ),
+    }
+
+
+NAMES = list(calls("cpu", 16, 4))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_result_changes(device, name):
+    """Also where more is asked for than there is."""
+    skip_unless_answered(device, torch.bfloat16)
+    call = calls(device, seqlen=1024 if device == "cuda" else 40)[name]
+    right = call()
+    for margin in (1, 30, 10**9):
+        result = call(sm_margin=margin)
+        if name in ("pages", "cache"):  # which parts are added up depends on it
+            torch.testing.assert_close(result, right, rtol=2e-2, atol=2e-2)
+        else:
+            assert torch.equal(result, right)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refused(name):
+    call = calls("cpu", 16, 4)[name]
+    with pytest.raises(ValueError, match=r"^sm_margin is -1, must be at least 0$"):
+        call(sm_margin=-1)
+    with pytest.raises(TypeError, match=r"^sm_margin is 1\.5, must be an int$"):
+        call(sm_margin=1.5)
+
+
+def grids(call, kernel, folder):
+    """The CTAs of each launch of a kernel, by the profiler."""
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as traced:
+        call()
+        torch.cuda.synchronize()
+    traced.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    launches = [e for e in events if e.get("cat") == "kernel"]
+    if not launches:
+        pytest.skip("the profiler sees no kernels here")
+    return [math.prod(e["args"]["grid"]) for e in launches if re.search(kernel, e["name"])]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grid(hopper, name, tmp_path):
+    skip_unless_answered(hopper, torch.bfloat16)
+    call = calls(hopper)[name]
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    kernel = r"\bdecode_kernel<" if name in ("pages", "cache") else r"\bforward_kernel<"
+    (whole,) = grids(call, kernel, tmp_path)
+    for margin in (4, 20):
+        (left,) = grids(lambda margin=margin: call(sm_margin=margin), kernel, tmp_path)
+        assert left * multiprocessors == whole * (multiprocessors - margin)
+
+
+ROWS = [
+    pytest.param(row, id=row["name"])
+    for row in tile_configs("backward")
+    if not row["softcap"] and row["dtype"] == "bf16"
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_grid_of_gradients(hopper, row, tmp_path):
+    """None of the launches is larger than what is left; all of them together are the gradient."""
+    head_dim, dtype = common_head_dim(row), DTYPES[row["dtype"]]
+    inputs = random_qkv(hopper, dtype, 4, 1024, 1024, 16, 8, head_dim)
+    inputs = [x.requires_grad_() for x in inputs]
+    window = (300, 5) if row["any_call"] else (-1, -1)
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+
+    def gradients(margin=20):
+        out = flash_attn_func(*inputs, window_size=window, deterministic=True, sm_margin=margin)
+        return torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+    kernel = r"\bbackward_kernel<.*, false, "
+    whole = grids(lambda: gradients(0), kernel, tmp_path)
+    left = grids(gradients, kernel, tmp_path)
+    assert len(whole) == 1 and max(left) == multiprocessors - 20
+    if len(left) > 1:  # CTAs that do not stay are launched some at a time
+        assert sum(left) == sum(whole)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(0), strict=True))
