@@ -30,6 +30,7 @@ struct RowConfig {
   int head_dim_v;
   bool any_call;  // every call, rather than dense ones without sinks whose mask is none or causal
   bool softcap;   // calls with a softcap, and only these
+  char const* variant;  // calls of this variant of a user's, and only these; or null
   MaskClass mask;
 };
 
@@ -69,7 +70,7 @@ bool can_take(RowConfig<Dtype> const& config, Dtype dtype, AttentionCall const& 
   return config.dtype == dtype && config.head_dim >= call.sizes.head_dim &&
          config.head_dim_v >= call.sizes.head_dim_v &&
          (config.any_call || (call.sinks == nullptr && kernel_ranges(call).has_value())) &&
-         config.softcap == (call.softcap > 0.f);
+         config.softcap == (call.softcap > 0.f) && (config.variant != nullptr) == call.has_variant;
 }
 
 /// Whether the automatic choice may give the call to it.

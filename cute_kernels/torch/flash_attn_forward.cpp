@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -17,6 +18,7 @@
 #include "cute_kernels/torch/packed_call.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
+#include "cute_kernels/torch/variant_call.hpp"
 
 namespace cute_kernels::binding {
 namespace {
@@ -35,6 +37,22 @@ ForwardKernel const& forward_kernel_for(ElementType dtype, AttentionCall const& 
   return kernel_for(attention::forward_kernels, choose, dtype, call, tile);
 }
 
+void require_few_tiles(AttentionCall const& call, ForwardKernel const& kernel) {
+  double const most = attention::most_tiles(call, kernel.config.tile_m);
+  require(most * call.sizes.heads_q < double{1 << 30}, "q has 2^30 blocks or more");
+}
+
+/// Output and LSE, not initialised.
+std::tuple<Tensor, Tensor> empty_results(AttentionCall const& call, Argument const& q) {
+  CallSizes const& sizes = call.sizes;
+  if (call.is_packed()) {
+    return {empty({q.size(0), sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device),
+            empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device)};
+  }
+  return {empty({sizes.batch, sizes.seqlen_q, sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device),
+          empty({sizes.batch, sizes.heads_q, sizes.seqlen_q}, ScalarType::Float, q.device)};
+}
+
 /// Null where the call is not one for tiles of several heads' rows, or the caller or a measurement
 /// has chosen.
 attention::PrefillKernel const* grouped_kernel_for(ElementType dtype, AttentionCall const& call,
@@ -49,7 +67,7 @@ attention::PrefillKernel const* grouped_kernel_for(ElementType dtype, AttentionC
 /// nothing is launched.
 void answer(AttentionCall const& call, ForwardKernel const& kernel, attention::Device const& device,
             Argument const& q, Argument const& k, Argument const& v, Tensor const& out,
-            Tensor const& lse) {
+            Tensor const& lse, attention::VariantArguments const* variant = nullptr) {
   if (lse.numel() == 0) return;
   // The copies, if any, and the workspace live until the launch is enqueued: the allocator reuses
   // memory in stream order.
@@ -67,6 +85,7 @@ void answer(AttentionCall const& call, ForwardKernel const& kernel, attention::D
   problem.out = view(out);
   problem.lse = static_cast<float*>(lse.data_ptr());
   problem.device = device;
+  problem.variant = variant;
   std::optional<Tensor> workspace;
   if (int64_t const bytes = kernel.workspace_bytes(problem)) {
     workspace = empty({bytes}, ScalarType::Byte, q.device);
@@ -139,23 +158,15 @@ std::tuple<Tensor, Tensor> flash_attn_forward(
   Sinks const sinks(sinks_tensor, q, sizes.heads_q);
   call.sinks = sinks.data();
   call.softcap = checked_softcap(softcap);
-  auto const results = [&] {
-    return std::tuple(
-        empty({sizes.batch, sizes.seqlen_q, sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device),
-        empty({sizes.batch, sizes.heads_q, sizes.seqlen_q}, ScalarType::Float, q.device));
-  };
   if (auto const* const grouped = grouped_kernel_for(element_type(q.dtype), call, tile)) {
-    auto [out, lse] = results();
+    auto const [out, lse] = empty_results(call, q);
     answer_grouped(call, *grouped, device, q, k, v, out, lse);
     return {out, lse};
   }
   ForwardKernel const& kernel =
       forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
-  int64_t const query_blocks = (q.size(1) + kernel.config.tile_m - 1) / kernel.config.tile_m;
-  require(static_cast<double>(sizes.batch) * sizes.heads_q * query_blocks < double{1 << 30},
-          "q has 2^30 blocks or more");
-
-  auto [out, lse] = results();
+  require_few_tiles(call, kernel);
+  auto const [out, lse] = empty_results(call, q);
   answer(call, kernel, device, q, k, v, out, lse);
   return {out, lse};
 }
@@ -181,22 +192,50 @@ std::tuple<Tensor, Tensor> flash_attn_varlen_forward(
   Sinks const sinks(sinks_tensor, q, sizes.heads_q);
   call.sinks = sinks.data();
   call.softcap = checked_softcap(softcap);
-  auto const results = [&] {
-    return std::tuple(empty({q.size(0), sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device),
-                      empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device));
-  };
   if (auto const* const grouped = grouped_kernel_for(element_type(q.dtype), call, tile)) {
-    auto [out, lse] = results();
+    auto const [out, lse] = empty_results(call, q);
     answer_grouped(call, *grouped, device, q, k, v, out, lse);
     return {out, lse};
   }
   ForwardKernel const& kernel =
       forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
-  int64_t const most = attention::most_tiles(call, kernel.config.tile_m) * sizes.heads_q;
-  require(most < 1 << 30, "q has 2^30 blocks or more");
-
-  auto [out, lse] = results();
+  require_few_tiles(call, kernel);
+  auto const [out, lse] = empty_results(call, q);
   answer(call, kernel, device, q, k, v, out, lse);
+  return {out, lse};
+}
+
+/// Either of them with a variant, by the kernel of this name.
+std::tuple<Tensor, Tensor> flash_attn_variant_forward(
+    Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor,
+    std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
+    std::optional<Tensor> seqused_q, std::optional<Tensor> seqused_k, std::vector<Tensor> captured,
+    std::vector<double> numbers, std::optional<StringHandle> variant_key,
+    std::optional<StringHandle> tile_config,
+    [[maybe_unused]] std::optional<StringHandle> backward_tile_config,
+    [[maybe_unused]] std::vector<int64_t> gradients_of, double softmax_scale, bool causal,
+    std::optional<Tensor> sinks_tensor, std::optional<int64_t> max_seqlen_q,
+    std::optional<int64_t> max_seqlen_k, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, [[maybe_unused]] bool deterministic, int64_t sm_margin) {
+  TileName const key(variant_key), tile(tile_config), unused(backward_tile_config);
+  Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
+  attention::VariantArguments variant{};
+  std::optional<Tensor> const diagonal;
+  AttentionCall call =
+      check_variant_call(q, k, v,
+                         packed_call_of(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal,
+                                        max_seqlen_q, max_seqlen_k),
+                         captured, numbers, softmax_scale,
+                         mask_of(causal, window_left, window_right, std::nullopt), variant);
+  attention::Device const device = hopper(q.device, sm_margin);
+  torch::stable::accelerator::DeviceGuard const guard(q.device);
+  Sinks const sinks(sinks_tensor, q, call.sizes.heads_q);
+  call.sinks = sinks.data();
+  ForwardKernel const& kernel =
+      variant_kernel(attention::forward_kernels, element_type(q.dtype), call, key, tile);
+  require_few_tiles(call, kernel);
+  auto const [out, lse] = empty_results(call, q);
+  answer(call, kernel, device, q, k, v, out, lse, &variant);
   return {out, lse};
 }
 
@@ -209,10 +248,20 @@ STABLE_TORCH_LIBRARY(cute_kernels, library) {
       "str? tile_config=None, bool deterministic=False, Tensor? sinks=None, *, "
       "SymInt? window_left=None, SymInt? window_right=None, SymInt? diagonal=None, "
       "float softcap=0.0, SymInt sm_margin=0) -> (Tensor out, Tensor lse)");
+  library.def(
+      "flash_attn_variant_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, "
+      "Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor[] captured, "
+      "float[] numbers, str? variant, str? tile_config, str? backward_tile_config, "
+      "int[] gradients_of, float softmax_scale, bool causal, Tensor? sinks, SymInt? max_seqlen_q, "
+      "SymInt? max_seqlen_k, SymInt? window_left, SymInt? window_right, bool deterministic, "
+      "SymInt sm_margin) -> "
+      "(Tensor out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   library.impl("flash_attn_forward", TORCH_BOX(&cute_kernels::binding::flash_attn_forward));
   library.impl("flash_attn_varlen_forward",
                TORCH_BOX(&cute_kernels::binding::flash_attn_varlen_forward));
+  library.impl("flash_attn_variant_forward",
+               TORCH_BOX(&cute_kernels::binding::flash_attn_variant_forward));
 }

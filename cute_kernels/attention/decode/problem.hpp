@@ -64,6 +64,9 @@ struct CachedCall {
   float scale;
   float softcap;  // of the scaled scores; 0: none
   CacheLengths lengths;
+  // (total_q), or null: bit j of a query: whether it sees new key j, of the last keys of its
+  // sequence, as many as it has queries. It sees no new key from number 64 on.
+  int64_t const* tree_mask = nullptr;
   // A launch answers the sequences that have so many rows (queries * group); of others it writes
   // nothing.
   int least_rows = 0;

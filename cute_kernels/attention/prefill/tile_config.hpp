@@ -59,10 +59,10 @@ struct CacheKernels {
 inline CacheKernels choose_for_cache(ElementType dtype, CachedCall const& call, int longest,
                                      int multiprocessors) {
   constexpr double kPrefillSpeed = 1.75;
-  DecodeKernel const* const decode = choose_decode(dtype, call);
+  DecodeKernel const* const decode = choose_decode(decode_kernels, dtype, call);
   PrefillKernel const* const prefill =
       choose_prefill(dtype, std::max(call.head_dim, call.head_dim_v));
-  if (prefill == nullptr || call.softcap > 0) return {nullptr, decode};
+  if (prefill == nullptr || call.softcap > 0 || call.tree_mask != nullptr) return {nullptr, decode};
   if (int64_t{longest} * call.group < CacheKernels::kLeastRows) return {nullptr, decode};
   int64_t const rows = int64_t{call.total_q} * call.group;
   double const tiles = static_cast<double>(rows) / prefill->config.tile_m * call.heads_kv;
