@@ -33,7 +33,7 @@ _E4M3 = torch.float8_e4m3fn
 _always_deterministic = torch.are_deterministic_algorithms_enabled
 
 # What the arguments are that most calls leave alone.
-_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None, None)
+_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None, None, None)
 
 # On CUDA the contents of cu_seqlens and seqused are read only if asked for: it waits for the GPU.
 _CHECK_CONTENTS = os.environ.get("CUTE_KERNELS_CHECK") == "1"
@@ -67,6 +67,7 @@ def flash_attn_varlen_func(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     page_table: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     tile_config: str | None = None,
     variant: Variant | BoundVariant | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -91,7 +92,7 @@ def flash_attn_varlen_func(
         deterministic, return_attn_probs, sinks, return_lse, tile_config, variant: likewise.
         q_descale, k_descale, v_descale: for q, k and v of float8_e4m3fn, what they are to be
             multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
-            are multiples of 16, returns bfloat16, has no softcap, no page_table and no gradient.
+            are multiples of 16, returns bfloat16, has no softcap and no gradient, or a page_table.
             From 16-bit tensors, `flash_attn_fp8_varlen_func` loses less.
         qv: not there yet; anything but None raises NotImplementedError.
         num_splits, pack_gqa: hints, which change no result.
@@ -100,7 +101,8 @@ def flash_attn_varlen_func(
             of pages, (pages, page_size, key heads, head_dim), and key j of a sequence is row ``j %
             page_size`` of page ``page_table[i, j // page_size]``; cu_seqlens_k is None, seqused_k
             is required, there is no attention_chunk and no gradient. Only what the used keys need
-            of the table is looked at.
+            of the table is looked at. Pages may be of 8 bits: dtypes and descales are as of
+            `flash_attn_with_kvcache`, as is tree_mask.
 
     Returns:
         The output, (total_q, heads, v's head_dim) in q's dtype, contiguous, and if asked for the
@@ -130,6 +132,7 @@ def flash_attn_varlen_func(
         sm_margin,
         sinks,
         page_table,
+        tree_mask,
         variant,
     )
     try:
@@ -138,6 +141,8 @@ def flash_attn_varlen_func(
         unusual = True
     if unusual:
         refuse_later("flash_attn_varlen_func", qv=qv)
+        if tree_mask is not None and page_table is None:
+            raise ValueError("tree_mask is given, must be None without page_table")
         check_hints(num_splits, pack_gqa, sm_margin)
         causal, *window = window_of(window_size, causal)
         if not isinstance(softcap, (int, float)):  # as max_seqlen below
@@ -155,13 +160,7 @@ def flash_attn_varlen_func(
     is_e4m3 = getattr(q, "dtype", None) is _E4M3
     is_fp8 = unusual and (is_e4m3 or any(x is not None for x in descales))
     if page_table is not None:
-        refuse_later(
-            "flash_attn_varlen_func with page_table",
-            attention_chunk=attention_chunk,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-        )
+        refuse_later("flash_attn_varlen_func with page_table", attention_chunk=attention_chunk)
         out, lse = attend_pages(
             q,
             k,
@@ -181,6 +180,10 @@ def flash_attn_varlen_func(
             sinks,
             page_table,
             tile_config,
+            q_descale,
+            k_descale,
+            v_descale,
+            tree_mask,
         )
         return (out, lse) if return_lse or return_attn_probs else out
     if cu_seqlens_k is None:

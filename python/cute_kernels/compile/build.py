@@ -27,7 +27,14 @@ from .rows import Row
 from .source import plugin_source
 
 # Of nvcc for a row, about
-SECONDS = {"forward": 70, "backward": 150, "forward_fp8": 90, "decode": 60, "prefill": 70}
+SECONDS = {
+    "forward": 70,
+    "backward": 150,
+    "forward_fp8": 90,
+    "decode": 60,
+    "decode_fp8": 70,
+    "prefill": 70,
+}
 BYTES_PER_JOB = 4 << 30  # of memory
 
 

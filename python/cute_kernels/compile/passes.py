@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .decode import DECODE
+from .decode import DECODE, FP8_DECODE
 from .rows import (
     DTYPES,
     ELEMENT_BYTES,
@@ -73,6 +73,7 @@ FP8_FIELDS = (
     Field("pingpong", bool, True, "kPingpong"),
     Field("overlap", bool, True, "kOverlap"),
     Field("linear_exp", bool, False, "kLinearExp"),
+    Field("promote", bool, False, "kPromote"),
     Field("moves_of_four", int, 0, "kMovesOfFour"),
     Field("why", str),
 )
@@ -264,6 +265,10 @@ def fp8_problems(row: Row) -> list[str]:
             "linear_exp needs overlap = false: each block's row sums would take registers that the "
             "scores and P of two blocks do not leave"
         )
+    if row["promote"] and row["overlap"]:
+        found.append(
+            "promote needs overlap = false: a block's products take the registers of its scores"
+        )
     if not 0 <= row["moves_of_four"] <= 4:
         found.append(f"moves_of_four = {row['moves_of_four']} must be 0 to 4")
     return found
@@ -400,6 +405,7 @@ PASSES = {
             workspace=True,
         ),
         DECODE,
+        FP8_DECODE,
         Pass(
             name="prefill",
             cpp="Prefill",
