@@ -134,10 +134,11 @@ def flash_attn_func(
         if any(x is not None for x in descales) or getattr(q, "dtype", None) is _E4M3:
             if tile_config is not None:
                 raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-            refuse_for_fp8(softcap=softcap > 0, sm_margin=sm_margin > 0 and q.is_cuda)
+            refuse_for_fp8(softcap=softcap > 0)
             operands = e4m3_operands(q, k, v, *descales, sinks)
             if attention_chunk == 0:
-                out, lse = flash_attn_e4m3(operands, softmax_scale, (causal, left, right), sinks)
+                mask = (causal, left, right)
+                out, lse = flash_attn_e4m3(operands, softmax_scale, mask, sinks, sm_margin)
             else:
                 out, lse = _attend_in_chunks(
                     q,
@@ -150,6 +151,7 @@ def flash_attn_func(
                     causal=causal,
                     window_size=window_size,
                     attention_chunk=attention_chunk,
+                    sm_margin=sm_margin,
                     sinks=sinks,
                 )
             return (out, lse) if return_lse or return_attn_probs else out

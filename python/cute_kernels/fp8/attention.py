@@ -177,12 +177,17 @@ def e4m3_operands(
 
 
 def flash_attn_e4m3(
-    operands: Operands, softmax_scale: float | None, mask: Mask, sinks: Tensor | None
+    operands: Operands,
+    softmax_scale: float | None,
+    mask: Mask,
+    sinks: Tensor | None,
+    sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
     """Their output, in bfloat16, and LSE."""
     if softmax_scale is None:
         softmax_scale = operands[0].shape[3] ** -0.5
-    return _attention_quantised(*operands, softmax_scale, mask, torch.bfloat16, None, sinks)
+    of_call = (softmax_scale, mask, torch.bfloat16)
+    return _attention_quantised(*operands, *of_call, sinks=sinks, sm_margin=sm_margin)
 
 
 def check_e4m3(
@@ -240,6 +245,7 @@ def _attention_quantised(
     tile_config: str | None = None,
     sinks: Tensor | None = None,
     score_offset: Tensor | None = None,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE, checked, on whatever device the tensors are on."""
     check_quantised(q, k, v)
@@ -254,7 +260,7 @@ def _attention_quantised(
         return out, lse if sinks is None else lse.copy_(sinks[:, None])
     if q.data.is_cuda:
         _check_built(q.data.device)
-        variant = (sinks, score_offset, left, right)
+        variant = (sinks, score_offset, left, right, sm_margin)
         return attention_cuda(q, k, v, softmax_scale, causal, out_dtype, tile_config, *variant)
     with torch.autocast(q.data.device.type, enabled=False):
         of_mask = mask_of(causal, left, right)

@@ -59,6 +59,7 @@ def attention_cuda(
     score_offset: Tensor | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     for name, x in (("q", q), ("k", k)):
         if x.block != ROW_BLOCK and x.scale.shape[2] > 1:
@@ -71,11 +72,11 @@ def attention_cuda(
         *(q.data, k.data, v_data, q.scale, k.scale, v_scale),
         *(softmax_scale, causal, out_dtype == torch.float16, tile_config, sinks, score_offset),
     )
-    window = {"window_left": window_left, "window_right": window_right}
+    options = {"window_left": window_left, "window_right": window_right, "sm_margin": sm_margin}
     try:
-        out, lse = torch.ops.cute_kernels.flash_attn_fp8_forward(*inputs, **window)
+        out, lse = torch.ops.cute_kernels.flash_attn_fp8_forward(*inputs, **options)
     except RuntimeError as refusal:
-        explain(refusal, check_forward, *inputs, *window.values())
+        explain(refusal, check_forward, *inputs, *options.values())
     return out, lse
 
 
