@@ -9,19 +9,12 @@
 #include "cute_kernels/attention/lengths.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/schedule/work_list.hpp"
+#include "cute_kernels/attention/unused_rows.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/launch.hpp"
 
 // The kernel that runs before one that walks a work list.
 namespace cute_kernels::attention {
-
-/// What rows of packed results hold that no sequence uses.
-struct UnusedRows {
-  void* out;  // 0 in `row_bytes` bytes a row; a multiple of 16, as row_bytes is
-  int64_t row_bytes;
-  float* lse;  // (heads, total_q): -inf
-  int heads;
-};
 
 /// The first CTA builds the list, the others clear unused rows of Q's results. Its end is that of
 /// the kernel before it, too: whoever waits for it waits for both.
@@ -55,14 +48,7 @@ __global__ void __launch_bounds__(WorkListBuilder<Tiling>::kThreads)
         first + lane < packed.total_q &&
         !is_used(packed.cu_seqlens_q, packed.seqused_q, packed.total_q, call.sizes.batch, own);
     for (unsigned rows = __ballot_sync(0xffffffff, is_unused); rows != 0; rows &= rows - 1) {
-      int64_t const row = first + __ffs(rows) - 1;
-      auto* const out =
-          reinterpret_cast<uint4*>(static_cast<char*>(unused.out) + row * unused.row_bytes);
-      int const vectors = static_cast<int>(unused.row_bytes / int64_t{sizeof(uint4)});
-      for (int i = lane; i < vectors; i += kWarpThreads) out[i] = uint4{};
-      for (int head = lane; head < unused.heads; head += kWarpThreads) {
-        unused.lse[int64_t{head} * packed.total_q + row] = -INFINITY;
-      }
+      unused.clear<kWarpThreads>(first + __ffs(rows) - 1, lane);
     }
   }
 }
