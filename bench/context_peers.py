@@ -70,13 +70,24 @@ def peers() -> list[Form]:
             takes=lambda cell, ranks: cell.heads_kv % ranks == 0,
         ),
         *(
-            Form(f"torch, {name}", "zigzag", _torch, lambda backend=backend: _in_torch(backend))
+            Form(
+                f"torch, {name}",
+                "zigzag",
+                _torch,
+                lambda backend=backend: _in_torch(backend),
+                _is_causal,
+            )
             for name, backend in (
                 ("cudnn", torch.nn.attention.SDPBackend.CUDNN_ATTENTION),
                 ("flash", torch.nn.attention.SDPBackend.FLASH_ATTENTION),
             )
         ),
     ]
+
+
+def _is_causal(cell: Cell, ranks: int) -> bool:
+    """PyTorch balances the load, and then takes no other mask."""
+    return cell.causal
 
 
 class _AllGather(torch.autograd.Function):
@@ -155,13 +166,15 @@ def _torch(causal: bool) -> Attention:
 
 @contextmanager
 def _in_torch(backend) -> Iterator[None]:
-    """PyTorch's own ring, of the rows that are given: there is nothing for it to cut."""
+    """PyTorch's own ring, of rows that are cut already."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
 
-    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cuda", (ranks,))
+    something = torch.zeros(2 * ranks, device="cuda")  # it wants a tensor to cut
     with (
         torch.nn.attention.sdpa_kernel(backend),
-        context_parallel(mesh, buffers=[], buffer_seq_dims=[]),
+        context_parallel(mesh, buffers=[something], buffer_seq_dims=[0]),
     ):
         yield

@@ -22,16 +22,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def compete(row, key_blocks, causal) -> bool:
     """Whether all gradients are those of a call that runs alone."""
-    sizes = 1, key_blocks * row["tile_n"], 1, row["head_dim"]
+    tokens = key_blocks * row["tile_n"]
     options = {"device": "cuda", "dtype": DTYPES[row["dtype"]]}
-    q, k, v, grad_out = (torch.randn(sizes, **options) for _ in range(4))
+    q, k, v, grad_out = (
+        torch.randn(1, tokens, 1, row[channels], **options)
+        for channels in ("head_dim", "head_dim", "head_dim_v", "head_dim_v")
+    )
     out, lse = flash_attn_forward(q, k, v, 0.1, causal)
 
     def call(keys, deterministic):
         given = grad_out, None, q, k[:, :keys], v[:, :keys], out, lse, 0.1, causal
         return flash_attn_backward(*given, deterministic, row["name"])
 
-    alone = call(sizes[1], True)
+    alone = call(tokens, True)
     # A call of half the key blocks, if they are few, leaves half the GPU to the first stream. What
     # it frees goes to the second one, whose priority is higher, though the first still has CTAs to
     # start.
@@ -41,10 +44,10 @@ def compete(row, key_blocks, causal) -> bool:
     torch.cuda.synchronize()
     for _ in range(ROUNDS):
         with torch.cuda.stream(beside):
-            call(sizes[1] // 2, False)
+            call(tokens // 2, False)
         for stream, count in zip(streams, wrong, strict=True):
             with torch.cuda.stream(stream):
-                for grad, right in zip(call(sizes[1], True), alone, strict=True):
+                for grad, right in zip(call(tokens, True), alone, strict=True):
                     count += (grad != right).sum()
         torch.cuda.synchronize()
     return not any(count.item() for count in wrong)

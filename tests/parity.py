@@ -92,16 +92,19 @@ def random_qkv(
     key_heads=None,
     head_dim=64,
     seed=0,
+    head_dim_v=None,
 ):
-    """q, k and v of N(0, 1) in (batch, seqlen, heads, head_dim)."""
+    """q, k and v of N(0, 1) in (batch, seqlen, heads, head_dim), v's its own if it is given."""
     generator = torch.Generator(device).manual_seed(seed)
     key_heads = heads if key_heads is None else key_heads
 
-    def normal(seqlen, heads):
+    def normal(seqlen, heads, head_dim=head_dim):
         shape = (batch, seqlen, heads, head_dim)
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
-    return normal(seqlen_q, heads), normal(seqlen_k, key_heads), normal(seqlen_k, key_heads)
+    v_head_dim = head_dim if head_dim_v is None else head_dim_v
+    q, k = normal(seqlen_q, heads), normal(seqlen_k, key_heads)
+    return q, k, normal(seqlen_k, key_heads, v_head_dim)
 
 
 def plain_attention(q, k, v, softmax_scale, causal, dtype, first_query=0, seqlen_q=None):
@@ -237,7 +240,7 @@ def skip_unless_built(dtype, head_dim, causal, of_pass="forward"):
     for row in tile_configs(of_pass):
         if (
             DTYPES[row["dtype"]] == dtype
-            and row["head_dim"] >= head_dim
+            and common_head_dim(row) >= head_dim
             and row["mask"] in ("any", mask)
             and not row["softcap"]
         ):

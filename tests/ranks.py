@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 120
+TIMEOUT = 240
 
 
-def run(ranks, function, *arguments, backend="gloo"):
-    """What ``function(rank, *arguments)``, of a module of the tests, returns on each rank.
+def run(ranks, function, *arguments, backend="gloo", results=True):
+    """What ``function(rank, *arguments)``, of a module of the tests, returns on each rank, unless
+    there are to be no results.
 
     A process of its own imports everything once, and forks: the one that runs the tests may hold
     what does not survive a fork.
@@ -28,6 +29,8 @@ def run(ranks, function, *arguments, backend="gloo"):
         command += [function.__module__, function.__qualname__]
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
         assert done.returncode == 0, done.stdout + done.stderr
+        if not results:
+            return None
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

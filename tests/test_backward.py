@@ -39,13 +39,14 @@ def need_kernels(device, dtype, head_dim, causal):
         skip_unless_built(dtype, head_dim, causal, "backward")
 
 
-def random_grads(q, with_lse=True, seed=9):
+def random_grads(q, with_lse=True, seed=9, head_dim_v=None):
     """Gradients of the output and of the LSE."""
     generator = torch.Generator(q.device).manual_seed(seed)
     options = {"generator": generator, "device": q.device}
-    grad_out = torch.randn(q.shape, **options).to(q.dtype)
+    batch, seqlen, heads, head_dim = q.shape
+    shape = (batch, seqlen, heads, head_dim if head_dim_v is None else head_dim_v)
+    grad_out = torch.randn(shape, **options).to(q.dtype)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, seqlen, heads, _ = q.shape
     return grad_out, torch.randn(batch, heads, seqlen, **options, dtype=wide) if with_lse else None
 
 
@@ -522,11 +523,12 @@ def test_refused(device, bad):
 def test_every_row_of_the_build(hopper, row):
     masks = MASKS.values() if row["mask"] == "any" else [MASKS[row["mask"]]]
     for causal in masks:
-        for head_dim in (row["head_dim"], row["head_dim"] - 24):
+        for unused in (0, 24):
+            head_dim, head_dim_v = row["head_dim"] - unused, row["head_dim_v"] - unused
             for seqlen_q, seqlen_k in [(113, 203), (300, 64), (64, 1111), (1023, 1024)]:
-                dtype = DTYPES[row["dtype"]]
-                q, k, v = random_qkv(hopper, dtype, 2, seqlen_q, seqlen_k, 4, 2, head_dim)
-                grads, scale = random_grads(q), head_dim**-0.5
+                sizes = (2, seqlen_q, seqlen_k, 4, 2, head_dim)
+                q, k, v = random_qkv(hopper, DTYPES[row["dtype"]], *sizes, head_dim_v=head_dim_v)
+                grads, scale = random_grads(q, head_dim_v=head_dim_v), head_dim**-0.5
                 out, lse = flash_attn_forward(q, k, v, scale, causal)
                 for deterministic in (False, True):
                     result = flash_attn_backward(
@@ -537,12 +539,12 @@ def test_every_row_of_the_build(hopper, row):
 
 def repeated_call(hopper, row, causal):
     """A call of a row without arguments but `deterministic`, with many tiles and uneven lengths."""
-    q, k, v = random_qkv(
-        hopper, DTYPES[row["dtype"]], 2, 1500, 1700, 8, 2, head_dim=row["head_dim"]
-    )
+    head_dims = {name: row[name] for name in ("head_dim", "head_dim_v")}
+    q, k, v = random_qkv(hopper, DTYPES[row["dtype"]], 2, 1500, 1700, 8, 2, **head_dims)
     scale = row["head_dim"] ** -0.5
     out, lse = flash_attn_forward(q, k, v, scale, causal)
-    arguments = (*random_grads(q), q, k, v, out, lse, scale, causal)
+    grads = random_grads(q, head_dim_v=row["head_dim_v"])
+    arguments = (*grads, q, k, v, out, lse, scale, causal)
     return lambda deterministic: flash_attn_backward(*arguments, deterministic, row["name"])
 
 

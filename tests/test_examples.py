@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -28,6 +29,14 @@ def test_training_refuses_too_few_steps():
     done = run("train_char.py", "--steps", "3")
     assert done.returncode == 2
     assert "--steps is 3, must be at least 10" in done.stderr
+
+
+def test_a_shared_sequence_trains_as_on_one_process(device):
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    done = run("long_context.py", "--device", device, "--steps", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the losses agree" in done.stdout
 
 
 @pytest.mark.parametrize("slots", [1, 5])

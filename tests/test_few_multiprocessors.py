@@ -21,10 +21,14 @@ except (ImportError, AttributeError, RuntimeError) as error:
     print("no part of the GPU:", error)
     sys.exit(0)
 
-name, head_dim, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+name, dtype, *head_dims = sys.argv[1:]
+head_dim, head_dim_v = map(int, head_dims)
 torch.manual_seed(0)
 options = {"device": "cuda", "dtype": torch.bfloat16 if dtype == "bf16" else torch.float16}
-q, k, v, grad_out = (torch.randn(2, 2000, 4, head_dim, **options) for _ in range(4))
+q, k, v, grad_out = (
+    torch.randn(2, 2000, 4, channels, **options)
+    for channels in (head_dim, head_dim, head_dim_v, head_dim_v)
+)
 for causal in (False, True):
     out, lse = flash_attn_forward(q, k, v, 0.1, causal)
 
@@ -45,8 +49,9 @@ print("the same bits")
 @pytest.mark.parametrize("row", ROWS)
 def test_no_cta_waits_for_one_that_cannot_start(hopper, row):
     """In a fixed order, on 16 multiprocessors: it ends, and with the bits of the whole GPU."""
+    head_dims = (str(row[name]) for name in ("head_dim", "head_dim_v"))
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, row["name"], str(row["head_dim"]), row["dtype"]],
+        [sys.executable, "-c", SCRIPT, row["name"], row["dtype"], *head_dims],
         capture_output=True,
         text=True,
         timeout=SECONDS,

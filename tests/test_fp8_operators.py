@@ -56,10 +56,42 @@ def calls(device, head_dim=64, **sizes):
         (forward, (q.to(E4M3), k.to(E4M3), v8, *whole, 0.3, False, True)),
         (operator("flash_attn_fp8"), (q, k, v, 0.3, True, True, True, 5, True, False)),
         (operator("flash_attn_fp8"), (q, k, v, 0.3, False, False, False, 5, False, True)),
+        *packed_calls(q, k, v),
     ]
 
 
-@pytest.mark.parametrize("index", range(8))
+def packed_calls(q, k, v):
+    """Of sequences of two rows less than what lies there."""
+    batch = q.shape[0]
+    starts = [
+        torch.arange(batch + 1, dtype=torch.int32, device=q.device) * x.shape[1] for x in (q, k)
+    ]
+    used = [
+        torch.full_like(s[1:], max(0, x.shape[1] - 2)) for s, x in zip(starts, (q, k), strict=True)
+    ]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    values, forward, whole = (
+        operator(name)
+        for name in (
+            *("quantize_fp8_varlen_values", "flash_attn_fp8_varlen_forward"),
+            "flash_attn_fp8_varlen",
+        )
+    )
+    e4m3 = [x.to(E4M3) for x in (q, k, v)]
+    data, _ = values(e4m3[2], starts[1], used[1])
+    scales = [torch.ones(batch, x.shape[1], 1, device=q.device) for x in (q, k, k)]
+    sinks = torch.zeros(q.shape[1], device=q.device)
+    lengths = (*starts, *used, None)
+    return [
+        (values, (v, starts[1], used[1])),
+        (values, (e4m3[2], starts[1], None)),
+        (forward, (*e4m3[:2], data, *scales, *lengths, 0.3, True, False, sinks)),
+        (whole, (q, k, v, *lengths, 0.3, True, True, True, 5, True, False, True, sinks)),
+        (whole, (q, k, v, *lengths, 0.3, False, False, False, 5, False, True)),
+    ]
+
+
+@pytest.mark.parametrize("index", range(13))
 def test_opcheck(device, index):
     function, inputs = calls(device)[index]
     # PyTorch does not multiply e4m3 inputs, which its comparison of them before and after needs.

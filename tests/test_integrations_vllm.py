@@ -13,14 +13,14 @@ import types
 import engine_calls
 import pytest
 import torch
-from caches import assert_attention_right
+from engine_calls import assert_output_right, assert_replayed
 
 RECORDED = engine_calls.load("vllm")["calls"]
 
 
 @pytest.mark.parametrize("call", RECORDED, ids=range(len(RECORDED)))
 def test_recorded_calls(device, call):
-    engine_calls.assert_replayed(call, device)
+    assert_replayed(call, device)
 
 
 def test_vllm_finds_the_plugin():
@@ -233,32 +233,15 @@ def test_a_layer(vllm, recorded, monkeypatch, batch, layer, layout):
     (call,) = calls
     recorded.append(call)
     found = output[: metadata.num_actual_tokens]
-    # Rows of the LSE are not asked for: those of the right one.
-    window = (options["sliding_window"] - 1, 0) if "sliding_window" in options else (-1, -1)
-    queries = problem.q[: metadata.num_actual_tokens]
-    with_lse = engine_calls.flash_attn_with_kvcache(
-        queries,
-        *problem.kv_cache.transpose(1, 2).split(64, -1),
-        cache_seqlens=metadata.seq_lens,
-        page_table=metadata.block_table,
-        cu_seqlens_q=metadata.query_start_loc,
-        causal=True,
-        softmax_scale=0.1,
-        window_size=window,
-        softcap=options.get("logits_soft_cap", 0.0),
-        sinks=options.get("sinks"),
-        return_softmax_lse=True,
-    )
-    assert_attention_right(
+    assert_output_right(
         found,
-        with_lse[1],
-        queries,
+        problem.q[: metadata.num_actual_tokens],
         metadata.query_start_loc,
         problem.k,
         problem.v,
         softmax_scale=0.1,
         causal=True,
-        window_size=window,
+        window_size=(options.get("sliding_window", 0) - 1, 0),
         softcap=options.get("logits_soft_cap", 0.0),
         sinks=options.get("sinks"),
     )
@@ -281,15 +264,8 @@ def test_an_encoder_layer(vllm, recorded, monkeypatch, window):
     recorded.append(call)
     limits = (-1, -1) if window is None else (window - 1, window - 1)
     starts = metadata.query_start_loc
-    queries = problem.q[: starts[-1]]
-    _, lse = engine_calls.flash_attn_varlen_func(
-        *(queries, key, value, starts, starts),
-        softmax_scale=0.1,
-        window_size=limits,
-        return_lse=True,
-    )
-    assert_attention_right(
-        *(output[: starts[-1]], lse, queries, starts, problem.k, problem.v),
+    assert_output_right(
+        *(output[: starts[-1]], problem.q[: starts[-1]], starts, problem.k, problem.v),
         softmax_scale=0.1,
         window_size=limits,
     )

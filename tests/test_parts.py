@@ -296,7 +296,7 @@ MASKS = [Mask(), Mask(right=0), Mask(right=0, diagonal=-7), Mask(50, 20)]
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256, 40])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 40, 96, 192])
 def test_gradients_into_dense(device, mask, head_dim):
     """They are those that are returned, before they are rounded."""
     dtype = torch.bfloat16
@@ -316,7 +316,7 @@ def test_gradients_into_dense(device, mask, head_dim):
 
 
 @pytest.mark.parametrize("mask", [Mask(), Mask(right=0), Mask(50, 20)], ids=str)
-@pytest.mark.parametrize("head_dims", [(64, 64), (128, 64), (256, 256)], ids=str)
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 64), (192, 128), (256, 256)], ids=str)
 def test_gradients_into_packed(device, mask, head_dims):
     """Rows that no sequence uses get 0, or stay as they are."""
     dtype = torch.bfloat16

@@ -1,6 +1,7 @@
 """Which blocks a mask leaves to do (attention/ranges.hpp), against all pairs of a query and a key.
 The same functions run on the GPU. Nothing here needs one."""
 
+import itertools
 import random
 
 import pytest
@@ -22,7 +23,15 @@ void print(BlockRange range) {{
             << range.end;
 }}
 
+void print_columns() {{
+  int first, end;
+  while (std::cin >> first >> end) {{
+    std::cout << columns_between<16>(first, end) << ' ' << columns_between<32>(first, end) << '\\n';
+  }}
+}}
+
 int main(int count_of_arguments, char**) {{
+  if (count_of_arguments > 2) return print_columns(), 0;
   AttentionCall call{{}};
   int diagonal, left, right, first, count, block;
   auto field = [](int value) {{
@@ -209,3 +218,12 @@ def test_sampled_tiles_stand_for_all(program):
         assert most == pytest.approx(exact_most, rel=0.1 if sampled else 1e-4), case
         assert abs(mean - exact_mean) <= (0.1 if sampled else 1e-4) * exact_most, case
         assert 0 <= least <= most, case
+
+
+def test_columns_between_two_ends(program):
+    """Columns of a thread are 0, 1, 8, 9, 16 and so on; the ends may lie anywhere."""
+    far = [-(2**30), -9, -1, 2**30]
+    cases = list(itertools.product([*far, *range(135)], repeat=2))
+    for (first, end), (of_16, of_32) in zip(cases, program(cases, "columns", "only"), strict=True):
+        bits = [int(first <= 8 * (i // 2) + i % 2 < end) << i for i in range(32)]
+        assert (of_16, of_32) == (sum(bits[:16]), sum(bits)), (first, end)

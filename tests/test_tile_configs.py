@@ -215,6 +215,7 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
         "backward_table.cpp",
         "forward_fp8_table.cpp",
         "decode_table.cpp",
+        "prefill_table.cpp",
     ]
     text = (tmp_path / "fp16_d128_m128n176.cu").read_text()
     assert "using Element = cutlass::half_t;" in text
@@ -278,7 +279,7 @@ def test_the_projects_own_table_is_right_and_serves_every_call():
             for of_pass in ("forward", "backward")
         )
         assert {(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)} <= forward
-        assert {(64, 64), (128, 128), (256, 256)} <= backward
+        assert backward == forward
 
 
 def test_tile_configs_are_copies_of_the_rows_built():
@@ -348,6 +349,9 @@ BACKWARD = {
 }
 
 
+SPLIT_192_128 = {"head_dim": 192, "head_dim_v": 128, "tile_n": 64, "split_products": True}
+
+
 def backward(**changes) -> str:
     return table(good()) + table({**BACKWARD, **changes}, of_pass="backward")
 
@@ -386,8 +390,9 @@ def test_a_table_without_backward_rows_has_an_empty_one(tmp_path):
             "tile_m = 128 must be 64 or 256 with head_dim = 128: dQ is split over 4 warpgroups",
         ),
         (
-            {"head_dim": 64, "tile_n": 64, "split_products": True},
-            "head_dim = 64 must be a multiple of 128 with tile_n = 64: two CTAs",
+            {"head_dim": 96, "tile_n": 64, "split_products": True},
+            "head_dim = 96 must be a multiple of 64 with tile_m = 64: dQ's channels are split over "
+            "4 warpgroups, in swizzled rows of 16",
         ),
         (
             {"tile_n": 192},
@@ -416,6 +421,15 @@ def test_a_table_without_backward_rows_has_an_empty_one(tmp_path):
         ({"key_blocks_in_registers": -1}, "key_blocks_in_registers = -1 must be 0 or divide 8"),
         ({"key_blocks_in_registers": 3}, "key_blocks_in_registers = 3 must be 0 or divide 8"),
         ({"key_blocks_in_registers": 16}, "key_blocks_in_registers = 16 must be 0 or divide 8"),
+        ({"value_blocks_in_registers": 3}, "value_blocks_in_registers = 3 must be 0 or divide 8"),
+        (
+            {**SPLIT_192_128, "value_blocks_in_registers": 12},
+            "value_blocks_in_registers = 12 must be 0 or divide 8, the blocks of 16 channels that "
+            "head_dim_v = 128 has",
+        ),
+        ({"scores_ahead": True}, "scores_ahead needs split_products = true, softcap = false"),
+        ({**SPLIT_192_128, "stages": 4}, "24576 K + 16384 V + 98304 Q + 65536 dO + 16384 dS"),
+        ({"head_dim_v": 80}, "head_dim_v = 80 must be a multiple of 32"),
         (
             {"key_blocks_in_registers": 8},
             "64 scores and dP, then dQ + 32 keys + 8 ones + 64 dK + 64 dV + 16 working = 248 > 240",

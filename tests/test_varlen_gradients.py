@@ -17,6 +17,7 @@ from cute_kernels.operators import (
     flash_attn_varlen_forward,
 )
 
+HEAD_DIMS = [(n, n) for n in (64, 96, 128, 192, 256)] + [(192, 128)]  # of q and k, and of v
 WINDOWS = [(None, None), (None, 0), (127, 0), (300, 60), (0, 0)]
 ROWS = [
     pytest.param(row, id=row["name"])
@@ -55,11 +56,11 @@ def results_of(packed, grads, causal=False, tile_config=None, deterministic=Fals
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_of_the_table(hopper, row, window, deterministic):
     """Packed and dense, lengths around the row's tiles, NaN in rows that no sequence uses."""
-    head_dim, m, n = row["head_dim"], row["tile_m"], row["tile_n"]
+    head_dim, head_dim_v, m, n = (row[x] for x in ("head_dim", "head_dim_v", "tile_m", "tile_n"))
     slots_q = [1, m - 1, m, m + 1, 0, 63, 2 * m + 65, 64, 5]
     slots_k = [n, n + 1, 1, 5 * n - 1, 7, 0, 900, 64, 300]
     dtype = DTYPES[row["dtype"]]
-    packed = packed_on(hopper, dtype, slots_q, slots_k, (head_dim, head_dim), used=True, tail=300)
+    packed = packed_on(hopper, dtype, slots_q, slots_k, (head_dim, head_dim_v), used=True, tail=300)
     grad_out, grad_lse = random_grads(packed)
     of_q, _ = packed.unused()
     spoilt = grad_out.masked_fill(of_q[:, None, None], math.nan), grad_lse
@@ -69,8 +70,9 @@ def test_every_row_of_the_table(hopper, row, window, deterministic):
     assert_packed_right(results, packed, (grad_out, grad_lse), **mask)
 
     for seqlen_q, seqlen_k in [(m + 1, 5 * n - 1), (700, 300), (300, 900)]:
-        q, k, v = random_qkv(hopper, dtype, 2, seqlen_q, seqlen_k, 4, 2, head_dim)
-        grad_out = random_qkv(hopper, dtype, 2, seqlen_q, 1, 4, 2, head_dim, seed=1)[0]
+        sizes = (2, seqlen_q, seqlen_k, 4, 2)
+        q, k, v = random_qkv(hopper, dtype, *sizes, head_dim, head_dim_v=head_dim_v)
+        grad_out = random_qkv(hopper, dtype, *sizes, head_dim_v, seed=1)[0]
         for diagonal in (None, 0, -150):
             out, lse = flash_attn_forward(q, k, v, 0.1, False, diagonal=diagonal, **keywords)
             inputs = (grad_out, None, q, k, v, out, lse, 0.1, False, deterministic, row["name"])
@@ -89,13 +91,11 @@ def test_many_short_sequences(hopper, deterministic):
     assert_packed_right(results, packed, grads, causal=True)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
 @pytest.mark.parametrize("window", [(None, 0), (127, 0), (1500, 0), (90, 700)], ids=str)
-def test_an_order_is_the_same_bits_each_time(hopper, head_dim, window):
+def test_an_order_is_the_same_bits_each_time(hopper, head_dims, window):
     """And ends: first key blocks that see no query, few and many at a time."""
-    packed = packed_on(
-        hopper, torch.bfloat16, [5, 1700, 9000, 1, 0, 130], None, (head_dim, head_dim), (8, 1)
-    )
+    packed = packed_on(hopper, torch.bfloat16, [5, 1700, 9000, 1, 0, 130], None, head_dims, (8, 1))
     grads = random_grads(packed)
     keywords, mask = limits(window)
     first = results_of(packed, grads, deterministic=True, **keywords)
@@ -106,11 +106,11 @@ def test_an_order_is_the_same_bits_each_time(hopper, head_dim, window):
 
 
 @ORDERS
-@pytest.mark.parametrize("head_dim", [64, 256])
-def test_wrong_contents_end_and_do_no_harm(hopper, head_dim, deterministic):
+@pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (192, 128), (256, 256)], ids=str)
+def test_wrong_contents_end_and_do_no_harm(hopper, head_dims, deterministic):
     """They are not looked at: results are any, but of this call alone."""
     slots = [700, 0, 400, 200]
-    packed = packed_on(hopper, torch.bfloat16, slots, None, (head_dim, head_dim))
+    packed = packed_on(hopper, torch.bfloat16, slots, None, head_dims)
     grads = random_grads(packed)
     right = results_of(packed, grads, causal=True, deterministic=True)
     for wrong in ([0, 700, 100, 1300, 1000], [900, 3, -(2**31), 2**31 - 1, 5], [5, 5, 5, 5, 9999]):

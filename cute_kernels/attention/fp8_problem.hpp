@@ -40,7 +40,10 @@ struct ScaleView {
 /// it is (heads, head_dim_v, keys of all), where each begins at packed_value_column() and has zeros
 /// up to whole kPackedValueKeys. The head dims are multiples of 16.
 struct Fp8ForwardProblem : ForwardProblem {
-  bool out_float16;   // O is fp16, otherwise bf16
+  bool out_float16;  // O is fp16, otherwise bf16
+  // Row sums of the kernels with linear_exp are those of rounded P, and so is their LSE; if this is
+  // set, those of them with any_call take some time for one that is not.
+  bool exact_lse;
   bool overlaps;      // may start while the kernel before it ends, which quantises
   ScaleView q_scale;  // a block is 64 rows
   ScaleView k_scale;  // a block is 64 rows

@@ -10,6 +10,7 @@ enum class ScoreType { kE4m3, kInt8 };
 
 struct Fp8TileConfig : RowConfig<ScoreType> {
   int tile_m;
+  bool linear_exp;
 };
 
 struct Fp8ForwardKernel {

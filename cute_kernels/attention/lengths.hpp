@@ -42,6 +42,8 @@ constexpr Sequence sequence_of(AttentionCall const& call, int entry) {
   return {0, q.first, k.first, q.count, k.count};
 }
 
+constexpr int sequences(AttentionCall const& call) { return call.sizes.batch; }
+
 /// What the sequence's queries see of its keys.
 constexpr WindowRanges ranges_of(AttentionCall const& call, Sequence const& sequence, int entry) {
   int const bottom_right = sequence.seqlen_k - sequence.seqlen_q;

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/ranges.hpp"
@@ -50,8 +52,9 @@ struct Mask : CausalRanges {
 };
 
 /// The same of every mask, which has two ends.
-struct WindowMask : WindowRanges {
-  explicit constexpr WindowMask(WindowRanges const& ranges) : WindowRanges(ranges) {}
+template <class Ranges>
+struct TwoEndedMask : Ranges {
+  explicit constexpr TwoEndedMask(Ranges const& ranges) : Ranges(ranges) {}
 
   /// Keys behind a sequence's last one are there too, and of another sequence.
   CUTLASS_DEVICE constexpr bool hides_values() const { return true; }
@@ -61,8 +64,8 @@ struct WindowMask : WindowRanges {
     using namespace cute;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < size<0>(scores); ++row) {
-      int const first = first_key(query + 8 * row) - key;
-      int const limit = end_key(query + 8 * row) - key;
+      int const first = this->first_key(query + 8 * row) - key;
+      int const limit = this->end_key(query + 8 * row) - key;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
         int const offset = 8 * (col / 2) + col % 2;
@@ -77,15 +80,18 @@ struct WindowMask : WindowRanges {
     using namespace cute;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < size<0>(scores); ++row) {
-      int const first = first_query(key + 8 * row) - query;
-      int const limit = lesser(end_query(key + 8 * row), seqlen_q) - query;
+      int const first = this->first_query(key + 8 * row) - query;
+      int const limit = lesser(this->end_query(key + 8 * row), this->seqlen_q) - query;
+      constexpr int kColumns = decltype(size<1>(scores))::value;
+      uint32_t const seen = columns_between<kColumns>(first, limit);
       CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(scores); ++col) {
-        int const offset = 8 * (col / 2) + col % 2;
-        if (offset < first || offset >= limit) scores(row, col) = hidden;
+      for (int col = 0; col < kColumns; ++col) {
+        if ((seen & uint32_t{1} << col) == 0) scores(row, col) = hidden;
       }
     }
   }
 };
+
+using WindowMask = TwoEndedMask<WindowRanges>;
 
 }  // namespace cute_kernels::attention

@@ -13,6 +13,20 @@ namespace cute_kernels::attention {
 constexpr int lesser(int a, int b) { return b < a ? b : a; }
 constexpr int greater(int a, int b) { return a < b ? b : a; }
 
+/// Of kColumns columns of an accumulator that a thread has, pairs 8 apart, a bit for each that lies
+/// from `first` up to before `end`. On the device: two comparisons for each column would not leave
+/// enough predicates.
+template <int kColumns>
+constexpr uint32_t columns_between(int first, int end) {
+  static_assert(kColumns <= 32);
+  auto before = [](int offset) {  // that many columns
+    int const inside = lesser(greater(0, offset), 4 * kColumns);
+    return inside / 8 * 2 + lesser(inside % 8, 2);
+  };
+  auto ones = [](int count) { return static_cast<uint32_t>((uint64_t{1} << count) - 1); };
+  return ones(before(end)) & ~ones(before(first));
+}
+
 /// The blocks of keys that some queries see, or of queries that see some keys: those from `begin`
 /// up to before `end`, of which those from `full_begin` up to before `full_end` need no mask (none,
 /// where full_begin >= full_end). Forward walks from the last block to the first, so that the
@@ -143,6 +157,46 @@ struct WindowRanges : MaskRanges<WindowRanges> {
     return key >= seqlen_k ? kNoQuery : greater(0, key + 1 - right_edge);
   }
   constexpr int end_query(int key) const { return key + 1 - left_edge; }
+};
+
+/// What div() of cutlass::FastDivmod gives, on the host too.
+struct PlainDivisor {
+  int divisor;
+  constexpr int div(int dividend) const { return dividend / divisor; }
+};
+
+/// The same of packed rows: row r of a sequence is a head's of query r / group, and seqlen_q counts
+/// rows. The edges are those of queries.
+template <class Divisor>
+struct GroupedRanges : MaskRanges<GroupedRanges<Divisor>> {
+  using Base = MaskRanges<GroupedRanges<Divisor>>;
+  static constexpr bool kHasLeftEnd = true;
+  int seqlen_q;
+  int seqlen_k;
+  int left_edge;
+  int right_edge;
+  Divisor group;
+
+  constexpr GroupedRanges(int rows, int seqlen_k, int left_edge, int right_edge,
+                          Divisor const& group)
+      : seqlen_q(rows),
+        seqlen_k(seqlen_k),
+        left_edge(left_edge),
+        right_edge(right_edge),
+        group(group) {}
+
+  constexpr int first_key(int row) const { return greater(0, group.div(row) + left_edge); }
+  constexpr int end_key(int row) const { return lesser(seqlen_k, group.div(row) + right_edge); }
+  constexpr int first_query(int key) const {
+    return key >= seqlen_k ? Base::kNoQuery : first_row(key + 1 - right_edge);
+  }
+  constexpr int end_query(int key) const { return first_row(key + 1 - left_edge); }
+
+ private:
+  /// Or some row behind the last one.
+  constexpr int first_row(int query) const {
+    return lesser(greater(0, query), group.div(seqlen_q) + 1) * group.divisor;
+  }
 };
 
 /// What the kernels for dense calls make of a call's mask; nothing where they do not read it:

@@ -127,16 +127,16 @@ inline ForwardKernel const* choose_forward(ElementType dtype, AttentionCall cons
 
 /// The last of the kernels with the smallest fitting head dims, so that one that was added comes
 /// before the build's; null where there is none. Where kernels for dense calls fit, none that takes
-/// any.
+/// any, unless `any_call`, which leaves only these.
 template <class Kernel, class Dtype>
 Kernel const* choose_fitting(KernelTable<Kernel> const& kernels, Dtype dtype,
-                             AttentionCall const& call) {
+                             AttentionCall const& call, bool any_call = false) {
   Kernel const* best = nullptr;
   auto cost = [](Kernel const& kernel) {
     return std::tuple(channels(kernel.config), kernel.config.any_call);
   };
   for (Kernel const& kernel : kernels) {
-    if (!may_take(kernel.config, dtype, call)) continue;
+    if (!may_take(kernel.config, dtype, call) || (any_call && !kernel.config.any_call)) continue;
     if (best == nullptr || cost(kernel) <= cost(*best)) best = &kernel;
   }
   return best;

@@ -15,13 +15,12 @@ struct UnusedRows {
   int heads;
   int total;
 
-  /// The work of kThreads threads, of which the calling one is number `thread`.
-  template <int kThreads>
-  CUTLASS_DEVICE void clear(int64_t row, int thread) const {
+  /// The work of some threads, of which the calling one is number `thread`.
+  CUTLASS_DEVICE void clear(int64_t row, int thread, int threads) const {
     auto* const vectors = reinterpret_cast<uint4*>(static_cast<char*>(out) + row * row_bytes);
     int const count = static_cast<int>(row_bytes / int64_t{sizeof(uint4)});
-    for (int i = thread; i < count; i += kThreads) vectors[i] = uint4{};
-    for (int head = thread; head < heads; head += kThreads) {
+    for (int i = thread; i < count; i += threads) vectors[i] = uint4{};
+    for (int head = thread; head < heads; head += threads) {
       lse[int64_t{head} * total + row] = -INFINITY;
     }
   }

@@ -13,7 +13,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "cute_kernels/attention/decode/tile_config.hpp"
+#include "cute_kernels/attention/prefill/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
 #include "cute_kernels/torch/require.hpp"
@@ -23,6 +23,7 @@ namespace cute_kernels::binding {
 namespace {
 
 using attention::CachedCall;
+using attention::CacheKernels;
 using attention::CachePages;
 using attention::CacheView;
 using attention::CallSizes;
@@ -102,15 +103,31 @@ CachePages cache_pages(Argument const& q, Argument const& k, int64_t batch,
   return pages;
 }
 
-DecodeKernel const& decode_kernel_for(ScalarType dtype, CachedCall const& call) {
-  DecodeKernel const* const kernel = attention::choose_decode(element_type(dtype), call);
-  if (kernel == nullptr) {
+/// A call's kernels. Of `longest`, which the caller knows or not, no sequence has more queries.
+CacheKernels kernels_for(ScalarType dtype, CachedCall const& call, std::optional<int64_t> longest,
+                         attention::Device const& device) {
+  require(!longest || *longest >= 0, "max_seqlen_q is below 0");
+  auto const most =
+      static_cast<int>(std::min<int64_t>(longest.value_or(call.total_q), call.total_q));
+  CacheKernels const kernels =
+      attention::choose_for_cache(element_type(dtype), call, most, device.multiprocessors);
+  if (kernels.decode == nullptr && kernels.prefill == nullptr) {
     std::ostringstream there;
     for (DecodeKernel const& other : attention::decode_kernels) there << ' ' << other.config.name;
     fail("no decode kernel for ", DtypeOf{dtype}, " and head_dim ",
          std::max(call.head_dim, call.head_dim_v), " in this build, which has", there.str());
   }
-  return *kernel;
+  return kernels;
+}
+
+/// Launches a kernel with a workspace of its own, which lives until the launch is enqueued: the
+/// allocator reuses memory in stream order.
+template <class Kernel>
+void launch(Kernel const& kernel, DecodeProblem& problem) {
+  int const device = problem.device.index;
+  Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, device);
+  problem.workspace = workspace.data_ptr();
+  require_success(kernel.launch(problem, current_stream(device)), kernel.config.name);
 }
 
 Tensor flash_attn_kvcache_forward_out(
@@ -118,7 +135,7 @@ Tensor flash_attn_kvcache_forward_out(
     Tensor const& cu_seqlens_q, Tensor const& cache_seqlens, std::optional<Tensor> page_table,
     std::optional<Tensor> cache_batch_idx, std::optional<Tensor> cache_leftpad,
     std::optional<Tensor> sinks, double softmax_scale, bool causal,
-    [[maybe_unused]] std::optional<int64_t> max_seqlen_q, std::optional<int64_t> window_left,
+    std::optional<int64_t> max_seqlen_q, std::optional<int64_t> window_left,
     std::optional<int64_t> window_right, double softcap, int64_t num_splits, int64_t sm_margin) {
   Argument const q("q", q_tensor), k("k_cache", k_cache), v("v_cache", v_cache);
   require(q.is_cuda, "q is not on CUDA");
@@ -169,24 +186,30 @@ Tensor flash_attn_kvcache_forward_out(
   call.lengths = {numbers<int>("cu_seqlens_q", cu_seqlens_q, q, {batch + 1}),
                   numbers<int>("cache_seqlens", cache_seqlens, q, {batch}),
                   numbers<int>("cache_leftpad", cache_leftpad, q, {batch})};
-  DecodeKernel const& kernel = decode_kernel_for(q.dtype, call);
-  require(attention::most_blocks(call, kernel.config.tile_m, kernel.config.tile_n) <=
-              attention::kMostBlocks,
+  CacheKernels const kernels = kernels_for(q.dtype, call, max_seqlen_q, problem.device);
+  require(kernels.decode == nullptr ||
+              attention::most_blocks(call, kernels.decode->config.tile_m,
+                                     kernels.decode->config.tile_n) <= attention::kMostBlocks,
           "q and the cache have too many blocks for one call: pass fewer queries at a time");
 
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor lse = empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device);
   if (lse.numel() == 0) return lse;
-  // The copy, if any, and the workspace live until the launch is enqueued: the allocator reuses
-  // memory in stream order.
+  // The copy, if any, lives until the launches are enqueued.
   Tensor const q_readable = tma_readable(q, kElementBytes);
   problem.q = view(q_readable);
   problem.out = out_tensor.data_ptr();
   problem.lse = static_cast<float*>(lse.data_ptr());
-  Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, q.device);
-  problem.workspace = workspace.data_ptr();
   problem.ticket = next_ticket();
-  require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
+  if (kernels.prefill != nullptr) {
+    if (kernels.decode != nullptr) call.least_rows = CacheKernels::kLeastRows;
+    launch(*kernels.prefill, problem);
+    call.least_rows = 0;
+  }
+  if (kernels.decode != nullptr) {
+    if (kernels.prefill != nullptr) call.most_rows = CacheKernels::kLeastRows - 1;
+    launch(*kernels.decode, problem);
+  }
   return lse;
 }
 

@@ -29,9 +29,18 @@ using attention::ScoreType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Fp8ForwardKernel const& kernel_of(ScoreType type, AttentionCall const& call, TileName const& tile) {
+/// `with_lse`: one whose LSE is exact.
+Fp8ForwardKernel const& kernel_of(ScoreType type, AttentionCall const& call, TileName const& tile,
+                                  bool with_lse) {
   auto const& kernels = attention::fp8_forward_kernels;
-  auto const choose = [&] { return automatic_choice(kernels, type, call); };
+  auto const choose = [&] {
+    Fp8ForwardKernel const* const usual = automatic_choice(kernels, type, call);
+    if (!with_lse || usual == nullptr || usual->config.any_call || !usual->config.linear_exp) {
+      return usual;
+    }
+    Fp8ForwardKernel const* const exact = attention::choose_fitting(kernels, type, call, true);
+    return exact == nullptr ? usual : exact;
+  };
   return kernel_for(kernels, choose, type, call, tile);
 }
 
@@ -103,6 +112,7 @@ ScaleView scale_view(Argument const& a, Argument const& q, int64_t batch, int64_
 /// What is not a quantised tensor.
 struct Options {
   bool out_float16;
+  bool exact_lse;
   bool overlaps = false;  // it comes right behind the kernels that quantise the operands
   float const* score_offset = nullptr;
   int64_t sm_margin = 0;
@@ -133,6 +143,7 @@ void launch(Fp8ForwardKernel const& kernel, AttentionCall const& call, Operands 
   problem.lse = static_cast<float*>(results.lse.data_ptr());
   problem.device = device;
   problem.out_float16 = options.out_float16;
+  problem.exact_lse = options.exact_lse;
   problem.overlaps = options.overlaps;
   problem.score_offset = options.score_offset;
   auto blocks = [&](int64_t rows) {
@@ -172,7 +183,7 @@ float const* check_score_offset(std::optional<Tensor> const& tensor, Argument co
 }
 
 /// Of a call whose tensors are there, without what is only launched.
-Results attend(AttentionCall call, Operands const& of, bool out_float16,
+Results attend(AttentionCall call, Operands const& of, bool out_float16, bool with_lse,
                std::optional<Tensor> const& sinks_tensor, std::optional<Tensor> const& score_offset,
                int64_t sm_margin, TileName const& tile) {
   check_values(of.v, call);
@@ -184,9 +195,9 @@ Results attend(AttentionCall call, Operands const& of, bool out_float16,
   Results const results = empty_results(call, out_float16, of.q.device);
   float const* const offset = check_score_offset(score_offset, of.q, results.lse);
   if (results.lse.numel() == 0) return results;
-  Fp8ForwardKernel const& kernel = kernel_of(score_type(of.q.dtype), call, tile);
+  Fp8ForwardKernel const& kernel = kernel_of(score_type(of.q.dtype), call, tile, with_lse);
   require(offset == nullptr || kernel.config.any_call, "score_offset needs sinks or a window");
-  launch(kernel, call, of, {out_float16, false, offset, sm_margin}, results);
+  launch(kernel, call, of, {out_float16, with_lse, false, offset, sm_margin}, results);
   return results;
 }
 
@@ -194,7 +205,7 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_forward(
     Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& q_scale, Tensor const& k_scale,
     Tensor const& v_scale, double softmax_scale, bool causal, bool out_float16,
     std::optional<StringHandle> tile_config, std::optional<Tensor> sinks,
-    std::optional<Tensor> score_offset, std::optional<int64_t> window_left,
+    std::optional<Tensor> score_offset, bool with_lse, std::optional<int64_t> window_left,
     std::optional<int64_t> window_right, int64_t sm_margin) {
   TileName const tile(tile_config);
   Operands const of{{"q", q},
@@ -206,7 +217,8 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_forward(
   check_elements(of, 4);
   AttentionCall const call = call_of(of.q, of.k, of.v.size(2), softmax_scale,
                                      mask_of(causal, window_left, window_right, std::nullopt));
-  auto const [out, lse] = attend(call, of, out_float16, sinks, score_offset, sm_margin, tile);
+  auto const [out, lse] =
+      attend(call, of, out_float16, with_lse, sinks, score_offset, sm_margin, tile);
   return {out, lse};
 }
 
@@ -215,7 +227,7 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_varlen_forward(
     Tensor const& v_scale, Tensor const& cu_seqlens_q, Tensor const& cu_seqlens_k,
     std::optional<Tensor> seqused_q, std::optional<Tensor> seqused_k,
     std::optional<Tensor> diagonal, double softmax_scale, bool causal, bool out_float16,
-    std::optional<Tensor> sinks, std::optional<int64_t> max_seqlen_q,
+    std::optional<Tensor> sinks, bool with_lse, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> max_seqlen_k, std::optional<int64_t> window_left,
     std::optional<int64_t> window_right, std::optional<StringHandle> tile_config,
     int64_t sm_margin) {
@@ -232,7 +244,8 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_varlen_forward(
   AttentionCall const call =
       packed_call_of(of.q, of.k, of.v.size(1), softmax_scale,
                      mask_of(causal, window_left, window_right, std::nullopt), packed);
-  auto const [out, lse] = attend(call, of, out_float16, sinks, std::nullopt, sm_margin, tile);
+  auto const [out, lse] =
+      attend(call, of, out_float16, with_lse, sinks, std::nullopt, sm_margin, tile);
   return {out, lse};
 }
 
@@ -257,7 +270,7 @@ void check_whole(Argument const& q, Argument const& k, Argument const& v, size_t
 }
 
 /// From 16 bits, of a checked call: all is quantised first, and each kernel starts while the one
-/// before it ends. `with_lse`: the LSE is that of K, and not of K less its shift.
+/// before it ends.
 std::tuple<Tensor, Tensor, Tensor> attend_whole(AttentionCall call, Argument const& q,
                                                 Argument const& k, Argument const& v,
                                                 Quantisation const& how, bool out_float16,
@@ -277,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_whole(AttentionCall call, Argument con
   Results const results = empty_results(call, out_float16, q.device);
   if (results.lse.numel() == 0) return {results.out, results.lse, k_rows.shift};
   ScoreType const type = how.to_int8 ? ScoreType::kInt8 : ScoreType::kE4m3;
-  Fp8ForwardKernel const& kernel = kernel_of(type, call, tile);
+  Fp8ForwardKernel const& kernel = kernel_of(type, call, tile, with_lse);
 
   fp8::QuantizeProblem problem{};
   problem.key_center = k_rows.key_center;
@@ -300,7 +313,8 @@ std::tuple<Tensor, Tensor, Tensor> attend_whole(AttentionCall call, Argument con
                     {"v", values.data},        {"q_scale", q_rows.scale},
                     {"k_scale", k_rows.scale}, {"v_scale", values.scale}};
   bool const takes_offset = kernel.config.any_call;
-  launch(kernel, call, of, {out_float16, k_rows.problem.has_value(), takes_offset ? data : nullptr},
+  launch(kernel, call, of,
+         {out_float16, with_lse, k_rows.problem.has_value(), takes_offset ? data : nullptr},
          results);
   if (data != nullptr && !takes_offset) {
     require_success(fp8::launch_add(static_cast<float*>(results.lse.data_ptr()), data,
@@ -350,21 +364,22 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_varlen(
 }  // namespace cute_kernels::binding
 
 // Of calls of quantised tensors the scores are higher by score_offset, of the LSE's shape, which
-// their sinks and the LSE then count in.
+// their sinks and the LSE then count in. Without with_lse the LSE may be that of rounded P, and
+// from 16 bits that of K less its shift.
 STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
   library.def(
       "flash_attn_fp8_forward(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, "
       "Tensor v_scale, float softmax_scale, bool causal, bool out_float16, "
       "str? tile_config=None, Tensor? sinks=None, Tensor? score_offset=None, *, "
-      "SymInt? window_left=None, SymInt? window_right=None, SymInt sm_margin=0) -> (Tensor out, "
-      "Tensor lse)");
+      "bool with_lse=False, SymInt? window_left=None, SymInt? window_right=None, "
+      "SymInt sm_margin=0) -> (Tensor out, Tensor lse)");
   library.def(
       "flash_attn_fp8_varlen_forward(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, "
       "Tensor v_scale, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, "
       "Tensor? seqused_k, Tensor? diagonal, float softmax_scale, bool causal, bool out_float16, "
-      "Tensor? sinks=None, *, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, "
-      "SymInt? window_left=None, SymInt? window_right=None, str? tile_config=None, "
-      "SymInt sm_margin=0) -> (Tensor out, Tensor lse)");
+      "Tensor? sinks=None, *, bool with_lse=False, SymInt? max_seqlen_q=None, "
+      "SymInt? max_seqlen_k=None, SymInt? window_left=None, SymInt? window_right=None, "
+      "str? tile_config=None, SymInt sm_margin=0) -> (Tensor out, Tensor lse)");
   library.def(
       "flash_attn_fp8(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
       "bool smooth_k, bool incoherent, int seed, bool to_int8, bool out_float16, "

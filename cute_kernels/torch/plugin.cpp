@@ -53,6 +53,7 @@ void load_plugin(std::string path) {
                      add_if_of_pass(attention::fp8_forward_kernels, plugin, path) ||
 #endif
                      add_if_of_pass(attention::decode_kernels, plugin, path) ||
+                     add_if_of_pass(attention::prefill_kernels, plugin, path) ||
                      add_if_of_pass(attention::backward_kernels, plugin, path);
   require(known, path, " holds a ", plugin.pass, " kernel, and this build has none");
 }

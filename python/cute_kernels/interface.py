@@ -135,10 +135,11 @@ def flash_attn_func(
             if tile_config is not None:
                 raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
             refuse_for_fp8(softcap=softcap > 0)
+            mask, with_lse = (causal, left, right), return_lse or return_attn_probs
             operands = e4m3_operands(q, k, v, *descales, sinks)
             if attention_chunk == 0:
-                mask = (causal, left, right)
-                out, lse = flash_attn_e4m3(operands, softmax_scale, mask, sinks, sm_margin)
+                variant = (sinks, with_lse, sm_margin)
+                out, lse = flash_attn_e4m3(operands, softmax_scale, mask, *variant)
             else:
                 out, lse = _attend_in_chunks(
                     q,

@@ -77,8 +77,8 @@ def flash_attn_varlen_func(
         max_seqlen_q, max_seqlen_k: at least what the longest sequence uses; None if not known.
         seqused_q, seqused_k: (batch,), int32, on q's device: how many rows of its slot a sequence
             uses; all if None.
-        softmax_scale, causal, window_size, attention_chunk, softcap, deterministic,
-            return_attn_probs, sinks, return_lse, tile_config: as of `flash_attn_func`.
+        softmax_scale, causal, window_size, attention_chunk, softcap: as of `flash_attn_func`.
+        deterministic, return_attn_probs, sinks, return_lse, tile_config: likewise.
         q_descale, k_descale, v_descale: for q, k and v of float8_e4m3fn, what they are to be
             multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
             are multiples of 16, returns bfloat16, has no softcap, no page_table and no gradient.
@@ -183,6 +183,7 @@ def flash_attn_varlen_func(
             (causal, window[0], window[1]),
             attention_chunk,
             sinks,
+            return_lse or return_attn_probs,
             sm_margin,
         )
         return (out, lse) if return_lse or return_attn_probs else out

@@ -88,8 +88,9 @@ class BackwardDq {
   /// Where a warpgroup's slices stand in shared memory.
   CUTLASS_DEVICE static float* buffer(SharedStorage& shared, int warpgroup, int index) {
     if constexpr (Traits::kSplitProducts) {
-      auto& stages = warpgroup == 0 ? shared.grad_out : shared.q;
-      return reinterpret_cast<float*>(stages.data() + index * Traits::kTileM * Traits::kHeadDim);
+      return reinterpret_cast<float*>(
+          warpgroup == 0 ? shared.grad_out.data() + index * Traits::kTileM * Traits::kHeadDimV
+                         : shared.q.data() + index * Traits::kTileM * Traits::kHeadDim);
     } else {
       return shared.own.dq[warpgroup];
     }

@@ -15,55 +15,59 @@ template <class Traits>
 class BackwardEpilogue {
   using Element = typename Traits::Element;
 
+  template <int kChannels>
+  using Layout = typename Traits::template LayoutOfRows<Traits::kWarpgroupN, kChannels>;
+
  public:
-  /// What a warpgroup adds up a gradient of 64 keys in.
+  /// What a warpgroup adds up the gradient of 64 keys in, of so many channels.
+  template <int kChannels>
   CUTLASS_DEVICE static auto new_gradient() {
     using namespace cute;
-    auto gradient = partition_fragment_C(typename Traits::MmaDkv{},
-                                         Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>{});
+    auto gradient = partition_fragment_C(typename Traits::template MmaOfGradient<kChannels>{},
+                                         Shape<Int<Traits::kWarpgroupN>, Int<kChannels>>{});
     clear(gradient);
     return gradient;
   }
 
   /// Of a whole warpgroup: its 64 keys' gradient, times `factor`.
-  template <class Accumulator>
+  template <int kChannels, class Accumulator>
   CUTLASS_DEVICE static void write(Element* buffer, Accumulator& gradient, float factor = 1.f) {
     using namespace cute;
+    using Mma = typename Traits::template MmaOfGradient<kChannels>;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size(gradient); ++i) gradient(i) *= factor;
     auto rounded = make_tensor<Element>(gradient.layout());
     sm90::convert_fragment<Element>(gradient, rounded);
-    auto tile = make_tensor(make_smem_ptr(buffer), typename Traits::LayoutOwnKeys{});
-    auto tiled_copy =
-        make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaDkv{});
+    auto tile = make_tensor(make_smem_ptr(buffer), Layout<kChannels>{});
+    auto tiled_copy = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, Mma{});
     auto slice = tiled_copy.get_thread_slice(threadIdx.x % cutlass::NumThreadsPerWarpGroup);
     copy(tiled_copy, slice.retile_S(rounded), slice.partition_D(tile));
   }
 
   /// What write() does, or where floats are asked for, all there is to do. `part` counts the 64
   /// keys within the key block.
-  template <class Params, class Accumulator>
+  template <int kChannels, class Params, class Accumulator>
   CUTLASS_DEVICE static void hand_out(Params const& params, TensorView const& grad, int channels,
                                       typename Traits::KeyBlock const& coord, int part,
                                       Element* buffer, Accumulator& gradient, float factor = 1.f) {
     if (params.float_grads) {
       store_floats(params, grad, channels, coord, part, gradient, factor);
     } else {
-      write(buffer, gradient, factor);
+      write<kChannels>(buffer, gradient, factor);
     }
   }
 
   /// Of one thread: starts the TMA store of what write() has written, once that can be seen.
   /// `part` counts the 64 keys within the key block.
-  template <class Tma, class Params>
+  template <int kChannels, class Tma, class Params>
   CUTLASS_DEVICE static void store(Tma const& tma, Params const& params, Element const* buffer,
                                    typename Traits::KeyBlock const& coord, int part) {
     using namespace cute;
     constexpr int kParts = Traits::kTileN / Traits::kWarpgroupN;
     auto keys = local_tile(rows_of_head(tma, params.shape_k, coord.kv_head, coord.tma_grad_k()),
-                           Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>{},
+                           Shape<Int<Traits::kWarpgroupN>, Int<kChannels>>{},
                            make_coord(coord.n_block * kParts + part, _0{}));
-    auto tile = make_tensor(make_smem_ptr(buffer), typename Traits::LayoutOwnKeys{});
+    auto tile = make_tensor(make_smem_ptr(buffer), Layout<kChannels>{});
     auto slice = tma.get_slice(_0{});
     copy(tma, slice.partition_S(tile), slice.partition_D(keys));
   }

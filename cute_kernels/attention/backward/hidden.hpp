@@ -19,9 +19,9 @@
 // and the last query sees every key.
 namespace cute_kernels::attention {
 
-/// A warp's 16 rows of a (rows, channels) tile of 128-byte swizzled columns, in vectors of 16
-/// bytes, two lanes a row. A swizzle keeps rows together.
-template <int kRows, int kChannels, class Element>
+/// A warp's 16 rows of a (rows, channels) tile of swizzled columns of kColumn channels, in vectors
+/// of 16 bytes, two lanes a row. A swizzle keeps rows together.
+template <int kRows, int kChannels, int kColumn, class Element>
 class WarpRows {
  public:
   CUTLASS_DEVICE WarpRows(Element* tile, int first_row) : tile_(tile + first_row * kColumn) {}
@@ -42,7 +42,6 @@ class WarpRows {
   }
 
  private:
-  static constexpr int kColumn = 64;  // elements of a swizzled column
   static constexpr int kVector = 8;
   static constexpr int kLanesOfRow = 2;
   static constexpr int kTurns = kColumn / kVector / kLanesOfRow;
@@ -74,7 +73,7 @@ CUTLASS_DEVICE int consumer_warp(int warpgroup) {
 /// The keys whose scores are the warp's.
 template <class Traits>
 CUTLASS_DEVICE auto own_keys(typename Traits::SharedStorage& shared, int warpgroup) {
-  return WarpRows<Traits::kTileN, Traits::kHeadDim, typename Traits::Element>(
+  return WarpRows<Traits::kTileN, Traits::kHeadDim, Traits::kKeyColumns, typename Traits::Element>(
       shared.k.data(), consumer_warp(warpgroup) * 16);
 }
 
@@ -94,8 +93,8 @@ template <class Traits, class Params>
 CUTLASS_DEVICE void check_own_values(Params const& params, typename Traits::KeyBlock const& coord,
                                      typename Traits::Element* values) {
   if (!coord.hides_values(params)) return;
-  WarpRows<Traits::kWarpgroupN, Traits::kHeadDim, typename Traits::Element> const own(
-      values, consumer_warp(0) * 16);
+  WarpRows<Traits::kWarpgroupN, Traits::kHeadDimV, Traits::kValueColumns,
+           typename Traits::Element> const own(values, consumer_warp(0) * 16);
   if (own.nonfinite() != 0) *params.workspace.alarm = params.call_number;
 }
 
@@ -177,11 +176,13 @@ class HiddenStep {
     if (!masked_) return;
     constexpr int kThreads = Traits::kConsumers * cutlass::NumThreadsPerWarpGroup;
     constexpr int kElements = Traits::kTileM * Traits::kHeadDim;
+    constexpr int kElementsV = Traits::kTileM * Traits::kHeadDimV;
     auto meet = [] { sm90::barrier_sync(sm90::NamedBarrier::kQueriesCleared, 0, kThreads); };
     int const thread = threadIdx.x - cutlass::NumThreadsPerWarpGroup;
     meet();
     sm90::clear_nonfinite<kThreads, kElements>(shared.q.data() + stage * kElements, thread);
-    sm90::clear_nonfinite<kThreads, kElements>(shared.grad_out.data() + stage * kElements, thread);
+    sm90::clear_nonfinite<kThreads, kElementsV>(shared.grad_out.data() + stage * kElementsV,
+                                                thread);
     cutlass::arch::fence_view_async_shared();
     if (thread % 32 == 0) shared.queries_cleared[thread / 32] = true;
     meet();

@@ -5,6 +5,7 @@
 #include <cute/arch/cluster_sm90.hpp>
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/backward/ahead_mainloop.hpp"
 #include "cute_kernels/attention/backward/load.hpp"
 #include "cute_kernels/attention/backward/mainloop.hpp"
 #include "cute_kernels/attention/backward/send.hpp"
@@ -17,17 +18,18 @@ namespace cute_kernels::attention {
 
 /// What the main backward kernel is told at run time. Tensors are (seqlen, head_dim, heads, batch)
 /// to TMA.
-template <class Traits, class TmaQ, class TmaK, class TmaV, class TmaDkv>
+template <class Traits, class TmaQ, class TmaGradOut, class TmaK, class TmaV, class TmaDk,
+          class TmaDv>
 struct BackwardParams {
   using DenseShape = cute::Shape<int, int, int, int>;
   using Shape =
       std::conditional_t<Traits::kAnyCall, cute::Shape<int, int, int, int, int>, DenseShape>;
   TmaQ tma_q;
-  TmaQ tma_grad_out;
+  TmaGradOut tma_grad_out;
   TmaK tma_k;
   TmaV tma_v;
-  TmaDkv tma_dk;
-  TmaDkv tma_dv;
+  TmaDk tma_dk;
+  TmaDv tma_dv;
   Shape shape_q;
   Shape shape_k;
   TensorView grad_out;
@@ -104,11 +106,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     shared.number_full.init(1);
     shared.number_empty.init(Traits::kConsumerWarps + Traits::kConsumers + params.dq_in_order);
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < Traits::kDsBuffers; ++i) shared.ds_full[i].init(Traits::kDsWriters);
+    for (int i = 0; i < 2; ++i) shared.ds_full[i].init(Traits::kDsWriters);
     shared.p_full.init(cutlass::NumWarpsPerWarpGroup);
     shared.peer_k_full.init(1);
-    shared.peer_ds_full.init(1);
-    shared.ds_empty.init(Traits::kConsumerWarps * Traits::kCluster);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < Traits::kDsSteps; ++i) {
+      shared.peer_ds_full[i].init(1);
+      shared.ds_empty[i].init(Traits::kConsumerWarps * Traits::kCluster);
+    }
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Traits::kConsumers; ++i) {
       CUTLASS_PRAGMA_UNROLL
@@ -130,7 +135,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       dq_through_memory ? Traits::kStageReleases : cutlass::NumWarpsPerWarpGroup;
   pipeline_params.transaction_bytes = Traits::kBytesQ + sizeof(typename Traits::Statistics);
   Pipeline pipeline_q(shared.pipeline_q, pipeline_params);
-  pipeline_params.transaction_bytes = Traits::kBytesQ;
+  pipeline_params.transaction_bytes = Traits::kBytesGradOut;
   Pipeline pipeline_grad_out(shared.pipeline_grad_out, pipeline_params);
   cutlass::arch::fence_barrier_init();
   meet<Traits>();
@@ -181,7 +186,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     int const consumer = warpgroup - 1;
     if constexpr (Traits::kSplitProducts) {
-      BackwardSplitMainloop<Traits>::template compute<kCareful>(
+      using Mainloop = std::conditional_t<Traits::kScoresAhead, BackwardAheadMainloop<Traits>,
+                                          BackwardSplitMainloop<Traits>>;
+      BackwardSplitProducts<Traits>::template compute<Mainloop, kCareful>(
           params, shared, pipeline_q, pipeline_grad_out,
           key_block<Traits>(params, shared, number, 0), consumer);
     } else {

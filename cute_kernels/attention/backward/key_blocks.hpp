@@ -11,8 +11,11 @@
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/sm90/cluster.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
+#include "cute_kernels/sm90/uniform.hpp"
 
 namespace cute_kernels::attention {
+
+enum class Caller { kWarp, kThread };
 
 /// kTileN keys of one KV head of one batch entry.
 struct KeyBlockCoord {
@@ -214,8 +217,6 @@ CUTLASS_DEVICE void hand_out_key_blocks(Params const& params,
   }
 }
 
-enum class Caller { kWarp, kThread };
-
 /// The same walk for everyone else, by whole warps or by one thread.
 template <class Traits, Caller kCaller, class Params, class Work>
 CUTLASS_DEVICE void for_each_key_block(Params const& params, typename Traits::SharedStorage& shared,
@@ -224,7 +225,13 @@ CUTLASS_DEVICE void for_each_key_block(Params const& params, typename Traits::Sh
     for (uint32_t phase = 0;; phase ^= 1) {
       shared.number_full.wait(phase);
       number = shared.number;
-      if constexpr (kCaller == Caller::kWarp) __syncwarp();
+      if constexpr (kCaller == Caller::kWarp) {
+        if constexpr (Traits::kAnyCall) {
+          number = sm90::uniform(number);
+        } else {
+          __syncwarp();
+        }
+      }
       if (kCaller == Caller::kThread || threadIdx.x % cutlass::NumThreadsPerWarp == 0) {
         shared.number_empty.arrive();
       }

@@ -68,30 +68,31 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
     }
   };
   int const rows_q = tensor_rows_q(call), rows_k = tensor_rows_k(call);
-  auto queries = [&](TensorView const& view, int channels) {
+  auto queries = [&](TensorView const& view, int channels, auto layout) {
     return make_tma_copy(SM90_TMA_LOAD{}, tensor(view, rows_q, channels, sizes.heads_q),
-                         take<0, 2>(typename Traits::LayoutQ{}));
+                         take<0, 2>(layout));
   };
   auto keys = [&](auto operation, TensorView const& view, int channels, auto layout) {
     return make_tma_copy(operation, tensor(view, rows_k, channels, sizes.heads_kv), layout);
   };
-  typename Traits::LayoutOwnKeys const own{};
-  auto const tma_q = queries(problem.q, sizes.head_dim);
-  auto const tma_grad_out = queries(problem.grad_out, sizes.head_dim_v);
+  auto const tma_q = queries(problem.q, sizes.head_dim, typename Traits::LayoutQ{});
+  auto const tma_grad_out =
+      queries(problem.grad_out, sizes.head_dim_v, typename Traits::LayoutGradOut{});
   auto const tma_k = keys(SM90_TMA_LOAD{}, problem.k, sizes.head_dim, typename Traits::LayoutK{});
-  auto const tma_v = keys(SM90_TMA_LOAD{}, problem.v, sizes.head_dim_v, own);
+  auto const tma_v = keys(SM90_TMA_LOAD{}, problem.v, sizes.head_dim_v, typename Traits::LayoutV{});
   // Floats do not go by TMA, but a descriptor must be one.
   bool const by_tma = !problem.float_grads;
-  auto const tma_dk =
-      keys(SM90_TMA_STORE{}, by_tma ? problem.grad_k : problem.k, sizes.head_dim, own);
-  auto const tma_dv =
-      keys(SM90_TMA_STORE{}, by_tma ? problem.grad_v : problem.v, sizes.head_dim_v, own);
+  auto const tma_dk = keys(SM90_TMA_STORE{}, by_tma ? problem.grad_k : problem.k, sizes.head_dim,
+                           typename Traits::LayoutDk{});
+  auto const tma_dv = keys(SM90_TMA_STORE{}, by_tma ? problem.grad_v : problem.v, sizes.head_dim_v,
+                           typename Traits::LayoutDv{});
   constexpr int kClusterKeys = Traits::kTileN * Traits::kCluster;
   int const clusters = key_block_numbers(call, kClusterKeys);
   int const pairs = sizes.heads_kv * tensor_batch(call);
   using Params =
-      BackwardParams<Traits, std::decay_t<decltype(tma_q)>, std::decay_t<decltype(tma_k)>,
-                     std::decay_t<decltype(tma_v)>, std::decay_t<decltype(tma_dk)>>;
+      BackwardParams<Traits, std::decay_t<decltype(tma_q)>, std::decay_t<decltype(tma_grad_out)>,
+                     std::decay_t<decltype(tma_k)>, std::decay_t<decltype(tma_v)>,
+                     std::decay_t<decltype(tma_dk)>, std::decay_t<decltype(tma_dv)>>;
   Params params{};
   params.tma_q = tma_q;
   params.tma_grad_out = tma_grad_out;

@@ -48,7 +48,8 @@ class BackwardLoader {
     sm90::wait_for_previous_kernel();  // it writes the statistics
     bool v_pending = true;
     for (QuerySteps<Traits, Params> step(params_, coord); step.valid(); step.advance()) {
-      auto* full = load_queries(params_.tma_q, shared_.q, pipeline_q_, write_q_, step, coord);
+      auto* full = load_queries(params_.tma_q, shared_.q.data(), typename Traits::LayoutQ{},
+                                pipeline_q_, write_q_, step, coord);
       auto const* statistics =
           static_cast<typename Traits::Statistics const*>(params_.workspace.statistics);
       SM90_BULK_COPY_G2S::copy(statistics + step.block_index(), full,
@@ -56,8 +57,8 @@ class BackwardLoader {
       ++write_q_;
       if (v_pending) load_v(coord);
       v_pending = false;
-      load_queries(params_.tma_grad_out, shared_.grad_out, pipeline_grad_out_, write_grad_out_,
-                   step, coord);
+      load_queries(params_.tma_grad_out, shared_.grad_out.data(), typename Traits::LayoutGradOut{},
+                   pipeline_grad_out_, write_grad_out_, step, coord);
       ++write_grad_out_;
     }
   }
@@ -69,7 +70,7 @@ class BackwardLoader {
     shared_.v_full.arrive_and_expect_tx(sizeof(shared_.v));
     CUTLASS_PRAGMA_UNROLL
     for (int part = 0; part < kParts; ++part) {
-      load_keys(params_.tma_v, shared_.v[part], typename Traits::LayoutOwnKeys{}, coord,
+      load_keys(params_.tma_v, shared_.v[part], typename Traits::LayoutV{}, coord,
                 make_coord(coord.n_block * kParts + part, _0{}), shared_.v_full);
     }
   }
@@ -88,17 +89,18 @@ class BackwardLoader {
   }
 
   /// Returns the stage's barrier, to which what else is loaded with it arrives.
-  template <class Tma, class Buffer>
-  CUTLASS_DEVICE uint64_t* load_queries(Tma const& tma, Buffer& buffer, Pipeline& pipeline,
+  template <class Tma, class Layout>
+  CUTLASS_DEVICE uint64_t* load_queries(Tma const& tma, typename Traits::Element* buffer,
+                                        Layout layout, Pipeline& pipeline,
                                         PipelineState const& write,
                                         QuerySteps<Traits, Params> const& step,
                                         KeyBlock const& coord) {
     using namespace cute;
-    auto queries = local_tile(rows_of_head(tma, params_.shape_q, step.head(), coord.tma_q()),
-                              Shape<Int<Traits::kTileM>, Int<Traits::kHeadDim>>{},
-                              make_coord(step.block(), _0{}));
-    auto stages = make_tensor(make_smem_ptr(buffer.data()), typename Traits::LayoutQ{});
-    auto [from, to] = tma_partition(tma, _0{}, Layout<_1>{}, group_modes<0, 2>(stages),
+    auto queries =
+        local_tile(rows_of_head(tma, params_.shape_q, step.head(), coord.tma_q()),
+                   make_shape(size<0>(layout), size<1>(layout)), make_coord(step.block(), _0{}));
+    auto stages = make_tensor(make_smem_ptr(buffer), layout);
+    auto [from, to] = tma_partition(tma, _0{}, cute::Layout<_1>{}, group_modes<0, 2>(stages),
                                     group_modes<0, 2>(queries));
     pipeline.producer_acquire(write);
     auto* full = pipeline.producer_get_barrier(write);

@@ -39,6 +39,8 @@ class BackwardMainloop {
   using Epilogue = BackwardEpilogue<Traits>;
   using Scores = BackwardScores<Traits>;
 
+  template <class Params>
+  using Steps = QuerySteps<Traits, Params, Caller::kWarp>;
   using OperandLayout = typename Traits::ScoresAsOperand;
 
   static constexpr int kTileM = Traits::kTileM;
@@ -58,8 +60,10 @@ class BackwardMainloop {
   CUTLASS_DEVICE void compute(Params const& params, KeyBlock const& coord) {
     using namespace cute;
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
-    typename Traits::MmaDkv mma_dkv;
-    auto slice_dkv = mma_dkv.get_thread_slice(thread);
+    typename Traits::MmaDk mma_dk;
+    typename Traits::MmaDv mma_dv;
+    auto slice_dk = mma_dk.get_thread_slice(thread);
+    auto slice_dv = mma_dv.get_thread_slice(thread);
 
     auto tensor = [](auto& buffer, auto layout) {
       return make_tensor(make_smem_ptr(buffer.data()), layout);
@@ -67,12 +71,11 @@ class BackwardMainloop {
     auto own_k = local_tile(tensor(shared_.k, typename Traits::LayoutK{}),
                             Shape<Int<Traits::kWarpgroupN>, Int<Traits::kHeadDim>>{},
                             make_coord(warpgroup_, _0{}));
-    auto own_v =
-        make_tensor(make_smem_ptr(shared_.v[warpgroup_]), typename Traits::LayoutOwnKeys{});
-    auto operand_qt = slice_dkv.make_fragment_B(
-        slice_dkv.partition_B(tensor(shared_.q, typename Traits::LayoutQt{})));
-    auto operand_grad_out_t = slice_dkv.make_fragment_B(
-        slice_dkv.partition_B(tensor(shared_.grad_out, typename Traits::LayoutQt{})));
+    auto own_v = make_tensor(make_smem_ptr(shared_.v[warpgroup_]), typename Traits::LayoutV{});
+    auto operand_qt = slice_dk.make_fragment_B(
+        slice_dk.partition_B(tensor(shared_.q, typename Traits::LayoutQt{})));
+    auto operand_grad_out_t = slice_dv.make_fragment_B(
+        slice_dv.partition_B(tensor(shared_.grad_out, typename Traits::LayoutGradOutT{})));
     auto operands_dq =
         Dq::operands(shared_, shared_.k, typename Traits::LayoutKt{}, warpgroup_, thread);
 
@@ -84,8 +87,8 @@ class BackwardMainloop {
 
     PipelineState read_by_dk = read_q_;  // the Q of the product in flight when a step ends
     bool first_step = true;
-    auto dk = Epilogue::new_gradient();
-    auto dv = Epilogue::new_gradient();
+    auto dk = Epilogue::template new_gradient<Traits::kHeadDim>();
+    auto dv = Epilogue::template new_gradient<Traits::kHeadDimV>();
 
     ShuffledRowStatistic<kTileM> lse_log2, minus_delta;
     auto await_queries = [&] {
@@ -103,9 +106,7 @@ class BackwardMainloop {
     };
 
     if constexpr (Traits::kAnyCall) {
-      if (!QuerySteps<Traits, Params>(params, coord).valid()) {
-        return hand_out_zeros(params, coord);
-      }
+      if (!Steps<Params>(params, coord).valid()) return hand_out_zeros(params, coord);
     }
     shared_.k_full.wait(keys_phase_);
     if constexpr (kCareful) {
@@ -118,11 +119,12 @@ class BackwardMainloop {
     if constexpr (Traits::kAnyCall && !kCareful) {
       check_own_values<Traits>(params, coord, shared_.v[warpgroup_]);
     }
-    auto const product_s =
-        Scores::template operands<Traits::kKeyBlocksInRegisters>(own_k, shared_.q, thread);
-    auto const product_dp = Scores::template operands<0>(own_v, shared_.grad_out, thread);
+    auto const product_s = Scores::template operands<Traits::kKeyBlocksInRegisters>(
+        own_k, tensor(shared_.q, typename Traits::LayoutQ{}), thread);
+    auto const product_dp = Scores::template operands<Traits::kValueBlocksInRegisters>(
+        own_v, tensor(shared_.grad_out, typename Traits::LayoutGradOut{}), thread);
     await_queries();
-    QuerySteps<Traits, Params> step(params, coord);
+    Steps<Params> step(params, coord);
     for (bool more = step.valid(); more;) {
       // S^T and dP^T, back to back.
       auto scores = Scores::accumulator();
@@ -179,7 +181,7 @@ class BackwardMainloop {
 
       // dS becomes visible to everyone while dV is in flight.
       sm90::issue_gemm<sm90::Accumulate::kYes>(
-          mma_dkv, p, operand_grad_out_t(_, _, _, read_grad_out_.index()), dv);
+          mma_dv, p, operand_grad_out_t(_, _, _, read_grad_out_.index()), dv);
       cutlass::arch::fence_view_async_shared();
       __syncwarp();
       if (thread % cutlass::NumThreadsPerWarp == 0) shared_.ds_full[ds_buffer_].arrive();
@@ -191,7 +193,7 @@ class BackwardMainloop {
       Dq::template issue<sm90::Accumulate::kNo>(operands_dq, ds_buffer_, dq);
       warpgroup_wait<1>();
       release(pipeline_grad_out_, read_grad_out_);
-      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dkv, ds, operand_qt(_, _, _, read_q_.index()),
+      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dk, ds, operand_qt(_, _, _, read_q_.index()),
                                                dk);
       ++read_q_;
       step.advance();
@@ -226,10 +228,11 @@ class BackwardMainloop {
   template <class Params>
   CUTLASS_DEVICE void hand_out_zeros(Params const& params, KeyBlock const& coord) {
     int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
-    auto zeros = Epilogue::new_gradient();
     shared_.dq_empty[warpgroup_].wait(dq_phase_ ^ 1);
-    hand_out_dv(params, coord, zeros);
-    hand_out_dk(params, coord, zeros);
+    auto dv = Epilogue::template new_gradient<Traits::kHeadDimV>();
+    auto dk = Epilogue::template new_gradient<Traits::kHeadDim>();
+    hand_out_dv(params, coord, dv);
+    hand_out_dk(params, coord, dk);
     Dq::announce(shared_, warpgroup_, 0, thread);
     if (thread % cutlass::NumThreadsPerWarp == 0) {
       shared_.keys_empty.arrive();
@@ -240,14 +243,14 @@ class BackwardMainloop {
 
   template <class Params, class Accumulator>
   CUTLASS_DEVICE void hand_out_dv(Params const& params, KeyBlock const& coord, Accumulator& dv) {
-    Epilogue::hand_out(params, params.grad_v, params.head_dim_v, coord, warpgroup_,
-                       shared_.own.dv[warpgroup_], dv);
+    Epilogue::template hand_out<Traits::kHeadDimV>(params, params.grad_v, params.head_dim_v, coord,
+                                                   warpgroup_, shared_.own.dv[warpgroup_], dv);
   }
   template <class Params, class Accumulator>
   CUTLASS_DEVICE void hand_out_dk(Params const& params, KeyBlock const& coord, Accumulator& dk) {
-    Epilogue::hand_out(params, params.grad_k, params.head_dim, coord, warpgroup_,
-                       reinterpret_cast<Element*>(shared_.own.dq[warpgroup_]), dk,
-                       params.softmax_scale);
+    Epilogue::template hand_out<Traits::kHeadDim>(
+        params, params.grad_k, params.head_dim, coord, warpgroup_,
+        reinterpret_cast<Element*>(shared_.own.dq[warpgroup_]), dk, params.softmax_scale);
   }
 
   /// One arrival a warp: a warp's own WGMMA wait says nothing of the other warps' reads.

@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(128 * Traits::kDqSlices)
   copy(rounded, mma.get_thread_slice(thread).partition_C(make_tensor(own.data(), layout)));
   __syncthreads();
 
-  constexpr int kLanes = Traits::kHeadDim / kVector;
+  constexpr int kLanes = lanes_of_row(Traits::kHeadDim / kVector);
   int const column = threadIdx.x % kLanes * kVector;
   auto* grad_q = static_cast<Element*>(params.grad_q.data) + batch * params.grad_q.batch_stride +
                  head * params.grad_q.head_stride + column;

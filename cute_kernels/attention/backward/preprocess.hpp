@@ -45,8 +45,8 @@ template <class Traits>
 __global__ void __launch_bounds__(kPreprocessThreads)
     preprocess_kernel(CUTE_GRID_CONSTANT PreprocessParams<Traits> const params) {
   using Element = typename Traits::Element;
-  constexpr int kVector = 8;                          // elements of 16 bytes
-  constexpr int kLanes = Traits::kHeadDim / kVector;  // threads of a row
+  constexpr int kVector = 8;  // elements of 16 bytes
+  constexpr int kLanes = lanes_of_row(Traits::kHeadDimV / kVector);
   constexpr int kRows = kPreprocessThreads / kLanes;
   using Vector = cutlass::AlignedArray<Element, kVector>;
 

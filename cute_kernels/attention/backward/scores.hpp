@@ -18,9 +18,9 @@ class BackwardScores {
 
  public:
   /// The keys, of which the first kInRegisters blocks of 16 channels are read into registers now,
-  /// and the queries.
+  /// and all stages of the queries, in shared memory.
   template <int kInRegisters, class Keys, class Queries>
-  CUTLASS_DEVICE static auto operands(Keys const& keys, Queries& queries, int thread) {
+  CUTLASS_DEVICE static auto operands(Keys const& keys, Queries const& queries, int thread) {
     using namespace cute;
     typename Traits::MmaScoresOfRegisters mma_registers;
     auto some_keys =
@@ -35,10 +35,9 @@ class BackwardScores {
            slice.retile_D(in_registers));
     }
     auto slice = typename Traits::MmaScores{}.get_thread_slice(thread);
-    auto all_queries = make_tensor(make_smem_ptr(queries.data()), typename Traits::LayoutQ{});
     return cute::make_tuple(Int<kInRegisters>{}, in_registers,
                             slice.make_fragment_A(slice.partition_A(keys)),
-                            slice.make_fragment_B(slice.partition_B(all_queries)));
+                            slice.make_fragment_B(slice.partition_B(queries)));
   }
 
   CUTLASS_DEVICE static auto accumulator() {
@@ -77,7 +76,7 @@ class BackwardScores {
       sm90::add_gemm<kFirst>(typename Traits::MmaScoresOfRegisters{}, keys_in_registers, queries,
                              scores);
     }
-    if constexpr (16 * kInRegisters < Traits::kHeadDim) {
+    if constexpr (kInRegisters < decltype(size<2>(keys))::value) {
       sm90::add_gemm<kRest, kInRegisters>(typename Traits::MmaScores{}, keys, queries, scores);
     }
     warpgroup_commit_batch();

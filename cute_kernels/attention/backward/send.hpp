@@ -49,15 +49,16 @@ class BackwardSender {
       shared_.dv_full[warpgroup_].wait(dv_phase_);
       dv_phase_ ^= 1;
       if (!params_.float_grads) {
-        Epilogue::store(params_.tma_dv, params_, shared_.own.dv[warpgroup_], coord, warpgroup_);
+        Epilogue::template store<Traits::kHeadDimV>(params_.tma_dv, params_,
+                                                    shared_.own.dv[warpgroup_], coord, warpgroup_);
       }
       cute::tma_store_arrive();
       cute::tma_store_wait<0>();
       wait_for_consumers();
       if (!params_.float_grads) {
-        Epilogue::store(params_.tma_dk, params_,
-                        reinterpret_cast<Element const*>(shared_.own.dq[warpgroup_]), coord,
-                        warpgroup_);
+        Epilogue::template store<Traits::kHeadDim>(
+            params_.tma_dk, params_, reinterpret_cast<Element const*>(shared_.own.dq[warpgroup_]),
+            coord, warpgroup_);
       }
       wait_until_read(release);
     }

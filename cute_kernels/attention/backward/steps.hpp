@@ -7,6 +7,7 @@
 
 #include "cute_kernels/attention/backward/key_blocks.hpp"
 #include "cute_kernels/attention/mask.hpp"
+#include "cute_kernels/sm90/uniform.hpp"
 
 namespace cute_kernels::attention {
 
@@ -16,7 +17,7 @@ namespace cute_kernels::attention {
 /// Where dQ is in order, key blocks add to a query block's dQ in the order of their numbers. So one
 /// waits only for smaller numbers, which have started before it, and once it has waited for the one
 /// before it, follows a step behind.
-template <class Traits, class Params>
+template <class Traits, class Params, Caller kCaller = Caller::kThread>
 class QuerySteps {
   using KeyBlock = typename Traits::KeyBlock;
 
@@ -25,8 +26,12 @@ class QuerySteps {
       : params_(params), coord_(coord) {
     // The CTAs of a cluster take the same steps.
     if constexpr (Traits::kAnyCall) {
-      first_ = coord.queries.begin;
-      full_ = coord.queries.full_begin;
+      first_ = of_caller(coord.queries.begin);
+      full_ = of_caller(coord.queries.full_begin);
+      if constexpr (kIsWarp) {
+        ends_.end = of_caller(coord.queries.end);
+        ends_.full_end = of_caller(coord.queries.full_end);
+      }
     } else {
       first_ = range_of(coord.n_block / Traits::kCluster * Traits::kCluster).begin;
       full_ = range_of(coord.n_block).full_begin;
@@ -48,7 +53,7 @@ class QuerySteps {
   CUTLASS_DEVICE int block() const { return block_; }
   CUTLASS_DEVICE bool masked() const {
     if constexpr (Traits::kAnyCall) {
-      if (block_ >= coord_.queries.full_end) return true;
+      if (block_ >= queries().full_end) return true;
     }
     return block_ < full_;
   }
@@ -82,6 +87,25 @@ class QuerySteps {
   }
 
  private:
+  static constexpr bool kIsWarp = kCaller == Caller::kWarp;
+
+  CUTLASS_DEVICE static int of_caller(int value) {
+    if constexpr (kIsWarp) {
+      return sm90::uniform(value);
+    } else {
+      return value;
+    }
+  }
+
+  /// Of any call: where the key block is, or for a warp, in its registers.
+  CUTLASS_DEVICE auto const& queries() const {
+    if constexpr (kIsWarp) {
+      return ends_;
+    } else {
+      return coord_.queries;
+    }
+  }
+
   CUTLASS_DEVICE BlockRange range_of(int n_block) const {
     return params_.masks.query_blocks(n_block * Traits::kTileN, Traits::kTileN, Traits::kTileM);
   }
@@ -89,7 +113,7 @@ class QuerySteps {
   /// Of the blocks that see the keys.
   CUTLASS_DEVICE int end() const {
     if constexpr (Traits::kAnyCall) {
-      return coord_.queries.end;
+      return queries().end;
     } else {
       return params_.workspace.m_blocks.divisor;
     }
@@ -97,6 +121,12 @@ class QuerySteps {
 
   Params const& params_;
   std::conditional_t<Traits::kAnyCall, KeyBlock const&, KeyBlock const> coord_;
+  struct Ends {
+    int end;
+    int full_end;
+  };
+  struct None {};
+  std::conditional_t<Traits::kAnyCall && kIsWarp, Ends, None> ends_;
   int first_;  // of the blocks that see the keys
   int full_;   // the first that needs no mask
   int block_;

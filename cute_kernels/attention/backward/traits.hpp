@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include <cutlass/arch/barrier.h>
@@ -34,7 +35,8 @@ struct BackwardTraits {
   using Tile = Tile_;
   using Element = typename Tile::Element;
 
-  static constexpr int kHeadDim = Tile::kHeadDim;
+  static constexpr int kHeadDim = Tile::kHeadDim;    // of Q, K and their gradients
+  static constexpr int kHeadDimV = Tile::kHeadDimV;  // of V, dO and dV
   static constexpr int kTileM = Tile::kTileM;
   static constexpr int kTileN = Tile::kTileN;
   static constexpr int kStages = Tile::kStages;
@@ -56,7 +58,7 @@ struct BackwardTraits {
   static_assert(kTileN == (kSplitProducts ? kWarpgroupN : kWarpgroupN * kConsumers),
                 "warpgroups share 64 keys, or each has 64 of its own");
   static_assert(kTileM % 16 == 0 && kTileM <= 256, "tile_m is N of S^T and K of dV");
-  static_assert(kHeadDim % 64 == 0, "the 128-byte swizzle is 64 elements wide");
+  static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "TMA loads rows of 64 bytes or more");
 
   // One kernel takes the dense calls whose masks have one end (Mask), another every call: windows
   // and diagonals of one's own, packed sequences.
@@ -87,17 +89,20 @@ struct BackwardTraits {
   static constexpr int kSliceN = kDqTransposed ? kDqQueries : kDqChannels;
   static_assert(kDqSplit == DqSplit::kQueries || kDqChannels * kDqSlices == kHeadDim);
   static_assert(kSliceM % 64 == 0 && kSliceN % 8 == 0);
+  static_assert(kDqChannels % 16 == 0, "a slice begins with a swizzled row of K");
 
   template <int kM, int kN, int kK>
   using MnkShape = cute::Shape<cute::Int<kM>, cute::Int<kN>, cute::Int<kK>>;
   // WGMMA atoms, one warpgroup wide. S^T and dP^T come from shared memory, dV and dK have P^T and
   // dS^T in registers.
   using MmaScores = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<Element, Element, float,
-                                 MnkShape<kWarpgroupN, kTileM, kHeadDim>>()));
-  using MmaDkv = decltype(cute::make_tiled_mma(
-      cute::GMMA::rs_op_selector<Element, Element, float, MnkShape<kWarpgroupN, kHeadDim, kTileM>,
+      cute::GMMA::ss_op_selector<Element, Element, float, MnkShape<kWarpgroupN, kTileM, 16>>()));
+  template <int kChannels>
+  using MmaOfGradient = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float, MnkShape<kWarpgroupN, kChannels, kTileM>,
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+  using MmaDk = MmaOfGradient<kHeadDim>;
+  using MmaDv = MmaOfGradient<kHeadDimV>;
   static constexpr auto kMajorDqA = kDqTransposed ? cute::GMMA::Major::MN : cute::GMMA::Major::K;
   static constexpr auto kMajorDqB = kDqTransposed ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
   using MmaDq = decltype(cute::make_tiled_mma(
@@ -105,11 +110,11 @@ struct BackwardTraits {
                                  kMajorDqA, kMajorDqB>()));
 
   // What binds is shared memory, which WGMMA reads its operands from. So many blocks of 16 channels
-  // of K, and split by products of V, are S^T's and dP^T's operand from registers instead.
+  // of K and of V are S^T's and dP^T's operand from registers instead.
   static constexpr int kKeyBlocksInRegisters = Tile::kKeyBlocksInRegisters;
+  static constexpr int kValueBlocksInRegisters = Tile::kValueBlocksInRegisters;
   using MmaScoresOfRegisters = decltype(cute::make_tiled_mma(
-      cute::GMMA::rs_op_selector<Element, Element, float,
-                                 MnkShape<kWarpgroupN, kTileM, kHeadDim>>()));
+      cute::GMMA::rs_op_selector<Element, Element, float, MnkShape<kWarpgroupN, kTileM, 16>>()));
 
   // lse and delta are subtracted by WGMMA; or, where no registers are left for its operand of ones,
   // by the threads.
@@ -125,6 +130,9 @@ struct BackwardTraits {
   static constexpr bool is_by_product(Statistic statistic) {
     return kStatisticsByProduct && !(kSoftcap && statistic == Statistic::kLse);
   }
+  // Split by products: S^T and dP^T of the next step are issued before this step's dQ.
+  static constexpr bool kScoresAhead = Tile::kScoresAhead;
+  static_assert(!kScoresAhead || (kSplitProducts && !kSoftcap), "registers are left there alone");
   // S^T is issued while the last step's dK is in flight.
   static constexpr bool kScoresBehindDk = Tile::kScoresBehindDk;
   static_assert(!kScoresBehindDk || !kSplitProducts, "no warpgroup has both S^T and dK");
@@ -136,46 +144,72 @@ struct BackwardTraits {
       decltype(sm90::accumulator_as_operand_a(cute::make_layout(cute::partition_shape_C(
           MmaScores{}, cute::Shape<cute::Int<kWarpgroupN>, cute::Int<kTileM>>{}))));
 
-  // Shared-memory layouts: 128-byte swizzled, as TMA writes and WGMMA reads them.
-  using SwizzleAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
-  using LayoutK = decltype(cute::tile_to_shape(
-      SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>>{}));
-  using LayoutQ = decltype(cute::tile_to_shape(
-      SwizzleAtom{}, cute::Shape<cute::Int<kTileM>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
-  // Two buffers make one barrier a step enough: who writes the second one knows that everyone has
-  // read the first. Split by products, they are for the dS of both CTAs.
-  static constexpr int kDsBuffers = 2;
-  using LayoutDs = decltype(cute::tile_to_shape(
-      SwizzleAtom{}, cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kDsBuffers>>{}));
-  // 64 keys that a warpgroup has for itself: its V, and dK and dV on their way out.
-  using LayoutOwnKeys = decltype(cute::tile_to_shape(
-      SwizzleAtom{}, cute::Shape<cute::Int<kWarpgroupN>, cute::Int<kHeadDim>>{}));
+  // Shared-memory layouts, as TMA writes and WGMMA reads them: with the widest swizzle whose rows
+  // divide what a product takes.
+  static constexpr int swizzled_columns(int columns) {
+    return columns % 64 == 0 ? 64 : columns % 32 == 0 ? 32 : 16;
+  }
+  template <int kColumns>
+  using SwizzleOf =
+      std::conditional_t<kColumns == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                         std::conditional_t<kColumns == 32, cute::GMMA::Layout_K_SW64_Atom<Element>,
+                                            cute::GMMA::Layout_K_SW32_Atom<Element>>>;
+  template <int kRows, int kChannels, int kColumns = swizzled_columns(kChannels)>
+  using LayoutOfRows = decltype(cute::tile_to_shape(
+      SwizzleOf<kColumns>{}, cute::Shape<cute::Int<kRows>, cute::Int<kChannels>>{}));
+  template <int kChannels>
+  using LayoutOfStages = decltype(cute::tile_to_shape(
+      SwizzleOf<swizzled_columns(kChannels)>{},
+      cute::Shape<cute::Int<kTileM>, cute::Int<kChannels>, cute::Int<kStages>>{}));
   // The same memory seen transposed, which WGMMA's descriptor undoes.
-  using LayoutKt = decltype(cute::composition(
-      LayoutK{}, cute::make_layout(cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>>{},
-                                   cute::Stride<cute::Int<kTileN>, cute::_1>{})));
+  template <class Layout, int kRows, int kChannels>
+  using Transposed = decltype(cute::composition(
+      Layout{}, cute::make_layout(cute::Shape<cute::Int<kChannels>, cute::Int<kRows>>{},
+                                  cute::Stride<cute::Int<kRows>, cute::_1>{})));
+  template <int kChannels>
+  using TransposedStages = decltype(cute::composition(
+      LayoutOfStages<kChannels>{},
+      cute::make_layout(
+          cute::Shape<cute::Int<kChannels>, cute::Int<kTileM>, cute::Int<kStages>>{},
+          cute::Stride<cute::Int<kTileM>, cute::_1, cute::Int<kTileM * kChannels>>{})));
+
+  using LayoutQ = LayoutOfStages<kHeadDim>;
+  using LayoutGradOut = LayoutOfStages<kHeadDimV>;
+  using LayoutQt = TransposedStages<kHeadDim>;
+  using LayoutGradOutT = TransposedStages<kHeadDimV>;
+  // Two buffers make one barrier a step enough: who writes the second one knows that everyone has
+  // read the first. Split by products, they are for the dS of both CTAs, and with scores ahead, of
+  // two steps, beside one for P.
+  static constexpr int kDsSteps = kScoresAhead ? 2 : 1;
+  static constexpr int kDsBuffers =
+      kSplitProducts ? kCluster * kDsSteps + (kScoresAhead ? 1 : 0) : 2;
+  using LayoutDs = decltype(cute::tile_to_shape(
+      SwizzleOf<64>{}, cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kDsBuffers>>{}));
+  // K, of which dQ's product takes a slice's channels.
+  static constexpr int kKeyColumns = swizzled_columns(kDqChannels);
+  using LayoutK = LayoutOfRows<kTileN, kHeadDim, kKeyColumns>;
+  using LayoutKt = Transposed<LayoutK, kTileN, kHeadDim>;
   // The other CTA's keys in this one's half of the channels.
   static constexpr int kPeerChannels = kHeadDim / kCluster;
-  using LayoutPeerK = decltype(cute::tile_to_shape(
-      SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kPeerChannels>>{}));
-  using LayoutPeerKt = decltype(cute::composition(
-      LayoutPeerK{}, cute::make_layout(cute::Shape<cute::Int<kPeerChannels>, cute::Int<kTileN>>{},
-                                       cute::Stride<cute::Int<kTileN>, cute::_1>{})));
-  using LayoutQt = decltype(cute::composition(
-      LayoutQ{}, cute::make_layout(
-                     cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileM>, cute::Int<kStages>>{},
-                     cute::Stride<cute::Int<kTileM>, cute::_1, cute::Int<kTileM * kHeadDim>>{})));
+  using LayoutPeerK = LayoutOfRows<kTileN, kPeerChannels, kKeyColumns>;
+  using LayoutPeerKt = Transposed<LayoutPeerK, kTileN, kPeerChannels>;
+  // 64 keys that a warpgroup has for itself: its V, and dK and dV on their way out.
+  static constexpr int kValueColumns = swizzled_columns(kHeadDimV);
+  using LayoutV = LayoutOfRows<kWarpgroupN, kHeadDimV>;
+  using LayoutDv = LayoutV;
+  using LayoutDk = LayoutOfRows<kWarpgroupN, kHeadDim>;
 
   static constexpr int kBytesDs = kTileM * kTileN * sizeof(Element);
   static constexpr int kBytesQ = kTileM * kHeadDim * sizeof(Element);
+  static constexpr int kBytesGradOut = kTileM * kHeadDimV * sizeof(Element);
   // dQ of a step and a warpgroup, in the order of its accumulators (float4 j of thread t at
   // 128 j + t): free of bank conflicts, one piece for TMA, and put right by postprocess.
   static constexpr int kSliceFloats = kTileM * kHeadDim / kDqSlices;
   static constexpr int kDqBuffers = kSplitProducts ? kStages : 1;
-  static_assert(!kSplitProducts || kSliceFloats * sizeof(float) <= kBytesQ,
+  static_assert(!kSplitProducts || kSliceFloats * sizeof(float) <= std::min(kBytesQ, kBytesGradOut),
                 "split by products, dQ leaves through the memory of Q and dO");
   static_assert(kSplitProducts ||
-                    kSliceFloats * sizeof(float) >= cute::cosize_v<LayoutOwnKeys> * sizeof(Element),
+                    kSliceFloats * sizeof(float) >= cute::cosize_v<LayoutDk> * sizeof(Element),
                 "dK leaves through the memory of dQ");
 
   // One arrival a warp; where dQ leaves through the stages, the threads that add it release them.
@@ -189,13 +223,13 @@ struct BackwardTraits {
     // 1024 bytes is the period of the 128-byte swizzle.
     // Split by products, dK and dV leave from where K and V were.
     alignas(1024) cute::array<Element, cute::cosize_v<LayoutK>> k;
-    alignas(1024) Element v[kTileN / kWarpgroupN][cute::cosize_v<LayoutOwnKeys>];
+    alignas(1024) Element v[kTileN / kWarpgroupN][cute::cosize_v<LayoutV>];
     alignas(1024) cute::array<Element, cute::cosize_v<LayoutQ>> q;
-    alignas(1024) cute::array<Element, cute::cosize_v<LayoutQ>> grad_out;
+    alignas(1024) cute::array<Element, cute::cosize_v<LayoutGradOut>> grad_out;
     alignas(1024) cute::array<Element, cute::cosize_v<LayoutDs>> ds;
     struct WayOut {
       alignas(1024) float dq[kConsumers][kSliceFloats];  // and when all dQ has left, dK
-      alignas(1024) Element dv[kConsumers][cute::cosize_v<LayoutOwnKeys>];
+      alignas(1024) Element dv[kConsumers][cute::cosize_v<LayoutDv>];
     };
     struct alignas(1024) PeerKeys : cute::array<Element, cute::cosize_v<LayoutPeerK>> {};
     std::conditional_t<kSplitProducts, PeerKeys, WayOut> own;
@@ -217,13 +251,13 @@ struct BackwardTraits {
     cutlass::arch::ClusterBarrier number_full;
     cutlass::arch::ClusterBarrier number_empty;
     // Every warp has written its part of dS.
-    cutlass::arch::ClusterBarrier ds_full[kDsBuffers];
+    cutlass::arch::ClusterBarrier ds_full[2];
     // Split by products. The first warpgroup has written P; the other CTA's keys, its dS have
     // landed; every consumer warp of both CTAs has read both dS.
     cutlass::arch::ClusterBarrier p_full;
     cutlass::arch::ClusterTransactionBarrier peer_k_full;
-    cutlass::arch::ClusterTransactionBarrier peer_ds_full;
-    cutlass::arch::ClusterBarrier ds_empty;
+    cutlass::arch::ClusterTransactionBarrier peer_ds_full[kDsSteps];
+    cutlass::arch::ClusterBarrier ds_empty[kDsSteps];
     // Full: the warps of warpgroup i have written its slice of dQ, or dK. Empty: TMA has read it
     // (split by products, the pipelines' empty says so).
     cutlass::arch::ClusterBarrier dq_full[kConsumers][kDqBuffers];

@@ -29,6 +29,13 @@ struct BackwardWorkspace {
   int64_t bytes;
 };
 
+/// Threads of a row of so many vectors: a power of 2, so that no row is two warps'.
+constexpr int lanes_of_row(int vectors) {
+  int lanes = 1;
+  while (lanes < vectors) lanes *= 2;
+  return lanes;
+}
+
 /// Whether CTAs add to dQ in a fixed order: where it is asked for, and where it is faster. The
 /// first to come writes, so that nobody clears dQ, which counts where few come; they hardly wait
 /// where there are many heads.

@@ -54,7 +54,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     CacheLoader<Traits> loader(params.call, params.source, shared);
     for (auto walk = first_part(); walk.valid(); walk.advance()) loader.load(walk);
     sm90::let_next_kernel_start();
-    clear_unused_rows<typename Traits::Element>(params.call, params.results);
+    clear_unused_rows<typename Traits::Element>(params.call, params.results.out, params.results.lse,
+                                                blockIdx.x, gridDim.x,
+                                                cutlass::NumThreadsPerWarpGroup);
     loader.drain();
   } else {
     if constexpr (Traits::kReconfigureRegisters) {

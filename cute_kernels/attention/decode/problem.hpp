@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "cute_kernels/attention/call.hpp"
 #include "cute_kernels/attention/problem.hpp"
@@ -53,6 +54,10 @@ struct CachedCall {
   float scale;
   float softcap;  // of the scaled scores; 0: none
   CacheLengths lengths;
+  // A launch answers the sequences that have so many rows (queries * group); of others it writes
+  // nothing.
+  int least_rows = 0;
+  int most_rows = std::numeric_limits<int>::max();
 };
 
 /// All parts of a call's work are numbered by an int, with 1/16 to spare.

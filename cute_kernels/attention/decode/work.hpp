@@ -51,7 +51,9 @@ inline constexpr CachedSequence kNoSequence{0, 0, 1, WindowRanges(0, 0, 0, 0)};
 /// Whatever the lengths hold, all rows lie in the tensors.
 constexpr CachedSequence cached_sequence(CachedCall const& call, int entry) {
   CacheLengths const& lengths = call.lengths;
-  RowSpan const q = packed_rows(lengths.cu_seqlens_q, nullptr, call.total_q, entry);
+  RowSpan q = packed_rows(lengths.cu_seqlens_q, nullptr, call.total_q, entry);
+  int const rows = q.count * call.group;
+  if (rows < call.least_rows || rows > call.most_rows) q.count = 0;
   int const keys = lesser(greater(0, lengths.used[entry]), call.most_keys);
   int const leftpad =
       lengths.leftpad == nullptr ? 0 : lesser(greater(0, lengths.leftpad[entry]), keys);

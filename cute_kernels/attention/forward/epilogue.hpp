@@ -29,29 +29,11 @@ class ForwardEpilogue {
     bool const leader = thread == 0;
     int const first_query = params.first_query(coord) + warpgroup * Traits::kWarpgroupM;
     if (first_query < 0) {
-      if constexpr (Traits::kSharedOutput) wait_for_buffer(shared, warpgroup);
-      if (leader) free_buffer(shared, warpgroup);
+      skip(shared, warpgroup, leader);
       return;
     }
 
-    auto shared_o =
-        make_tensor(make_smem_ptr(buffer(shared, warpgroup)), typename Traits::LayoutO{});
-    auto tiled_copy =
-        make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaOut{});
-    auto slice = tiled_copy.get_thread_slice(thread);
-
-    if constexpr (Traits::kSharedOutput) {
-      wait_for_buffer(shared, warpgroup);
-    } else if constexpr (Traits::kSeparateOutput) {
-      if (leader) tma_store_wait<0>();  // TMA has read the tile before
-    }
-    // Where O overwrites Q: all four warps are done with their products.
-    sm90::barrier_sync(sm90::NamedBarrier::kOutputReady, warpgroup,
-                       cutlass::NumThreadsPerWarpGroup);
-    copy(tiled_copy, slice.retile_S(out), slice.partition_D(shared_o));
-    tma_store_fence();
-    sm90::barrier_sync(sm90::NamedBarrier::kOutputReady, warpgroup,
-                       cutlass::NumThreadsPerWarpGroup);
+    auto const shared_o = to_shared(shared, warpgroup, thread, out);
     // TMA would write on, into the rows of the next sequence.
     bool const is_whole = !Traits::kAnyCall || rows_are_whole(params, coord, first_query);
     if constexpr (Traits::kAnyCall) {
@@ -99,6 +81,48 @@ class ForwardEpilogue {
   /// writes.
   CUTLASS_DEVICE static void drain() { sm90::bulk_wait_complete(); }
 
+ protected:
+  /// Brings a warpgroup's O to its buffer, when that is free: for all of its threads, and for TMA.
+  template <class Output>
+  CUTLASS_DEVICE static auto to_shared(SharedStorage& shared, int warpgroup, int thread,
+                                       Output const& out) {
+    using namespace cute;
+    auto shared_o =
+        make_tensor(make_smem_ptr(buffer(shared, warpgroup)), typename Traits::LayoutO{});
+    auto tiled_copy =
+        make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaOut{});
+    auto slice = tiled_copy.get_thread_slice(thread);
+
+    if constexpr (Traits::kSharedOutput) {
+      wait_for_buffer(shared, warpgroup);
+    } else if constexpr (Traits::kSeparateOutput) {
+      if (thread == 0) tma_store_wait<0>();  // TMA has read the tile before
+    }
+    // Where O overwrites Q: all four warps are done with their products.
+    sm90::barrier_sync(sm90::NamedBarrier::kOutputReady, warpgroup,
+                       cutlass::NumThreadsPerWarpGroup);
+    copy(tiled_copy, slice.retile_S(out), slice.partition_D(shared_o));
+    tma_store_fence();
+    sm90::barrier_sync(sm90::NamedBarrier::kOutputReady, warpgroup,
+                       cutlass::NumThreadsPerWarpGroup);
+    return shared_o;
+  }
+
+  /// Of a warpgroup that has no rows in a tile.
+  CUTLASS_DEVICE static void skip(SharedStorage& shared, int warpgroup, bool leader) {
+    if constexpr (Traits::kSharedOutput) wait_for_buffer(shared, warpgroup);
+    if (leader) free_buffer(shared, warpgroup);
+  }
+
+  /// Tells whoever waits for O's memory that TMA has read it.
+  CUTLASS_DEVICE static void free_buffer(SharedStorage& shared, int warpgroup) {
+    if constexpr (Traits::kSharedOutput) {
+      shared.o_empty.arrive();
+    } else if constexpr (!Traits::kSeparateOutput) {
+      shared.q_empty[warpgroup].arrive();
+    }
+  }
+
  private:
   /// Whether the warpgroup's 64 rows are the sequence's, or behind it the tensor ends.
   template <class Params>
@@ -142,15 +166,6 @@ class ForwardEpilogue {
   CUTLASS_DEVICE static void wait_for_buffer(SharedStorage& shared, int warpgroup) {
     if (cutlass::canonical_warp_idx_sync() % cutlass::NumWarpsPerWarpGroup != 0) return;
     while (!__any_sync(0xffffffff, shared.o_empty.try_wait((warpgroup + 1) % 2))) continue;
-  }
-
-  /// Tells whoever waits for O's memory that TMA has read it.
-  CUTLASS_DEVICE static void free_buffer(SharedStorage& shared, int warpgroup) {
-    if constexpr (Traits::kSharedOutput) {
-      shared.o_empty.arrive();
-    } else if constexpr (!Traits::kSeparateOutput) {
-      shared.q_empty[warpgroup].arrive();
-    }
   }
 };
 

@@ -23,6 +23,7 @@ struct Fp8AnyCalls : AnyCalls<kNeighbours> {
   using Tile = typename Base::Tile;
 
   bool is_packed;
+  bool exact_lse;
   float const* score_offset;  // of the LSE's shape, or null
 
   /// The sequence's number, which its scales go by.

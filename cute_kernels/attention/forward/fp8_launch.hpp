@@ -48,6 +48,7 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
   params.out_float16 = problem.out_float16;
   if constexpr (Traits::kAnyCall) {
     params.is_packed = problem.call.is_packed();
+    params.exact_lse = problem.exact_lse;
     params.score_offset = problem.score_offset;
     cudaError_t const status = start_listing_work<Traits>(problem, stream, problem.overlaps);
     if (status != cudaSuccess) return status;

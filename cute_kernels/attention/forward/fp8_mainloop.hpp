@@ -223,7 +223,11 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       for (int group = 0; group < kGroups; ++group) {
         scale[group] = sm90::max_nan(scale[group] * q_scale, kSmallestFactor);
       }
-      softmax.template update<decltype(is_first)::value>(rows, scale, on_move);
+      if constexpr (Traits::kAnyCall) {
+        softmax.template update<decltype(is_first)::value>(rows, scale, on_move, params.exact_lse);
+      } else {
+        softmax.template update<decltype(is_first)::value>(rows, scale, on_move);
+      }
     };
 
     // Blocks that only the other warpgroups see, behind the last of this one's.

@@ -25,7 +25,8 @@ namespace cute_kernels::attention {
 /// two, and are taken to be that in between, less kLinearBias. An FMA and half a conversion to
 /// bytes are all that an element of P takes: no exponential (16 results a clock and SM, as long as
 /// 512 FLOP), no addition for the row sum, which comes from the tensor cores. P is off by at most
-/// 0.35 of e4m3's last bit before it is rounded, and its sum by the same.
+/// 0.35 of e4m3's last bit before it is rounded, and its sum by the same. An exact LSE, where one
+/// is wanted, takes the exponentials after all, for a sum of their own.
 template <class Traits>
 class ScaledSoftmax {
   static constexpr int kRows = 2;
@@ -33,6 +34,7 @@ class ScaledSoftmax {
   static constexpr int kColumns = Traits::kTileN / 4 / kGroups;  // of a thread, in a group
   static constexpr bool kInteger = Traits::kIntegerScores;
   static constexpr bool kIntegerMaxima = kInteger || Traits::kLinearExp;
+  static constexpr bool kHasExactSum = Traits::kAnyCall && Traits::kLinearExp;
 
  public:
   CUTLASS_DEVICE ScaledSoftmax() {
@@ -48,7 +50,8 @@ class ScaledSoftmax {
   /// of two. Calls on_move(), in a whole warp, where O must be rescaled before this block's P V is
   /// added. kFirst: known to be the row's first block.
   template <bool kFirst, class Scores, class OnMove>
-  CUTLASS_DEVICE void update(Scores& scores, float const (&scale)[kGroups], OnMove const& on_move) {
+  CUTLASS_DEVICE void update(Scores& scores, float const (&scale)[kGroups], OnMove const& on_move,
+                             bool exact_lse = false) {
     using namespace cute;
     static_assert(decltype(size<0>(scores))::value == kRows);
     static_assert(decltype(size<1>(scores))::value == kColumns * kGroups);
@@ -69,6 +72,7 @@ class ScaledSoftmax {
       move_origins(block_max, scale, scores);
       on_move();
     }
+    if (kHasExactSum && exact_lse) add_to_exact_sum(scores, scale);
     CUTLASS_PRAGMA_UNROLL
     for (int group = 0; group < kGroups; ++group) {
       CUTLASS_PRAGMA_UNROLL
@@ -150,14 +154,33 @@ class ScaledSoftmax {
   /// With the sink in the sum, which is all of it for a row that saw no key.
   CUTLASS_DEVICE float lse(int row, float sink) const {
     if (sum_[row] == 0.f) return sink;
-    float const above = sink_above_keys(row, sink);
-    float const most = above > 0.f ? sink : keys(row) * sm90::kLn2 + score_offset_[row];
+    float const of_keys = exact_keys(row);
+    float const above = (sink - score_offset_[row]) * sm90::kLog2e - of_keys;
+    float const most = above > 0.f ? sink : of_keys * sm90::kLn2 + score_offset_[row];
     return most + log2f(1.f + sm90::exp2_mufu(-fabsf(above))) * sm90::kLn2;
   }
 
  private:
   /// log2 of what the keys have in the denominator, but for the offset of their scores.
   CUTLASS_DEVICE float keys(int row) const { return origin_[row] - kShift + log2f(sum_[row]); }
+
+  /// The same, exact if that was wanted.
+  CUTLASS_DEVICE float exact_keys(int row) const {
+    return exact_sum_[row] > 0.f ? origin_[row] - kShift + log2f(exact_sum_[row]) : keys(row);
+  }
+
+  template <class Scores>
+  CUTLASS_DEVICE void add_to_exact_sum(Scores const& scores, float const (&scale)[kGroups]) {
+    float const base = kInteger && !is_huge_ ? kMagic : 0.f;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < kColumns * kGroups; ++col) {
+        float const score = scores(row, col) - base;
+        exact_sum_[row] += sm90::exp2_mufu(score * scale[col / kColumns] - offset_[row]);
+      }
+    }
+  }
 
   /// In powers of two, of a row that saw a key.
   CUTLASS_DEVICE float sink_above_keys(int row, float sink) const {
@@ -172,6 +195,10 @@ class ScaledSoftmax {
       if constexpr (!Traits::kLinearExp) {
         sum_[row] += __shfl_xor_sync(0xffffffff, sum_[row], 1);
         sum_[row] += __shfl_xor_sync(0xffffffff, sum_[row], 2);
+      }
+      if constexpr (kHasExactSum) {
+        exact_sum_[row] += __shfl_xor_sync(0xffffffff, exact_sum_[row], 1);
+        exact_sum_[row] += __shfl_xor_sync(0xffffffff, exact_sum_[row], 2);
       }
       inverse[row] = sum_[row] == 0.f ? 0.f : 1.f / denominator(row);
     }
@@ -249,6 +276,7 @@ class ScaledSoftmax {
       float const finite = origin == kMinusInf ? 0.f : origin;
       rescale_[row] = sm90::exp2_mufu(origin_[row] - finite);
       sum_[row] *= rescale_[row];
+      if constexpr (kHasExactSum) exact_sum_[row] *= rescale_[row];
       origin_[row] = origin;
       offset_[row] = finite - kShift;
       is_huge |= fabsf(finite) > kHuge;
@@ -290,7 +318,8 @@ class ScaledSoftmax {
   float sum_[kRows];
   float rescale_[kRows];
   float score_offset_[kRows] = {};
-  bool is_huge_ = false;  // the scores of this block were made relative to the origins
+  float exact_sum_[kRows] = {};  // of P before it is rounded, if wanted
+  bool is_huge_ = false;         // the scores of this block were made relative to the origins
 };
 
 }  // namespace cute_kernels::attention

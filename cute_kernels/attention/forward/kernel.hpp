@@ -27,12 +27,59 @@ struct ForwardParams : Traits::Calls {
   float scale_log2;
   int heads;
   cutlass::FastDivmod heads_per_kv;
+
+  CUTLASS_DEVICE void prefetch_descriptors() const {
+    cute::prefetch_tma_descriptor(tma_q.get_tma_descriptor());
+    cute::prefetch_tma_descriptor(tma_k.get_tma_descriptor());
+    cute::prefetch_tma_descriptor(tma_v.get_tma_descriptor());
+    cute::prefetch_tma_descriptor(tma_o.get_tma_descriptor());
+  }
 };
 
-/// Warpgroup 0 moves data (its first warp) and in a second pass looks at some of it (its second
-/// one), the other warpgroups compute. All walk the same tiles in the same order, so that
+/// The producer warpgroup of a kernel whose loads all come from one thread, of the first warp; in a
+/// second pass the second one looks at some of what it has loaded.
+template <class Mainloop>
+class TileProducer {
+  using Traits = typename Mainloop::Traits;
+  using SharedStorage = typename Traits::SharedStorage;
+  using Pipeline = typename Traits::Pipeline;
+  using PipelineState = typename Traits::PipelineState;
+
+ public:
+  /// Of one pass.
+  template <class Params>
+  CUTLASS_DEVICE void load(Params const& params, SharedStorage& shared, Pipeline& pipeline_k,
+                           Pipeline& pipeline_v, int warp) {
+    if (warp == 0) {
+      if (cute::elect_one_sync()) {
+        typename Params::Scheduler tile(params.scheduler);
+        for (; tile.valid(); tile.advance()) {
+          Mainloop::load(params, shared, pipeline_k, pipeline_v, write_k_, write_v_,
+                         tile.phase(shared.passes), tile.coord());
+        }
+        shared.passes.next_first_tile = tile.round() % 2;
+        shared.passes.next_first_v_stage = write_v_.index();
+      }
+      __syncwarp();
+    } else if (warp == 1 && shared.passes.guarded) {
+      Mainloop::guard(params, shared);
+    }
+  }
+
+  /// When a second pass is over.
+  template <class Params>
+  CUTLASS_DEVICE static void restore(Params const& params) {
+    Mainloop::restore(params);
+  }
+
+ private:
+  PipelineState write_k_ = cutlass::make_producer_start_state<Pipeline>();
+  PipelineState write_v_ = cutlass::make_producer_start_state<Pipeline>();
+};
+
+/// Warpgroup 0 moves data, the others compute. All walk the same tiles in the same order, so that
 /// the barriers' phases are all they need to share.
-template <class Mainloop, class Epilogue, class Params>
+template <class Mainloop, class Producer, class Epilogue, class Params>
 __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
     forward_kernel(CUTE_GRID_CONSTANT Params const params) {
   using namespace cute;
@@ -49,10 +96,7 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
   bool const is_producer = warpgroup == 0;
 
   if (threadIdx.x == 0) {
-    prefetch_tma_descriptor(params.tma_q.get_tma_descriptor());
-    prefetch_tma_descriptor(params.tma_k.get_tma_descriptor());
-    prefetch_tma_descriptor(params.tma_v.get_tma_descriptor());
-    prefetch_tma_descriptor(params.tma_o.get_tma_descriptor());
+    params.prefetch_descriptors();
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Traits::kConsumers; ++i) {
       shared.q_full[i].init(1);
@@ -79,25 +123,11 @@ __global__ void __launch_bounds__(Mainloop::Traits::kThreads, 1)
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     }
-    PipelineState write_k = cutlass::make_producer_start_state<Pipeline>();
-    PipelineState write_v = cutlass::make_producer_start_state<Pipeline>();
+    Producer producer;
     do {
-      if (warp_in_group == 0) {
-        if (elect_one_sync()) {
-          Scheduler tile(params.scheduler);
-          for (; tile.valid(); tile.advance()) {
-            Mainloop::load(params, shared, pipeline_k, pipeline_v, write_k, write_v,
-                           tile.phase(shared.passes), tile.coord());
-          }
-          shared.passes.next_first_tile = tile.round() % 2;
-          shared.passes.next_first_v_stage = write_v.index();
-        }
-        __syncwarp();
-      } else if (warp_in_group == 1 && shared.passes.guarded) {
-        Mainloop::guard(params, shared);
-      }
+      producer.load(params, shared, pipeline_k, pipeline_v, warp_in_group);
     } while (shared.passes.go_on());
-    if (shared.passes.guarded) Mainloop::restore(params);
+    if (shared.passes.guarded) producer.restore(params);
   } else {
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();

@@ -104,7 +104,11 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord, warpgroup,
             softmax, out);
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
-    if constexpr (Traits::kAnyCall) {
+    if constexpr (Traits::kGroupedRows) {
+      int const row = first_row(params, coord, warpgroup);
+      float const sinks[] = {params.sink(coord, row), params.sink(coord, row + 8)};
+      softmax.finalize(out_rows, sinks);
+    } else if constexpr (Traits::kAnyCall) {
       softmax.finalize(out_rows, params.sink(coord));
     } else {
       softmax.finalize(out_rows);
@@ -123,6 +127,15 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     return value;
   }
 
+  /// The thread's first row of a tile; its other one is 8 rows on.
+  template <class Params>
+  CUTLASS_DEVICE static int first_row(Params const& params, typename Params::Tile const& coord,
+                                      int warpgroup) {
+    int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
+    return params.first_query(coord) + warpgroup * Traits::kWarpgroupM + thread / 32 * kWarpM +
+           thread % 32 / 4;
+  }
+
   /// Whether the thread's part of the output is, of rows that the sequence has: others are another
   /// sequence's queries, or none's.
   template <class Params, class Output>
@@ -130,9 +143,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
                                         int warpgroup, Output const& out) {
     if constexpr (!Traits::kAnyCall) return Guard::all_finite(out);
     auto const rows = cute::make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
-    int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
-    int const query = params.first_query(coord) + warpgroup * Traits::kWarpgroupM +
-                      thread / 32 * kWarpM + thread % 32 / 4;
+    int const query = first_row(params, coord, warpgroup);
     int const seqlen_q = params.mask_of(coord).seqlen_q;
     bool finite = true;
     CUTLASS_PRAGMA_UNROLL

@@ -101,6 +101,14 @@ class OnlineSoftmax {
     });
   }
 
+  /// With a sink for each row.
+  template <class Output>
+  CUTLASS_DEVICE void finalize(Output& out, float const (&sinks)[kRows]) {
+    divide(out, [&](int row) {
+      return sum_[row] * (1.f + sm90::exp2_mufu(sink_above_keys(row, sinks[row])));
+    });
+  }
+
   /// ln(sum_j exp(softmax_scale * s_j)); -inf for a row that saw no key.
   CUTLASS_DEVICE float lse(int row) const {
     return sum_[row] == 0.f ? kMinusInf : keys(row) * sm90::kLn2;

@@ -128,8 +128,9 @@ cudaError_t start_forward(Params const& params, ForwardProblem const& problem, c
   how.device = problem.device.index;
   how.shared_bytes = kSharedBytes;
   how.early = overlaps;
-  return sm90::launch_kernel<forward_kernel<Mainloop, ForwardEpilogue<Traits>, Params>>(how,
-                                                                                        params);
+  constexpr auto kKernel =
+      forward_kernel<Mainloop, TileProducer<Mainloop>, ForwardEpilogue<Traits>, Params>;
+  return sm90::launch_kernel<kKernel>(how, params);
 }
 
 }  // namespace cute_kernels::attention

@@ -32,6 +32,7 @@ struct ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
   static constexpr bool kSeparateOutput = Tile::kSeparateOutput;
   static constexpr bool kSoftcap = Tile::kSoftcap;
   static constexpr bool kSumInPairs = Tile::kSumInPairs;  // of P, in OnlineSoftmax
+  static constexpr bool kGroupedRows = false;  // a tile's rows are of several heads (PrefillTraits)
 
   static_assert(kTileN % 16 == 0 && kTileN <= 256, "tile_n is N of Q K^T and K of P V");
   static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0,

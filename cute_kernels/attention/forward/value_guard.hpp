@@ -30,6 +30,7 @@ class ValueGuard {
   using SharedStorage = typename Traits::SharedStorage;
   using PipelineState = typename Traits::PipelineState;
 
+ protected:
   static constexpr int kBlockElements = Traits::kTileN * Traits::kHeadDimV;
 
  public:
@@ -93,11 +94,19 @@ class ValueGuard {
   template <class Params>
   CUTLASS_DEVICE static void restore(Params const& params) {
     for (typename Params::Scheduler tile(params.scheduler); tile.valid(); tile.advance()) {
-      restore(params, tile.coord());
+      auto const coord = tile.coord();
+      Element const* const values = rows_of<Element>(
+          params.v, params.batch(coord), params.heads_per_kv.div(coord.head), params.row_k(coord));
+      Element* const out =
+          rows_of<Element>(params.out, params.batch(coord), coord.head, params.row_q(coord));
+      restore_tile(
+          params, coord, cute::get<1>(params.shape_v),
+          [&](int key) { return values + key * params.v.seqlen_stride; },
+          [&](int query) { return out + query * params.out.seqlen_stride; });
     }
   }
 
- private:
+ protected:
   /// Makes what is not finite 0.
   CUTLASS_DEVICE static void clear(Element* values) {
     constexpr int kLanes = cutlass::NumThreadsPerWarp;
@@ -107,28 +116,29 @@ class ValueGuard {
     cutlass::arch::fence_view_async_shared();
   }
 
-  template <class Params>
-  CUTLASS_DEVICE static void restore(Params const& params, typename Params::Tile const& coord) {
+  /// The same of a tile. values(key) and results(query) are rows of V and O, the former null where
+  /// there is none.
+  template <class Params, class Values, class Results>
+  CUTLASS_DEVICE static void restore_tile(Params const& params, typename Params::Tile const& coord,
+                                          int channels, Values const& values,
+                                          Results const& results) {
     int const first_query = params.first_query(coord);
     auto const& mask = params.mask_of(coord);
     BlockRange const loaded = mask.key_blocks(first_query, Traits::kTileM, Traits::kTileN);
-    Element const* const values = rows_of<Element>(
-        params.v, params.batch(coord), params.heads_per_kv.div(coord.head), params.row_k(coord));
-    Element* const out =
-        rows_of<Element>(params.out, params.batch(coord), coord.head, params.row_q(coord));
-    int const channels = cute::get<1>(params.shape_v);
     int const end_query = min(first_query + Traits::kTileM, mask.seqlen_q);
     // A thread has channels of its own, so that each of its values is read and judged once.
     auto add_back = [&](int first_key, int end_key, int channel) {
       CUTLASS_PRAGMA_NO_UNROLL
       for (int key = first_key; key < end_key; ++key) {
-        Element const value = values[key * params.v.seqlen_stride + channel];
+        Element const* const row = values(key);
+        if (row == nullptr) continue;
+        Element const value = row[channel];
         if (sm90::is_finite(value)) continue;
         int end = end_query;
         if constexpr (Traits::Calls::kHasLeftEnd) end = min(end, mask.end_query(key));
         CUTLASS_PRAGMA_NO_UNROLL
         for (int query = max(max(0, first_query), mask.first_query(key)); query < end; ++query) {
-          Element& result = out[query * params.out.seqlen_stride + channel];
+          Element& result = results(query)[channel];
           result = static_cast<Element>(static_cast<float>(result) + static_cast<float>(value));
         }
       }

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(WorkListBuilder<Tiling>::kThreads)
         first + lane < packed.total_q &&
         !is_used(packed.cu_seqlens_q, packed.seqused_q, packed.total_q, call.sizes.batch, own);
     for (unsigned rows = __ballot_sync(0xffffffff, is_unused); rows != 0; rows &= rows - 1) {
-      unused.clear<kWarpThreads>(first + __ffs(rows) - 1, lane);
+      unused.clear(first + __ffs(rows) - 1, lane, kWarpThreads);
     }
   }
 }

@@ -35,7 +35,8 @@ struct QueryTiling {
   static constexpr int first_row(Sequence const& sequence, int tile) {
     return first_query_of_tile(sequence.seqlen_q, kTileM, count(sequence), tile);
   }
-  static constexpr int length(WindowRanges const& ranges, int first_row) {
+  template <class Ranges>
+  static constexpr int length(Ranges const& ranges, int first_row) {
     BlockRange const keys = ranges.key_blocks(first_row, kTileM, kTileN);
     return keys.end - keys.begin;
   }
@@ -104,7 +105,9 @@ inline WorkList work_list_at(void* memory, int batch, int64_t most) {
 /// The attention kernel waits for it, so what counts is how long one thread takes: nothing is
 /// divided by a number that only the call knows but lengths into classes, a tile's sequence is
 /// sought once and in shared memory, and who adds up others' numbers has read them all by then.
-template <class Tiling>
+///
+/// Of calls it knows sequences(), sequence_of() and ranges_of().
+template <class Tiling, class Call = AttentionCall>
 class WorkListBuilder {
  public:
   static constexpr int kThreads = 256;
@@ -129,7 +132,7 @@ class WorkListBuilder {
     int counters[kThreads * (kBuckets + 1)];
   };
 
-  constexpr WorkListBuilder(AttentionCall const& call, WorkList const& list, Shared& shared)
+  constexpr WorkListBuilder(Call const& call, WorkList const& list, Shared& shared)
       : call_(call), list_(list), shared_(shared) {}
 
   template <int kPhase>
@@ -149,10 +152,10 @@ class WorkListBuilder {
         starts()[entry] = start;
         start = add(start, count);
       });
-      if (thread == 0) starts()[call_.sizes.batch] = *list_.count = shared_.total;
+      if (thread == 0) starts()[sequences(call_)] = *list_.count = shared_.total;
     } else if constexpr (kPhase == 4) {
       int const tile = first_tile(thread);
-      shared_.entry[thread] = entry_at(starts(), call_.sizes.batch, tile);
+      shared_.entry[thread] = entry_at(starts(), sequences(call_), tile);
       int longest = 0;
       each_tile(thread, [&](WorkTile const&, int length) { longest = greater(longest, length); });
       shared_.of_thread[thread] = longest;
@@ -187,15 +190,15 @@ class WorkListBuilder {
 
   template <class Visit>
   constexpr void each_sequence(int thread, Visit const& visit) const {
-    int const share = (call_.sizes.batch + kThreads - 1) / kThreads;
-    int const first = lesser(thread * share, call_.sizes.batch);
-    int const end = lesser(first + share, call_.sizes.batch);
+    int const share = (sequences(call_) + kThreads - 1) / kThreads;
+    int const first = lesser(thread * share, sequences(call_));
+    int const end = lesser(first + share, sequences(call_));
     for (int entry = first; entry < end; ++entry) {
       visit(entry, Tiling::count(sequence_of(call_, entry)));
     }
   }
 
-  constexpr int* starts() { return call_.sizes.batch <= kNearby ? shared_.starts : list_.starts; }
+  constexpr int* starts() { return sequences(call_) <= kNearby ? shared_.starts : list_.starts; }
 
   constexpr int share_of_tiles() const { return (shared_.total + kThreads - 1) / kThreads; }
   constexpr int first_tile(int thread) const {
@@ -211,7 +214,7 @@ class WorkListBuilder {
     for (int i = first_tile(thread); i < end; ++entry) {
       Sequence sequence = sequence_of(call_, entry);
       if constexpr (Tiling::kNumbersSequences) sequence.batch = entry;
-      WindowRanges const ranges = ranges_of(call_, sequence, entry);
+      auto const ranges = ranges_of(call_, sequence, entry);
       int const start = starts()[entry], count = starts()[entry + 1] - start;
       for (int const stop = lesser(end, start + count); i < stop; ++i) {
         auto first_row = [&](int tile) { return Tiling::first_row(sequence, tile); };
@@ -278,7 +281,7 @@ class WorkListBuilder {
     shared_.longest = longest;
   }
 
-  AttentionCall const& call_;
+  Call const& call_;
   WorkList list_;
   Shared& shared_;
 };

@@ -26,7 +26,7 @@ from .rows import Row
 from .source import plugin_source
 
 # Of nvcc for a row, about
-SECONDS = {"forward": 70, "backward": 150, "forward_fp8": 90, "decode": 60}
+SECONDS = {"forward": 70, "backward": 150, "forward_fp8": 90, "decode": 60, "prefill": 70}
 BYTES_PER_JOB = 4 << 30  # of memory
 
 

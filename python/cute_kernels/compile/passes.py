@@ -30,7 +30,7 @@ PACKED_VALUE_KEYS = 128  # FP8: keys of V that a packed sequence has whole block
 SEQUENCE_KEY_BLOCK_BYTES = 100  # backward, any_call: what is known of a key block
 KEY_BLOCK = 16  # backward: channels of a k-step of WGMMA, 4 registers as an operand
 SUM_CHANNELS = 8  # FP8 with linear_exp: channels of V that are ones
-SWIZZLE_ELEMENTS = 64  # a row of the 128-byte swizzle
+SWIZZLE_ELEMENTS = 16  # a row of the 32-byte swizzle, the narrowest
 WARPGROUP_WARPS = 4
 # What setmaxnreg leaves a consumer thread (forward/traits.hpp); one consumer warpgroup keeps the
 # compiler's limit.
@@ -52,6 +52,16 @@ FORWARD_FIELDS = (
     Field("overhead", int, 0),
     Field("why", str),
 )
+PREFILL_FIELDS = (
+    *HEAD,
+    Field("tile_m", int),
+    Field("tile_n", int, REQUIRED, "kTileN"),
+    Field("stages", int, 2, "kStages"),
+    Field("pingpong", bool, True, "kPingpong"),
+    Field("overlap", bool, True, "kOverlap"),
+    Field("sum_in_pairs", bool, False, "kSumInPairs"),
+    Field("why", str),
+)
 FP8_FIELDS = (
     *HEAD,
     Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
@@ -68,6 +78,7 @@ FP8_FIELDS = (
 )
 BACKWARD_FIELDS = (
     *HEAD,
+    Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
     Field("any_call", bool, False, "kAnyCall"),
     Field("softcap", bool, False, "kSoftcap"),
     Field("mask", str, "any"),
@@ -76,9 +87,11 @@ BACKWARD_FIELDS = (
     Field("stages", int, 2, "kStages"),
     Field("consumer_warpgroups", int, 2, "kConsumerWarpgroups"),
     Field("key_blocks_in_registers", int, 0, "kKeyBlocksInRegisters"),
+    Field("value_blocks_in_registers", int, 0, "kValueBlocksInRegisters"),
     Field("split_products", bool, False, "kSplitProducts"),
     Field("statistics_by_product", bool, False, "kStatisticsByProduct"),
     Field("scores_behind_dk", bool, False, "kScoresBehindDk"),
+    Field("scores_ahead", bool, False, "kScoresAhead"),
     Field("why", str),
 )
 # A forward tile has 64 queries for each consumer warpgroup; a backward row says both.
@@ -111,6 +124,11 @@ def forward_registers(row: Row) -> dict[str, int]:
         "packed P": scores * ELEMENT_BYTES // 4,
         "working": WORKING_REGISTERS,
     }
+
+
+def as_forward(row: Row) -> Row:
+    """A prefill row as the forward row that it is but for its loads and stores."""
+    return {**row, "head_dim_v": row["head_dim"], "separate_output": True}
 
 
 def fp8_shared_memory(row: Row) -> dict[str, int]:
@@ -148,8 +166,8 @@ def dq_slices(row: Row) -> int:
 
 def backward_shared_memory(row: Row) -> dict[str, int]:
     stages, consumers = row["stages"], row["consumer_warpgroups"]
-    keys = row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
-    queries = stages * row["tile_m"] * row["head_dim"] * ELEMENT_BYTES
+    k, v = (row["tile_n"] * row[size] * ELEMENT_BYTES for size in ("head_dim", "head_dim_v"))
+    block = stages * row["tile_m"] * ELEMENT_BYTES
     split = row["split_products"]
     scores = row["tile_m"] * row["tile_n"] * ELEMENT_BYTES
     dq = row["tile_m"] * row["head_dim"] * ACCUMULATOR_BYTES
@@ -160,17 +178,18 @@ def backward_shared_memory(row: Row) -> dict[str, int]:
     # buffers), of the next key block's number (and that); full: K, V, P, both dS, the other CTA's K
     # and dS, every warpgroup's dV; empty: K and V, dS
     barriers = 8 * (4 * stages + consumers * (2 + stages) + 12)
+    barriers += 2 * 8 if row["scores_ahead"] else 0  # dS of the second step, full and empty
     barriers += 5 * WARPGROUP_WARPS * consumers  # what a warp knows of keys and queries not finite
     barriers += 2 * SEQUENCE_KEY_BLOCK_BYTES if row["any_call"] else 0
     return aligned(
         {
-            "K": keys,
-            "V": keys,
-            "Q": queries,
-            "dO": queries,
-            "dS": 2 * scores,
+            "K": k,
+            "V": v,
+            "Q": block * row["head_dim"],
+            "dO": block * row["head_dim_v"],
+            "dS": (5 if row["scores_ahead"] else 2) * scores,  # of two steps, and P
             # split by products, dQ leaves through Q's and dO's memory if at all
-            **({"the other CTA's K": keys // 2} if split else {"dQ": dq, "dV": keys}),
+            **({"the other CTA's K": k // 2} if split else {"dQ": dq, "dV": v}),
             "LSE, delta and barriers": statistics + barriers,
         }
     )
@@ -180,13 +199,16 @@ def backward_registers(row: Row) -> dict[str, int]:
     split = row["split_products"]
     scores = WARPGROUP_M * row["tile_m"] // WARPGROUP_THREADS
     dq = row["tile_m"] * row["head_dim"] // (WARPGROUP_THREADS * dq_slices(row))
-    gradient = WARPGROUP_M * row["head_dim"] // WARPGROUP_THREADS
+    in_registers = row["key_blocks_in_registers"], row["value_blocks_in_registers"]
+    dk, dv = (WARPGROUP_M * row[size] // WARPGROUP_THREADS for size in ("head_dim", "head_dim_v"))
     return {
-        "scores and dP, then dQ": max(scores if split else 2 * scores, dq),
-        "keys": 4 * row["key_blocks_in_registers"],
+        "scores and dP, then dQ": scores + dq
+        if row["scores_ahead"]
+        else max(scores if split else 2 * scores, dq),
+        "keys": 4 * (max(in_registers) if split else sum(in_registers)),
         "ones": 8 if row["statistics_by_product"] else 0,  # WGMMA's operands for lse and delta
-        "dK": gradient,
-        "dV": 0 if split else gradient,
+        "dK": max(dk, dv) if split else dk,
+        "dV": 0 if split else dv,
         "working": WORKING_REGISTERS,
     }
 
@@ -206,6 +228,16 @@ def forward_problems(row: Row) -> list[str]:
     if row["speed"] <= 0 or row["overhead"] < 0:
         found.append(
             f"speed = {row['speed']} must be above 0, overhead = {row['overhead']} at least 0"
+        )
+    return found
+
+
+def prefill_problems(row: Row) -> list[str]:
+    found = query_block_problems(row)
+    if row["tile_n"] % 32 or not 32 <= row["tile_n"] <= 256:
+        found.append(
+            f"tile_n = {row['tile_n']} must be a multiple of 32 up to 256: a warp gathers 32 rows "
+            f"at a time, and it is N of the WGMMA Q K^T"
         )
     return found
 
@@ -269,18 +301,20 @@ def backward_problems(row: Row) -> list[str]:
             f"{row['head_dim']}: dQ is split over {slices} warpgroups, each with 64 of the "
             f"queries, or with channels, 64 of them if tile_m is not 64"
         )
-    if split and row["head_dim"] % (2 * SWIZZLE_ELEMENTS):
+    if row["tile_m"] == WARPGROUP_M and row["head_dim"] % (slices * SWIZZLE_ELEMENTS):
         found.append(
-            f"head_dim = {row['head_dim']} must be a multiple of {2 * SWIZZLE_ELEMENTS} with "
-            f"tile_n = {row['tile_n']}: two CTAs have half of dQ's channels each, in rows of "
-            f"{SWIZZLE_ELEMENTS}"
+            f"head_dim = {row['head_dim']} must be a multiple of {slices * SWIZZLE_ELEMENTS} with "
+            f"tile_m = {row['tile_m']}: dQ's channels are split over {slices} warpgroups, in "
+            f"swizzled rows of {SWIZZLE_ELEMENTS}"
         )
-    key_blocks, registers = row["head_dim"] // KEY_BLOCK, row["key_blocks_in_registers"]
-    if registers < 0 or (registers > 0 and key_blocks % registers):
-        found.append(
-            f"key_blocks_in_registers = {registers} must be 0 or divide {key_blocks}, the blocks "
-            f"of {KEY_BLOCK} channels that head_dim = {row['head_dim']} has"
-        )
+    for operand, size in (("key", "head_dim"), ("value", "head_dim_v")):
+        blocks, column = row[size] // KEY_BLOCK, f"{operand}_blocks_in_registers"
+        registers = row[column]
+        if registers < 0 or (registers > 0 and blocks % registers):
+            found.append(
+                f"{column} = {registers} must be 0 or divide {blocks}, the blocks of {KEY_BLOCK} "
+                f"channels that {size} = {row[size]} has"
+            )
     if row["stages"] < 2:
         found.append(
             f"stages = {row['stages']} must be at least 2: the next Q is waited for before the "
@@ -300,6 +334,8 @@ def backward_problems(row: Row) -> list[str]:
         found.append("split_products needs statistics_by_product: no thread reads lse or delta")
     if row["softcap"] and not row["statistics_by_product"]:
         found.append("softcap needs statistics_by_product: threads read lse, WGMMA subtracts delta")
+    if row["scores_ahead"] and (row["softcap"] or not split):
+        found.append("scores_ahead needs split_products = true, softcap = false")
     if split and row["scores_behind_dk"]:
         found.append("scores_behind_dk needs split_products = false: no warpgroup has S and dK")
     return found
@@ -343,6 +379,7 @@ PASSES = {
             shared_memory=backward_shared_memory,
             registers=backward_registers,
             problems=backward_problems,
+            swizzle=32,
             workspace=True,
         ),
         Pass(
@@ -353,12 +390,26 @@ PASSES = {
             fields=FP8_FIELDS,
             dtypes=FP8_DTYPES,
             element="ElementQk",
-            config=("tile_m",),
+            config=("tile_m", "linear_exp"),
             shared_memory=fp8_shared_memory,
             registers=fp8_registers,
             problems=fp8_problems,
             workspace=True,
         ),
         DECODE,
+        Pass(
+            name="prefill",
+            cpp="Prefill",
+            launch_header="prefill/launch.hpp",
+            table_header="prefill/tile_config.hpp",
+            fields=PREFILL_FIELDS,
+            dtypes=DTYPES,
+            element="Element",
+            config=("tile_m",),
+            shared_memory=lambda row: forward_shared_memory(as_forward(row)),
+            registers=lambda row: forward_registers(as_forward(row)),
+            problems=prefill_problems,
+            workspace=True,
+        ),
     )
 }

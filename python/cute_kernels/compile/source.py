@@ -72,7 +72,7 @@ struct Tile {{
 
 static_assert(sizeof({pass_.cpp}Traits<Tile>::SharedStorage) == \
 {sum(pass_.shared_memory(row).values())},
-              "{pass_.shared_memory.__name__}() in cute_kernels/compile must count what \
+              "shared_memory of {pass_.name} rows in cute_kernels/compile must count what \
 SharedStorage has");
 {workspace if pass_.workspace else ""}
 cudaError_t launch({pass_.cpp}Problem const& problem, cudaStream_t stream) {{

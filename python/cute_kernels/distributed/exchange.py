@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 
 # How many multiprocessors NCCL may take for messages; the kernels beside them leave these alone.
 COMMUNICATION_CTAS = int(os.environ.get("CUTE_KERNELS_COMMUNICATION_CTAS", "8"))
@@ -75,22 +75,32 @@ def exchange(ranks: Ranks, sends: Sequence[Message], receives: Sequence[Message]
 
 def channel_of(group: ProcessGroup, device: torch.device) -> ProcessGroup:
     """Where messages of a group go. NCCL has a communicator for them, made by the first call: of
-    few multiprocessors, on a stream of high priority, and beside the group's own collectives."""
+    few multiprocessors, on a stream of high priority, beside the group's own collectives. A graph
+    of CUDA can be captured from the second call on."""
     if device.type != "cuda" or "nccl" not in dist.get_backend(group):
         return group
     if group not in _channels:
-        options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        options.config.max_ctas = COMMUNICATION_CTAS
-        channel = dist.new_group(
-            sorted(dist.get_process_group_ranks(group)),
-            backend="nccl",
-            pg_options=options,
-            use_local_synchronization=True,
-        )
+        _channels[group] = _new_channel(group)
         # Of a batch of messages, NCCL expects all ranks unless there was a collective before.
-        dist.all_reduce(torch.zeros(1, device=device), group=channel)
-        _channels[group] = channel
+        dist.all_reduce(torch.zeros(1, device=device), group=_channels[group])
     return _channels[group]
+
+
+def _new_channel(group: ProcessGroup) -> ProcessGroup:
+    # PyTorch names the new group after how many a process has: without the same name on all ranks,
+    # they would wait for each other.
+    counts: list[Any] = [None] * dist.get_world_size(group)
+    world: Any = getattr(distributed_c10d, "_world", None)
+    dist.all_gather_object(counts, len(getattr(world, "pg_names", ())), group=group)
+    if len(set(counts)) > 1:
+        return group
+    options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = COMMUNICATION_CTAS
+    members = sorted(dist.get_process_group_ranks(group))
+    channel = dist.new_group(
+        members, backend="nccl", pg_options=options, use_local_synchronization=True
+    )
+    return cast(ProcessGroup, channel)
 
 
 def agree(ranks: Ranks, call: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +68,8 @@ def flash_attn_fp8_func(
         out_dtype: float16 or bfloat16 (float32 on the CPU); q's dtype if None, bfloat16 if q comes
             quantised.
         return_lse: also return the natural logarithm of the softmax's denominator, (batch, heads,
-            seqlen_q), float32; up to head dim 128 within about 0.03 of that of the quantised
-            tensors, because P's row sums are those of rounded P.
+            seqlen_q), float32: to 1e-3 that of the quantised tensors, where Q and K are int8. Takes
+            some time up to head dim 128, where kernels do without exponentials otherwise.
         tile_config: name of a row of ``cute_kernels.tile_configs("forward_fp8")`` to run, instead
             of the automatic choice; 16-bit tensors are then quantised by calls of their own. On the
             CPU it is only looked up.
@@ -107,7 +108,7 @@ def flash_attn_fp8_func(
     if k8.shift is not None and (return_lse or sinks is not None):
         offset = reference.score_offset(q, k8.shift, softmax_scale)
     of_sinks = None if sinks is None else offset
-    of_call = softmax_scale, mask, out_dtype, tile_config, sinks, of_sinks
+    of_call = (softmax_scale, mask, out_dtype, tile_config, sinks, of_sinks, return_lse)
     out, lse = _attention_quantised(q8, k8, v8, *of_call)
     if offset is not None and of_sinks is None:
         lse = lse + offset
@@ -181,13 +182,15 @@ def flash_attn_e4m3(
     softmax_scale: float | None,
     mask: Mask,
     sinks: Tensor | None,
+    with_lse: bool,
     sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
-    """Their output, in bfloat16, and LSE."""
+    """Their output, in bfloat16, and LSE, which is exact only `with_lse`."""
     if softmax_scale is None:
         softmax_scale = operands[0].shape[3] ** -0.5
     of_call = (softmax_scale, mask, torch.bfloat16)
-    return _attention_quantised(*operands, *of_call, sinks=sinks, sm_margin=sm_margin)
+    variant: dict[str, Any] = {"sinks": sinks, "with_lse": with_lse, "sm_margin": sm_margin}
+    return _attention_quantised(*operands, *of_call, **variant)
 
 
 def check_e4m3(
@@ -245,6 +248,7 @@ def _attention_quantised(
     tile_config: str | None = None,
     sinks: Tensor | None = None,
     score_offset: Tensor | None = None,
+    with_lse: bool = False,
     sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE, checked, on whatever device the tensors are on."""
@@ -260,7 +264,7 @@ def _attention_quantised(
         return out, lse if sinks is None else lse.copy_(sinks[:, None])
     if q.data.is_cuda:
         _check_built(q.data.device)
-        variant = (sinks, score_offset, left, right, sm_margin)
+        variant = (sinks, score_offset, with_lse, left, right, sm_margin)
         return attention_cuda(q, k, v, softmax_scale, causal, out_dtype, tile_config, *variant)
     with torch.autocast(q.data.device.type, enabled=False):
         of_mask = mask_of(causal, left, right)

@@ -197,6 +197,7 @@ def check_forward(
     tile_config: str | None = None,
     sinks: Tensor | None = None,
     score_offset: Tensor | None = None,
+    with_lse: bool = False,
     window_left: int | None = None,
     window_right: int | None = None,
     sm_margin: int = 0,

@@ -57,6 +57,7 @@ def attention_cuda(
     tile_config: str | None = None,
     sinks: Tensor | None = None,
     score_offset: Tensor | None = None,
+    with_lse: bool = False,
     window_left: int | None = None,
     window_right: int | None = None,
     sm_margin: int = 0,
@@ -72,11 +73,16 @@ def attention_cuda(
         *(q.data, k.data, v_data, q.scale, k.scale, v_scale),
         *(softmax_scale, causal, out_dtype == torch.float16, tile_config, sinks, score_offset),
     )
-    options = {"window_left": window_left, "window_right": window_right, "sm_margin": sm_margin}
+    options = {
+        "with_lse": with_lse,
+        "window_left": window_left,
+        "window_right": window_right,
+        "sm_margin": sm_margin,
+    }
     try:
         out, lse = torch.ops.cute_kernels.flash_attn_fp8_forward(*inputs, **options)
     except RuntimeError as refusal:
-        explain(refusal, check_forward, *inputs, *options.values())
+        explain(refusal, check_forward, *inputs, **options)
     return out, lse
 
 
@@ -98,7 +104,7 @@ def whole_attention_cuda(
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Output, LSE and what was subtracted from k: `quantize_cuda` of all three and `attention_cuda`
     in one call, whose kernels overlap. None for what it does not do or refuses. Without `with_lse`
-    the LSE may be that of k less what was subtracted."""
+    the LSE may be that of rounded P, and of k less what was subtracted."""
     if not GPU_BUILT or not all(map(_is_fusible, (q, k, v))):
         return None
     if dtype not in (torch.int8, torch.float8_e4m3fn) or not 0 <= seed < 2**64:
@@ -117,7 +123,7 @@ def whole_attention_cuda(
     try:
         out, lse, shift = torch.ops.cute_kernels.flash_attn_fp8(*inputs, **window)
     except RuntimeError as refusal:
-        explain(refusal, check_whole, *inputs, *window.values())
+        explain(refusal, check_whole, *inputs, **window)
     return out, lse, shift if smooth_k else None
 
 

@@ -80,6 +80,7 @@ def _forward_cpu(
     tile_config: str | None = None,
     sinks: Tensor | None = None,
     score_offset: Tensor | None = None,
+    with_lse: bool = False,
     sm_margin: int = 0,
     **window: Any,
 ) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def attention(
         q_rows, q_scale = blocks.rows(q.data, queries), blocks.rows(q_scales, queries)
         accumulator = q_rows.new_zeros((*q_rows.shape[:3], v.shape[3]))
         origin = q_rows.new_full((*q_rows.shape[:3], 1), -math.inf)
-        total = torch.zeros_like(origin)
+        total = exact_total = torch.zeros_like(origin)  # of P as O counts it, and the LSE's
         for keys, hidden in blocks.keys(queries):
             # Factors as good as 0 are not 0; -inf after the factor, which may be NaN.
             factor = (q_scale * k_scales[..., keys]).clamp_min(SMALLEST_FACTOR)
@@ -66,19 +66,21 @@ def attention(
             finite = new_origin.masked_fill(new_origin == -math.inf, 0.0)
             rescale = torch.exp2(origin - finite)
             origin = new_origin
-            p, rounded = _probabilities(scores - (finite - shift), linear)
+            exact, p, rounded = _probabilities(scores - (finite - shift), linear)
+            exact_total = exact_total * rescale + exact.sum(-1, keepdim=True)
             total = total * rescale + p.sum(-1, keepdim=True)
             accumulator = accumulator * rescale + rounded @ all_v[:, :, keys]
         accumulator /= total.masked_fill(total == 0, 1.0)
-        log2_sum = (origin - shift + total.log2()).masked_fill(total == 0, -math.inf)
-        row_lse = log2_sum * math.log(2)
+        base = (origin - shift) * math.log(2)
         if score_offset is not None:
-            row_lse = row_lse + blocks.row_values(score_offset, queries)
+            base = base + blocks.row_values(score_offset, queries)
+        row_lse = _lse_of(exact_total, base)
         if sinks is not None:
-            of_keys = row_lse
-            row_lse = torch.logaddexp(of_keys, blocks.head_values(sinks, queries))
+            of_head, of_keys = blocks.head_values(sinks, queries), _lse_of(total, base)
+            row_lse = torch.logaddexp(row_lse, of_head)
             # -inf - -inf would be NaN: a row that has seen no key is 0 already.
-            accumulator *= (of_keys - row_lse.masked_fill(of_keys == -math.inf, 0.0)).exp_()
+            with_sink = torch.logaddexp(of_keys, of_head).masked_fill(of_keys == -math.inf, 0.0)
+            accumulator *= (of_keys - with_sink).exp_()
         out[:, queries] = blocks.from_rows(accumulator)
         lse[:, :, queries] = row_lse.view(batch, heads, -1)
     v_scale = v.row_scales().repeat_interleave(blocks.group, dim=2)
@@ -131,12 +133,16 @@ def uses_linear_exp(dtype: torch.dtype, head_dim: int, head_dim_v: int | None = 
     return bool(rows) and bool(min(rows, key=size)["linear_exp"])
 
 
-def _probabilities(exponents: Tensor, linear: bool) -> tuple[Tensor, Tensor]:
-    """P as the row sums count it, and as V is multiplied by it."""
+def _lse_of(total: Tensor, base: Tensor) -> Tensor:
+    return (total.log() + base).masked_fill(total == 0, -math.inf)
+
+
+def _probabilities(exponents: Tensor, linear: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """P, as the row sums count it, and as V is multiplied by it."""
+    exact = torch.exp2(exponents)
     if linear:
         bits = ((exponents + LINEAR_BIAS) * 8).clamp(0, 126).round().nan_to_num()
         p = bits.to(torch.uint8).view(torch.float8_e4m3fn).float()
         p = torch.where(exponents.isnan(), exponents, p)
-        return p, p
-    p = torch.exp2(exponents)
-    return p, p.to(torch.float8_e4m3fn).float()
+        return exact, p, p
+    return exact, exact, exact.to(torch.float8_e4m3fn).float()

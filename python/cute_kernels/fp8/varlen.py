@@ -137,10 +137,12 @@ def flash_attn_varlen_e4m3(
     mask: Mask,
     attention_chunk: int,
     sinks: Tensor | None,
+    with_lse: bool,
     sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
-    """Output, in bfloat16, and LSE of e4m3 tensors with a number for each sequence and key head, as
-    FlashAttention-3's function of the same arguments. `given`: its cu_seqlens and seqused."""
+    """Output, in bfloat16, and LSE, exact only `with_lse`, of e4m3 tensors with a number for each
+    sequence and key head, as FlashAttention-3's function of the same arguments. `given`: its
+    cu_seqlens and seqused."""
     check_e4m3("flash_attn_varlen_func", q, k, v, 3, sinks)
     causal, left, right = mask
     if softmax_scale is None:
@@ -156,6 +158,7 @@ def flash_attn_varlen_e4m3(
         "max_seqlen_k": longest[1],
         "window_left": left,
         "window_right": right,
+        "with_lse": with_lse,
     }
     if GPU_BUILT:
         of_call = (softmax_scale, causal, sinks)

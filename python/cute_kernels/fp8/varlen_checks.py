@@ -95,6 +95,7 @@ def check_varlen_forward(
     causal: bool,
     out_float16: bool,
     sinks: Tensor | None = None,
+    with_lse: bool = False,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     window_left: int | None = None,

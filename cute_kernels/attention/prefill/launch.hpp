@@ -1,0 +1,186 @@
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+
+#include <cuda_runtime.h>
+
+#include "cute_kernels/attention/decode/unused_rows.hpp"
+#include "cute_kernels/attention/forward/kernel.hpp"
+#include "cute_kernels/attention/forward/mainloop.hpp"
+#include "cute_kernels/attention/prefill/cut.hpp"
+#include "cute_kernels/attention/prefill/epilogue.hpp"
+#include "cute_kernels/attention/prefill/load.hpp"
+#include "cute_kernels/attention/prefill/sequences.hpp"
+#include "cute_kernels/attention/prefill/tile_config.hpp"
+#include "cute_kernels/attention/prefill/traits.hpp"
+#include "cute_kernels/attention/schedule/work_list.hpp"
+#include "cute_kernels/attention/softmax_scale.hpp"
+#include "cute_kernels/sm90/dependent_launch.hpp"
+#include "cute_kernels/sm90/launch.hpp"
+
+namespace cute_kernels::attention {
+
+/// What TileCut says, of one CTA. A thread has a tile; their pieces' order does not matter.
+template <class Traits>
+CUTLASS_DEVICE void cut_last_tiles(WorkList const& list, int heads, int ctas) {
+  __shared__ int end;
+  TileCut const cut(*list.count, heads, ctas, Traits::kConsumers);
+  int const own = cut.first + threadIdx.x;
+  WorkTile const tile = list.tiles[own < *list.count ? own : 0];
+  bool const is_cut = own < *list.count;
+  if (threadIdx.x == 0) end = cut.first;
+  __syncthreads();
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < cut.pieces; ++i) {
+    WorkTile const piece = piece_of(tile, i, Traits::kWarpgroupM);
+    if (is_cut && has_rows(piece, Traits::kWarpgroupM)) list.tiles[atomicAdd(&end, 1)] = piece;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) *list.count = end;
+}
+
+/// The first CTA builds the list, the others clear unused rows of Q's results.
+template <class Traits>
+__global__ void __launch_bounds__(WorkListBuilder<typename Traits::Tiling, CachedCall>::kThreads)
+    prepare_prefill_kernel(CUTE_GRID_CONSTANT CachedCall const call,
+                           CUTE_GRID_CONSTANT WorkList const list, int ctas, void* out,
+                           float* lse) {
+  using Builder = WorkListBuilder<typename Traits::Tiling, CachedCall>;
+  sm90::wait_for_previous_kernel();
+  sm90::let_next_kernel_start();
+  if (blockIdx.x > 0) {
+    clear_unused_rows<typename Traits::Element>(call, out, lse, blockIdx.x - 1, gridDim.x - 1,
+                                                Builder::kThreads);
+    return;
+  }
+  __shared__ typename Builder::Shared shared;
+  Builder builder(call, list, shared);
+  cute::for_each(cute::make_seq<Builder::kPhases>{}, [&](auto phase) {
+    builder.template phase<phase>(threadIdx.x);
+    __syncthreads();
+  });
+  cut_last_tiles<Traits>(list, call.heads_kv, ctas);
+}
+
+template <class Traits>
+WorkList prefill_work_list(DecodeProblem const& problem) {
+  return work_list_at(problem.workspace, problem.call.batch,
+                      most_tiles(problem.call, Traits::kTileM));
+}
+
+template <class Traits>
+int prefill_ctas(DecodeProblem const& problem) {
+  int64_t const tiles = most_tiles(problem.call, Traits::kTileM) * problem.call.heads_kv;
+  int64_t const of_one_warpgroup = std::max<int64_t>(1, tiles) * Traits::kConsumers;
+  return static_cast<int>(std::min<int64_t>(of_one_warpgroup, problem.device.multiprocessors));
+}
+
+template <class Tile>
+int64_t prefill_workspace_bytes(DecodeProblem const& problem) {
+  using Traits = PrefillTraits<Tile>;
+  int const cut =
+      most_cut(problem.call.heads_kv, prefill_ctas<Traits>(problem), Traits::kConsumers);
+  return work_list_bytes(problem.call.batch, most_tiles(problem.call, Traits::kTileM) + cut);
+}
+
+/// The largest boxes of a TMA descriptor that hold rows of one page alone, of tile_n keys or a part
+/// of these; 0 where there are none: then rows are gathered.
+inline int rows_of_boxes(DecodeProblem const& problem, int tile_n) {
+  constexpr int kLeastRows = 8;  // the swizzle's period
+  constexpr int64_t kMostBytes = int64_t{1} << 40;
+  CachePages const& pages = problem.pages;
+  if (pages.pages == 0 || problem.call.most_keys == 0) return 0;
+  auto is_described = [&](CacheView const& view) {
+    auto fits = [](int64_t size, int64_t stride) {
+      return size == 1 || (stride > 0 && stride < kMostBytes / 2);
+    };
+    return fits(pages.pages, view.page_stride) && fits(pages.page_size, view.slot_stride) &&
+           fits(problem.call.heads_kv, view.head_stride);
+  };
+  if (!is_described(problem.k) || !is_described(problem.v)) return 0;
+  if (pages.table == nullptr) return tile_n;  // no tile leaves its page
+  if (problem.call.lengths.leftpad != nullptr) return 0;
+  int const rows = std::gcd(pages.page_size, tile_n);
+  return rows % kLeastRows == 0 ? rows : 0;
+}
+
+/// A cache to TMA: (columns, slots, heads, pages). Nothing reads the stride of a dimension of size
+/// 1, but a descriptor wants a valid one.
+template <class Element>
+cute::TmaDescriptor boxes_of(CacheView const& view, int columns, int heads, CachePages const& pages,
+                             int box_rows) {
+  cuuint64_t const sizes[] = {static_cast<cuuint64_t>(columns),
+                              static_cast<cuuint64_t>(pages.page_size),
+                              static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(pages.pages)};
+  auto bytes = [&](cuuint64_t size, int64_t stride) {
+    return sizeof(Element) * static_cast<cuuint64_t>(size > 1 ? stride : columns);
+  };
+  cuuint64_t const strides[] = {bytes(sizes[1], view.slot_stride),
+                                bytes(sizes[2], view.head_stride),
+                                bytes(sizes[3], view.page_stride)};
+  cuuint32_t const box[] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
+  cuuint32_t const steps[] = {1, 1, 1, 1};
+  cute::TmaDescriptor descriptor;
+  cuTensorMapEncodeTiled(&descriptor, cute::TMA::to_CUtensorMapDataType<Element>(), 4,
+                         const_cast<void*>(view.data), sizes, strides, box, steps,
+                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return descriptor;
+}
+
+/// Starts the kernel of a tile on `stream`, and before it the one that lists its tiles.
+/// Asynchronous.
+template <class Tile>
+cudaError_t launch_prefill(DecodeProblem const& problem, cudaStream_t stream) {
+  using Traits = PrefillTraits<Tile>;
+  using Element = typename Traits::Element;
+  using Mainloop = ForwardMainloop<Traits>;
+  using Params = PrefillParams<Traits>;
+  CachedCall const& call = problem.call;
+  WorkList const list = prefill_work_list<Traits>(problem);
+
+  Params params{};
+  params.scheduler = {list.count, list.tiles, call.heads_kv};
+  params.group = cutlass::FastDivmod(call.group);
+  params.sinks = problem.sinks;
+  params.box_rows = rows_of_boxes(problem, Traits::kTileN);
+  if (params.box_rows > 0) {
+    params.boxes_k =
+        boxes_of<Element>(problem.k, call.head_dim, call.heads_kv, problem.pages, params.box_rows);
+    params.boxes_v = boxes_of<Element>(problem.v, call.head_dim_v, call.heads_kv, problem.pages,
+                                       params.box_rows);
+  }
+  params.pages = problem.pages;
+  params.page_size = cutlass::FastDivmod(problem.pages.page_size);
+  params.q = problem.q;
+  params.k = problem.k;
+  params.v = problem.v;
+  params.head_dim = call.head_dim;
+  params.head_dim_v = call.head_dim_v;
+  params.heads_q = call.heads_q;
+  params.total_q = call.total_q;
+  params.out = problem.out;
+  params.lse = problem.lse;
+  params.scale_log2 = scale_of_scores(call.scale) * sm90::kLog2e;
+
+  sm90::Launch how{};
+  how.stream = stream;
+  how.device = problem.device.index;
+  how.early = true;
+  how.grid = dim3(1 + 8);
+  how.threads = WorkListBuilder<typename Traits::Tiling, CachedCall>::kThreads;
+  cudaError_t const status = sm90::launch_kernel<prepare_prefill_kernel<Traits>>(
+      how, call, list, prefill_ctas<Traits>(problem), problem.out, problem.lse);
+  if (status != cudaSuccess) return status;
+
+  how.grid = dim3(prefill_ctas<Traits>(problem));
+  how.threads = Traits::kThreads;
+  how.shared_bytes = sizeof(typename Traits::SharedStorage);
+  static_assert(sizeof(typename Traits::SharedStorage) <= 227 * 1024);
+  constexpr auto kKernel =
+      forward_kernel<Mainloop, CacheProducer<Traits>, GroupedEpilogue<Traits>, Params>;
+  return sm90::launch_kernel<kKernel>(how, params);
+}
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,153 @@
+"""The tiles of many queries to a cache (attention/prefill/sequences.hpp), and that each sequence is
+one of two launches'. Nothing here needs a GPU."""
+
+import random
+from collections import defaultdict
+
+import pytest
+from host_program import CHECKED, host_program, needs_cxx
+from test_decode_work import NONE, seen
+
+pytestmark = needs_cxx
+
+TILE_M, TILE_N = 192, 32
+NO_LIMIT = 2**31 - 1
+MAIN = f"""
+#include <iostream>
+#include <memory>
+#include <utility>
+#include <vector>
+#include "cute_kernels/attention/prefill/sequences.hpp"
+#include "cute_kernels/attention/schedule/work_list.hpp"
+using namespace cute_kernels::attention;
+
+template <class Builder, int... kPhases>
+void build(Builder builder, std::integer_sequence<int, kPhases...>) {{
+  auto phase = [&](auto number) {{
+    for (int thread = 0; thread < Builder::kThreads; ++thread) {{
+      builder.template phase<number()>(thread);
+    }}
+  }};
+  (phase(std::integral_constant<int, kPhases>{{}}), ...);
+}}
+
+void list_tiles(CachedCall const& call) {{
+  using Tiling = QueryTiling<{TILE_M}, {TILE_N}>;
+  using Builder = WorkListBuilder<Tiling, CachedCall>;
+  int64_t const most = most_tiles(call, {TILE_M});
+  int64_t const bytes = work_list_bytes(call.batch, most);
+  std::unique_ptr<WorkTile[]> memory(new WorkTile[bytes / sizeof(WorkTile) + 1]);
+  WorkList const list = work_list_at(memory.get(), call.batch, most);
+  typename Builder::Shared shared;
+  build(Builder(call, list, shared), std::make_integer_sequence<int, Builder::kPhases>());
+  for (int i = 0; i < *list.count; ++i) {{
+    WorkTile const& tile = list.tiles[i];
+    Sequence const& of = tile.sequence;
+    GroupedRanges<PlainDivisor> const rows(of.seqlen_q, of.seqlen_k, tile.left_edge,
+                                           tile.right_edge, {{call.group}});
+    BlockRange const keys = rows.key_blocks(tile.first_row, {TILE_M}, {TILE_N});
+    std::cout << of.batch << ' ' << tile.first_row << ' ' << of.row_q << ' ' << of.row_k << ' '
+              << of.seqlen_q << ' ' << keys.begin << ' ' << keys.end << ' ' << keys.left_end() << ' '
+              << keys.right_begin();
+    for (int row = 0; row < of.seqlen_q; ++row) {{
+      if (row >= tile.first_row && row < tile.first_row + {TILE_M}) {{
+        std::cout << ' ' << rows.first_key(row) << ' ' << rows.end_key(row);
+      }}
+    }}
+    for (int key = 0; key < of.seqlen_k; ++key) {{
+      std::cout << ' ' << rows.first_query(key) << ' ' << rows.end_query(key);
+    }}
+    std::cout << '\\n';
+  }}
+}}
+
+int main() {{
+  auto limit = [](int value) {{
+    return value == {NONE} ? std::nullopt : std::optional<int>(value);
+  }};
+  CachedCall call{{}};
+  int left, right;
+  while (std::cin >> call.batch >> call.total_q >> call.heads_kv >> call.group >> call.most_keys >>
+         left >> right >> call.least_rows >> call.most_rows) {{
+    call.mask = {{std::nullopt, limit(left), limit(right)}};
+    auto read = [](int count) {{
+      std::vector<int> values(count);
+      for (int& value : values) std::cin >> value;
+      return values;
+    }};
+    std::vector<int> const cu = read(call.batch + 1), used = read(call.batch),
+                           leftpad = read(call.batch);
+    call.lengths = {{cu.data(), used.data(), leftpad.data()}};
+    list_tiles(call);
+  }}
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def tiles_of(tmp_path_factory):
+    program = host_program(tmp_path_factory.mktemp("prefill_work"), MAIN, "-O1", *CHECKED)
+
+    def run(queries, used, leftpad, group, mask, least_rows=0, most_rows=NO_LIMIT):
+        starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
+        room = max([0, *used])
+        head = [len(queries), starts[-1], 1, group, room, *mask, least_rows, most_rows]
+        return program([[*head, *starts, *used, *leftpad]])
+
+    return run
+
+
+def random_case(chance):
+    batch = chance.randint(1, 6)
+    queries = [chance.choice([0, 1, 2, 16, 63, 64, chance.randint(10, 200)]) for _ in range(batch)]
+    used = [chance.choice([0, 1, 31, 32, 33, chance.randint(0, 300)]) for _ in range(batch)]
+    leftpad = [chance.choice([0, chance.randint(0, n)]) for n in used]
+    mask = chance.choice([(NONE, NONE), (NONE, 0), (40, 0), (0, 0), (10, 5), (NONE, 90)])
+    return queries, used, leftpad, chance.choice([1, 3, 8, 200]), mask
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_row_is_in_one_tile_with_all_keys_that_it_sees(tiles_of, seed):
+    queries, used, leftpad, group, mask = case = random_case(random.Random(seed))
+    rows_done = defaultdict(list)
+    for entry, first_row, row_q, row_k, rows, begin, end, left, right, *ends in tiles_of(*case):
+        assert (row_q, row_k, rows) == (
+            sum(queries[:entry]),
+            leftpad[entry],
+            queries[entry] * group,
+        )
+        keys = used[entry] - leftpad[entry]
+        own = range(max(0, first_row), min(rows, first_row + TILE_M))
+        rows_done[entry] += own
+        of_rows, of_keys = ends[: 2 * len(own)], ends[2 * len(own) :]
+        sights = []
+        for row, first, last in zip(own, of_rows[::2], of_rows[1::2], strict=True):
+            sight = seen(row // group, queries[entry], used[entry], leftpad[entry], mask)
+            sight = range(sight.start - leftpad[entry], sight.stop - leftpad[entry])
+            assert range(first, max(first, last)) == sight or not (sight or first < last)
+            sights.append(sight)
+            if sight:
+                assert begin <= sight[0] // TILE_N
+                assert sight[-1] // TILE_N < end
+            # Of blocks that need no mask it sees all.
+            if left < right:
+                assert sight.start <= left * TILE_N
+                assert sight.stop >= right * TILE_N
+        if not any(sights):
+            assert begin == end
+        for key, first, last in zip(range(keys), of_keys[::2], of_keys[1::2], strict=True):
+            of_tile = {row for row, sight in zip(own, sights, strict=True) if key in sight}
+            assert of_tile == set(own) & set(range(first, last))
+    assert {entry: sorted(done) for entry, done in rows_done.items()} == {
+        entry: list(range(n * group)) for entry, n in enumerate(queries) if n > 0
+    }
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_two_launches_share_the_sequences(tiles_of, seed):
+    queries, *_, group, _ = case = random_case(random.Random(seed))
+    limit = 129
+    short = {tile[0] for tile in tiles_of(*case, most_rows=limit - 1)}
+    long = {tile[0] for tile in tiles_of(*case, least_rows=limit)}
+    assert short == {entry for entry, n in enumerate(queries) if 0 < n * group < limit}
+    assert long == {entry for entry, n in enumerate(queries) if n * group >= limit}
