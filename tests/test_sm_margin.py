@@ -110,11 +110,11 @@ def test_grid(hopper, name, tmp_path):
     skip_unless_built(hopper, name)
     call = calls(hopper)[name]
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    kernel = r"\bdecode_kernel<" if name in ("pages", "cache") else r"\bforward_kernel<"
-    (whole,) = grids(call, kernel, tmp_path)
-    for margin in (4, 20):
-        (left,) = grids(lambda margin=margin: call(sm_margin=margin), kernel, tmp_path)
-        assert left * multiprocessors == whole * (multiprocessors - margin)
+    kernel = r"\b(forward|decode)_kernel<"
+    for margin in (0, 4, 20):
+        (ctas,) = grids(lambda margin=margin: call(sm_margin=margin), kernel, tmp_path)
+        left = multiprocessors - margin
+        assert ctas in (left, 2 * left)  # decode's may share a multiprocessor
 
 
 ROWS = [
