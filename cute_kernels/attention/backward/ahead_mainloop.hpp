@@ -163,7 +163,7 @@ class BackwardAheadMainloop : public BackwardSplitProducts<Traits> {
 
     shared.k_full.wait(0);
     shared.peer_k_full.wait(0);
-    if (kCareful && coord.hides_values(params)) {
+    if (kCareful && hides_values<Traits>(params, coord)) {
       WarpRows<Traits::kTileN, Traits::kPeerChannels, Traits::kKeyColumns, Element>(
           shared.own.data(), thread / 32 * 16)
           .clear();
