@@ -51,7 +51,8 @@ inline CacheKernels choose_for_cache(ElementType dtype, CachedCall const& call, 
     if (kernel.config.dtype != dtype || kernel.config.head_dim < head_dim) continue;
     if (prefill == nullptr || kernel.config.head_dim <= prefill->config.head_dim) prefill = &kernel;
   }
-  if (prefill == nullptr || call.softcap > 0 || call.tree_mask != nullptr) return {nullptr, decode};
+  bool const takes = call.softcap == 0 && call.chunk == 0 && call.tree_mask == nullptr;
+  if (prefill == nullptr || !takes) return {nullptr, decode};
   if (int64_t{longest} * call.group < CacheKernels::kLeastRows) return {nullptr, decode};
   int64_t const rows = int64_t{call.total_q} * call.group;
   double const tiles = static_cast<double>(rows) / prefill->config.tile_m * call.heads_kv;
