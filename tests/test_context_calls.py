@@ -56,10 +56,10 @@ REFUSED = {
     "packed rank": (ValueError, "q has shape .* must have 3 dim", {"cu_seqlens": [0, 8]}),
 }
 PACKED_REFUSED = {
-    "start": (ValueError, "must begin with 0", [1, 8]),
+    "start": (ValueError, "must be 0", [1, 8]),
     "order": (ValueError, r"cu_seqlens\[2\] is 3, must be at least cu_seqlens\[1\] = 5", [0, 5, 3]),
     "end": (ValueError, r"cu_seqlens\[1\] is 9, must be at most 8", [0, 9]),
-    "empty": (ValueError, "must begin with 0", []),
+    "empty": (ValueError, "must be 0", []),
     "number": (TypeError, r"cu_seqlens\[1\] is 8.0, must be an int", [0, 8.0]),
     "kind": (TypeError, "cu_seqlens is a str", "08"),
     "dtype": (TypeError, "must be .* of torch.int32", torch.tensor([0.0, 8.0])),

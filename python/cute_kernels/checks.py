@@ -336,6 +336,8 @@ def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool, softca
             f"tile_config {name!r} takes v with head_dim up to {head_dim_v}, but v has "
             f"{v.shape[-1]}"
         )
+    if "variant" in row:
+        raise ValueError(f"tile_config {name!r} takes calls with its variant only")
     if softcap != row.get("softcap", False):
         takes = "takes no softcap" if softcap else "takes calls with a softcap only"
         raise ValueError(f"tile_config {name!r} {takes}")

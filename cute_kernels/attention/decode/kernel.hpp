@@ -64,9 +64,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     for (auto walk = first_part(); walk.valid(); walk.advance()) loader.load(walk);
     if constexpr (Traits::kEightBits) loader.finish();
     sm90::let_next_kernel_start();
-    clear_unused_rows<typename Traits::Element>(params.call, params.results.out, params.results.lse,
-                                                blockIdx.x, gridDim.x,
-                                                cutlass::NumThreadsPerWarpGroup);
+    clear_unused_rows<typename Traits::Element>(params.call, params.results);
     if constexpr (!Traits::kEightBits) loader.drain();
   } else {
     if constexpr (Traits::kReconfigureRegisters) {

@@ -253,7 +253,9 @@ def _packed(part: Part, device: torch.device) -> Packed:
     keys = [block.keys for block in part.blocks]
     rows = [_starts(queries), _starts(keys), _sizes(queries), _sizes(keys), list(part.diagonals)]
     numbers = torch.tensor([n for of in rows for n in of], dtype=torch.int32)
-    cu_q, cu_k, used_q, used_k, diagonal = torch.split(numbers.to(device), [len(n) for n in rows])
+    cu_q, cu_k, used_q, used_k, diagonal = torch.split(
+        numbers.to(device, non_blocking=True), [len(n) for n in rows]
+    )
     longest = max(_sizes(queries)), max(_sizes(keys))
     return Packed(cu_q, cu_k, used_q, used_k, diagonal, *longest)
 

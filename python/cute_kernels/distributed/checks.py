@@ -70,10 +70,10 @@ def check_shard(
         )
 
 
-def documents_of(cu_seqlens: Any, tokens: int) -> tuple[int, ...]:
-    """cu_seqlens as numbers of the host.
+def starts_of(cu_seqlens: Any) -> Tensor:
+    """cu_seqlens as a tensor on the CPU, one of which is itself.
 
-    Raises ValueError or TypeError unless they say where documents begin among so many tokens.
+    Raises ValueError or TypeError unless it is that or a list of ints.
     """
     if isinstance(cu_seqlens, Tensor):
         if cu_seqlens.device.type != "cpu":
@@ -86,19 +86,26 @@ def documents_of(cu_seqlens: Any, tokens: int) -> tuple[int, ...]:
                 f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}, "
                 "must be (batch + 1,) of torch.int32 or torch.int64"
             )
-        starts = cu_seqlens.tolist()
-    elif isinstance(cu_seqlens, Sequence) and not isinstance(cu_seqlens, (str, bytes)):
-        starts = list(cu_seqlens)
-    else:
+        return cu_seqlens
+    if not isinstance(cu_seqlens, Sequence) or isinstance(cu_seqlens, (str, bytes)):
         raise TypeError(
             f"cu_seqlens is a {type(cu_seqlens).__name__}, must be a list of ints or a tensor on "
             "the CPU"
         )
-    for i, start in enumerate(starts):
+    for i, start in enumerate(cu_seqlens):
         if not isinstance(start, int):
             raise TypeError(f"cu_seqlens[{i}] is {start!r}, must be an int")
+    return torch.tensor(cu_seqlens, dtype=torch.int64)
+
+
+def documents_of(cu_seqlens: Any, tokens: int) -> tuple[int, ...]:
+    """cu_seqlens as numbers of the host.
+
+    Raises ValueError or TypeError unless they say where documents begin among so many tokens.
+    """
+    starts: list[int] = starts_of(cu_seqlens).tolist()
     if not starts or starts[0] != 0:
-        raise ValueError(f"cu_seqlens is {starts[:1]}..., must begin with 0")
+        raise ValueError(f"cu_seqlens[0] is {starts[0] if starts else 'not there'}, must be 0")
     for i in range(1, len(starts)):
         if starts[i] < starts[i - 1]:
             raise ValueError(

@@ -1,9 +1,10 @@
-"""Messages between ranks, beside the kernels.
+"""Messages between ranks, beside the kernels: rows of keys and values, or of their gradients.
 
-Every message of a step is handed over at once (`batch_isend_irecv`): NCCL sends and receives on a
-stream of its own, which waits for what the current stream held by then, and `Pending.wait` has the
-current stream wait for it. The host waits for nothing. A tensor is kept until its message is done:
-by `Pending`, and where the step is waited for by the order of the current stream.
+Where all ranks of a group are GPUs of one host, copy engines write them to where they are read, and
+leave the multiprocessors to the kernels: see `copies`. Elsewhere they go by the process group, all
+of a step at once (`batch_isend_irecv`); NCCL has a stream of its own for them, which waits for what
+the current stream held by then. Either way `Arrival.wait` has the current stream wait, and the host
+waits for nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 
+from cute_kernels.distributed.copies import Copier, copies_reach
+from cute_kernels.distributed.plan import Interval
+
 # How many multiprocessors NCCL may take for messages; the kernels beside them leave these alone.
 COMMUNICATION_CTAS = int(os.environ.get("CUTE_KERNELS_COMMUNICATION_CTAS", "8"))
 
-Message = tuple[int, Tensor]  # the other's rank in the group, and what is sent or filled
-
 _channels: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
+_copiers: WeakKeyDictionary[ProcessGroup, Copier | None] = WeakKeyDictionary()
 _agreed: WeakKeyDictionary[ProcessGroup, set[Any]] = WeakKeyDictionary()
 
 
@@ -38,39 +41,120 @@ class Ranks(NamedTuple):
     def of(cls, group: ProcessGroup) -> Ranks:
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
 
+    @property
+    def others(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank != self.rank]
 
-class Pending(NamedTuple):
-    """Messages under way."""
 
-    works: Sequence[Any]
-    tensors: Sequence[Tensor]
+class Delivery(NamedTuple):
+    """Rows for another rank."""
+
+    peer: int
+    rows: tuple[Tensor, Tensor]  # of keys and of values, contiguous
+    place: int  # from which row on they lie there
+
+
+class Post(NamedTuple):
+    """One exchange of a step, in which any rank may send to and receive from any."""
+
+    kind: str  # "keys" or "gradients"
+    deliveries: Sequence[Delivery]
+    expected: Sequence[tuple[int, Interval]]  # from whom which rows come
+    like: tuple[Tensor, Tensor]  # what arrives has the shape of these, as calls take them, but
+    rows: int  # as many rows
+    most_bytes: int  # of the rows of keys, or of those of values, on any rank, in any exchange
+    dtype: torch.dtype
+
+
+class Arrival:
+    """What others send. Everything is kept until it is there and gone."""
+
+    def __init__(self, works: Sequence[Any], post: Post, k: Tensor, v: Tensor):
+        self.k, self.v = as_call(k), as_call(v)
+        self._works, self._post = works, post
 
     def wait(self) -> None:
-        """What the current stream gets from now on finds the messages done. Raises the process
-        group's error if they failed."""
-        for work in self.works:
+        """What the current stream gets from now on finds all rows there, and its own sent. Raises
+        the process group's error if a message failed."""
+        for work in self._works:
             work.wait()
+
+    def release(self) -> None:
+        """Of what the current stream has got by now, nothing after it reads the rows."""
 
     @property
     def margin(self) -> int:
-        """The kernels' sm_margin while they are under way."""
-        return COMMUNICATION_CTAS if self.works and self.tensors[0].is_cuda else 0
+        """The kernels' sm_margin while messages are under way."""
+        return COMMUNICATION_CTAS if self._works and self.k.is_cuda else 0
 
 
-def exchange(ranks: Ranks, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-    """Starts messages: contiguous tensors, several between the same two in the same order on both
-    sides."""
-    messages: list[tuple[Any, int, Tensor]] = [(dist.isend, *message) for message in sends]
-    messages += [(dist.irecv, *message) for message in receives]
+def exchange(ranks: Ranks, post: Post) -> Any:
+    """Starts messages. All ranks of the group must, in the same order, even those that have none;
+    and must wait for and release the exchanges of a kind in that order, each before the second
+    that follows it. Returns an Arrival."""
+    copier = copier_of(ranks, post.like[0].device)
+    if copier is not None:
+        return copier.start(post)
+    k, v = (empty_rows(x, post.rows, post.dtype) for x in post.like)
+    sends = [(dist.isend, peer, x) for peer, rows, _ in post.deliveries for x in rows]
+    receives = [(dist.irecv, peer, x[a:b]) for peer, (a, b) in post.expected for x in (k, v)]
+    messages: list[tuple[Any, int, Tensor]] = [*sends, *receives]
     messages = [message for message in messages if message[2].numel() > 0]
-    if not messages:
-        return Pending((), ())
-    channel = channel_of(ranks.group, messages[0][2].device)
-    members = dist.get_process_group_ranks(ranks.group)
-    works = dist.batch_isend_irecv(
-        [dist.P2POp(way, tensor, members[peer], channel) for way, peer, tensor in messages]
-    )
-    return Pending(works, [tensor for _, _, tensor in messages])
+    works: Sequence[Any] = ()
+    if messages:
+        channel = channel_of(ranks.group, k.device)
+        members = dist.get_process_group_ranks(ranks.group)
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(way, tensor, members[peer], channel) for way, peer, tensor in messages]
+        )
+    return Arrival(works, post, k, v)
+
+
+def rows_first(x: Tensor) -> Tensor:
+    """(rows, batch, heads, head_dim) or (rows, heads, head_dim), contiguous, so that some rows are
+    one message."""
+    return (x.transpose(0, 1) if x.dim() == 4 else x).contiguous()
+
+
+def as_call(x: Tensor) -> Tensor:
+    """The inverse of `rows_first`, a view."""
+    return x.transpose(0, 1) if x.dim() == 4 else x
+
+
+def row_shape(like: Tensor) -> tuple[int, ...]:
+    """Of a row as `rows_first` has it."""
+    return (*(like.shape[:1] if like.dim() == 4 else ()), *like.shape[-2:])
+
+
+def empty_rows(like: Tensor, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+    """As `rows_first` has them."""
+    return like.new_empty((rows, *row_shape(like)), dtype=dtype)
+
+
+def bytes_of(like: Sequence[Tensor], rows: int, dtype: torch.dtype) -> int:
+    """Of so many rows, of keys or of values: the larger."""
+    sizes = [torch.Size(row_shape(x)).numel() for x in like]
+    return rows * max(sizes) * dtype.itemsize
+
+
+def watch(ranks: Ranks, device: torch.device) -> None:
+    """To be called behind a call's last exchange. Copy engines that wait for a rank which is gone
+    would wait forever: a collective behind them has NCCL's watchdog see that."""
+    copier = copier_of(ranks, device)
+    if copier is not None:
+        channel = channel_of(ranks.group, device)
+        dist.all_reduce(copier.watched, group=channel, async_op=True)
+
+
+def copier_of(ranks: Ranks, device: torch.device) -> Copier | None:
+    """The copy engines between the GPUs of a group; None if they do not reach all of them. What a
+    graph replays has no numbers of its own, by which ranks know what is there: then, too."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    if ranks.group not in _copiers:
+        reach = copies_reach(ranks.group, device)
+        _copiers[ranks.group] = Copier(ranks.group, device) if reach else None
+    return _copiers[ranks.group]
 
 
 def channel_of(group: ProcessGroup, device: torch.device) -> ProcessGroup:

@@ -7,7 +7,7 @@ pass the gradients of the last.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,18 +24,19 @@ from cute_kernels.distributed.calls import (
     most_parts,
     rows_of,
 )
-from cute_kernels.distributed.exchange import Message, Pending, Ranks, exchange
+from cute_kernels.distributed.exchange import (
+    Delivery,
+    Post,
+    Ranks,
+    as_call,
+    bytes_of,
+    empty_rows,
+    exchange,
+    rows_first,
+)
 from cute_kernels.distributed.plan import Interval, Problem
-from cute_kernels.distributed.ring import as_call, empty_rows, rows_first
+from cute_kernels.distributed.ring import margin_of
 from cute_kernels.reference import accumulator_dtype, empty_outputs
-
-
-class Gathered(NamedTuple):
-    """Keys and values of some heads, of `plan.needed_tokens`."""
-
-    pending: Pending
-    k: Tensor
-    v: Tensor
 
 
 class Gathering:
@@ -49,40 +50,62 @@ class Gathering:
         # Of one call: half of the queries, of all heads of a key head.
         rows = q.shape[:-3].numel() * q.shape[-3] * (q.shape[-2] // max(1, key_heads)) // 2
         self.groups = plan.head_groups(rows, key_heads)
-        self.others = [rank for rank in range(ranks.size) if rank != ranks.rank]
+        self._widest = max(self.groups, key=lambda heads: heads[1] - heads[0])
         self.own_routes = plan.routes(problem, ranks.rank, ranks.rank)
 
-    def start(self, number: int) -> Gathered | None:
-        """None if there is no such group."""
+    def start(self, number: int) -> Any:
+        """An Arrival of all rows of some heads, or None if there is no such group."""
         if number >= len(self.groups):
             return None
-        own = [rows_first(heads_of(x, self.groups[number])) for x in self._kv]
-        all_rows = [empty_rows(as_call(x), self._rows) for x in own]
-        sends, receives = self.messages(own, all_rows)
-        pending = exchange(self.ranks, sends, receives)
-        for x, gathered in zip(own, all_rows, strict=True):
-            for rows, place in self.own_routes:
-                gathered[slice(*place)] = x[slice(*rows)]
-        return Gathered(pending, *map(as_call, all_rows))
-
-    def messages(
-        self, own: list[Tensor], all_rows: list[Tensor]
-    ) -> tuple[list[Message], list[Message]]:
-        """What takes rows of this rank to those who need them, and what brings others' rows: the
-        way of keys. Gradients go the other way, from and to as many rows for each reader."""
-        to_others = [
-            (other, x[slice(*rows)])
-            for other in self.others
-            for rows, _ in plan.routes(self.problem, self.ranks.rank, other)
-            for x in own
+        like = self.of_group(number)
+        k, v = map(rows_first, like)
+        deliveries = [
+            Delivery(other, (k[slice(*rows)], v[slice(*rows)]), place)
+            for other in self.ranks.others
+            for rows, (place, _) in plan.routes(self.problem, self.ranks.rank, other)
         ]
-        from_others = [
-            (other, x[slice(*place)])
-            for other in self.others
+        expected = [
+            (other, place)
+            for other in self.ranks.others
             for _, place in plan.routes(self.problem, other, self.ranks.rank)
-            for x in all_rows
         ]
-        return to_others, from_others
+        arrival = self._exchange("keys", deliveries, expected, like, self._rows, k.dtype)
+        for own, gathered in zip(like, (arrival.k, arrival.v), strict=True):
+            for rows, place in self.own_routes:
+                rows_of(gathered, place).copy_(rows_of(own, rows))
+        return arrival
+
+    def send_back(self, number: int, grads: list[Tensor]) -> Any:
+        """The gradients of all rows of some heads, to where these are from; an Arrival of this
+        rank's, see `plan.returns`."""
+        deliveries = [
+            Delivery(owner, (grads[0][slice(*one.read)], grads[1][slice(*one.read)]), one.place[0])
+            for owner in self.ranks.others
+            for one in plan.returns(self.problem, owner)
+            if one.reader == self.ranks.rank
+        ]
+        returns = plan.returns(self.problem, self.ranks.rank)
+        expected = [(one.reader, one.place) for one in returns]
+        rows = plan.count(one.place for one in returns)
+        like = self.of_group(number)
+        return self._exchange("gradients", deliveries, expected, like, rows, grads[0].dtype)
+
+    def of_group(self, number: int) -> tuple[Tensor, Tensor]:
+        k, v = (heads_of(x, self.groups[number]) for x in self._kv)
+        return k, v
+
+    def _exchange(
+        self,
+        kind: str,
+        deliveries: list[Delivery],
+        expected: list[tuple[int, Interval]],
+        like: tuple[Tensor, Tensor],
+        rows: int,
+        dtype: torch.dtype,
+    ) -> Any:
+        widest = [heads_of(x, self._widest) for x in self._kv]
+        most = bytes_of(widest, self.problem.tokens, dtype)
+        return exchange(self.ranks, Post(kind, deliveries, expected, like, rows, most, dtype))
 
 
 def gather_forward(
@@ -100,10 +123,9 @@ def gather_forward(
     out, lse = empty_outputs(q, v)
     gathered = gathering.start(0)
     for number, key_heads in enumerate(gathering.groups):
-        assert gathered is not None
-        gathered.pending.wait()
+        gathered.wait()
         here, gathered = gathered, gathering.start(number + 1)
-        margin = gathered.pending.margin if gathered else 0
+        margin = margin_of(gathered)
         heads = heads_of_queries(q, k, key_heads)
         of_heads = heads_of(q, heads)
         own_sinks = None if sinks is None else sinks[slice(*heads)]
@@ -111,16 +133,8 @@ def gather_forward(
         for part in parts:
             whole.add(part, *attend(part, of_heads, here.k, here.v, options, own_sinks, margin))
         heads_of(lse, heads).copy_(whole.result()[1])
+        here.release()
     return out, lse
-
-
-class Returning(NamedTuple):
-    """Gradients of some heads' keys and values: those of this rank's that the others' queries
-    gave, and what is kept until the others have theirs."""
-
-    pending: Pending
-    arrived: list[tuple[Interval, Tensor, Tensor]]
-    totals: list[Tensor]
 
 
 def gather_backward(
@@ -135,65 +149,52 @@ def gather_backward(
     gathered = gathering.start(0)
     returning: Returning | None = None
     for number, key_heads in enumerate(gathering.groups):
-        assert gathered is not None
-        gathered.pending.wait()
+        gathered.wait()
         here, gathered = gathered, gathering.start(number + 1)
-        margin = max(
-            gathered.pending.margin if gathered else 0,
-            returning.pending.margin if returning else 0,
-        )
+        margin = max(margin_of(gathered), margin_of(returning.arrival if returning else None))
         heads = heads_of_queries(saved.q, k, key_heads)
         sums = [empty_rows(x, x.shape[-3], wide) for x in (here.k, here.v)]
         totals = [Gradient(as_call(x)) for x in sums]
+        of_heads, to_q = saved.heads(*heads), heads_of(grad_q, heads)
         for part in parts:
-            add_gradients(
-                part,
-                saved.heads(*heads),
-                (here.k, here.v),
-                heads_of(grad_q, heads),
-                totals,
-                options,
-                margin,
-            )
+            add_gradients(part, of_heads, (here.k, here.v), to_q, totals, options, margin)
         for total in totals:
             total.result()
+        here.release()
         if returning is not None:
-            _finish(returning, grad_k, grad_v, gathering.groups[number - 1])
-        returning = _start_return(gathering, k, v, key_heads, sums)
+            returning.finish(grad_k, grad_v)
+        returning = Returning(gathering, number, sums)
     if returning is not None:
-        _finish(returning, grad_k, grad_v, gathering.groups[-1])
+        returning.finish(grad_k, grad_v)
     return grad_q.to(saved.q.dtype), grad_k, grad_v
 
 
-def _start_return(
-    gathering: Gathering, k: Tensor, v: Tensor, key_heads: Interval, sums: list[Tensor]
-) -> Returning:
-    problem, ranks = gathering.problem, gathering.ranks
-    own = [heads_of(x, key_heads) for x in (k, v)]
-    arrived: list[tuple[Interval, Tensor, Tensor]] = []
-    receives: list[Message] = []
-    for other in gathering.others:
-        for rows, _ in plan.routes(problem, ranks.rank, other):
-            both = [empty_rows(x, rows[1] - rows[0], sums[0].dtype) for x in own]
-            receives += [(other, x) for x in both]
-            arrived.append((rows, as_call(both[0]), as_call(both[1])))
-    _, sends = gathering.messages([], sums)
-    pending = exchange(ranks, sends, receives)
-    totals = [torch.zeros(x.shape, dtype=sums[0].dtype, device=x.device) for x in own]
-    for total, summed in zip(totals, sums, strict=True):
-        for rows, place in gathering.own_routes:
-            rows_of(total, rows).add_(rows_of(as_call(summed), place))
-    return Returning(pending, arrived, totals)
+class Returning:
+    """Gradients of some heads' keys and values: from this rank's queries, and from the others', on
+    their way."""
 
+    def __init__(self, gathering: Gathering, number: int, sums: list[Tensor]):
+        """`sums`: of all rows, from this rank's queries."""
+        self._gathering, self._number = gathering, number
+        self._sums = sums
+        self.arrival = gathering.send_back(number, sums)
 
-def _finish(returning: Returning, grad_k: Tensor, grad_v: Tensor, key_heads: Interval) -> None:
-    """Adds what arrives, rank by rank, so that the sums are the same in every run."""
-    returning.pending.wait()
-    for rows, *both in returning.arrived:
-        for total, more in zip(returning.totals, both, strict=True):
-            rows_of(total, rows).add_(more)
-    for grad, total in zip((grad_k, grad_v), returning.totals, strict=True):
-        heads_of(grad, key_heads).copy_(total)
+    def finish(self, grad_k: Tensor, grad_v: Tensor) -> None:
+        """Adds what arrives, rank by rank, so that the sums are the same in every run."""
+        gathering = self._gathering
+        totals = [
+            torch.zeros_like(x, dtype=self._sums[0].dtype) for x in gathering.of_group(self._number)
+        ]
+        for total, summed in zip(totals, self._sums, strict=True):
+            for rows, place in gathering.own_routes:
+                rows_of(total, rows).add_(rows_of(as_call(summed), place))
+        self.arrival.wait()
+        for one in plan.returns(gathering.problem, gathering.ranks.rank):
+            for total, arrived in zip(totals, (self.arrival.k, self.arrival.v), strict=True):
+                rows_of(total, one.rows).add_(rows_of(arrived, one.place))
+        self.arrival.release()
+        for grad, total in zip((grad_k, grad_v), totals, strict=True):
+            heads_of(grad, gathering.groups[self._number]).copy_(total)
 
 
 def heads_of_queries(q: Tensor, k: Tensor, key_heads: Interval) -> Interval:

@@ -12,20 +12,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cute_kernels.distributed.exchange import Ranks
+from cute_kernels.distributed.exchange import Ranks, agree
 from cute_kernels.distributed.layouts import part_of, whole_of
 from cute_kernels.distributed.operators import group_of
 from cute_kernels.operators import NAMESPACE
 
 _NAME = f"{NAMESPACE}::all_to_all_rows"
-torch.library.define(_NAME, "(Tensor x, str group) -> Tensor")
+torch.library.define(_NAME, "(Tensor x, str group, str call) -> Tensor")
 _all_to_all = getattr(torch.ops, NAMESPACE).all_to_all_rows.default
 
 
-def _exchange(x: Tensor, group: str) -> Tensor:
+def _exchange(x: Tensor, group: str, call: str) -> Tensor:
+    """`call`: what must be the same on all ranks beside the shape."""
     x = x.contiguous()
+    ranks = Ranks.of(group_of(group))
+    if call:
+        rows, *others = x.shape[1:]
+        agree(
+            ranks,
+            {
+                "the number of rows": rows,
+                "the batch with the channels of q, k and v for each rank": tuple(others),
+                "the dtype": x.dtype,
+                "the call": call,
+            },
+        )
     result = torch.empty_like(x)
-    dist.all_to_all_single(result, x, group=group_of(group))
+    dist.all_to_all_single(result, x, group=ranks.group)
     return result
 
 
@@ -33,13 +46,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.group = inputs[1]
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return _all_to_all(grad, ctx.group), None
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _all_to_all(grad, ctx.group, ""), None, None
 
 
 for _device in ("cpu", "cuda"):
     torch.library.impl(_NAME, _device, _exchange)
-torch.library.register_fake(_NAME, lambda x, _: x.new_empty(x.shape))
+torch.library.register_fake(_NAME, lambda x, *_: x.new_empty(x.shape))
 torch.library.register_autograd(_NAME, _gradient, setup_context=_setup_context)
 
 
@@ -57,15 +70,16 @@ def check_heads(q: Tensor, k: Tensor, ranks: int) -> None:
 
 
 def to_heads(
-    q: Tensor, k: Tensor, v: Tensor, group: str, ranks: int, layout: str
+    q: Tensor, k: Tensor, v: Tensor, call: str, group: str, ranks: int, layout: str
 ) -> tuple[Tensor, ...]:
     """This rank's rows, (batch, rows, heads, head_dim), to all ranks' rows of its share of the
     heads, (batch, rows * ranks, heads / ranks, head_dim), in the order of the sequence; or the same
-    without batch. One message goes to each rank, and the results are views of what comes."""
+    without batch. One message goes to each rank, and the results are views of what comes. `call`:
+    what must be the same on all ranks."""
     parts = [torch.unflatten(_rows_first(x), -2, (ranks, -1)).flatten(-2) for x in (q, k, v)]
     sizes = [x.shape[-1] for x in parts]
     # (rows, batch, ranks, channels) to (ranks, rows, batch, channels)
-    received = _all_to_all(torch.cat(parts, dim=-1).movedim(-2, 0), group)
+    received = _all_to_all(torch.cat(parts, dim=-1).movedim(-2, 0), group, call)
     if layout == "contiguous":
         rows = received.flatten(0, 1)
     else:
@@ -84,7 +98,7 @@ def from_heads(out: Tensor, group: str, ranks: int, layout: str) -> Tensor:
     else:
         sent = torch.stack([part_of(rows, 0, layout, rank, ranks) for rank in range(ranks)])
     # (ranks, rows, batch, heads / ranks, head_dim) to (rows, batch, heads, head_dim)
-    received = _all_to_all(sent, group).movedim(0, -3).flatten(-3, -2)
+    received = _all_to_all(sent, group, "").movedim(0, -3).flatten(-3, -2)
     return _rows_first(received).contiguous()
 
 

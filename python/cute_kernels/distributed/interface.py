@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cute_kernels.arguments import Window, window_of
-from cute_kernels.distributed.checks import Group, check_shard, documents_of, groups_of
+from cute_kernels.distributed.checks import Group, check_shard, documents_of, groups_of, starts_of
 from cute_kernels.distributed.exchange import Ranks
 from cute_kernels.distributed.heads import (
     check_heads,
@@ -64,6 +64,7 @@ def ring_attn_func(
             causal mask.
         cu_seqlens: of packed sequences, where each begins in the whole sequence of all ranks, and
             where the last ends: a list of ints or an int tensor on the CPU, the same on all ranks.
+            Under ``torch.compile``, a tensor: a list has it compile again for other numbers.
         return_lse: also return the LSE.
 
     Returns:
@@ -173,7 +174,8 @@ def ulysses_attn_func(
     check_heads(q, k, ranks.size)
     way = (of_heads.group_name, ranks.size, layout if ring is None else "contiguous")
     check_tokens(q.shape[-3] * ranks.size, way[2], ranks.size)
-    q, k, v = to_heads(q, k, v, *way)
+    call = f"{causal=}, {left=}, {right=}, {softcap=}, softmax_scale={scale}, {way[2]}"
+    q, k, v = to_heads(q, k, v, call, *way)
     options: dict[str, Any] = {
         "softmax_scale": softmax_scale,
         "causal": causal,
@@ -188,12 +190,20 @@ def ulysses_attn_func(
     elif cu_seqlens is None:
         result = flash_attn_func(q, k, v, **options)
     else:
-        starts = documents_of(cu_seqlens, q.shape[0])
-        lengths = torch.tensor(starts, dtype=torch.int32).to(q.device)
-        longest = max((b - a for a, b in itertools.pairwise(starts)), default=0)
+        lengths, longest = _lengths(cu_seqlens, q)
         result = flash_attn_varlen_func(q, k, v, lengths, lengths, longest, longest, **options)
     out = from_heads(result[0], *way)
     return (out, lse_from_heads(result[1], *way)) if return_lse else out
+
+
+def _lengths(cu_seqlens: Documents, q: Tensor) -> tuple[Tensor, int | None]:
+    """cu_seqlens on q's device, and the longest sequence, if numbers of the host may be read."""
+    starts = starts_of(cu_seqlens)
+    longest = None
+    if not torch.compiler.is_compiling():
+        documents = documents_of(starts, q.shape[0])
+        longest = max((b - a for a, b in itertools.pairwise(documents)), default=0)
+    return starts.to(q.device, torch.int32, non_blocking=True), longest
 
 
 def _two_groups(group: Group) -> tuple[Any, Any]:
@@ -226,17 +236,17 @@ def _attend(
     ranks = Ranks.of(of_ranks)
     tokens = q.shape[-3] * ranks.size
     check_tokens(tokens, layout, ranks.size)
-    documents = documents_of(cu_seqlens, tokens) if packed else ()
+    starts = starts_of(cu_seqlens) if packed else None
     deterministic = torch.are_deterministic_algorithms_enabled() or deterministic
     out, lse = context_attention(
         q,
         k,
         v,
         sinks,
+        starts,
         of_ranks.group_name,
         form,
         layout,
-        documents,
         scale,
         left,
         0 if causal else right,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +11,8 @@ from torch.distributed import ProcessGroup, distributed_c10d
 import cute_kernels.extension  # noqa: F401  the namespace
 from cute_kernels import reference
 from cute_kernels.distributed.calls import Options, Saved
-from cute_kernels.distributed.checks import check_shard
-from cute_kernels.distributed.exchange import Ranks, agree
+from cute_kernels.distributed.checks import check_shard, documents_of
+from cute_kernels.distributed.exchange import Ranks, agree, watch
 from cute_kernels.distributed.gather import gather_backward, gather_forward
 from cute_kernels.distributed.layouts import check_tokens
 from cute_kernels.distributed.plan import Problem
@@ -27,16 +26,18 @@ _FORMS = {
 _FORWARD = f"{NAMESPACE}::context_attention_forward"
 _BACKWARD = f"{NAMESPACE}::context_attention_backward"
 _CALL = (
-    "str group, str form, str layout, int[] documents, float softmax_scale, int? left, "
-    "int? right, float softcap, bool deterministic"
+    "str group, str form, str layout, float softmax_scale, int? left, int? right, float softcap, "
+    "bool deterministic"
 )
 torch.library.define(
-    _FORWARD, f"(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_CALL}) -> (Tensor, Tensor)"
+    _FORWARD,
+    f"(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_seqlens, "
+    f"{_CALL}) -> (Tensor, Tensor)",
 )
 torch.library.define(
     _BACKWARD,
-    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, "
-    f"Tensor lse, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? sinks, "
+    f"Tensor? cu_seqlens, Tensor out, Tensor lse, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 context_attention = getattr(torch.ops, NAMESPACE).context_attention_forward.default
 _backward = getattr(torch.ops, NAMESPACE).context_attention_backward.default
@@ -55,14 +56,15 @@ class Call(NamedTuple):
     group: str
     form: str
     layout: str
-    documents: Sequence[int]  # where each begins, and the last ends; empty for a dense call
     softmax_scale: float
     left: int | None
     right: int | None
     softcap: float
     deterministic: bool
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+    def check(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens: Tensor | None
+    ) -> None:
         check_shard(
             q,
             k,
@@ -74,13 +76,13 @@ class Call(NamedTuple):
             self.softcap,
             self.deterministic,
             sinks,
-            bool(self.documents),
+            cu_seqlens is not None,
         )
 
-    def problem(self, ranks: Ranks, q: Tensor) -> Problem:
+    def problem(self, ranks: Ranks, q: Tensor, cu_seqlens: Tensor | None) -> Problem:
         tokens = q.shape[-3] * ranks.size
         check_tokens(tokens, self.layout, ranks.size)
-        documents = tuple(self.documents) or (0, tokens)
+        documents = (0, tokens) if cu_seqlens is None else documents_of(cu_seqlens, tokens)
         return Problem(self.layout, ranks.size, tokens, documents, self.left, self.right)
 
     @property
@@ -89,12 +91,17 @@ class Call(NamedTuple):
 
 
 def _run_forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *inputs: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *inputs: Any,
 ) -> tuple[Tensor, Tensor]:
     call = Call(*inputs)
-    call.check(q, k, v, sinks)
+    call.check(q, k, v, sinks, cu_seqlens)
     ranks = Ranks.of(group_of(call.group))
-    problem = call.problem(ranks, q)
+    problem = call.problem(ranks, q, cu_seqlens)
     agree(
         ranks,
         {
@@ -111,7 +118,9 @@ def _run_forward(
         },
     )
     with torch.autocast(q.device.type, enabled=False):
-        return _FORMS[call.form][0](problem, ranks, q, k, v, call.options, sinks)
+        results = _FORMS[call.form][0](problem, ranks, q, k, v, call.options, sinks)
+    watch(ranks, q.device)
+    return results
 
 
 def _run_backward(
@@ -121,6 +130,7 @@ def _run_backward(
     k: Tensor,
     v: Tensor,
     sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
     out: Tensor,
     lse: Tensor,
     *inputs: Any,
@@ -131,8 +141,10 @@ def _run_backward(
     saved = Saved(grad_out.contiguous(), grad_lse, q, out, lse)
     with torch.autocast(q.device.type, enabled=False):
         backward = _FORMS[call.form][1]
-        grads = backward(call.problem(ranks, q), ranks, saved, k, v, call.options)
-        return *grads, _sinks_gradient(saved, sinks)
+        grads = backward(call.problem(ranks, q, cu_seqlens), ranks, saved, k, v, call.options)
+        of_sinks = _sinks_gradient(saved, sinks)
+    watch(ranks, q.device)
+    return *grads, of_sinks
 
 
 def _sinks_gradient(saved: Saved, sinks: Tensor | None) -> Tensor:
@@ -150,9 +162,14 @@ def _sinks_gradient(saved: Saved, sinks: Tensor | None) -> Tensor:
 
 
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *inputs: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *inputs: Any,
 ) -> tuple[Tensor, Tensor]:
-    Call(*inputs).check(q, k, v, sinks)
+    Call(*inputs).check(q, k, v, sinks, cu_seqlens)
     return reference.empty_outputs(q, v)
 
 
@@ -163,6 +180,7 @@ def _backward_fake(
     k: Tensor,
     v: Tensor,
     sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
     out: Tensor,
     lse: Tensor,
     *_: Any,
@@ -172,18 +190,19 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.call = inputs[4:]
-    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.call = inputs[5:]
+    ctx.save_for_backward(*inputs[:5], *output)
     ctx.set_materialize_grads(False)  # an LSE that nobody uses costs nothing
 
 
 def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, sinks, out, lse = ctx.saved_tensors
+    q, k, v, sinks, cu_seqlens, out, lse = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    *grads, of_sinks = _backward(grad_out, grad_lse, q, k, v, sinks, out, lse, *ctx.call)
+    tensors = (grad_out, grad_lse, q, k, v, sinks, cu_seqlens, out, lse)
+    *grads, of_sinks = _backward(*tensors, *ctx.call)
     of_sinks = None if sinks is None else of_sinks.to(sinks.dtype)
-    return *grads, of_sinks, *(None for _ in ctx.call)
+    return *grads, of_sinks, None, *(None for _ in ctx.call)
 
 
 def _refuse_second_derivative(*_: Any) -> None:

@@ -154,6 +154,28 @@ def routes(problem: Problem, owner: int, reader: int) -> tuple[tuple[Interval, I
     return tuple(result)
 
 
+class Return(NamedTuple):
+    """Gradients of rows of a rank's keys, from the queries of another."""
+
+    reader: int
+    rows: Interval  # in the owner's shard
+    read: Interval  # where the reader has them, see `routes`
+    place: Interval  # if nothing is stored but all returns to the owner
+
+
+@functools.lru_cache(maxsize=1024)
+def returns(problem: Problem, owner: int) -> tuple[Return, ...]:
+    """All of them, by reader."""
+    found = [
+        (reader, rows, read)
+        for reader in range(problem.ranks)
+        if reader != owner
+        for rows, read in routes(problem, owner, reader)
+    ]
+    places = stored([rows for _, rows, _ in found])
+    return tuple(Return(*one, place) for one, place in zip(found, places, strict=True))
+
+
 def work(problem: Problem, rank: int) -> int:
     """How many pairs of a query and a key a rank computes."""
     return sum(
@@ -191,6 +213,12 @@ def joined(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
 def count(intervals: Iterable[Interval]) -> int:
     """How many rows they have."""
     return sum(stop - start for start, stop in intervals)
+
+
+def stored(intervals: Sequence[Interval]) -> list[Interval]:
+    """Where they are if nothing else is stored."""
+    ends = list(itertools.accumulate(stop - start for start, stop in intervals))
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def place(interval: Interval, among: Sequence[Interval]) -> int:

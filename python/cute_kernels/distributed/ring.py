@@ -9,7 +9,7 @@ others: under the former the first keys arrive, under the latter the last gradie
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,43 +20,28 @@ from cute_kernels.distributed.calls import (
     Options,
     Saved,
     Whole,
+    Written,
     add_gradients,
     attend,
     heads_of,
     most_parts,
     rows_of,
 )
-from cute_kernels.distributed.exchange import Pending, Ranks, exchange
+from cute_kernels.distributed.exchange import (
+    Delivery,
+    Post,
+    Ranks,
+    as_call,
+    bytes_of,
+    empty_rows,
+    exchange,
+    rows_first,
+)
 from cute_kernels.distributed.plan import Interval, Problem
 from cute_kernels.reference import accumulator_dtype
 
 # Of a rank's own work in the backward pass, the part that is done before that on others' keys.
 _FIRST_SHARE = 4
-
-
-class Arriving(NamedTuple):
-    """Rows of a step's keys and values."""
-
-    pending: Pending
-    k: Tensor
-    v: Tensor
-
-
-def rows_first(x: Tensor) -> Tensor:
-    """(rows, batch, heads, head_dim) or (rows, heads, head_dim), contiguous, so that some rows are
-    one message."""
-    return (x.transpose(0, 1) if x.dim() == 4 else x).contiguous()
-
-
-def as_call(x: Tensor) -> Tensor:
-    """The inverse of `rows_first`, a view."""
-    return x.transpose(0, 1) if x.dim() == 4 else x
-
-
-def empty_rows(like: Tensor, rows: int, dtype: torch.dtype | None = None) -> Tensor:
-    """As `rows_first` has them."""
-    shape = (rows, *(like.shape[:1] if like.dim() == 4 else ()), *like.shape[-2:])
-    return like.new_empty(shape, dtype=dtype)
 
 
 class Steps:
@@ -75,22 +60,46 @@ class Steps:
         """Who has this rank's keys in a step."""
         return (self.ranks.rank + step) % self.ranks.size
 
-    def start(self, step: int) -> Arriving | None:
-        """None if there is no such step."""
+    def start(self, step: int) -> Any:
+        """An Arrival, or None if there is no such step."""
         if step >= self.ranks.size:
             return None
         source, target = self.source(step), self.target(step)
         ours = plan.needed(self.problem, self.ranks.rank, source)
         theirs = plan.needed(self.problem, target, self.ranks.rank)
-        k, v = (empty_rows(x, plan.count(ours)) for x in self._like)
-        sizes = [stop - start for start, stop in ours]
-        parts = [torch.split(x, sizes) for x in (k, v)]
-        pending = exchange(
-            self.ranks,
-            [(target, x[start:stop]) for start, stop in theirs for x in self._sent],
-            [(source, x) for rows in zip(*parts, strict=True) for x in rows],
+        k, v = self._sent
+        deliveries = [
+            Delivery(target, (k[slice(*rows)], v[slice(*rows)]), place)
+            for rows, (place, _) in zip(theirs, plan.stored(theirs), strict=True)
+        ]
+        expected = [(source, place) for place in plan.stored(ours)]
+        dtype = k.dtype
+        most = bytes_of(self._like, k.shape[0], dtype)
+        rows = plan.count(ours)
+        return exchange(
+            self.ranks, Post("keys", deliveries, expected, self._like, rows, most, dtype)
         )
-        return Arriving(pending, as_call(k), as_call(v))
+
+    def send_back(self, step: int, grads: tuple[Tensor, Tensor]) -> Returned:
+        """The gradients of a step's keys, to where these are from."""
+        source, target = self.source(step), self.target(step)
+        intervals = plan.needed(self.problem, target, self.ranks.rank)
+        rows = plan.count(intervals)
+        deliveries = [Delivery(source, grads, 0)] if grads[0].shape[0] > 0 else []
+        expected = [(target, (0, rows))] if rows > 0 else []
+        dtype = grads[0].dtype
+        most = bytes_of(self._like, self._sent[0].shape[0], dtype)
+        post = Post("gradients", deliveries, expected, self._like, rows, most, dtype)
+        return Returned(exchange(self.ranks, post), intervals, grads)
+
+
+class Returned(NamedTuple):
+    """Gradients of this rank's keys and values, on their way back from another rank; and that
+    rank's, on their way there."""
+
+    arrival: Any
+    intervals: tuple[Interval, ...]
+    sent: tuple[Tensor, Tensor]
 
 
 def ring_forward(
@@ -111,31 +120,21 @@ def ring_forward(
     ]
     whole = Whole(q, v, most_parts([part for parts in (own, *foreign) for part in parts]))
     arriving = steps.start(1)
-    margin = arriving.pending.margin if arriving else 0
+    margin = margin_of(arriving)
     # A query sees its own key: its row is in an own part, and the sinks enter there if that is one.
     own_sinks = sinks if most_parts(own) == 1 else None
     for part in own:
         whole.add(part, *attend(part, q, k, v, options, own_sinks, margin))
     for step, parts in enumerate(foreign, start=1):
-        assert arriving is not None
-        arriving.pending.wait()
+        arriving.wait()
         arrived, arriving = arriving, steps.start(step + 1)
-        margin = arriving.pending.margin if arriving else 0
         for part in parts:
-            whole.add(part, *attend(part, q, arrived.k, arrived.v, options, None, margin))
+            results = attend(part, q, arrived.k, arrived.v, options, None, margin_of(arriving))
+            whole.add(part, *results)
+        arrived.release()
     if sinks is not None and own_sinks is None:
         whole.add_sinks(sinks)
     return whole.result()
-
-
-class Returned(NamedTuple):
-    """Gradients of this rank's keys and values, on their way back from another rank, and of that
-    rank's, on their way there."""
-
-    pending: Pending
-    intervals: tuple[Interval, ...]
-    grad_k: Tensor
-    grad_v: Tensor
 
 
 def ring_backward(
@@ -162,69 +161,72 @@ def ring_backward(
             total.result()
 
     arriving = steps.start(1)
-    add_own(0, first_heads, arriving.pending.margin if arriving else 0)
+    add_own(0, first_heads, margin_of(arriving))
     returned: Returned | None = None
     sums = Sums(own_k, own_v)
     for step in range(1, ranks.size):
-        assert arriving is not None
-        arriving.pending.wait()
+        arriving.wait()
         arrived, arriving = arriving, steps.start(step + 1)
-        margin = max(
-            arriving.pending.margin if arriving else 0, returned.pending.margin if returned else 0
-        )
+        margin = max(margin_of(arriving), margin_of(returned.arrival if returned else None))
         rows = arrived.k.shape[-3]
-        sent = [empty_rows(x, rows, wide) for x in (k, v)]
-        totals = [Gradient(as_call(x)) for x in sent]
+        grads = empty_rows(k, rows, wide), empty_rows(v, rows, wide)
+        totals = [Gradient(as_call(x)) for x in grads]
         keys = [arrived.k, arrived.v]
         for part in plan.parts_of_received(problem, ranks.rank, steps.source(step)):
             add_gradients(part, saved, keys, grad_q, totals, options, margin)
         for total in totals:
             total.result()
+        arrived.release()
         if returned is not None:
             sums.take(returned)
-        returned = _send_back(steps, step, sent, k, v)
-    add_own(first_heads, key_heads, returned.pending.margin if returned else 0)
-    if returned is not None:
-        sums.take(returned)
-    return grad_q.to(saved.q.dtype), *sums.results(k.dtype)
+        returned = steps.send_back(step, grads)
+    add_own(first_heads, key_heads, margin_of(returned.arrival if returned else None))
+    grads_kv = sums.results(returned, k.dtype)
+    return grad_q.to(saved.q.dtype), *grads_kv
 
 
-def _send_back(steps: Steps, step: int, sent: list[Tensor], k: Tensor, v: Tensor) -> Returned:
-    source, target = steps.source(step), steps.target(step)
-    intervals = plan.needed(steps.problem, target, steps.ranks.rank)
-    received = [empty_rows(x, plan.count(intervals), sent[0].dtype) for x in (k, v)]
-    pending = exchange(
-        steps.ranks,
-        [(source, x) for x in sent],
-        [(target, x) for x in received],
-    )
-    return Returned(pending, intervals, as_call(received[0]), as_call(received[1]))
+def margin_of(arrival: Any) -> int:
+    return 0 if arrival is None else int(arrival.margin)
 
 
 class Sums:
-    """The gradients of a rank's keys and values, from its own queries and from others'."""
+    """The gradients of a rank's keys and values, from its own queries and from others', always in
+    the same order."""
 
     def __init__(self, own_k: Tensor, own_v: Tensor):
         """They are not looked at before `results`."""
         self._own = own_k, own_v
-        self._others: dict[tuple[Interval, ...], tuple[Tensor, Tensor]] = {}
+        self._others: dict[tuple[Interval, ...], list[Tensor]] = {}
 
     def take(self, returned: Returned) -> None:
-        """Waits for what another rank computed. The order is the same in every run."""
-        returned.pending.wait()
-        arrived = returned.grad_k, returned.grad_v
-        if returned.intervals not in self._others:
-            self._others[returned.intervals] = arrived
-            return
-        for total, more in zip(self._others[returned.intervals], arrived, strict=True):
-            total += more
+        """Adds what another rank computed to what others have."""
+        returned.arrival.wait()
+        arrived = [returned.arrival.k, returned.arrival.v]
+        if returned.intervals in self._others:
+            for total, more in zip(self._others[returned.intervals], arrived, strict=True):
+                total += more
+        else:
+            self._others[returned.intervals] = [x.clone() for x in arrived]
+        returned.arrival.release()
 
-    def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        for intervals, arrived in self._others.items():
-            for total, more in zip(self._own, arrived, strict=True):
-                place = 0
-                for start, stop in intervals:
-                    rows_of(total, (start, stop)).add_(rows_of(more, (place, place + stop - start)))
-                    place += stop - start
-        grad_k, grad_v = (total.to(dtype) for total in self._own)
+    def results(self, last: Returned | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Everything with what is last, rounded to a dtype."""
+        for intervals, others in self._others.items():
+            for own, more in zip(self._own, others, strict=True):
+                for rows, place in zip(intervals, plan.stored(intervals), strict=True):
+                    rows_of(own, rows).add_(rows_of(more, place))
+        grad_k, grad_v = (torch.empty_like(own, dtype=dtype) for own in self._own)
+        written = Written()
+        if last is not None:
+            last.arrival.wait()
+            arrived = last.arrival.k, last.arrival.v
+            for rows, place in zip(last.intervals, plan.stored(last.intervals), strict=True):
+                for own, more, grad in zip(self._own, arrived, (grad_k, grad_v), strict=True):
+                    sum_of = rows_of(own, rows), rows_of(more, place)
+                    torch.add(*sum_of, out=rows_of(grad, rows))  # rounded in the same pass
+                written.add(rows)
+            last.arrival.release()
+        for rows in written.missing((0, grad_k.shape[-3])):
+            for own, grad in zip(self._own, (grad_k, grad_v), strict=True):
+                rows_of(grad, rows).copy_(rows_of(own, rows))
         return grad_k, grad_v
