@@ -199,7 +199,7 @@ def flash_attn_varlen_func(
     if is_fp8:
         if tile_config is not None:
             raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-        refuse_for_fp8(softcap=softcap > 0, sm_margin=sm_margin > 0 and q.is_cuda)
+        refuse_for_fp8(softcap=softcap > 0)
         out, lse = flash_attn_varlen_e4m3(
             q,
             k,
@@ -212,6 +212,7 @@ def flash_attn_varlen_func(
             attention_chunk,
             sinks,
             return_lse or return_attn_probs,
+            sm_margin,
         )
         return (out, lse) if return_lse or return_attn_probs else out
     lengths: Lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
