@@ -124,7 +124,7 @@ int main() {
   for (int i = 0; i < 4 * kEach; ++i) names.push_back("k" + std::to_string(i / 2));
   for (auto const& name : names) {
     kernels.push_back(
-        {{name.c_str(), kBf16, 64, 64, false, false, nullptr, kAny, 128, 1.0, 0}, nullptr, nullptr});
+        {{name.c_str(), kBf16, 64, 64, false, false, nullptr, kAny, 128, 1., 0}, nullptr, nullptr});
   }
   std::atomic<int> added_count{0}, lost{0};
   std::vector<std::thread> threads;
