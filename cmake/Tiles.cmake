@@ -12,7 +12,7 @@ set(_out "${CMAKE_CURRENT_BINARY_DIR}/tiles")
 
 set(_passes forward backward decode prefill)
 if(CUTE_KERNELS_FP8)
-  list(APPEND _passes forward_fp8)
+  list(APPEND _passes forward_fp8 decode_fp8)
 endif()
 execute_process(
   COMMAND

@@ -19,6 +19,7 @@ FRONT = {
 }
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)")
 FENCE = re.compile(r"^```.*?^```", re.S | re.M)
+FENCE_OR_NOT = re.compile(rf"({FENCE.pattern})", FENCE.flags)
 
 
 def repository_path(page: str) -> Path:
@@ -68,7 +69,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             markdown = re.sub(rf"\[([^]]*)\]\({re.escape(link)}\)", r"\1", markdown)
         else:
             markdown = re.sub(rf"(?<=\]\(){re.escape(link)}(?=[#)])", site, markdown)
-    return markdown
+    # Lists inside of lists are indented by two spaces in the repository, by four for the site.
+    parts = re.split(FENCE_OR_NOT, markdown)
+    return "".join(x if x.startswith("```") else re.sub(r"(?m)^( +)", r"\1\1", x) for x in parts)
 
 
 def reference() -> str:

@@ -52,7 +52,8 @@ def empty_caches(chance, device, dtype, shape, head_dims):
     layout = chance.choice(["dense", "heads first", "interleaved", "heads first, interleaved"])
 
     def nan(*sizes):
-        return torch.full(sizes, math.nan, dtype=dtype, device=device)
+        wrong = math.nan if dtype.is_floating_point else 99
+        return torch.full(sizes, wrong, dtype=dtype, device=device)
 
     if layout == "dense":
         return [nan(*shape, head_dim) for head_dim in head_dims]
@@ -81,12 +82,16 @@ def random_cache(
     leftpad=False,
     batch_idx=False,
 ):
-    """Caches of N(0, 1); `room`: rows that sequences may get beyond what they have."""
+    """Caches of N(0, 1), of int8 of N(0, 1600); `room`: rows that sequences may get beyond what
+    they have."""
     generator = torch.Generator(device).manual_seed(chance.randrange(2**31))
 
     def normal(rows, head_dim):
         shape = (rows, key_heads, head_dim)
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        numbers = torch.randn(shape, generator=generator, device=device)
+        if not dtype.is_floating_point:
+            numbers = (40 * numbers).round().clamp(-128, 127)
+        return numbers.to(dtype)
 
     batch, most = len(lengths), max(lengths, default=0) + room + 1
     k, v = ([normal(n, head_dim) for n in lengths] for head_dim in head_dims)

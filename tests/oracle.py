@@ -17,6 +17,8 @@ the dtype has to round:
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -96,6 +98,16 @@ def visible(rows, keys, causal, window_size=NO_WINDOW, diagonal=None, device="cp
     return seen
 
 
+class Changes(NamedTuple):
+    """A variant in fp64: functions of batch, head, query and key, all int64 and of shapes that
+    broadcast to (batch, heads, rows, keys); `score` of scores of that shape before them. None is
+    none."""
+
+    score: Callable | None = None
+    mask: Callable | None = None
+    weight: Callable | None = None
+
+
 class Attention:
     """The result for q, k and v (batch, seqlen, heads, head_dim), and what its rows may be off by.
 
@@ -116,6 +128,7 @@ class Attention:
         sinks=None,
         softcap=0.0,
         attention_chunk=0,
+        changes=None,
     ):
         self.dtype, self.scale = q.dtype, softmax_scale
         self.key_heads = k.shape[2]
@@ -129,11 +142,20 @@ class Attention:
         )
         scores, self.slope = softcapped((self.q @ self.k.mT) * softmax_scale, softcap)
         self.softcap = softcap
-        rows, keys = scores.shape[-2:]
+        batch, heads, rows, keys = scores.shape
         if diagonal is None:
             diagonal = keys - (rows if seqlen_q is None else seqlen_q)
         diagonal += first_query
         self.seen = visible(rows, keys, causal, window_size, diagonal, q.device, attention_chunk)
+        self.weight, self.largest, self.steepest = None, 0.0, 1.0
+        if changes is not None:
+            places = (
+                torch.arange(batch, device=q.device)[:, None, None, None],
+                torch.arange(heads, device=q.device)[:, None, None],
+                torch.arange(first_query, first_query + rows, device=q.device)[:, None],
+                torch.arange(keys, device=q.device),
+            )
+            scores = self._change(changes, scores, places)
         scores.masked_fill_(~self.seen, -math.inf)
         self.lse = torch.logsumexp(scores, -1)
         # Rows that see nothing, or nothing but scores of -inf: their output is 0
@@ -144,7 +166,26 @@ class Attention:
         # A score of +inf leaves nothing of its row
         origin = self.lse.masked_fill(self.unseen, 0.0).masked_fill(self.lse == math.inf, math.nan)
         self.p = scores.sub_(origin[..., None]).exp_().masked_fill_(~self.seen, 0.0)
-        self.out_rows = total(self.p, self.v, self.seen)
+        self.out_rows = total(self.weighted(self.p), self.v, self.seen)
+
+    def _change(self, changes, scores, places):
+        if changes.score is not None:
+            with torch.enable_grad():
+                scores.requires_grad_()
+                changed = changes.score(scores, *places)
+                (self.slope,) = torch.autograd.grad(changed.sum(), scores)
+            scores = changed.detach().clone()
+            # Sums of large numbers are off by what these are rounded to.
+            self.largest = 4 * finite(scores.masked_fill(~self.seen, 0.0)).abs().amax()
+            self.steepest = finite(self.slope).abs().amax().clamp(min=1.0)
+        if changes.mask is not None:
+            self.seen = self.seen & changes.mask(*places)
+        if changes.weight is not None:
+            self.weight = changes.weight(*places).double()
+        return scores
+
+    def weighted(self, x):
+        return x if self.weight is None else x * self.weight
 
     @property
     def out(self):
@@ -153,7 +194,8 @@ class Attention:
     def score_noise(self):
         """What a score may be off by, by query."""
         # A softcap flattens what products are off by; tanh itself is off, too.
-        return self._product_noise() + self.noise * self.softcap
+        products = self._product_noise() * self.steepest
+        return products + self.noise * (self.softcap + self.largest)
 
     def _product_noise(self):
         """The same without a softcap."""
@@ -180,8 +222,9 @@ class Attention:
     def out_allowed(self):
         """(batch, seqlen, heads)."""
         v = lengths(self.v)[..., None]
-        squares = ((self.u * self.p).square() + self.underflow**2 * (self.p > 0)) @ v.square()
-        noise = self.score_noise() * (self.p @ v)[..., 0]
+        p = self.weighted(self.p)
+        squares = ((self.u * p).square() + self.underflow**2 * (p > 0)) @ v.square()
+        noise = self.score_noise() * (p @ v)[..., 0]
         allowed = self._allowed(
             self.v, squares[..., 0], noise, self.out_rows, self.v.shape[2], least=1.0
         )
@@ -198,6 +241,7 @@ class Attention:
         delta = delta.sum(-1, keepdim=True)
         # Of delta's error, one number for a row: twice, as nothing of it averages out
         squares = (do * self.out_rows).square().sum(-1, keepdim=True)
+        # dP has its weight already.
         squares = squares + (self.p * dp).square().sum(-1, keepdim=True)
         if grad_lse is not None:
             delta = delta - grad_lse.double()[..., None]
@@ -206,7 +250,7 @@ class Attention:
     def sinks_gradient(self, grad_out, grad_lse=None, dtype=torch.float32):
         """The right one, (heads), and what each may be off by in a result of this dtype."""
         do = grad_out.double().transpose(1, 2)
-        dp = (do @ self.v.mT).masked_fill_(~self.seen, 0.0)
+        dp = self.weighted(do @ self.v.mT).masked_fill_(~self.seen, 0.0)
         delta, squares = self._delta(do, dp, grad_lse, None)
         share = (self.sinks - self.lse).exp().masked_fill(self.lse == -math.inf, 1.0)
         terms = share * delta[..., 0]
@@ -223,17 +267,21 @@ class Attention:
         are those of an output that is not this one."""
         p, q, k, v, u = self.p, self.q, self.k, self.v, self.u
         do = grad_out.double().transpose(1, 2)
-        dp = (do @ v.mT).masked_fill_(~self.seen, 0.0)
+        dp = self.weighted(do @ v.mT).masked_fill_(~self.seen, 0.0)
         delta, delta_squares = self._delta(do, dp, grad_lse, out)
+        apart = None if self.weight is None else dp.square() + delta.square()
         slope = dp.sub_(delta)
         ds = (slope * p * self.slope).masked_fill_(~self.seen, 0.0)
         # Of P, before it is multiplied, and of dS
         ds_squares = 2 * (u * ds).square()
+        if apart is not None:  # with weights dP and delta meet P one by one
+            ds_squares += (u * p * self.slope).square() * apart
         ds_squares += torch.where(p > 0, self.underflow**2 * (1 + slope.square()), 0.0)
-        p_squares = (u * p).square() + self.underflow**2 * (p > 0)
+        weighted = self.weighted(p)
+        p_squares = (u * weighted).square() + self.underflow**2 * (weighted > 0)
         q2, k2, do2 = (lengths(t)[..., None] for t in (q, k, do))
         score_noise = self.score_noise()[..., None]
-        p_noise = p * score_noise
+        p_noise = weighted * score_noise
         reach = lengths(v)[..., None, :] + lengths(self.out_rows)[..., None]
         ds_noise = ds.abs() * score_noise + self.noise * p * do2 * reach
         if self.softcap > 0:
@@ -243,7 +291,7 @@ class Attention:
 
         dq = total(ds, k, self.seen) * self.scale
         dk = total(ds.mT, q, self.seen.mT) * self.scale
-        dv = total(p.mT, do, self.seen.mT)
+        dv = total(weighted.mT, do, self.seen.mT)
         dk, dv, *of_keys = (
             t.unflatten(1, (self.key_heads, self.group)).sum(2)
             for t in (

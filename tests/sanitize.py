@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from cute_kernels import (
     flash_attn_fp8_func,
+    flash_attn_fp8_varlen_func,
     flash_attn_func,
     flash_attn_varlen_func,
     tile_configs,
@@ -74,7 +75,13 @@ def backward(row, q, k, v, causal):
 
 def forward_fp8(row, q, k, v, causal):
     v[:1, :1, 0, 0] = 1e30  # its head is quantised again
-    return [flash_attn_fp8_func(q, k, v, causal=causal, qk_dtype=FP8_DTYPES[row["dtype"]])]
+    options = {"causal": causal, "qk_dtype": FP8_DTYPES[row["dtype"]]}
+    if not row["any_call"]:
+        return [flash_attn_fp8_func(q, k, v, **options)]
+    options["sinks"] = torch.zeros(q.shape[2], device=q.device)
+    results = [flash_attn_fp8_func(q, k, v, window_size=(90, 20), **options)]
+    options |= {"tile_config": row["name"], "return_lse": True}
+    return [*results, flash_attn_fp8_varlen_func(*packed(q, k, v), **options)[0]]
 
 
 def decode(row, q, k, v, causal):
@@ -93,7 +100,18 @@ def decode(row, q, k, v, causal):
     return [out]
 
 
-CALLS = {"forward": forward, "backward": backward, "forward_fp8": forward_fp8, "decode": decode}
+def prefill(row, q, k, v, causal):
+    """The same of so many queries that they are the prefill kernel's."""
+    return decode(row, q.repeat(1, 4000 // q.shape[1] + 1, 1, 1), k, v, causal)
+
+
+CALLS = {
+    "forward": forward,
+    "backward": backward,
+    "forward_fp8": forward_fp8,
+    "decode": decode,
+    "prefill": prefill,
+}
 
 
 def main() -> int:

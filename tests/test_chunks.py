@@ -127,5 +127,5 @@ def test_other_errors_are_those_of_calls_without_chunks():
     with pytest.raises(ValueError, match=r"cu_seqlens_q\[1\] is 129, must be at most 128"):
         flash_attn_varlen_func(q[0], k[0], v[0], starts + starts // 128, starts, attention_chunk=8)
     q = q.to(torch.float8_e4m3fn)
-    with pytest.raises(NotImplementedError, match="attention_chunk is not there yet for float8"):
-        flash_attn_func(q, q, q, attention_chunk=8)
+    with pytest.raises(ValueError, match="k has batch 1, must be 2 like q"):
+        flash_attn_func(q, q[:1], q[:1], attention_chunk=8)

@@ -52,3 +52,26 @@ def test_serving_from_a_cache_gives_the_same_tokens(device, slots):
 def test_serving_says_that_pages_are_too_few():
     done = run("serve_paged.py", "--device", "cpu", "--pages", "2")
     assert "a request needs more pages than there are" in done.stderr
+
+
+def test_packed_finetuning_has_the_losses_of_padded(device):
+    pytest.importorskip("transformers", "5", reason="needs transformers 5 or newer")
+    done = run("finetune_packed.py", "--device", device, "--steps", "6")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the losses agree" in done.stdout
+    packed, padded = map(int, re.findall(r"(\d+) rows", done.stdout))
+    assert packed < 0.6 * padded
+
+
+def test_a_diffusion_block_in_8_bits_gives_the_same_image(device):
+    done = run("diffusion_block.py", "--device", device, "--steps", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the images agree" in done.stdout
+    *_, off = re.findall(r"in_8_bits: (\S+) of the image's norm off", done.stdout)
+    assert 1e-5 < float(off) < 0.02
+
+
+def test_the_diffusion_block_refuses_no_steps():
+    done = run("diffusion_block.py", "--steps", "0")
+    assert done.returncode == 2
+    assert "--steps is 0, must be at least 1" in done.stderr

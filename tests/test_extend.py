@@ -140,6 +140,16 @@ def test_the_automatic_choice_weighs_the_row(compiled):
     assert large != "bf16_mine"
 
 
+def test_the_example_runs(compiled):
+    """With the kernel of docs/extend.md, which is its row."""
+    ran = python(compiled.folder, (ROOT / "examples" / "own_tile.py").read_text())
+    assert ran.said == ""  # nothing is compiled
+    assert "refused: forward row large: registers of a consumer thread" in ran.out
+    assert re.search(r"^64 queries: \w+ -> bf16_mine$", ran.out, re.M)
+    assert not re.search(r"^16384 queries: .* -> bf16_mine$", ran.out, re.M)
+    assert ran.out.splitlines()[-1] == "passed"
+
+
 def test_a_refused_row_shows_its_arithmetic(capsys):
     exec(block("snippet: refused row"), {})
     assert capsys.readouterr().out == block("output: refused row")

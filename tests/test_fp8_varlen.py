@@ -10,6 +10,7 @@ import torch
 from oracle import Attention
 from packed import random_packed, starts
 from parity import random_qkv
+from torch._subclasses import FakeTensorMode
 
 from cute_kernels import (
     flash_attn_fp8_func,
@@ -339,6 +340,37 @@ def test_nothing(device, slots):
     tail = dataclasses.replace(packed, q=torch.ones(9, 4, 64, dtype=BF16, device=device))
     out, lse = run(tail, causal=True)
     assert not out.any() and (lse == -math.inf).all()
+
+
+@pytest.mark.skipif(not GPU_BUILT, reason="built without CUTE_KERNELS_FP8")
+def test_compiles_whole(device):
+    torch._dynamo.reset()
+    packed = packed_on(device, [40, 3, 60])
+
+    def function(q, k, v, lengths):
+        return flash_attn_fp8_varlen_func(
+            q, k + 1, v, **lengths, causal=True, attention_chunk=32, return_lse=True
+        )
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    got = compiled(*packed.qkv, packed.lengths())
+    for a, b in zip(got, function(*packed.qkv, packed.lengths()), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not GPU_BUILT, reason="built without CUTE_KERNELS_FP8")
+def test_fake_calls_know_the_form(device):
+    packed = packed_on(device, [40, 3, 60], head_dims=(48, 80))
+    real = run(packed, window_size=(9, 0))
+    with FakeTensorMode() as mode:
+        arguments = dict(zip("qkv", packed.qkv, strict=True)) | packed.lengths()
+        fake = flash_attn_fp8_varlen_func(
+            **{n: x if x is None else mode.from_tensor(x) for n, x in arguments.items()},
+            window_size=(9, 0),
+            return_lse=True,
+        )
+    for a, b in zip(fake, real, strict=True):
+        assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
 
 
 @pytest.mark.parametrize(

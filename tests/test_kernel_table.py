@@ -18,10 +18,10 @@ constexpr auto kBf16 = ElementType::kBFloat16;
 constexpr auto kAny = MaskClass::kAny;
 constexpr auto kNone = MaskClass::kNone;  // never chosen
 ForwardKernel const kForward[] = {
-    {{"f64", kBf16, 64, 64, false, false, kAny, 128, 1.0, 0}, nullptr, nullptr}};
+    {{"f64", kBf16, 64, 64, false, false, nullptr, kAny, 128, 1.0, 0}, nullptr, nullptr}};
 BackwardKernel const kBackward[] = {
-    {{"b64", kBf16, 64, 64, false, false, kAny, 128}, nullptr, nullptr},
-    {{"b128", kBf16, 128, 128, false, false, kAny, 128}, nullptr, nullptr}};
+    {{"b64", kBf16, 64, 64, false, false, nullptr, kAny, 128}, nullptr, nullptr},
+    {{"b128", kBf16, 128, 128, false, false, nullptr, kAny, 128}, nullptr, nullptr}};
 KernelTable<ForwardKernel> forward_kernels{kForward, 1};
 KernelTable<BackwardKernel> backward_kernels{kBackward, 2};
 KernelTable<Fp8ForwardKernel> fp8_forward_kernels{nullptr, 0};
@@ -51,10 +51,10 @@ Fp8ForwardKernel const* int8() {
 int main() {
   show("built backward 64", backward(64, false));
   static BackwardKernel const added[] = {
-      {{"mine64", kBf16, 64, 64, false, false, MaskClass::kCausal, 64}, nullptr, nullptr},
-      {{"mine192", kBf16, 192, 192, false, false, kAny, 64}, nullptr, nullptr},
-      {{"b64", kBf16, 64, 64, false, false, kAny, 64}, nullptr, nullptr},
-      {{"none64", kBf16, 64, 64, false, false, kNone, 64}, nullptr, nullptr}};
+      {{"mine64", kBf16, 64, 64, false, false, nullptr, MaskClass::kCausal, 64}, nullptr, nullptr},
+      {{"mine192", kBf16, 192, 192, false, false, nullptr, kAny, 64}, nullptr, nullptr},
+      {{"b64", kBf16, 64, 64, false, false, nullptr, kAny, 64}, nullptr, nullptr},
+      {{"none64", kBf16, 64, 64, false, false, nullptr, kNone, 64}, nullptr, nullptr}};
   for (auto const& kernel : added) std::printf("%d", backward_kernels.add(kernel));
   std::printf("\n");
   for (auto const& kernel : backward_kernels) std::printf("%s ", kernel.config.name);
@@ -76,10 +76,12 @@ int main() {
 
   show("forward", forward(false));
   static ForwardKernel const fast{
-      {"fast", kBf16, 64, 64, false, false, MaskClass::kFull, 128, 1.5, 0}, nullptr, nullptr};
+      {"fast", kBf16, 64, 64, false, false, nullptr, MaskClass::kFull, 128, 1.5, 0},
+      nullptr,
+      nullptr};
   forward_kernels.add(fast);
   static ForwardKernel const none{
-      {"none", kBf16, 64, 64, false, false, kNone, 128, 99.0, 0}, nullptr, nullptr};
+      {"none", kBf16, 64, 64, false, false, nullptr, kNone, 128, 99.0, 0}, nullptr, nullptr};
   forward_kernels.add(none);
   show("full forward", forward(false));
   show("causal forward", forward(true));
@@ -97,8 +99,8 @@ int main() {
   };
   any("window without one", window);
   static ForwardKernel const for_any[] = {
-      {{"any64", kBf16, 64, 64, true, false, kAny, 128, 9.0, 0}, nullptr, nullptr},
-      {{"any128", kBf16, 64, 128, true, false, kAny, 128, 9.0, 0}, nullptr, nullptr}};
+      {{"any64", kBf16, 64, 64, true, false, nullptr, kAny, 128, 9.0, 0}, nullptr, nullptr},
+      {{"any128", kBf16, 64, 128, true, false, nullptr, kAny, 128, 9.0, 0}, nullptr, nullptr}};
   for (auto const& kernel : for_any) forward_kernels.add(kernel);
   any("window", window);
   any("window that hides nothing", covering);

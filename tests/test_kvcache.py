@@ -250,7 +250,15 @@ def test_signatures():
         "scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, "
         "return_softmax_lse=False"
     )
-    assert shown(flash_attn_with_kvcache, kind.KEYWORD_ONLY) == ["sinks=None", "out=None"]
+    assert shown(flash_attn_with_kvcache, kind.KEYWORD_ONLY) == [
+        "sinks=None",
+        "out=None",
+        "k_scales=None",
+        "v_scales=None",
+        "incoherent=False",
+        "seed=0",
+        "tree_mask=None",
+    ]
     names = shown(get_scheduler_metadata, kind.POSITIONAL_OR_KEYWORD)
     assert ", ".join(names) == (
         "batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, "

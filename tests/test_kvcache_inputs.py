@@ -197,10 +197,30 @@ BAD = {
         TypeError,
         "scheduler_metadata has dtype torch.float32, must be torch.int32",
     ),
-    "8 bits": (
-        {"k_cache": lambda x: x.to(torch.float8_e4m3fn)},
+    "e5m2": (
+        {"k_cache": lambda x: x.to(torch.float8_e5m2)},
         NotImplementedError,
-        "k_cache of torch.float8_e4m3fn is not there yet",
+        "k_cache of torch.float8_e5m2 is not there yet",
+    ),
+    "8 bits of K alone": (
+        {"k_cache": lambda x: x.to(torch.float8_e4m3fn)},
+        TypeError,
+        "v_cache has dtype torch.bfloat16, must be torch.float8_e4m3fn like k_cache",
+    ),
+    "a descale of 16 bits": (
+        {"k_descale": lambda x: torch.ones(2, 2)},
+        ValueError,
+        "k_descale is given, must be None for a cache of torch.bfloat16",
+    ),
+    "rotated keys of 16 bits": (
+        {"incoherent": lambda x: True},
+        ValueError,
+        "incoherent is True, must be False for a cache of torch.bfloat16",
+    ),
+    "seed": (
+        {"seed": lambda x: 2**64},
+        ValueError,
+        "seed is 18446744073709551616, must be below 2**64",
     ),
     "out of another shape": (
         {"out": lambda x: torch.empty(8, 4, 32).bfloat16()},
@@ -220,9 +240,6 @@ BAD = {
 }
 LATER = {
     "qv": torch.zeros(1),
-    "q_descale": torch.zeros(2),
-    "k_descale": torch.zeros(1),
-    "v_descale": torch.zeros(1),
     "attention_chunk": 64,
 }
 # Of contents, which shape inference does not see.

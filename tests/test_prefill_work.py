@@ -17,6 +17,7 @@ MAIN = f"""
 #include <memory>
 #include <utility>
 #include <vector>
+#include "cute_kernels/attention/prefill/cut.hpp"
 #include "cute_kernels/attention/prefill/sequences.hpp"
 #include "cute_kernels/attention/schedule/work_list.hpp"
 using namespace cute_kernels::attention;
@@ -31,7 +32,20 @@ void build(Builder builder, std::integer_sequence<int, kPhases...>) {{
   (phase(std::integral_constant<int, kPhases>{{}}), ...);
 }}
 
-void list_tiles(CachedCall const& call) {{
+/// As cut_last_tiles() does on the device.
+std::vector<WorkTile> cut_tiles(WorkList const& list, int heads, int ctas) {{
+  TileCut const cut(*list.count, heads, ctas, {TILE_M} / 64);
+  std::vector<WorkTile> tiles(list.tiles, list.tiles + cut.first);
+  for (int i = cut.first; i < *list.count; ++i) {{
+    for (int number = 0; number < cut.pieces; ++number) {{
+      WorkTile const piece = piece_of(list.tiles[i], number, 64);
+      if (has_rows(piece, 64)) tiles.push_back(piece);
+    }}
+  }}
+  return tiles;
+}}
+
+void list_tiles(CachedCall const& call, int ctas) {{
   using Tiling = QueryTiling<{TILE_M}, {TILE_N}>;
   using Builder = WorkListBuilder<Tiling, CachedCall>;
   int64_t const most = most_tiles(call, {TILE_M});
@@ -40,15 +54,14 @@ void list_tiles(CachedCall const& call) {{
   WorkList const list = work_list_at(memory.get(), call.batch, most);
   typename Builder::Shared shared;
   build(Builder(call, list, shared), std::make_integer_sequence<int, Builder::kPhases>());
-  for (int i = 0; i < *list.count; ++i) {{
-    WorkTile const& tile = list.tiles[i];
+  for (WorkTile const& tile : cut_tiles(list, call.heads_kv, ctas)) {{
     Sequence const& of = tile.sequence;
     GroupedRanges<PlainDivisor> const rows(of.seqlen_q, of.seqlen_k, tile.left_edge,
                                            tile.right_edge, {{call.group}});
     BlockRange const keys = rows.key_blocks(tile.first_row, {TILE_M}, {TILE_N});
     std::cout << of.batch << ' ' << tile.first_row << ' ' << of.row_q << ' ' << of.row_k << ' '
-              << of.seqlen_q << ' ' << keys.begin << ' ' << keys.end << ' ' << keys.left_end() << ' '
-              << keys.right_begin();
+              << of.seqlen_q << ' ' << keys.begin << ' ' << keys.end << ' ' << keys.left_end()
+              << ' ' << keys.right_begin();
     for (int row = 0; row < of.seqlen_q; ++row) {{
       if (row >= tile.first_row && row < tile.first_row + {TILE_M}) {{
         std::cout << ' ' << rows.first_key(row) << ' ' << rows.end_key(row);
@@ -66,33 +79,54 @@ int main() {{
     return value == {NONE} ? std::nullopt : std::optional<int>(value);
   }};
   CachedCall call{{}};
-  int left, right;
+  int left, right, ctas, uncached;
   while (std::cin >> call.batch >> call.total_q >> call.heads_kv >> call.group >> call.most_keys >>
-         left >> right >> call.least_rows >> call.most_rows) {{
+         left >> right >> call.least_rows >> call.most_rows >> ctas >>
+         uncached) {{
     call.mask = {{std::nullopt, limit(left), limit(right)}};
     auto read = [](int count) {{
       std::vector<int> values(count);
       for (int& value : values) std::cin >> value;
       return values;
     }};
-    std::vector<int> const cu = read(call.batch + 1), used = read(call.batch),
+    std::vector<int> const cu = read(call.batch + 1), used = read(call.batch + 1),
                            leftpad = read(call.batch);
     call.lengths = {{cu.data(), used.data(), leftpad.data()}};
-    list_tiles(call);
+    call.uncached = {{}};
+    if (uncached == 1) call.uncached = {{true, nullptr, nullptr, nullptr}};
+    if (uncached == 2) call.uncached = {{false, used.data(), nullptr, nullptr}};
+    list_tiles(call, ctas);
   }}
 }}
 """
 
 
 @pytest.fixture(scope="module")
-def tiles_of(tmp_path_factory):
-    program = host_program(tmp_path_factory.mktemp("prefill_work"), MAIN, "-O1", *CHECKED)
+def program(tmp_path_factory):
+    return host_program(tmp_path_factory.mktemp("prefill_work"), MAIN, "-O1", *CHECKED)
 
-    def run(queries, used, leftpad, group, mask, least_rows=0, most_rows=NO_LIMIT):
+
+@pytest.fixture(scope="module")
+def tiles_of(program):
+
+    def run(queries, used, leftpad, group, mask, ctas=1, least_rows=0, most_rows=NO_LIMIT):
         starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
         room = max([0, *used])
-        head = [len(queries), starts[-1], 1, group, room, *mask, least_rows, most_rows]
-        return program([[*head, *starts, *used, *leftpad]])
+        head = [len(queries), starts[-1], 3, group, room, *mask, least_rows, most_rows, ctas, 0]
+        return program([[*head, *starts, *used, 0, *leftpad]])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uncached_tiles_of(program):
+    """The same of calls without a cache: dense ones of sequences of one length, or packed ones."""
+
+    def run(queries, keys, group, mask, dense):
+        starts, ends = ([sum(n[:i]) for i in range(len(n) + 1)] for n in (queries, keys))
+        room = keys[0] if dense else ends[-1]
+        head = [len(queries), starts[-1], 3, group, room, *mask, 0, NO_LIMIT, 1, 1 if dense else 2]
+        return program([[*head, *starts, *ends, *([0] * len(queries))]])
 
     return run
 
@@ -106,18 +140,17 @@ def random_case(chance):
     return queries, used, leftpad, chance.choice([1, 3, 8, 200]), mask
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(40))
 def test_every_row_is_in_one_tile_with_all_keys_that_it_sees(tiles_of, seed):
-    queries, used, leftpad, group, mask = case = random_case(random.Random(seed))
+    chance = random.Random(seed)
+    queries, used, leftpad, group, mask = case = random_case(chance)
+    tiles = tiles_of(*case, ctas=chance.choice([1, 20, 132]))
     rows_done = defaultdict(list)
-    for entry, first_row, row_q, row_k, rows, begin, end, left, right, *ends in tiles_of(*case):
-        assert (row_q, row_k, rows) == (
-            sum(queries[:entry]),
-            leftpad[entry],
-            queries[entry] * group,
-        )
+    for entry, first_row, row_q, row_k, end_row, begin, end, left, right, *ends in tiles:
+        assert (row_q, row_k) == (sum(queries[:entry]), leftpad[entry])
         keys = used[entry] - leftpad[entry]
-        own = range(max(0, first_row), min(rows, first_row + TILE_M))
+        own = range(max(0, first_row), min(end_row, first_row + TILE_M))
+        assert own
         rows_done[entry] += own
         of_rows, of_keys = ends[: 2 * len(own)], ends[2 * len(own) :]
         sights = []
@@ -141,6 +174,37 @@ def test_every_row_is_in_one_tile_with_all_keys_that_it_sees(tiles_of, seed):
     assert {entry: sorted(done) for entry, done in rows_done.items()} == {
         entry: list(range(n * group)) for entry, n in enumerate(queries) if n > 0
     }
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("dense", [False, True])
+def test_calls_without_a_cache_are_the_same_behind_a_padding(
+    tiles_of, uncached_tiles_of, dense, seed
+):
+    """Of packed keys in one page."""
+    queries, keys, _, group, mask = random_case(random.Random(seed))
+    if dense:
+        queries, keys = queries[-1:] * len(queries), keys[-1:] * len(keys)
+    pads = [0 if dense else sum(keys[:i]) for i in range(len(keys))]
+    ends = [pad + n for pad, n in zip(pads, keys, strict=True)]
+    cached = tiles_of(queries, ends, pads, group, mask)
+    if not dense:
+        cached = [[0, *tile[1:]] for tile in cached]
+    assert uncached_tiles_of(queries, keys, group, mask, dense) == cached
+
+
+def test_tiles_that_do_not_fill_a_round_are_cut(tiles_of):
+    """3 heads a tile: 4 sequences of 22 tiles, of which the last has 64 rows."""
+    case = [512] * 4, [600] * 4, [0] * 4, 8, (NONE, 0)
+    rows = [min(tile[4], tile[1] + TILE_M) - max(0, tile[1]) for tile in tiles_of(*case, ctas=62)]
+    # 264 places are 4 rounds and 16 places more, of 6 tiles
+    assert len(rows) > 88
+    assert rows.count(192) >= 88 - 6 - 4
+    assert set(rows[88 - 6 :]) == {64}
+    assert sum(rows) == 4 * 512 * 8
+    # 264 places are 3 rounds and 24 places more, which pieces would make more than one
+    whole = tiles_of(*case, ctas=48)
+    assert len(whole) == 88
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -332,12 +332,6 @@ def test_wrong_sinks_are_named(device, make, error, message, packed):
         function(*inputs, sinks=sinks)
 
 
-def test_fp8_has_none_yet():
-    q = torch.zeros(1, 20, 4, 64).to(torch.float8_e4m3fn)
-    with pytest.raises(NotImplementedError, match="sinks is not there yet for float8_e4m3fn"):
-        flash_attn_func(q, q, q, sinks=torch.zeros(4))
-
-
 def test_forward_mode_is_refused():
     q, k, v = random_qkv("cpu", torch.float32, 1, 5, 5, 4)
     sinks = torch.zeros(4)

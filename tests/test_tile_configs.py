@@ -215,6 +215,7 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
         "backward_table.cpp",
         "forward_fp8_table.cpp",
         "decode_table.cpp",
+        "decode_fp8_table.cpp",
         "prefill_table.cpp",
     ]
     text = (tmp_path / "fp16_d128_m128n176.cu").read_text()
@@ -248,13 +249,17 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
         ("forward_fp8", ["forward/tile_traits.hpp", "forward/fp8_traits.hpp"]),
         ("backward", ["backward/traits.hpp"]),
         ("decode", ["decode/traits.hpp"]),
+        ("decode_fp8", ["decode/traits.hpp", "decode/fp8_traits.hpp"]),
+        ("prefill", ["forward/tile_traits.hpp", "forward/traits.hpp", "prefill/traits.hpp"]),
     ],
 )
 def test_traits_read_the_constants_that_the_generator_writes(name, headers):
     folder = ROOT / "cute_kernels" / "attention"
     traits = "".join((folder / header).read_text() for header in headers)
     written = {field.constant for field in source.constants(passes.PASSES[name])}
-    assert set(re.findall(r"Tile::(k\w+)", traits)) == written
+    # What the headers say themselves of all rows of the pass
+    own = set(re.findall(r"static constexpr \w+ (k\w+)", traits.partition("PrefillTile :")[2]))
+    assert set(re.findall(r"Tile::(k\w+)", traits)) - own == written - own
 
 
 def test_the_projects_own_table_is_right_and_serves_every_call():
@@ -280,6 +285,16 @@ def test_the_projects_own_table_is_right_and_serves_every_call():
         )
         assert {(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)} <= forward
         assert backward == forward
+    for dtype, head_dims in (
+        ("int8", {(64, 64), (128, 128), (192, 128), (256, 256)}),
+        ("e4m3", {(128, 128), (256, 256)}),
+    ):
+        of_any_call = {
+            (row["head_dim"], row["head_dim_v"])
+            for row in rows
+            if row["pass"] == "forward_fp8" and row["dtype"] == dtype and row["any_call"]
+        }
+        assert of_any_call == head_dims
 
 
 def test_tile_configs_are_copies_of_the_rows_built():
@@ -452,12 +467,15 @@ tile_n = {tile_n}
 linear_exp = {linear_exp}
 overlap = {overlap}
 moves_of_four = {moves_of_four}
+any_call = {any_call}
+promote = {promote}
 why = "measured"
 """
 
 
 def fp8_table(**changes):
     values = {"tile_m": 128, "tile_n": 128, "linear_exp": "false", "overlap": "true"}
+    values |= {"any_call": "false", "promote": "false"}
     return table(good()) + FP8_ROW.format(**{**values, "moves_of_four": 0, **changes})
 
 
@@ -480,6 +498,8 @@ def test_fp8_rows_become_kernels(tmp_path):
         ({"tile_n": 96}, "multiple of 64"),
         ({"tile_n": 192, "linear_exp": "true"}, "linear_exp needs 8 more channels of V"),
         ({"linear_exp": "true"}, "linear_exp needs overlap = false"),
+        ({"any_call": "true", "tile_n": 256}, "any_call needs tile_n of 64 or 128"),
+        ({"promote": "true"}, "promote needs overlap = false"),
         ({"tile_m": 256}, "registers of a consumer thread: 64 scores [+] 64 output"),
         ({"tile_m": 100}, "tile_m = 100"),
         ({"moves_of_four": 5}, "moves_of_four = 5 must be 0 to 4"),

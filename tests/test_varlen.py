@@ -237,7 +237,13 @@ def test_signature():
         "return_attn_probs=False"
     )
     by_name = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    assert by_name == {"sinks": None, "return_lse": False, "page_table": None, "tile_config": None}
+    assert by_name == {
+        "sinks": None,
+        "return_lse": False,
+        "page_table": None,
+        "tree_mask": None,
+        "tile_config": None,
+    }
 
 
 # q, k and v in one tensor

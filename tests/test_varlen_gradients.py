@@ -105,6 +105,33 @@ def test_an_order_is_the_same_bits_each_time(hopper, head_dims, window):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("wild", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
+def test_what_a_window_hides_has_no_part(hopper, head_dims, wild):
+    """Keys that no query sees, and the first query's gradient for keys that it does not see, give
+    the same bits as 0 in their place."""
+    slots_q, slots_k, left = [300, 150], [900, 700], 127
+    packed = packed_on(hopper, torch.bfloat16, slots_q, slots_k, head_dims)
+    grad_out, grad_lse = random_grads(packed)
+    first_seen = [k - q - left for q, k in zip(slots_q, slots_k, strict=True)]
+    results = []
+    for value in (0.0, wild):
+        k, v, wild_grad = packed.k.clone(), packed.v.clone(), grad_out.clone()
+        for first, count in zip(starts(slots_k), first_seen, strict=False):
+            k[first : first + count], v[first : first + count] = value, value
+        wild_grad[0] = value
+        call = dataclasses.replace(packed, k=k, v=v)
+        options = {"window_left": left, "window_right": 0, "deterministic": True}
+        results.append(results_of(call, (wild_grad, grad_lse), **options))
+    of_query, of_keys = slice(0, 1), slice(first_seen[0], first_seen[0] + left + 1)
+    seen = (None, None, of_query, of_keys, of_keys)
+    for clean, spoilt, rows in zip(*results, seen, strict=False):  # the last one is of sinks
+        if rows is not None:
+            clean[rows], spoilt[rows] = 0.0, 0.0
+        assert clean.isfinite().all()
+        assert torch.equal(clean, spoilt)
+
+
 @ORDERS
 @pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (192, 128), (256, 256)], ids=str)
 def test_wrong_contents_end_and_do_no_harm(hopper, head_dims, deterministic):

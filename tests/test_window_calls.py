@@ -189,12 +189,6 @@ def test_rows_for_dense_calls_take_no_window(hopper, window_size):
         flash_attn_func(q, k, v, window_size=window_size, tile_config=names[0])
 
 
-def test_fp8_has_no_windows():
-    q = torch.randn(1, 20, 2, 64).to(torch.float8_e4m3fn)
-    with pytest.raises(NotImplementedError, match="window_size is not there yet for float8_e4m3fn"):
-        flash_attn_func(q, q, q, window_size=(3, 3))
-
-
 # PyTorch's machinery
 
 

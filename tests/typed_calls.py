@@ -25,6 +25,7 @@ def results(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, with_lse: bool) -> 
     assert_type(ck.flash_attn_varlen_qkvpacked_func(q, starts, return_lse=True), both)
     assert_type(ck.flash_attn_fp8_func(ck.quantize_fp8(q), k, v), Tensor)
     assert_type(ck.flash_attn_fp8_func(q, k, v, seed=1, return_lse=True), both)
+    assert_type(ck.flash_attn_fp8_varlen_func(q, k, v, starts, starts, causal=True), Tensor)
     assert_type(ck.flash_attn_combine(q, k), both)
     assert_type(ck.append_kv(k, v, k, v, starts), Tensor)
 
@@ -34,4 +35,4 @@ def mistakes(q: Tensor, k: Tensor, v: Tensor) -> None:
     ck.flash_attn_func(q, k, v, casual=True)  # type: ignore[call-overload]
     ck.flash_attn_func(q, k, v, softcap="50")  # type: ignore[call-overload]
     ck.flash_attn_varlen_func(q, k, v)  # type: ignore[call-overload]
-    ck.flash_attn_fp8_func(q, k, v, window_size=(3, 0))  # type: ignore[call-overload]
+    ck.flash_attn_fp8_func(q, k, v, softcap=3.0)  # type: ignore[call-overload]

@@ -65,6 +65,8 @@ struct AttentionCall {
   float const* sinks = nullptr;
   // Where above 0, scores become softcap * tanh(score / softcap), before the mask.
   float softcap = 0.f;
+  // Kernels of a user's variant answer, which the caller names.
+  bool has_variant = false;
 
   constexpr bool is_packed() const { return packed.cu_seqlens_q != nullptr; }
 };

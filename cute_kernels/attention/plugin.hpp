@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "cute_kernels/attention/decode/fp8_tile_config.hpp"
 #include "cute_kernels/attention/decode/tile_config.hpp"
 #include "cute_kernels/attention/fp8_problem.hpp"
 #include "cute_kernels/attention/fp8_tile_config.hpp"

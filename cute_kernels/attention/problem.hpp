@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "cute_kernels/attention/call.hpp"
+#include "cute_kernels/attention/variant/arguments.hpp"
 
 // Plain structs that the framework binding fills and the launch code reads. Nothing here needs a
 // CUDA compiler.
@@ -51,6 +52,7 @@ struct ForwardProblem {
   float* lse;       // (batch, heads_q, seqlen_q), packed (heads_q, total_q), natural logarithm
   void* workspace;  // 16-byte aligned, contents undefined on entry
   Device device;
+  VariantArguments const* variant;  // what the row's hooks are told, or null
 };
 
 /// The gradients of one call of exact attention. Requires what ForwardProblem does.
@@ -73,6 +75,7 @@ struct BackwardProblem {
   float* grad_sinks;  // (batch, heads_q), packed (1, heads_q): of each batch entry's rows; or null
   void* workspace;    // 256-byte aligned, contents undefined on entry
   Device device;
+  VariantArguments const* variant;  // as forward's, with the gradients of captured tensors
 };
 
 }  // namespace cute_kernels::attention

@@ -4,6 +4,8 @@
 
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/call.hpp"
+#include "cute_kernels/attention/variant/variant.hpp"
 #include "cute_kernels/sm90/math.hpp"
 
 namespace cute_kernels::attention {
@@ -55,5 +57,41 @@ CUTLASS_DEVICE void apply_softcap(Scores& scores, float factor) {
     scores(i) = x * sum;
   }
 }
+
+/// Scores are tanh(factor * product), in units of the softcap. A row of the library's own.
+struct Softcap {
+  static constexpr bool kScores = true, kHides = false, kWeighs = false;
+  static constexpr int kGradients = 0;
+  static constexpr bool kHasHooks = false;
+  struct Arguments {
+    float factor;
+  };
+
+  template <class Problem>
+  static Arguments arguments_of(Problem const& problem) {
+    return {softcap_factor(problem.call.scale, problem.call.softcap)};
+  }
+  static float unit(AttentionCall const& call) { return call.softcap; }
+
+  template <class Params, class Scores, class PlaceOf>
+  CUTLASS_DEVICE static void change(Params const& params, Scores& scores, PlaceOf const&) {
+    apply_softcap(scores, params.variant.factor);
+  }
+  template <class Params, class Scores, class PlaceOf>
+  CUTLASS_DEVICE static void change_again(Params const& params, Scores& scores, PlaceOf const&) {
+    apply_tanh(scores, params.variant.factor);
+  }
+
+  template <class Params, class Scores>
+  CUTLASS_DEVICE static void prepare(Params const& params, Scores& scores) {
+    apply_softcap(scores, params.variant.factor);
+  }
+  /// Of tanh, or -inf where hidden: dS has the factor 1 - tanh^2.
+  template <class Params>
+  CUTLASS_DEVICE static ChangedScore<0> element(Params const&, float tanh, NoPlaces const&) {
+    float const finite = sm90::max_nan(tanh, -1.f);
+    return {tanh, tanh == -INFINITY, __fmaf_rn(-finite, finite, 1.f), 1.f, {}};
+  }
+};
 
 }  // namespace cute_kernels::attention

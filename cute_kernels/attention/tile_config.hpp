@@ -30,6 +30,7 @@ struct RowConfig {
   int head_dim_v;
   bool any_call;  // every call, rather than dense ones without sinks whose mask is none or causal
   bool softcap;   // calls with a softcap, and only these
+  char const* variant;  // calls of this variant of a user's, and only these; or null
   MaskClass mask;
 };
 
@@ -69,7 +70,7 @@ bool can_take(RowConfig<Dtype> const& config, Dtype dtype, AttentionCall const& 
   return config.dtype == dtype && config.head_dim >= call.sizes.head_dim &&
          config.head_dim_v >= call.sizes.head_dim_v &&
          (config.any_call || (call.sinks == nullptr && kernel_ranges(call).has_value())) &&
-         config.softcap == (call.softcap > 0.f);
+         config.softcap == (call.softcap > 0.f) && (config.variant != nullptr) == call.has_variant;
 }
 
 /// Whether the automatic choice may give the call to it.
@@ -86,17 +87,21 @@ int channels(RowConfig<Dtype> const& config) {
   return config.head_dim + config.head_dim_v;
 }
 
+/// Of packed sequences the host knows no more than the sum of their lengths: they count as equal.
+inline void set_mean_lengths(AttentionCall& call) {
+  CallSizes& sizes = call.sizes;
+  if (!call.is_packed()) return;
+  auto mean = [&](int rows) { return (rows + sizes.batch - 1) / std::max(1, sizes.batch); };
+  sizes.seqlen_q = mean(call.packed.total_q);
+  sizes.seqlen_k = mean(call.packed.total_k);
+}
+
 /// Time of a call in arbitrary units: rounds of tiles over the multiprocessors, each as long as its
 /// queries and keys. A tile that is not full costs only what it has. Tiles of unequal length fill
-/// the last round, as far as they are unequal; but nothing is faster than the longest. Of packed
-/// sequences the host knows no more than the sum of their lengths: they count as equal.
+/// the last round, as far as they are unequal; but nothing is faster than the longest.
 inline double estimate_forward(TileConfig const& config, AttentionCall call, int multiprocessors) {
-  CallSizes& sizes = call.sizes;
-  if (call.is_packed()) {
-    auto mean = [&](int rows) { return (rows + sizes.batch - 1) / std::max(1, sizes.batch); };
-    sizes.seqlen_q = mean(call.packed.total_q);
-    sizes.seqlen_k = mean(call.packed.total_k);
-  }
+  set_mean_lengths(call);
+  CallSizes const& sizes = call.sizes;
   VisitedKeys const keys = visited_keys(WindowRanges(call), config.tile_m);
   double rounds = static_cast<double>(sizes.seqlen_q) / config.tile_m * sizes.batch *
                   sizes.heads_q / multiprocessors;

@@ -8,20 +8,6 @@ namespace cute_kernels::cache {
 namespace {
 
 constexpr int kMany = 2048;  // tokens, from which on a thread has several
-constexpr int kAtOnce = 2;
-
-/// Few tokens have a thread for each unit; of many, a thread has several units.
-Share share_of(int units, bool many) {
-  int const most = many ? 2 * kWarpThreads : kCtaThreads;
-  int threads = kWarpThreads;
-  while (threads < units && threads < most) threads *= 2;
-  return {threads};
-}
-
-int ctas_of(Tokens const& tokens, Share share, bool many) {
-  int const tokens_per_cta = share.stride() * (many ? kAtOnce : 1);
-  return tokens.total == 0 ? 0 : (tokens.total - 1) / tokens_per_cta + 1;
-}
 
 template <class Element>
 cudaError_t append(AppendProblem const& problem, int device, cudaStream_t stream) {

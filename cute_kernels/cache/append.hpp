@@ -147,6 +147,21 @@ struct Share {
   CUTLASS_HOST_DEVICE constexpr int stride() const { return kCtaThreads / threads_per_token; }
 };
 
+inline constexpr int kAtOnce = 2;  // of many tokens, those that a thread has
+
+/// Few tokens have a thread for each unit; of many, a thread has several units.
+constexpr Share share_of(int units, bool many) {
+  int const most = many ? 2 * kWarpThreads : kCtaThreads;
+  int threads = kWarpThreads;
+  while (threads < units && threads < most) threads *= 2;
+  return {threads};
+}
+
+constexpr int ctas_of(Tokens const& tokens, Share share, bool many) {
+  int const tokens_per_cta = share.stride() * (many ? kAtOnce : 1);
+  return tokens.total == 0 ? 0 : (tokens.total - 1) / tokens_per_cta + 1;
+}
+
 /// The tokens of a thread.
 template <class Element, int kTokens>
 struct Batch {
@@ -246,6 +261,14 @@ CUTLASS_DEVICE void turn_queries(AppendProblem const& problem, Share const& shar
   }
 }
 
+/// By one CTA.
+CUTLASS_DEVICE void write_lengths(AppendProblem const& problem) {
+  for (int entry = threadIdx.x; entry < problem.tokens.batch; entry += kCtaThreads) {
+    problem.lengths_after[entry] =
+        length_after(problem.places, problem.lengths[entry], rows_of_entry(problem.tokens, entry));
+  }
+}
+
 /// The first append_ctas CTAs, at least one, append; the others turn queries.
 template <class Element, int kTokens>
 __global__ void __launch_bounds__(kCtaThreads, kCtas)
@@ -259,11 +282,7 @@ __global__ void __launch_bounds__(kCtaThreads, kCtas)
     return;
   }
   append_rows<Element, kTokens>(problem, share, cta);
-  if (cta != 0) return;
-  for (int entry = threadIdx.x; entry < problem.tokens.batch; entry += kCtaThreads) {
-    problem.lengths_after[entry] =
-        length_after(problem.places, problem.lengths[entry], rows_of_entry(problem.tokens, entry));
-  }
+  if (cta == 0) write_lengths(problem);
 }
 
 }  // namespace cute_kernels::cache

@@ -2,6 +2,7 @@
 
 #include <cutlass/cutlass.h>
 
+#include "cute_kernels/fp8/problem.hpp"
 #include "cute_kernels/sm90/math.hpp"
 
 // Incoherent processing (FlashAttention-3, arXiv 2407.08608, section 3.3): x M, M = H diag(signs) /
@@ -81,6 +82,38 @@ CUTLASS_DEVICE float reflected_transform(float (&x)[8 * kChunks], int runs) {
     }
   }
   return maximum;
+}
+
+/// x H for a row of 8 `lanes` elements, a power of two, 8 in the registers of each lane in order.
+/// Whole warps come here.
+CUTLASS_DEVICE void hadamard_transform(float (&x)[8], int lanes) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int stride = 1; stride < 8; stride *= 2) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      if ((i & stride) != 0) continue;
+      float const a = x[i], b = x[i + stride];
+      x[i] = a + b;
+      x[i + stride] = a - b;
+    }
+  }
+  CUTLASS_PRAGMA_NO_UNROLL
+  for (int distance = 1; distance < lanes; distance *= 2) {
+    float const own_sign = (threadIdx.x & distance) != 0 ? -1.f : 1.f;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      x[i] = fmaf(own_sign, x[i], __shfl_xor_sync(0xffffffff, x[i], distance));
+    }
+  }
+}
+
+/// Flips the signs of 8 channels from a multiple of 8 on.
+CUTLASS_DEVICE void flip_signs(float (&x)[8], Signs const& signs, int channel) {
+  uint32_t const own = signs.words[channel / 32] >> channel % 32;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    x[i] = __uint_as_float(__float_as_uint(x[i]) ^ (own >> i & 1) << 31);
+  }
 }
 
 }  // namespace cute_kernels::fp8

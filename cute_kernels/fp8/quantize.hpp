@@ -63,6 +63,7 @@ class SourceEntry {
       rows_ = attention::packed_rows(p.cu_seqlens, p.seqused, p.seqlen, number);
     }
   }
+  CUTLASS_DEVICE SourceEntry(int number, attention::RowSpan rows) : number_(number), rows_(rows) {}
 
   CUTLASS_DEVICE int number() const { return number_; }
   CUTLASS_DEVICE int seqlen(Source const& p) const { return kPacked ? rows_.count : p.seqlen; }
@@ -90,22 +91,28 @@ class SourceEntry {
 };
 
 /// The packed sequence that has a block of all, of `rows` rows. Of a whole warp, each lane of which
-/// looks at another sequence. A block that none has may be given to any.
-CUTLASS_DEVICE int entry_of_block(Source const& p, int block, int rows) {
+/// looks at another sequence; loads wait for one another no more often than they must. A block that
+/// none has may be given to any.
+CUTLASS_DEVICE SourceEntry<true> entry_of_block(Source const& p, int block, int rows) {
   constexpr int kLanes = 32;
+  constexpr unsigned kAll = 0xffffffff;
   int const lane = threadIdx.x % kLanes;
   int first = 0;
-  for (int count = p.batch; count > 1;) {
+  for (int count = p.batch;;) {
     int const step = (count + kLanes - 1) / kLanes;
     int const entry = first + lane * step;
-    bool const begins =
-        lane * step < count &&
-        attention::first_block(max(0, min(p.cu_seqlens[entry], p.seqlen)), entry, rows) <= block;
-    int const last = 31 - __clz(__ballot_sync(0xffffffff, begins || lane == 0));
+    bool begins = lane * step < count;
+    attention::RowSpan own{};
+    if (begins) {
+      own = attention::packed_rows(p.cu_seqlens, p.seqused, p.seqlen, entry);
+      begins = attention::first_block(own.first, entry, rows) <= block;
+    }
+    int const last = 31 - __clz(__ballot_sync(kAll, begins || lane == 0));
     first += last * step;
     count = min(step, count - last * step);
+    if (step > 1) continue;
+    return {first, {__shfl_sync(kAll, own.first, last), __shfl_sync(kAll, own.count, last)}};
   }
-  return first;
 }
 
 /// A CTA's block of kRows rows of a source: blockIdx.y and z count blocks and batch entries, or
@@ -116,14 +123,22 @@ struct SourceBlock {
   SourceEntry<kPacked> const entry;
 
   CUTLASS_DEVICE explicit SourceBlock(Source const& p)
-      : of_all(p.first_block + blockIdx.y),
-        entry(p, kPacked ? entry_of_block(p, of_all, kRows) : p.first_batch + blockIdx.z) {}
+      : of_all(p.first_block + blockIdx.y), entry(entry_of(p, of_all)) {}
 
   /// Which one of its entry's blocks.
   CUTLASS_DEVICE int number() const { return kPacked ? of_all - entry.first_block(kRows) : of_all; }
   /// Packed sequences have blocks without a row, too.
   CUTLASS_DEVICE bool is_empty(Source const& p) const {
     return kPacked && (number() < 0 || number() * kRows >= entry.seqlen(p));
+  }
+
+ private:
+  CUTLASS_DEVICE static SourceEntry<kPacked> entry_of(Source const& p, int block) {
+    if constexpr (kPacked) {
+      return entry_of_block(p, block, kRows);
+    } else {
+      return {p, static_cast<int>(p.first_batch + blockIdx.z)};
+    }
   }
 };
 

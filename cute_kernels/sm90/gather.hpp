@@ -15,6 +15,14 @@ CUTLASS_DEVICE void gather_or_clear(uint32_t shared, void const* global, bool th
                : "memory");
 }
 
+/// The same of one number.
+CUTLASS_DEVICE void gather_or_clear_float(float* shared, float const* global, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
+                   cute::cast_smem_ptr_to_uint(shared)),
+               "l"(global), "r"(there ? 4 : 0)
+               : "memory");
+}
+
 /// One of the barrier's arrivals, when all that the thread has gathered so far has landed. Whoever
 /// waits for it lets WGMMA read only behind cutlass::arch::fence_view_async_shared().
 CUTLASS_DEVICE void arrive_when_gathered(cutlass::arch::ClusterBarrier const& barrier) {

@@ -28,6 +28,9 @@ enum class NamedBarrier : int {
   /// Attention to a cache. The threads of consumer warpgroups that have rows meet here around the
   /// clearing of a block of V.
   kValuesCleared = 1,
+  /// Attention to a cache of 8 bits. The 128 threads of warpgroup i meet here around the writing of
+  /// its queries.
+  kQueriesWritten = 2,
 };
 
 CUTLASS_DEVICE void barrier_arrive(NamedBarrier barrier, int warpgroup, int threads) {

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -11,6 +12,7 @@
 #include "cute_kernels/cache/launch.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
+#include "cute_kernels/torch/eight_bits.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
 
@@ -93,7 +95,7 @@ cache::Rows rows_of(Argument const& from, Argument const& to) {
   return {view(from.tensor),
           view(to.tensor),
           suits_tma(from, kElementBytes),
-          suits_tma(to, kElementBytes),
+          suits_tma(to, is_8_bits(to.dtype) ? 1 : kElementBytes),
           static_cast<int>(from.size(static_cast<int>(from.sizes.size()) - 2)),
           static_cast<int>(head_dim)};
 }
@@ -106,12 +108,34 @@ void check_16_bits(Argument const& a) {
 
 cache::Rows rows_to_append(Argument const& from, Argument const& to, Argument const& k) {
   check_like(from, k);
-  check_like(to, k);
+  check_device(to, k);
+  require(to.dtype == k.dtype || is_8_bits(to.dtype), to.name, " does not have k's dtype");
   check_sizes(to, 4);
   cache::Rows const rows = rows_of(from, to);
+  require(!is_8_bits(to.dtype) || rows.head_dim % 16 == 0, to.name,
+          "'s head_dim is not a multiple of 16");
   require(to.size(2) == rows.heads && to.size(3) == rows.head_dim, from.name,
           " does not have the heads and head_dim of ", to.name);
   return rows;
+}
+
+struct FactorNames {
+  char const* descale;
+  char const* scales;
+};
+
+/// Of K's or V's rows: given, or to be written.
+cache::Factors factors_of(FactorNames names, std::optional<Tensor> const& descale,
+                          std::optional<Tensor> const& scales, Argument const& k_cache,
+                          int64_t batch) {
+  require(!(descale && scales), names.descale, " and ", names.scales, " are both given");
+  cache::Factors factors{};
+  read_scales(names.descale, descale, k_cache, batch, factors.of_sequence, &factors.of_row);
+  cache::FactorView none{};
+  read_scales(names.scales, scales, k_cache, -1, none, &factors.written);
+  require(!scales || (*scales).size(1) == k_cache.size(1), names.scales,
+          " does not have k_cache's page_size");
+  return factors;
 }
 
 /// The lengths afterwards, at most what the cache can hold, and q turned, or without q nothing.
@@ -121,13 +145,15 @@ std::tuple<Tensor, Tensor> append_kv(
     std::optional<Tensor> page_table, std::optional<Tensor> cache_batch_idx,
     std::optional<Tensor> rotary_cos, std::optional<Tensor> rotary_sin,
     std::optional<Tensor> rotary_seqlens, bool rotary_interleaved, std::optional<Tensor> q_tensor,
-    std::optional<Tensor> cu_seqlens_q, bool q_advance) {
+    std::optional<Tensor> cu_seqlens_q, bool q_advance, std::optional<Tensor> k_descale,
+    std::optional<Tensor> v_descale, std::optional<Tensor> k_scales, std::optional<Tensor> v_scales,
+    std::optional<int64_t> rotation_seed) {
   Argument const k_cache("k_cache", k_cache_tensor), v_cache("v_cache", v_cache_tensor),
       k("k", k_tensor), v("v", v_tensor);
   check_16_bits(k);
   int64_t const batch = cache_seqlens.numel();
   require(batch < kMost, "cache_seqlens has 2^31 elements or more");
-  cache::AppendProblem problem{};
+  cache::Fp8AppendProblem problem{};
   problem.tokens = tokens_of(k, batch, cu_seqlens_k_new);
   tokens_of(v, batch, cu_seqlens_k_new);
   for (size_t dim = 0; dim + 1 < k.sizes.size(); ++dim) {
@@ -137,6 +163,20 @@ std::tuple<Tensor, Tensor> append_kv(
   problem.v = rows_to_append(v, v_cache, k);
   for (int dim = 0; dim < 3; ++dim) {
     require(v_cache.size(dim) == k_cache.size(dim), "v_cache does not have k_cache's shape");
+  }
+  require(v_cache.dtype == k_cache.dtype, "v_cache does not have k_cache's dtype");
+  bool const eight_bits = is_8_bits(k_cache.dtype);
+  require(eight_bits || !(k_descale || v_descale || k_scales || v_scales || rotation_seed),
+          "descales, scales or rotation_seed are given with a cache of 16 bits");
+  problem.is_int8 = k_cache.dtype == ScalarType::Char;
+  problem.k_factors = factors_of({"k_descale", "k_scales"}, k_descale, k_scales, k_cache, batch);
+  problem.v_factors = factors_of({"v_descale", "v_scales"}, v_descale, v_scales, k_cache, batch);
+  problem.rotated = rotation_seed.has_value();
+  if (rotation_seed) {
+    int const head_dim = problem.k.head_dim;
+    require((head_dim & (head_dim - 1)) == 0, "k's head_dim is not a power of 2");
+    problem.norm = static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim)));
+    problem.signs = fp8::random_signs(static_cast<uint64_t>(*rotation_seed));
   }
   problem.lengths = check_int32("cache_seqlens", cache_seqlens, k, 1, batch);
   int const* const positions = check_int32("rotary_seqlens", rotary_seqlens, k, 1, batch);
@@ -177,7 +217,15 @@ std::tuple<Tensor, Tensor> append_kv(
     if (turned.numel() == 0) problem.queries.tokens.total = 0;
   }
   if (batch == 0 && problem.queries.tokens.total == 0) return {lengths_after, turned};
-  require_success(cache::launch_append(problem, device, current_stream(k.device)), "append_kv");
+  if (!eight_bits) {
+    require_success(cache::launch_append(problem, device, current_stream(k.device)), "append_kv");
+    return {lengths_after, turned};
+  }
+#ifdef CUTE_KERNELS_FP8
+  require_success(cache::launch_fp8_append(problem, device, current_stream(k.device)), "append_kv");
+#else
+  fail("this build has no kernels for caches of 8 bits (CUTE_KERNELS_FP8=OFF)");
+#endif
   return {lengths_after, turned};
 }
 
@@ -188,14 +236,17 @@ std::tuple<Tensor, Tensor> append_kv(
 // (batch, seqlen_new, key heads, head_dim), or with cu_seqlens_k_new packed (total, key heads,
 // head_dim). Returned are the lengths afterwards, and q turned as k is: by the angles of each
 // query's position, counted from the first new key's, or with q_advance = false all by those of the
-// latter. Without q that is a tensor of no elements.
+// latter. Without q that is a tensor of no elements. A cache of 8 bits gets k and v divided by the
+// descales, or with the scales, which are written with the rows; with rotation_seed keys are
+// rotated.
 STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
   library.def(
       "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, "
       "Tensor? cu_seqlens_k_new, Tensor? page_table, Tensor? cache_batch_idx, Tensor? rotary_cos, "
       "Tensor? rotary_sin, Tensor? rotary_seqlens, bool rotary_interleaved, Tensor? q=None, "
-      "Tensor? cu_seqlens_q=None, bool q_advance=True) -> (Tensor cache_seqlens_after, Tensor "
-      "q_rotated)");
+      "Tensor? cu_seqlens_q=None, bool q_advance=True, Tensor? k_descale=None, "
+      "Tensor? v_descale=None, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None, "
+      "SymInt? rotation_seed=None) -> (Tensor cache_seqlens_after, Tensor q_rotated)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {

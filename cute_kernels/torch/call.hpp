@@ -119,4 +119,16 @@ Kernel const& kernel_for(attention::KernelTable<Kernel> const& kernels, Choose c
   fail("tile_config ", tile.name(), " is not a ", Kernel::kPass, " row of this build");
 }
 
+/// The kernel of a name, of the variant with this key, checked for the call.
+template <class Kernel, class Dtype>
+Kernel const& variant_kernel(attention::KernelTable<Kernel> const& kernels, Dtype dtype,
+                             attention::AttentionCall const& call, TileName const& variant,
+                             TileName const& tile) {
+  require(!tile.automatic() && !variant.automatic(), "a variant's kernel has a name");
+  Kernel const& kernel = kernel_for(kernels, [] { return nullptr; }, dtype, call, tile);
+  require(variant.name() == kernel.config.variant, "tile_config ", tile.name(),
+          " is not a kernel of the variant ", variant.name());
+  return kernel;
+}
+
 }  // namespace cute_kernels::binding

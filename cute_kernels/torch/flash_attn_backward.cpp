@@ -3,6 +3,7 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -19,6 +20,7 @@
 #include "cute_kernels/torch/packed_call.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
+#include "cute_kernels/torch/variant_call.hpp"
 
 namespace cute_kernels::binding {
 namespace {
@@ -71,7 +73,10 @@ struct Results {
 BackwardKernel const& backward_kernel_for(ElementType dtype, AttentionCall const& call,
                                           TileName const& tile) {
   auto const choose = [&] { return automatic_choice(attention::backward_kernels, dtype, call); };
-  BackwardKernel const& kernel = kernel_for(attention::backward_kernels, choose, dtype, call, tile);
+  return kernel_for(attention::backward_kernels, choose, dtype, call, tile);
+}
+
+void require_few_blocks(AttentionCall const& call, BackwardKernel const& kernel) {
   constexpr int kLeastQueries = 64;  // of a block
   double const entries = attention::tensor_batch(call);
   require(entries * call.sizes.heads_q * attention::query_block_numbers(call, kLeastQueries) <
@@ -83,7 +88,6 @@ BackwardKernel const& backward_kernel_for(ElementType dtype, AttentionCall const
   require(!call.is_packed() || std::max(attention::tensor_rows_q(call),
                                         attention::tensor_rows_k(call)) < attention::kManyRows,
           "q or k has 2^30 rows or more");
-  return kernel;
 }
 
 Tensor dense(Argument const& a) {
@@ -136,11 +140,12 @@ struct Given {
 };
 
 /// Of a call that is checked, as its results are. Without `given` new tensors of the inputs' dtype.
-Gradients answer(AttentionCall const& call, bool deterministic, TileName const& tile,
+Gradients answer(AttentionCall const& call, BackwardKernel const& kernel, bool deterministic,
                  attention::Device const& device, Argument const& q, Argument const& k,
                  Argument const& v, std::optional<Tensor> const& sinks_tensor,
-                 Results const& results, Given const* given) {
-  BackwardKernel const& kernel = backward_kernel_for(element_type(q.dtype), call, tile);
+                 Results const& results, Given const* given,
+                 attention::VariantArguments const* variant = nullptr) {
+  require_few_blocks(call, kernel);
   if (given != nullptr) given->check(q, k, v);
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   bool const add_to_q = given != nullptr && given->add_to_q;
@@ -192,6 +197,7 @@ Gradients answer(AttentionCall const& call, bool deterministic, TileName const& 
   problem.grad_v = view(grad_v);
   if (has_sinks) problem.grad_sinks = static_cast<float*>(grad_sinks.data_ptr());
   problem.device = device;
+  problem.variant = variant;
   Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, q.device);
   problem.workspace = workspace.data_ptr();
   require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
@@ -215,7 +221,8 @@ Gradients dense_backward(Given const* given, Tensor const& grad_out,
   call.softcap = checked_softcap(softcap);
   Results const results(grad_out, grad_lse, out, lse);
   results.check(q, v, {q.size(0), q.size(2), q.size(1)});
-  return answer(call, deterministic, tile, hopper(q.device, sm_margin), q, k, v, sinks, results,
+  BackwardKernel const& kernel = backward_kernel_for(element_type(q.dtype), call, tile);
+  return answer(call, kernel, deterministic, hopper(q.device, sm_margin), q, k, v, sinks, results,
                 given);
 }
 
@@ -258,7 +265,8 @@ Gradients packed_backward(Given const* given, Tensor const& grad_out,
   call.softcap = checked_softcap(softcap);
   Results const results(grad_out, grad_lse, out, lse);
   results.check(q, v, {q.size(1), q.size(0)});
-  return answer(call, deterministic, tile, hopper(q.device, sm_margin), q, k, v, sinks, results,
+  BackwardKernel const& kernel = backward_kernel_for(element_type(q.dtype), call, tile);
+  return answer(call, kernel, deterministic, hopper(q.device, sm_margin), q, k, v, sinks, results,
                 given);
 }
 
@@ -294,6 +302,67 @@ Tensor flash_attn_varlen_backward_into(
       tile_config, softcap, sm_margin));
 }
 
+/// Where the kernel writes what it computes of a captured tensor's gradient.
+Tensor empty_captured_gradient(AttentionCall const& call, BackwardKernel const& kernel,
+                               attention::Gradient kind, int device) {
+  CallSizes const& sizes = call.sizes;
+  if (kind == attention::Gradient::kOfScores) {
+    require(!call.is_packed(), "packed sequences have no gradient by query or key");
+    return empty({sizes.batch, sizes.heads_q, sizes.seqlen_q, sizes.seqlen_k}, ScalarType::Float,
+                 device);
+  }
+  constexpr int kWarps = 8;
+  return empty({attention::tensor_batch(call), sizes.heads_q,
+                attention::key_block_numbers(call, kernel.config.tile_n), kWarps},
+               ScalarType::Float, device);
+}
+
+/// Either of them with a variant, by the kernel of this name, which computes the gradients of as
+/// many captured tensors as there are kinds.
+std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> flash_attn_variant_backward(
+    Tensor const& grad_out, std::optional<Tensor> grad_lse, Tensor const& q_tensor,
+    Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out, Tensor const& lse,
+    std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
+    std::optional<Tensor> seqused_q, std::optional<Tensor> seqused_k, std::vector<Tensor> captured,
+    std::vector<double> numbers, std::optional<StringHandle> variant_key,
+    std::optional<StringHandle> tile_config, std::vector<int64_t> gradient_kinds,
+    double softmax_scale, bool causal, std::optional<Tensor> sinks,
+    std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right, bool deterministic,
+    int64_t sm_margin) {
+  TileName const key(variant_key), tile(tile_config);
+  Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
+  attention::VariantArguments variant{};
+  std::optional<Tensor> const diagonal;
+  AttentionCall const call =
+      check_variant_call(q, k, v,
+                         packed_call_of(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal,
+                                        max_seqlen_q, max_seqlen_k),
+                         captured, numbers, softmax_scale,
+                         mask_of(causal, window_left, window_right, std::nullopt), variant);
+  Results const results(grad_out, grad_lse, out, lse);
+  if (call.is_packed()) {
+    results.check(q, v, {q.size(1), q.size(0)});
+  } else {
+    results.check(q, v, {q.size(0), q.size(2), q.size(1)});
+  }
+  BackwardKernel const& kernel =
+      variant_kernel(attention::backward_kernels, element_type(q.dtype), call, key, tile);
+  require(gradient_kinds.size() <= attention::kMostCaptured, "too many gradients");
+  torch::stable::accelerator::DeviceGuard const guard(q.device);
+  std::vector<Tensor> of_captured;
+  for (int64_t kind : gradient_kinds) {
+    Tensor gradient = empty_captured_gradient(call, kernel, attention::Gradient(kind), q.device);
+    torch::stable::zero_(gradient);
+    variant.gradients[of_captured.size()] = static_cast<float*>(gradient.data_ptr());
+    of_captured.push_back(gradient);
+  }
+  auto const [grad_q, grad_k, grad_v, grad_sinks] =
+      answer(call, kernel, deterministic, hopper(q.device, sm_margin), q, k, v, sinks, results,
+             nullptr, &variant);
+  return {grad_q, grad_k, grad_v, grad_sinks, of_captured};
+}
+
 }  // namespace
 }  // namespace cute_kernels::binding
 
@@ -312,6 +381,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
       "str? tile_config=None, Tensor? sinks=None, *, SymInt? window_left=None, "
       "SymInt? window_right=None, SymInt? diagonal=None, float softcap=0.0, "
       "SymInt sm_margin=0) -> Tensor grad_sinks");
+  library.def(
+      "flash_attn_variant_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, "
+      "Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "Tensor? seqused_q, Tensor? seqused_k, Tensor[] captured, float[] numbers, str? variant, "
+      "str? tile_config, int[] gradient_kinds, float softmax_scale, bool causal, Tensor? sinks, "
+      "SymInt? max_seqlen_q, SymInt? max_seqlen_k, SymInt? window_left, SymInt? window_right, "
+      "bool deterministic, SymInt sm_margin) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, "
+      "Tensor grad_sinks, "
+      "Tensor[] grad_captured)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
@@ -324,4 +402,6 @@ STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
                TORCH_BOX(&cute_kernels::binding::flash_attn_varlen_backward));
   library.impl("flash_attn_varlen_backward_into",
                TORCH_BOX(&cute_kernels::binding::flash_attn_varlen_backward_into));
+  library.impl("flash_attn_variant_backward",
+               TORCH_BOX(&cute_kernels::binding::flash_attn_variant_backward));
 }

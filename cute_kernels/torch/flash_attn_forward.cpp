@@ -1,11 +1,14 @@
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "cute_kernels/attention/prefill/tile_config.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/schedule/work_list.hpp"
 #include "cute_kernels/attention/tile_config.hpp"
@@ -15,6 +18,7 @@
 #include "cute_kernels/torch/packed_call.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
+#include "cute_kernels/torch/variant_call.hpp"
 
 namespace cute_kernels::binding {
 namespace {
@@ -33,11 +37,37 @@ ForwardKernel const& forward_kernel_for(ElementType dtype, AttentionCall const& 
   return kernel_for(attention::forward_kernels, choose, dtype, call, tile);
 }
 
+void require_few_tiles(AttentionCall const& call, ForwardKernel const& kernel) {
+  double const most = attention::most_tiles(call, kernel.config.tile_m);
+  require(most * call.sizes.heads_q < double{1 << 30}, "q has 2^30 blocks or more");
+}
+
+/// Output and LSE, not initialised.
+std::tuple<Tensor, Tensor> empty_results(AttentionCall const& call, Argument const& q) {
+  CallSizes const& sizes = call.sizes;
+  if (call.is_packed()) {
+    return {empty({q.size(0), sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device),
+            empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device)};
+  }
+  return {empty({sizes.batch, sizes.seqlen_q, sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device),
+          empty({sizes.batch, sizes.heads_q, sizes.seqlen_q}, ScalarType::Float, q.device)};
+}
+
+/// Null where the call is not one for tiles of several heads' rows, or the caller or a measurement
+/// has chosen.
+attention::PrefillKernel const* grouped_kernel_for(ElementType dtype, AttentionCall const& call,
+                                                   TileName const& tile) {
+  if (!tile.automatic() || measured_choice<ForwardKernel>.find(dtype, call) != nullptr) {
+    return nullptr;
+  }
+  return attention::choose_grouped(dtype, call);
+}
+
 /// Output and LSE of a call that was checked, of shapes that fit it. Where they have no elements
 /// nothing is launched.
 void answer(AttentionCall const& call, ForwardKernel const& kernel, attention::Device const& device,
             Argument const& q, Argument const& k, Argument const& v, Tensor const& out,
-            Tensor const& lse) {
+            Tensor const& lse, attention::VariantArguments const* variant = nullptr) {
   if (lse.numel() == 0) return;
   // The copies, if any, and the workspace live until the launch is enqueued: the allocator reuses
   // memory in stream order.
@@ -55,11 +85,59 @@ void answer(AttentionCall const& call, ForwardKernel const& kernel, attention::D
   problem.out = view(out);
   problem.lse = static_cast<float*>(lse.data_ptr());
   problem.device = device;
+  problem.variant = variant;
   std::optional<Tensor> workspace;
   if (int64_t const bytes = kernel.workspace_bytes(problem)) {
     workspace = empty({bytes}, ScalarType::Byte, q.device);
     problem.workspace = workspace->data_ptr();
   }
+  require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
+}
+
+attention::CacheView rows_in_pages(Tensor const& tensor) {
+  attention::TensorView const rows = view(tensor);
+  return {rows.data, rows.batch_stride, rows.seqlen_stride, rows.head_stride};
+}
+
+/// The same by a kernel whose tiles have rows of several heads: K and V are one page, or one of
+/// each sequence.
+void answer_grouped(AttentionCall const& call, attention::PrefillKernel const& kernel,
+                    attention::Device const& device, Argument const& q, Argument const& k,
+                    Argument const& v, Tensor const& out, Tensor const& lse) {
+  if (lse.numel() == 0) return;
+  CallSizes const& sizes = call.sizes;
+  bool const is_dense = !call.is_packed();
+  int const keys = attention::tensor_rows_k(call);
+  Tensor const q_readable = tma_readable(q, kElementBytes);
+  Tensor const k_readable = keys > 0 ? tma_readable(k, kElementBytes) : out;
+  Tensor const v_readable = keys > 0 ? tma_readable(v, kElementBytes) : out;
+  attention::PrefillProblem problem{};
+  attention::CachedCall& grouped = problem.call;
+  grouped.batch = sizes.batch;
+  grouped.total_q = is_dense ? sizes.batch * sizes.seqlen_q : call.packed.total_q;
+  grouped.heads_q = sizes.heads_q;
+  grouped.heads_kv = sizes.heads_kv;
+  grouped.group = sizes.heads_q / sizes.heads_kv;
+  grouped.head_dim = sizes.head_dim;
+  grouped.head_dim_v = sizes.head_dim_v;
+  grouped.most_keys = keys;
+  grouped.mask = call.mask;
+  grouped.scale = call.scale;
+  grouped.lengths.cu_seqlens_q = call.packed.cu_seqlens_q;
+  grouped.uncached = {is_dense, call.packed.cu_seqlens_k, call.packed.seqused_q,
+                      call.packed.seqused_k};
+  problem.pages.pages = is_dense ? sizes.batch : 1;
+  problem.pages.page_size = std::max(1, keys);
+  problem.pages.pages_of_sequence = 1;
+  problem.q = view(q_readable);
+  problem.k = rows_in_pages(k_readable);
+  problem.v = rows_in_pages(v_readable);
+  problem.sinks = call.sinks;
+  problem.out = out.data_ptr();
+  problem.lse = static_cast<float*>(lse.data_ptr());
+  problem.device = device;
+  Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, q.device);
+  problem.workspace = workspace.data_ptr();
   require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
 }
 
@@ -80,15 +158,15 @@ std::tuple<Tensor, Tensor> flash_attn_forward(
   Sinks const sinks(sinks_tensor, q, sizes.heads_q);
   call.sinks = sinks.data();
   call.softcap = checked_softcap(softcap);
+  if (auto const* const grouped = grouped_kernel_for(element_type(q.dtype), call, tile)) {
+    auto const [out, lse] = empty_results(call, q);
+    answer_grouped(call, *grouped, device, q, k, v, out, lse);
+    return {out, lse};
+  }
   ForwardKernel const& kernel =
       forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
-  int64_t const query_blocks = (q.size(1) + kernel.config.tile_m - 1) / kernel.config.tile_m;
-  require(static_cast<double>(sizes.batch) * sizes.heads_q * query_blocks < double{1 << 30},
-          "q has 2^30 blocks or more");
-
-  Tensor out =
-      empty({sizes.batch, sizes.seqlen_q, sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device);
-  Tensor lse = empty({sizes.batch, sizes.heads_q, sizes.seqlen_q}, ScalarType::Float, q.device);
+  require_few_tiles(call, kernel);
+  auto const [out, lse] = empty_results(call, q);
   answer(call, kernel, device, q, k, v, out, lse);
   return {out, lse};
 }
@@ -114,14 +192,50 @@ std::tuple<Tensor, Tensor> flash_attn_varlen_forward(
   Sinks const sinks(sinks_tensor, q, sizes.heads_q);
   call.sinks = sinks.data();
   call.softcap = checked_softcap(softcap);
+  if (auto const* const grouped = grouped_kernel_for(element_type(q.dtype), call, tile)) {
+    auto const [out, lse] = empty_results(call, q);
+    answer_grouped(call, *grouped, device, q, k, v, out, lse);
+    return {out, lse};
+  }
   ForwardKernel const& kernel =
       forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
-  int64_t const most = attention::most_tiles(call, kernel.config.tile_m) * sizes.heads_q;
-  require(most < 1 << 30, "q has 2^30 blocks or more");
-
-  Tensor out = empty({q.size(0), sizes.heads_q, sizes.head_dim_v}, q.dtype, q.device);
-  Tensor lse = empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device);
+  require_few_tiles(call, kernel);
+  auto const [out, lse] = empty_results(call, q);
   answer(call, kernel, device, q, k, v, out, lse);
+  return {out, lse};
+}
+
+/// Either of them with a variant, by the kernel of this name.
+std::tuple<Tensor, Tensor> flash_attn_variant_forward(
+    Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor,
+    std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
+    std::optional<Tensor> seqused_q, std::optional<Tensor> seqused_k, std::vector<Tensor> captured,
+    std::vector<double> numbers, std::optional<StringHandle> variant_key,
+    std::optional<StringHandle> tile_config,
+    [[maybe_unused]] std::optional<StringHandle> backward_tile_config,
+    [[maybe_unused]] std::vector<int64_t> gradients_of, double softmax_scale, bool causal,
+    std::optional<Tensor> sinks_tensor, std::optional<int64_t> max_seqlen_q,
+    std::optional<int64_t> max_seqlen_k, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, [[maybe_unused]] bool deterministic, int64_t sm_margin) {
+  TileName const key(variant_key), tile(tile_config), unused(backward_tile_config);
+  Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
+  attention::VariantArguments variant{};
+  std::optional<Tensor> const diagonal;
+  AttentionCall call =
+      check_variant_call(q, k, v,
+                         packed_call_of(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal,
+                                        max_seqlen_q, max_seqlen_k),
+                         captured, numbers, softmax_scale,
+                         mask_of(causal, window_left, window_right, std::nullopt), variant);
+  attention::Device const device = hopper(q.device, sm_margin);
+  torch::stable::accelerator::DeviceGuard const guard(q.device);
+  Sinks const sinks(sinks_tensor, q, call.sizes.heads_q);
+  call.sinks = sinks.data();
+  ForwardKernel const& kernel =
+      variant_kernel(attention::forward_kernels, element_type(q.dtype), call, key, tile);
+  require_few_tiles(call, kernel);
+  auto const [out, lse] = empty_results(call, q);
+  answer(call, kernel, device, q, k, v, out, lse, &variant);
   return {out, lse};
 }
 
@@ -134,10 +248,20 @@ STABLE_TORCH_LIBRARY(cute_kernels, library) {
       "str? tile_config=None, bool deterministic=False, Tensor? sinks=None, *, "
       "SymInt? window_left=None, SymInt? window_right=None, SymInt? diagonal=None, "
       "float softcap=0.0, SymInt sm_margin=0) -> (Tensor out, Tensor lse)");
+  library.def(
+      "flash_attn_variant_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, "
+      "Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor[] captured, "
+      "float[] numbers, str? variant, str? tile_config, str? backward_tile_config, "
+      "int[] gradients_of, float softmax_scale, bool causal, Tensor? sinks, SymInt? max_seqlen_q, "
+      "SymInt? max_seqlen_k, SymInt? window_left, SymInt? window_right, bool deterministic, "
+      "SymInt sm_margin) -> "
+      "(Tensor out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   library.impl("flash_attn_forward", TORCH_BOX(&cute_kernels::binding::flash_attn_forward));
   library.impl("flash_attn_varlen_forward",
                TORCH_BOX(&cute_kernels::binding::flash_attn_varlen_forward));
+  library.impl("flash_attn_variant_forward",
+               TORCH_BOX(&cute_kernels::binding::flash_attn_variant_forward));
 }

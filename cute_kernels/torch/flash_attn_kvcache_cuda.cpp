@@ -13,9 +13,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "cute_kernels/attention/decode/fp8_tile_config.hpp"
 #include "cute_kernels/attention/prefill/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
+#include "cute_kernels/torch/eight_bits.hpp"
 #include "cute_kernels/torch/require.hpp"
 #include "cute_kernels/torch/tensor.hpp"
 
@@ -27,8 +29,9 @@ using attention::CacheKernels;
 using attention::CachePages;
 using attention::CacheView;
 using attention::CallSizes;
-using attention::DecodeKernel;
 using attention::DecodeProblem;
+using attention::EightBits;
+using attention::Fp8DecodeProblem;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -43,10 +46,12 @@ void check_sizes(Argument const& a, size_t rank) {
 }
 
 void check_cache(Argument const& a, Argument const& q) {
-  check_like(a, q);
+  int const bytes = is_8_bits(a.dtype) ? 1 : kElementBytes;
+  check_device(a, q);
   check_sizes(a, 4);
   check_head_dim(a.name, a.size(3));
-  require(a.tensor.numel() == 0 || suits_tma(a, kElementBytes), a.name,
+  require(bytes > 1 || a.size(3) % 16 == 0, a.name, "'s head_dim is not a multiple of 16");
+  require(a.tensor.numel() == 0 || suits_tma(a, bytes), a.name,
           "'s address or strides are not multiples of 16 bytes, or its head_dim is not contiguous");
 }
 
@@ -103,44 +108,105 @@ CachePages cache_pages(Argument const& q, Argument const& k, int64_t batch,
   return pages;
 }
 
+/// Which of a pass's kernels there are, for a message.
+template <class Kernel>
+[[noreturn]] void fail_without_kernel(attention::KernelTable<Kernel> const& kernels,
+                                      ScalarType dtype, CachedCall const& call) {
+  std::ostringstream there;
+  for (Kernel const& kernel : kernels) there << ' ' << kernel.config.name;
+  fail("no decode kernel for caches of ", DtypeOf{dtype}, " and head_dim ",
+       std::max(call.head_dim, call.head_dim_v), " in this build, which has", there.str());
+}
+
+template <class Kernel>
+void check_blocks(Kernel const& kernel, CachedCall const& call) {
+  require(attention::most_blocks(call, kernel.config.tile_m, kernel.config.tile_n) <=
+              attention::kMostBlocks,
+          "q and the cache have too many blocks for one call: pass fewer queries at a time");
+}
+
 /// A call's kernels. Of `longest`, which the caller knows or not, no sequence has more queries.
 CacheKernels kernels_for(ScalarType dtype, CachedCall const& call, std::optional<int64_t> longest,
                          attention::Device const& device) {
-  require(!longest || *longest >= 0, "max_seqlen_q is below 0");
   auto const most =
       static_cast<int>(std::min<int64_t>(longest.value_or(call.total_q), call.total_q));
   CacheKernels const kernels =
       attention::choose_for_cache(element_type(dtype), call, most, device.multiprocessors);
   if (kernels.decode == nullptr && kernels.prefill == nullptr) {
-    std::ostringstream there;
-    for (DecodeKernel const& other : attention::decode_kernels) there << ' ' << other.config.name;
-    fail("no decode kernel for ", DtypeOf{dtype}, " and head_dim ",
-         std::max(call.head_dim, call.head_dim_v), " in this build, which has", there.str());
+    fail_without_kernel(attention::decode_kernels, dtype, call);
   }
+  if (kernels.decode != nullptr) check_blocks(*kernels.decode, call);
   return kernels;
 }
 
 /// Launches a kernel with a workspace of its own, which lives until the launch is enqueued: the
 /// allocator reuses memory in stream order.
 template <class Kernel>
-void launch(Kernel const& kernel, DecodeProblem& problem) {
+void launch(Kernel const& kernel, typename Kernel::Problem& problem) {
   int const device = problem.device.index;
   Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, device);
   problem.workspace = workspace.data_ptr();
   require_success(kernel.launch(problem, current_stream(device)), kernel.config.name);
 }
 
+/// Sequences of many queries and of few have kernels of their own.
+void launch_all(CacheKernels const& kernels, DecodeProblem& problem) {
+  CachedCall& call = problem.call;
+  if (kernels.prefill != nullptr) {
+    if (kernels.decode != nullptr) call.least_rows = CacheKernels::kLeastRows;
+    launch(*kernels.prefill, problem);
+    call.least_rows = 0;
+  }
+  if (kernels.decode != nullptr) {
+    if (kernels.prefill != nullptr) call.most_rows = CacheKernels::kLeastRows - 1;
+    launch(*kernels.decode, problem);
+  }
+}
+
+/// To a cache of 8 bits of this dtype.
+void launch_eight_bits(ScalarType dtype, Fp8DecodeProblem& problem) {
+#ifdef CUTE_KERNELS_FP8
+  auto const& kernels = attention::fp8_decode_kernels;
+  auto const* const kernel =
+      attention::choose_decode(kernels, attention::CacheType::kEightBits, problem.call);
+  if (kernel == nullptr) fail_without_kernel(kernels, dtype, problem.call);
+  check_blocks(*kernel, problem.call);
+  launch(*kernel, problem);
+#else
+  fail("this build has no kernels for caches of ", DtypeOf{dtype}, " (CUTE_KERNELS_FP8=OFF)");
+#endif
+}
+
+attention::QueryType query_type(ScalarType dtype) {
+  if (dtype == ScalarType::Half) return attention::QueryType::kFloat16;
+  if (dtype == ScalarType::BFloat16) return attention::QueryType::kBFloat16;
+  return attention::QueryType::kE4m3;
+}
+
+/// What attention to e4m3 queries is written in, and to others.
+ScalarType output_type(ScalarType dtype) {
+  return dtype == ScalarType::Float8_e4m3fn ? ScalarType::BFloat16 : dtype;
+}
+
 Tensor flash_attn_kvcache_forward_out(
     Tensor const& out_tensor, Tensor const& q_tensor, Tensor const& k_cache, Tensor const& v_cache,
     Tensor const& cu_seqlens_q, Tensor const& cache_seqlens, std::optional<Tensor> page_table,
     std::optional<Tensor> cache_batch_idx, std::optional<Tensor> cache_leftpad,
-    std::optional<Tensor> sinks, double softmax_scale, bool causal,
-    std::optional<int64_t> max_seqlen_q, std::optional<int64_t> window_left,
-    std::optional<int64_t> window_right, double softcap, int64_t num_splits, int64_t sm_margin) {
+    std::optional<Tensor> sinks, double softmax_scale, bool causal, std::optional<Tensor> q_descale,
+    std::optional<Tensor> k_descale, std::optional<Tensor> v_descale,
+    std::optional<Tensor> tree_mask, std::optional<int64_t> max_seqlen_q,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
+    int64_t num_splits, int64_t sm_margin, std::optional<int64_t> rotation_seed) {
   Argument const q("q", q_tensor), k("k_cache", k_cache), v("v_cache", v_cache);
   require(q.is_cuda, "q is not on CUDA");
-  require(q.dtype == ScalarType::Half || q.dtype == ScalarType::BFloat16,
+  bool const eight_bits = is_8_bits(k.dtype);
+  require(q.dtype == ScalarType::Half || q.dtype == ScalarType::BFloat16 ||
+              (eight_bits && q.dtype == ScalarType::Float8_e4m3fn),
           "q is not float16 or bfloat16");
+  require(eight_bits || k.dtype == q.dtype, "k_cache does not have q's dtype");
+  require(v.dtype == k.dtype, "v_cache does not have k_cache's dtype");
+  require(eight_bits || (!q_descale && !k_descale && !v_descale && !rotation_seed),
+          "descales or rotation_seed are given with a cache of 16 bits");
   check_sizes(q, 3);
   check_head_dim("q", q.size(2));
   check_cache(k, q);
@@ -153,8 +219,10 @@ Tensor flash_attn_kvcache_forward_out(
   require(q.size(0) * sizes.heads_q <= std::numeric_limits<int>::max(), "q has 2^31 rows or more");
   require(std::isfinite(softcap) && softcap >= 0, "softcap is not finite and at least 0");
   require(num_splits >= 0, "num_splits is below 0");
+  require(!max_seqlen_q || *max_seqlen_q >= 0, "max_seqlen_q is below 0");
   Argument const out("out", out_tensor);
-  check_like(out, q);
+  check_device(out, q);
+  require(out.dtype == output_type(q.dtype), "out does not have the output's dtype");
   check_sizes(out, 3);
   require(out.size(0) == q.size(0) && out.size(1) == q.size(1) && out.size(2) == v.size(3),
           "out does not have the output's shape");
@@ -162,7 +230,7 @@ Tensor flash_attn_kvcache_forward_out(
           "out is not contiguous, or its address not a multiple of 16 bytes");
 
   int64_t const batch = cache_seqlens.numel();
-  DecodeProblem problem{};
+  Fp8DecodeProblem problem{};
   problem.pages = cache_pages(q, k, batch, page_table, cache_batch_idx);
   problem.num_splits = static_cast<int>(std::min<int64_t>(num_splits, kMostKeys));
   problem.k = cache_view(k);
@@ -186,30 +254,38 @@ Tensor flash_attn_kvcache_forward_out(
   call.lengths = {numbers<int>("cu_seqlens_q", cu_seqlens_q, q, {batch + 1}),
                   numbers<int>("cache_seqlens", cache_seqlens, q, {batch}),
                   numbers<int>("cache_leftpad", cache_leftpad, q, {batch})};
-  CacheKernels const kernels = kernels_for(q.dtype, call, max_seqlen_q, problem.device);
-  require(kernels.decode == nullptr ||
-              attention::most_blocks(call, kernels.decode->config.tile_m,
-                                     kernels.decode->config.tile_n) <= attention::kMostBlocks,
-          "q and the cache have too many blocks for one call: pass fewer queries at a time");
+  if (tree_mask) {
+    Argument const a("tree_mask", *tree_mask);
+    check_device(a, q);
+    require(a.dtype == ScalarType::Long && a.sizes.size() == 1 && a.size(0) == q.size(0) &&
+                tree_mask->is_contiguous(),
+            "tree_mask is not int64, (total_q,) and contiguous");
+    call.tree_mask = static_cast<int64_t const*>(tree_mask->data_ptr());
+  }
+  EightBits& format = problem.format;
+  format.is_int8 = k.dtype == ScalarType::Char;
+  format.q_type = query_type(q.dtype);
+  format.out_is_bfloat16 = out.dtype == ScalarType::BFloat16;
+  read_scales("q_descale", q_descale, k, batch, format.q_of_sequence, nullptr);
+  read_scales("k_descale", k_descale, k, batch, format.k_of_sequence, &format.k_of_row);
+  read_scales("v_descale", v_descale, k, batch, format.v_of_sequence, &format.v_of_row);
+  format.rotated = rotation_seed.has_value();
+  if (rotation_seed) {
+    require((call.head_dim & (call.head_dim - 1)) == 0, "head_dim is not a power of 2");
+    format.signs = fp8::random_signs(static_cast<uint64_t>(*rotation_seed));
+  }
 
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Tensor lse = empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device);
   if (lse.numel() == 0) return lse;
   // The copy, if any, lives until the launches are enqueued.
-  Tensor const q_readable = tma_readable(q, kElementBytes);
+  Tensor const q_readable = tma_readable(q, is_8_bits(q.dtype) ? 1 : kElementBytes);
   problem.q = view(q_readable);
   problem.out = out_tensor.data_ptr();
   problem.lse = static_cast<float*>(lse.data_ptr());
   problem.ticket = next_ticket();
-  if (kernels.prefill != nullptr) {
-    if (kernels.decode != nullptr) call.least_rows = CacheKernels::kLeastRows;
-    launch(*kernels.prefill, problem);
-    call.least_rows = 0;
-  }
-  if (kernels.decode != nullptr) {
-    if (kernels.prefill != nullptr) call.most_rows = CacheKernels::kLeastRows - 1;
-    launch(*kernels.decode, problem);
-  }
+  eight_bits ? launch_eight_bits(k.dtype, problem)
+             : launch_all(kernels_for(q.dtype, call, max_seqlen_q, problem.device), problem);
   return lse;
 }
 
@@ -217,19 +293,21 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
     Tensor const& q_tensor, Tensor const& k_cache, Tensor const& v_cache,
     Tensor const& cu_seqlens_q, Tensor const& cache_seqlens, std::optional<Tensor> page_table,
     std::optional<Tensor> cache_batch_idx, std::optional<Tensor> cache_leftpad,
-    std::optional<Tensor> sinks, double softmax_scale, bool causal,
-    std::optional<int64_t> max_seqlen_q, std::optional<int64_t> window_left,
-    std::optional<int64_t> window_right, double softcap, int64_t num_splits, int64_t sm_margin) {
+    std::optional<Tensor> sinks, double softmax_scale, bool causal, std::optional<Tensor> q_descale,
+    std::optional<Tensor> k_descale, std::optional<Tensor> v_descale,
+    std::optional<Tensor> tree_mask, std::optional<int64_t> max_seqlen_q,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
+    int64_t num_splits, int64_t sm_margin, std::optional<int64_t> rotation_seed) {
   Argument const q("q", q_tensor), v("v_cache", v_cache);
   require(q.is_cuda, "q is not on CUDA");
   check_sizes(q, 3);
   check_sizes(v, 4);
   torch::stable::accelerator::DeviceGuard const guard(q.device);
-  Tensor out = empty({q.size(0), q.size(1), v.size(3)}, q.dtype, q.device);
+  Tensor out = empty({q.size(0), q.size(1), v.size(3)}, output_type(q.dtype), q.device);
   Tensor lse = flash_attn_kvcache_forward_out(
       out, q_tensor, k_cache, v_cache, cu_seqlens_q, cache_seqlens, page_table, cache_batch_idx,
-      cache_leftpad, sinks, softmax_scale, causal, max_seqlen_q, window_left, window_right, softcap,
-      num_splits, sm_margin);
+      cache_leftpad, sinks, softmax_scale, causal, q_descale, k_descale, v_descale, tree_mask,
+      max_seqlen_q, window_left, window_right, softcap, num_splits, sm_margin, rotation_seed);
   return {out, lse};
 }
 

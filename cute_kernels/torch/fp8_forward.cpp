@@ -81,7 +81,6 @@ void check_elements(Operands const& of, size_t rank) {
   require(of.k.dtype == of.q.dtype, "k does not have q's dtype");
   require(of.v.dtype == ScalarType::Float8_e4m3fn, "v is not float8_e4m3fn");
   check_fp8_head_dim(of.q, of.q.size(static_cast<int>(rank) - 1));
-  check_fp8_head_dim(of.v, of.v.size(static_cast<int>(rank) - 2));
 }
 
 /// V is what the quantiser makes of the call's.
@@ -93,6 +92,7 @@ void check_values(Argument const& v, AttentionCall const& call) {
   require(v.size(last - 2) == call.sizes.heads_kv && v.size(last) == padded &&
               (call.is_packed() || v.size(0) == call.sizes.batch) && v.tensor.is_contiguous(),
           "v is not what quantize_fp8_values gives for k's shape");
+  check_fp8_head_dim(v, v.size(last - 1));
 }
 
 /// Scales that may be expanded: of each batch entry or sequence `blocks`, or one. Of packed

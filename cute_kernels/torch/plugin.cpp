@@ -51,6 +51,7 @@ void load_plugin(std::string path) {
   bool const known = add_if_of_pass(attention::forward_kernels, plugin, path) ||
 #ifdef CUTE_KERNELS_FP8
                      add_if_of_pass(attention::fp8_forward_kernels, plugin, path) ||
+                     add_if_of_pass(attention::fp8_decode_kernels, plugin, path) ||
 #endif
                      add_if_of_pass(attention::decode_kernels, plugin, path) ||
                      add_if_of_pass(attention::prefill_kernels, plugin, path) ||

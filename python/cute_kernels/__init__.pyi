@@ -79,12 +79,21 @@ class _Cache(_Mask, total=False):
     out: Tensor | None
 
 class _FP8(TypedDict, total=False):
+    window_size: Sequence[int | None] | Tensor | None
+    sinks: Tensor | None
     incoherent: bool
     seed: int
     smooth_k: bool
     qk_dtype: dtype
     out_dtype: dtype | None
     tile_config: str | None
+
+class _FP8Varlen(_FP8, total=False):
+    seqused_q: Tensor | None
+    seqused_k: Tensor | None
+    softmax_scale: float | None
+    causal: bool
+    attention_chunk: int
 
 @overload
 def flash_attn_func(
@@ -343,4 +352,43 @@ def flash_attn_fp8_func(
     *,
     return_lse: bool = False,
     **options: Unpack[_FP8],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+@overload
+def flash_attn_fp8_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_FP8Varlen],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def flash_attn_fp8_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_FP8Varlen],
+) -> Tensor: ...
+@overload
+def flash_attn_fp8_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: bool = False,
+    **options: Unpack[_FP8Varlen],
 ) -> Tensor | tuple[Tensor, Tensor]: ...

@@ -40,6 +40,13 @@ def refuse_for_fp8(**asked: bool) -> None:
             raise NotImplementedError(f"{name} is not there yet for float8_e4m3fn")
 
 
+def refuse_with_variant(**asked: bool) -> None:
+    """Raises NotImplementedError if one of what calls with a variant do not take is asked."""
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise NotImplementedError(f"{name} is not there with a variant, whose hooks can do it")
+
+
 def check_hints(num_splits: int, pack_gqa: bool | None, sm_margin: int) -> None:
     """What may change how a result is computed, but not the result."""
     check_int("num_splits", num_splits, least=0, none="")

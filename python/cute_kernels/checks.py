@@ -336,6 +336,8 @@ def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool, softca
             f"tile_config {name!r} takes v with head_dim up to {head_dim_v}, but v has "
             f"{v.shape[-1]}"
         )
+    if "variant" in row:
+        raise ValueError(f"tile_config {name!r} takes calls with its variant only")
     if softcap != row.get("softcap", False):
         takes = "takes no softcap" if softcap else "takes calls with a softcap only"
         raise ValueError(f"tile_config {name!r} {takes}")
@@ -380,18 +382,30 @@ def check_tensor(name: str, tensor: object) -> None:
 
 def check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
     check_tensor(name, tensor)
-    if tensor.dim() != len(layout):
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, must have {len(layout)} dimensions: "
-            f"({', '.join(layout)})"
-        )
+    _check_dims(name, tensor, layout)
     device = tensor.device.type
     allowed = _GPU_DTYPES if device == "cuda" else _CPU_DTYPES
     if tensor.dtype not in allowed:
         raise TypeError(
             f"{name} has dtype {tensor.dtype}, must be {_names_of(allowed)} on {device}"
         )
-    if device == "cuda" and any(isinstance(n, int) and n >= _SIZE_LIMIT for n in tensor.shape):
+    check_layout(name, tensor, layout)
+
+
+def _check_dims(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
+    if tensor.dim() != len(layout):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, must have {len(layout)} dimensions: "
+            f"({', '.join(layout)})"
+        )
+
+
+def check_layout(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
+    """Sizes and strides of a tensor of any dtype."""
+    _check_dims(name, tensor, layout)
+    if tensor.device.type == "cuda" and any(
+        isinstance(n, int) and n >= _SIZE_LIMIT for n in tensor.shape
+    ):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, each size must be below 2^31")
     if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
         raise ValueError(

@@ -52,7 +52,7 @@ def _rows(_: list[str]) -> dict[str, str]:
     return {
         f"{of_pass} rows": ", ".join(row["name"] for row in cute_kernels.tile_configs(of_pass))
         or "none"
-        for of_pass in ("forward", "backward", "forward_fp8", "decode", "prefill")
+        for of_pass in cute_kernels.tiles.ROWS
     }
 
 

@@ -7,11 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cute_kernels.arguments import Window, check_hints, refuse_for_fp8, refuse_later, window_of
+from cute_kernels.arguments import (
+    Window,
+    check_hints,
+    refuse_for_fp8,
+    refuse_later,
+    refuse_with_variant,
+    window_of,
+)
 from cute_kernels.autograd import dense
 from cute_kernels.checks import check_forward, check_softcap, explain
 from cute_kernels.chunks import check_chunk
 from cute_kernels.fp8 import e4m3_operands, flash_attn_e4m3
+from cute_kernels.variants.attention import attend
+from cute_kernels.variants.variant import BoundVariant, Variant
 from cute_kernels.varlen import flash_attn_varlen_func
 
 _always_deterministic = torch.are_deterministic_algorithms_enabled
@@ -19,7 +28,7 @@ _choose = dense.choose
 _E4M3 = torch.float8_e4m3fn
 
 # What the arguments are that most calls leave alone.
-_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None)
+_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None)
 
 
 def flash_attn_func(
@@ -44,6 +53,7 @@ def flash_attn_func(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     tile_config: str | None = None,
+    variant: Variant | BoundVariant | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention, ``softmax(softmax_scale * q @ k^T) @ v`` for every head.
 
@@ -91,6 +101,8 @@ def flash_attn_func(
         return_lse: also return the LSE.
         tile_config: name of a row of ``cute_kernels.tile_configs("forward")`` to run, instead of
             the automatic choice. On the CPU it is only looked up.
+        variant: a `Variant`, called with the tensors and numbers that it has, or one of
+            ``cute_kernels.variants``: other scores, masks or weights.
 
     Returns:
         The output, like q but always contiguous and with v's head_dim, and if asked for the LSE:
@@ -116,6 +128,7 @@ def flash_attn_func(
         pack_gqa,
         sm_margin,
         sinks,
+        variant,
     )
     options: tuple[Any, ...] = ()
     try:
@@ -134,7 +147,11 @@ def flash_attn_func(
         if any(x is not None for x in descales) or getattr(q, "dtype", None) is _E4M3:
             if tile_config is not None:
                 raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-            refuse_for_fp8(softcap=softcap > 0, sm_margin=sm_margin > 0 and q.is_cuda)
+            refuse_for_fp8(
+                softcap=softcap > 0,
+                sm_margin=sm_margin > 0 and q.is_cuda,
+                variant=variant is not None,
+            )
             mask, with_lse = (causal, left, right), return_lse or return_attn_probs
             operands = e4m3_operands(q, k, v, *descales, sinks)
             if attention_chunk == 0:
@@ -153,6 +170,12 @@ def flash_attn_func(
                     attention_chunk=attention_chunk,
                     sinks=sinks,
                 )
+            return (out, lse) if return_lse or return_attn_probs else out
+        if variant is not None:
+            refuse_with_variant(softcap=softcap > 0, attention_chunk=attention_chunk > 0)
+            deterministic = _always_deterministic() or deterministic
+            where = (None, softmax_scale, causal, sinks, left, right)
+            out, lse = attend(variant, q, k, v, *where, deterministic, tile_config, sm_margin)
             return (out, lse) if return_lse or return_attn_probs else out
         if attention_chunk > 0:
             check_forward(q, k, v, 1.0, causal, None, deterministic, *options)

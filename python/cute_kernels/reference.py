@@ -35,6 +35,7 @@ class Mask(NamedTuple):
     left: int | None = None
     right: int | None = None
     diagonal: int | None = None
+    hidden: Tensor | None = None  # (seqlen_q, seqlen_k): which keys a query does not see besides
 
 
 def mask_of(
@@ -58,6 +59,7 @@ class _Blocks:
         self.group = self.heads // self.key_heads
         self.left = math.inf if mask.left is None else mask.left
         self.right = math.inf if mask.right is None else mask.right
+        self.hidden = mask.hidden
         self.diagonal = self.seqlen_k - self.seqlen_q if mask.diagonal is None else mask.diagonal
         self.dtype, self.device = accumulator_dtype(q.dtype), q.device
         self.softmax_scale = self._positive(softmax_scale)
@@ -86,6 +88,9 @@ class _Blocks:
                 key = torch.arange(start, stop, device=self.device)
                 after = key - torch.arange(first, last + 1, device=self.device)[:, None]
                 hidden = ((after > self.right) | (after < -self.left)).repeat(self.group, 1)
+            if self.hidden is not None:
+                also = self.hidden[queries, start:stop].repeat(self.group, 1)
+                hidden = also if hidden is None else hidden | also
             yield slice(start, stop), hidden
 
     def rows(self, x: Tensor, queries: slice) -> Tensor:
@@ -142,11 +147,11 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The output and the LSE as every implementation allocates them, dense: (..., seqlen, heads,
-    v's head_dim) and (..., heads, seqlen)."""
+def empty_outputs(q: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """The output, of q's dtype unless another is given, and the LSE as every implementation
+    allocates them, dense: (..., seqlen, heads, v's head_dim) and (..., heads, seqlen)."""
     *batch, seqlen, heads, _ = q.shape
-    out = q.new_empty((*batch, seqlen, heads, v.shape[-1]))
+    out = q.new_empty((*batch, seqlen, heads, v.shape[-1]), dtype=dtype)
     lse = q.new_empty((*batch, heads, seqlen), dtype=accumulator_dtype(q.dtype))
     return out, lse
 

@@ -63,10 +63,10 @@ def register(
     return call
 
 
-def mark_written(*tensors: Tensor) -> None:
+def mark_written(*tensors: Tensor | None) -> None:
     """Autograd notices what an operator writes only if it is told; compilers know."""
     if _is_compiling():
         return
     for tensor in tensors:
-        if not tensor.is_inference():
+        if tensor is not None and not tensor.is_inference():
             increment_version(tensor)

@@ -11,7 +11,7 @@ _BUILT: list[dict[str, Any]] = json.loads((FOLDER / "tile_configs.json").read_te
 # By pass and name, in the order of the kernel tables in C++. Only `add_row` changes it.
 ROWS: dict[str, dict[str, dict[str, Any]]] = {
     of_pass: {row["name"]: row for row in _BUILT if row["pass"] == of_pass}
-    for of_pass in ("forward", "backward", "forward_fp8", "decode", "prefill")
+    for of_pass in ("forward", "backward", "forward_fp8", "decode", "decode_fp8", "prefill")
 }
 
 
@@ -20,8 +20,8 @@ def tile_configs(of_pass: str | None = None) -> list[dict[str, Any]]:
     added by `add_tile_config` and `load_tile_configs`.
 
     Args:
-        of_pass: only those of this pass, "forward", "backward", "forward_fp8",
-            "decode" or "prefill".
+        of_pass: only those of this pass, "forward", "backward", "forward_fp8", "decode",
+            "prefill" or "decode_fp8", whose ``"dtype"`` is "fp8": caches of 8 bits.
 
     Returns:
         One dict per kernel, a copy. ``"pass"`` is what it is for, ``"name"`` is unique:

@@ -7,12 +7,21 @@ import os
 import torch
 from torch import Tensor
 
-from cute_kernels.arguments import Window, check_hints, refuse_for_fp8, refuse_later, window_of
+from cute_kernels.arguments import (
+    Window,
+    check_hints,
+    refuse_for_fp8,
+    refuse_later,
+    refuse_with_variant,
+    window_of,
+)
 from cute_kernels.autograd import varlen
 from cute_kernels.cache.pages import attend_pages
 from cute_kernels.checks import check_softcap, explain
 from cute_kernels.chunks import Lengths, check_chunk, in_chunks
 from cute_kernels.fp8 import flash_attn_varlen_e4m3
+from cute_kernels.variants.attention import Packed, attend
+from cute_kernels.variants.variant import BoundVariant, Variant
 from cute_kernels.varlen_checks import (
     check_max_seqlens,
     check_varlen_forward,
@@ -24,7 +33,7 @@ _E4M3 = torch.float8_e4m3fn
 _always_deterministic = torch.are_deterministic_algorithms_enabled
 
 # What the arguments are that most calls leave alone.
-_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None)
+_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None, None, None)
 
 # On CUDA the contents of cu_seqlens and seqused are read only if asked for: it waits for the GPU.
 _CHECK_CONTENTS = os.environ.get("CUTE_KERNELS_CHECK") == "1"
@@ -58,7 +67,9 @@ def flash_attn_varlen_func(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     page_table: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     tile_config: str | None = None,
+    variant: Variant | BoundVariant | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention inside each of several packed sequences.
 
@@ -78,10 +89,10 @@ def flash_attn_varlen_func(
         seqused_q, seqused_k: (batch,), int32, on q's device: how many rows of its slot a sequence
             uses; all if None.
         softmax_scale, causal, window_size, attention_chunk, softcap: as of `flash_attn_func`.
-        deterministic, return_attn_probs, sinks, return_lse, tile_config: likewise.
+        deterministic, return_attn_probs, sinks, return_lse, tile_config, variant: likewise.
         q_descale, k_descale, v_descale: for q, k and v of float8_e4m3fn, what they are to be
             multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
-            are multiples of 16, returns bfloat16, has no softcap, no page_table and no gradient.
+            are multiples of 16, returns bfloat16, has no softcap and no gradient, or a page_table.
             From 16-bit tensors, `flash_attn_fp8_varlen_func` loses less.
         qv: not there yet; anything but None raises NotImplementedError.
         num_splits, pack_gqa: hints, which change no result.
@@ -90,7 +101,8 @@ def flash_attn_varlen_func(
             of pages, (pages, page_size, key heads, head_dim), and key j of a sequence is row ``j %
             page_size`` of page ``page_table[i, j // page_size]``; cu_seqlens_k is None, seqused_k
             is required, there is no attention_chunk and no gradient. Only what the used keys need
-            of the table is looked at.
+            of the table is looked at. Pages may be of 8 bits: dtypes and descales are as of
+            `flash_attn_with_kvcache`, as is tree_mask.
 
     Returns:
         The output, (total_q, heads, v's head_dim) in q's dtype, contiguous, and if asked for the
@@ -120,6 +132,8 @@ def flash_attn_varlen_func(
         sm_margin,
         sinks,
         page_table,
+        tree_mask,
+        variant,
     )
     try:
         unusual = asked != _USUAL or getattr(q, "dtype", None) is _E4M3
@@ -127,24 +141,26 @@ def flash_attn_varlen_func(
         unusual = True
     if unusual:
         refuse_later("flash_attn_varlen_func", qv=qv)
+        if tree_mask is not None and page_table is None:
+            raise ValueError("tree_mask is given, must be None without page_table")
         check_hints(num_splits, pack_gqa, sm_margin)
         causal, *window = window_of(window_size, causal)
         if not isinstance(softcap, (int, float)):  # as max_seqlen below
             check_softcap(softcap)
         check_chunk(attention_chunk)
+    if variant is not None:
+        refuse_with_variant(
+            softcap=softcap > 0,
+            attention_chunk=attention_chunk > 0,
+            page_table=page_table is not None,
+        )
     # Here too: the operator would read a tensor, and wait for the GPU.
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     descales = (q_descale, k_descale, v_descale)
     is_e4m3 = getattr(q, "dtype", None) is _E4M3
     is_fp8 = unusual and (is_e4m3 or any(x is not None for x in descales))
     if page_table is not None:
-        refuse_later(
-            "flash_attn_varlen_func with page_table",
-            attention_chunk=attention_chunk,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-        )
+        refuse_later("flash_attn_varlen_func with page_table", attention_chunk=attention_chunk)
         out, lse = attend_pages(
             q,
             k,
@@ -164,10 +180,22 @@ def flash_attn_varlen_func(
             sinks,
             page_table,
             tile_config,
+            q_descale,
+            k_descale,
+            v_descale,
+            tree_mask,
         )
         return (out, lse) if return_lse or return_attn_probs else out
     if cu_seqlens_k is None:
         raise TypeError("cu_seqlens_k is a NoneType, must be a torch.Tensor")
+    if variant is not None:
+        of_call = Packed(
+            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k
+        )
+        deterministic = _always_deterministic() or deterministic
+        call = (q, k, v, of_call, softmax_scale, causal, sinks, window[0], window[1])
+        out, lse = attend(variant, *call, deterministic, tile_config, sm_margin)
+        return (out, lse) if return_lse or return_attn_probs else out
     if is_fp8:
         if tile_config is not None:
             raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")

@@ -5,6 +5,7 @@
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/backward/key_blocks.hpp"
+#include "cute_kernels/attention/backward/places.hpp"
 #include "cute_kernels/attention/backward/statistics.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
 #include "cute_kernels/attention/problem.hpp"
@@ -70,6 +71,12 @@ CUTLASS_DEVICE int consumer_warp(int warpgroup) {
          threadIdx.x % cutlass::NumThreadsPerWarpGroup / cutlass::NumThreadsPerWarp;
 }
 
+/// Whether some query does not see some key.
+template <class Traits, class Params>
+CUTLASS_DEVICE bool hides_values(Params const& params, typename Traits::KeyBlock const& coord) {
+  return Traits::Variant::kHides || coord.hides_values(params);
+}
+
 /// The keys whose scores are the warp's.
 template <class Traits>
 CUTLASS_DEVICE auto own_keys(typename Traits::SharedStorage& shared, int warpgroup) {
@@ -82,7 +89,7 @@ CUTLASS_DEVICE auto own_keys(typename Traits::SharedStorage& shared, int warpgro
 template <class Traits, class Params>
 CUTLASS_DEVICE void check_own_keys(Params const& params, typename Traits::KeyBlock const& coord,
                                    typename Traits::SharedStorage& shared, int warpgroup) {
-  if (!coord.hides_values(params)) return;
+  if (!hides_values<Traits>(params, coord)) return;
   if (own_keys<Traits>(shared, warpgroup).nonfinite() != 0) {
     *params.workspace.alarm = params.call_number;
   }
@@ -92,7 +99,7 @@ CUTLASS_DEVICE void check_own_keys(Params const& params, typename Traits::KeyBlo
 template <class Traits, class Params>
 CUTLASS_DEVICE void check_own_values(Params const& params, typename Traits::KeyBlock const& coord,
                                      typename Traits::Element* values) {
-  if (!coord.hides_values(params)) return;
+  if (!hides_values<Traits>(params, coord)) return;
   WarpRows<Traits::kWarpgroupN, Traits::kHeadDimV, Traits::kValueColumns,
            typename Traits::Element> const own(values, consumer_warp(0) * 16);
   if (own.nonfinite() != 0) *params.workspace.alarm = params.call_number;
@@ -113,7 +120,7 @@ CUTLASS_DEVICE void note_spoilt_keys(typename Traits::SharedStorage& shared, int
 template <class Traits, class Params>
 CUTLASS_DEVICE void clear_own_keys(Params const& params, typename Traits::KeyBlock const& coord,
                                    typename Traits::SharedStorage& shared, int warpgroup) {
-  if (!coord.hides_values(params)) {
+  if (!hides_values<Traits>(params, coord)) {
     if constexpr (Traits::kAnyCall) note_spoilt_keys<Traits>(shared, warpgroup, 0);
     return;
   }
@@ -207,7 +214,12 @@ CUTLASS_DEVICE void restore_dv(Params const& params, typename Traits::SharedStor
   auto dv = make_tensor(gradient.data(), sm90::accumulator_rows_cols(gradient.layout()));
   auto const& mask = coord.mask(params);
   int const first[2] = {mask.first_query(key), mask.first_query(key + 8)};
-  auto is_seen = [&](int query, int i) {
+  auto is_seen = [&](int head, int query, int i) {
+    if constexpr (Traits::Variant::kHides) {
+      auto const places = places_of<Traits>(params, coord, head);
+      Place const here = places.template at<typename Traits::Variant>(query, key + 8 * i);
+      if (!Traits::Variant::Hooks::mask(here, params.variant)) return false;
+    }
     if constexpr (std::decay_t<decltype(mask)>::kHasLeftEnd) {
       if (query >= mask.end_query(key + 8 * i)) return false;
     }
@@ -215,7 +227,7 @@ CUTLASS_DEVICE void restore_dv(Params const& params, typename Traits::SharedStor
   };
   TensorView const& view = params.grad_out;
   for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
-    if (!step.masked()) continue;
+    if (!Traits::Variant::kHides && !step.masked()) continue;
     int const end = min((step.block() + 1) * Traits::kTileM, mask.seqlen_q);
     auto const* grad_out = static_cast<Element const*>(view.data) + coord.first_of_q(view) +
                            step.head() * view.head_stride + column;
@@ -229,7 +241,7 @@ CUTLASS_DEVICE void restore_dv(Params const& params, typename Traits::SharedStor
         if (sm90::is_finite(value)) continue;
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 2; ++i) {
-          if (is_seen(query, i)) dv(i, col) += static_cast<float>(value);
+          if (is_seen(step.head(), query, i)) dv(i, col) += static_cast<float>(value);
         }
       }
     }

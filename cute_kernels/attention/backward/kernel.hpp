@@ -51,7 +51,7 @@ struct BackwardParams {
   int first_number;  // of the key blocks, where a call is launched in parts
   int head_dim;
   int head_dim_v;
-  float softcap_factor;
+  typename Traits::Variant::Arguments variant;
 };
 
 /// All threads of the cluster, whose barriers are ready, or whose memory no one needs any more.

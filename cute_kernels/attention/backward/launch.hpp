@@ -108,8 +108,8 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   params.grad_v = problem.grad_v;
   params.workspace = workspace;
   params.call_number = call_number;
-  params.scale_log2 = scale_of_scores(Traits::kSoftcap ? call.softcap : call.scale) * sm90::kLog2e;
-  if constexpr (Traits::kSoftcap) params.softcap_factor = softcap_factor(call.scale, call.softcap);
+  params.scale_log2 = scale_of_scores(Traits::Variant::unit(call)) * sm90::kLog2e;
+  params.variant = Traits::Variant::arguments_of(problem);
   params.softmax_scale = problem.call.scale;
   params.heads = sizes.heads_q;
   params.head_dim = sizes.head_dim;
@@ -166,8 +166,8 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   of_queries.stream = stream;
   of_queries.device = problem.device.index;
 
-  // A softcap's scores meet the lse in powers of two.
-  float const unit_of_lse = Traits::kSoftcap ? sm90::kLn2 : scale_of_scores(call.scale);
+  // Changed scores meet the lse in powers of two.
+  float const unit_of_lse = Traits::kChanges ? sm90::kLn2 : scale_of_scores(call.scale);
   of_queries.threads = kPreprocessThreads;
   cudaError_t status = sm90::launch_kernel<preprocess_kernel<Traits>>(
       of_queries, PreprocessParams<Traits>{problem.out, problem.grad_out, problem.lse,

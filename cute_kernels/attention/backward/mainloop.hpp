@@ -4,12 +4,13 @@
 #include <cute/tensor.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
+#include "cute_kernels/attention/backward/captured_gradients.hpp"
+#include "cute_kernels/attention/backward/changed.hpp"
 #include "cute_kernels/attention/backward/dq.hpp"
 #include "cute_kernels/attention/backward/ds.hpp"
 #include "cute_kernels/attention/backward/epilogue.hpp"
 #include "cute_kernels/attention/backward/hidden.hpp"
 #include "cute_kernels/attention/backward/scores.hpp"
-#include "cute_kernels/attention/backward/softcap.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
@@ -38,6 +39,7 @@ class BackwardMainloop {
   using Ds = BackwardDs<Traits>;
   using Epilogue = BackwardEpilogue<Traits>;
   using Scores = BackwardScores<Traits>;
+  using Variant = typename Traits::Variant;
 
   template <class Params>
   using Steps = QuerySteps<Traits, Params, Caller::kWarp>;
@@ -89,6 +91,7 @@ class BackwardMainloop {
     bool first_step = true;
     auto dk = Epilogue::template new_gradient<Traits::kHeadDim>();
     auto dv = Epilogue::template new_gradient<Traits::kHeadDimV>();
+    CapturedGradients<Traits> captured_gradients;
 
     ShuffledRowStatistic<kTileM> lse_log2, minus_delta;
     auto await_queries = [&] {
@@ -139,20 +142,23 @@ class BackwardMainloop {
       first_step = false;
 
       int const query = step.block() * kTileM + column;
+      auto const places = places_of<Traits>(params, coord, step.head());
+      auto const place = transposed_places<Traits>(places, key, query);
       auto p = make_tensor<Element>(OperandLayout{});
-      auto p_of_ds = make_tensor<Element>(OperandLayout{});  // with a softcap
+      ChangedProbabilities<Element, OperandLayout, Variant> changed;
+      auto const& statistics = shared_.statistics[read_q_.index()];
       warpgroup_wait<1>();
-      if constexpr (Traits::kSoftcap) apply_softcap(scores, params.softcap_factor);
+      if constexpr (Traits::kChanges) Variant::prepare(params, scores);
       if (!kCareful && step.masked()) {
         coord.mask(params).apply_transposed(p_rows, key, query, -INFINITY);
       }
-      if constexpr (Traits::kSoftcap) {
+      if constexpr (Traits::kChanges) {
         if constexpr (kCareful) {
           HiddenStep<Traits>(shared_, step.masked(), warpgroup_)
-              .template restrict<CappedScore>(p_rows, coord.mask(params), key, query);
+              .template restrict<RawScore>(p_rows, coord.mask(params), key, query);
         }
-        capped_probabilities<kCareful>(p_rows, shared_.statistics[read_q_.index()], column,
-                                       params.scale_log2, p, p_of_ds);
+        changed_probabilities<kCareful, Variant>(params, p_rows, place, statistics, column,
+                                                 changed);
       } else if constexpr (kStatisticsByProduct) {
         scores_to_probabilities(scores, params.scale_log2);
       } else {
@@ -162,15 +168,18 @@ class BackwardMainloop {
       auto ds_rows = make_tensor(gradients.data(), p_rows.layout());
       if constexpr (!kStatisticsByProduct) subtract_delta(ds_rows, minus_delta);
       if constexpr (kCareful) {
-        HiddenStep<Traits> const hidden(shared_, step.masked(), warpgroup_);
-        if constexpr (!Traits::kSoftcap) {
+        HiddenStep<Traits> const hidden(shared_, Variant::kHides || step.masked(), warpgroup_);
+        if constexpr (!Traits::kChanges) {
           hidden.template restrict<Probability>(p_rows, coord.mask(params), key, query);
         }
-        hidden.clear(ds_rows, coord.mask(params), key, query);
+        hidden.clear(ds_rows, mask_of_step<Traits>(params, coord, places), key, query);
         hidden.clear_queries(shared_, read_q_.index());
       }
-      if constexpr (Traits::kSoftcap) {
-        gradients_of_scores(gradients, make_tensor(p_of_ds.data(), gradients.layout()));
+      if constexpr (Traits::kChanges) {
+        if constexpr (Variant::kGradients > 0) {
+          captured_gradients.add(params, ds_rows, places, place, changed);
+        }
+        gradients_of_changed<kCareful, Variant>(ds_rows, statistics, column, changed);
       } else {
         gradients_of_scores(gradients, scores);
         sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
@@ -180,8 +189,9 @@ class BackwardMainloop {
       Ds::store(ds, own_ds, ds_buffer_);
 
       // dS becomes visible to everyone while dV is in flight.
-      sm90::issue_gemm<sm90::Accumulate::kYes>(
-          mma_dv, p, operand_grad_out_t(_, _, _, read_grad_out_.index()), dv);
+      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dv, Traits::kChanges ? changed.p : p,
+                                               operand_grad_out_t(_, _, _, read_grad_out_.index()),
+                                               dv);
       cutlass::arch::fence_view_async_shared();
       __syncwarp();
       if (thread % cutlass::NumThreadsPerWarp == 0) shared_.ds_full[ds_buffer_].arrive();
@@ -198,6 +208,11 @@ class BackwardMainloop {
       ++read_q_;
       step.advance();
       more = step.valid();
+      if constexpr (Variant::kGradients > 0) {
+        if (!more || step.head() != places.head) {
+          captured_gradients.finish_head(params, coord, places, consumer_warp(warpgroup_));
+        }
+      }
       if (more) await_queries();
       shared_.dq_empty[warpgroup_].wait(dq_phase_ ^ 1);
       warpgroup_wait<1>();  // dQ

@@ -6,12 +6,12 @@
 #include <cute/tensor.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
+#include "cute_kernels/attention/backward/changed.hpp"
 #include "cute_kernels/attention/backward/dq.hpp"
 #include "cute_kernels/attention/backward/ds.hpp"
 #include "cute_kernels/attention/backward/epilogue.hpp"
 #include "cute_kernels/attention/backward/hidden.hpp"
 #include "cute_kernels/attention/backward/scores.hpp"
-#include "cute_kernels/attention/backward/softcap.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/split_products.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
@@ -45,6 +45,8 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
   using DqOfBoth = BackwardDqOfBoth<Traits>;
   using Ds = BackwardDs<Traits>;
   using Scores = BackwardScores<Traits>;
+  using Variant = typename Traits::Variant;
+  static_assert(!Variant::kWeighs && Variant::kGradients == 0, "P has one way to dS");
 
   template <class Params>
   using Steps = QuerySteps<Traits, Params, Caller::kWarp>;
@@ -87,10 +89,11 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
       int const query = step.block() * kTileM + column;
       warpgroup_wait<0>();
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
-      using Score = std::conditional_t<Traits::kSoftcap, CappedScore, Exponent>;
-      if constexpr (Traits::kSoftcap) apply_softcap(scores, params.softcap_factor);
+      using Score = std::conditional_t<Traits::kChanges, RawScore, Exponent>;
+      auto const places = places_of<Traits>(params, coord, step.head());
+      if constexpr (Traits::kChanges) Variant::prepare(params, scores);
       if constexpr (kCareful) {
-        HiddenStep<Traits> const hidden(shared, step.masked(), 0);
+        HiddenStep<Traits> const hidden(shared, Variant::kHides || step.masked(), 0);
         hidden.template restrict<Score>(p_rows, coord.mask(params), key, query);
         pipeline_grad_out.consumer_wait(read);
         hidden.clear_queries(shared, read.index());
@@ -98,15 +101,17 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
         coord.mask(params).apply_transposed(p_rows, key, query, -INFINITY);
       }
       auto p = make_tensor<Element>(OperandLayout{});
-      auto p_of_ds = make_tensor<Element>(OperandLayout{});  // with a softcap
-      if constexpr (Traits::kSoftcap) {
-        capped_probabilities<kCareful>(p_rows, shared.statistics[read.index()], column,
-                                       params.scale_log2, p, p_of_ds);
+      ChangedProbabilities<Element, OperandLayout, Variant> changed;
+      if constexpr (Traits::kChanges) {
+        changed_probabilities<kCareful, Variant>(params, p_rows,
+                                                 transposed_places<Traits>(places, key, query),
+                                                 shared.statistics[read.index()], column, changed);
       } else {
         scores_to_probabilities(scores, params.scale_log2);
         sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
       }
-      auto* parts = reinterpret_cast<uint4 const*>(Traits::kSoftcap ? p_of_ds.data() : p.data());
+      auto* parts =
+          reinterpret_cast<uint4 const*>(Traits::kChanges ? changed.of_dp.data() : p.data());
       shared.ds_empty[0].wait(phase ^ 1);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kTileM / 16; ++i) {
@@ -116,8 +121,8 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
       if (thread % cutlass::NumThreadsPerWarp == 0) shared.p_full.arrive();
 
       pipeline_grad_out.consumer_wait(read);
-      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dv, p, operand_grad_out_t(_, _, _, read.index()),
-                                               dv);
+      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dv, Traits::kChanges ? changed.p : p,
+                                               operand_grad_out_t(_, _, _, read.index()), dv);
       auto dq = Dq::accumulator();
       compute_dq(shared, dq_of_both, phase, dq);
       Base::send_dq(params, shared, 0, read.index(), step.dq_slice(0), thread, dq,
@@ -148,7 +153,7 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
     uint32_t phase = 0;
 
     shared.k_full.wait(0);
-    if (kCareful && coord.hides_values(params)) {
+    if (kCareful && hides_values<Traits>(params, coord)) {
       shared.peer_k_full.wait(0);
       WarpRows<Traits::kTileN, Traits::kPeerChannels, Traits::kKeyColumns, Element>(
           shared.own.data(), thread / 32 * 16)
@@ -172,7 +177,8 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
       if constexpr (kCareful) {
         warpgroup_wait<0>();
         // So does the first, before it hands P on.
-        HiddenStep<Traits>(shared, step.masked(), 1).clear_queries(shared, read.index());
+        HiddenStep<Traits>(shared, Variant::kHides || step.masked(), 1)
+            .clear_queries(shared, read.index());
       }
       auto p = make_tensor<Element>(gradients.layout());
       auto* parts = reinterpret_cast<uint4*>(p.data());
@@ -186,8 +192,10 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
       warpgroup_wait<0>();
       if constexpr (kCareful) {
         auto rows = make_tensor(gradients.data(), sm90::accumulator_rows_cols(gradients.layout()));
-        HiddenStep<Traits>(shared, step.masked(), 1)
-            .clear(rows, coord.mask(params), key, step.block() * kTileM + column);
+        auto const places = places_of<Traits>(params, coord, step.head());
+        HiddenStep<Traits>(shared, Variant::kHides || step.masked(), 1)
+            .clear(rows, mask_of_step<Traits>(params, coord, places), key,
+                   step.block() * kTileM + column);
       }
       gradients_of_scores(gradients, p);
       auto ds = make_tensor<Element>(OperandLayout{});

@@ -57,6 +57,12 @@ struct StatisticParts {
     return upper_half(parts.x << 16) + (upper_half(parts.x) + upper_half(parts.y << 16));
   }
 
+  CUTLASS_DEVICE float minus_delta(int query) const {
+    auto const* parts = &rows[query][first_column(Statistic::kDelta)];
+    return static_cast<float>(parts[0]) +
+           (static_cast<float>(parts[1]) + static_cast<float>(parts[2]));
+  }
+
   /// Both statistics' products meet the parts of the other, times 0. So a delta that is not finite
   /// becomes three times the largest bf16, which only their sum is not; a row whose lse is NaN is
   /// NaN in every product.

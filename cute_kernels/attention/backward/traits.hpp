@@ -11,6 +11,7 @@
 #include "cute_kernels/attention/backward/key_blocks.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/statistics.hpp"
+#include "cute_kernels/attention/variant/variant.hpp"
 #include "cute_kernels/sm90/tma_pipeline.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
@@ -124,15 +125,19 @@ struct BackwardTraits {
   using MmaStatistic = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<cutlass::bfloat16_t, cutlass::bfloat16_t, float,
                                  MnkShape<kWarpgroupN, kTileM, 16>>()));
-  // A softcap needs S as it is, before lse is subtracted: the threads do that.
-  static constexpr bool kSoftcap = Tile::kSoftcap;
-  static_assert(!kSoftcap || kStatisticsByProduct, "delta is always subtracted by WGMMA");
+  // A variant needs S as it is, before lse is subtracted: the threads do that; and where it weighs
+  // P, dP before delta is.
+  using Variant = typename Tile::Variant;
+  static constexpr bool kChanges = Variant::kScores || Variant::kHides || Variant::kWeighs;
+  static_assert(!kChanges || kStatisticsByProduct, "in parts, which threads add up");
+  static_assert(!kChanges || kAnyCall, "hooks are told of sequences");
   static constexpr bool is_by_product(Statistic statistic) {
-    return kStatisticsByProduct && !(kSoftcap && statistic == Statistic::kLse);
+    return kStatisticsByProduct && !(kChanges && statistic == Statistic::kLse) &&
+           !(Variant::kWeighs && statistic == Statistic::kDelta);
   }
   // Split by products: S^T and dP^T of the next step are issued before this step's dQ.
   static constexpr bool kScoresAhead = Tile::kScoresAhead;
-  static_assert(!kScoresAhead || (kSplitProducts && !kSoftcap), "registers are left there alone");
+  static_assert(!kScoresAhead || (kSplitProducts && !kChanges), "registers are left there alone");
   // S^T is issued while the last step's dK is in flight.
   static constexpr bool kScoresBehindDk = Tile::kScoresBehindDk;
   static_assert(!kScoresBehindDk || !kSplitProducts, "no warpgroup has both S^T and dK");

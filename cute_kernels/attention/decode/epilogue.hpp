@@ -22,6 +22,7 @@ struct DecodeResults {
   RowStatistics* statistics;  // (2, ctas, kTileRows)
   uint64_t* flags;            // (2, ctas)
   uint64_t ticket;
+  bool is_bfloat16;  // what `out` is where the kernel does not say it, or float16
 };
 
 /// Writes one part: the result, or what the last of the item's parts makes the result of.
@@ -84,6 +85,19 @@ class DecodeEpilogue {
     return static_cast<Element*>(results_.out) +
            (place.row * call_.heads_q + place.head) * call_.head_dim_v;
   }
+  template <int kCount>
+  CUTLASS_DEVICE void store_rounded(cutlass::Array<float, kCount> const& x, Element* to) const {
+    auto store = [&](auto rounded_type) {
+      using Out = decltype(rounded_type);
+      *reinterpret_cast<cutlass::Array<Out, kCount>*>(to) =
+          cutlass::NumericArrayConverter<Out, float, kCount>{}(x);
+    };
+    if constexpr (Traits::kEightBits) {
+      results_.is_bfloat16 ? store(cutlass::bfloat16_t{}) : store(cutlass::half_t{});
+    } else {
+      store(Element{});
+    }
+  }
   CUTLASS_DEVICE void store_lse(Place const& place, float lse) const {
     results_.lse[int64_t{place.head} * call_.total_q + place.row] = lse;
   }
@@ -103,10 +117,9 @@ class DecodeEpilogue {
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(rows); col += 2) {
         if (Mainloop::first_column() + 4 * col >= call_.head_dim_v) break;
-        cutlass::NumericArrayConverter<Element, float, 2> const round;
         cutlass::Array<float, 2> const pair{rows(i, col) * result.factor,
                                             rows(i, col + 1) * result.factor};
-        *reinterpret_cast<cutlass::Array<Element, 2>*>(out + 4 * col) = round(pair);
+        store_rounded(pair, out + 4 * col);
       }
     }
   }
@@ -258,11 +271,9 @@ class DecodeEpilogue {
         int const column = (lane + k * kLanes) * kVector;
         if (column >= call_.head_dim_v) continue;
         float4 const& x = out[i][k];
-        cutlass::NumericArrayConverter<Element, float, kVector> const round;
         cutlass::Array<float, kVector> const scaled{x.x * result.factor, x.y * result.factor,
                                                     x.z * result.factor, x.w * result.factor};
-        *reinterpret_cast<cutlass::Array<Element, kVector>*>(out_row(place) + column) =
-            round(scaled);
+        store_rounded(scaled, out_row(place) + column);
       }
     }
   }

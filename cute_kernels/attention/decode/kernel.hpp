@@ -3,6 +3,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "cute_kernels/attention/decode/epilogue.hpp"
+#include "cute_kernels/attention/decode/fp8_load.hpp"
 #include "cute_kernels/attention/decode/load.hpp"
 #include "cute_kernels/attention/decode/mainloop.hpp"
 #include "cute_kernels/attention/decode/unused_rows.hpp"
@@ -11,19 +12,21 @@
 namespace cute_kernels::attention {
 
 /// What the kernel is told at run time.
+template <class Traits>
 struct DecodeParams {
   CachedCall call;
   CacheSource source;
   ScoreUnits units;
   DecodeResults results;
   int num_splits;
+  typename Traits::Format format;
 };
 
 /// Warpgroup 0 moves data, the others compute. All walk the same parts in the same order, so
 /// that the barriers' phases are all they need to share.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
-    decode_kernel(CUTE_GRID_CONSTANT DecodeParams const params) {
+    decode_kernel(CUTE_GRID_CONSTANT DecodeParams<Traits> const params) {
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   constexpr int kConsumerWarps = Traits::kConsumers * cutlass::NumWarpsPerWarpGroup;
@@ -42,7 +45,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     cutlass::arch::fence_barrier_init();
   }
   sm90::wait_for_previous_kernel();  // whatever it is: from here on memory is read
-  WorkDealer<Traits>::deal(params.call, params.num_splits, shared.deal);
+  Traits::Dealer::deal(params.call, params.num_splits, shared.deal);
   auto const first_part = [&] {
     return WorkWalk<Traits>(params.call, shared.deal.line, shared.deal.place, blockIdx.x);
   };
@@ -51,19 +54,31 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     }
-    CacheLoader<Traits> loader(params.call, params.source, shared);
+    auto loader = [&] {
+      if constexpr (Traits::kEightBits) {
+        return Fp8CacheLoader<Traits>(params.call, params.source, params.format, shared);
+      } else {
+        return CacheLoader<Traits>(params.call, params.source, shared);
+      }
+    }();
     for (auto walk = first_part(); walk.valid(); walk.advance()) loader.load(walk);
+    if constexpr (Traits::kEightBits) loader.finish();
     sm90::let_next_kernel_start();
-    clear_unused_rows<typename Traits::Element>(params.call, params.results.out, params.results.lse,
-                                                blockIdx.x, gridDim.x,
-                                                cutlass::NumThreadsPerWarpGroup);
-    loader.drain();
+    clear_unused_rows<typename Traits::Element>(params.call, params.results);
+    if constexpr (!Traits::kEightBits) loader.drain();
   } else {
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     }
     using Mainloop = DecodeMainloop<Traits>;
-    Mainloop mainloop(params.units, params.source.group, shared);
+    auto const scales = [&] {
+      if constexpr (Traits::kEightBits) {
+        return typename Mainloop::Scales(params.call, params.source, params.format);
+      } else {
+        return typename Mainloop::Scales{};
+      }
+    }();
+    Mainloop mainloop(params.units, params.source.group, params.call.tree_mask, scales, shared);
     DecodeEpilogue<Traits> epilogue(params.call, params.results, params.source.group,
                                     params.units.log2_of_unit, shared);
     for (auto walk = first_part(); walk.valid(); walk.advance()) {

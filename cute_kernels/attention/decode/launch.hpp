@@ -41,23 +41,24 @@ inline ScoreUnits score_units(CachedCall const& call) {
   return {scale / call.softcap, call.softcap, sm90::kLog2e};
 }
 
-/// Starts the kernel of a tile on `stream`. Asynchronous.
-template <class Tile>
-cudaError_t launch_decode(DecodeProblem const& problem, cudaStream_t stream) {
-  using Traits = DecodeTraits<Tile>;
+template <class Traits>
+cudaError_t launch_decode_kernel(DecodeProblem const& problem,
+                                 typename Traits::Format const& format, bool out_is_bfloat16,
+                                 cudaStream_t stream) {
   CachedCall const& call = problem.call;
   int const ctas = decode_ctas<Traits>(problem.device);
   DecodeWorkspace<Traits> const workspace(ctas);
   char* const memory = static_cast<char*>(problem.workspace);
-  DecodeParams const params{
+  DecodeParams<Traits> const params{
       call,
       {problem.pages, cutlass::FastDivmod(problem.pages.page_size), cutlass::FastDivmod(call.group),
        problem.q, problem.k, problem.v},
       score_units(call),
       {problem.sinks, problem.out, problem.lse, reinterpret_cast<float*>(memory),
        reinterpret_cast<RowStatistics*>(memory + workspace.statistics),
-       reinterpret_cast<uint64_t*>(memory + workspace.flags), problem.ticket},
-      problem.num_splits};
+       reinterpret_cast<uint64_t*>(memory + workspace.flags), problem.ticket, out_is_bfloat16},
+      problem.num_splits,
+      format};
   sm90::Launch how{};
   how.threads = Traits::kThreads;
   how.grid = dim3(ctas);
@@ -66,6 +67,14 @@ cudaError_t launch_decode(DecodeProblem const& problem, cudaStream_t stream) {
   how.shared_bytes = sizeof(typename Traits::SharedStorage);
   how.early = true;
   return sm90::launch_kernel<decode_kernel<Traits>>(how, params);
+}
+
+/// Starts the kernel of a tile on `stream`. Asynchronous.
+template <class Tile>
+cudaError_t launch_decode(DecodeProblem const& problem, cudaStream_t stream) {
+  using Traits = DecodeTraits<Tile>;
+  constexpr bool kIsBFloat16 = std::is_same_v<typename Traits::Element, cutlass::bfloat16_t>;
+  return launch_decode_kernel<Traits>(problem, {}, kIsBFloat16, stream);
 }
 
 }  // namespace cute_kernels::attention

@@ -1,22 +1,12 @@
 #pragma once
 
-#include <cutlass/fast_math.h>
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/decode/cache_rows.hpp"
 #include "cute_kernels/attention/decode/traits.hpp"
 #include "cute_kernels/sm90/gather.hpp"
 
 namespace cute_kernels::attention {
-
-/// What the producer is told at run time.
-struct CacheSource {
-  CachePages pages;
-  cutlass::FastDivmod page_size;
-  cutlass::FastDivmod group;  // query heads of a key head
-  TensorView q;
-  CacheView k;
-  CacheView v;
-};
 
 /// The producer warpgroup: brings a part's Q, K and V to shared memory, row by row. Rows that are
 /// no keys of the tile's become 0 in K and in V, whatever the cache holds there.
@@ -32,12 +22,6 @@ class CacheLoader {
   static constexpr int kLanesOfRow = Traits::kHeadDim / kVector;
   static constexpr int kRowsAtOnce = kLanes / kLanesOfRow;  // of a warp
 
-  /// The row that a lane has found for its warp: major and minor are multiples of strides.
-  struct Row {
-    int major;  // -1: it is not there
-    int minor;
-  };
-
  public:
   CUTLASS_DEVICE CacheLoader(CachedCall const& call, CacheSource const& source,
                              SharedStorage& shared)
@@ -48,10 +32,10 @@ class CacheLoader {
     int block = walk.begin_block();
     int const end = walk.end_block();
     if (block == end) return;
-    Row row = key_row(walk, block);
+    FoundRow row = key_row(walk, block);
     load_queries(walk);
     for (; block < end; ++block) {
-      Row const now = row;
+      FoundRow const now = row;
       if (block + 1 < end) row = key_row(walk, block + 1);  // found while this one is copied
       shared_.k_empty[stage_.index].wait(stage_.phase ^ 1);
       copy_keys(shared_.k, source_.k, walk.head(), call_.head_dim, now);
@@ -80,22 +64,11 @@ class CacheLoader {
     return row_of(lane() / kRowsAtOnce, lane() % kRowsAtOnce);
   }
 
-  CUTLASS_DEVICE Row key_row(Walk const& walk, int block) const {
+  CUTLASS_DEVICE FoundRow key_row(Walk const& walk, int block) const {
     KeySpan const keys = walk.tile().keys;
     int const key = keys.begin + block * Traits::kTileN + found_row();
-    Row row{-1, key};
-    if (found_row() < Traits::kTileN && key < keys.end) {
-      CachePages const& pages = source_.pages;
-      if (pages.table != nullptr) {
-        int page;
-        source_.page_size(page, row.minor, key);
-        row.major = __ldg(pages.table + walk.entry() * pages.table_stride + page);
-      } else {
-        row.major = pages.entries == nullptr ? walk.entry() : __ldg(pages.entries + walk.entry());
-      }
-      if (row.major >= pages.pages) row.major = -1;
-    }
-    return row;
+    bool const there = found_row() < Traits::kTileN && key < keys.end;
+    return there ? row_of_key(source_, walk.entry(), key) : FoundRow{-1, 0};
   }
 
   CUTLASS_DEVICE void load_queries(Walk const& walk) {
@@ -104,7 +77,7 @@ class CacheLoader {
     for (int i = 0; i < Traits::kConsumers; ++i) {
       int const number = i * Traits::kWarpgroupM + found_row();
       if (i * Traits::kWarpgroupM >= walk.tile().rows) break;
-      Row row{-1, 0};
+      FoundRow row{-1, 0};
       if (found_row() < Traits::kWarpgroupM && number < walk.tile().rows) {
         source_.group(row.major, row.minor, walk.tile().first_row + number);
         row.major += walk.sequence().row_q;
@@ -121,7 +94,7 @@ class CacheLoader {
 
   template <class Stages>
   CUTLASS_DEVICE void copy_keys(Stages& stages, CacheView const& view, int head, int columns,
-                                Row const& row) const {
+                                FoundRow const& row) const {
     copy_rows<Traits::kTileN>(stages.data() + stage_.index * Traits::kStageElements,
                               typename Traits::LayoutRows{},
                               static_cast<Element const*>(view.data) + head * view.head_stride,
@@ -132,7 +105,7 @@ class CacheLoader {
   template <int kRows, class SwizzledLayout>
   CUTLASS_DEVICE static void copy_rows(Element* shared, SwizzledLayout const& swizzled,
                                        Element const* global, int64_t major_stride,
-                                       int64_t minor_stride, int columns, Row const& found) {
+                                       int64_t minor_stride, int columns, FoundRow const& found) {
     constexpr int kPasses = kRows / (kWarps * kRowsAtOnce);
     static_assert(kPasses * kRowsAtOnce <= kLanes, "a lane finds one row");
     int const part = lane() / kLanesOfRow;

@@ -3,6 +3,7 @@
 #include <cutlass/fast_math.h>
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/decode/fp8_scales.hpp"
 #include "cute_kernels/attention/decode/softmax.hpp"
 #include "cute_kernels/attention/decode/traits.hpp"
 #include "cute_kernels/sm90/finite.hpp"
@@ -30,13 +31,16 @@ class DecodeMainloop {
   static constexpr int kWarpgroupM = Traits::kWarpgroupM;
   static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
   static constexpr int kRows = 2;  // of a thread, 8 apart
+  static constexpr int kNoKey = 0x7fffffff;
 
  public:
   using Softmax = RunningSoftmax<kRows>;
+  using Scales = std::conditional_t<Traits::kEightBits, Fp8Scales<Traits, kRows>, NoScales>;
 
   CUTLASS_DEVICE DecodeMainloop(ScoreUnits const& units, cutlass::FastDivmod const& group,
+                                int64_t const* tree_mask, Scales const& scales,
                                 SharedStorage& shared)
-      : units_(units), group_(group), shared_(shared) {}
+      : units_(units), group_(group), tree_mask_(tree_mask), scales_(scales), shared_(shared) {}
 
   /// O of a part without keys.
   CUTLASS_DEVICE static auto empty_output() {
@@ -58,8 +62,10 @@ class DecodeMainloop {
   template <class Output>
   CUTLASS_DEVICE void compute(Walk const& walk, Softmax& softmax, Output& out) {
     if (walk.begin_block() == walk.end_block()) return;
-    shared_.q_full.wait(q_phase_);
-    q_phase_ ^= 1;
+    if constexpr (!Traits::kEightBits) {
+      shared_.q_full.wait(q_phase_);
+      q_phase_ ^= 1;
+    }
     if (warpgroup() * kWarpgroupM < walk.tile().rows) {
       compute_rows(walk, softmax, out);
     } else {
@@ -69,6 +75,29 @@ class DecodeMainloop {
 
  private:
   CUTLASS_DEVICE static int warpgroup() { return cutlass::canonical_warp_group_idx() - 1; }
+
+  /// A consumer thread's row of a tile, of its kRows.
+  CUTLASS_DEVICE int query_of(RowTile<Traits> const& tile, int row) const {
+    return group_.div(tile.first_row + first_row() + 8 * row);
+  }
+
+  /// The first of the keys of which a tree says who sees them; where there is no tree none is.
+  CUTLASS_DEVICE int first_new(Walk const& walk) const {
+    WindowRanges const& ranges = walk.sequence().ranges;
+    return tree_mask_ == nullptr ? kNoKey : ranges.seqlen_k - ranges.seqlen_q;
+  }
+
+  /// Which of these a row sees. Read where it is needed: few blocks have such keys.
+  CUTLASS_DEVICE uint64_t new_keys_seen(Walk const& walk, int row) const {
+    int const query = query_of(walk.tile(), row);
+    bool const there = tree_mask_ != nullptr && query < walk.sequence().ranges.seqlen_q;
+    auto const* const bits = tree_mask_ + walk.sequence().row_q + query;
+    return there ? static_cast<uint64_t>(__ldg(bits)) : 0;
+  }
+  /// Of key `number` of them, or a key before them.
+  CUTLASS_DEVICE static bool is_seen(uint64_t new_keys_seen, int number) {
+    return number < 0 || (number < 64 && (new_keys_seen >> number & 1) != 0);
+  }
 
   /// What only other warpgroups have rows for: nothing to compute, but stages go round.
   CUTLASS_DEVICE void skip(Walk const& walk) {
@@ -105,13 +134,13 @@ class DecodeMainloop {
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
 
     RowTile<Traits> const& tile = walk.tile();
-    KeySpan const seen_by_all = walk.sequence().seen_by_all(tile.first_query, tile.last_query);
+    KeySpan seen_by_all = walk.sequence().seen_by_all(tile.first_query, tile.last_query);
+    seen_by_all.end = min(seen_by_all.end, first_new(walk));
     KeySpan seen[kRows];
     CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      seen[row] = walk.sequence().seen_by(group_.div(tile.first_row + first_row() + 8 * row));
-    }
+    for (int row = 0; row < kRows; ++row) seen[row] = walk.sequence().seen_by(query_of(tile, row));
     auto first_key = [&](int block) { return tile.keys.begin + block * kTileN; };
+    if constexpr (Traits::kEightBits) scales_.begin(walk, warpgroup(), first_row(), shared_);
 
     // S of a block, in flight.
     auto issue_scores = [&] {
@@ -122,6 +151,9 @@ class DecodeMainloop {
     };
     // S has been computed.
     auto release_keys = [&](int block) {
+      if constexpr (Traits::kEightBits) {
+        scales_.apply_to_scores(score_rows, first_column(), k_stage_.index, shared_);
+      }
       release(shared_.k_empty[k_stage_.index]);
       k_stage_.advance();
       if (block + 1 == walk.end_block()) release(shared_.q_empty);
@@ -129,8 +161,22 @@ class DecodeMainloop {
     auto softmax_block = [&](int block, float (&factor)[kRows]) {
       int const key = first_key(block);
       if (units_.softcap > 0) cap(scores);
-      if (key < seen_by_all.begin || key + kTileN > seen_by_all.end) mask(score_rows, seen, key);
+      if (key < seen_by_all.begin || key + kTileN > seen_by_all.end) {
+        mask(score_rows, seen, key);
+        if (key + kTileN > first_new(walk)) mask_new(score_rows, walk, key);
+      }
       return softmax.update(score_rows, factor);
+    };
+    // What O is multiplied by before the next P V; whether it is more than the softmax says.
+    auto scale_probabilities = [&](float (&factor)[kRows]) {
+      if constexpr (Traits::kEightBits) {
+        if (scales_.are_values_scaled()) {
+          shared_.v_full[v_stage_.index].wait(v_stage_.phase);
+          return scales_.apply_to_probabilities(score_rows, first_column(), v_stage_.index, shared_,
+                                                factor);
+        }
+      }
+      return false;
     };
     auto round_probabilities = [&] {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
@@ -141,7 +187,7 @@ class DecodeMainloop {
       int const key = first_key(block);
       shared_.v_full[v_stage_.index].wait(v_stage_.phase);
       if (key < seen_by_all.begin || min(key + kTileN, tile.keys.end) > seen_by_all.end) {
-        guard_values(tile, out_rows, seen, key);
+        guard_values(walk, out_rows, seen, key);
       }
       cutlass::arch::fence_view_async_shared();
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
@@ -160,6 +206,7 @@ class DecodeMainloop {
     warpgroup_fence_operand(scores);
     release_keys(block);
     softmax_block(block, factor);
+    scale_probabilities(factor);
     round_probabilities();
 
     // Steady state: the softmax of a block runs while P V of the one before is in flight.
@@ -170,10 +217,11 @@ class DecodeMainloop {
       warpgroup_wait<1>();
       warpgroup_fence_operand(scores);
       release_keys(block + 1);
-      bool const moves = softmax_block(block + 1, factor);
+      bool moves = softmax_block(block + 1, factor);
       sm90::warpgroup_wait_all();
       warpgroup_fence_operand(out);
       release_values();
+      moves |= scale_probabilities(factor);
       if (moves) Softmax::scale_rows(out_rows, factor);
       round_probabilities();
     }
@@ -183,6 +231,7 @@ class DecodeMainloop {
     warpgroup_wait<0>();
     warpgroup_fence_operand(out);
     release_values();
+    if constexpr (Traits::kEightBits) scales_.apply_to_output(out, walk);
     softmax.reduce_sums();
   }
 
@@ -218,30 +267,50 @@ class DecodeMainloop {
     }
   }
 
+  /// The same of keys that a tree hides.
+  template <class Scores>
+  CUTLASS_DEVICE void mask_new(Scores& scores, Walk const& walk, int key) const {
+    using namespace cute;
+    int const first = key + first_column() - first_new(walk);
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      uint64_t const seen = new_keys_seen(walk, row);
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < size<1>(scores); ++col) {
+        if (!is_seen(seen, first + column(col))) scores(row, col) = -INFINITY;
+      }
+    }
+  }
+
   /// Keeps NaN and infinities of V out of rows that do not see them: where P is 0, P V would still
   /// be NaN. They are cleared, and added to the rows that do see them. Of a block that some rows
   /// see in part, when V has landed.
   template <class Output>
-  CUTLASS_DEVICE void guard_values(RowTile<Traits> const& tile, Output& out,
-                                   KeySpan const (&seen)[kRows], int key) {
+  CUTLASS_DEVICE void guard_values(Walk const& walk, Output& out, KeySpan const (&seen)[kRows],
+                                   int key) {
     using namespace cute;
     Element* const data = shared_.v.data() + v_stage_.index * Traits::kStageElements;
     int const thread = threadIdx.x % kThreads;
     // Of the warpgroups that come here, each looks at the whole block.
-    int const all_threads = (tile.rows + kWarpgroupM - 1) / kWarpgroupM * kThreads;
+    int const all_threads = (walk.tile().rows + kWarpgroupM - 1) / kWarpgroupM * kThreads;
     bool const own = sm90::all_finite<kThreads, Traits::kStageElements>(data, thread);
     if (sm90::barrier_all(sm90::NamedBarrier::kValuesCleared, 0, all_threads, own)) return;
     auto const values = make_tensor(make_smem_ptr(data), typename Traits::LayoutRows{});
-    CUTLASS_PRAGMA_UNROLL
-    for (int col = 0; col < size<1>(out); ++col) {
-      CUTLASS_PRAGMA_NO_UNROLL
-      for (int i = 0; i < kTileN; ++i) {
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int i = 0; i < kTileN; ++i) {
+      bool sees[kRows];
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        sees[row] = key + i >= seen[row].begin && key + i < seen[row].end &&
+                    is_seen(new_keys_seen(walk, row), key + i - first_new(walk));
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < size<1>(out); ++col) {
         Element const value = values(i, first_column() + column(col));
         if (sm90::is_finite(value)) continue;
         CUTLASS_PRAGMA_UNROLL
         for (int row = 0; row < kRows; ++row) {
-          bool const sees = key + i >= seen[row].begin && key + i < seen[row].end;
-          if (sees) out(row, col) += static_cast<float>(value);
+          if (sees[row]) out(row, col) += static_cast<float>(value);
         }
       }
     }
@@ -256,6 +325,8 @@ class DecodeMainloop {
 
   ScoreUnits units_;
   cutlass::FastDivmod const& group_;
+  int64_t const* tree_mask_;  // or null
+  Scales scales_;
   SharedStorage& shared_;
   Stage k_stage_;
   Stage v_stage_;

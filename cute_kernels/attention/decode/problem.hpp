@@ -20,6 +20,16 @@ struct CacheLengths {
   int const* leftpad;       // (batch), or null: 0
 };
 
+/// Where the sequences of a call without a cache lie, instead: packed in Q and in one page, as
+/// PackedLengths says; or dense, of total_q / batch queries and most_keys keys each, in a page
+/// each. Of prefill kernels only.
+struct UncachedLengths {
+  bool is_dense;
+  int const* cu_seqlens_k;  // (batch + 1) if packed; null: the call is one to a cache
+  int const* seqused_q;     // (batch), or null: all of them
+  int const* seqused_k;
+};
+
 /// Keys or values: row `slot` of a page's head is at data + page * page_stride + slot * slot_stride
 /// + head * head_stride. Strides count elements; rows are contiguous.
 struct CacheView {
@@ -54,10 +64,14 @@ struct CachedCall {
   float scale;
   float softcap;  // of the scaled scores; 0: none
   CacheLengths lengths;
+  // (total_q), or null: bit j of a query: whether it sees new key j, of the last keys of its
+  // sequence, as many as it has queries. It sees no new key from number 64 on.
+  int64_t const* tree_mask = nullptr;
   // A launch answers the sequences that have so many rows (queries * group); of others it writes
   // nothing.
   int least_rows = 0;
   int most_rows = std::numeric_limits<int>::max();
+  UncachedLengths uncached{};
 };
 
 /// All parts of a call's work are numbered by an int, with 1/16 to spare.

@@ -21,10 +21,12 @@ struct DecodeKernel {
 extern KernelTable<DecodeKernel> decode_kernels;
 
 /// The last of the kernels with the smallest fitting head dim; null where there is none.
-inline DecodeKernel const* choose_decode(ElementType dtype, CachedCall const& call) {
+template <class Kernel, class Dtype>
+Kernel const* choose_decode(KernelTable<Kernel> const& kernels, Dtype dtype,
+                            CachedCall const& call) {
   int const head_dim = std::max(call.head_dim, call.head_dim_v);
-  DecodeKernel const* best = nullptr;
-  for (DecodeKernel const& kernel : decode_kernels) {
+  Kernel const* best = nullptr;
+  for (Kernel const& kernel : kernels) {
     if (kernel.config.dtype != dtype || kernel.config.head_dim < head_dim) continue;
     if (best == nullptr || kernel.config.head_dim <= best->config.head_dim) best = &kernel;
   }

@@ -13,6 +13,8 @@ namespace cute_kernels::attention {
 template <class Tile>
 struct DecodeTraits {
   using Element = typename Tile::Element;
+  static constexpr bool kEightBits = false;        // what the cache holds
+  struct Format {};                                // that the type does not say
   static constexpr int kHeadDim = Tile::kHeadDim;  // of K and of V
   static constexpr int kConsumers = Tile::kConsumerWarpgroups;
   static constexpr int kWarpgroupM = 64;
@@ -60,6 +62,8 @@ struct DecodeTraits {
                      cute::Stride<cute::Int<kTileN>, cute::_1, cute::Int<kTileN * kHeadDim>>{})));
   static constexpr int kStageElements = kTileN * kHeadDim;
 
+  using Dealer = WorkDealer<DecodeTraits>;
+
   struct SharedStorage {
     using Barrier = cutlass::arch::ClusterBarrier;
 
@@ -77,7 +81,7 @@ struct DecodeTraits {
     Barrier v_empty[kStages];
     Barrier q_full;
     Barrier q_empty;
-    typename WorkDealer<DecodeTraits>::Shared deal;
+    typename Dealer::Shared deal;
     int is_last;  // whether all parts of the consumers' item are there
   };
 };

@@ -46,7 +46,6 @@ struct AnyCalls {
 
   typename Scheduler::Params scheduler;
   float const* sinks;  // (heads), or null
-  float softcap_factor;
 
   /// -inf where there is none.
   CUTLASS_DEVICE float sink(Tile const& tile) const {
@@ -57,6 +56,7 @@ struct AnyCalls {
     return WindowMask(work(tile).ranges());
   }
   CUTLASS_DEVICE int first_query(Tile const& tile) const { return work(tile).first_row; }
+  CUTLASS_DEVICE Sequence sequence(Tile const& tile) const { return work(tile).sequence; }
   CUTLASS_DEVICE int batch(Tile const& tile) const { return work(tile).sequence.batch; }
   CUTLASS_DEVICE int row_q(Tile const& tile) const { return work(tile).sequence.row_q; }
   CUTLASS_DEVICE int row_k(Tile const& tile) const { return work(tile).sequence.row_k; }

@@ -78,8 +78,10 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
                                           int warpgroup, Store const& store) {
     using namespace cute;
     Softmax softmax;
-    auto out = partition_fragment_C(typename Traits::MmaPv{},
-                                    Shape<Int<Traits::kWarpgroupM>, Int<Traits::kValueChannels>>{});
+    constexpr int kChannels = Traits::kPromote ? Traits::kHeadDimV : Traits::kValueChannels;
+    using Mma =
+        std::conditional_t<Traits::kPromote, typename Traits::MmaOut, typename Traits::MmaPv>;
+    auto out = partition_fragment_C(Mma{}, Shape<Int<Traits::kWarpgroupM>, Int<kChannels>>{});
     clear(out);
     Result::load_value_scales(params, shared, coord, warpgroup);
     compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord, warpgroup,
@@ -266,87 +268,78 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
         softmax_block(scores, block, false_type{}, [&] { softmax.rescale(out_rows); });
         Softmax::pack(scores, probabilities);
         pipeline_v.consumer_wait(read_v);
+        if constexpr (Traits::kPromote) {
+          Result::add_slices(shared, read_v.index(), probabilities, softmax, out);
+          release(pipeline_v, read_v);
+        } else {
+          sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
+                                                   operand_v(_, _, _, read_v.index()), out);
+          warpgroup_wait<0>();
+          release(pipeline_v, read_v);
+          Result::take_sums(out, softmax);
+        }
+      }
+    } else {
+      // Prologue: the first block's scores, nothing to overlap with yet.
+      {
+        auto products = new_products();
+        load_scales(block);
+        pipeline_k.consumer_wait(read_k);
+        sm90::issue_gemm<kOntoMagic>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
+                                     products);
+        warpgroup_wait<0>();
+        release(pipeline_k, read_k);
+        if (block == begin) release_query(shared, warpgroup);
+        // Not sooner, as the compiler would: Q's scale comes from device memory meanwhile.
+        asm volatile("" : "+f"(q_scale));
+        q_scale = sm90::min_nan(q_scale * params.scale_log2, kLargestQueryFactor);
+        auto scores = as_float(products);
+        softmax_block(scores, block, true_type{}, [] {});
+        Softmax::pack(scores, probabilities);
+      }
+
+      // Steady state: this step's Q K^T and the last step's P V are issued back to back; the
+      // softmax of the new scores runs while P V is in flight.
+      auto k_token = pipeline_k.consumer_test_wait(read_k);
+      while (block > begin) {
+        --block;
+        auto products = new_products();
+        load_scales(block);
+        pipeline_k.consumer_wait(read_k, k_token);
+        wait_turn(warpgroup);
+        sm90::issue_gemm<kOntoMagic>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
+                                     products);
+        pipeline_v.consumer_wait(read_v);
         sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
                                                  operand_v(_, _, _, read_v.index()), out);
-        warpgroup_wait<0>();
+        pass_turn(warpgroup);
+        warpgroup_wait<1>();
+        release(pipeline_k, read_k);
+        if (block == begin) release_query(shared, warpgroup);
+        auto scores = as_float(products);
+        bool origins_moved = false;
+        softmax_block(scores, block, false_type{}, [&] { origins_moved = true; });
+        // Two waits on purpose: without a branch here the compiler moves most of the exponentials
+        // behind the wait. A branch that a warpgroup's warps take together, as PTX asks for.
+        if (block == begin) {
+          warpgroup_wait<0>();
+        } else {
+          sm90::warpgroup_wait_all();
+        }
+        if (origins_moved) softmax.rescale(out_rows);
         release(pipeline_v, read_v);
-        take_sums(out, softmax);
+        if (block > begin) k_token = pipeline_k.consumer_test_wait(read_k);
+        Softmax::pack(scores, probabilities);
       }
-      skip_last_blocks();
-      return;
-    }
 
-    // Prologue: the first block's scores, nothing to overlap with yet.
-    {
-      auto products = new_products();
-      load_scales(block);
-      pipeline_k.consumer_wait(read_k);
-      sm90::issue_gemm<kOntoMagic>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()), products);
-      warpgroup_wait<0>();
-      release(pipeline_k, read_k);
-      if (block == begin) release_query(shared, warpgroup);
-      // Not sooner, as the compiler would: Q's scale comes from device memory meanwhile.
-      asm volatile("" : "+f"(q_scale));
-      q_scale = sm90::min_nan(q_scale * params.scale_log2, kLargestQueryFactor);
-      auto scores = as_float(products);
-      softmax_block(scores, block, true_type{}, [] {});
-      Softmax::pack(scores, probabilities);
-    }
-
-    // Steady state: this step's Q K^T and the last step's P V are issued back to back; the softmax
-    // of the new scores runs while P V is in flight.
-    auto k_token = pipeline_k.consumer_test_wait(read_k);
-    while (block > begin) {
-      --block;
-      auto products = new_products();
-      load_scales(block);
-      pipeline_k.consumer_wait(read_k, k_token);
-      wait_turn(warpgroup);
-      sm90::issue_gemm<kOntoMagic>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()), products);
+      // Tail: the last block's P V.
       pipeline_v.consumer_wait(read_v);
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
                                                operand_v(_, _, _, read_v.index()), out);
-      pass_turn(warpgroup);
-      warpgroup_wait<1>();
-      release(pipeline_k, read_k);
-      if (block == begin) release_query(shared, warpgroup);
-      auto scores = as_float(products);
-      bool origins_moved = false;
-      softmax_block(scores, block, false_type{}, [&] { origins_moved = true; });
-      // Two waits on purpose: without a branch here the compiler moves most of the exponentials
-      // behind the wait. A branch that a warpgroup's warps take together, as PTX asks for.
-      if (block == begin) {
-        warpgroup_wait<0>();
-      } else {
-        sm90::warpgroup_wait_all();
-      }
-      if (origins_moved) softmax.rescale(out_rows);
+      warpgroup_wait<0>();
       release(pipeline_v, read_v);
-      if (block > begin) k_token = pipeline_k.consumer_test_wait(read_k);
-      Softmax::pack(scores, probabilities);
     }
-
-    // Tail: the last block's P V.
-    pipeline_v.consumer_wait(read_v);
-    sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
-                                             operand_v(_, _, _, read_v.index()), out);
-    warpgroup_wait<0>();
-    release(pipeline_v, read_v);
     skip_last_blocks();
-  }
-
-  /// Takes a block's row sums from the channels of ones. Not left there for the next block: 8-bit
-  /// WGMMAs add up in about 14 bits and cut off the rest, a third of the sum after 16k keys.
-  template <class Output>
-  CUTLASS_DEVICE static void take_sums(Output& out, Softmax& softmax) {
-    if constexpr (Traits::kLinearExp) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < 2; ++row) {
-        float& sum = out(Traits::kHeadDimV / 2 + 2 * row);  // a column pair a row
-        softmax.add_sum(row, sum);
-        sum = 0.f;
-      }
-    }
   }
 
   /// Sets all products to Traits::kMagicBits. A load sets four, a move one: instructions are short,

@@ -82,6 +82,15 @@ struct Fp8ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
           cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kChannels>, cute::Int<kTileN>>>()));
   using MmaPv = ValueMma<kValueChannels>;
   using MmaOut = ValueMma<kHeadDimV>;  // whose accumulator is O, without the row sums
+  // Each block's P V starts from 0, some channels at a time, and is added up in fp32: 8-bit WGMMAs
+  // add in about 14 bits, of which long sums of one sign are lost.
+  static constexpr bool kPromote = Tile::kPromote;
+  static constexpr int kSliceChannels = 64;
+  static constexpr int kSlices = kHeadDimV / kSliceChannels;
+  template <int kSlice>
+  using SliceMma = ValueMma<kSliceChannels + (kSlice + 1 == kSlices ? kSumChannels : 0)>;
+  static_assert(!kPromote || kTileN == 64 || kTileN == 128, "a slice is one swizzled column");
+  static_assert(!kPromote || !kOverlap, "scores' registers are free only between two blocks");
 
   // The widest swizzle that the contiguous dimension fills.
   template <class Element, int kWidth>
@@ -100,8 +109,11 @@ struct Fp8ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
   static_assert(!kLinearExp || !kOverlap, "registers do not suffice: ptxas serialises the WGMMAs");
   static_assert(!kLinearExp || kTileN == 64 || kTileN == 128,
                 "the ones follow V's channels in one swizzled column");
-  using LayoutValueLoad = decltype(cute::tile_to_shape(
-      SwizzleAtom<ElementPv, kTileN>{}, cute::Shape<cute::Int<kHeadDimV>, cute::Int<kTileN>>{}));
+  // Of a stage some channels, seen from the first of them.
+  template <int kChannels>
+  using LayoutSlice = decltype(cute::tile_to_shape(
+      SwizzleAtom<ElementPv, kTileN>{}, cute::Shape<cute::Int<kChannels>, cute::Int<kTileN>>{}));
+  using LayoutValueLoad = LayoutSlice<kHeadDimV>;
   using LayoutO =
       decltype(cute::tile_to_shape(SwizzleAtom<Output, kHeadDimV>{},
                                    cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDimV>>{}));
@@ -113,10 +125,11 @@ struct Fp8ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
 
   /// V as TMA reads it: (head_dim_v, keys, heads, batch).
   static auto value_tensor(TensorView const& view, AttentionCall const& call, int keys) {
-    int const padded_keys =
-        call.is_packed()
-            ? static_cast<int>(packed_value_keys(call.packed.total_k, call.sizes.batch))
-            : (keys + 15) / 16 * 16;
+    int padded_keys = (keys + 15) / 16 * 16;
+    if (call.is_packed()) {  // a descriptor of no keys is not allowed
+      int64_t const of_all = packed_value_keys(call.packed.total_k, call.sizes.batch);
+      padded_keys = static_cast<int>(of_all > 0 ? of_all : kPackedValueKeys);
+    }
     return global_tensor<ElementPv>(view, call.sizes.head_dim_v, padded_keys, call.sizes.heads_kv,
                                     tensor_batch(call));
   }

@@ -27,6 +27,7 @@ struct ForwardParams : Traits::Calls {
   float scale_log2;
   int heads;
   cutlass::FastDivmod heads_per_kv;
+  typename Traits::Variant::Arguments variant;
 
   CUTLASS_DEVICE void prefetch_descriptors() const {
     cute::prefetch_tma_descriptor(tma_q.get_tma_descriptor());

@@ -21,8 +21,7 @@ template <class Tile>
 cudaError_t launch_forward(ForwardProblem const& problem, cudaStream_t stream) {
   using Traits = ForwardTraits<Tile>;
   AttentionCall const& call = problem.call;
-  float const scale = Traits::kSoftcap ? call.softcap : call.scale;  // of tanh, or of products
-  float const scale_log2 = scale_of_scores(scale) * sm90::kLog2e;
+  float const scale_log2 = scale_of_scores(Traits::Variant::unit(call)) * sm90::kLog2e;
   auto const params = forward_params<Traits>(problem, scale_log2);
   if constexpr (Traits::kAnyCall) {
     cudaError_t const status = start_listing_work<Traits>(problem, stream);

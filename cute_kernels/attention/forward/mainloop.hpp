@@ -2,11 +2,12 @@
 
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/forward/places.hpp"
 #include "cute_kernels/attention/forward/protocol.hpp"
 #include "cute_kernels/attention/forward/softmax.hpp"
 #include "cute_kernels/attention/forward/value_guard.hpp"
 #include "cute_kernels/attention/ranges.hpp"
-#include "cute_kernels/attention/softcap.hpp"
+#include "cute_kernels/attention/variant/variant.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/warp_gemm.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
@@ -32,11 +33,13 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
 
   using Softmax = OnlineSoftmax<2, typename Traits::ProbabilityRange, Traits::kSumInPairs>;
   using Guard = ValueGuard<Traits>;
+  using Variant = typename Traits::Variant;
 
   static constexpr int kWarpM = 16;
   static constexpr int kKeysOfOrigin = 16;
   static constexpr int kSeekNoMore = 1 << 30;
   static constexpr bool kHasLeftEnd = Traits::Calls::kHasLeftEnd;
+  static constexpr bool kChangesScores = Variant::kScores || Variant::kHides;
 
  public:
   /// What a mainloop writes to shared memory once, before any load.
@@ -74,8 +77,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     // Blocks before and from here on go through the guard.
     int guarded_before = 0, guarded_from = 1 << 30;
     if (shared.passes.guarded) {
-      BlockRange const keys =
-          params.mask_of(coord).key_blocks(params.first_query(coord), Traits::kTileM, kTileN);
+      BlockRange const keys = Guard::blocks(params, coord);
       guarded_before = keys.left_end();
       guarded_from = keys.right_begin();
     }
@@ -206,6 +208,16 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     auto seeks = [&](int block) {
       return block >= seek_from || (kHasLeftEnd && block < seek_before);
     };
+    // Where the elements of a block's scores stand.
+    auto const places = places_of<Variant>(params, coord);
+    auto place_in = [&](int block) {
+      int const lane = opaque(thread);
+      int const query = own_query + lane / 32 * kWarpM + lane % 32 / 4;
+      int const key = block * kTileN + lane % 4 * 2;
+      return [=, &places](int row, int col) {
+        return places.template at<Variant>(query + 8 * row, key + 8 * (col / 2) + col % 2);
+      };
+    };
     // Scores -> P in place. Q and K must still be there.
     auto softmax_block = [&](int block, bool seek, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
@@ -224,7 +236,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         auto own_q = local_tile(shared_q, Shape<Int<kWarpM>, Int<Traits::kHeadDim>>{},
                                 make_coord(opaque(thread) / 32, _0{}));
         sm90::warp_gemm(own_q, shared_k(_, _, opaque(read_k.index())), scores);
-        if constexpr (Traits::kSoftcap) apply_tanh(scores, params.softcap_factor);
+        if constexpr (kChangesScores) Variant::change_again(params, rows, place_in(block));
         // Every second time as many blocks more as it took to come here: a tile starts few blocks
         // again, and where it does so once, its origins' margin is likely to be enough.
         if (Softmax::kHasMargin && seek_from < kSeekNoMore) {
@@ -240,8 +252,9 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       auto few = [&] {
         return first_end(params.forgotten(coord)) - kKeysOfOrigin < block * kTileN;
       };
-      if constexpr (Traits::kSoftcap) apply_softcap(scores, params.softcap_factor);
+      if constexpr (kChangesScores) Variant::change(params, rows, place_in(block));
       softmax.update(rows, seek, few, mask, overflow, on_move);
+      if constexpr (Variant::kWeighs) Variant::weigh(params, rows, place_in(block));
     };
     auto round_probabilities = [&] {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));

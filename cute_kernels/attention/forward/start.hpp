@@ -9,7 +9,6 @@
 #include "cute_kernels/attention/global_tensor.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/schedule/prepare.hpp"
-#include "cute_kernels/attention/softcap.hpp"
 #include "cute_kernels/sm90/launch.hpp"
 
 // What the launches of 16-bit and FP8 forward kernels have in common.
@@ -55,7 +54,6 @@ typename Traits::Calls forward_calls(ForwardProblem const& problem) {
     WorkList const list = forward_work_list<Traits>(problem);
     calls.scheduler = {list.count, list.tiles, sizes.heads_q};
     calls.sinks = call.sinks;
-    if (call.softcap > 0.f) calls.softcap_factor = softcap_factor(call.scale, call.softcap);
   } else {
     int64_t const kv_bytes = int64_t{sizeof(typename Traits::ElementQk)} * sizes.batch *
                              sizes.heads_kv * sizes.seqlen_k * (sizes.head_dim + sizes.head_dim_v);
@@ -106,6 +104,7 @@ auto forward_params(ForwardProblem const& problem, float scale_log2) {
   params.scale_log2 = scale_log2;
   params.heads = sizes.heads_q;
   params.heads_per_kv = cutlass::FastDivmod(sizes.heads_q / sizes.heads_kv);
+  params.variant = Traits::Variant::arguments_of(problem);
   return params;
 }
 

@@ -5,6 +5,7 @@
 #include <cutlass/pipeline/pipeline.hpp>
 
 #include "cute_kernels/attention/forward/calls.hpp"
+#include "cute_kernels/attention/variant/variant.hpp"
 
 namespace cute_kernels::attention {
 
@@ -19,6 +20,7 @@ struct ForwardTileTraits {
   using Tile = Tile_;
   static constexpr bool kAnyCall = kAnyCall_;
 
+  using Variant = NoVariant;
   static constexpr int kHeadDim = Tile::kHeadDim;
   static constexpr int kTileN = Tile::kTileN;
   static constexpr int kStages = Tile::kStages;

@@ -30,7 +30,7 @@ struct ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
   using Output = Element;
   static constexpr int kHeadDimV = Tile::kHeadDimV;
   static constexpr bool kSeparateOutput = Tile::kSeparateOutput;
-  static constexpr bool kSoftcap = Tile::kSoftcap;
+  using Variant = typename Tile::Variant;
   static constexpr bool kSumInPairs = Tile::kSumInPairs;  // of P, in OnlineSoftmax
   static constexpr bool kGroupedRows = false;  // a tile's rows are of several heads (PrefillTraits)
 
@@ -76,11 +76,12 @@ struct ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
 
   // P's range (OnlineSoftmax): up to 2^15 in fp16, whose products with V no accumulator minds; in
   // bf16 never above 1, since V may be as large as a float, and a row's largest at least 2^-40, or
-  // 2^-50 with kMargin: V of 1e-20 should still give products that are no denormal numbers.
+  // 2^-50 with kMargin: V of 1e-20 should still give products that are no denormal numbers. Weights
+  // of P may be up to 15 in fp16.
   struct ProbabilityRange {
     static constexpr bool kIsHalf = std::is_same_v<Element, cutlass::half_t>;
     static constexpr float kShift = kIsHalf ? 0.f : 40.f;
-    static constexpr float kLargest = kIsHalf ? 0x1p15f : 1.f;
+    static constexpr float kLargest = !kIsHalf ? 1.f : Variant::kWeighs ? 0x1p12f : 0x1p15f;
     static constexpr float kHuge = kIsHalf ? 0x1p10f : 0x1p14f;
     static constexpr float kMargin = kIsHalf ? 0.f : 10.f;
   };

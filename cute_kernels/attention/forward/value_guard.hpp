@@ -5,6 +5,7 @@
 #include <cute/tensor.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
+#include "cute_kernels/attention/forward/places.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/ranges.hpp"
 #include "cute_kernels/sm90/bulk_reduce.hpp"
@@ -30,6 +31,8 @@ class ValueGuard {
   using SharedStorage = typename Traits::SharedStorage;
   using PipelineState = typename Traits::PipelineState;
 
+  using Variant = typename Traits::Variant;
+
  protected:
   static constexpr int kBlockElements = Traits::kTileN * Traits::kHeadDimV;
 
@@ -52,6 +55,16 @@ class ValueGuard {
     return (probes[0] | probes[1]) == 0;
   }
 
+  /// A tile's blocks, of which those that are not full are guarded.
+  template <class Params>
+  CUTLASS_DEVICE static BlockRange blocks(Params const& params,
+                                          typename Params::Tile const& coord) {
+    BlockRange blocks =
+        params.mask_of(coord).key_blocks(params.first_query(coord), Traits::kTileM, Traits::kTileN);
+    if constexpr (Variant::kHides) blocks.full_begin = blocks.full_end = 0;
+    return blocks;
+  }
+
   /// The loader's producer_acquire(). Returns the barrier for TMA.
   CUTLASS_DEVICE static uint64_t* acquire(SharedStorage& shared, PipelineState const& write,
                                           bool guarded) {
@@ -69,8 +82,7 @@ class ValueGuard {
     uint32_t phases = 0;  // of v_landed, a bit for each stage
     for (typename Params::Scheduler tile(params.scheduler); tile.valid(); tile.advance()) {
       auto const coord = tile.coord();
-      BlockRange const loaded = params.mask_of(coord).key_blocks(params.first_query(coord),
-                                                                 Traits::kTileM, Traits::kTileN);
+      BlockRange const loaded = blocks(params, coord);
       auto look_at = [&](int blocks) {
         for (; blocks > 0; --blocks) {
           shared.guard.v_landed[stage].wait(phases >> stage & 1);
@@ -124,7 +136,8 @@ class ValueGuard {
                                           Results const& results) {
     int const first_query = params.first_query(coord);
     auto const& mask = params.mask_of(coord);
-    BlockRange const loaded = mask.key_blocks(first_query, Traits::kTileM, Traits::kTileN);
+    BlockRange const loaded = blocks(params, coord);
+    auto const places = places_of<Variant>(params, coord);
     int const end_query = min(first_query + Traits::kTileM, mask.seqlen_q);
     // A thread has channels of its own, so that each of its values is read and judged once.
     auto add_back = [&](int first_key, int end_key, int channel) {
@@ -138,6 +151,10 @@ class ValueGuard {
         if constexpr (Traits::Calls::kHasLeftEnd) end = min(end, mask.end_query(key));
         CUTLASS_PRAGMA_NO_UNROLL
         for (int query = max(max(0, first_query), mask.first_query(key)); query < end; ++query) {
+          if constexpr (Variant::kHides) {
+            Place const here = places.template at<Variant>(query, key);
+            if (!Variant::Hooks::mask(here, params.variant)) continue;
+          }
           Element& result = results(query)[channel];
           result = static_cast<Element>(static_cast<float>(result) + static_cast<float>(value));
         }

@@ -72,9 +72,12 @@ struct PrefillParams : Traits::Calls {
   int head_dim;
   int head_dim_v;
   int heads_q;
-  int total_q;
-  void* out;   // (total_q, heads_q, head_dim_v)
-  float* lse;  // (heads_q, total_q)
+  void* out;  // (total_q, heads_q, head_dim_v)
+  float* lse;
+  // Of entries of the batch, beside what queries are apart, and of heads.
+  int64_t q_batch_stride;
+  int64_t lse_batch_stride;
+  int64_t lse_head_stride;
   float scale_log2;
 
   CUTLASS_DEVICE void prefetch_descriptors() const {

@@ -39,7 +39,8 @@ class GroupedEpilogue : ForwardEpilogue<Traits> {
     for (int i = 0; i < 2; ++i) {
       if (row + 8 * i >= rows) continue;
       auto const place = params.place_of(coord, first_row + row + 8 * i);
-      params.lse[int64_t{place.head} * params.total_q + place.query] =
+      params.lse[params.sequence(coord).batch * params.lse_batch_stride +
+                 place.head * params.lse_head_stride + place.query] =
           softmax.lse(i, params.sink(coord, first_row + row + 8 * i));
     }
   }

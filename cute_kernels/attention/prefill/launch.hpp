@@ -5,7 +5,6 @@
 
 #include <cuda_runtime.h>
 
-#include "cute_kernels/attention/decode/unused_rows.hpp"
 #include "cute_kernels/attention/forward/kernel.hpp"
 #include "cute_kernels/attention/forward/mainloop.hpp"
 #include "cute_kernels/attention/prefill/cut.hpp"
@@ -14,7 +13,7 @@
 #include "cute_kernels/attention/prefill/sequences.hpp"
 #include "cute_kernels/attention/prefill/tile_config.hpp"
 #include "cute_kernels/attention/prefill/traits.hpp"
-#include "cute_kernels/attention/schedule/work_list.hpp"
+#include "cute_kernels/attention/schedule/prepare.hpp"
 #include "cute_kernels/attention/softmax_scale.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/launch.hpp"
@@ -40,18 +39,20 @@ CUTLASS_DEVICE void cut_last_tiles(WorkList const& list, int heads, int ctas) {
   if (threadIdx.x == 0) *list.count = end;
 }
 
-/// The first CTA builds the list, the others clear unused rows of Q's results.
+/// As prepare_kernel; only it cuts tiles, and reads lengths that the kernel before may have
+/// written.
 template <class Traits>
 __global__ void __launch_bounds__(WorkListBuilder<typename Traits::Tiling, CachedCall>::kThreads)
     prepare_prefill_kernel(CUTE_GRID_CONSTANT CachedCall const call,
-                           CUTE_GRID_CONSTANT WorkList const list, int ctas, void* out,
-                           float* lse) {
+                           CUTE_GRID_CONSTANT WorkList const list, int ctas,
+                           CUTE_GRID_CONSTANT UnusedRows const unused) {
   using Builder = WorkListBuilder<typename Traits::Tiling, CachedCall>;
   sm90::wait_for_previous_kernel();
   sm90::let_next_kernel_start();
   if (blockIdx.x > 0) {
-    clear_unused_rows<typename Traits::Element>(call, out, lse, blockIdx.x - 1, gridDim.x - 1,
-                                                Builder::kThreads);
+    QuerySlots const slots{call.lengths.cu_seqlens_q, call.uncached.seqused_q, call.total_q,
+                           call.batch};
+    clear_unused_slots(slots, unused, blockIdx.x - 1, gridDim.x - 1, Builder::kThreads);
     return;
   }
   __shared__ typename Builder::Shared shared;
@@ -159,19 +160,26 @@ cudaError_t launch_prefill(DecodeProblem const& problem, cudaStream_t stream) {
   params.head_dim = call.head_dim;
   params.head_dim_v = call.head_dim_v;
   params.heads_q = call.heads_q;
-  params.total_q = call.total_q;
   params.out = problem.out;
   params.lse = problem.lse;
+  int const queries = call.total_q / std::max(1, call.batch);
+  bool const is_dense = call.uncached.is_dense;
+  params.q_batch_stride = is_dense ? problem.q.batch_stride - queries * problem.q.seqlen_stride : 0;
+  params.lse_batch_stride = is_dense ? (call.heads_q - int64_t{1}) * queries : 0;
+  params.lse_head_stride = is_dense ? queries : call.total_q;
   params.scale_log2 = scale_of_scores(call.scale) * sm90::kLog2e;
 
   sm90::Launch how{};
   how.stream = stream;
   how.device = problem.device.index;
   how.early = true;
-  how.grid = dim3(1 + 8);
   how.threads = WorkListBuilder<typename Traits::Tiling, CachedCall>::kThreads;
+  int const clearing = is_dense ? 0 : (call.total_q + how.threads - 1) / how.threads;
+  how.grid = dim3(1 + std::min(clearing, problem.device.multiprocessors));
+  int64_t const row_bytes = int64_t{sizeof(Element)} * call.heads_q * call.head_dim_v;
+  UnusedRows const unused{problem.out, row_bytes, problem.lse, call.heads_q};
   cudaError_t const status = sm90::launch_kernel<prepare_prefill_kernel<Traits>>(
-      how, call, list, prefill_ctas<Traits>(problem), problem.out, problem.lse);
+      how, call, list, prefill_ctas<Traits>(problem), unused);
   if (status != cudaSuccess) return status;
 
   how.grid = dim3(prefill_ctas<Traits>(problem));

@@ -68,30 +68,39 @@ class CacheProducer {
     if (cute::elect_one_sync()) barrier.cutlass::arch::ClusterBarrier::arrive();
   }
 
+  /// What has been gathered is told of when all of a tile's is under way, or before waiting for a
+  /// warpgroup that is behind the others.
   template <class Params>
   CUTLASS_DEVICE static void load_queries(Params const& params, SharedStorage& shared) {
     typename Params::Scheduler tile(params.scheduler);
     for (; tile.valid(); tile.advance()) {
       auto const coord = tile.coord();
-      uint32_t const phase = tile.phase(shared.passes);
+      uint32_t const phase = tile.phase(shared.passes) ^ 1;
+      int told = 0;
+      auto tell = [&](int end) {
+        sm90::wait_until_gathered();
+        for (; told < end; ++told) arrive(shared.q_full[told]);
+      };
       CUTLASS_PRAGMA_NO_UNROLL
       for (int i = 0; i < Traits::kConsumers; ++i) {
-        int const first_row = params.first_query(coord) + i * Traits::kWarpgroupM;
-        shared.q_empty[i].wait(phase ^ 1);
-        if (first_row >= 0) {
-          int const rows = params.sequence(coord).seqlen_q;
-          auto offset_of = [&](int row) -> int64_t {
-            if (first_row + row >= rows) return -1;
-            auto const place = params.place_of(coord, first_row + row);
-            return place.query * params.q.seqlen_stride + place.head * params.q.head_stride;
-          };
-          gather_rows<Traits::kWarpgroupM>(shared.q[i].data(),
-                                           static_cast<Element const*>(params.q.data),
-                                           params.head_dim, offset_of);
-          sm90::wait_until_gathered();
+        if (!__all_sync(0xffffffff, shared.q_empty[i].try_wait(phase))) {
+          tell(i);
+          shared.q_empty[i].wait(phase);
         }
-        arrive(shared.q_full[i]);
+        int const first_row = params.first_query(coord) + i * Traits::kWarpgroupM;
+        if (first_row < 0) continue;
+        int const rows = params.sequence(coord).seqlen_q;
+        int64_t const entry = params.sequence(coord).batch * params.q_batch_stride;
+        auto offset_of = [&](int row) -> int64_t {
+          if (first_row + row >= rows) return -1;
+          auto const place = params.place_of(coord, first_row + row);
+          return entry + place.query * params.q.seqlen_stride + place.head * params.q.head_stride;
+        };
+        gather_rows<Traits::kWarpgroupM>(shared.q[i].data(),
+                                         static_cast<Element const*>(params.q.data),
+                                         params.head_dim, offset_of);
       }
+      tell(Traits::kConsumers);
     }
     if (cute::elect_one_sync()) shared.passes.next_first_tile = tile.round() % 2;
   }

@@ -11,7 +11,7 @@ template <class Tile>
 struct PrefillTile : Tile {
   static constexpr int kHeadDimV = Tile::kHeadDim;
   static constexpr bool kAnyCall = true;
-  static constexpr bool kSoftcap = false;
+  using Variant = NoVariant;
   static constexpr bool kSeparateOutput = true;
 };
 

@@ -23,6 +23,40 @@ struct UnusedRows {
   int heads;
 };
 
+/// Where packed queries lie.
+struct QuerySlots {
+  int const* cu_seqlens;  // (entries + 1)
+  int const* seqused;     // (entries), or null
+  int total;
+  int entries;
+};
+
+/// Of `ctas` CTAs with `threads` threads, of which this is number `cta`. A warp looks at 32 rows,
+/// then clears together those that are not used.
+CUTLASS_DEVICE void clear_unused_slots(QuerySlots const& slots, UnusedRows const& unused, int cta,
+                                       int ctas, int threads) {
+  constexpr int kWarpThreads = 32;
+  int const lane = threadIdx.x % kWarpThreads;
+  int const warps = ctas * (threads / kWarpThreads);
+  int const warp = (cta * threads + threadIdx.x) / kWarpThreads;
+  for (int64_t first = int64_t{warp} * kWarpThreads; first < slots.total;
+       first += int64_t{warps} * kWarpThreads) {
+    int const own = static_cast<int>(first) + lane;
+    bool const is_unused = first + lane < slots.total && !is_used(slots.cu_seqlens, slots.seqused,
+                                                                  slots.total, slots.entries, own);
+    for (unsigned rows = __ballot_sync(0xffffffff, is_unused); rows != 0; rows &= rows - 1) {
+      int64_t const row = first + __ffs(rows) - 1;
+      auto* const out =
+          reinterpret_cast<uint4*>(static_cast<char*>(unused.out) + row * unused.row_bytes);
+      int const vectors = static_cast<int>(unused.row_bytes / int64_t{sizeof(uint4)});
+      for (int i = lane; i < vectors; i += kWarpThreads) out[i] = uint4{};
+      for (int head = lane; head < unused.heads; head += kWarpThreads) {
+        unused.lse[int64_t{head} * slots.total + row] = -INFINITY;
+      }
+    }
+  }
+}
+
 /// The first CTA builds the list, the others clear unused rows of Q's results. Its end is that of
 /// the kernel before it, too: whoever waits for it waits for both.
 template <class Tiling>
@@ -43,28 +77,8 @@ __global__ void __launch_bounds__(WorkListBuilder<Tiling>::kThreads)
     return;
   }
   PackedLengths const& packed = call.packed;
-  constexpr int kWarpThreads = 32;
-  int const lane = threadIdx.x % kWarpThreads;
-  int const warps = (gridDim.x - 1) * (Builder::kThreads / kWarpThreads);
-  int const warp = ((blockIdx.x - 1) * Builder::kThreads + threadIdx.x) / kWarpThreads;
-  // A warp looks at 32 rows, then clears together those that are not used.
-  for (int64_t first = int64_t{warp} * kWarpThreads; first < packed.total_q;
-       first += int64_t{warps} * kWarpThreads) {
-    int const own = static_cast<int>(first) + lane;
-    bool const is_unused =
-        first + lane < packed.total_q &&
-        !is_used(packed.cu_seqlens_q, packed.seqused_q, packed.total_q, call.sizes.batch, own);
-    for (unsigned rows = __ballot_sync(0xffffffff, is_unused); rows != 0; rows &= rows - 1) {
-      int64_t const row = first + __ffs(rows) - 1;
-      auto* const out =
-          reinterpret_cast<uint4*>(static_cast<char*>(unused.out) + row * unused.row_bytes);
-      int const vectors = static_cast<int>(unused.row_bytes / int64_t{sizeof(uint4)});
-      for (int i = lane; i < vectors; i += kWarpThreads) out[i] = uint4{};
-      for (int head = lane; head < unused.heads; head += kWarpThreads) {
-        unused.lse[int64_t{head} * packed.total_q + row] = -INFINITY;
-      }
-    }
-  }
+  QuerySlots const slots{packed.cu_seqlens_q, packed.seqused_q, packed.total_q, call.sizes.batch};
+  clear_unused_slots(slots, unused, blockIdx.x - 1, gridDim.x - 1, Builder::kThreads);
 }
 
 /// Starts it. The next kernel may start early, and then waits for this one itself. So may this one

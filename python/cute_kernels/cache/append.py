@@ -8,7 +8,8 @@ from torch import Tensor
 
 from cute_kernels.cache import operators
 from cute_kernels.cache.checks import check_append
-from cute_kernels.checks import explain, refuse_derivatives
+from cute_kernels.checks import check_flag, check_int, explain, refuse_derivatives
+from cute_kernels.fp8.rotation import signed
 from cute_kernels.registration import mark_written
 
 
@@ -26,6 +27,12 @@ def append_kv(
     rotary_sin: Tensor | None = None,
     rotary_seqlens: Tensor | None = None,
     rotary_interleaved: bool = True,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    incoherent: bool = False,
+    seed: int = 0,
 ) -> Tensor:
     """Writes new keys and values into a cache, in place, behind what it holds of each sequence.
 
@@ -34,10 +41,11 @@ def append_kv(
     Args:
         k_cache: (batch_cache, seqlen_cache, key heads, head_dim), or with a page table (pages,
             page_size, key heads, head_dim). On CUDA float16 or bfloat16, on the CPU also float32
-            and float64. Any strides with a contiguous last dimension, here and in what follows.
+            and float64; or of 8 bits, float8_e4m3fn or int8, with a head_dim that is a multiple of
+            16. Any strides with a contiguous last dimension, here and in what follows.
         v_cache: the same with a head_dim of its own. Both may be parts of one tensor.
         k: (batch, seqlen_new, key heads, head_dim), or with cu_seqlens_k_new packed, (total, key
-            heads, head_dim); dtype and device of the cache.
+            heads, head_dim); device of the cache and its dtype, for 8 bits one of the others.
         v: likewise, with v_cache's head_dim.
         cache_seqlens: (batch,), int32: how many rows the cache holds of each sequence.
         page_table: (batch, max_pages), int32, last dimension contiguous: row j of a sequence is row
@@ -51,6 +59,18 @@ def append_kv(
             in fp32, by the angles of the position ``cache_seqlens[b] + i``.
         rotary_seqlens: (batch,), int32: positions start here rather than at cache_seqlens.
         rotary_interleaved: pairs are channels 2i and 2i + 1; if False i and i + rotary_dim / 2.
+        k_descale, v_descale: float32, of caches of 8 bits: what their numbers are multiplied by to
+            become keys and values; 1 if None. (batch, key heads), or (pages, page_size, key heads),
+            where page_size may be 1: one for all rows of a page. Numbers are rounded, and saturated
+            at 448 or from -128 to 127.
+        k_scales, v_scales: instead of these, float32, (pages, page_size, key heads): factors of
+            each row, which are written with it: its largest magnitude over 448 or 127, and 0 for
+            a row without an element of 2^-100. For `k_descale` of attention.
+        incoherent: keys are rotated, after rotary, by a Hadamard matrix with random signs from
+            `seed`, which spreads outliers over all channels before they are rounded: queries of
+            `flash_attn_with_kvcache(..., incoherent=True, seed=seed)` meet them. Caches of 8 bits
+            whose head_dim is a power of 2 only.
+        seed: at least 0 and below 2^64.
 
     Returns:
         (batch,), int32: how many rows the cache holds of each sequence now.
@@ -59,20 +79,39 @@ def append_kv(
         ValueError, TypeError: an argument is not as described. What tensors hold is looked at on
             the CPU only. On CUDA a row for which the cache has no place is not written, and a
             position that the tables do not have makes NaN.
-        NotImplementedError: k or v needs a gradient, or ``cache_batch_idx`` with pages.
+        NotImplementedError: k or v needs a gradient, or ``cache_batch_idx`` with pages; a cache of
+            another type of 8 bits.
     """
     refuse_derivatives("append_kv", k, v, k_cache, v_cache)
     places = (cu_seqlens_k_new, page_table, cache_batch_idx)
     rotary = (rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
     queries = (None, None, True)
-    return append_rows(k_cache, v_cache, k, v, cache_seqlens, *places, *rotary, *queries)[0]
+    inputs = (cache_seqlens, *places, *rotary, *queries)
+    factors = (k_descale, v_descale, k_scales, v_scales, rotation_seed(incoherent, seed))
+    return append_rows(k_cache, v_cache, k, v, *inputs, factors=factors)[0]
 
 
-def append_rows(k_cache: Tensor, v_cache: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    """The append operator, whose inputs these are."""
+def rotation_seed(incoherent: bool, seed: int) -> int | None:
+    """As operators take it, which have no unsigned numbers."""
+    check_flag("incoherent", incoherent)
+    check_int("seed", seed, least=0, none="")
+    if seed >= 2**64:
+        raise ValueError(f"seed is {seed}, must be below 2**64")
+    return signed(seed) if incoherent else None
+
+
+NO_FACTORS = (None,) * 5
+
+
+def append_rows(
+    k_cache: Tensor, v_cache: Tensor, *inputs: Any, factors: tuple[Any, ...] = NO_FACTORS
+) -> tuple[Tensor, Tensor]:
+    """The append operator, whose inputs these are; `factors` are those of caches of 8 bits."""
+    if factors != NO_FACTORS:
+        inputs = (*inputs, *factors)
     try:
         results: tuple[Tensor, Tensor] = operators.append(k_cache, v_cache, *inputs)
     except (AttributeError, IndexError) as error:
         explain(error, check_append, k_cache, v_cache, *inputs)
-    mark_written(k_cache, v_cache)
+    mark_written(k_cache, v_cache, *factors[2:4])
     return results

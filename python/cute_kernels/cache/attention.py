@@ -9,12 +9,13 @@ from torch import Tensor
 
 from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
 from cute_kernels.cache import operators
-from cute_kernels.cache.append import append_rows
+from cute_kernels.cache.append import append_rows, rotation_seed
 from cute_kernels.cache.checks import ENTRIES, PAGES, check_attention, check_output
 from cute_kernels.checks import (
     DENSE,
     PACKED,
     check_alone,
+    check_layout,
     check_tensor,
     explain,
     refuse_derivatives,
@@ -23,7 +24,7 @@ from cute_kernels.registration import mark_written
 from cute_kernels.varlen_checks import check_int32
 
 # What the arguments are that most calls leave alone.
-_USUAL = (None, None, None, None, 0, (-1, -1), None, 0)
+_USUAL = (None, 0, (-1, -1), None, 0)
 
 
 def flash_attn_with_kvcache(
@@ -60,6 +61,11 @@ def flash_attn_with_kvcache(
     *,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    incoherent: bool = False,
+    seed: int = 0,
+    tree_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries to a cache of keys and values, into which new ones may be written
     first.
@@ -70,7 +76,8 @@ def flash_attn_with_kvcache(
 
     Args:
         q: (batch, seqlen_q, heads, head_dim), or with cu_seqlens_q packed, (total_q, heads,
-            head_dim); dtypes and head_dim as of `flash_attn_func`.
+            head_dim); dtypes and head_dim as of `flash_attn_func`. With a cache of 8 bits float16,
+            bfloat16 or float8_e4m3fn.
         k_cache, v_cache, page_table, cache_batch_idx: as of `append_kv`; the number of query heads
             is a multiple of that of key heads. Of the page table only what a sequence's rows need
             is looked at: the rest may be -1 or anything.
@@ -91,17 +98,25 @@ def flash_attn_with_kvcache(
         num_splits: into how many parts the keys of a sequence are cut; 0 chooses. A hint, as are
             pack_gqa and sm_margin.
         return_softmax_lse: also return the LSE.
-        qv, q_descale, k_descale, v_descale, attention_chunk: not there yet, nor are caches of 8
-            bits, nor cache_leftpad and cache_batch_idx with a page table: NotImplementedError.
+        q_descale: float32, (batch, key heads): what queries are multiplied by, with a cache of 8
+            bits.
+        k_descale, v_descale, k_scales, v_scales, incoherent, seed: as of `append_kv`, of caches of
+            8 bits. Either the descales or the scales are the factors of K and of V.
+        qv, attention_chunk: not there yet, nor are cache_leftpad and cache_batch_idx with a page
+            table: NotImplementedError.
         sinks: (heads,), float32, float16 or bfloat16: a score for each head, not scaled, that takes
             part in the softmax without a value; the LSE includes it.
         out: where the output is to be: of its shape, and q's dtype.
+        tree_mask: int64, of q's shape before heads: bit j of a query says whether it sees new token
+            j of its sequence, the last keys, as many as there are queries, at most 64. What masks
+            hide stays hidden; all keys before them are seen as without it.
 
     Returns:
-        The output, (batch, seqlen_q, heads, v's head_dim) or (total_q, heads, v's head_dim), and if
-        asked for the LSE, natural logarithms in float32 (float64 for float64 inputs): (batch,
-        heads, seqlen_q), a view of the operator's (heads, batch * seqlen_q), or (heads, total_q). A
-        query that sees no key gets 0, and as LSE -inf or its head's sink.
+        The output in q's dtype, for float8_e4m3fn in bfloat16, (batch, seqlen_q, heads, v's
+        head_dim) or (total_q, heads, v's head_dim), and if asked for the LSE, natural logarithms in
+        float32 (float64 for float64 inputs): (batch, heads, seqlen_q), a view of the operator's
+        (heads, batch * seqlen_q), or (heads, total_q). A query that sees no key gets 0, and as LSE
+        -inf or its head's sink.
 
     Raises:
         ValueError, TypeError: an argument is not as described. What tensors hold is looked at on
@@ -111,20 +126,13 @@ def flash_attn_with_kvcache(
     """
     refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, sinks)
     left = right = None
-    asked = (qv, q_descale, k_descale, v_descale, attention_chunk, window_size, pack_gqa, sm_margin)
+    asked = (qv, attention_chunk, window_size, pack_gqa, sm_margin)
     try:
         unusual = asked != _USUAL
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
         unusual = True
     if unusual:
-        refuse_later(
-            "flash_attn_with_kvcache",
-            qv=qv,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-            attention_chunk=attention_chunk,
-        )
+        refuse_later("flash_attn_with_kvcache", qv=qv, attention_chunk=attention_chunk)
         check_hints(num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
     if scheduler_metadata is not None:
@@ -139,6 +147,7 @@ def flash_attn_with_kvcache(
     else:
         check_int32("cu_seqlens_q", cu_seqlens_q, q)
         batch, starts = cu_seqlens_q.shape[0] - 1, cu_seqlens_q
+    rotation = rotation_seed(incoherent, seed)
     lengths = cache_seqlens
     if not isinstance(lengths, Tensor):
         lengths = _lengths(cache_seqlens, batch, k_cache, page_table)
@@ -151,7 +160,8 @@ def flash_attn_with_kvcache(
         if rotary_cos is not None:
             queries = (q, cu_seqlens_q, causal or left is not None or right is not None)
         inputs = (lengths, *places, *rotary, *queries)
-        lengths, turned = append_rows(k_cache, v_cache, k, v, *inputs)
+        factors = (k_descale, v_descale, k_scales, v_scales, rotation)
+        lengths, turned = append_rows(k_cache, v_cache, k, v, *inputs, factors=factors)
         if rotary_cos is not None:
             q = turned
     else:
@@ -185,12 +195,17 @@ def flash_attn_with_kvcache(
         sinks,
         softmax_scale,
         causal,
+        q_descale,
+        _one_of("k", k_descale, k_scales),
+        _one_of("v", v_descale, v_scales),
+        None if tree_mask is None else _of_queries(tree_mask, q),
         max_seqlen_q,
         left,
         right,
         softcap,
         num_splits,
         sm_margin,
+        rotation,
     )
     if dense:
         result = result.view(*q.shape[:3], result.shape[2])
@@ -238,6 +253,24 @@ def attend(
         explain(error, check_attention, *inputs)
     mark_written(into)
     return into, lse
+
+
+def _one_of(which: str, descale: Tensor | None, scales: Tensor | None) -> Tensor | None:
+    """The factors of K or V."""
+    if descale is None or scales is None:
+        return scales if descale is None else descale
+    raise ValueError(f"{which}_scales is given, must be None with {which}_descale")
+
+
+def _of_queries(tree_mask: Tensor, q: Tensor) -> Tensor:
+    """The operator's (total_q,)."""
+    check_tensor("tree_mask", tree_mask)
+    if tree_mask.shape != q.shape[:-2]:
+        raise ValueError(
+            f"tree_mask has shape {tuple(tree_mask.shape)}, must be {tuple(q.shape[:-2])} like q "
+            "before heads"
+        )
+    return tree_mask.flatten()
 
 
 def _starts_of(batch: int, seqlen: int, like: Tensor) -> Tensor:
@@ -303,7 +336,8 @@ def _lengths(
     if isinstance(cache_seqlens, Tensor):
         return cache_seqlens
     if cache_seqlens is None:
-        check_alone("k_cache", k_cache, ENTRIES if page_table is None else PAGES)
+        check_tensor("k_cache", k_cache)
+        check_layout("k_cache", k_cache, ENTRIES if page_table is None else PAGES)
         cache_seqlens = k_cache.shape[1]
         if page_table is not None:
             check_int32("page_table", page_table, k_cache, dims=2, like="k_cache")

@@ -12,6 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cute_kernels.cache.eight_bits import (
+    E4M3,
+    check_cache,
+    check_factors,
+    check_scales,
+    check_tree,
+    holds_eight_bits,
+    output_dtype,
+)
 from cute_kernels.checks import (
     DENSE,
     HEAD_DIM_MULTIPLE,
@@ -21,6 +30,7 @@ from cute_kernels.checks import (
     check_device,
     check_flag,
     check_int,
+    check_layout,
     check_like,
     check_sm_margin,
     check_softcap,
@@ -38,7 +48,7 @@ PAGES = ("pages", "page_size", "key heads", "head_dim")
 ENTRIES = ("batch_cache", "seqlen_cache", "key heads", "head_dim")
 PARTS = ("splits", "batch", "seqlen", "heads", "head_dim")
 
-_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+_OTHER_EIGHT_BITS = (torch.float8_e5m2, torch.uint8)
 _OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -54,19 +64,24 @@ def check_attention(
     sinks: Tensor | None,
     softmax_scale: float,
     causal: bool,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     max_seqlen_q: int | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     softcap: float = 0.0,
     num_splits: int = 0,
     sm_margin: int = 0,
+    rotation_seed: int | None = None,
 ) -> None:
     """Raises ValueError, TypeError or NotImplementedError unless the attention operator can answer
     this call."""
     check_flag("causal", causal)
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _refuse_eight_bits(name, tensor)
-    check_alone("q", q, PACKED)
+        _refuse_other_eight_bits(name, tensor)
+    _check_attending(q, k_cache)
     _check_head_dim("q", q)
     _check_caches(k_cache, v_cache, page_table, q, "q")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -96,20 +111,30 @@ def check_attention(
     check_softcap(softcap, accumulator_dtype(q.dtype))
     check_int("num_splits", num_splits, least=0, none="")
     check_sm_margin(sm_margin)
+    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    check_factors(k_cache, batch, descales, rotation_seed, "q_descale")
+    if tree_mask is not None:
+        check_tree(tree_mask, q)
 
 
 def check_attention_out(out: Tensor, q: Tensor, *inputs: Any, **options: Any) -> None:
     """The same of the operator that writes its output into `out`."""
     check_attention(q, *inputs, **options)
     v_cache = inputs[1]
-    check_output(out, (*q.shape[:2], v_cache.shape[3]), q)
+    check_output(out, (*q.shape[:2], v_cache.shape[3]), q, output_dtype(q))
     if not out.is_contiguous():
         raise ValueError(f"out has strides {out.stride()}, must be contiguous")
     check_vectors("out", out)
 
 
-def check_output(out: Tensor, shape: Sequence[int], q: Tensor) -> None:
-    check_like("out", out, q)
+def check_output(
+    out: Tensor, shape: Sequence[int], q: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """`dtype`: q's if None."""
+    check_device("out", out, q)
+    dtype = dtype or q.dtype
+    if out.dtype != dtype:
+        raise TypeError(f"out has dtype {out.dtype}, must be {dtype}")
     if out.shape != shape:
         raise ValueError(f"out has shape {tuple(out.shape)}, must be {tuple(shape)}")
 
@@ -130,10 +155,15 @@ def check_append(
     q: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     q_advance: bool = True,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    rotation_seed: int | None = None,
 ) -> None:
     """The same of the append operator."""
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _refuse_eight_bits(name, tensor)
+        _refuse_other_eight_bits(name, tensor)
     layout = NEW if cu_seqlens_k_new is None else PACKED
     check_alone("k", k, layout)
     check_like("v", v, k, "k")
@@ -168,6 +198,12 @@ def check_append(
     if q is not None:
         _check_queries(q, cu_seqlens_q, rotary_cos, rotary_sin, batch, k)
     check_flag("q_advance", q_advance)
+    descales = {"k_descale": k_descale, "v_descale": v_descale}
+    check_factors(k_cache, batch, descales, rotation_seed)
+    if k_scales is not None:
+        check_scales("k_scales", k_scales, k_cache, k_descale)
+    if v_scales is not None:
+        check_scales("v_scales", v_scales, v_cache, v_descale)
 
 
 def _check_queries(
@@ -221,10 +257,26 @@ def check_combine(
         raise TypeError(f"out_dtype is {out_dtype}, must be {names}")
 
 
-def _refuse_eight_bits(name: str, tensor: Tensor) -> None:
+def _refuse_other_eight_bits(name: str, tensor: Tensor) -> None:
     dtype = getattr(tensor, "dtype", None)
-    if dtype in _EIGHT_BITS:
+    if dtype in _OTHER_EIGHT_BITS:
         raise NotImplementedError(f"{name} of {dtype} is not there yet")
+
+
+def _check_attending(q: Tensor, k_cache: Tensor) -> None:
+    """Queries of e4m3 go with caches of 8 bits only."""
+    check_tensor("q", q)
+    check_tensor("k_cache", k_cache)
+    allowed = (torch.float16, torch.bfloat16, E4M3)
+    if not holds_eight_bits(k_cache):
+        check_alone("q", q, PACKED)
+    elif q.dtype not in allowed:
+        raise TypeError(
+            f"q has dtype {q.dtype}, must be float16, bfloat16 or float8_e4m3fn for a cache of "
+            f"{k_cache.dtype}"
+        )
+    else:
+        check_layout("q", q, PACKED)
 
 
 def _check_head_dim(name: str, x: Tensor) -> None:
@@ -241,8 +293,14 @@ def _check_caches(
 ) -> None:
     layout = ENTRIES if page_table is None else PAGES
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_like(name, cache, q, like)
-        check_alone(name, cache, layout)
+        if not holds_eight_bits(k_cache):
+            check_like(name, cache, q, like)
+            check_alone(name, cache, layout)
+        else:
+            check_device(name, cache, q, like)
+            check_like(name, cache, k_cache, "k_cache")
+            check_layout(name, cache, layout)
+            check_cache(name, cache)
         _check_head_dim(name, cache)
     if v_cache.shape[:-1] != k_cache.shape[:-1]:
         raise ValueError(

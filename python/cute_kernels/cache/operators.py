@@ -14,6 +14,7 @@ from cute_kernels.cache.checks import (
     check_attention_out,
     check_combine,
 )
+from cute_kernels.cache.eight_bits import output_dtype
 from cute_kernels.operators import NAMESPACE, Pass
 from cute_kernels.reference import empty_outputs
 from cute_kernels.registration import register
@@ -24,7 +25,7 @@ _operators = getattr(torch.ops, NAMESPACE)
 def _attention_fake(
     q: Tensor, _: Tensor, v_cache: Tensor, *__: Any, **___: Any
 ) -> tuple[Tensor, Tensor]:
-    return empty_outputs(q, v_cache)
+    return empty_outputs(q, v_cache, output_dtype(q))
 
 
 def _attention_out_fake(_: Tensor, *inputs: Any, **__: Any) -> Tensor:
@@ -45,22 +46,30 @@ def _combine_fake(
     return out, lse_partial.new_empty((batch, heads, seqlen)).transpose(1, 2)
 
 
-_OPTIONS = ("max_seqlen_q", "window_left", "window_right", "softcap", "num_splits", "sm_margin")
+_OPTIONS = (
+    "max_seqlen_q",
+    "window_left",
+    "window_right",
+    "softcap",
+    "num_splits",
+    "sm_margin",
+    "rotation_seed",
+)
 attention = register(
-    Pass(_operators.flash_attn_kvcache_forward.default, check_attention, 11),
+    Pass(_operators.flash_attn_kvcache_forward.default, check_attention, 15),
     _OPTIONS,
     reference.attention,
     _attention_fake,
 )
 attention_out = register(
-    Pass(_operators.flash_attn_kvcache_forward_out.default, check_attention_out, 12),
+    Pass(_operators.flash_attn_kvcache_forward_out.default, check_attention_out, 16),
     _OPTIONS,
     reference.attention_out,
     _attention_out_fake,
     has_autograd=False,
 )
 append = register(
-    Pass(_operators.append_kv.default, check_append, 15),
+    Pass(_operators.append_kv.default, check_append, 20),
     (),
     reference.append,
     _append_fake,

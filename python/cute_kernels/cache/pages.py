@@ -29,6 +29,10 @@ def attend_pages(
     sinks: Tensor | None,
     page_table: Tensor,
     tile_config: str | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    tree_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of sequences whose keys are in pages of k and v."""
     refuse_derivatives(_NAME, q, k, v, sinks, where=" with page_table")
@@ -52,6 +56,10 @@ def attend_pages(
         sinks,
         softmax_scale,
         causal,
+        q_descale,
+        k_descale,
+        v_descale,
+        tree_mask,
         max_seqlen_q,
         window_left,
         window_right,

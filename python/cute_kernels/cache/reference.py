@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from cute_kernels import reference
+from cute_kernels.cache import eight_bits
+from cute_kernels.cache.eight_bits import TREE_TOKENS, factor_of, quantised, rotated
 from cute_kernels.varlen_checks import rows_of_sequences
 
 
@@ -70,19 +72,25 @@ def attention(
     sinks: Tensor | None,
     softmax_scale: float,
     causal: bool,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     max_seqlen_q: int | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     softcap: float = 0.0,
     num_splits: int = 0,
     sm_margin: int = 0,
+    rotation_seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Each sequence's attention to its keys; rows of q that no sequence has get 0 and -inf."""
     places = places_of(k_cache, page_table, cache_batch_idx)
     sequences = rows_of_sequences("q", q, cu_seqlens_q, None, max_seqlen_q)
     mask = reference.mask_of(causal, window_left, window_right)
     wide = reference.accumulator_dtype(q.dtype)
-    out, lse = reference.empty_outputs(q, v_cache)
+    group = q.shape[1] // max(1, k_cache.shape[2])
+    out, lse = reference.empty_outputs(q, v_cache, eight_bits.output_dtype(q))
     out.zero_()
     lse.fill_(-math.inf)
     for i, queries in enumerate(sequences):
@@ -91,12 +99,31 @@ def attention(
         if cache_leftpad is not None:
             first = _length("cache_leftpad", cache_leftpad, i, last, "cache_seqlens")
         keys = places.rows(i, first, last)
-        one = [x[None].to(wide) for x in (q[queries], k_cache[keys], v_cache[keys])]
+        own_q = rotated(q[queries].to(wide), rotation_seed)
+        if q_descale is not None:
+            own_q = own_q * q_descale[i].repeat_interleave(group)[:, None]
+        own_k = k_cache[keys].to(wide) * factor_of(k_descale, i, keys)
+        own_v = v_cache[keys].to(wide) * factor_of(v_descale, i, keys)
+        if tree_mask is not None:
+            mask = mask._replace(hidden=_hidden_by_tree(tree_mask[queries], last - first, i))
         (part,), (part_lse,) = reference.attention_forward(
-            one[0], one[1], one[2], softmax_scale, mask, sinks, softcap
+            own_q[None], own_k[None], own_v[None], softmax_scale, mask, sinks, softcap
         )
-        out[queries], lse[:, queries] = part.to(q.dtype), part_lse
+        out[queries], lse[:, queries] = part.to(out.dtype), part_lse
     return out, lse
+
+
+def _hidden_by_tree(tree_mask: Tensor, seqlen_k: int, sequence: int) -> Tensor:
+    """(seqlen_q, seqlen_k): which of a sequence's last keys, one for each query, a query does not
+    see."""
+    count = tree_mask.shape[0]
+    if count > TREE_TOKENS:
+        raise ValueError(
+            f"tree_mask is given, but sequence {sequence} has {count} queries, must have at most "
+            f"{TREE_TOKENS}"
+        )
+    token = torch.arange(seqlen_k) - (seqlen_k - count)
+    return (token >= 0) & ((tree_mask[:, None] >> token.clamp(0)) & 1 == 0)
 
 
 def attention_out(out: Tensor, *inputs: Any, **options: Any) -> Tensor:
@@ -131,6 +158,11 @@ def append(
     q: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     q_advance: bool = True,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    rotation_seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Writes k, rotated, and v behind what the caches hold; returns the lengths afterwards, and q
     rotated, or without q nothing."""
@@ -158,8 +190,17 @@ def append(
             rows = q.reshape(-1, *q.shape[-2:])
             turned = _rotate(rows, _sequences("q", q, cu_seqlens_q), *rotary, q_advance)
             turned = turned.view(q.shape)
-    for new, target in zip(sequences, targets, strict=True):
-        k_cache[target], v_cache[target] = k[new], v[new]
+    k = rotated(k, rotation_seed)
+    of_k, of_v = (k_cache, k, k_descale, k_scales), (v_cache, v, v_descale, v_scales)
+    for cache, rows, descale, scales in (of_k, of_v):
+        for i, (new, target) in enumerate(zip(sequences, targets, strict=True)):
+            if not eight_bits.holds_eight_bits(cache):
+                cache[target] = rows[new]
+                continue
+            factor = None if scales is not None else factor_of(descale, i, target)
+            cache[target], written = quantised(rows[new], factor, cache.dtype)
+            if scales is not None:
+                scales[target] = written
     return torch.tensor(lengths, dtype=torch.int32), turned
 
 

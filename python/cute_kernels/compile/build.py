@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,14 @@ from .rows import Row
 from .source import plugin_source
 
 # Of nvcc for a row, about
-SECONDS = {"forward": 70, "backward": 150, "forward_fp8": 90, "decode": 60, "prefill": 70}
+SECONDS = {
+    "forward": 70,
+    "backward": 150,
+    "forward_fp8": 90,
+    "decode": 60,
+    "decode_fp8": 70,
+    "prefill": 70,
+}
 BYTES_PER_JOB = 4 << 30  # of memory
 
 
@@ -158,7 +166,7 @@ class Recipe:
             env={**os.environ, "TMPDIR": str(temporary)},
         )
         if done.returncode != 0 or not library.exists():
-            said = "\n".join((done.stderr + done.stdout).splitlines()[-40:])
+            said = "\n".join(_errors((done.stderr + done.stdout).splitlines()))
             raise CompilerError(
                 f"nvcc does not compile {self.name} (status {done.returncode}):\n{said}\n"
                 f"The command was: {' '.join(command)}"
@@ -167,6 +175,12 @@ class Recipe:
         library_digest = hashlib.sha256(library.read_bytes()).hexdigest()
         (folder / "kernel.sha256").write_text(library_digest)
         say(f"compiled {self.name} in {time.monotonic() - start:.0f} s")
+
+
+def _errors(lines: list[str]) -> list[str]:
+    """From the first error on, of which the others often are consequences, as far as one reads."""
+    first = next((i for i, line in enumerate(lines) if re.search(r"\berror\b", line)), 0)
+    return lines[first : first + 40]
 
 
 def build(

@@ -21,6 +21,7 @@ from .rows import (
 # What setmaxnreg leaves a consumer thread (decode/traits.hpp), by the numbers of a CTA's consumer
 # warpgroups and of CTAs
 DECODE_CONSUMER_REGISTERS = {(1, 1): 255, (1, 2): 184, (2, 1): 216}
+FP8_DECODE_CONSUMER_REGISTERS = 208  # likewise (decode/fp8_traits.hpp)
 
 DECODE_FIELDS = (
     *HEAD,
@@ -90,6 +91,52 @@ def decode_problems(row: Row) -> list[str]:
         found.append(f"registers of a consumer thread: {registers} > {budget}")
     return found
 
+
+# One kernel takes caches of e4m3 and of int8, and queries of any type.
+FP8_CACHE = "fp8"
+FP8_DECODE_FIELDS = (*DECODE_FIELDS[:-1], Field("staged", int, 4, "kStaged"), DECODE_FIELDS[-1])
+
+
+def fp8_decode_shared_memory(row: Row) -> dict[str, int]:
+    """As decode_shared_memory, and what a cache of 8 bits needs on its way."""
+    staged = {
+        "K and V of 8 bits": row["staged"] * 2 * row["tile_n"] * row["head_dim"],
+        # of rows of K and V, staged and in stages, and of queries
+        "factors": 4 * 2 * (row["staged"] + row["stages"]) * row["tile_n"] + 4 * row["tile_m"],
+    }
+    return {**decode_shared_memory(row), **aligned({"staged and factors": sum(staged.values())})}
+
+
+def fp8_decode_problems(row: Row) -> list[str]:
+    found = decode_problems(row)
+    if (row["tile_m"], row["ctas"]) != (2 * WARPGROUP_M, 1):
+        found.append(
+            f"tile_m = {row['tile_m']} and ctas = {row['ctas']} must be {2 * WARPGROUP_M} and 1"
+        )
+    registers = sum(decode_registers(row).values())
+    if registers > FP8_DECODE_CONSUMER_REGISTERS:
+        found.append(
+            f"registers of a consumer thread: {registers} > {FP8_DECODE_CONSUMER_REGISTERS}"
+        )
+    if row["staged"] < 1:
+        found.append(f"staged = {row['staged']} must be at least 1")
+    return found
+
+
+FP8_DECODE = Pass(
+    name="decode_fp8",
+    cpp="Fp8Decode",
+    launch_header="decode/fp8_launch.hpp",
+    table_header="decode/fp8_tile_config.hpp",
+    fields=FP8_DECODE_FIELDS,
+    dtypes={FP8_CACHE: ("cutlass::half_t", "CacheType::kEightBits")},
+    element="Element",
+    config=("tile_m", "tile_n"),
+    shared_memory=fp8_decode_shared_memory,
+    registers=decode_registers,
+    problems=fp8_decode_problems,
+    workspace=True,
+)
 
 DECODE = Pass(
     name="decode",

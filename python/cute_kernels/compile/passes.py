@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .decode import DECODE
+from .decode import DECODE, FP8_DECODE
 from .rows import (
     DTYPES,
     ELEMENT_BYTES,
@@ -39,7 +39,7 @@ FORWARD_FIELDS = (
     *HEAD,
     Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
     Field("any_call", bool, False, "kAnyCall"),
-    Field("softcap", bool, False, "kSoftcap"),
+    Field("softcap", bool, False),
     Field("mask", str, "any"),
     Field("tile_m", int),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -73,6 +73,7 @@ FP8_FIELDS = (
     Field("pingpong", bool, True, "kPingpong"),
     Field("overlap", bool, True, "kOverlap"),
     Field("linear_exp", bool, False, "kLinearExp"),
+    Field("promote", bool, False, "kPromote"),
     Field("moves_of_four", int, 0, "kMovesOfFour"),
     Field("why", str),
 )
@@ -80,7 +81,7 @@ BACKWARD_FIELDS = (
     *HEAD,
     Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
     Field("any_call", bool, False, "kAnyCall"),
-    Field("softcap", bool, False, "kSoftcap"),
+    Field("softcap", bool, False),
     Field("mask", str, "any"),
     Field("tile_m", int, REQUIRED, "kTileM"),
     Field("tile_n", int, REQUIRED, "kTileN"),
@@ -264,6 +265,10 @@ def fp8_problems(row: Row) -> list[str]:
             "linear_exp needs overlap = false: each block's row sums would take registers that the "
             "scores and P of two blocks do not leave"
         )
+    if row["promote"] and row["overlap"]:
+        found.append(
+            "promote needs overlap = false: a block's products take the registers of its scores"
+        )
     if not 0 <= row["moves_of_four"] <= 4:
         found.append(f"moves_of_four = {row['moves_of_four']} must be 0 to 4")
     return found
@@ -346,7 +351,8 @@ def row_config(row: Row) -> tuple[object, ...]:
     head_dim = row["head_dim"]
     mask = f"MaskClass::{MASKS[row.get('mask', 'any')]}"
     any_call, softcap = (row.get(column, False) for column in ("any_call", "softcap"))
-    return head_dim, row.get("head_dim_v", head_dim), any_call, softcap, mask
+    variant = f'"{row["variant"]}"' if "variant" in row else "nullptr"
+    return head_dim, row.get("head_dim_v", head_dim), any_call, softcap, variant, mask
 
 
 PASSES = {
@@ -366,6 +372,7 @@ PASSES = {
             problems=forward_problems,
             swizzle=32,
             workspace=True,
+            variants=True,
         ),
         Pass(
             name="backward",
@@ -381,6 +388,7 @@ PASSES = {
             problems=backward_problems,
             swizzle=32,
             workspace=True,
+            variants=True,
         ),
         Pass(
             name="forward_fp8",
@@ -397,6 +405,7 @@ PASSES = {
             workspace=True,
         ),
         DECODE,
+        FP8_DECODE,
         Pass(
             name="prefill",
             cpp="Prefill",

@@ -40,6 +40,7 @@ class Pass:
     problems: Callable[[Row], list[str]]  # what is wrong with a row of this pass alone
     swizzle: int = 64  # what head dims are multiples of: the elements of a swizzled row
     workspace: bool = False  # whether a launch needs memory of the caller's
+    variants: bool = False  # whether the C++ Tile names a Variant
 
     @property
     def function(self) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .headers import DIGEST_FILE, digest_source
+from .hooks import KNOWN, hooks_source
 from .passes import CONSUMER_WARPGROUPS, PASSES, row_config
 from .rows import Field, Pass, Row
 
@@ -46,12 +47,26 @@ def kernel_entry(row: Row, pass_: Pass) -> str:
     return f"{{{{{config}}}, {found}}}"
 
 
+def variant_type(row: Row) -> str:
+    """What the C++ Tile calls Variant."""
+    if "variant" in row:
+        return "HookedVariant<Hooks>"
+    return "Softcap" if row["softcap"] else "NoVariant"
+
+
 def kernel_source(row: Row, pass_: Pass) -> str:
     """One kernel's .cu."""
     tile = [f"  using {pass_.element} = {pass_.dtypes[row['dtype']][0]};"]
     for field in constants(pass_):
         value = literal(row[field.name])
         tile.append(f"  static constexpr {field.type.__name__} {field.constant} = {value};")
+    hooks = ""
+    if pass_.variants:
+        tile.append(f"  using Variant = {variant_type(row)};")
+        if "variant" in row:
+            hooks = "\nusing namespace hook_math;\n\n" + hooks_source(
+                KNOWN[row["variant"]], row.get("gradients", ())
+            )
     lines = "\n".join(tile)
     workspace = f"""
 int64_t workspace_bytes({pass_.cpp}Problem const& problem) {{
@@ -63,9 +78,10 @@ int64_t workspace_bytes({pass_.cpp}Problem const& problem) {{
 #include <cutlass/numeric_types.h>
 
 #include "cute_kernels/attention/{pass_.launch_header}"
+{'#include "cute_kernels/attention/variant/hooks.hpp"' if pass_.variants else ""}
 
 namespace cute_kernels::attention::tiles::{namespace(row)} {{
-
+{hooks}
 struct Tile {{
 {lines}
 }};

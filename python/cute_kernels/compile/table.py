@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .passes import CONSUMER_REGISTERS, CONSUMER_WARPGROUPS, FP8_DTYPES, MASKS, PASSES
+from .passes import CONSUMER_REGISTERS, CONSUMER_WARPGROUPS, MASKS, PASSES
 from .rows import DTYPES, REQUIRED, SHARED_BYTES, WARPGROUP_M, Pass, Row
 
 
@@ -145,7 +145,7 @@ def select(rows: Iterable[Row], head_dims: Iterable[int], dtypes: Iterable[str])
         row
         for row in rows
         if (not head_dims or row["head_dim"] in head_dims)
-        and (not dtypes or row["dtype"] in (*dtypes, *FP8_DTYPES))
+        and (not dtypes or row["dtype"] in dtypes or row["dtype"] not in DTYPES)
     ]
     if not chosen:
         raise TableError("no row is left to compile")

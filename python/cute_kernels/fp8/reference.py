@@ -111,7 +111,7 @@ def score_offset(q: Tensor | FP8Tensor, shift: Tensor, softmax_scale: float) -> 
     products = torch.cat(sums, dim=1)
     if scale is not None:
         products = products * scale
-    return softmax_scale * products.transpose(1, 2)
+    return (softmax_scale * products.transpose(1, 2)).contiguous()
 
 
 def uses_linear_exp(dtype: torch.dtype, head_dim: int, head_dim_v: int | None = None) -> bool:

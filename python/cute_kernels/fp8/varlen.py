@@ -56,8 +56,9 @@ def flash_attn_fp8_varlen_func(
         q: (total_q, heads, head_dim), k: (total_k, key heads, head_dim), v: (total_k, key heads,
             v's head_dim): float16 or bfloat16, on the CPU also float32 and float64; head dims are
             multiples of 16 up to 256.
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, softmax_scale,
-            causal, window_size, attention_chunk, sinks: as of `flash_attn_varlen_func`.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k: as of
+            `flash_attn_varlen_func`.
+        softmax_scale, causal, window_size, attention_chunk, sinks: likewise.
         incoherent, seed, smooth_k, qk_dtype, out_dtype: as of `flash_attn_fp8_func`.
         return_lse: also return the LSE.
         tile_config: name of a row of ``cute_kernels.tile_configs("forward_fp8")`` with any_call, to

@@ -1,0 +1,129 @@
+#pragma once
+
+#include "cute_kernels/attention/decode/fp8_queries.hpp"
+
+namespace cute_kernels::attention {
+
+/// Of a cache that holds what its type says: nothing to do.
+struct NoScales {};
+
+/// What numbers of 8 bits are multiplied by, of a consumer thread's kRows rows of scores: products
+/// of queries and keys behind S, the factors of V's rows before P V. P V is of float16 numbers, and
+/// such factors may be any: it is kept as a multiple of the largest one so far, up to a power of 2,
+/// as P is of the largest score's.
+template <class Traits, int kRows>
+class Fp8Scales {
+  using SharedStorage = typename Traits::SharedStorage;
+  using Walk = WorkWalk<Traits>;
+  static constexpr int kColumns = Traits::kTileN / 4;
+  // Exponents, biased, between which a power of 2 and its inverse are normal.
+  static constexpr uint32_t kLeast = 1u << 23;
+  static constexpr uint32_t kMost = 253u << 23;
+
+ public:
+  CUTLASS_DEVICE Fp8Scales(CachedCall const& call, CacheSource const& source,
+                           EightBits const& format)
+      : queries_(call, source, format), format_(format) {}
+
+  /// Begins a part: its queries go to shared memory. `first_row` is the thread's, of the tile.
+  CUTLASS_DEVICE void begin(Walk const& walk, int warpgroup, int first_row, SharedStorage& shared) {
+    float const unit =
+        of_sequence(format_.q_of_sequence, walk) * of_sequence(format_.k_of_sequence, walk);
+    queries_.load(walk, warpgroup, unit, shared);
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      unit_[row] = shared.query_unit[warpgroup][first_row % Traits::kWarpgroupM + 8 * row];
+    }
+    value_top_ = __uint_as_float(kLeast);
+  }
+
+  /// Products become scores. `column` is the thread's first.
+  template <class Scores>
+  CUTLASS_DEVICE void apply_to_scores(Scores& scores, int column, int stage,
+                                      SharedStorage const& shared) const {
+    using namespace cute;
+    static_assert(decltype(size<1>(scores))::value == kColumns);
+    bool const of_rows = format_.k_of_row.data != nullptr;
+    CUTLASS_PRAGMA_UNROLL
+    for (int col = 0; col < kColumns; col += 2) {
+      float2 const factor =
+          of_rows ? pair_of(shared.key_factors[stage], column, col) : float2{1.f, 1.f};
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        scores(row, col) *= unit_[row] * factor.x;
+        scores(row, col + 1) *= unit_[row] * factor.y;
+      }
+    }
+  }
+
+  CUTLASS_DEVICE bool are_values_scaled() const { return format_.v_of_row.data != nullptr; }
+
+  /// Turns P of a block into multiples of what `top` becomes, when its V has landed; P of unseen
+  /// keys stays 0, whatever their factors are. What O so far is to be multiplied by changes, too:
+  /// whether it is more than the softmax says.
+  template <class Probabilities>
+  CUTLASS_DEVICE bool apply_to_probabilities(Probabilities& p, int column, int stage,
+                                             SharedStorage const& shared,
+                                             float (&factor_of_output)[kRows]) {
+    float const(&factors)[Traits::kTileN] = shared.value_factors[stage];
+    float top = value_top_;
+    CUTLASS_PRAGMA_UNROLL
+    for (int col = 0; col < kColumns; col += 2) {
+      float2 const factor = pair_of(factors, column, col);
+      top = fmaxf(top, fmaxf(fabsf(factor.x), fabsf(factor.y)));  // NaN does not count
+    }
+    top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
+    // The next power of 2.
+    uint32_t const raised = (__float_as_uint(top) + 0x7fffffu) & 0x7f800000u;
+    top = __uint_as_float(min(raised, kMost));
+    float const inverse_top = inverse(top);
+    float const ratio = value_top_ * inverse_top;
+    value_top_ = top;
+    CUTLASS_PRAGMA_UNROLL
+    for (int col = 0; col < kColumns; col += 2) {
+      float2 const factor = pair_of(factors, column, col);
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        scale_unless_zero(p(row, col), factor.x * inverse_top);
+        scale_unless_zero(p(row, col + 1), factor.y * inverse_top);
+      }
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) factor_of_output[row] *= ratio;
+    return ratio != 1.f;
+  }
+
+  template <class Output>
+  CUTLASS_DEVICE void apply_to_output(Output& out, Walk const& walk) const {
+    float factor = of_sequence(format_.v_of_sequence, walk);
+    if (are_values_scaled()) factor *= value_top_;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < cute::size(out); ++i) out(i) *= factor;
+  }
+
+ private:
+  CUTLASS_DEVICE static float of_sequence(FactorView const& view, Walk const& walk) {
+    if (view.data == nullptr) return 1.f;
+    return __ldg(view.data + walk.entry() * view.page_stride + walk.head() * view.head_stride);
+  }
+  /// Factors of a pair of columns, of which a thread has one in 8.
+  CUTLASS_DEVICE static float2 pair_of(float const (&factors)[Traits::kTileN], int column,
+                                       int col) {
+    return *reinterpret_cast<float2 const*>(&factors[column + 4 * col]);
+  }
+  CUTLASS_DEVICE static void scale_unless_zero(float& p, float factor) {
+    p = p == 0.f ? 0.f : p * factor;
+  }
+  /// Of a power of 2.
+  CUTLASS_DEVICE static float inverse(float power) {
+    return __uint_as_float((254u << 23) - __float_as_uint(power));
+  }
+
+  Fp8Queries<Traits> queries_;
+  EightBits const& format_;
+  float unit_[kRows];
+  float value_top_;  // what O is a multiple of
+};
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <cutlass/half.h>
+
+#include "cute_kernels/attention/decode/fp8_problem.hpp"
+#include "cute_kernels/attention/decode/traits.hpp"
+
+namespace cute_kernels::attention {
+
+/// A kernel of a row of tile_configs.toml that attends to a cache of 8 bits, e4m3 or int8. All of
+/// these numbers are float16 numbers too: the producer makes them that, and the products are those
+/// of float16, for queries of any type.
+template <class Tile_>
+struct Fp8DecodeTraits : DecodeTraits<Tile_> {
+  using Tile = Tile_;
+  using Base = DecodeTraits<Tile>;
+  static constexpr bool kEightBits = true;
+  using Format = EightBits;
+  static_assert(std::is_same_v<typename Base::Element, cutlass::half_t>);
+
+  static_assert(Base::kConsumers == 2 && Base::kCtas == 1);
+
+  // A producer thread has more to do here.
+  static constexpr int kProducerRegisters = Base::kHeadDim > 128 ? 72 : 88;
+  static constexpr int kConsumerRegisters = Base::kHeadDim > 128 ? 216 : 208;
+
+  static constexpr int kStaged = Tile::kStaged;  // blocks of 8 bits on their way
+  static constexpr int kPieceBytes = 16;
+  static constexpr int kProducerThreads = cutlass::NumThreadsPerWarpGroup;
+  // Of K in a block, and as many of V: what one thread copies and converts.
+  static constexpr int kPieces = Base::kTileN * Base::kHeadDim / kPieceBytes / kProducerThreads;
+
+  struct SharedStorage : Base::SharedStorage {
+    // A producer thread's own: of K and of V. What it has copied it alone reads.
+    alignas(1024) uint4 staged[Tile::kStaged][2][kPieces][kProducerThreads];
+    float staged_factors[Tile::kStaged][2][Base::kTileN];
+    // Of the rows of K and of V in a stage, filled and freed with it.
+    float key_factors[Base::kStages][Base::kTileN];
+    float value_factors[Base::kStages][Base::kTileN];
+    float query_unit[Base::kConsumers][Base::kWarpgroupM];  // what queries are multiples of
+  };
+};
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,40 @@
+#pragma once
+
+// What a call hands to the hooks of a user's variant. Plain structs: nothing here needs a CUDA
+// compiler.
+namespace cute_kernels::attention {
+
+inline constexpr int kMostCaptured = 8;
+inline constexpr int kMostAxes = 4;
+
+/// What backward computes of a captured tensor's gradient, in fp32: the sum over queries and keys
+/// of each head of each block of keys, or what each score adds.
+enum class Gradient { kNone, kOfHeads, kOfScores };
+
+/// A tensor that hooks read, in device memory. Every size is at least 1; strides count elements.
+struct CapturedTensor {
+  void const* data;
+  int strides[kMostAxes];
+  int sizes[kMostAxes];
+};
+
+/// A number, in both of the types that a hook may have it in.
+struct CapturedNumber {
+  float as_float;
+  int as_int;
+};
+
+struct VariantArguments {
+  CapturedTensor tensors[kMostCaptured];
+  CapturedNumber numbers[kMostCaptured];
+  // Backward: where the kernel writes what its row has gradients of, in the order of the tensors
+  // (backward/captured_gradients.hpp).
+  float* gradients[kMostCaptured];
+  float scale;  // of the products
+  // Packed sequences, for their numbers: (batch + 1); null: the call is dense.
+  int const* cu_seqlens_q;
+  int const* cu_seqlens_k;
+  int sequences;
+};
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,129 @@
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/call.hpp"
+#include "cute_kernels/attention/variant/arguments.hpp"
+#include "cute_kernels/attention/variant/dual.hpp"
+#include "cute_kernels/attention/variant/place.hpp"
+
+// What a kernel changes of attention, which its Traits name as Variant. It has
+// - kScores: it changes the scores; kHides: it hides keys; kWeighs: it multiplies P behind the row
+//   sums; kGradients: of how many captured tensors backward computes gradients;
+// - Arguments, which the kernel's parameters end with, and arguments_of(problem);
+// - unit(call): what the scores are in units of, after change();
+// - change(params, scores, place): of a block, in place, forward. place(row, column) is where an
+//   element stands. change_again() the same, where the scores are anything.
+// - prepare(params, scores): of a block, in place, backward; then of each of its scores
+//   element(params, score, place).
+namespace cute_kernels::attention {
+
+/// The attention that everybody means.
+struct NoVariant {
+  static constexpr bool kScores = false, kHides = false, kWeighs = false;
+  static constexpr int kGradients = 0;
+  static constexpr bool kHasHooks = false;
+  struct Arguments {};
+
+  template <class Problem>
+  static Arguments arguments_of(Problem const&) {
+    return {};
+  }
+  static float unit(AttentionCall const& call) { return call.scale; }
+};
+
+/// What backward needs to know of a score. `hidden`: P is 0, whatever else stands here.
+template <int kGradients>
+struct ChangedScore {
+  float value;
+  bool hidden;
+  float slope;                                     // with respect to the product Q K^T, scaled
+  float weight;                                    // of P
+  float slopes[kGradients == 0 ? 1 : kGradients];  // with respect to captured tensors
+};
+
+/// A user's. `Hooks` has kScore, kMask and kWeight, which say whether there are score(), mask() and
+/// weight(), kIndexesQueries and kIndexesKeys for SequencePlace, and kGradients.
+template <class Hooks_>
+struct HookedVariant {
+  using Hooks = Hooks_;
+  static constexpr bool kScores = Hooks::kScore, kHides = Hooks::kMask, kWeighs = Hooks::kWeight;
+  static constexpr int kGradients = Hooks::kGradients;
+  static constexpr Gradient kind(int i) { return Hooks::kKinds[i]; }
+  static constexpr bool kHasHooks = true;
+  using Arguments = VariantArguments;
+
+  template <class Problem>
+  static Arguments arguments_of(Problem const& problem) {
+    return *problem.variant;
+  }
+  static float unit(AttentionCall const& call) { return kScores ? 1.f : call.scale; }
+
+  template <class Params, class Scores, class PlaceOf>
+  CUTLASS_DEVICE static void change(Params const& params, Scores& scores, PlaceOf const& place) {
+    if constexpr (kScores || kHides) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < cute::size<0>(scores); ++row) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int col = 0; col < cute::size<1>(scores); ++col) {
+          Place const here = place(row, col);
+          float& score = scores(row, col);
+          if constexpr (kScores) {
+            score = Hooks::score(score * params.variant.scale, here, params.variant);
+          }
+          if constexpr (kHides) {
+            if (!Hooks::mask(here, params.variant)) score = -INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  template <class Params, class Scores, class PlaceOf>
+  CUTLASS_DEVICE static void change_again(Params const& params, Scores& scores,
+                                          PlaceOf const& place) {
+    change(params, scores, place);
+  }
+
+  /// P becomes weight * P.
+  template <class Params, class Probabilities, class PlaceOf>
+  CUTLASS_DEVICE static void weigh(Params const& params, Probabilities& p, PlaceOf const& place) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < cute::size<0>(p); ++row) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < cute::size<1>(p); ++col) {
+        p(row, col) *= Hooks::weight(place(row, col), params.variant);
+      }
+    }
+  }
+
+  template <class Params, class Scores>
+  CUTLASS_DEVICE static void prepare(Params const&, Scores&) {}
+
+  /// A score of -inf is hidden already: hooks are asked about 0 instead.
+  template <class Params>
+  CUTLASS_DEVICE static ChangedScore<kGradients> element(Params const& params, float score,
+                                                         Place const& here) {
+    ChangedScore<kGradients> changed{score, score == -INFINITY, 1.f, 1.f, {}};
+    if constexpr (kHides) changed.hidden |= !Hooks::mask(here, params.variant);
+    if constexpr (kScores) {
+      using Number = Dual<1 + kGradients>;
+      float const scaled = changed.hidden ? 0.f : score * params.variant.scale;
+      if constexpr (Hooks::kScoreGradient) {
+        changed.value = Hooks::score(scaled, here, params.variant);
+        changed.slope = Hooks::score_gradient(scaled, here, params.variant);
+      } else {
+        Number const number =
+            Hooks::template score<Number>(Number::variable(scaled, 0), here, params.variant);
+        changed.value = number.value;
+        changed.slope = number.slopes[0];
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kGradients; ++i) changed.slopes[i] = number.slopes[1 + i];
+      }
+    }
+    if constexpr (kWeighs) changed.weight = Hooks::weight(here, params.variant);
+    return changed;
+  }
+};
+
+}  // namespace cute_kernels::attention

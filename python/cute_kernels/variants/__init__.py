@@ -1,0 +1,23 @@
+"""Variants of attention: definitions of one's own, and some ready-made ones."""
+
+from cute_kernels.variants.ready import (
+    alibi,
+    bias,
+    dilated,
+    document,
+    dropout,
+    prefix_lm,
+    softcap,
+)
+from cute_kernels.variants.variant import Variant
+
+__all__ = [
+    "Variant",
+    "alibi",
+    "bias",
+    "dilated",
+    "document",
+    "dropout",
+    "prefix_lm",
+    "softcap",
+]

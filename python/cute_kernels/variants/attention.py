@@ -1,0 +1,167 @@
+"""Calls with a variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cute_kernels.checks import check_forward, refuse_tangents
+from cute_kernels.reference import Sequence, mask_of
+from cute_kernels.torch_private import in_forward_mode
+from cute_kernels.variants.checks import (
+    check_captured,
+    check_gradients,
+    check_tile,
+    expanded,
+    sizes_of,
+    with_gradient,
+)
+from cute_kernels.variants.kernels import Names, kernels_of
+from cute_kernels.variants.operators import variant_forward
+from cute_kernels.variants.reference import packed_variant_attention, variant_attention
+from cute_kernels.variants.variant import BoundVariant, bound
+from cute_kernels.varlen_checks import check_varlen_forward, rows_of_sequences
+
+# Compilers call it while they trace.
+_constant: Callable[..., Any] = torch.compiler.assume_constant_result
+_kernels_of: Callable[..., Names] = _constant(kernels_of)
+
+
+class Packed(NamedTuple):
+    """Where packed sequences lie."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    seqused_q: Tensor | None
+    seqused_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+
+
+def attend(
+    variant: object,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Packed | None,
+    softmax_scale: float | None,
+    causal: bool,
+    sinks: Tensor | None,
+    window_left: int | None,
+    window_right: int | None,
+    deterministic: bool,
+    tile_config: str | None,
+    sm_margin: int,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a call with a variant, dense or packed; errors as of `flash_attn_func`."""
+    given = bound(variant)
+    scale = 1.0 if softmax_scale is None else softmax_scale
+    if lengths is None:
+        window = (window_left, window_right)
+        check_forward(q, k, v, scale, causal, None, deterministic, sinks, *window)
+        sizes = sizes_of(q, k)
+    else:
+        where = (*lengths[:4], None)
+        options = (*lengths[4:], window_left, window_right, deterministic)
+        check_varlen_forward(q, k, v, *where, scale, causal, sinks, *options)
+        sizes = sizes_of(q, k, lengths.cu_seqlens_q, *lengths[4:])
+    given = given.with_tensors(expanded(given, sizes))
+    check_captured(given, q, sizes)
+    _check_hooks(given, q)
+    check_tile(given, tile_config)
+    if in_forward_mode():
+        refuse_tangents(q, k, v, sinks, *given.tensors)
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    call = (q, k, v, lengths, softmax_scale, causal, sinks, window_left, window_right)
+    if q.device.type == "cuda":
+        return _on_cuda(given, *call, deterministic, tile_config, sm_margin)
+    return _in_python(given, *call)
+
+
+def _check_hooks(given: BoundVariant, q: Tensor) -> None:
+    """Raises NotImplementedError if a hook is missing in the language of the device."""
+    variant, on_cuda = given.variant, q.device.type == "cuda"
+    for hook, function in variant.python.items():
+        body = getattr(variant.hooks, hook)
+        if on_cuda and function is not None and body is None:
+            raise NotImplementedError(
+                f"variant {variant.name} has {hook}_python, but no {hook}: CPU only"
+            )
+        if not on_cuda and function is None and body is not None:
+            raise NotImplementedError(
+                f"variant {variant.name} has {hook}, but no {hook}_python: CUDA only"
+            )
+
+
+def _on_cuda(
+    given: BoundVariant,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Packed | None,
+    softmax_scale: float,
+    causal: bool,
+    sinks: Tensor | None,
+    window_left: int | None,
+    window_right: int | None,
+    deterministic: bool,
+    tile_config: str | None,
+    sm_margin: int,
+) -> tuple[Tensor, Tensor]:
+    hooks = given.variant.hooks
+    names = with_gradient(given)
+    check_gradients(given, names, lengths is not None)
+    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
+    has_gradient = torch.is_grad_enabled() and (bool(names) or any(x.requires_grad for x in inputs))
+    kernels = _kernels_of(
+        hooks.key, q.dtype, q.shape[-1], v.shape[-1], has_gradient, tuple(names), tile_config
+    )
+    gradients_of = [i for i, tensor in enumerate(hooks.tensors) if tensor.name in names]
+    where = lengths or (None,) * 6
+    out, lse = variant_forward(
+        q,
+        k,
+        v,
+        *where[:4],
+        given.tensors,
+        [float(number) for number in given.numbers],
+        hooks.key,
+        kernels.forward,
+        kernels.backward,
+        gradients_of,
+        softmax_scale,
+        causal,
+        sinks,
+        *where[4:],
+        window_left,
+        window_right,
+        deterministic,
+        sm_margin,
+    )
+    return out, lse
+
+
+def _in_python(
+    given: BoundVariant,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Packed | None,
+    softmax_scale: float,
+    causal: bool,
+    sinks: Tensor | None,
+    window_left: int | None,
+    window_right: int | None,
+) -> tuple[Tensor, Tensor]:
+    mask = mask_of(causal, window_left, window_right)
+    if lengths is None:
+        return variant_attention(given, q, k, v, softmax_scale, mask, sinks)
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k = lengths
+    queries = rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
+    keys = rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
+    sequences = [Sequence(a, b, None) for a, b in zip(queries, keys, strict=True)]
+    return packed_variant_attention(given, q, k, v, sequences, softmax_scale, mask, sinks)

@@ -1,0 +1,163 @@
+"""Attention with a variant in PyTorch's own operations: the CPU path, which has their gradients.
+
+All scores of a block of queries are there at once, and are kept for the gradient.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cute_kernels.reference import QUERY_BLOCK, Mask, Sequence, accumulator_dtype
+from cute_kernels.variants.variant import BoundVariant
+
+
+def variant_attention(
+    variant: BoundVariant,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    mask: Mask,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a dense call, shapes as in `flash_attn_func`."""
+    batch = torch.arange(q.shape[0], device=q.device)
+    return _attention(variant, q, k, v, softmax_scale, mask, sinks, batch, 0, 0)
+
+
+def packed_variant_attention(
+    variant: BoundVariant,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: list[Sequence],
+    softmax_scale: float,
+    mask: Mask,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same of each sequence; rows of none get 0 and -inf. Shapes as in
+    `flash_attn_varlen_func`."""
+    out = q.new_zeros((*q.shape[:2], v.shape[-1]))
+    lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=accumulator_dtype(q.dtype))
+    for i, (queries, keys, _) in enumerate(sequences):
+        batch = torch.tensor([i], device=q.device)
+        one = (q[None, queries], k[None, keys], v[None, keys])
+        places = (batch, queries.start, keys.start)
+        part, part_lse = _attention(variant, *one, softmax_scale, mask, sinks, *places)
+        out = out.index_copy(0, torch.arange(queries.start, queries.stop), part[0])
+        lse = lse.index_copy(1, torch.arange(queries.start, queries.stop), part_lse[0])
+    return out, lse
+
+
+def _attention(
+    variant: BoundVariant,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    mask: Mask,
+    sinks: Tensor | None,
+    batch: Tensor,
+    row_q: int,
+    row_k: int,
+) -> tuple[Tensor, Tensor]:
+    dtype, group = accumulator_dtype(q.dtype), q.shape[2] // max(1, k.shape[2])
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    all_k, all_v = (x.to(dtype).transpose(1, 2).repeat_interleave(group, dim=1) for x in (k, v))
+    finite_k, wild_k = _finite(all_k)
+    captured = {
+        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in variant.captured().items()
+    }
+    outs, lses = [], []
+    for start in range(0, seqlen_q, QUERY_BLOCK):
+        rows = q[:, start : start + QUERY_BLOCK].to(dtype).transpose(1, 2)
+        query = torch.arange(start, start + rows.shape[2], device=q.device)[:, None]
+        key = torch.arange(seqlen_k, device=q.device)
+        names: dict[str, Any] = {
+            "batch": batch[:, None, None, None],
+            "head": torch.arange(q.shape[2], device=q.device)[:, None, None],
+            "query": query,
+            "key": key,
+            "query_row": query + row_q,
+            "key_row": key + row_k,
+            "position": query + seqlen_k - seqlen_q,
+            "seqlen_q": seqlen_q,
+            "seqlen_k": seqlen_k,
+            **captured,
+        }
+        # A key that is not finite makes NaN of the scores of those that see it, and of no others'.
+        finite_rows, wild_rows = _finite(rows)
+        scores = (finite_rows @ finite_k.mT) * softmax_scale
+        scores = scores.masked_fill(wild_rows | wild_k.mT, math.nan)
+        seen = _seen(mask, names["position"], key).expand_as(scores)
+        if variant.variant.python["mask"] is not None:
+            seen = seen & _call(variant, "mask", names)
+        if variant.variant.python["score"] is not None:
+            # What hides a key hides also what its score would be.
+            scores = _call(variant, "score", {**names, "score": scores})
+        scores = scores.to(dtype).expand_as(seen).masked_fill(~seen, -math.inf)
+        if sinks is not None:
+            of_sinks = sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, of_sinks], -1)
+        p, lse = _softmax(scores)
+        p = p[..., :seqlen_k]
+        if variant.variant.python["weight"] is not None:
+            p = p * _call(variant, "weight", names)
+        outs.append(_weighted_sum(p, all_v, seen))
+        lses.append(lse)
+    if not outs:
+        outs, lses = (
+            [all_v.new_zeros(*q.shape[:1], q.shape[2], 0, v.shape[3])],
+            [all_v.new_zeros(q.shape[0], q.shape[2], 0)],
+        )
+    return torch.cat(outs, 2).transpose(1, 2).to(q.dtype).contiguous(), torch.cat(lses, 2)
+
+
+def _call(variant: BoundVariant, hook: str, names: dict[str, Any]) -> Tensor:
+    """A hook of the CPU's, with the values of its parameters."""
+    function = variant.variant.python[hook]
+    assert function is not None
+    result = function(**{name: names[name] for name in inspect.signature(function).parameters})
+    return torch.as_tensor(result, device=names["key"].device)
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows, and their LSE; 0 and -inf, without a gradient, of rows of nothing but -inf."""
+    if scores.shape[-1] == 0:
+        return scores, scores.new_full(scores.shape[:-1], -math.inf)
+    origin = scores.detach().amax(-1, keepdim=True)
+    origin = origin.masked_fill(origin == -math.inf, 0.0)
+    p = (scores - origin).exp()
+    total = p.sum(-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    lse = (origin + total.log()).masked_fill(empty, -math.inf)
+    return p / total, lse[..., 0]
+
+
+def _seen(mask: Mask, position: Tensor, key: Tensor) -> Tensor:
+    seen = torch.ones_like(position * key, dtype=torch.bool)
+    if mask.left is not None:
+        seen = seen & (position - key <= mask.left)
+    if mask.right is not None:
+        seen = seen & (key - position <= mask.right)
+    return seen
+
+
+def _finite(x: Tensor) -> tuple[Tensor, Tensor]:
+    """With 0 in rows that are not finite, and which these are: (..., rows, 1)."""
+    wild = ~x.isfinite().all(-1, keepdim=True)
+    return x.masked_fill(wild, 0.0), wild
+
+
+def _weighted_sum(p: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """P V, to which what a query does not see adds nothing, even if NaN."""
+    wild = ~values.isfinite()
+    sees_wild = seen.to(values.dtype) @ wild.to(values.dtype) > 0
+    return (p @ values.masked_fill(wild, 0.0)).masked_fill(sees_wild, math.nan)

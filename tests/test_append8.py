@@ -1,0 +1,166 @@
+"""Writing to caches of 8 bits: what the numbers are, and the same bits on both devices."""
+
+import math
+import random
+
+import pytest
+import torch
+from caches import PAGE_SIZES, random_cache, rotated
+from eight_bits import CACHES, E4M3, rotation
+from packed import starts
+from test_append_gpu import like, new_rows, tables
+
+from cute_kernels import append_kv, tile_configs
+
+LARGEST = {E4M3: 448.0, torch.int8: 127.0}
+
+
+def skip_unless_built(device):
+    if device == "cuda" and not tile_configs("decode_fp8"):
+        pytest.skip("this build has no kernels for caches of 8 bits")
+
+
+def random_append(seed):
+    """Tensors on the CPU and keyword arguments of a call, and where each new row goes."""
+    chance = random.Random(seed)
+    dtype, cache_dtype = chance.choice([torch.bfloat16, torch.float16]), chance.choice(CACHES)
+    batch, dense = chance.randint(1, 6), chance.random() < 0.5
+    lengths = [chance.choice([0, 1, 40, 300]) for _ in range(batch)]
+    added = [chance.choice([1, 1, 7])] * batch
+    if not dense:
+        added = [chance.choice([0, 1, 16, 100]) for _ in range(batch)]
+    heads = chance.choice([1, 2, 8])
+    head_dims = chance.choice([[64, 64], [128, 128], [96, 96], [192, 128], [16, 48], [256, 256]])
+    cache = random_cache(
+        chance,
+        "cpu",
+        cache_dtype,
+        lengths,
+        chance.choice(PAGE_SIZES),
+        heads,
+        head_dims,
+        max(added),
+        batch_idx=chance.random() < 0.5,
+    )
+    k, v = (new_rows(chance, dtype, added, heads, head_dim, dense) for head_dim in head_dims)
+    options = dict(cache.places)
+    if not dense:
+        options["cu_seqlens_k_new"] = torch.tensor(starts(added), dtype=torch.int32)
+    if chance.random() < 0.5:
+        cos, sin = tables(chance, 8 * chance.randint(1, head_dims[0] // 16), torch.float32)
+        options |= {"rotary_cos": cos, "rotary_sin": sin}
+        options["rotary_interleaved"] = chance.random() < 0.5
+    if head_dims[0] & (head_dims[0] - 1) == 0 and chance.random() < 0.6:
+        options |= {"incoherent": True, "seed": chance.choice([0, 9, 2**64 - 1])}
+    rows = cache.k_cache.shape[:3]
+    for name in "kv":
+        kind = chance.choice([None, "descale", "rows", "pages", "scales", "scales"])
+        shape = {"descale": (batch, heads), "rows": rows, "pages": (rows[0], 1, rows[2])}
+        if kind == "scales":
+            whole = torch.full((rows[0], rows[2], rows[1]), math.nan)
+            options[f"{name}_scales"] = whole.transpose(1, 2)
+        elif kind is not None:
+            options[f"{name}_descale"] = 0.01 + torch.rand(shape[kind]) / 20
+    return cache, k, v, added, options
+
+
+def written_rows(cache, x, added, numbers, factors):
+    """Of each sequence: what is to be written, in fp64, and the numbers and factors there."""
+    x = x.reshape(-1, *x.shape[-2:])
+    ends = starts(added)
+    for i, (first, n) in enumerate(zip(cache.lengths, added, strict=True)):
+        rows = cache.rows(i, first, first + n)
+        yield x[ends[i] : ends[i] + n], numbers[rows].double(), factors(i, rows)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_appends_are_as_near_as_rounding_allows(seed):
+    cache, k, v, added, options = random_append(seed)
+    before = [x.clone() for x in (cache.k_cache, cache.v_cache)]
+    after = append_kv(cache.k_cache, cache.v_cache, k, v, cache.seqlens(), **options)
+    assert after.tolist() == [n + m for n, m in zip(cache.lengths, added, strict=True)]
+    if "rotary_cos" in options:
+        at = [first + torch.arange(n) for first, n in zip(cache.lengths, added, strict=True)]
+        tables_ = options["rotary_cos"], options["rotary_sin"]
+        packed = k.reshape(-1, *k.shape[-2:])
+        k = rotated(packed, *tables_, torch.cat(at), options["rotary_interleaved"])
+    k, v = k.double(), v.double()
+    if "seed" in options:
+        k = k @ rotation(k.shape[-1], options["seed"])
+    for name, x, numbers, old in zip(
+        "kv", (k, v), (cache.k_cache, cache.v_cache), before, strict=True
+    ):
+        descale = options.get(f"{name}_descale")
+        scales = options.get(f"{name}_scales")
+        largest = LARGEST[numbers.dtype]
+
+        def factors(i, rows, descale=descale, scales=scales):
+            if scales is not None:
+                return scales[rows].double()[..., None]
+            if descale is None:
+                return torch.ones(1, dtype=torch.float64)
+            if descale.dim() == 2:
+                return descale[i].double()[:, None]
+            page, row = rows
+            return descale[page, row if descale.shape[1] > 1 else 0 * row].double()[..., None]
+
+        for right, found, factor in written_rows(cache, x, added, numbers, factors):
+            if scales is not None and found.numel():
+                top = right.abs().amax(-1, keepdim=True)
+                assert ((factor - top / largest).abs() <= 1e-6 * top).all()
+            least = largest + (numbers.dtype == torch.int8)
+            limited = right.clamp(-least * factor, largest * factor)
+            step = 0.5 if numbers.dtype == torch.int8 else (limited / factor).abs() / 16 + 2.0**-10
+            assert ((found * factor - limited).abs() <= 1.001 * factor * step).all()
+        # Nothing else is written
+        for i, (first, n) in enumerate(zip(cache.lengths, added, strict=True)):
+            rows = cache.rows(i, first, first + n)
+            old[rows] = numbers[rows]
+        assert torch.equal(old.view(torch.uint8), numbers.view(torch.uint8))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_both_devices_write_the_same_bits(hopper, seed):
+    skip_unless_built(hopper)
+    cache, k, v, _, options = random_append(seed)
+    on_gpu = {
+        name: like(x, hopper) if isinstance(x, torch.Tensor) else x for name, x in options.items()
+    }
+    caches = [like(x, hopper) for x in (cache.k_cache, cache.v_cache)]
+    new = [like(x, hopper) for x in (k, v, cache.seqlens())]
+    found = append_kv(*caches, *new, **on_gpu)
+    right = append_kv(cache.k_cache, cache.v_cache, k, v, cache.seqlens(), **options)
+    assert torch.equal(found.cpu(), right)
+    for x, y in zip(caches, (cache.k_cache, cache.v_cache), strict=True):
+        assert torch.equal(x.cpu().view(torch.uint8), y.view(torch.uint8))
+    for name in ("k_scales", "v_scales"):
+        if name in options:
+            assert torch.equal(
+                on_gpu[name].cpu().view(torch.int32), options[name].view(torch.int32)
+            )
+
+
+@pytest.mark.parametrize("dtype", CACHES)
+def test_rows_that_are_zero_tiny_or_not_finite(device, dtype):
+    skip_unless_built(device)
+    rows = torch.zeros(6, 1, 64)
+    rows[1] = 1e-38
+    rows[2, 0, 3], rows[3, 0, 4] = math.inf, math.nan
+    rows[4], rows[5, 0, 7] = 2.0**100, -1.0
+    k = rows[None].bfloat16().to(device)
+    caches = torch.ones(2, 1, 6, 1, 64, device=device).to(dtype)
+    scales = torch.full((2, 1, 6, 1), 5.0, device=device)
+    start = torch.zeros(1, dtype=torch.int32, device=device)
+    append_kv(*caches, k, k, start, k_scales=scales[0], v_scales=scales[1])
+    for numbers, factors in zip(caches, scales, strict=True):
+        found = (numbers.float() * factors[..., None])[0, :, 0].cpu()
+        assert not found[:2].any()
+        assert factors[0, 2] == math.inf and factors[0, 3].isnan()
+        assert found[3].isnan().all()
+        assert torch.allclose(found[4:], k[0, 4:, 0].float().cpu(), rtol=1e-6)
+    caches = torch.ones(2, 1, 6, 1, 64, device=device).to(dtype)
+    append_kv(*caches, k, k, start)  # factors of 1: what is too large is the largest
+    found = caches[0, 0, :, 0].float().cpu()
+    most = {E4M3: 448.0, torch.int8: 127.0}[dtype]
+    assert found[2, 3] == most and (found[4] == most).all()
+    assert found[3, 4].isnan() if dtype == E4M3 else found[3, 4] == 0

@@ -1,0 +1,248 @@
+"""Attention to caches of 8 bits on both devices: every row against fp64."""
+
+import math
+import random
+
+import pytest
+import torch
+from caches import attend, random_cache, random_queries
+from eight_bits import CACHES, E4M3, problem_of, random_problem, rotation, skip_unless_built
+
+from cute_kernels import append_kv, flash_attn_varlen_func, flash_attn_with_kvcache
+
+
+def check(problem, mask):
+    found = attend(problem.q, problem.starts, problem.cache, **problem.options, **mask)
+    problem.assert_right(*found, **mask)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_calls(device, seed):
+    problem, mask = random_problem(seed, device)
+    skip_unless_built(device, (problem.q.shape[2], problem.cache.v_cache.shape[3]))
+    check(problem, mask)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("seed", range(12))
+def test_long_calls(hopper, seed, head_dim):
+    """Sequences whose keys are in parts; up to 64 tokens, which are several tiles."""
+    skip_unless_built(hopper, (head_dim, head_dim))
+    head_dims = (head_dim, head_dim)
+    problem, mask = random_problem(seed, hopper, most=9000, tokens=64, head_dims=head_dims)
+    out, lse = check(problem, mask)
+    for num_splits in (1, 3):
+        problem.assert_right(
+            *attend(
+                problem.q,
+                problem.starts,
+                problem.cache,
+                **problem.options,
+                **mask,
+                num_splits=num_splits,
+            ),
+            **mask,
+        )
+    again = attend(problem.q, problem.starts, problem.cache, **problem.options, **mask)
+    assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+
+
+@pytest.mark.parametrize("dtype", CACHES)
+@pytest.mark.parametrize("q_dtype", [torch.bfloat16, torch.float16, E4M3])
+def test_every_number_is_itself(device, dtype, q_dtype):
+    """All 256 bytes as K, one channel at a time, and as V: a softmax of one key is its value."""
+    skip_unless_built(device, (64, 64))
+    bytes_ = torch.arange(256, dtype=torch.uint8, device=device).view(dtype)
+    k_cache = torch.zeros(256, 1, 1, 64, device=device).to(dtype)
+    v_cache = bytes_[:, None, None, None].expand(256, 1, 1, 64).contiguous()
+    k_cache.view(torch.uint8)[:, 0, 0, 5] = bytes_.view(torch.uint8)
+    q = torch.zeros(256, 1, 1, 64, device=device)
+    q[..., 5] = 1.0
+    out, lse = flash_attn_with_kvcache(
+        q.to(q_dtype), k_cache, v_cache, softmax_scale=1.0, return_softmax_lse=True
+    )
+    right = bytes_.double()
+    assert out.dtype == (torch.bfloat16 if q_dtype == E4M3 else q_dtype)
+    same = out.double() == right[:, None, None, None]
+    assert (same | right.isnan()[:, None, None, None]).all()
+    assert out[right.isnan()].isnan().all() and lse[right.isnan()].isnan().all()
+    there = ~right.isnan()
+    assert (lse[there, 0, 0].double() - right[there]).abs().max() < 1e-3
+
+
+def test_queries_of_all_magnitudes(device):
+    """Rows of q from 2^-120 to 2^120, beyond float16's numbers, against keys that are as small."""
+    skip_unless_built(device, (64, 64))
+    exponents = torch.arange(-120, 121, 8, device=device)
+    rows = len(exponents)
+    generator = torch.Generator(device).manual_seed(0)
+    q = torch.randn(1, rows, 1, 64, generator=generator, device=device)
+    q = (q * torch.exp2(exponents.float())[:, None, None]).bfloat16()
+    k_cache = torch.randn(1, 40, 1, 64, generator=generator, device=device).to(E4M3)
+    v_cache = torch.randn(1, 40, 1, 64, generator=generator, device=device).to(E4M3)
+    for exponent in (-60, 0):  # of K, where scores are finite
+        chosen = exponents <= (100 if exponent == 0 else 120)
+        k_descale = torch.full((1, 1), 2.0**exponent, device=device)
+        _, lse = flash_attn_with_kvcache(
+            q[:, chosen],
+            k_cache,
+            v_cache,
+            k_descale=k_descale,
+            softmax_scale=1.0,
+            return_softmax_lse=True,
+        )
+        scores = q[0, chosen, 0].double() @ k_cache[0, :, 0].double().T * 2.0**exponent
+        right = scores.logsumexp(-1)
+        error = (lse[0, 0].double() - right).abs()
+        assert (error <= 2e-5 * (1 + scores.abs().amax(-1))).all()
+
+
+@pytest.mark.parametrize("factor", [2.0**-60, 1e-3, 1.0, 2.0**60])
+def test_values_of_all_magnitudes(device, factor):
+    """Factors of V's rows that grow and shrink from row to row by 2^12 in all."""
+    skip_unless_built(device, (64, 64))
+    chance = random.Random(0)
+    cache = random_cache(chance, device, E4M3, [300, 70], 16, 2, [64, 64])
+    q, starts = random_queries(chance, device, torch.bfloat16, [2, 1], 4, 64)
+    problem = problem_of(chance, device, cache, q, starts, (False, None, "row"))
+    scale = factor * torch.exp2(torch.randint(-6, 7, cache.k_cache.shape[:3], device=device))
+    problem.options["v_descale"] *= scale
+    for i, last in enumerate(cache.lengths):
+        problem.values[i] *= scale[cache.rows(i, 0, last)].double()[..., None]
+    check(problem, {"causal": True})
+
+
+def test_factors_of_unseen_rows_may_be_nan(device):
+    """Of rows that some queries of a tile see, and others do not."""
+    skip_unless_built(device, (64, 64))
+    chance = random.Random(3)
+    cache = random_cache(chance, device, torch.int8, [90], 16, 1, [64, 64])
+    q, starts = random_queries(chance, device, torch.bfloat16, [5], 4, 64)
+    problem = problem_of(chance, device, cache, q, starts, (False, "row", "row"))
+    last = cache.rows(0, 88, 90)
+    for name, numbers in (("k_descale", problem.keys), ("v_descale", problem.values)):
+        problem.options[name][last] = math.nan
+        numbers[0][88:] = math.nan
+    out, _ = attend(q, starts, cache, causal=True, **problem.options)
+    assert out[:3].isfinite().all()
+    assert out[3:].isnan().all()
+    short = problem_of(random.Random(3), device, cache, q, starts, (False, None, None))
+    short.keys, short.values = ([x[0][:88]] for x in (problem.keys, problem.values))
+    short.q, short.wide_q = q[:3], problem.wide_q[:3]
+    short.starts = torch.tensor([0, 3])
+    found = attend(q, starts, cache, causal=True, **problem.options)
+    short.assert_right(found[0][:3], found[1][:, :3], causal=True)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_varlen_with_pages(device, page_size):
+    """As vLLM calls it: e4m3 queries, one number for all heads and sequences, expanded."""
+    skip_unless_built(device, (64, 64))
+    chance = random.Random(page_size)
+    cache = random_cache(chance, device, E4M3, [50, 1, 0, 210], page_size, 2, [64, 64])
+    q, starts = random_queries(chance, device, E4M3, [3, 1, 2, 9], 8, 64)
+    problem = problem_of(chance, device, cache, q, starts, (False, None, None))
+    descales = {
+        f"{x}_descale": torch.full((1,), n, device=device).expand(4, 2)
+        for x, n in zip("qkv", (0.5, 2.0, 3.0), strict=True)
+    }
+    problem.wide_q, problem.keys = problem.wide_q * 0.5, [2.0 * x for x in problem.keys]
+    problem.values = [3.0 * x for x in problem.values]
+    found = flash_attn_varlen_func(
+        q,
+        cache.k_cache,
+        cache.v_cache,
+        starts,
+        max_seqlen_q=9,
+        seqused_k=cache.seqlens(),
+        max_seqlen_k=210,
+        causal=True,
+        num_splits=0,
+        return_lse=True,
+        **descales,
+        **cache.places,
+    )
+    problem.assert_right(*found, causal=True)
+
+
+def test_a_graph_serves_other_lengths_and_factors(hopper):
+    skip_unless_built(hopper, (64, 64))
+    chance = random.Random(1)
+    cache = random_cache(chance, hopper, torch.int8, [700, 90], 16, 2, [64, 64], room=8)
+    q, starts = random_queries(chance, hopper, torch.bfloat16, [1, 1], 8, 64)
+    problem = problem_of(chance, hopper, cache, q, starts, (True, "row", "row"), rotated=True)
+    k, v = torch.randn(2, 2, 1, 2, 64, device=hopper).bfloat16()
+    options = dict(problem.options)
+    scales = {"k_scales": options.pop("k_descale"), "v_scales": options.pop("v_descale")}
+    lengths = cache.seqlens()
+
+    def step():
+        return flash_attn_with_kvcache(
+            q.view(2, 1, 8, 64),
+            cache.k_cache,
+            cache.v_cache,
+            k,
+            v,
+            cache_seqlens=lengths,
+            causal=True,
+            **scales,
+            **options,
+            **cache.places,
+        )
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for added in (0, 3, 1):
+        lengths.copy_(cache.seqlens() - 40 + added)
+        k.normal_()
+        graph.replay()
+        found = out.clone()
+        assert torch.equal(found, step())
+
+
+def outliers(rows, heads=2, head_dim=128):
+    """N(0, 1) with 4 channels that are 30 times larger."""
+    x = torch.randn(rows, heads, head_dim, generator=torch.Generator().manual_seed(rows))
+    x[..., [3, 40, 77, 101]] *= 30
+    return x
+
+
+def test_rotated_keys_survive_outliers(device):
+    """RMSE at most a third of e4m3's with one factor."""
+    skip_unless_built(device, (128, 128))
+    generator, rows = torch.Generator().manual_seed(2), 500
+    k, v = outliers(rows), torch.randn(rows, 2, 128, generator=generator)
+    q = torch.randn(64, 8, 128, generator=generator) / 10
+    k, v, q = (x.bfloat16().to(device) for x in (k, v, q))
+    shape, lengths = (32, 16, 2, 128), torch.zeros(1, dtype=torch.int32, device=device)
+    table = torch.arange(32, dtype=torch.int32, device=device)[None]
+    wide = [x.double().transpose(0, 1) for x in (q, k, v)]
+    group = [x.repeat_interleave(4, 0) for x in wide[1:]]
+    exact = torch.softmax(wide[0] @ group[0].mT / 128**0.5, -1) @ group[1]
+
+    def error(dtype, **factors):
+        caches = torch.zeros(2, *shape, device=device).to(dtype)
+        common = {"page_table": table, **factors}
+        after = append_kv(*caches, k[None], v[None], lengths, **common)
+        out = flash_attn_with_kvcache(q[None], *caches, cache_seqlens=after, **common)
+        return (out[0].double().transpose(0, 1) - exact).square().mean().sqrt()
+
+    one = {f"{x}_descale": torch.full((1, 2), 120 / 448, device=device) for x in "kv"}
+    scales = {f"{x}_scales": torch.full(shape[:3], math.nan, device=device) for x in "kv"}
+    plain, rotated = error(E4M3, **one), error(torch.int8, incoherent=True, seed=7, **scales)
+    assert rotated < plain / 3
+
+
+def test_rotation_is_the_definition():
+    """append_kv writes k M, rounded: M of its own definition."""
+    k, v = torch.randn(2, 1, 9, 2, 64)
+    caches = torch.zeros(2, 1, 9, 2, 64, dtype=torch.int8)
+    scales = torch.zeros(2, 1, 9, 2)
+    lengths = torch.zeros(1, dtype=torch.int32)
+    how = {"k_scales": scales[0], "v_scales": scales[1], "incoherent": True, "seed": 3}
+    append_kv(*caches, k, v, lengths, **how)
+    found = caches.double() * scales[..., None]
+    for x, right in zip(found, (k.double() @ rotation(64, 3), v.double()), strict=True):
+        assert ((x - right).abs() <= right.abs().amax(-1, keepdim=True) / 253).all()
