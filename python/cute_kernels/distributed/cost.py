@@ -240,7 +240,7 @@ def _ring(
         timeline.move(shape.of_queries(_rows(parts), 2 + 2 * size))
     if not backward:
         return
-    first = max(1, shape.key_heads // 4) / shape.key_heads if shape.key_heads > 1 else 0.0
+    first = plan.first_heads(shape.key_heads) / shape.key_heads
     whole = _operations(shape, own, 5)
     arrives = timeline.send(keys(0), ranks * shared) if foreign else 0.0
     timeline.compute(first * whole, machine.backward)
