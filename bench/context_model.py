@@ -88,6 +88,34 @@ def print_predictions(heads: int, key_heads: int) -> None:
         print(f"| {ranks} | " + " | ".join(cells) + " |")
 
 
+def print_forms(ranks: int, heads: int, key_heads: int, backward: bool) -> None:
+    """What to expect of each form, before it is measured."""
+    passes = "forward and backward" if backward else "forward"
+    print(f"\n{ranks} GPUs of a node, {heads} query and {key_heads} key heads of 128, {passes}\n")
+    columns = {
+        "ring": ("ring_attn_func", "zigzag", (ranks, 1)),
+        "all-gather": ("all_gather_attn_func", "zigzag", (ranks, 1)),
+        "heads": ("ulysses_attn_func", "contiguous", (1, ranks)),
+        **{
+            f"{ranks // shared} x {shared}": (
+                "ulysses_attn_func",
+                "zigzag",
+                (ranks // shared, shared),
+            )
+            for shared in (2, 4)
+            if shared < ranks
+        },
+    }
+    print("| tokens | " + " | ".join(columns) + " |\n| --- |" + " --: |" * len(columns))
+    for tokens in (1 << 16, 1 << 18, 1 << 20):
+        for causal in (True, False):
+            found = choose(tokens, ranks, heads, key_heads, causal=causal, backward=backward)
+            shares = {(p.function, p.layout, p.mesh): p.efficiency for p in found}
+            cells = [f"{shares[key]:.0%}" if key in shares else "-" for key in columns.values()]
+            mask = "causal" if causal else "full"
+            print(f"| {tokens >> 10}k, {mask} | " + " | ".join(cells) + " |")
+
+
 def draw(profiles: list[dict[str, Any]], path: Path) -> None:
     """One row of bars a profile and kind: when kernels and messages ran."""
     width, height, left = 900, 22, 230
@@ -127,6 +155,9 @@ def main(arguments: list[str] | None = None) -> int:
             draw([p for p in ring if p["heads"] == ring[0]["heads"]], chosen.draw)
     for heads, key_heads in ((16, 16), (32, 8)):
         print_predictions(heads, key_heads)
+    for heads, key_heads in ((32, 32), (32, 8)):
+        for backward in (False, True):
+            print_forms(8, heads, key_heads, backward)
     return 0
 
 
