@@ -69,7 +69,9 @@ struct Softcap {
 
   template <class Problem>
   static Arguments arguments_of(Problem const& problem) {
-    return {softcap_factor(problem.call.scale, problem.call.softcap)};
+    Arguments arguments{};  // nvcc's host code has no braces around one member
+    arguments.factor = softcap_factor(problem.call.scale, problem.call.softcap);
+    return arguments;
   }
   static float unit(AttentionCall const& call) { return call.softcap; }
 
