@@ -1,7 +1,5 @@
-"""What `cute_kernels` has, to type checkers: which results a call has depends on `return_lse`.
-
-Arguments that a signature here has no name for in front of ``*`` are by keyword to them.
-"""
+"""What `cute_kernels` has, to type checkers: what a call returns depends on `return_lse`. To them
+arguments that a signature here does not name in front of ``*`` are by keyword."""
 
 from collections.abc import Sequence
 from typing import Literal, TypedDict, overload
@@ -23,16 +21,16 @@ from cute_kernels.plugins import compile_tile_config as compile_tile_config
 from cute_kernels.plugins import load_tile_configs as load_tile_configs
 from cute_kernels.tiles import get_include as get_include
 from cute_kernels.tiles import tile_configs as tile_configs
+from cute_kernels.variants import Variant as Variant
+from cute_kernels.variants.variant import BoundVariant
 
 __version__: str
 __all__: list[str]
 
-class _Descales(TypedDict, total=False):
+class _Mask(TypedDict, total=False):
     q_descale: Tensor | None
     k_descale: Tensor | None
     v_descale: Tensor | None
-
-class _Mask(_Descales, total=False):
     window_size: Sequence[int | None] | Tensor | None
     attention_chunk: int
     softcap: float
@@ -50,6 +48,7 @@ class _Dense(_Mask, total=False):
     pack_gqa: bool | None
     deterministic: bool
     tile_config: str | None
+    variant: Variant | BoundVariant | None
 
 class _Varlen(_Dense, total=False):
     softmax_scale: float | None
@@ -57,6 +56,7 @@ class _Varlen(_Dense, total=False):
     seqused_q: Tensor | None
     seqused_k: Tensor | None
     page_table: Tensor | None
+    tree_mask: Tensor | None
 
 class _Cache(_Mask, total=False):
     softmax_scale: float | None
@@ -77,6 +77,11 @@ class _Cache(_Mask, total=False):
     num_splits: int
     pack_gqa: bool | None
     out: Tensor | None
+    k_scales: Tensor | None
+    v_scales: Tensor | None
+    incoherent: bool
+    seed: int
+    tree_mask: Tensor | None
 
 class _FP8(TypedDict, total=False):
     window_size: Sequence[int | None] | Tensor | None
