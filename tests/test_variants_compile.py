@@ -88,13 +88,3 @@ def test_what_cannot_be_compiled(arguments, error, words):
     with pytest.raises(error) as raised:
         alibi.compile(*positional, **keywords)
     assert words in str(raised.value)
-
-
-def test_a_kernel_of_a_variant_is_no_row_for_others():
-    """The automatic choice and names of rows of calls without it pass it by."""
-    rows = rows_of(variants.softcap(1.0).variant.hooks.key, torch.bfloat16, 64, True)
-    text = [cute_kernels.compile.source.plugin_source(row, "digest") for row in rows]
-    for row, source in zip(rows, text, strict=True):
-        assert f'false, false, "{row["variant"]}", MaskClass' not in source
-        assert f'true, false, "{row["variant"]}", MaskClass::kAny' in source
-        assert "HookedVariant<Hooks>" in source
