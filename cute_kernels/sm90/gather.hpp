@@ -29,15 +29,6 @@ CUTLASS_DEVICE void arrive_when_gathered(cutlass::arch::ClusterBarrier const& ba
   cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t const*>(&barrier));
 }
 
-/// Ends a group of what the thread gathers.
-CUTLASS_DEVICE void commit_gathered() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-/// Waits until all of the thread's groups but the last kGroups have landed.
-template <int kGroups>
-CUTLASS_DEVICE void wait_until_gathered_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
-}
-
 /// Waits until all that the thread has gathered has landed.
 CUTLASS_DEVICE void wait_until_gathered() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
