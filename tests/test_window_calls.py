@@ -153,14 +153,6 @@ def test_calls_that_need_no_window_are_those_without(arguments):
         assert flash_attn_func(q, q, q, **arguments).device.type == "cuda"
 
 
-def test_what_cuda_does_not_have_is_named():
-    message = "^sm_margin is not there yet for float8_e4m3fn$"
-    with FakeTensorMode():
-        q = torch.empty(1, 20, 2, 64, device="cuda", dtype=torch.float8_e4m3fn)
-        with pytest.raises(NotImplementedError, match=message):
-            flash_attn_func(q, q, q, sm_margin=3)
-
-
 # What CUDA has the output of, and no gradient.
 @pytest.mark.parametrize("name", ["window_left", "window_right"])
 def test_limits_below_0_on_a_gpu(hopper, name):

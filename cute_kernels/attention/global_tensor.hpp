@@ -33,19 +33,24 @@ auto any_tensor(TensorView const& view, int rows, int columns, int heads, int ba
                                  kWrap - view.seqlen_stride));
 }
 
-/// The (rows, columns) of a head, from the first one of a sequence on.
+/// The (rows, columns) of a head of a batch entry, from `first_row` on.
+template <class Tma, class Shape, class Row>
+CUTE_DEVICE auto rows_of_head(Tma const& tma, Shape const& shape, int head, int batch,
+                              Row first_row) {
+  using namespace cute;
+  return domain_offset(make_coord(first_row, _0{}), tma.get_tma_tensor(shape)(_, _, head, batch));
+}
+
+/// The same of a sequence, also of any_tensor().
 template <class Tma, class Shape>
 CUTE_DEVICE auto rows_of_head(Tma const& tma, Shape const& shape, int head, TmaRows const& rows) {
   using namespace cute;
-  auto const of_head = [&] {
-    auto all = tma.get_tma_tensor(shape);
-    if constexpr (rank(Shape{}) == 5) {
-      return all(_, _, head, rows.entry, rows.wrap);
-    } else {
-      return all(_, _, head, rows.entry);
-    }
-  }();
-  return domain_offset(make_coord(rows.first, _0{}), of_head);
+  if constexpr (rank(Shape{}) == 5) {
+    return domain_offset(make_coord(rows.first, _0{}),
+                         tma.get_tma_tensor(shape)(_, _, head, rows.entry, rows.wrap));
+  } else {
+    return rows_of_head(tma, shape, head, rows.entry, rows.first);
+  }
 }
 
 }  // namespace cute_kernels::attention

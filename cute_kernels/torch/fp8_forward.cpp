@@ -115,12 +115,13 @@ struct Options {
   bool exact_lse;
   bool overlaps = false;  // it comes right behind the kernels that quantise the operands
   float const* score_offset = nullptr;
+  int64_t sm_margin = 0;
 };
 
 void launch(Fp8ForwardKernel const& kernel, AttentionCall const& call, Operands const& of,
             Options const& options, Results const& results) {
   CallSizes const& sizes = call.sizes;
-  attention::Device const& device = hopper(of.q.device);
+  attention::Device const device = hopper(of.q.device, options.sm_margin);
   bool const packed = call.is_packed();
   int64_t const rows_q = attention::tensor_rows_q(call), rows_k = attention::tensor_rows_k(call);
   bool const has_keys = rows_k > 0 && of.v.tensor.numel() > 0;
@@ -184,7 +185,7 @@ float const* check_score_offset(std::optional<Tensor> const& tensor, Argument co
 /// Of a call whose tensors are there, without what is only launched.
 Results attend(AttentionCall call, Operands const& of, bool out_float16, bool with_lse,
                std::optional<Tensor> const& sinks_tensor, std::optional<Tensor> const& score_offset,
-               TileName const& tile) {
+               int64_t sm_margin, TileName const& tile) {
   check_values(of.v, call);
   check_tiles(call);
   hopper(of.q.device);
@@ -196,7 +197,7 @@ Results attend(AttentionCall call, Operands const& of, bool out_float16, bool wi
   if (results.lse.numel() == 0) return results;
   Fp8ForwardKernel const& kernel = kernel_of(score_type(of.q.dtype), call, tile, with_lse);
   require(offset == nullptr || kernel.config.any_call, "score_offset needs sinks or a window");
-  launch(kernel, call, of, {out_float16, with_lse, false, offset}, results);
+  launch(kernel, call, of, {out_float16, with_lse, false, offset, sm_margin}, results);
   return results;
 }
 
@@ -205,7 +206,7 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_forward(
     Tensor const& v_scale, double softmax_scale, bool causal, bool out_float16,
     std::optional<StringHandle> tile_config, std::optional<Tensor> sinks,
     std::optional<Tensor> score_offset, bool with_lse, std::optional<int64_t> window_left,
-    std::optional<int64_t> window_right) {
+    std::optional<int64_t> window_right, int64_t sm_margin) {
   TileName const tile(tile_config);
   Operands const of{{"q", q},
                     {"k", k},
@@ -216,7 +217,8 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_forward(
   check_elements(of, 4);
   AttentionCall const call = call_of(of.q, of.k, of.v.size(2), softmax_scale,
                                      mask_of(causal, window_left, window_right, std::nullopt));
-  auto const [out, lse] = attend(call, of, out_float16, with_lse, sinks, score_offset, tile);
+  auto const [out, lse] =
+      attend(call, of, out_float16, with_lse, sinks, score_offset, sm_margin, tile);
   return {out, lse};
 }
 
@@ -227,7 +229,8 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_varlen_forward(
     std::optional<Tensor> diagonal, double softmax_scale, bool causal, bool out_float16,
     std::optional<Tensor> sinks, bool with_lse, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> max_seqlen_k, std::optional<int64_t> window_left,
-    std::optional<int64_t> window_right, std::optional<StringHandle> tile_config) {
+    std::optional<int64_t> window_right, std::optional<StringHandle> tile_config,
+    int64_t sm_margin) {
   TileName const tile(tile_config);
   Operands const of{{"q", q},
                     {"k", k},
@@ -241,7 +244,8 @@ std::tuple<Tensor, Tensor> flash_attn_fp8_varlen_forward(
   AttentionCall const call =
       packed_call_of(of.q, of.k, of.v.size(1), softmax_scale,
                      mask_of(causal, window_left, window_right, std::nullopt), packed);
-  auto const [out, lse] = attend(call, of, out_float16, with_lse, sinks, std::nullopt, tile);
+  auto const [out, lse] =
+      attend(call, of, out_float16, with_lse, sinks, std::nullopt, sm_margin, tile);
   return {out, lse};
 }
 
@@ -367,15 +371,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
       "flash_attn_fp8_forward(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, "
       "Tensor v_scale, float softmax_scale, bool causal, bool out_float16, "
       "str? tile_config=None, Tensor? sinks=None, Tensor? score_offset=None, *, "
-      "bool with_lse=False, SymInt? window_left=None, SymInt? window_right=None) -> (Tensor out, "
-      "Tensor lse)");
+      "bool with_lse=False, SymInt? window_left=None, SymInt? window_right=None, "
+      "SymInt sm_margin=0) -> (Tensor out, Tensor lse)");
   library.def(
       "flash_attn_fp8_varlen_forward(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, "
       "Tensor v_scale, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, "
       "Tensor? seqused_k, Tensor? diagonal, float softmax_scale, bool causal, bool out_float16, "
       "Tensor? sinks=None, *, bool with_lse=False, SymInt? max_seqlen_q=None, "
       "SymInt? max_seqlen_k=None, SymInt? window_left=None, SymInt? window_right=None, "
-      "str? tile_config=None) -> (Tensor out, Tensor lse)");
+      "str? tile_config=None, SymInt sm_margin=0) -> (Tensor out, Tensor lse)");
   library.def(
       "flash_attn_fp8(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
       "bool smooth_k, bool incoherent, int seed, bool to_int8, bool out_float16, "

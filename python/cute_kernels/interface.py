@@ -147,15 +147,12 @@ def flash_attn_func(
         if any(x is not None for x in descales) or getattr(q, "dtype", None) is _E4M3:
             if tile_config is not None:
                 raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-            refuse_for_fp8(
-                softcap=softcap > 0,
-                sm_margin=sm_margin > 0 and q.is_cuda,
-                variant=variant is not None,
-            )
+            refuse_for_fp8(softcap=softcap > 0, variant=variant is not None)
             mask, with_lse = (causal, left, right), return_lse or return_attn_probs
             operands = e4m3_operands(q, k, v, *descales, sinks)
             if attention_chunk == 0:
-                out, lse = flash_attn_e4m3(operands, softmax_scale, mask, sinks, with_lse)
+                of_call = (softmax_scale, mask, sinks, with_lse, sm_margin)
+                out, lse = flash_attn_e4m3(operands, *of_call)
             else:
                 out, lse = _attend_in_chunks(
                     q,
@@ -168,6 +165,7 @@ def flash_attn_func(
                     causal=causal,
                     window_size=window_size,
                     attention_chunk=attention_chunk,
+                    sm_margin=sm_margin,
                     sinks=sinks,
                 )
             return (out, lse) if return_lse or return_attn_probs else out

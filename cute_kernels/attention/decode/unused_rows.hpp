@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cute_kernels/attention/decode/epilogue.hpp"
+#include "cute_kernels/attention/unused_rows.hpp"
 
 namespace cute_kernels::attention {
 
@@ -12,15 +13,10 @@ CUTLASS_DEVICE void clear_unused_rows(CachedCall const& call, DecodeResults cons
   int const first = lesser(greater(0, starts[0]), call.total_q);
   int const end = lesser(greater(first, starts[call.batch]), call.total_q);
   int const unused = call.total_q - (end - first);
-  constexpr int kVector = sizeof(uint4) / sizeof(Element);
-  int const vectors = call.heads_q * call.head_dim_v / kVector;
+  int64_t const row_bytes = int64_t{sizeof(Element)} * call.heads_q * call.head_dim_v;
+  UnusedRows const rows{results.out, row_bytes, results.lse, call.heads_q, call.total_q};
   for (int i = blockIdx.x; i < unused; i += gridDim.x) {
-    int64_t const row = i < first ? i : i + (end - first);
-    auto* const out = static_cast<uint4*>(results.out) + row * vectors;
-    for (int j = threadIdx.x; j < vectors; j += cutlass::NumThreadsPerWarpGroup) out[j] = uint4{};
-    for (int head = threadIdx.x; head < call.heads_q; head += cutlass::NumThreadsPerWarpGroup) {
-      results.lse[int64_t{head} * call.total_q + row] = -INFINITY;
-    }
+    rows.clear(i < first ? i : i + (end - first), threadIdx.x, cutlass::NumThreadsPerWarpGroup);
   }
 }
 

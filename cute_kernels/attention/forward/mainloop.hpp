@@ -67,8 +67,8 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
                                   typename Params::Tile const& coord) {
     using namespace cute;
     int const kv_head = params.heads_per_kv.div(coord.head);
-    auto v = Protocol::rows_of(params.tma_v, params.shape_v, kv_head, params.batch(coord),
-                               params.row_k(coord));
+    auto v = rows_of_head(params.tma_v, params.shape_v, kv_head, params.batch(coord),
+                          params.row_k(coord));
     auto blocks_v =
         local_tile(v, Shape<Int<kTileN>, Int<Traits::kHeadDimV>>{}, make_coord(_, _0{}));
     auto stages_v = make_tensor(make_smem_ptr(shared.v.data()), typename Traits::LayoutV{});

@@ -4,6 +4,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/global_tensor.hpp"
 #include "cute_kernels/attention/ranges.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
 #include "cute_kernels/sm90/tma_pipeline.hpp"
@@ -60,8 +61,8 @@ class ForwardProtocol {
     using namespace cute;
     int const first_query = params.first_query(coord);
     int const batch = params.batch(coord);
-    auto q = rows_of(params.tma_q, params.shape_q, coord.head, batch, params.row_q(coord));
-    auto k = rows_of(params.tma_k, params.shape_k, kv_head, batch, params.row_k(coord));
+    auto q = rows_of_head(params.tma_q, params.shape_q, coord.head, batch, params.row_q(coord));
+    auto k = rows_of_head(params.tma_k, params.shape_k, kv_head, batch, params.row_k(coord));
     auto blocks_q = local_tile(q, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDim>>{},
                                make_coord(_, _0{}));
     auto blocks_k = local_tile(k, Shape<Int<kTileN>, Int<Traits::kHeadDim>>{}, make_coord(_, _0{}));
@@ -102,14 +103,6 @@ class ForwardProtocol {
       load_v(block);
     }
     if (block == keys.begin) load_v(block);
-  }
-
-  /// A sequence's rows of a head, from the first one on.
-  template <class Tma, class Shape, class Row>
-  CUTLASS_DEVICE static auto rows_of(Tma const& tma, Shape const& shape, int head, int batch,
-                                     Row first_row) {
-    using namespace cute;
-    return domain_offset(make_coord(first_row, _0{}), tma.get_tma_tensor(shape)(_, _, head, batch));
   }
 
   static constexpr int kTurnThreads = 2 * cutlass::NumThreadsPerWarpGroup;

@@ -39,7 +39,8 @@ cudaError_t start_listing_work(ForwardProblem const& problem, cudaStream_t strea
   CallSizes const& sizes = problem.call.sizes;
   int64_t const row_bytes =
       int64_t{sizeof(typename Traits::Output)} * sizes.heads_q * sizes.head_dim_v;
-  UnusedRows const unused{problem.out.data, row_bytes, problem.lse, sizes.heads_q};
+  UnusedRows const unused{problem.out.data, row_bytes, problem.lse, sizes.heads_q,
+                          tensor_rows_q(problem.call)};
   return start_preparing<typename Traits::Tiling>(problem.call, forward_work_list<Traits>(problem),
                                                   unused, problem.device, stream, early);
 }

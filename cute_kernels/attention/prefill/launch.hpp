@@ -177,7 +177,7 @@ cudaError_t launch_prefill(DecodeProblem const& problem, cudaStream_t stream) {
   int const clearing = is_dense ? 0 : (call.total_q + how.threads - 1) / how.threads;
   how.grid = dim3(1 + std::min(clearing, problem.device.multiprocessors));
   int64_t const row_bytes = int64_t{sizeof(Element)} * call.heads_q * call.head_dim_v;
-  UnusedRows const unused{problem.out, row_bytes, problem.lse, call.heads_q};
+  UnusedRows const unused{problem.out, row_bytes, problem.lse, call.heads_q, call.total_q};
   cudaError_t const status = sm90::launch_kernel<prepare_prefill_kernel<Traits>>(
       how, call, list, prefill_ctas<Traits>(problem), unused);
   if (status != cudaSuccess) return status;

@@ -62,7 +62,8 @@ inline CacheKernels choose_for_cache(ElementType dtype, CachedCall const& call, 
   DecodeKernel const* const decode = choose_decode(decode_kernels, dtype, call);
   PrefillKernel const* const prefill =
       choose_prefill(dtype, std::max(call.head_dim, call.head_dim_v));
-  if (prefill == nullptr || call.softcap > 0 || call.tree_mask != nullptr) return {nullptr, decode};
+  bool const takes = call.softcap == 0 && call.chunk == 0 && call.tree_mask == nullptr;
+  if (prefill == nullptr || !takes) return {nullptr, decode};
   if (int64_t{longest} * call.group < CacheKernels::kLeastRows) return {nullptr, decode};
   int64_t const rows = int64_t{call.total_q} * call.group;
   double const tiles = static_cast<double>(rows) / prefill->config.tile_m * call.heads_kv;

@@ -9,19 +9,12 @@
 #include "cute_kernels/attention/lengths.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/schedule/work_list.hpp"
+#include "cute_kernels/attention/unused_rows.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/launch.hpp"
 
 // The kernel that runs before one that walks a work list.
 namespace cute_kernels::attention {
-
-/// What rows of packed results hold that no sequence uses.
-struct UnusedRows {
-  void* out;  // 0 in `row_bytes` bytes a row; a multiple of 16, as row_bytes is
-  int64_t row_bytes;
-  float* lse;  // (heads, total_q): -inf
-  int heads;
-};
 
 /// Where packed queries lie.
 struct QuerySlots {
@@ -45,14 +38,7 @@ CUTLASS_DEVICE void clear_unused_slots(QuerySlots const& slots, UnusedRows const
     bool const is_unused = first + lane < slots.total && !is_used(slots.cu_seqlens, slots.seqused,
                                                                   slots.total, slots.entries, own);
     for (unsigned rows = __ballot_sync(0xffffffff, is_unused); rows != 0; rows &= rows - 1) {
-      int64_t const row = first + __ffs(rows) - 1;
-      auto* const out =
-          reinterpret_cast<uint4*>(static_cast<char*>(unused.out) + row * unused.row_bytes);
-      int const vectors = static_cast<int>(unused.row_bytes / int64_t{sizeof(uint4)});
-      for (int i = lane; i < vectors; i += kWarpThreads) out[i] = uint4{};
-      for (int head = lane; head < unused.heads; head += kWarpThreads) {
-        unused.lse[int64_t{head} * slots.total + row] = -INFINITY;
-      }
+      unused.clear(first + __ffs(rows) - 1, lane, kWarpThreads);
     }
   }
 }

@@ -31,10 +31,10 @@ class Machine:
     node: int = 8  # GPUs
     latency: float = 15e-6  # seconds that messages of a step take beside their bytes
     call: float = 12e-6  # seconds of a kernel's start and end, when it does not fill the GPU
-    messages: int = 8  # multiprocessors that are left to messages while there are any
+    messages: int = 8  # multiprocessors that are left to messages between nodes
 
 
-H100 = Machine(forward=640e12, backward=560e12, memory=2.6e12, link=300e9, between=45e9)
+H100 = Machine(forward=640e12, backward=560e12, memory=2.6e12, link=340e9, between=45e9)
 
 
 class Shape(NamedTuple):
@@ -142,14 +142,18 @@ class _Timeline:
         self.now = 0.0
         self._machine = machine
         self._free = 0.0  # when messages are all done
+        self._taken = 0.0  # of the multiprocessors, by the last of them
 
     def send(self, number_of_bytes: float, ranks: int) -> float:
         """When messages among so many neighbours will be done, that begin after those before."""
         if number_of_bytes == 0:
             return self.now
         start = max(self.now, self._free)
-        link = self._machine.link if ranks <= self._machine.node else self._machine.between
-        self._free = start + number_of_bytes / link + self._machine.latency
+        machine = self._machine
+        within = ranks <= machine.node  # then copy engines do it
+        self._taken = 0.0 if within else machine.messages / _MULTIPROCESSORS
+        link = machine.link if within else machine.between
+        self._free = start + number_of_bytes / link + machine.latency
         return self._free
 
     def wait(self, until: float) -> None:
@@ -161,7 +165,7 @@ class _Timeline:
             return
         seconds = operations / rate
         if self._free > self.now:
-            seconds /= 1 - self._machine.messages / _MULTIPROCESSORS
+            seconds /= 1 - self._taken
         self.now += seconds + self._machine.call
 
     def move(self, number_of_bytes: float) -> None:
@@ -236,7 +240,7 @@ def _ring(
         timeline.move(shape.of_queries(_rows(parts), 2 + 2 * size))
     if not backward:
         return
-    first = max(1, shape.key_heads // 4) / shape.key_heads if shape.key_heads > 1 else 0.0
+    first = plan.first_heads(shape.key_heads) / shape.key_heads
     whole = _operations(shape, own, 5)
     arrives = timeline.send(keys(0), ranks * shared) if foreign else 0.0
     timeline.compute(first * whole, machine.backward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,14 +183,14 @@ def flash_attn_e4m3(
     mask: Mask,
     sinks: Tensor | None,
     with_lse: bool,
+    sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
     """Their output, in bfloat16, and LSE, which is exact only `with_lse`."""
     if softmax_scale is None:
         softmax_scale = operands[0].shape[3] ** -0.5
-    q, k, v = operands
-    return _attention_quantised(
-        q, k, v, softmax_scale, mask, torch.bfloat16, sinks=sinks, with_lse=with_lse
-    )
+    of_call = (softmax_scale, mask, torch.bfloat16)
+    variant: dict[str, Any] = {"sinks": sinks, "with_lse": with_lse, "sm_margin": sm_margin}
+    return _attention_quantised(*operands, *of_call, **variant)
 
 
 def check_e4m3(
@@ -248,13 +249,15 @@ def _attention_quantised(
     sinks: Tensor | None = None,
     score_offset: Tensor | None = None,
     with_lse: bool = False,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE, checked, on whatever device the tensors are on."""
     check_quantised(q, k, v)
     check_softmax_scale(softmax_scale)
     causal, left, right = mask
     any_call = sinks is not None or is_own_mask(q.data, k.data, left, 0 if causal else right, None)
-    check_tile_config(tile_config, "forward_fp8", q.data, q.data, any_call)
+    of_v = v.data.new_empty((0, v.shape[3]))
+    check_tile_config(tile_config, "forward_fp8", q.data, of_v, any_call)
     batch, seqlen, heads, _ = q.shape
     if k.shape[1] == 0 or q.data.is_meta:
         out = q.data.new_zeros((batch, seqlen, heads, v.shape[3]), dtype=out_dtype)
@@ -262,7 +265,7 @@ def _attention_quantised(
         return out, lse if sinks is None else lse.copy_(sinks[:, None])
     if q.data.is_cuda:
         _check_built(q.data.device)
-        variant = (sinks, score_offset, with_lse, left, right)
+        variant = (sinks, score_offset, with_lse, left, right, sm_margin)
         return attention_cuda(q, k, v, softmax_scale, causal, out_dtype, tile_config, *variant)
     with torch.autocast(q.data.device.type, enabled=False):
         of_mask = mask_of(causal, left, right)

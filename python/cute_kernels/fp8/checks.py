@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cute_kernels.checks import (
     check_sinks,
+    check_sm_margin,
     check_softmax_scale,
     check_tile_config,
     check_window,
@@ -199,7 +200,9 @@ def check_forward(
     with_lse: bool = False,
     window_left: int | None = None,
     window_right: int | None = None,
+    sm_margin: int = 0,
 ) -> None:
+    check_sm_margin(sm_margin)
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rank(name, x, 4, DENSE_ORDER)
         check_device(name, x, q)

@@ -60,6 +60,7 @@ def attention_cuda(
     with_lse: bool = False,
     window_left: int | None = None,
     window_right: int | None = None,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     for name, x in (("q", q), ("k", k)):
         if x.block != ROW_BLOCK and x.scale.shape[2] > 1:
@@ -72,13 +73,16 @@ def attention_cuda(
         *(q.data, k.data, v_data, q.scale, k.scale, v_scale),
         *(softmax_scale, causal, out_dtype == torch.float16, tile_config, sinks, score_offset),
     )
-    window = {"window_left": window_left, "window_right": window_right}
+    options = {
+        "with_lse": with_lse,
+        "window_left": window_left,
+        "window_right": window_right,
+        "sm_margin": sm_margin,
+    }
     try:
-        out, lse = torch.ops.cute_kernels.flash_attn_fp8_forward(
-            *inputs, with_lse=with_lse, **window
-        )
+        out, lse = torch.ops.cute_kernels.flash_attn_fp8_forward(*inputs, **options)
     except RuntimeError as refusal:
-        explain(refusal, check_forward, *inputs, **window)
+        explain(refusal, check_forward, *inputs, **options)
     return out, lse
 
 

@@ -81,6 +81,7 @@ def _forward_cpu(
     sinks: Tensor | None = None,
     score_offset: Tensor | None = None,
     with_lse: bool = False,
+    sm_margin: int = 0,
     **window: Any,
 ) -> tuple[Tensor, Tensor]:
     def rows(x: Tensor, scale: Tensor) -> FP8Tensor:

@@ -139,6 +139,7 @@ def flash_attn_varlen_e4m3(
     attention_chunk: int,
     sinks: Tensor | None,
     with_lse: bool,
+    sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
     """Output, in bfloat16, and LSE, exact only `with_lse`, of e4m3 tensors with a number for each
     sequence and key head, as FlashAttention-3's function of the same arguments. `given`: its
@@ -162,6 +163,7 @@ def flash_attn_varlen_e4m3(
     }
     if GPU_BUILT:
         of_call = (softmax_scale, causal, sinks)
+        options["sm_margin"] = sm_margin
         return varlen_attention_e4m3(q, k, v, scales, lengths, *of_call, **options)
     check_varlen_values(v, lengths[1], lengths[3])
     check_lengths(q, *lengths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_softmax_scale, check_tile_config
+from cute_kernels.checks import check_sm_margin, check_softmax_scale, check_tile_config
 from cute_kernels.fp8.checks import (
     FLOATS,
     GPU_FLOATS,
@@ -101,7 +101,9 @@ def check_varlen_forward(
     window_left: int | None = None,
     window_right: int | None = None,
     tile_config: str | None = None,
+    sm_margin: int = 0,
 ) -> None:
+    check_sm_margin(sm_margin)
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rank(name, x, 3, PACKED_ORDER if name != "v" else "")
         check_device(name, x, q)

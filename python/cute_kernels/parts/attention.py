@@ -9,8 +9,17 @@ from torch import Tensor
 
 from cute_kernels.autograd import Calls, Forward, dense, varlen
 from cute_kernels.parts import operators
-from cute_kernels.reference import Mask
 from cute_kernels.registration import mark_written
+
+
+class Mask(NamedTuple):
+    """Which keys a query sees: query i stands at key position i + diagonal, and sees the keys from
+    `left` before it to `right` after it. None is no limit, and for the diagonal seqlen_k -
+    seqlen_q."""
+
+    left: int | None = None
+    right: int | None = None
+    diagonal: int | None = None
 
 
 class Packed(NamedTuple):

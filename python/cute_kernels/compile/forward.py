@@ -1,0 +1,123 @@
+"""The rows of 16-bit forward kernels, and of those for many queries to a cache, which are the same
+but for their loads and stores."""
+
+from __future__ import annotations
+
+from .rows import (
+    ELEMENT_BYTES,
+    HEAD,
+    REQUIRED,
+    SHARED_BYTES,
+    WARPGROUP_M,
+    WARPGROUP_THREADS,
+    WORKING_REGISTERS,
+    Field,
+    Row,
+    aligned,
+)
+
+FORWARD_FIELDS = (
+    *HEAD,
+    Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
+    Field("any_call", bool, False, "kAnyCall"),
+    Field("softcap", bool, False),
+    Field("mask", str, "any"),
+    Field("tile_m", int),
+    Field("tile_n", int, REQUIRED, "kTileN"),
+    Field("stages", int, 2, "kStages"),
+    Field("pingpong", bool, True, "kPingpong"),
+    Field("overlap", bool, True, "kOverlap"),
+    Field("separate_output", bool, False, "kSeparateOutput"),
+    Field("sum_in_pairs", bool, False, "kSumInPairs"),
+    Field("speed", float, 1.0),
+    Field("overhead", int, 0),
+    Field("why", str),
+)
+PREFILL_FIELDS = (
+    *HEAD,
+    Field("tile_m", int),
+    Field("tile_n", int, REQUIRED, "kTileN"),
+    Field("stages", int, 2, "kStages"),
+    Field("pingpong", bool, True, "kPingpong"),
+    Field("overlap", bool, True, "kOverlap"),
+    Field("sum_in_pairs", bool, False, "kSumInPairs"),
+    Field("why", str),
+)
+
+
+def forward_shared_memory(row: Row) -> dict[str, int]:
+    stages, consumers = row["stages"], row["consumer_warpgroups"]
+    k = stages * row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
+    v = stages * row["tile_n"] * row["head_dim_v"] * ELEMENT_BYTES
+    q = consumers * WARPGROUP_M * row["head_dim"] * ELEMENT_BYTES
+    one_o = WARPGROUP_M * row["head_dim_v"] * ELEMENT_BYTES
+    # full and empty, 8 bytes each: for every stage of K and V, and for every warpgroup's Q; one
+    # more for an O that two warpgroups share, and for every stage of V that a guard looks at,
+    # beside two flags
+    barriers = 2 * 8 * (2 * stages + consumers) + 8 * (1 + stages) + 8
+    parts = {"K": k, "V": v, "Q": q, "O": consumers * one_o, "barriers": barriers}
+    if not row["separate_output"]:
+        parts["O"] = 0
+    elif sum(aligned(parts).values()) > SHARED_BYTES and consumers == 2:
+        parts["O"] = one_o
+    return aligned(parts)
+
+
+def forward_registers(row: Row) -> dict[str, int]:
+    scores = WARPGROUP_M * row["tile_n"] // WARPGROUP_THREADS
+    return {
+        "scores": scores,
+        "output": WARPGROUP_M * row["head_dim_v"] // WARPGROUP_THREADS,
+        "packed P": scores * ELEMENT_BYTES // 4,
+        "working": WORKING_REGISTERS,
+    }
+
+
+def as_forward(row: Row) -> Row:
+    """A prefill row as the forward row that it is but for its loads and stores."""
+    return {**row, "head_dim_v": row["head_dim"], "separate_output": True}
+
+
+def forward_problems(row: Row) -> list[str]:
+    found = query_block_problems(row)
+    if row["head_dim_v"] > row["head_dim"] and not row["separate_output"]:
+        found.append(
+            f"head_dim_v = {row['head_dim_v']} > head_dim = {row['head_dim']}: O does not fit in "
+            f"Q's shared memory; set separate_output = true"
+        )
+    if row["tile_n"] % 16 or not 16 <= row["tile_n"] <= 256:
+        found.append(
+            f"tile_n = {row['tile_n']} must be a multiple of 16 up to 256: it is N of the WGMMA "
+            f"Q K^T (at most 256) and K of P V (steps of 16)"
+        )
+    if row["speed"] <= 0 or row["overhead"] < 0:
+        found.append(
+            f"speed = {row['speed']} must be above 0, overhead = {row['overhead']} at least 0"
+        )
+    return found
+
+
+def prefill_problems(row: Row) -> list[str]:
+    found = query_block_problems(row)
+    if row["tile_n"] % 32 or not 32 <= row["tile_n"] <= 256:
+        found.append(
+            f"tile_n = {row['tile_n']} must be a multiple of 32 up to 256: a warp gathers 32 rows "
+            f"at a time, and it is N of the WGMMA Q K^T"
+        )
+    return found
+
+
+def query_block_problems(row: Row) -> list[str]:
+    """Of rows whose consumer warpgroups have 64 queries each."""
+    consumers = row["consumer_warpgroups"]
+    if row["tile_m"] % WARPGROUP_M or not 1 <= consumers <= 4:
+        return [
+            f"tile_m = {row['tile_m']} must be 64, 128, 192 or 256: WGMMA's M is 64 for each of "
+            f"one to four consumer warpgroups"
+        ]
+    if consumers == 1 and row["pingpong"]:
+        return [
+            f"pingpong needs two or more consumer warpgroups to take turns; "
+            f"tile_m = {row['tile_m']} has one"
+        ]
+    return []
