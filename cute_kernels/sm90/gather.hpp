@@ -17,10 +17,10 @@ CUTLASS_DEVICE void gather_or_clear(uint32_t shared, void const* global, bool th
 
 /// The same of one number.
 CUTLASS_DEVICE void gather_or_clear_float(float* shared, float const* global, bool there) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
-                   cute::cast_smem_ptr_to_uint(shared)),
-               "l"(global), "r"(there ? 4 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(cute::cast_smem_ptr_to_uint(shared)),
+      "l"(global), "r"(there ? 4 : 0)
+      : "memory");
 }
 
 /// One of the barrier's arrivals, when all that the thread has gathered so far has landed. Whoever
