@@ -8,10 +8,7 @@ import random
 import pytest
 import torch
 from oracle import NO_WINDOW, Attention
-from packed import assert_packed_right, random_grads, random_packed
-from parity import DTYPES, random_qkv, skip_unless_answered
-from parity import assert_right as assert_right_of
-from parity import run as run_without_cache
+from parity import DTYPES
 from test_kvcache_gpu import FAR, assert_right, random_cache, run, skip_unless_built
 
 PAGE_SIZES = [None, None, 1, 8, 16, 48, 64, 100, 128, 256, 272]
@@ -173,42 +170,3 @@ def test_lengths_change_between_replays_of_a_graph(hopper):
             ],
         )
         assert_right(captured, now)
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_windows_without_a_cache(hopper, seed):
-    """Heads that share a key head share tiles, dense or packed."""
-    chance = random.Random(seed)
-    head_dim = chance.choice([64, 128, 256])
-    heads = chance.choice([(8, 1), (8, 2), (6, 2), (5, 1), (32, 4)])
-    skip_unless_answered(hopper, torch.bfloat16, head_dim)
-    options = {"window_size": chance.choice([(127, 0), (0, 0), (31, 5), (300, 60)])}
-    if chance.random() < 0.5:
-        options["sinks"] = torch.randn(heads[0], device=hopper)
-    if chance.random() < 0.5:
-        batch, seqlen = chance.randint(1, 3), chance.randint(1, 900)
-        seqlen_k = seqlen + chance.choice([0, 0, 100, -seqlen // 3])
-        q, k, v = random_qkv(hopper, torch.bfloat16, batch, seqlen, seqlen_k, *heads, head_dim)
-        if chance.random() < 0.5:  # strides that are not those of one tensor of all rows
-            q, k, v = (torch.cat([x, x], 1)[:, : x.shape[1]] for x in (q, k, v))
-        scale = head_dim**-0.5
-        assert_right_of(*run_without_cache(q, k, v, **options), q, k, v, scale, False, **options)
-    else:
-        slots = [chance.choice([0, 1, 63, 64, 192, chance.randint(1, 900)]) for _ in range(6)]
-        slots_k = [max(0, n + chance.choice([0, 0, 70, -9])) for n in slots]
-        dims = (head_dim, head_dim)
-        packed = random_packed(
-            chance, hopper, torch.bfloat16, slots, slots_k, dims, heads, used=True, tail=5
-        )
-        assert_packed_right(packed.spoilt(math.nan).run(**options), packed, **options)
-
-
-def test_gradients_of_windows(hopper):
-    """From the output and LSE of tiles of several heads."""
-    skip_unless_answered(hopper, torch.bfloat16, 64)
-    packed = random_packed(
-        random.Random(7), hopper, torch.bfloat16, [700, 33], [700, 33], (64, 64), (16, 4)
-    )
-    options = {"window_size": (100, 0)}
-    grads = random_grads(packed)
-    assert_packed_right(packed.gradients(*grads, **options), packed, grads, **options)

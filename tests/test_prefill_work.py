@@ -79,22 +79,18 @@ int main() {{
     return value == {NONE} ? std::nullopt : std::optional<int>(value);
   }};
   CachedCall call{{}};
-  int left, right, ctas, uncached;
+  int left, right, ctas;
   while (std::cin >> call.batch >> call.total_q >> call.heads_kv >> call.group >> call.most_keys >>
-         left >> right >> call.least_rows >> call.most_rows >> ctas >>
-         uncached) {{
+         left >> right >> call.least_rows >> call.most_rows >> ctas) {{
     call.mask = {{std::nullopt, limit(left), limit(right)}};
     auto read = [](int count) {{
       std::vector<int> values(count);
       for (int& value : values) std::cin >> value;
       return values;
     }};
-    std::vector<int> const cu = read(call.batch + 1), used = read(call.batch + 1),
+    std::vector<int> const cu = read(call.batch + 1), used = read(call.batch),
                            leftpad = read(call.batch);
     call.lengths = {{cu.data(), used.data(), leftpad.data()}};
-    call.uncached = {{}};
-    if (uncached == 1) call.uncached = {{true, nullptr, nullptr, nullptr}};
-    if (uncached == 2) call.uncached = {{false, used.data(), nullptr, nullptr}};
     list_tiles(call, ctas);
   }}
 }}
@@ -112,21 +108,8 @@ def tiles_of(program):
     def run(queries, used, leftpad, group, mask, ctas=1, least_rows=0, most_rows=NO_LIMIT):
         starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
         room = max([0, *used])
-        head = [len(queries), starts[-1], 3, group, room, *mask, least_rows, most_rows, ctas, 0]
-        return program([[*head, *starts, *used, 0, *leftpad]])
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def uncached_tiles_of(program):
-    """The same of calls without a cache: dense ones of sequences of one length, or packed ones."""
-
-    def run(queries, keys, group, mask, dense):
-        starts, ends = ([sum(n[:i]) for i in range(len(n) + 1)] for n in (queries, keys))
-        room = keys[0] if dense else ends[-1]
-        head = [len(queries), starts[-1], 3, group, room, *mask, 0, NO_LIMIT, 1, 1 if dense else 2]
-        return program([[*head, *starts, *ends, *([0] * len(queries))]])
+        head = [len(queries), starts[-1], 3, group, room, *mask, least_rows, most_rows, ctas]
+        return program([[*head, *starts, *used, *leftpad]])
 
     return run
 
@@ -174,23 +157,6 @@ def test_every_row_is_in_one_tile_with_all_keys_that_it_sees(tiles_of, seed):
     assert {entry: sorted(done) for entry, done in rows_done.items()} == {
         entry: list(range(n * group)) for entry, n in enumerate(queries) if n > 0
     }
-
-
-@pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("dense", [False, True])
-def test_calls_without_a_cache_are_the_same_behind_a_padding(
-    tiles_of, uncached_tiles_of, dense, seed
-):
-    """Of packed keys in one page."""
-    queries, keys, _, group, mask = random_case(random.Random(seed))
-    if dense:
-        queries, keys = queries[-1:] * len(queries), keys[-1:] * len(keys)
-    pads = [0 if dense else sum(keys[:i]) for i in range(len(keys))]
-    ends = [pad + n for pad, n in zip(pads, keys, strict=True)]
-    cached = tiles_of(queries, ends, pads, group, mask)
-    if not dense:
-        cached = [[0, *tile[1:]] for tile in cached]
-    assert uncached_tiles_of(queries, keys, group, mask, dense) == cached
 
 
 def test_tiles_that_do_not_fill_a_round_are_cut(tiles_of):

@@ -388,6 +388,12 @@ def test_backward_rows_become_kernels(tmp_path):
     assert json.loads((tmp_path / "tile_configs.json").read_text()) == rows
 
 
+def test_blocks_of_keys_in_registers_are_whole_rows_of_their_swizzle():
+    """At 192 channels a slice of dQ has 48, and K rows of 16."""
+    split = {"head_dim": 192, "tile_n": 64, "split_products": True}
+    assert generator.read_table(backward(**split, key_blocks_in_registers=6))
+
+
 def test_a_table_without_backward_rows_has_an_empty_one(tmp_path):
     write_sources(generator.read_table(table(good())), tmp_path)
     kernels = (tmp_path / "backward_table.cpp").read_text()
@@ -441,6 +447,15 @@ def test_a_table_without_backward_rows_has_an_empty_one(tmp_path):
             {**SPLIT_192_128, "value_blocks_in_registers": 12},
             "value_blocks_in_registers = 12 must be 0 or divide 8, the blocks of 16 channels that "
             "head_dim_v = 128 has",
+        ),
+        (
+            {"head_dim": 192, "tile_n": 64, "split_products": True, "value_blocks_in_registers": 6},
+            "value_blocks_in_registers = 6 must divide 4, the blocks of 16 channels of a swizzled "
+            "row, or be a multiple of it",
+        ),
+        (
+            {"head_dim": 96, "value_blocks_in_registers": 3},
+            "value_blocks_in_registers = 3 must divide 2, the blocks of 16",
         ),
         ({"scores_ahead": True}, "scores_ahead needs split_products = true, softcap = false"),
         ({**SPLIT_192_128, "stages": 4}, "24576 K + 16384 V + 98304 Q + 65536 dO + 16384 dS"),

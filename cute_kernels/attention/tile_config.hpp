@@ -87,21 +87,17 @@ int channels(RowConfig<Dtype> const& config) {
   return config.head_dim + config.head_dim_v;
 }
 
-/// Of packed sequences the host knows no more than the sum of their lengths: they count as equal.
-inline void set_mean_lengths(AttentionCall& call) {
-  CallSizes& sizes = call.sizes;
-  if (!call.is_packed()) return;
-  auto mean = [&](int rows) { return (rows + sizes.batch - 1) / std::max(1, sizes.batch); };
-  sizes.seqlen_q = mean(call.packed.total_q);
-  sizes.seqlen_k = mean(call.packed.total_k);
-}
-
 /// Time of a call in arbitrary units: rounds of tiles over the multiprocessors, each as long as its
 /// queries and keys. A tile that is not full costs only what it has. Tiles of unequal length fill
-/// the last round, as far as they are unequal; but nothing is faster than the longest.
+/// the last round, as far as they are unequal; but nothing is faster than the longest. Of packed
+/// sequences the host knows no more than the sum of their lengths: they count as equal.
 inline double estimate_forward(TileConfig const& config, AttentionCall call, int multiprocessors) {
-  set_mean_lengths(call);
-  CallSizes const& sizes = call.sizes;
+  CallSizes& sizes = call.sizes;
+  if (call.is_packed()) {
+    auto mean = [&](int rows) { return (rows + sizes.batch - 1) / std::max(1, sizes.batch); };
+    sizes.seqlen_q = mean(call.packed.total_q);
+    sizes.seqlen_k = mean(call.packed.total_k);
+  }
   VisitedKeys const keys = visited_keys(WindowRanges(call), config.tile_m);
   double rounds = static_cast<double>(sizes.seqlen_q) / config.tile_m * sizes.batch *
                   sizes.heads_q / multiprocessors;

@@ -17,25 +17,16 @@ CUTLASS_DEVICE void gather_or_clear(uint32_t shared, void const* global, bool th
 
 /// The same of one number.
 CUTLASS_DEVICE void gather_or_clear_float(float* shared, float const* global, bool there) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
-                   cute::cast_smem_ptr_to_uint(shared)),
-               "l"(global), "r"(there ? 4 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(cute::cast_smem_ptr_to_uint(shared)),
+      "l"(global), "r"(there ? 4 : 0)
+      : "memory");
 }
 
 /// One of the barrier's arrivals, when all that the thread has gathered so far has landed. Whoever
 /// waits for it lets WGMMA read only behind cutlass::arch::fence_view_async_shared().
 CUTLASS_DEVICE void arrive_when_gathered(cutlass::arch::ClusterBarrier const& barrier) {
   cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t const*>(&barrier));
-}
-
-/// Ends a group of what the thread gathers.
-CUTLASS_DEVICE void commit_gathered() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-/// Waits until all of the thread's groups but the last kGroups have landed.
-template <int kGroups>
-CUTLASS_DEVICE void wait_until_gathered_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
 /// Waits until all that the thread has gathered has landed.

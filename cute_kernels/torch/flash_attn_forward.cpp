@@ -1,4 +1,3 @@
-#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -8,7 +7,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "cute_kernels/attention/prefill/tile_config.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/schedule/work_list.hpp"
 #include "cute_kernels/attention/tile_config.hpp"
@@ -53,16 +51,6 @@ std::tuple<Tensor, Tensor> empty_results(AttentionCall const& call, Argument con
           empty({sizes.batch, sizes.heads_q, sizes.seqlen_q}, ScalarType::Float, q.device)};
 }
 
-/// Null where the call is not one for tiles of several heads' rows, or the caller or a measurement
-/// has chosen.
-attention::PrefillKernel const* grouped_kernel_for(ElementType dtype, AttentionCall const& call,
-                                                   TileName const& tile) {
-  if (!tile.automatic() || measured_choice<ForwardKernel>.find(dtype, call) != nullptr) {
-    return nullptr;
-  }
-  return attention::choose_grouped(dtype, call);
-}
-
 /// Output and LSE of a call that was checked, of shapes that fit it. Where they have no elements
 /// nothing is launched.
 void answer(AttentionCall const& call, ForwardKernel const& kernel, attention::Device const& device,
@@ -94,53 +82,6 @@ void answer(AttentionCall const& call, ForwardKernel const& kernel, attention::D
   require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
 }
 
-attention::CacheView rows_in_pages(Tensor const& tensor) {
-  attention::TensorView const rows = view(tensor);
-  return {rows.data, rows.batch_stride, rows.seqlen_stride, rows.head_stride};
-}
-
-/// The same by a kernel whose tiles have rows of several heads: K and V are one page, or one of
-/// each sequence.
-void answer_grouped(AttentionCall const& call, attention::PrefillKernel const& kernel,
-                    attention::Device const& device, Argument const& q, Argument const& k,
-                    Argument const& v, Tensor const& out, Tensor const& lse) {
-  if (lse.numel() == 0) return;
-  CallSizes const& sizes = call.sizes;
-  bool const is_dense = !call.is_packed();
-  int const keys = attention::tensor_rows_k(call);
-  Tensor const q_readable = tma_readable(q, kElementBytes);
-  Tensor const k_readable = keys > 0 ? tma_readable(k, kElementBytes) : out;
-  Tensor const v_readable = keys > 0 ? tma_readable(v, kElementBytes) : out;
-  attention::PrefillProblem problem{};
-  attention::CachedCall& grouped = problem.call;
-  grouped.batch = sizes.batch;
-  grouped.total_q = is_dense ? sizes.batch * sizes.seqlen_q : call.packed.total_q;
-  grouped.heads_q = sizes.heads_q;
-  grouped.heads_kv = sizes.heads_kv;
-  grouped.group = sizes.heads_q / sizes.heads_kv;
-  grouped.head_dim = sizes.head_dim;
-  grouped.head_dim_v = sizes.head_dim_v;
-  grouped.most_keys = keys;
-  grouped.mask = call.mask;
-  grouped.scale = call.scale;
-  grouped.lengths.cu_seqlens_q = call.packed.cu_seqlens_q;
-  grouped.uncached = {is_dense, call.packed.cu_seqlens_k, call.packed.seqused_q,
-                      call.packed.seqused_k};
-  problem.pages.pages = is_dense ? sizes.batch : 1;
-  problem.pages.page_size = std::max(1, keys);
-  problem.pages.pages_of_sequence = 1;
-  problem.q = view(q_readable);
-  problem.k = rows_in_pages(k_readable);
-  problem.v = rows_in_pages(v_readable);
-  problem.sinks = call.sinks;
-  problem.out = out.data_ptr();
-  problem.lse = static_cast<float*>(lse.data_ptr());
-  problem.device = device;
-  Tensor const workspace = empty({kernel.workspace_bytes(problem)}, ScalarType::Byte, q.device);
-  problem.workspace = workspace.data_ptr();
-  require_success(kernel.launch(problem, current_stream(q.device)), kernel.config.name);
-}
-
 /// `deterministic` is for the gradient; the forward pass always is.
 std::tuple<Tensor, Tensor> flash_attn_forward(
     Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor, double softmax_scale,
@@ -158,11 +99,6 @@ std::tuple<Tensor, Tensor> flash_attn_forward(
   Sinks const sinks(sinks_tensor, q, sizes.heads_q);
   call.sinks = sinks.data();
   call.softcap = checked_softcap(softcap);
-  if (auto const* const grouped = grouped_kernel_for(element_type(q.dtype), call, tile)) {
-    auto const [out, lse] = empty_results(call, q);
-    answer_grouped(call, *grouped, device, q, k, v, out, lse);
-    return {out, lse};
-  }
   ForwardKernel const& kernel =
       forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
   require_few_tiles(call, kernel);
@@ -192,11 +128,6 @@ std::tuple<Tensor, Tensor> flash_attn_varlen_forward(
   Sinks const sinks(sinks_tensor, q, sizes.heads_q);
   call.sinks = sinks.data();
   call.softcap = checked_softcap(softcap);
-  if (auto const* const grouped = grouped_kernel_for(element_type(q.dtype), call, tile)) {
-    auto const [out, lse] = empty_results(call, q);
-    answer_grouped(call, *grouped, device, q, k, v, out, lse);
-    return {out, lse};
-  }
   ForwardKernel const& kernel =
       forward_kernel_for(element_type(q.dtype), call, tile, device.multiprocessors);
   require_few_tiles(call, kernel);

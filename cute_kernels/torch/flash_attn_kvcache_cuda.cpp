@@ -126,12 +126,12 @@ void check_blocks(Kernel const& kernel, CachedCall const& call) {
 }
 
 /// A call's kernels. Of `longest`, which the caller knows or not, no sequence has more queries.
-CacheKernels kernels_for(ScalarType dtype, CachedCall const& call, std::optional<int64_t> longest,
-                         attention::Device const& device) {
+CacheKernels kernels_for(ScalarType dtype, DecodeProblem const& problem,
+                         std::optional<int64_t> longest) {
+  CachedCall const& call = problem.call;
   auto const most =
       static_cast<int>(std::min<int64_t>(longest.value_or(call.total_q), call.total_q));
-  CacheKernels const kernels =
-      attention::choose_for_cache(element_type(dtype), call, most, device.multiprocessors);
+  CacheKernels const kernels = attention::choose_for_cache(element_type(dtype), problem, most);
   if (kernels.decode == nullptr && kernels.prefill == nullptr) {
     fail_without_kernel(attention::decode_kernels, dtype, call);
   }
@@ -288,7 +288,7 @@ Tensor flash_attn_kvcache_forward_out(
   problem.lse = static_cast<float*>(lse.data_ptr());
   problem.ticket = next_ticket();
   eight_bits ? launch_eight_bits(k.dtype, problem)
-             : launch_all(kernels_for(q.dtype, call, max_seqlen_q, problem.device), problem);
+             : launch_all(kernels_for(q.dtype, problem, max_seqlen_q), problem);
   return lse;
 }
 

@@ -20,16 +20,6 @@ struct CacheLengths {
   int const* leftpad;       // (batch), or null: 0
 };
 
-/// Where the sequences of a call without a cache lie, instead: packed in Q and in one page, as
-/// PackedLengths says; or dense, of total_q / batch queries and most_keys keys each, in a page
-/// each. Of prefill kernels only.
-struct UncachedLengths {
-  bool is_dense;
-  int const* cu_seqlens_k;  // (batch + 1) if packed; null: the call is one to a cache
-  int const* seqused_q;     // (batch), or null: all of them
-  int const* seqused_k;
-};
-
 /// Keys or values: row `slot` of a page's head is at data + page * page_stride + slot * slot_stride
 /// + head * head_stride. Strides count elements; rows are contiguous.
 struct CacheView {
@@ -72,7 +62,6 @@ struct CachedCall {
   // nothing.
   int least_rows = 0;
   int most_rows = std::numeric_limits<int>::max();
-  UncachedLengths uncached{};
 };
 
 /// All parts of a call's work are numbered by an int, with 1/16 to spare.

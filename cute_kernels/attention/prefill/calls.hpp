@@ -59,29 +59,23 @@ struct CacheCalls {
 /// What a prefill kernel is told at run time.
 template <class Traits>
 struct PrefillParams : Traits::Calls {
-  // K and V in boxes of box_rows keys of one page each, (columns, slots, heads, pages) to TMA;
-  // box_rows is 0 where threads gather rows, of pages that no such box divides.
+  // K and V in boxes of box_rows keys of one page each, (columns, slots, heads, pages) to TMA.
   cute::TmaDescriptor boxes_k;
   cute::TmaDescriptor boxes_v;
   int box_rows;
   CachePages pages;
   cutlass::FastDivmod page_size;
   TensorView q;
-  CacheView k;
   CacheView v;
   int head_dim;
   int head_dim_v;
   int heads_q;
-  void* out;  // (total_q, heads_q, head_dim_v)
-  float* lse;
-  // Of entries of the batch, beside what queries are apart, and of heads.
-  int64_t q_batch_stride;
-  int64_t lse_batch_stride;
-  int64_t lse_head_stride;
+  int total_q;
+  void* out;   // (total_q, heads_q, head_dim_v)
+  float* lse;  // (heads_q, total_q)
   float scale_log2;
 
   CUTLASS_DEVICE void prefetch_descriptors() const {
-    if (box_rows == 0) return;
     cute::prefetch_tma_descriptor(&boxes_k);
     cute::prefetch_tma_descriptor(&boxes_v);
   }

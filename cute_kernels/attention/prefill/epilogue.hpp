@@ -39,8 +39,7 @@ class GroupedEpilogue : ForwardEpilogue<Traits> {
     for (int i = 0; i < 2; ++i) {
       if (row + 8 * i >= rows) continue;
       auto const place = params.place_of(coord, first_row + row + 8 * i);
-      params.lse[params.sequence(coord).batch * params.lse_batch_stride +
-                 place.head * params.lse_head_stride + place.query] =
+      params.lse[int64_t{place.head} * params.total_q + place.query] =
           softmax.lse(i, params.sink(coord, first_row + row + 8 * i));
     }
   }

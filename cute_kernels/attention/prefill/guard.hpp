@@ -31,8 +31,7 @@ class PageGuard : ValueGuard<Traits> {
         before = blocks.left_end();
         from = blocks.right_begin();
       } else {
-        bool const cut =
-            params.box_rows > 0 && blocks.end * kTileN > params.sequence(coord).seqlen_k;
+        bool const cut = blocks.end * kTileN > params.sequence(coord).seqlen_k;
         before = blocks.begin;
         from = cut ? blocks.end - 1 : blocks.end;
       }
@@ -44,7 +43,6 @@ class PageGuard : ValueGuard<Traits> {
   template <class Params>
   CUTLASS_DEVICE void watch(Params const& params, SharedStorage& shared) {
     bool const second_pass = shared.passes.guarded;
-    if (!second_pass && params.box_rows == 0) return;
     int stage = shared.passes.first_v_stage;
     for (typename Params::Scheduler tile(params.scheduler); tile.valid(); tile.advance()) {
       auto const coord = tile.coord();

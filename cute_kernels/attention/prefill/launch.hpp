@@ -1,12 +1,12 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
 
 #include <cuda_runtime.h>
 
 #include "cute_kernels/attention/forward/kernel.hpp"
 #include "cute_kernels/attention/forward/mainloop.hpp"
+#include "cute_kernels/attention/prefill/boxes.hpp"
 #include "cute_kernels/attention/prefill/cut.hpp"
 #include "cute_kernels/attention/prefill/epilogue.hpp"
 #include "cute_kernels/attention/prefill/load.hpp"
@@ -50,8 +50,7 @@ __global__ void __launch_bounds__(WorkListBuilder<typename Traits::Tiling, Cache
   sm90::wait_for_previous_kernel();
   sm90::let_next_kernel_start();
   if (blockIdx.x > 0) {
-    QuerySlots const slots{call.lengths.cu_seqlens_q, call.uncached.seqused_q, call.total_q,
-                           call.batch};
+    QuerySlots const slots{call.lengths.cu_seqlens_q, nullptr, call.total_q, call.batch};
     clear_unused_slots(slots, unused, blockIdx.x - 1, gridDim.x - 1, Builder::kThreads);
     return;
   }
@@ -83,27 +82,6 @@ int64_t prefill_workspace_bytes(DecodeProblem const& problem) {
   int const cut =
       most_cut(problem.call.heads_kv, prefill_ctas<Traits>(problem), Traits::kConsumers);
   return work_list_bytes(problem.call.batch, most_tiles(problem.call, Traits::kTileM) + cut);
-}
-
-/// The largest boxes of a TMA descriptor that hold rows of one page alone, of tile_n keys or a part
-/// of these; 0 where there are none: then rows are gathered.
-inline int rows_of_boxes(DecodeProblem const& problem, int tile_n) {
-  constexpr int kLeastRows = 8;  // the swizzle's period
-  constexpr int64_t kMostBytes = int64_t{1} << 40;
-  CachePages const& pages = problem.pages;
-  if (pages.pages == 0 || problem.call.most_keys == 0) return 0;
-  auto is_described = [&](CacheView const& view) {
-    auto fits = [](int64_t size, int64_t stride) {
-      return size == 1 || (stride > 0 && stride < kMostBytes / 2);
-    };
-    return fits(pages.pages, view.page_stride) && fits(pages.page_size, view.slot_stride) &&
-           fits(problem.call.heads_kv, view.head_stride);
-  };
-  if (!is_described(problem.k) || !is_described(problem.v)) return 0;
-  if (pages.table == nullptr) return tile_n;  // no tile leaves its page
-  if (problem.call.lengths.leftpad != nullptr) return 0;
-  int const rows = std::gcd(pages.page_size, tile_n);
-  return rows % kLeastRows == 0 ? rows : 0;
 }
 
 /// A cache to TMA: (columns, slots, heads, pages). Nothing reads the stride of a dimension of size
@@ -146,27 +124,20 @@ cudaError_t launch_prefill(DecodeProblem const& problem, cudaStream_t stream) {
   params.group = cutlass::FastDivmod(call.group);
   params.sinks = problem.sinks;
   params.box_rows = rows_of_boxes(problem, Traits::kTileN);
-  if (params.box_rows > 0) {
-    params.boxes_k =
-        boxes_of<Element>(problem.k, call.head_dim, call.heads_kv, problem.pages, params.box_rows);
-    params.boxes_v = boxes_of<Element>(problem.v, call.head_dim_v, call.heads_kv, problem.pages,
-                                       params.box_rows);
-  }
+  params.boxes_k =
+      boxes_of<Element>(problem.k, call.head_dim, call.heads_kv, problem.pages, params.box_rows);
+  params.boxes_v =
+      boxes_of<Element>(problem.v, call.head_dim_v, call.heads_kv, problem.pages, params.box_rows);
   params.pages = problem.pages;
   params.page_size = cutlass::FastDivmod(problem.pages.page_size);
   params.q = problem.q;
-  params.k = problem.k;
   params.v = problem.v;
   params.head_dim = call.head_dim;
   params.head_dim_v = call.head_dim_v;
   params.heads_q = call.heads_q;
+  params.total_q = call.total_q;
   params.out = problem.out;
   params.lse = problem.lse;
-  int const queries = call.total_q / std::max(1, call.batch);
-  bool const is_dense = call.uncached.is_dense;
-  params.q_batch_stride = is_dense ? problem.q.batch_stride - queries * problem.q.seqlen_stride : 0;
-  params.lse_batch_stride = is_dense ? (call.heads_q - int64_t{1}) * queries : 0;
-  params.lse_head_stride = is_dense ? queries : call.total_q;
   params.scale_log2 = scale_of_scores(call.scale) * sm90::kLog2e;
 
   sm90::Launch how{};
@@ -174,7 +145,7 @@ cudaError_t launch_prefill(DecodeProblem const& problem, cudaStream_t stream) {
   how.device = problem.device.index;
   how.early = true;
   how.threads = WorkListBuilder<typename Traits::Tiling, CachedCall>::kThreads;
-  int const clearing = is_dense ? 0 : (call.total_q + how.threads - 1) / how.threads;
+  int const clearing = (call.total_q + how.threads - 1) / how.threads;
   how.grid = dim3(1 + std::min(clearing, problem.device.multiprocessors));
   int64_t const row_bytes = int64_t{sizeof(Element)} * call.heads_q * call.head_dim_v;
   UnusedRows const unused{problem.out, row_bytes, problem.lse, call.heads_q, call.total_q};

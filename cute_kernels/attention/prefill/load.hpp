@@ -7,9 +7,8 @@
 
 namespace cute_kernels::attention {
 
-/// The producer warpgroup: one warp for Q, one for K, one for V, and one that clears values which
-/// no row may see. K and V come in boxes of a page by TMA, or row by row; both arrive once at a
-/// stage's full barrier, and consumers know no difference.
+/// The producer warpgroup: one warp gathers Q, one loads K, one V, both by TMA in boxes of a page,
+/// and one clears values which no row may see.
 template <class Traits>
 class CacheProducer {
   using Element = typename Traits::Element;
@@ -37,10 +36,8 @@ class CacheProducer {
       load_queries(params, shared);
     } else if (warp == kGuard) {
       guard_.watch(params, shared);
-    } else if (params.box_rows > 0) {
-      load_boxes(params, shared, warp == kValues);
     } else {
-      gather_blocks(params, shared, warp == kValues);
+      load_boxes(params, shared, warp == kValues);
     }
     if (warp == kValues && cute::elect_one_sync()) {
       shared.passes.next_first_v_stage = write_.index();
@@ -61,7 +58,7 @@ class CacheProducer {
     return params.mask_of(coord).key_blocks(params.first_query(coord), Traits::kTileM, kTileN);
   }
 
-  /// What the warp's part of the threads have copied is there for WGMMA too.
+  /// What the warp's threads have copied is there for WGMMA too.
   CUTLASS_DEVICE static void arrive(Barrier const& barrier) {
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
@@ -90,11 +87,10 @@ class CacheProducer {
         int const first_row = params.first_query(coord) + i * Traits::kWarpgroupM;
         if (first_row < 0) continue;
         int const rows = params.sequence(coord).seqlen_q;
-        int64_t const entry = params.sequence(coord).batch * params.q_batch_stride;
         auto offset_of = [&](int row) -> int64_t {
           if (first_row + row >= rows) return -1;
           auto const place = params.place_of(coord, first_row + row);
-          return entry + place.query * params.q.seqlen_stride + place.head * params.q.head_stride;
+          return place.query * params.q.seqlen_stride + place.head * params.q.head_stride;
         };
         gather_rows<Traits::kWarpgroupM>(shared.q[i].data(),
                                          static_cast<Element const*>(params.q.data),
@@ -146,50 +142,6 @@ class CacheProducer {
         }
         ++write_;
       }
-    }
-  }
-
-  /// The same row by row. What has been gathered is told of when the next block's stage is free at
-  /// once, behind that block's copies: so two blocks are under way; or before waiting for it.
-  template <class Params>
-  CUTLASS_DEVICE void gather_blocks(Params const& params, SharedStorage& shared, bool values) {
-    CacheView const& view = values ? params.v : params.k;
-    int const columns = values ? params.head_dim_v : params.head_dim;
-    Barrier* under_way = nullptr;
-    for (typename Params::Scheduler tile(params.scheduler); tile.valid(); tile.advance()) {
-      auto const coord = tile.coord();
-      Sequence const sequence = params.sequence(coord);
-      BlockRange const blocks = blocks_of(params, coord);
-      Guarded const guarded(params, coord, blocks, shared.passes.guarded);
-      CUTLASS_PRAGMA_NO_UNROLL
-      for (int block = blocks.end - 1; block >= blocks.begin; --block) {
-        auto const& empty = empty_barrier(shared, values);
-        if (!__all_sync(0xffffffff, empty.try_wait(write_.phase()))) {
-          if (under_way != nullptr) {
-            sm90::wait_until_gathered();
-            arrive(*under_way);
-            under_way = nullptr;
-          }
-          empty.wait(write_.phase());
-        }
-        auto offset_of = [&](int row) {
-          auto const at = params.slot_of(sequence, block * kTileN + row);
-          return params.offset_of(view, coord.head, at);
-        };
-        gather_rows<kTileN>(stage_data(shared, values, write_.index()),
-                            static_cast<Element const*>(view.data), columns, offset_of);
-        sm90::commit_gathered();
-        if (under_way != nullptr) {
-          sm90::wait_until_gathered_but<1>();
-          arrive(*under_way);
-        }
-        under_way = &full_barrier(shared, values, guarded.has(block));
-        ++write_;
-      }
-    }
-    if (under_way != nullptr) {
-      sm90::wait_until_gathered();
-      arrive(*under_way);
     }
   }
 

@@ -11,20 +11,8 @@ namespace cute_kernels::attention {
 
 constexpr int sequences(CachedCall const& call) { return call.batch; }
 
-/// Its rows, of the query row_q on; its keys, counted from row_k of its pages on, which a cache's
-/// left padding comes before. `batch` is its number in the page table, or its page.
+/// Its rows, of the query row_q on. Keys are counted from behind the left padding, which is row_k.
 constexpr Sequence sequence_of(CachedCall const& call, int entry) {
-  UncachedLengths const& uncached = call.uncached;
-  if (uncached.is_dense) {
-    int const queries = call.total_q / call.batch;
-    return {entry, entry * queries, 0, queries * call.group, call.most_keys};
-  }
-  if (uncached.cu_seqlens_k != nullptr) {
-    RowSpan const q =
-        packed_rows(call.lengths.cu_seqlens_q, uncached.seqused_q, call.total_q, entry);
-    RowSpan const k = packed_rows(uncached.cu_seqlens_k, uncached.seqused_k, call.most_keys, entry);
-    return {0, q.first, k.first, q.count * call.group, k.count};
-  }
   CachedSequence const sequence = cached_sequence(call, entry);
   return {entry, sequence.row_q, sequence.first_key, sequence.rows(),
           sequence.ranges.seqlen_k - sequence.first_key};

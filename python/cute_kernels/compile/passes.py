@@ -109,6 +109,11 @@ def fp8_registers(row: Row) -> dict[str, int]:
     }
 
 
+def swizzled_columns(channels: int) -> int:
+    """Elements of a row of the widest swizzle that divides so many channels."""
+    return next((row for row in (64, 32) if channels % row == 0), SWIZZLE_ELEMENTS)
+
+
 def dq_slices(row: Row) -> int:
     """How many warpgroups, in both CTAs where there are two, share the product dQ."""
     return int(row["consumer_warpgroups"]) * (2 if row["split_products"] else 1)
@@ -216,13 +221,22 @@ def backward_problems(row: Row) -> list[str]:
             f"tile_m = {row['tile_m']}: dQ's channels are split over {slices} warpgroups, in "
             f"swizzled rows of {SWIZZLE_ELEMENTS}"
         )
-    for operand, size in (("key", "head_dim"), ("value", "head_dim_v")):
+    key_slice = row["head_dim"] // (1 if row["tile_m"] == one_each else slices)  # K's, for dQ
+    for operand, size, channels in (
+        ("key", "head_dim", key_slice),
+        ("value", "head_dim_v", row["head_dim_v"]),
+    ):
         blocks, column = row[size] // KEY_BLOCK, f"{operand}_blocks_in_registers"
-        registers = row[column]
+        registers, of_a_row = row[column], swizzled_columns(channels) // KEY_BLOCK
         if registers < 0 or (registers > 0 and blocks % registers):
             found.append(
                 f"{column} = {registers} must be 0 or divide {blocks}, the blocks of {KEY_BLOCK} "
                 f"channels that {size} = {row[size]} has"
+            )
+        elif registers > 0 and registers % of_a_row and of_a_row % registers:
+            found.append(
+                f"{column} = {registers} must divide {of_a_row}, the blocks of {KEY_BLOCK} "
+                f"channels of a swizzled row, or be a multiple of it"
             )
     if row["stages"] < 2:
         found.append(
@@ -318,7 +332,7 @@ PASSES = {
             fields=PREFILL_FIELDS,
             dtypes=DTYPES,
             element="Element",
-            config=("tile_m",),
+            config=("tile_m", "tile_n"),
             shared_memory=lambda row: forward_shared_memory(as_forward(row)),
             registers=lambda row: forward_registers(as_forward(row)),
             problems=prefill_problems,

@@ -89,6 +89,8 @@ def search_space(of_pass: str, dtype: str, head_dim: int, there: Iterable[Row] =
         head = {"name": name, "dtypes": [dtype], "head_dim": head_dim, "mask": "none"}
         if of_pass == "forward":
             given["sum_in_pairs"] = given["tile_n"] < 128  # as measured (docs/tuning.md)
+        elif of_pass == "backward" and given["split_products"]:
+            given["value_blocks_in_registers"] = given["key_blocks_in_registers"]
         row = complete({**head, **given, "why": "of a search"}, name, pass_)
         if found := problems(row, pass_):
             refused.update(problem.partition(":")[0] for problem in found)
