@@ -301,29 +301,34 @@ def time_in_turn(calls, contexts, arguments) -> dict[str, Spread]:
 
 
 def time_exchange(ranks: int) -> list[dict[str, float]]:
-    """What messages of a step alone take: bytes that each rank sends and receives, and
+    """What the messages of a step alone take: bytes that each rank sends and receives, and
     milliseconds."""
     import torch
     import torch.distributed as dist
 
-    from cute_kernels.distributed.exchange import Ranks, exchange
+    from cute_kernels.distributed.exchange import Delivery, Post, Ranks, exchange
 
     here = Ranks.of(dist.group.WORLD)
     after, before = (here.rank + 1) % ranks, (here.rank - 1) % ranks
     results = []
+    most = 256 << 20
     for megabytes in (1, 4, 16, 64, 256, 512):
-        size = megabytes << 20
-        sent, received = (torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+        rows = megabytes << 9  # of 1 KiB, of keys and of values
+        k, v = torch.zeros(2, 1, rows, 4, 128, dtype=torch.bfloat16, device="cuda")
+        sent = [Delivery(after, (k[0], v[0]), 0)]
+        post = Post("keys", sent, [(before, (0, rows))], (k, v), rows, most, k.dtype)
         times = []
         for _ in range(6):
             dist.all_reduce(torch.zeros(1, device="cuda"))
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            exchange(here, [(after, sent)], [(before, received)]).wait()
+            arrival = exchange(here, post)
+            arrival.wait()
             end.record()
+            arrival.release()
             end.synchronize()
             times.append(begin.elapsed_time(end))
-        results.append({"bytes": size, "median_ms": statistics.median(times[1:])})
+        results.append({"bytes": megabytes << 20, "median_ms": statistics.median(times[1:])})
     return results
 
 

@@ -81,14 +81,16 @@ class Transformer(nn.Module):
         self.head = nn.Linear(heads * head_dim, LETTERS)
         self.head_dim = head_dim
 
-    def forward(self, text: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, text: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
+        """The sum of the losses of all letters."""
         pairs = torch.arange(self.head_dim // 2, device=text.device)
         angles = positions[:, None, None] * 10000 ** (-2 * pairs / self.head_dim)
         rotation = torch.stack([angles.cos(), angles.sin()], dim=-1)
         x = self.letters(text)
         for block in self.blocks:
             x = checkpoint(block, x, rotation, use_reentrant=False)
-        return self.head(self.norm(x))
+        logits = self.head(self.norm(x)).float()
+        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
 def make_batch(step: int, tokens: int) -> Tensor:
@@ -122,10 +124,7 @@ def train(arguments, device: str, mesh: DeviceMesh | None) -> list[float]:
             positions = distributed.positions(arguments.tokens, mesh, device=device)
             ranks = mesh.size()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            logits = model(text, positions)
-        loss = functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), reduction="sum"
-        ) / (arguments.tokens - 1)
+            loss = model(text, positions, labels) / (arguments.tokens - 1)
         # The mean that FSDP takes of the gradients is to be their sum.
         (loss * ranks).backward()
         optimizer.step()

@@ -163,6 +163,7 @@ def assert_attention_right(
     window_size=NO_WINDOW,
     sinks=None,
     softcap=0.0,
+    attention_chunk=0,
 ):
     """Packed results, against the definition in fp64 of each sequence, row by row."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -183,6 +184,7 @@ def assert_attention_right(
             window_size=window_size,
             sinks=sinks,
             softcap=softcap,
+            attention_chunk=attention_chunk,
         )
     assert not out[ends[-1] :].any()
 
@@ -244,6 +246,7 @@ def random_problem(seed, device, dtype, most=400, head_dims=None, room=0):
         "window_size": chance.choice([(-1, -1), (-1, -1), (chance.randint(0, 60), 0), (5, 2)]),
     }
     options["softcap"] = chance.choice([0.0, 0.0, 0.7, 30.0])
+    options["attention_chunk"] = chance.choice([0, 0, 0, 1, 37, 64, 10**6])
     if chance.random() < 0.4:
         generator = torch.Generator(device).manual_seed(seed)
         options["sinks"] = 3 * torch.randn(q.shape[1], generator=generator, device=device)

@@ -189,6 +189,7 @@ def random_problem(seed, device, most=400, page_size=..., tokens=16, head_dims=N
         "causal": chance.random() < 0.5,
         "window_size": chance.choice([(-1, -1), (-1, -1), (chance.randint(0, 60), 0), (5, 2)]),
         "softcap": chance.choice([0.0, 0.0, 30.0]),
+        "attention_chunk": chance.choice([0, 0, 0, 37, 64]),
     }
     # int8 numbers without factors are large
     mask["softmax_scale"] = chance.choice([None, 0.05]) if kinds[1] else 0.002

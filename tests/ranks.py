@@ -16,18 +16,21 @@ import torch.distributed as dist
 TIMEOUT = 240
 
 
-def run(ranks, function, *arguments, backend="gloo", results=True):
+def run(ranks, function, *arguments, backend="gloo", results=True, environment=None):
     """What ``function(rank, *arguments)``, of a module of the tests, returns on each rank, unless
-    there are to be no results.
+    there are to be no results. `environment`: variables beside those of this process.
 
     A process of its own imports everything once, and forks: the one that runs the tests may hold
     what does not survive a fork.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save(arguments, f"{folder}/arguments.pt")
+        variables = {**os.environ, **(environment or {})}
         command = [sys.executable, __file__, folder, str(ranks), backend]
         command += [function.__module__, function.__qualname__]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT, env=variables
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         if not results:
             return None

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from cute_kernels import (
+    append_kv,
     flash_attn_fp8_func,
     flash_attn_fp8_varlen_func,
     flash_attn_func,
@@ -88,20 +89,50 @@ def forward_fp8(row, q, k, v, causal):
     return [*results, flash_attn_fp8_varlen_func(*packed(q, k, v), **options)[0]]
 
 
-def decode(row, q, k, v, causal):
-    """Two sequences in pages of 16, the second one shorter; parts of the keys."""
+def decode(row, q, k, v, causal, dtypes=(None,)):
+    """Two sequences in pages of 16, the second one shorter; parts of the keys. `dtypes`: of the
+    caches, None as they are."""
     pages, (seqlen_q, heads, head_dim) = -(-k.shape[1] // 16), q.shape[1:]
     table = torch.arange(2 * pages, device="cuda", dtype=torch.int32).view(2, pages)
     k, v = (
-        F.pad(x, (0, 0, 0, 0, 0, pages * 16 - x.shape[1])).unflatten(1, (pages, 16)) for x in (k, v)
+        F.pad(x, (0, 0, 0, 0, 0, pages * 16 - x.shape[1])).unflatten(1, (pages, 16)).flatten(0, 1)
+        for x in (k, v)
     )
     starts = torch.arange(0, 3 * seqlen_q, seqlen_q, device="cuda", dtype=torch.int32)
     lengths = torch.tensor([pages * 16, pages * 8], device="cuda", dtype=torch.int32)
     q = q.reshape(-1, heads, head_dim)
-    out, _ = torch.ops.cute_kernels.flash_attn_kvcache_forward(
-        q, k.flatten(0, 1), v.flatten(0, 1), starts, lengths, table, None, None, None, 0.1, causal
+    results = []
+    for dtype in dtypes:
+        caches, factors, options = (k, v), (), {}
+        if dtype is not None:
+            caches, factors = in_eight_bits(k, v, dtype)
+            options = {"rotation_seed": 0}
+        places = (starts, lengths, table, None, None, None, 0.1, causal)
+        attend = torch.ops.cute_kernels.flash_attn_kvcache_forward
+        results.append(attend(q, *caches, *places, *factors, **options)[0])
+    return results
+
+
+def in_eight_bits(k, v, dtype):
+    """Caches with rotated keys, all rows of which are written as those of one sequence, and the
+    descales of q, k and v."""
+    caches = [torch.empty_like(x, dtype=dtype) for x in (k, v)]
+    scales = [torch.empty_like(x[..., 0], dtype=torch.float32) for x in (k, v)]
+    whole = torch.arange(k.shape[0], device="cuda", dtype=torch.int32)[None]
+    append_kv(
+        *caches,
+        *(x.flatten(0, 1)[None] for x in (k, v)),
+        torch.zeros(1, device="cuda", dtype=torch.int32),
+        page_table=whole,
+        k_scales=scales[0],
+        v_scales=scales[1],
+        incoherent=True,
     )
-    return [out]
+    return caches, (None, *scales)
+
+
+def decode_fp8(row, q, k, v, causal):
+    return decode(row, q, k, v, causal, (torch.int8, torch.float8_e4m3fn))
 
 
 def prefill(row, q, k, v, causal):
@@ -114,6 +145,7 @@ CALLS = {
     "backward": backward,
     "forward_fp8": forward_fp8,
     "decode": decode,
+    "decode_fp8": decode_fp8,
     "prefill": prefill,
 }
 

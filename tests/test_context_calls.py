@@ -144,6 +144,8 @@ def disagree(rank):
     call(distributed.ring_attn_func, *qkv(1, 3, 2, 8))
     call(distributed.ulysses_attn_func, *qkv(1, 8, 3, 8))
     call(distributed.shard, torch.zeros(1, 6))
+    machine = distributed.measure(None, 256, 2, 16, torch.float32)
+    told.append((machine.node, machine.link > 0, machine.forward > 0, machine.backward > 0))
     return told
 
 
@@ -160,7 +162,8 @@ def test_ranks_that_do_not_agree():
     assert "zigzag on rank 0, contiguous on rank 1" in layout
     assert well is None
     assert rest[4] is None
-    odd, heads, cut = rest[5:]
+    odd, heads, cut, measured = rest[5:]
+    assert measured == (2, True, True, True)
     assert "has 6 tokens, must be a multiple of 4" in odd and "pad it to 8" in odd
     assert "q has 3 heads, which 2 ranks cannot share evenly" in heads and "1 or 3 ranks" in heads
     assert "has 6 tokens" in cut

@@ -62,16 +62,25 @@ def random_case(chance, ranks, form):
     )
 
 
+# The value of CUTE_KERNELS_COPY_ENGINE.
+WAYS = {"nccl": "0", "copies": "1"}
+
+
 @functools.cache
-def results(ranks):
+def results(ranks, way):
     chance = random.Random(ranks)
     cases = [random_case(chance, ranks, FORMS[i % len(FORMS)]) for i in range(COUNT)]
-    return cases, processes.run(ranks, run_cases, cases, "cuda", backend="nccl")
+    environment = {"CUTE_KERNELS_COPY_ENGINE": WAYS[way]}
+    by_rank = processes.run(
+        ranks, run_cases, cases, "cuda", backend="nccl", environment=environment
+    )
+    return cases, by_rank
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("number", range(COUNT))
-def test_forms(gpus, number):
-    cases, by_rank = results(gpus)
+def test_forms(gpus, number, way):
+    cases, by_rank = results(gpus, way)
     case = cases[number]
     first, *others = [results[number] for results in by_rank]
     for other in others:

@@ -147,7 +147,7 @@ def test_choice_of_a_form():
 
 
 def test_slow_links_cost_time():
-    slow = dataclasses.replace(H100, link=1e9)
+    slow = dataclasses.replace(H100, link=1e9, exchange=1e9)
     fast, other = (choose(32768, 4, 16, 16, causal=True, machine=m)[0] for m in (H100, slow))
     assert other.seconds > 2 * fast.seconds
     with pytest.raises(ValueError, match="pad"):

@@ -61,7 +61,7 @@ int main() {{
   CachedCall call{{}};
   int left, right, ctas, num_splits;
   while (std::cin >> call.batch >> call.total_q >> call.heads_q >> call.heads_kv >>
-         call.most_keys >> left >> right >> ctas >> num_splits) {{
+         call.most_keys >> left >> right >> call.chunk >> ctas >> num_splits) {{
     call.group = call.heads_q / call.heads_kv;
     call.mask = {{std::nullopt, limit(left), limit(right)}};
     auto read = [](int count) {{
@@ -103,10 +103,14 @@ def deal(tmp_path_factory):
 
 def seen(query, seqlen_q, keys, leftpad, mask):
     """The keys that a query sees."""
-    left, right = mask
+    left, right, chunk = mask
     position = query + keys - seqlen_q
     begin = leftpad if left == NONE else max(leftpad, position - left)
     end = keys if right == NONE else min(keys, position + right + 1)
+    if chunk > 0:
+        of_query = (position - leftpad) // chunk
+        begin = max(begin, leftpad + of_query * chunk)
+        end = min(end, leftpad + (of_query + 1) * chunk)
     return range(begin, max(begin, end))
 
 
@@ -118,6 +122,7 @@ def random_case(chance):
     key_heads = chance.randint(1, 3)
     heads = (key_heads * chance.choice([1, 3, 8]), key_heads)
     mask = chance.choice([(NONE, NONE), (NONE, 0), (40, 0), (0, 0), (10, 5), (NONE, 90)])
+    mask = (*mask, chance.choice([0, 0, 1, 50, 64, 2**30]))
     return queries, used, leftpad, heads, mask, chance.choice([1, 2, 7, 100]), chance.randint(0, 5)
 
 
@@ -195,7 +200,7 @@ def test_shares_divide_all_heads_alike(deal):
     ]:
         batch = len(lengths)
         found, parts = deal(
-            [1] * batch, lengths, [0] * batch, (key_heads, key_heads), (NONE, 0), ctas, 0
+            [1] * batch, lengths, [0] * batch, (key_heads, key_heads), (NONE, 0, 0), ctas, 0
         )
         assert found == share
         of_head = sum(part["end_block"] - part["first_block"] for part in parts) // key_heads

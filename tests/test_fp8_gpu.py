@@ -441,3 +441,37 @@ def test_rows_of_every_head_dim_in_the_bits_of_the_cpu(hopper, head_dim, to, dty
         for options in ({"incoherent": True, "seed": SEED}, {"incoherent": True, "smooth": True}):
             options["dtype"] = DTYPES[to]
             assert_same_bits(quantize_fp8(x.to(hopper), **options), quantize_fp8(x, **options))
+
+
+def promotes(head_dim):
+    """Whether the build's dense row for int8 adds up P V in fp32."""
+    rows = [
+        row
+        for row in tile_configs("forward_fp8")
+        if row["dtype"] == "int8" and row["head_dim"] == head_dim and not row["any_call"]
+    ]
+    return bool(rows) and rows[-1]["promote"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("values", ["mean of 1", "mean of 4", "drift"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_values_with_a_mean(hopper, head_dim, values, causal):
+    """8-bit products add up in 14 bits: what long sums of one sign lose, sums in fp32 keep."""
+    if not promotes(head_dim):
+        pytest.skip(f"this build's FP8 row of head dim {head_dim} does not promote its sums")
+    for seqlen in (1024, 4096, 16384):
+        q, k, v = random_qkv(hopper, torch.float32, 1, seqlen, seqlen, 1, head_dim=head_dim)
+        if values == "drift":
+            mean = torch.rand(head_dim, device=hopper) + 0.5
+            v[:, : seqlen // 2] += 2 * mean
+            v[:, seqlen // 2 :] -= mean
+        else:
+            v += int(values[-1])
+        q, k, v = (x.bfloat16() for x in (q, k, v))
+        rows = slice(seqlen - 256, None)
+        out = flash_attn_fp8_func(q, k, v, causal=causal)[:, rows]
+        arguments = (q[:, rows], k, v, head_dim**-0.5, causal, torch.float64, seqlen - 256, seqlen)
+        exact, _ = plain_attention(*arguments)
+        bound = 0.015 if values == "drift" and seqlen == 1024 else 0.01
+        assert (out.double() - exact).norm() < bound * exact.norm()

@@ -96,7 +96,10 @@ def test_opcheck(device, index):
     function, inputs = calls(device)[index]
     # PyTorch does not multiply e4m3 inputs, which its comparison of them before and after needs.
     has_e4m3 = any(isinstance(x, torch.Tensor) and x.dtype == E4M3 for x in inputs)
-    result = torch.library.opcheck(function, inputs, test_utils=OPCHECK[has_e4m3:])
+    tests = OPCHECK[has_e4m3:]
+    if device == "cuda" and function is operator("quantize_fp8_varlen_values"):
+        tests = tests[:-1]  # it compares results, which have bits between sequences that none wrote
+    result = torch.library.opcheck(function, inputs, test_utils=tests)
     assert set(result.values()) == {"SUCCESS"}
 
 

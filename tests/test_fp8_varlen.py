@@ -113,7 +113,7 @@ def test_sequences_are_as_good_as_alone(device, head_dims, window_size, with_sin
     for a, b in zip(results, spoilt, strict=True):
         if device == "cpu":
             assert torch.equal(a, b)
-        # On a GPU another sequence's rows may move the origins of rows in the same warp.
+        # Rows of a warp share the moves of their origins: of a GPU only nearly the same is asked.
         assert (
             a.double() - b.double()
         ).nan_to_num().norm() <= 0.01 * a.double().nan_to_num().norm()

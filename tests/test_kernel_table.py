@@ -66,9 +66,9 @@ int main() {
 
   show("no fp8", int8());
   static Fp8ForwardKernel const fp8{
-      {"int8", ScoreType::kInt8, 64, 64, false, false, kAny, 128}, nullptr, nullptr};
+      {"int8", ScoreType::kInt8, 64, 64, false, false, nullptr, kAny, 128}, nullptr, nullptr};
   static Fp8ForwardKernel const e4m3{
-      {"e4m3", ScoreType::kE4m3, 64, 64, false, false, kAny, 128}, nullptr, nullptr};
+      {"e4m3", ScoreType::kE4m3, 64, 64, false, false, nullptr, kAny, 128}, nullptr, nullptr};
   fp8_forward_kernels.add(fp8);
   fp8_forward_kernels.add(e4m3);
   show("fp8", int8());
@@ -108,6 +108,15 @@ int main() {
   any("causal", call(64, true));
   any("wide v", wide);
 
+  // Of a variant, and faster than all.
+  static ForwardKernel const of_variant{
+      {"mine", kBf16, 64, 128, true, false, "mine_0", kAny, 128, 99.0, 0}, nullptr, nullptr};
+  forward_kernels.add(of_variant);
+  any("wide v beside a variant's", wide);
+  wide.has_variant = true;
+  std::printf("%d%d\n", can_take(of_variant.config, kBf16, wide),
+              can_take(for_any[1].config, kBf16, wide));
+
   // Readers beside four that add: each sees all that was there when it started.
   constexpr int kEach = 500;
   static std::vector<std::string> names;
@@ -115,7 +124,7 @@ int main() {
   for (int i = 0; i < 4 * kEach; ++i) names.push_back("k" + std::to_string(i / 2));
   for (auto const& name : names) {
     kernels.push_back(
-        {{name.c_str(), kBf16, 64, 64, false, false, kAny, 128, 1.0, 0}, nullptr, nullptr});
+        {{name.c_str(), kBf16, 64, 64, false, false, nullptr, kAny, 128, 1., 0}, nullptr, nullptr});
   }
   std::atomic<int> added_count{0}, lost{0};
   std::vector<std::thread> threads;
@@ -180,5 +189,9 @@ def test_kernels_for_any_call_take_what_those_for_dense_ones_do_not(said):
     ]
 
 
+def test_kernels_of_variants_take_calls_with_one_and_no_others(said):
+    assert said[19:21] == ["wide v beside a variant's: any128", "10"]
+
+
 def test_many_threads_may_add_while_others_read(said):
-    assert said[-1] == "1000 added, 1005 there, 0 lost"
+    assert said[-1] == "1000 added, 1006 there, 0 lost"

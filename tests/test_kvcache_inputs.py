@@ -240,7 +240,6 @@ BAD = {
 }
 LATER = {
     "qv": torch.zeros(1),
-    "attention_chunk": 64,
 }
 # Of contents, which shape inference does not see.
 BAD_CONTENTS = {

@@ -2,9 +2,11 @@
 
 import math
 import random
+import re
 
 import pytest
 import torch
+from configure import ROOT
 from oracle import Attention
 from variant_cases import (
     CASES,
@@ -267,3 +269,17 @@ def test_transforms_and_compilers_see_the_operations():
 
     expected = torch.autograd.functional.jacobian(loss, shift)
     assert torch.allclose(torch.func.grad(loss)(shift), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["alibi", "own gradient", "ready-made"])
+def test_the_page_runs(name):
+    text = (ROOT / "docs" / "variants.md").read_text()
+    (code,) = re.findall(rf"<!-- snippet: {name} -->\n```python\n(.*?)```", text, re.S)
+    names = {}
+    exec(code.replace("torch.cuda.is_available()", "False"), names)
+    if name == "ready-made":
+        assert names["out"].shape == names["q"].shape
+    else:
+        assert all(names[x].grad.isfinite().all() for x in "qkv")
+    if name == "alibi":
+        assert names["slopes"].grad.abs().min() > 0

@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
       "Tensor? sinks, float softmax_scale, bool causal, Tensor? q_descale=None, "
       "Tensor? k_descale=None, Tensor? v_descale=None, Tensor? tree_mask=None, *, "
       "SymInt? max_seqlen_q=None, SymInt? window_left=None, SymInt? window_right=None, "
-      "float softcap=0.0, SymInt num_splits=0, SymInt sm_margin=0, SymInt? rotation_seed=None) -> "
+      "float softcap=0.0, SymInt num_splits=0, SymInt sm_margin=0, SymInt? rotation_seed=None, "
+      "SymInt attention_chunk=0) -> "
       "(Tensor out, Tensor lse)");
   // The same with its output in `out`, dense.
   library.def(
@@ -25,5 +26,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
       "Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None, "
       "Tensor? tree_mask=None, *, SymInt? max_seqlen_q=None, SymInt? window_left=None, "
       "SymInt? window_right=None, float softcap=0.0, SymInt num_splits=0, "
-      "SymInt sm_margin=0, SymInt? rotation_seed=None) -> Tensor lse");
+      "SymInt sm_margin=0, SymInt? rotation_seed=None, SymInt attention_chunk=0) -> Tensor lse");
 }

@@ -196,7 +196,8 @@ Tensor flash_attn_kvcache_forward_out(
     std::optional<Tensor> k_descale, std::optional<Tensor> v_descale,
     std::optional<Tensor> tree_mask, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
-    int64_t num_splits, int64_t sm_margin, std::optional<int64_t> rotation_seed) {
+    int64_t num_splits, int64_t sm_margin, std::optional<int64_t> rotation_seed,
+    int64_t attention_chunk) {
   Argument const q("q", q_tensor), k("k_cache", k_cache), v("v_cache", v_cache);
   require(q.is_cuda, "q is not on CUDA");
   bool const eight_bits = is_8_bits(k.dtype);
@@ -251,6 +252,8 @@ Tensor flash_attn_kvcache_forward_out(
   call.mask = mask_of(causal, window_left, window_right, std::nullopt);
   call.scale = checked_scale(softmax_scale);
   call.softcap = static_cast<float>(softcap);
+  require(attention_chunk >= 0, "attention_chunk is below 0");
+  call.chunk = static_cast<int>(std::min(attention_chunk, kMostKeys));
   call.lengths = {numbers<int>("cu_seqlens_q", cu_seqlens_q, q, {batch + 1}),
                   numbers<int>("cache_seqlens", cache_seqlens, q, {batch}),
                   numbers<int>("cache_leftpad", cache_leftpad, q, {batch})};
@@ -297,7 +300,8 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
     std::optional<Tensor> k_descale, std::optional<Tensor> v_descale,
     std::optional<Tensor> tree_mask, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
-    int64_t num_splits, int64_t sm_margin, std::optional<int64_t> rotation_seed) {
+    int64_t num_splits, int64_t sm_margin, std::optional<int64_t> rotation_seed,
+    int64_t attention_chunk) {
   Argument const q("q", q_tensor), v("v_cache", v_cache);
   require(q.is_cuda, "q is not on CUDA");
   check_sizes(q, 3);
@@ -307,7 +311,8 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
   Tensor lse = flash_attn_kvcache_forward_out(
       out, q_tensor, k_cache, v_cache, cu_seqlens_q, cache_seqlens, page_table, cache_batch_idx,
       cache_leftpad, sinks, softmax_scale, causal, q_descale, k_descale, v_descale, tree_mask,
-      max_seqlen_q, window_left, window_right, softcap, num_splits, sm_margin, rotation_seed);
+      max_seqlen_q, window_left, window_right, softcap, num_splits, sm_margin, rotation_seed,
+      attention_chunk);
   return {out, lse};
 }
 

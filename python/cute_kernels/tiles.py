@@ -33,6 +33,8 @@ def tile_configs(of_pass: str | None = None) -> list[dict[str, Any]]:
         ``"stages"`` (blocks in shared memory that the kernel walks over: K and V forward, Q and dO
         backward), ``"consumer_warpgroups"``, ``"why"`` the row is there, and the pass's own
         columns, which the head of the table explains (cute_kernels/attention/tile_configs.toml).
+        Kernels of a `Variant` have ``"variant"``, its name and a hash, and ``"gradients"``, the
+        captured tensors that they compute gradients of.
     """
     return [
         dict(row)

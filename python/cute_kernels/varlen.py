@@ -100,7 +100,7 @@ def flash_attn_varlen_func(
         page_table: (batch, max_pages), int32, last dimension contiguous. With it k and v are caches
             of pages, (pages, page_size, key heads, head_dim), and key j of a sequence is row ``j %
             page_size`` of page ``page_table[i, j // page_size]``; cu_seqlens_k is None, seqused_k
-            is required, there is no attention_chunk and no gradient. Only what the used keys need
+            is required, and there is no gradient. Only what the used keys need
             of the table is looked at. Pages may be of 8 bits: dtypes and descales are as of
             `flash_attn_with_kvcache`, as is tree_mask.
 
@@ -160,7 +160,6 @@ def flash_attn_varlen_func(
     is_e4m3 = getattr(q, "dtype", None) is _E4M3
     is_fp8 = unusual and (is_e4m3 or any(x is not None for x in descales))
     if page_table is not None:
-        refuse_later("flash_attn_varlen_func with page_table", attention_chunk=attention_chunk)
         out, lse = attend_pages(
             q,
             k,
@@ -184,6 +183,7 @@ def flash_attn_varlen_func(
             k_descale,
             v_descale,
             tree_mask,
+            attention_chunk,
         )
         return (out, lse) if return_lse or return_attn_probs else out
     if cu_seqlens_k is None:

@@ -125,7 +125,12 @@ class BackwardAheadMainloop : public BackwardSplitProducts<Traits> {
       dq_of_both.exchange(shared, last.place(), last.phase());
       dq_of_both.issue_own(last.place(), dq);
     };
-    while (advance(last, read, step, 0)) {
+    while (true) {
+      last.stage = read;
+      last.slice = step.dq_slice(0);
+      ++read;
+      step.advance();
+      if (!step.valid()) break;
       issue_scores();
       begin_dq();
       warpgroup_wait<1>();  // S, and the last dV before it
@@ -163,7 +168,7 @@ class BackwardAheadMainloop : public BackwardSplitProducts<Traits> {
 
     shared.k_full.wait(0);
     shared.peer_k_full.wait(0);
-    if (kCareful && hides_values<Traits>(params, coord)) {
+    if (kCareful && coord.hides_values(params)) {
       WarpRows<Traits::kTileN, Traits::kPeerChannels, Traits::kKeyColumns, Element>(
           shared.own.data(), thread / 32 * 16)
           .clear();
@@ -214,16 +219,21 @@ class BackwardAheadMainloop : public BackwardSplitProducts<Traits> {
       if (thread % cutlass::NumThreadsPerWarp == 0) shared.ds_full[now.place()].arrive();
       return ds;
     };
-    auto issue_dk = [&](auto const& ds, NumberedStep const& now) {
+    auto issue_dk = [&](auto const& ds) {
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_dk, ds, operand_qt(_, _, _, read.index()), dk);
-      dq_of_both.exchange(shared, now.place(), now.phase());
     };
     issue_scores();
     warpgroup_wait<0>();
     auto dq = Dq::accumulator();
     NumberedStep last;
-    issue_dk(hand_on(last), last);
-    while (advance(last, read, step, 1)) {
+    issue_dk(hand_on(last));
+    while (true) {
+      dq_of_both.exchange(shared, last.place(), last.phase());
+      last.stage = read;
+      last.slice = step.dq_slice(1);
+      ++read;
+      step.advance();
+      if (!step.valid()) break;
       issue_scores();
       dq_of_both.issue_own(last.place(), dq);
       warpgroup_wait<1>();  // dP, and the last dK before it
@@ -233,7 +243,7 @@ class BackwardAheadMainloop : public BackwardSplitProducts<Traits> {
       auto const ds = hand_on(next);
       dq_of_both.await_peer(shared, last.place(), last.phase());
       dq_of_both.issue_peer(last.place(), dq);
-      issue_dk(ds, next);
+      issue_dk(ds);
       warpgroup_wait<1>();  // dQ
       send(params, shared, dq_of_both, last, 1, thread, dq);
       last = next;
@@ -246,17 +256,6 @@ class BackwardAheadMainloop : public BackwardSplitProducts<Traits> {
   }
 
  private:
-  /// To the next step, if there is one, with which the one so far is the last.
-  template <class Step>
-  CUTLASS_DEVICE static bool advance(NumberedStep& last, PipelineState& read, Step& step,
-                                     int warpgroup) {
-    last.stage = read;
-    last.slice = step.dq_slice(warpgroup);
-    ++read;
-    step.advance();
-    return step.valid();
-  }
-
   /// In no order, of whoever reads a stage last. In order the memory is still needed.
   template <class Params>
   CUTLASS_DEVICE static void release_stage(Params const& params, Pipeline& pipeline,

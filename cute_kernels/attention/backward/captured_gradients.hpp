@@ -22,10 +22,10 @@ class CapturedGradients {
   static constexpr int kCount = Variant::kGradients;
 
  public:
-  /// Of a step: `gradients` are dP - delta.
-  template <class Params, class Rows, class Place, class Probabilities>
+  /// Of a step: `gradients` are dP - delta, of which the thread's first is at `key` and `query`.
+  template <class Params, class Rows, class Probabilities>
   CUTLASS_DEVICE void add(Params const& params, Rows const& gradients, SequencePlace const& places,
-                          Place const& place, Probabilities const& probabilities) {
+                          int key, int query, Probabilities const& probabilities) {
     using namespace cute;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kCount; ++i) {
@@ -38,7 +38,7 @@ class CapturedGradients {
           if (Variant::kind(i) == Gradient::kOfHeads) {
             sums_[i] += gradient;
           } else {
-            store(params, i, places, place(row, col), gradient);
+            store(params, i, places, key + 8 * row, query + 8 * (col / 2) + col % 2, gradient);
           }
         }
       }
@@ -71,11 +71,11 @@ class CapturedGradients {
  private:
   template <class Params>
   CUTLASS_DEVICE static void store(Params const& params, int i, SequencePlace const& places,
-                                   Place const& here, float gradient) {
+                                   int key, int query, float gradient) {
     int const seqlen_q = places.sequence.seqlen_q, seqlen_k = places.sequence.seqlen_k;
-    if (here.query >= seqlen_q || here.key >= seqlen_k) return;
+    if (query >= seqlen_q || key >= seqlen_k) return;
     int64_t const row = static_cast<int64_t>(places.batch) * params.heads + places.head;
-    params.variant.gradients[i][(row * seqlen_q + here.query) * seqlen_k + here.key] = gradient;
+    params.variant.gradients[i][(row * seqlen_q + query) * seqlen_k + key] = gradient;
   }
 
   float sums_[kCount == 0 ? 1 : kCount] = {};

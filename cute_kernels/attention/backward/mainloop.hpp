@@ -177,7 +177,7 @@ class BackwardMainloop {
       }
       if constexpr (Traits::kChanges) {
         if constexpr (Variant::kGradients > 0) {
-          captured_gradients.add(params, ds_rows, places, place, changed);
+          captured_gradients.add(params, ds_rows, places, key, query, changed);
         }
         gradients_of_changed<kCareful, Variant>(ds_rows, statistics, column, changed);
       } else {

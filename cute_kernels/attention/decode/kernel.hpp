@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
         return typename Mainloop::Scales{};
       }
     }();
-    Mainloop mainloop(params.units, params.source.group, params.call.tree_mask, scales, shared);
+    Mainloop mainloop(params.units, params.source.group, params.call, scales, shared);
     DecodeEpilogue<Traits> epilogue(params.call, params.results, params.source.group,
                                     params.units.log2_of_unit, shared);
     for (auto walk = first_part(); walk.valid(); walk.advance()) {

@@ -38,9 +38,8 @@ class DecodeMainloop {
   using Scales = std::conditional_t<Traits::kEightBits, Fp8Scales<Traits, kRows>, NoScales>;
 
   CUTLASS_DEVICE DecodeMainloop(ScoreUnits const& units, cutlass::FastDivmod const& group,
-                                int64_t const* tree_mask, Scales const& scales,
-                                SharedStorage& shared)
-      : units_(units), group_(group), tree_mask_(tree_mask), scales_(scales), shared_(shared) {}
+                                CachedCall const& call, Scales const& scales, SharedStorage& shared)
+      : units_(units), group_(group), call_(call), scales_(scales), shared_(shared) {}
 
   /// O of a part without keys.
   CUTLASS_DEVICE static auto empty_output() {
@@ -84,14 +83,14 @@ class DecodeMainloop {
   /// The first of the keys of which a tree says who sees them; where there is no tree none is.
   CUTLASS_DEVICE int first_new(Walk const& walk) const {
     WindowRanges const& ranges = walk.sequence().ranges;
-    return tree_mask_ == nullptr ? kNoKey : ranges.seqlen_k - ranges.seqlen_q;
+    return call_.tree_mask == nullptr ? kNoKey : ranges.seqlen_k - ranges.seqlen_q;
   }
 
   /// Which of these a row sees. Read where it is needed: few blocks have such keys.
   CUTLASS_DEVICE uint64_t new_keys_seen(Walk const& walk, int row) const {
     int const query = query_of(walk.tile(), row);
-    bool const there = tree_mask_ != nullptr && query < walk.sequence().ranges.seqlen_q;
-    auto const* const bits = tree_mask_ + walk.sequence().row_q + query;
+    bool const there = call_.tree_mask != nullptr && query < walk.sequence().ranges.seqlen_q;
+    auto const* const bits = call_.tree_mask + walk.sequence().row_q + query;
     return there ? static_cast<uint64_t>(__ldg(bits)) : 0;
   }
   /// Of key `number` of them, or a key before them.
@@ -296,21 +295,32 @@ class DecodeMainloop {
     bool const own = sm90::all_finite<kThreads, Traits::kStageElements>(data, thread);
     if (sm90::barrier_all(sm90::NamedBarrier::kValuesCleared, 0, all_threads, own)) return;
     auto const values = make_tensor(make_smem_ptr(data), typename Traits::LayoutRows{});
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int i = 0; i < kTileN; ++i) {
-      bool sees[kRows];
+    constexpr int kBits = 32;
+    CUTLASS_PRAGMA_UNROLL
+    for (int first = 0; first < kTileN; first += kBits) {
+      uint32_t sees[kRows];  // of keys from `first` on
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < kRows; ++row) {
-        sees[row] = key + i >= seen[row].begin && key + i < seen[row].end &&
-                    is_seen(new_keys_seen(walk, row), key + i - first_new(walk));
+        sees[row] = 0;
+        CUTLASS_PRAGMA_NO_UNROLL
+        for (int i = 0; i < kBits; ++i) {
+          int const at = key + first + i;
+          bool const is_new = at >= first_new(walk);
+          bool const own = at >= seen[row].begin && at < seen[row].end &&
+                           (!is_new || is_seen(new_keys_seen(walk, row), at - first_new(walk)));
+          sees[row] |= static_cast<uint32_t>(own) << i;
+        }
       }
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(out); ++col) {
-        Element const value = values(i, first_column() + column(col));
-        if (sm90::is_finite(value)) continue;
-        CUTLASS_PRAGMA_UNROLL
-        for (int row = 0; row < kRows; ++row) {
-          if (sees[row]) out(row, col) += static_cast<float>(value);
+        CUTLASS_PRAGMA_NO_UNROLL
+        for (int i = 0; i < kBits; ++i) {
+          Element const value = values(first + i, first_column() + column(col));
+          if (sm90::is_finite(value)) continue;
+          CUTLASS_PRAGMA_UNROLL
+          for (int row = 0; row < kRows; ++row) {
+            if ((sees[row] >> i & 1) != 0) out(row, col) += static_cast<float>(value);
+          }
         }
       }
     }
@@ -325,7 +335,7 @@ class DecodeMainloop {
 
   ScoreUnits units_;
   cutlass::FastDivmod const& group_;
-  int64_t const* tree_mask_;  // or null
+  CachedCall const& call_;
   Scales scales_;
   SharedStorage& shared_;
   Stage k_stage_;

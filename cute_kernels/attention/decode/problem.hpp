@@ -54,6 +54,7 @@ struct CachedCall {
   float scale;
   float softcap;  // of the scaled scores; 0: none
   CacheLengths lengths;
+  int chunk = 0;  // keys of a chunk, counted from a sequence's first one, or 0: see CachedSequence
   // (total_q), or null: bit j of a query: whether it sees new key j, of the last keys of its
   // sequence, as many as it has queries. It sees no new key from number 64 on.
   int64_t const* tree_mask = nullptr;

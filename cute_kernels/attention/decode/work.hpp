@@ -31,11 +31,17 @@ struct CachedSequence {
   int first_key;  // behind the left padding
   int group;      // query heads of a key head
   WindowRanges ranges;
+  int chunk = 0;  // a query sees keys of its own chunk alone, of so many; 0: there are none
 
   constexpr int rows() const { return ranges.seqlen_q * group; }
 
   constexpr KeySpan seen_by(int query) const {
-    return {greater(first_key, ranges.first_key(query)), ranges.end_key(query)};
+    KeySpan const seen{greater(first_key, ranges.first_key(query)), ranges.end_key(query)};
+    if (chunk == 0) return seen;
+    int const position = query + ranges.seqlen_k - ranges.seqlen_q - first_key;
+    int const in_chunk = (position % chunk + chunk) % chunk;
+    int const begin = first_key + position - in_chunk;
+    return {greater(seen.begin, begin), lesser(seen.end, begin + chunk)};
   }
   /// What some query from `first` to `last` sees. Neither end of what a query sees decreases.
   constexpr KeySpan seen_by_some(int first, int last) const {
@@ -57,7 +63,8 @@ constexpr CachedSequence cached_sequence(CachedCall const& call, int entry) {
   int const keys = lesser(greater(0, lengths.used[entry]), call.most_keys);
   int const leftpad =
       lengths.leftpad == nullptr ? 0 : lesser(greater(0, lengths.leftpad[entry]), keys);
-  return {q.first, leftpad, call.group, WindowRanges(call.mask, keys - q.count, q.count, keys)};
+  return {q.first, leftpad, call.group, WindowRanges(call.mask, keys - q.count, q.count, keys),
+          call.chunk};
 }
 
 /// A tile of one sequence's rows, and the keys that some of them see, in blocks from the first of

@@ -2,6 +2,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/forward/fp8_queries.hpp"
 #include "cute_kernels/attention/forward/fp8_result.hpp"
 #include "cute_kernels/attention/forward/fp8_softmax.hpp"
 #include "cute_kernels/attention/forward/fp8_traits.hpp"
@@ -241,6 +242,9 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     };
 
     shared.q_full[warpgroup].wait(q_phase);
+    if constexpr (Traits::kAnyCall) {
+      clear_unused_queries<Traits>(shared, warpgroup, mask_of_tile.seqlen_q - own_query);
+    }
     int block = loaded.end - 1;
     Protocol::skip_blocks(block, own.end, kHasLeftEnd ? loaded.begin : 0, pipeline_k, pipeline_v,
                           read_k, read_v, warpgroup);

@@ -65,7 +65,8 @@ inline CacheKernels choose_for_cache(ElementType dtype, DecodeProblem const& pro
   DecodeKernel const* const decode = choose_decode(decode_kernels, dtype, call);
   PrefillKernel const* const prefill =
       choose_prefill(dtype, std::max(call.head_dim, call.head_dim_v));
-  if (prefill == nullptr || call.softcap > 0 || call.tree_mask != nullptr) return {nullptr, decode};
+  bool const takes = call.softcap == 0 && call.chunk == 0 && call.tree_mask == nullptr;
+  if (prefill == nullptr || !takes) return {nullptr, decode};
   if (rows_of_boxes(problem, prefill->config.tile_n) == 0) return {nullptr, decode};
   if (int64_t{longest} * call.group < CacheKernels::kLeastRows) return {nullptr, decode};
   int64_t const rows = int64_t{call.total_q} * call.group;

@@ -102,8 +102,9 @@ def flash_attn_with_kvcache(
             bits.
         k_descale, v_descale, k_scales, v_scales, incoherent, seed: as of `append_kv`, of caches of
             8 bits. Either the descales or the scales are the factors of K and of V.
-        qv, attention_chunk: not there yet, nor are cache_leftpad and cache_batch_idx with a page
-            table: NotImplementedError.
+        attention_chunk: as of `flash_attn_func`.
+        qv: not there yet, nor are cache_leftpad and cache_batch_idx with a page table:
+            NotImplementedError.
         sinks: (heads,), float32, float16 or bfloat16: a score for each head, not scaled, that takes
             part in the softmax without a value; the LSE includes it.
         out: where the output is to be: of its shape, and q's dtype.
@@ -132,7 +133,7 @@ def flash_attn_with_kvcache(
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
         unusual = True
     if unusual:
-        refuse_later("flash_attn_with_kvcache", qv=qv, attention_chunk=attention_chunk)
+        refuse_later("flash_attn_with_kvcache", qv=qv)
         check_hints(num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
     if scheduler_metadata is not None:
@@ -148,6 +149,8 @@ def flash_attn_with_kvcache(
         check_int32("cu_seqlens_q", cu_seqlens_q, q)
         batch, starts = cu_seqlens_q.shape[0] - 1, cu_seqlens_q
     rotation = rotation_seed(incoherent, seed)
+    if rotary_cos is None:
+        rotary_seqlens = None  # FlashAttention-3 does not look at it then
     lengths = cache_seqlens
     if not isinstance(lengths, Tensor):
         lengths = _lengths(cache_seqlens, batch, k_cache, page_table)
@@ -206,6 +209,7 @@ def flash_attn_with_kvcache(
         num_splits,
         sm_margin,
         rotation,
+        attention_chunk,
     )
     if dense:
         result = result.view(*q.shape[:3], result.shape[2])

@@ -75,6 +75,7 @@ def check_attention(
     num_splits: int = 0,
     sm_margin: int = 0,
     rotation_seed: int | None = None,
+    attention_chunk: int = 0,
 ) -> None:
     """Raises ValueError, TypeError or NotImplementedError unless the attention operator can answer
     this call."""
@@ -111,6 +112,7 @@ def check_attention(
     check_softcap(softcap, accumulator_dtype(q.dtype))
     check_int("num_splits", num_splits, least=0, none="")
     check_sm_margin(sm_margin)
+    check_int("attention_chunk", attention_chunk, least=0, none="")
     descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
     check_factors(k_cache, batch, descales, rotation_seed, "q_descale")
     if tree_mask is not None:

@@ -54,6 +54,7 @@ _OPTIONS = (
     "num_splits",
     "sm_margin",
     "rotation_seed",
+    "attention_chunk",
 )
 attention = register(
     Pass(_operators.flash_attn_kvcache_forward.default, check_attention, 15),

@@ -33,6 +33,7 @@ def attend_pages(
     k_descale: Tensor | None,
     v_descale: Tensor | None,
     tree_mask: Tensor | None,
+    attention_chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of sequences whose keys are in pages of k and v."""
     refuse_derivatives(_NAME, q, k, v, sinks, where=" with page_table")
@@ -66,4 +67,6 @@ def attend_pages(
         softcap,
         num_splits,
         sm_margin,
+        None,
+        attention_chunk,
     )

@@ -83,6 +83,7 @@ def attention(
     num_splits: int = 0,
     sm_margin: int = 0,
     rotation_seed: int | None = None,
+    attention_chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Each sequence's attention to its keys; rows of q that no sequence has get 0 and -inf."""
     places = places_of(k_cache, page_table, cache_batch_idx)
@@ -104,13 +105,24 @@ def attention(
             own_q = own_q * q_descale[i].repeat_interleave(group)[:, None]
         own_k = k_cache[keys].to(wide) * factor_of(k_descale, i, keys)
         own_v = v_cache[keys].to(wide) * factor_of(v_descale, i, keys)
+        hidden = _hidden_by_chunks(own_q.shape[0], last - first, attention_chunk)
         if tree_mask is not None:
-            mask = mask._replace(hidden=_hidden_by_tree(tree_mask[queries], last - first, i))
+            by_tree = _hidden_by_tree(tree_mask[queries], last - first, i)
+            hidden = by_tree if hidden is None else hidden | by_tree
+        mask = mask._replace(hidden=hidden)
         (part,), (part_lse,) = reference.attention_forward(
             own_q[None], own_k[None], own_v[None], softmax_scale, mask, sinks, softcap
         )
         out[queries], lse[:, queries] = part.to(out.dtype), part_lse
     return out, lse
+
+
+def _hidden_by_chunks(seqlen_q: int, seqlen_k: int, attention_chunk: int) -> Tensor | None:
+    """(seqlen_q, seqlen_k): which keys are not in a query's chunk."""
+    if attention_chunk == 0:
+        return None
+    of_query = (torch.arange(seqlen_q) + seqlen_k - seqlen_q)[:, None] // attention_chunk
+    return torch.arange(seqlen_k) // attention_chunk != of_query
 
 
 def _hidden_by_tree(tree_mask: Tensor, seqlen_k: int, sequence: int) -> Tensor:

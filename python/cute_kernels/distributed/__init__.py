@@ -6,6 +6,7 @@ from cute_kernels.distributed.interface import (
     ring_attn_func,
     ulysses_attn_func,
 )
+from cute_kernels.distributed.measure import measure
 from cute_kernels.distributed.shards import next_tokens, positions, shard, unshard
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Prediction",
     "all_gather_attn_func",
     "choose",
+    "measure",
     "next_tokens",
     "positions",
     "ring_attn_func",

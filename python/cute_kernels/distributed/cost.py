@@ -29,12 +29,13 @@ class Machine:
     link: float  # bytes to another GPU of the same node, while as many come
     between: float  # the same between nodes
     node: int = 8  # GPUs
-    latency: float = 15e-6  # seconds that messages of a step take beside their bytes
+    latency: float = 3e-4  # seconds that messages of a step take beside their bytes
     call: float = 12e-6  # seconds of a kernel's start and end, when it does not fill the GPU
-    messages: int = 8  # multiprocessors that are left to messages while there are any
+    exchange: float = 220e9  # bytes of an all-to-all inside a node
+    messages: int = 8  # multiprocessors that are left to messages; copy engines need none
 
 
-H100 = Machine(forward=640e12, backward=560e12, memory=2.6e12, link=300e9, between=45e9)
+H100 = Machine(forward=640e12, backward=560e12, memory=2.6e12, link=150e9, between=45e9)
 
 
 class Shape(NamedTuple):
@@ -148,8 +149,9 @@ class _Timeline:
         if number_of_bytes == 0:
             return self.now
         start = max(self.now, self._free)
-        link = self._machine.link if ranks <= self._machine.node else self._machine.between
-        self._free = start + number_of_bytes / link + self._machine.latency
+        machine = self._machine
+        link = machine.link if ranks <= machine.node else machine.between
+        self._free = start + number_of_bytes / link + machine.latency
         return self._free
 
     def wait(self, until: float) -> None:
@@ -179,7 +181,7 @@ def _times(
         timeline = _Timeline(machine)
         if function == "ulysses_attn_func":
             local = shape._replace(heads=shape.heads // shared, key_heads=shape.key_heads // shared)
-            _all_to_all(timeline, shape, shared, backward)
+            _all_to_all(timeline, shape, shared, machine, backward)
             _ring(timeline, local, rank, machine, backward, shared)
         elif function == "ring_attn_func":
             _ring(timeline, shape, rank, machine, backward)
@@ -236,7 +238,7 @@ def _ring(
         timeline.move(shape.of_queries(_rows(parts), 2 + 2 * size))
     if not backward:
         return
-    first = max(1, shape.key_heads // 4) / shape.key_heads if shape.key_heads > 1 else 0.0
+    first = plan.first_heads(shape.key_heads) / shape.key_heads
     whole = _operations(shape, own, 5)
     arrives = timeline.send(keys(0), ranks * shared) if foreign else 0.0
     timeline.compute(first * whole, machine.backward)
@@ -291,12 +293,15 @@ def _gather(timeline: _Timeline, shape: Shape, rank: int, machine: Machine, back
             timeline.move(shape.of_queries(shape.rows // shape.batch, 10))
 
 
-def _all_to_all(timeline: _Timeline, shape: Shape, shared: int, backward: bool) -> None:
+def _all_to_all(
+    timeline: _Timeline, shape: Shape, shared: int, machine: Machine, backward: bool
+) -> None:
     """Nothing is computed meanwhile."""
     rows = shape.rows // shape.batch // shared
     all_bytes = 2 * shape.of_queries(rows) + shape.of_keys(rows)
+    rate = machine.exchange if shared <= machine.node else machine.between
     for _ in range(2 if backward else 1):
-        timeline.wait(timeline.send(all_bytes * (1 - 1 / shared), shared))
+        timeline.now += all_bytes * (1 - 1 / shared) / rate
         timeline.move(4 * all_bytes)
 
 

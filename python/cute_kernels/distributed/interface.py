@@ -170,12 +170,14 @@ def ulysses_attn_func(
     causal, left, right = window_of(window_size, causal)
     packed = cu_seqlens is not None
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    check_shard(q, k, v, scale, causal, left, right, softcap, deterministic, sinks, packed)
+    if not torch.compiler.is_compiling():  # operators refuse the same then
+        call = (scale, causal, left, right, softcap, deterministic, sinks, packed)
+        check_shard(q, k, v, *call)
     check_heads(q, k, ranks.size)
     way = (of_heads.group_name, ranks.size, layout if ring is None else "contiguous")
     check_tokens(q.shape[-3] * ranks.size, way[2], ranks.size)
-    call = f"{causal=}, {left=}, {right=}, {softcap=}, softmax_scale={scale}, {way[2]}"
-    q, k, v = to_heads(q, k, v, call, *way)
+    note = f"{causal=}, {left=}, {right=}, {softcap=}, softmax_scale={scale}, {way[2]}"
+    q, k, v = to_heads(q, k, v, note, *way)
     options: dict[str, Any] = {
         "softmax_scale": softmax_scale,
         "causal": causal,
@@ -232,7 +234,9 @@ def _attend(
     causal, left, right = window_of(window_size, causal)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     packed = cu_seqlens is not None
-    check_shard(q, k, v, scale, causal, left, right, softcap, deterministic, sinks, packed)
+    if not torch.compiler.is_compiling():  # operators refuse the same then
+        call = (scale, causal, left, right, softcap, deterministic, sinks, packed)
+        check_shard(q, k, v, *call)
     ranks = Ranks.of(of_ranks)
     tokens = q.shape[-3] * ranks.size
     check_tokens(tokens, layout, ranks.size)

@@ -186,6 +186,12 @@ def work(problem: Problem, rank: int) -> int:
     )
 
 
+def first_heads(key_heads: int) -> int:
+    """How many heads of a rank's own keys are done before those of others, in the backward pass:
+    enough to hide that the first of others' keys arrive, few, as more has to return."""
+    return key_heads // 4 if key_heads >= 4 else key_heads // 2
+
+
 def head_groups(rows: int, key_heads: int) -> list[Interval]:
     """Key heads that are exchanged together, with `rows` rows of queries each: few at first, as
     nothing is computed meanwhile, and then each time twice as many as before, the last at least

@@ -40,9 +40,6 @@ from cute_kernels.distributed.exchange import (
 from cute_kernels.distributed.plan import Interval, Problem
 from cute_kernels.reference import accumulator_dtype
 
-# Of a rank's own work in the backward pass, the part that is done before that on others' keys.
-_FIRST_SHARE = 4
-
 
 class Steps:
     """The exchange of keys and values, step by step."""
@@ -146,7 +143,7 @@ def ring_backward(
     grad_q = torch.zeros_like(saved.q, dtype=wide, memory_format=torch.contiguous_format)
     own_k, own_v = (torch.empty(x.shape, dtype=wide, device=x.device) for x in (k, v))
     group, key_heads = saved.q.shape[-2] // k.shape[-2], k.shape[-2]
-    first_heads = key_heads // _FIRST_SHARE if key_heads > _FIRST_SHARE else key_heads // 2
+    first_heads = plan.first_heads(key_heads)
 
     def add_own(start: int, stop: int, margin: int) -> None:
         if start == stop:

@@ -256,7 +256,8 @@ def _attention_quantised(
     check_softmax_scale(softmax_scale)
     causal, left, right = mask
     any_call = sinks is not None or is_own_mask(q.data, k.data, left, 0 if causal else right, None)
-    check_tile_config(tile_config, "forward_fp8", q.data, q.data, any_call)
+    of_v = v.data.new_empty((0, v.shape[3]))
+    check_tile_config(tile_config, "forward_fp8", q.data, of_v, any_call)
     batch, seqlen, heads, _ = q.shape
     if k.shape[1] == 0 or q.data.is_meta:
         out = q.data.new_zeros((batch, seqlen, heads, v.shape[3]), dtype=out_dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -156,8 +157,33 @@ def _finite(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.masked_fill(wild, 0.0), wild
 
 
-def _weighted_sum(p: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """P V, to which what a query does not see adds nothing, even if NaN."""
+def _sum_of_seen(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """weights @ values. Where not seen, the weight is 0, and the value adds nothing even if NaN."""
     wild = ~values.isfinite()
     sees_wild = seen.to(values.dtype) @ wild.to(values.dtype) > 0
-    return (p @ values.masked_fill(wild, 0.0)).masked_fill(sees_wild, math.nan)
+    return (weights @ values.masked_fill(wild, 0.0)).masked_fill(sees_wild, math.nan)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """P V, to which what a query does not see adds nothing, even if NaN; nor to its gradients."""
+
+    @staticmethod
+    def forward(p: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+        return _sum_of_seen(p, values, seen)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grads
+        p, values, seen = ctx.saved_tensors
+        return (
+            (grad @ values.mT).masked_fill(~seen, 0.0),
+            _sum_of_seen(p.mT, grad, seen.mT),
+            None,
+        )
+
+
+_weighted_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = _WeightedSum.apply
