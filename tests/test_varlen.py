@@ -243,6 +243,7 @@ def test_signature():
         "page_table": None,
         "tree_mask": None,
         "tile_config": None,
+        "variant": None,
     }
 
 

@@ -66,6 +66,13 @@ def surely(condition: Any) -> bool:
     return condition
 
 
+def called_while_tracing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compilers take its result for a constant, as with `torch.compiler.assume_constant_result`,
+    which loads the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def direct(operator: Any) -> Callable[..., Any]:
     """What calls an operator without its Python object."""
     function: Callable[..., Any] = getattr(operator, "_op", operator)

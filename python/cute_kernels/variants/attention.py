@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cute_kernels.checks import check_forward, refuse_tangents
 from cute_kernels.reference import Sequence, mask_of
-from cute_kernels.torch_private import in_forward_mode
+from cute_kernels.torch_private import called_while_tracing, in_forward_mode
 from cute_kernels.variants.checks import (
     check_captured,
     check_gradients,
@@ -25,9 +25,7 @@ from cute_kernels.variants.reference import packed_variant_attention, variant_at
 from cute_kernels.variants.variant import BoundVariant, bound
 from cute_kernels.varlen_checks import check_varlen_forward, rows_of_sequences
 
-# Compilers call it while they trace.
-_constant: Callable[..., Any] = torch.compiler.assume_constant_result
-_kernels_of: Callable[..., Names] = _constant(kernels_of)
+_kernels_of: Callable[..., Names] = called_while_tracing(kernels_of)
 
 
 class Packed(NamedTuple):

@@ -70,7 +70,6 @@ def _attention(
     dtype, group = accumulator_dtype(q.dtype), q.shape[2] // max(1, k.shape[2])
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     all_k, all_v = (x.to(dtype).transpose(1, 2).repeat_interleave(group, dim=1) for x in (k, v))
-    finite_k, wild_k = _finite(all_k)
     captured = {
         name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
         for name, x in variant.captured().items()
@@ -92,13 +91,11 @@ def _attention(
             "seqlen_k": seqlen_k,
             **captured,
         }
-        # A key that is not finite makes NaN of the scores of those that see it, and of no others'.
-        finite_rows, wild_rows = _finite(rows)
-        scores = (finite_rows @ finite_k.mT) * softmax_scale
-        scores = scores.masked_fill(wild_rows | wild_k.mT, math.nan)
-        seen = _seen(mask, names["position"], key).expand_as(scores)
+        shape = (*rows.shape[:3], seqlen_k)
+        seen = _seen(mask, names["position"], key).expand(shape)
         if variant.variant.python["mask"] is not None:
             seen = seen & _call(variant, "mask", names)
+        scores = _products(rows, all_k, seen) * softmax_scale
         if variant.variant.python["score"] is not None:
             # What hides a key hides also what its score would be.
             scores = _call(variant, "score", {**names, "score": scores})
@@ -107,7 +104,7 @@ def _attention(
             of_sinks = sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
             scores = torch.cat([scores, of_sinks], -1)
         p, lse = _softmax(scores)
-        p = p[..., :seqlen_k]
+        p = p[..., :seqlen_k].masked_fill(~seen, 0.0)  # also where the LSE is NaN
         if variant.variant.python["weight"] is not None:
             p = p * _call(variant, "weight", names)
         outs.append(_weighted_sum(p, all_v, seen))
@@ -164,6 +161,26 @@ def _sum_of_seen(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
     return (weights @ values.masked_fill(wild, 0.0)).masked_fill(sees_wild, math.nan)
 
 
+class _Products(torch.autograd.Function):
+    """Q K^T; a key that is not finite makes NaN of what sees it, in gradients too, and of nothing
+    else."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+        (finite_q, wild_q), (finite_k, wild_k) = _finite(q), _finite(k)
+        return (finite_q @ finite_k.mT).masked_fill(wild_q | wild_k.mT, math.nan)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        q, k, seen = ctx.saved_tensors
+        grad = grads[0].masked_fill(~seen, 0.0)
+        return _sum_of_seen(grad, k, seen), _sum_of_seen(grad.mT, q, seen.mT), None
+
+
 class _WeightedSum(torch.autograd.Function):
     """P V, to which what a query does not see adds nothing, even if NaN; nor to its gradients."""
 
@@ -187,3 +204,4 @@ class _WeightedSum(torch.autograd.Function):
 
 
 _weighted_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = _WeightedSum.apply
+_products: Callable[[Tensor, Tensor, Tensor], Tensor] = _Products.apply
