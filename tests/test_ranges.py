@@ -8,7 +8,7 @@ import pytest
 import torch
 from host_program import CHECKED, host_program, needs_cxx
 
-from cute_kernels.checks import is_own_mask
+from cute_kernels.checks import _is_own_mask
 
 pytestmark = needs_cxx
 
@@ -26,7 +26,7 @@ void print(BlockRange range) {{
 void print_columns() {{
   int first, end;
   while (std::cin >> first >> end) {{
-    std::cout << columns_between(first, end) << '\\n';
+    std::cout << columns_between<16>(first, end) << ' ' << columns_between<32>(first, end) << '\\n';
   }}
 }}
 
@@ -174,7 +174,7 @@ def test_the_package_knows_too_which_masks_kernels_read(block_ranges):
     for case, answer in zip(cases, block_ranges(cases), strict=True):
         q, k = (torch.empty(1, seqlen, 1, 8, device="meta") for seqlen in case[:2])
         diagonal, left, right = (None if n == NONE else n for n in case[2:5])
-        assert is_own_mask(q, k, left, right, diagonal) == (len(answer) == 2), case
+        assert _is_own_mask(q, k, left, right, diagonal) == (len(answer) == 2), case
 
 
 def test_limits_as_large_as_an_int_holds(block_ranges):
@@ -224,6 +224,6 @@ def test_columns_between_two_ends(program):
     """Columns of a thread are 0, 1, 8, 9, 16 and so on; the ends may lie anywhere."""
     far = [-(2**30), -9, -1, 2**30]
     cases = list(itertools.product([*far, *range(135)], repeat=2))
-    for (first, end), (bits,) in zip(cases, program(cases, "columns", "only"), strict=True):
-        seen = [first <= 8 * (i // 2) + i % 2 < end for i in range(32)]
-        assert bits == sum(int(is_seen) << i for i, is_seen in enumerate(seen)), (first, end)
+    for (first, end), (of_16, of_32) in zip(cases, program(cases, "columns", "only"), strict=True):
+        bits = [int(first <= 8 * (i // 2) + i % 2 < end) << i for i in range(32)]
+        assert (of_16, of_32) == (sum(bits[:16]), sum(bits)), (first, end)

@@ -457,6 +457,10 @@ def test_a_table_without_backward_rows_has_an_empty_one(tmp_path):
             {"head_dim": 96, "value_blocks_in_registers": 3},
             "value_blocks_in_registers = 3 must divide 2, the blocks of 16",
         ),
+        (
+            {"head_dim": 64, "tile_m": 256, "tile_n": 64, "split_products": True, "any_call": True},
+            "any_call needs tile_m of up to 128, but it is 256",
+        ),
         ({"scores_ahead": True}, "scores_ahead needs split_products = true, softcap = false"),
         ({**SPLIT_192_128, "stages": 4}, "24576 K + 16384 V + 98304 Q + 65536 dO + 16384 dS"),
         ({"head_dim_v": 80}, "head_dim_v = 80 must be a multiple of 32"),

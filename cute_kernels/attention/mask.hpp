@@ -82,13 +82,11 @@ struct TwoEndedMask : Ranges {
     for (int row = 0; row < size<0>(scores); ++row) {
       int const first = this->first_query(key + 8 * row) - query;
       int const limit = lesser(this->end_query(key + 8 * row), this->seqlen_q) - query;
+      constexpr int kColumns = decltype(size<1>(scores))::value;
+      uint32_t const seen = columns_between<kColumns>(first, limit);
       CUTLASS_PRAGMA_UNROLL
-      for (int from = 0; from < size<1>(scores); from += kColumnsOfWord) {
-        uint32_t const seen = columns_between(first - 4 * from, limit - 4 * from);
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kColumnsOfWord && from + i < size<1>(scores); ++i) {
-          if ((seen & uint32_t{1} << i) == 0) scores(row, from + i) = hidden;
-        }
+      for (int col = 0; col < kColumns; ++col) {
+        if ((seen & uint32_t{1} << col) == 0) scores(row, col) = hidden;
       }
     }
   }

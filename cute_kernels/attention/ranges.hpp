@@ -13,13 +13,14 @@ namespace cute_kernels::attention {
 constexpr int lesser(int a, int b) { return b < a ? b : a; }
 constexpr int greater(int a, int b) { return a < b ? b : a; }
 
-/// Of so many columns of an accumulator that a thread has, pairs 8 apart, a bit for each that lies
+/// Of kColumns columns of an accumulator that a thread has, pairs 8 apart, a bit for each that lies
 /// from `first` up to before `end`. On the device: two comparisons for each column would not leave
 /// enough predicates.
-inline constexpr int kColumnsOfWord = 32;
+template <int kColumns>
 constexpr uint32_t columns_between(int first, int end) {
+  static_assert(kColumns <= 32);
   auto before = [](int offset) {  // that many columns
-    int const inside = lesser(greater(0, offset), 4 * kColumnsOfWord);
+    int const inside = lesser(greater(0, offset), 4 * kColumns);
     return inside / 8 * 2 + lesser(inside % 8, 2);
   };
   auto ones = [](int count) { return static_cast<uint32_t>((uint64_t{1} << count) - 1); };

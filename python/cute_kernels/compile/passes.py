@@ -41,6 +41,7 @@ KEY_BLOCK = 16  # backward: channels of a k-step of WGMMA, 4 registers as an ope
 SUM_CHANNELS = 8  # FP8 with linear_exp: channels of V that are ones
 SWIZZLE_ELEMENTS = 16  # a row of the 32-byte swizzle, the narrowest
 WARPGROUP_WARPS = 4
+MASKED_QUERIES = 128  # backward, any_call: of a key and four threads (attention/mask.hpp)
 # What setmaxnreg leaves a consumer thread (forward/traits.hpp); one consumer warpgroup keeps the
 # compiler's limit.
 CONSUMER_REGISTERS = {1: 255, 2: 240, 3: 160, 4: 112}
@@ -206,6 +207,11 @@ def backward_problems(row: Row) -> list[str]:
         found.append(
             f"tile_m = {row['tile_m']} must be 64, 128, 192 or 256: it is N of the WGMMA K Q^T (at "
             f"most 256) and M of dS K"
+        )
+    if row["any_call"] and row["tile_m"] > MASKED_QUERIES:
+        found.append(
+            f"any_call needs tile_m of up to {MASKED_QUERIES}, but it is {row['tile_m']}: a thread "
+            f"masks 32 queries of a key, each by a bit"
         )
     slices = dq_slices(row)
     one_each = slices * WARPGROUP_M
