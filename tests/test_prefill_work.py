@@ -138,7 +138,7 @@ def test_every_row_is_in_one_tile_with_all_keys_that_it_sees(tiles_of, seed):
         of_rows, of_keys = ends[: 2 * len(own)], ends[2 * len(own) :]
         sights = []
         for row, first, last in zip(own, of_rows[::2], of_rows[1::2], strict=True):
-            sight = seen(row // group, queries[entry], used[entry], leftpad[entry], mask)
+            sight = seen(row // group, queries[entry], used[entry], leftpad[entry], (*mask, 0))
             sight = range(sight.start - leftpad[entry], sight.stop - leftpad[entry])
             assert range(first, max(first, last)) == sight or not (sight or first < last)
             sights.append(sight)
