@@ -8,7 +8,7 @@ import pytest
 import torch
 from host_program import CHECKED, host_program, needs_cxx
 
-from cute_kernels.checks import _is_own_mask
+from cute_kernels.checks import is_own_mask
 
 pytestmark = needs_cxx
 
@@ -174,7 +174,7 @@ def test_the_package_knows_too_which_masks_kernels_read(block_ranges):
     for case, answer in zip(cases, block_ranges(cases), strict=True):
         q, k = (torch.empty(1, seqlen, 1, 8, device="meta") for seqlen in case[:2])
         diagonal, left, right = (None if n == NONE else n for n in case[2:5])
-        assert _is_own_mask(q, k, left, right, diagonal) == (len(answer) == 2), case
+        assert is_own_mask(q, k, left, right, diagonal) == (len(answer) == 2), case
 
 
 def test_limits_as_large_as_an_int_holds(block_ranges):
