@@ -135,8 +135,9 @@ def flash_attn_varlen_func(
         tree_mask,
         variant,
     )
+    is_e4m3 = getattr(q, "dtype", None) is _E4M3
     try:
-        unusual = asked != _USUAL or getattr(q, "dtype", None) is _E4M3
+        unusual = is_e4m3 or asked != _USUAL
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
         unusual = True
     if unusual:
@@ -157,7 +158,6 @@ def flash_attn_varlen_func(
     # Here too: the operator would read a tensor, and wait for the GPU.
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     descales = (q_descale, k_descale, v_descale)
-    is_e4m3 = getattr(q, "dtype", None) is _E4M3
     is_fp8 = unusual and (is_e4m3 or any(x is not None for x in descales))
     if page_table is not None:
         out, lse = attend_pages(
