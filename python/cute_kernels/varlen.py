@@ -188,18 +188,10 @@ def flash_attn_varlen_func(
         return (out, lse) if return_lse or return_attn_probs else out
     if cu_seqlens_k is None:
         raise TypeError("cu_seqlens_k is a NoneType, must be a torch.Tensor")
-    if variant is not None:
-        of_call = Packed(
-            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k
-        )
-        deterministic = _always_deterministic() or deterministic
-        call = (q, k, v, of_call, softmax_scale, causal, sinks, window[0], window[1])
-        out, lse = attend(variant, *call, deterministic, tile_config, sm_margin)
-        return (out, lse) if return_lse or return_attn_probs else out
     if is_fp8:
         if tile_config is not None:
             raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-        refuse_for_fp8(softcap=softcap > 0)
+        refuse_for_fp8(softcap=softcap > 0, variant=variant is not None)
         out, lse = flash_attn_varlen_e4m3(
             q,
             k,
@@ -214,6 +206,14 @@ def flash_attn_varlen_func(
             return_lse or return_attn_probs,
             sm_margin,
         )
+        return (out, lse) if return_lse or return_attn_probs else out
+    if variant is not None:
+        of_call = Packed(
+            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k
+        )
+        deterministic = _always_deterministic() or deterministic
+        call = (q, k, v, of_call, softmax_scale, causal, sinks, window[0], window[1])
+        out, lse = attend(variant, *call, deterministic, tile_config, sm_margin)
         return (out, lse) if return_lse or return_attn_probs else out
     lengths: Lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
     if unusual and attention_chunk > 0:
