@@ -20,6 +20,7 @@ CUTLASS_DEVICE void clear_unused_queries(typename Traits::SharedStorage& shared,
   if (first_row <= 0 || first_row >= Traits::kWarpgroupM) return;
   auto queries = make_tensor(make_smem_ptr(shared.q[warpgroup].data()), typename Traits::LayoutQ{});
   int const chunks = (Traits::kWarpgroupM - first_row) * kChunks;
+#pragma unroll 1  // seldom run; unrolled, it takes registers from the steps
   for (int i = threadIdx.x % cutlass::NumThreadsPerWarpGroup; i < chunks;
        i += cutlass::NumThreadsPerWarpGroup) {
     auto& chunk = queries(first_row + i / kChunks, i % kChunks * kChunk);
