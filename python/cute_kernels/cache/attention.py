@@ -11,6 +11,7 @@ from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
 from cute_kernels.cache import operators
 from cute_kernels.cache.append import append_rows, rotation_seed
 from cute_kernels.cache.checks import ENTRIES, PAGES, check_attention, check_output
+from cute_kernels.cache.tables import table_of_batch
 from cute_kernels.checks import (
     DENSE,
     PACKED,
@@ -82,7 +83,7 @@ def flash_attn_with_kvcache(
             is a multiple of that of key heads. Of the page table only what a sequence's rows need
             is looked at: the rest may be -1 or anything.
         k, v, cu_seqlens_k_new, rotary_seqlens: as of `append_kv`. If given, they are appended
-            first, in place, and attended to.
+            first, in place, and attended to. k and v of 8 bits go with queries of any dtype.
         rotary_cos, rotary_sin, rotary_interleaved: as of `append_kv`, only with k and v. Queries
             are rotated too: with `causal` or a window query i of a sequence by the angles of
             position ``cache_seqlens + i``, otherwise all by those of ``cache_seqlens``.
@@ -103,8 +104,7 @@ def flash_attn_with_kvcache(
         k_descale, v_descale, k_scales, v_scales, incoherent, seed: as of `append_kv`, of caches of
             8 bits. Either the descales or the scales are the factors of K and of V.
         attention_chunk: as of `flash_attn_func`.
-        qv: not there yet, nor are cache_leftpad and cache_batch_idx with a page table:
-            NotImplementedError.
+        qv: not there yet, nor is cache_leftpad with a page table: NotImplementedError.
         sinks: (heads,), float32, float16 or bfloat16: a score for each head, not scaled, that takes
             part in the softmax without a value; the LSE includes it.
         out: where the output is to be: of its shape, and q's dtype.
@@ -148,6 +148,9 @@ def flash_attn_with_kvcache(
     else:
         check_int32("cu_seqlens_q", cu_seqlens_q, q)
         batch, starts = cu_seqlens_q.shape[0] - 1, cu_seqlens_q
+    if cache_batch_idx is not None and page_table is not None:
+        page_table = table_of_batch(page_table, cache_batch_idx, k_cache, batch)
+        cache_batch_idx = None
     rotation = rotation_seed(incoherent, seed)
     if rotary_cos is None:
         rotary_seqlens = None  # FlashAttention-3 does not look at it then
