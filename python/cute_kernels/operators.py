@@ -89,6 +89,8 @@ def _dense_options(
 
 def _varlen_options(*options: Any) -> tuple[Any, ...]:
     before = 3 + _VARLEN_KEYWORDS.index("tile_config")
+    if len(options) <= before:
+        return options
     return *options[:before], None, *options[before + 1 :]  # forward's is not backward's
 
 

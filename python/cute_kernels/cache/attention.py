@@ -11,6 +11,7 @@ from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
 from cute_kernels.cache import operators
 from cute_kernels.cache.append import append_rows, rotation_seed
 from cute_kernels.cache.checks import ENTRIES, PAGES, check_attention, check_output
+from cute_kernels.cache.starts import starts_of
 from cute_kernels.cache.tables import table_of_batch
 from cute_kernels.checks import (
     DENSE,
@@ -25,7 +26,7 @@ from cute_kernels.registration import mark_written
 from cute_kernels.varlen_checks import check_int32
 
 # What the arguments are that most calls leave alone.
-_USUAL = (None, 0, (-1, -1), None, 0)
+_USUAL = (None, 0, (-1, -1), None, 0, 0.0, 0, False, 0)
 
 
 def flash_attn_with_kvcache(
@@ -126,8 +127,18 @@ def flash_attn_with_kvcache(
             gradient.
     """
     refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, sinks)
-    left = right = None
-    asked = (qv, attention_chunk, window_size, pack_gqa, sm_margin)
+    rotation = left = right = None
+    asked = (
+        qv,
+        attention_chunk,
+        window_size,
+        pack_gqa,
+        sm_margin,
+        softcap,
+        num_splits,
+        incoherent,
+        seed,
+    )
     try:
         unusual = asked != _USUAL
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
@@ -136,6 +147,7 @@ def flash_attn_with_kvcache(
         refuse_later("flash_attn_with_kvcache", qv=qv)
         check_hints(num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
+        rotation = rotation_seed(incoherent, seed)
     if scheduler_metadata is not None:
         _check_metadata(scheduler_metadata)
     check_tensor("q", q)
@@ -143,15 +155,14 @@ def flash_attn_with_kvcache(
     if q.dim() != (4 if dense else 3):
         check_alone("q", q, DENSE if dense else PACKED)
     if cu_seqlens_q is None:
-        batch, max_seqlen_q = q.shape[:2]
-        starts = _starts_of(batch, max_seqlen_q, q)
+        batch, max_seqlen_q, *_ = q.shape
+        starts = starts_of(batch, max_seqlen_q, q)
     else:
         check_int32("cu_seqlens_q", cu_seqlens_q, q)
         batch, starts = cu_seqlens_q.shape[0] - 1, cu_seqlens_q
     if cache_batch_idx is not None and page_table is not None:
         page_table = table_of_batch(page_table, cache_batch_idx, k_cache, batch)
         cache_batch_idx = None
-    rotation = rotation_seed(incoherent, seed)
     if rotary_cos is None:
         rotary_seqlens = None  # FlashAttention-3 does not look at it then
     lengths = cache_seqlens
@@ -170,7 +181,13 @@ def flash_attn_with_kvcache(
         lengths, turned = append_rows(k_cache, v_cache, k, v, *inputs, factors=factors)
         if rotary_cos is not None:
             q = turned
-    else:
+    elif not (
+        k is None
+        and v is None
+        and cu_seqlens_k_new is None
+        and rotary_cos is None
+        and rotary_sin is None
+    ):
         _refuse_without_new_keys(
             k=k,
             v=v,
@@ -182,7 +199,7 @@ def flash_attn_with_kvcache(
     into = None
     if out is not None:
         check_tensor("out", out)
-        if out.shape[:-1] != q.shape[:-1]:
+        if dense and out.shape[:-1] != q.shape[:-1]:  # flat, they may be the same
             raise ValueError(
                 f"out has shape {tuple(out.shape)}, must be {(*q.shape[:-1], v_cache.shape[-1])}"
             )
@@ -206,13 +223,11 @@ def flash_attn_with_kvcache(
         _one_of("v", v_descale, v_scales),
         None if tree_mask is None else _of_queries(tree_mask, q),
         max_seqlen_q,
-        left,
-        right,
-        softcap,
-        num_splits,
-        sm_margin,
-        rotation,
-        attention_chunk,
+        *(
+            (left, right, softcap, num_splits, sm_margin, rotation, attention_chunk)
+            if unusual
+            else ()
+        ),
     )
     if dense:
         result = result.view(*q.shape[:3], result.shape[2])
@@ -278,14 +293,6 @@ def _of_queries(tree_mask: Tensor, q: Tensor) -> Tensor:
             "before heads"
         )
     return tree_mask.flatten()
-
-
-def _starts_of(batch: int, seqlen: int, like: Tensor) -> Tensor:
-    """cu_seqlens of sequences of one length; nothing waits for a GPU."""
-    how: Any = {"dtype": torch.int32, "device": like.device}
-    if seqlen == 0:
-        return torch.zeros(batch + 1, **how)
-    return torch.arange(0, (batch + 1) * seqlen, seqlen, **how)
 
 
 def get_scheduler_metadata(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from cute_kernels.checks import check_tensor, refuse_derivatives
 from cute_kernels.varlen_checks import check_int32, rows_of_sequences
 
 _NAME = "flash_attn_varlen_func"
+
+# What the operator has as its defaults: what is not passed costs no time.
+_USUAL_HINTS = (None, None, 0.0, 0, 0, None, 0)
 
 
 def attend_pages(
@@ -59,6 +63,8 @@ def attend_pages(
             _twice(x) if isinstance(x, Tensor) and x.dim() == 2 else x
             for x in (q_descale, k_descale, v_descale)
         )
+    hints: tuple[Any, ...] = (window_left, window_right, softcap, num_splits, sm_margin)
+    hints = (*hints, None, attention_chunk)
     out, lse = attend(
         None,
         q,
@@ -77,13 +83,7 @@ def attend_pages(
         v_descale,
         tree_mask,
         max_seqlen_q,
-        window_left,
-        window_right,
-        softcap,
-        num_splits,
-        sm_margin,
-        None,
-        attention_chunk,
+        *(() if hints == _USUAL_HINTS else hints),
     )
     if unused is not None and sinks is not None:  # which all other rows without keys have as LSE
         lse = lse.masked_fill(unused, -math.inf)

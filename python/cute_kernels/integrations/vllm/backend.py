@@ -267,7 +267,7 @@ class CuteKernelsImpl(AttentionImpl[CuteKernelsMetadata]):
             cu_seqlens_q=batch.query_start_loc,
             max_seqlen_q=batch.max_query_len,
             causal=causal,
-            window_size=(self._left, 0 if causal else self._left),
+            window_size=self._window(causal),
             out=out,
             **options,
         )
@@ -285,7 +285,8 @@ class CuteKernelsImpl(AttentionImpl[CuteKernelsMetadata]):
     ) -> Any:
         starts, longest = batch.query_start_loc, batch.max_query_len
         lengths = (starts, starts, longest, longest)
-        window = (self._left, self._left)
-        return flash_attn_varlen_func(
-            query, key, value, *lengths, causal=False, window_size=window, **self._options()
-        )
+        options = {"causal": False, "window_size": self._window(False), **self._options()}
+        return flash_attn_varlen_func(query, key, value, *lengths, **options)
+
+    def _window(self, causal: bool) -> tuple[int, int]:
+        return (self._left, 0) if causal and self._left >= 0 else (self._left, self._left)
