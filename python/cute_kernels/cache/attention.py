@@ -25,8 +25,9 @@ from cute_kernels.checks import (
 from cute_kernels.registration import mark_written
 from cute_kernels.varlen_checks import check_int32
 
-# What the arguments are that most calls leave alone.
-_USUAL = (None, 0, (-1, -1), None, 0, 0.0, 0, False, 0)
+# What the arguments are that most calls leave alone, and what most others do.
+_USUAL = (None, None, (-1, -1))
+_USUAL_HINTS = (0.0, 0, 0, 0, False, 0)
 
 
 def flash_attn_with_kvcache(
@@ -128,26 +129,21 @@ def flash_attn_with_kvcache(
     """
     refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, sinks)
     rotation = left = right = None
-    asked = (
-        qv,
-        attention_chunk,
-        window_size,
-        pack_gqa,
-        sm_margin,
-        softcap,
-        num_splits,
-        incoherent,
-        seed,
-    )
+    options: tuple[Any, ...] = ()  # each that is passed costs time
+    hints = (softcap, num_splits, sm_margin, attention_chunk, incoherent, seed)
     try:
-        unusual = asked != _USUAL
+        hinted = hints != _USUAL_HINTS
+        unusual = hinted or (qv, pack_gqa, window_size) != _USUAL
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
-        unusual = True
+        hinted = unusual = True
     if unusual:
         refuse_later("flash_attn_with_kvcache", qv=qv)
         check_hints(num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
+        options = (left, right)
+    if hinted:
         rotation = rotation_seed(incoherent, seed)
+        options = (left, right, softcap, num_splits, sm_margin, rotation, attention_chunk)
     if scheduler_metadata is not None:
         _check_metadata(scheduler_metadata)
     check_tensor("q", q)
@@ -223,11 +219,7 @@ def flash_attn_with_kvcache(
         _one_of("v", v_descale, v_scales),
         None if tree_mask is None else _of_queries(tree_mask, q),
         max_seqlen_q,
-        *(
-            (left, right, softcap, num_splits, sm_margin, rotation, attention_chunk)
-            if unusual
-            else ()
-        ),
+        *options,
     )
     if dense:
         result = result.view(*q.shape[:3], result.shape[2])
