@@ -103,7 +103,7 @@ def flash_attn_varlen_func(
             page_size`` of page ``page_table[i, j // page_size]``; cu_seqlens_k is None, seqused_k
             is required, and there is no gradient. Only what the used keys need
             of the table is looked at. Pages may be of 8 bits: dtypes and descales are as of
-            `flash_attn_with_kvcache`, as is tree_mask.
+            `flash_attn_with_kvcache`, as is tree_mask, which goes without seqused_q.
 
     Returns:
         The output, (total_q, heads, v's head_dim) in q's dtype, contiguous, and if asked for the
