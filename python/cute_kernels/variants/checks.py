@@ -37,8 +37,9 @@ def sizes_of(
     if cu_seqlens_q is None:
         return Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1], q.shape[1], k.shape[1])
     rows_q, rows_k = q.shape[0], k.shape[0]
-    longest_q = rows_q if max_seqlen_q is None else min(max_seqlen_q, rows_q)
-    longest_k = rows_k if max_seqlen_k is None else min(max_seqlen_k, rows_k)
+    # At least 1 of each, which kernels may read whatever cu_seqlens holds.
+    longest_q = rows_q if max_seqlen_q is None else min(max(1, max_seqlen_q), rows_q)
+    longest_k = rows_k if max_seqlen_k is None else min(max(1, max_seqlen_k), rows_k)
     return Sizes(cu_seqlens_q.shape[0] - 1, q.shape[1], longest_q, longest_k, rows_q, rows_k)
 
 
