@@ -194,6 +194,7 @@ def test_random_numbers_are_even_and_their_own():
         ({"score": 3}, TypeError, "score is a int"),
         ({"tensors": {"head": ("float32",)}}, ValueError, "'head' cannot name a captured value"),
         ({"tensors": {"for": ("float32",)}}, ValueError, "'for' cannot name a captured value"),
+        ({"numbers": {"captured": int}}, ValueError, "'captured' cannot name a captured value"),
         ({"tensors": {"x": "float32"}}, TypeError, "tensors['x'] is 'float32'"),
         ({"tensors": {"x": ("float64",)}}, ValueError, "has dtype 'float64'"),
         ({"tensors": {"x": ("float32", "row")}}, ValueError, "has the axis 'row'"),
