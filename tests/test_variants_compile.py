@@ -79,7 +79,7 @@ def test_rows_of_tensors_with_like_names_are_apart():
     alike = Variant(
         "alike",
         score=f"return score + {' + '.join(f'{name}[head]' for name in names)};",
-        tensors={name: ("float32", "head") for name in names},
+        tensors=dict.fromkeys(names, ("float32", "head")),
     )
     some = [(), *((name,) for name in names), ("a", "A"), ("a", "a_of_A"), names]
     rows = {rows_of(alike.hooks.key, torch.bfloat16, 64, True, of)[1]["name"] for of in some}
