@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
+from appends import like, new_rows, random_append, tables
 from caches import PAGE_SIZES, random_cache, rotated
 from eight_bits import CACHES, E4M3, rotation
 from packed import starts
-from test_append_gpu import like, new_rows, tables
 
 from cute_kernels import append_kv, flash_attn_with_kvcache, tile_configs
 
@@ -21,37 +21,17 @@ def skip_unless_built(device):
         pytest.skip("this build has no kernels for caches of 8 bits")
 
 
-def random_append(seed):
-    """Tensors on the CPU and keyword arguments of a call, and where each new row goes."""
+def random_append8(seed):
+    """The same of a cache of 8 bits, with rotary tables, rotation and factors."""
     chance = random.Random(seed)
     dtype, cache_dtype = chance.choice([torch.bfloat16, torch.float16]), chance.choice(CACHES)
-    batch, dense = chance.randint(1, 6), chance.random() < 0.5
-    lengths = [chance.choice([0, 1, 40, 300]) for _ in range(batch)]
-    added = [chance.choice([1, 1, 7])] * batch
-    if not dense:
-        added = [chance.choice([0, 1, 16, 100]) for _ in range(batch)]
-    heads = chance.choice([1, 2, 8])
-    head_dims = chance.choice([[64, 64], [128, 128], [96, 96], [192, 128], [16, 48], [256, 256]])
-    cache = random_cache(
-        chance,
-        "cpu",
-        cache_dtype,
-        lengths,
-        chance.choice(PAGE_SIZES),
-        heads,
-        head_dims,
-        max(added),
-        batch_idx=chance.random() < 0.5,
-    )
-    k, v = (new_rows(chance, dtype, added, heads, head_dim, dense) for head_dim in head_dims)
-    options = dict(cache.places)
-    if not dense:
-        options["cu_seqlens_k_new"] = torch.tensor(starts(added), dtype=torch.int32)
+    cache, k, v, added, options = random_append(chance, dtype, cache_dtype, 300, 48)
+    batch, heads, head_dim = len(cache.lengths), *k.shape[-2:]
     if chance.random() < 0.5:
-        cos, sin = tables(chance, 8 * chance.randint(1, head_dims[0] // 16), torch.float32)
+        cos, sin = tables(chance, 8 * chance.randint(1, head_dim // 16), torch.float32)
         options |= {"rotary_cos": cos, "rotary_sin": sin}
         options["rotary_interleaved"] = chance.random() < 0.5
-    if head_dims[0] & (head_dims[0] - 1) == 0 and chance.random() < 0.6:
+    if head_dim & (head_dim - 1) == 0 and chance.random() < 0.6:
         options |= {"incoherent": True, "seed": chance.choice([0, 9, 2**64 - 1])}
     rows = cache.k_cache.shape[:3]
     for name in "kv":
@@ -76,7 +56,7 @@ def written_rows(cache, x, added, numbers, factors):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_random_appends_are_as_near_as_rounding_allows(seed):
-    cache, k, v, added, options = random_append(seed)
+    cache, k, v, added, options = random_append8(seed)
     before = [x.clone() for x in (cache.k_cache, cache.v_cache)]
     after = append_kv(cache.k_cache, cache.v_cache, k, v, cache.seqlens(), **options)
     assert after.tolist() == [n + m for n, m in zip(cache.lengths, added, strict=True)]
@@ -123,7 +103,7 @@ def test_random_appends_are_as_near_as_rounding_allows(seed):
 @pytest.mark.parametrize("seed", range(60))
 def test_both_devices_write_the_same_bits(hopper, seed):
     skip_unless_built(hopper)
-    cache, k, v, _, options = random_append(seed)
+    cache, k, v, _, options = random_append8(seed)
     on_gpu = {
         name: like(x, hopper) if isinstance(x, torch.Tensor) else x for name, x in options.items()
     }

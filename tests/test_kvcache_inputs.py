@@ -243,9 +243,6 @@ BAD = {
         "flash_attn_with_kvcache has no gradient: call it under torch.no_grad()",
     ),
 }
-LATER = {
-    "qv": torch.zeros(1),
-}
 # Of contents, which shape inference does not see.
 BAD_CONTENTS = {
     "no room": (
@@ -299,13 +296,6 @@ def test_refused_contents(bad):
         assert torch.equal(arguments["k_cache"].nan_to_num(9.0), before.nan_to_num(9.0))
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert call(**arguments).shape == (8, 4, 64)
-
-
-@pytest.mark.parametrize("name", LATER)
-def test_later_arguments_are_named(name):
-    message = f"^flash_attn_with_kvcache: {name} is not there yet$"
-    with pytest.raises(NotImplementedError, match=message):
-        call(**good_call(), **{name: LATER[name]})
 
 
 DENSE_BAD = {

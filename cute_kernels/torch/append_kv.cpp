@@ -91,9 +91,10 @@ cache::Rotary rotary_of(Tensor const& cos_tensor, Tensor const& sin_tensor, bool
 
 int bytes_of(ScalarType dtype) { return is_8_bits(dtype) ? 1 : kElementBytes; }
 
-cache::Rows rows_of(Argument const& from, Argument const& to) {
+/// `most`: of the head_dim.
+cache::Rows rows_of(Argument const& from, Argument const& to, int64_t most = kMaxHeadDim) {
   int64_t const head_dim = from.sizes.back();
-  check_head_dim(from.name, head_dim);
+  check_head_dim(from.name, head_dim, most);
   return {view(from.tensor),
           view(to.tensor),
           suits_tma(from, bytes_of(from.dtype)),
@@ -118,14 +119,15 @@ cache::Rows in_pairs(cache::Rows rows, Argument const& from, Argument const& to)
   return rows;
 }
 
-cache::Rows rows_to_append(Argument const& from, Argument const& to, Argument const& k) {
+cache::Rows rows_to_append(Argument const& from, Argument const& to, Argument const& k,
+                           int64_t most = kMaxHeadDim) {
   check_like(from, k);
   check_device(to, k);
   bool const stored = is_8_bits(k.dtype);
   require(to.dtype == k.dtype || (is_8_bits(to.dtype) && !stored), to.name,
           " does not have k's dtype");
   check_sizes(to, 4);
-  cache::Rows const rows = rows_of(from, to);
+  cache::Rows const rows = rows_of(from, to, most);
   require(!is_8_bits(to.dtype) || rows.head_dim % 16 == 0, to.name,
           "'s head_dim is not a multiple of 16");
   require(to.size(2) == rows.heads && to.size(3) == rows.head_dim, from.name,
@@ -178,13 +180,13 @@ std::tuple<Tensor, Tensor> append_kv(
   for (size_t dim = 0; dim + 1 < k.sizes.size(); ++dim) {
     require(v.sizes[dim] == k.sizes[dim], "v does not have k's shape");
   }
+  bool const eight_bits = is_8_bits(k_cache.dtype);
   problem.k = rows_to_append(k, k_cache, k);
-  problem.v = rows_to_append(v, v_cache, k);
+  problem.v = rows_to_append(v, v_cache, k, eight_bits ? kMaxHeadDim : kMaxLatentDim);
   for (int dim = 0; dim < 3; ++dim) {
     require(v_cache.size(dim) == k_cache.size(dim), "v_cache does not have k_cache's shape");
   }
   require(v_cache.dtype == k_cache.dtype, "v_cache does not have k_cache's dtype");
-  bool const eight_bits = is_8_bits(k_cache.dtype);
   require(eight_bits || !(k_descale || v_descale || k_scales || v_scales || rotation_seed),
           "descales, scales or rotation_seed are given with a cache of 16 bits");
   problem.is_int8 = k_cache.dtype == ScalarType::Char;

@@ -12,7 +12,6 @@ from cute_kernels.arguments import (
     Window,
     check_hints,
     refuse_for_fp8,
-    refuse_later,
     refuse_with_variant,
     window_of,
 )
@@ -95,7 +94,7 @@ def flash_attn_varlen_func(
             multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
             are multiples of 16, returns bfloat16, has no softcap and no gradient, or a page_table.
             From 16-bit tensors, `flash_attn_fp8_varlen_func` loses less.
-        qv: not there yet; anything but None raises NotImplementedError.
+        qv: with page_table, as of `flash_attn_with_kvcache`; else not there yet.
         num_splits, pack_gqa: hints, which change no result.
         sm_margin: as of `flash_attn_func`.
         page_table: (batch, max_pages), int32, last dimension contiguous. With it k and v are caches
@@ -142,7 +141,10 @@ def flash_attn_varlen_func(
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
         unusual = True
     if unusual:
-        refuse_later("flash_attn_varlen_func", qv=qv)
+        if qv is not None and page_table is None:
+            raise NotImplementedError(
+                "flash_attn_varlen_func: qv is not there yet without page_table"
+            )
         if tree_mask is not None and page_table is None:
             raise ValueError("tree_mask is given, must be None without page_table")
         check_hints(num_splits, pack_gqa, sm_margin)
@@ -186,6 +188,7 @@ def flash_attn_varlen_func(
             v_descale,
             tree_mask,
             attention_chunk,
+            qv,
         )
         return (out, lse) if return_lse or return_attn_probs else out
     if cu_seqlens_k is None:

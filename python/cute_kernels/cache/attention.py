@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
+from cute_kernels.arguments import Window, check_hints, window_of
 from cute_kernels.cache import operators
 from cute_kernels.cache.append import append_rows, rotation_seed
 from cute_kernels.cache.checks import ENTRIES, PAGES, check_attention, check_output
@@ -26,7 +26,7 @@ from cute_kernels.registration import mark_written
 from cute_kernels.varlen_checks import check_int32
 
 # What the arguments are that most calls leave alone, and what most others do.
-_USUAL = (None, None, (-1, -1))
+_USUAL = (None, (-1, -1))
 _USUAL_HINTS = (0.0, 0, 0, 0, False, 0)
 
 
@@ -81,9 +81,10 @@ def flash_attn_with_kvcache(
         q: (batch, seqlen_q, heads, head_dim), or with cu_seqlens_q packed, (total_q, heads,
             head_dim); dtypes and head_dim as of `flash_attn_func`. With a cache of 8 bits float16,
             bfloat16 or float8_e4m3fn.
-        k_cache, v_cache, page_table, cache_batch_idx: as of `append_kv`; the number of query heads
-            is a multiple of that of key heads. Of the page table only what a sequence's rows need
-            is looked at: the rest may be -1 or anything.
+        k_cache, v_cache, page_table, cache_batch_idx: as of `append_kv`, without qv with v's
+            head_dim up to 256; the number of query heads is a multiple of that of key heads. Of
+            the page table only what a sequence's rows need is looked at: the rest may be -1 or
+            anything. cache_leftpad is not there yet with a page table: NotImplementedError.
         k, v, cu_seqlens_k_new, rotary_seqlens: as of `append_kv`. If given, they are appended
             first, in place, and attended to. k and v of 8 bits go with queries of any dtype.
         rotary_cos, rotary_sin, rotary_interleaved: as of `append_kv`, only with k and v. Queries
@@ -106,7 +107,10 @@ def flash_attn_with_kvcache(
         k_descale, v_descale, k_scales, v_scales, incoherent, seed: as of `append_kv`, of caches of
             8 bits. Either the descales or the scales are the factors of K and of V.
         attention_chunk: as of `flash_attn_func`.
-        qv: not there yet, nor is cache_leftpad with a page table: NotImplementedError.
+        qv: of q's shape with v_cache's head_dim, q's dtype: scores are q k + qv v, times
+            softmax_scale, whose default is then ``(q's head_dim + v's) ** -0.5``. This is latent
+            attention, whose values are keys too: head_dim is up to 64 then and v's up to 512.
+            16-bit caches on CUDA; with rotary_cos only q is rotated.
         sinks: (heads,), float32, float16 or bfloat16: a score for each head, not scaled, that takes
             part in the softmax without a value; the LSE includes it.
         out: where the output is to be: of its shape, and q's dtype.
@@ -127,17 +131,16 @@ def flash_attn_with_kvcache(
         NotImplementedError: an argument whose feature is not there yet, or a tensor that needs a
             gradient.
     """
-    refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, sinks)
+    refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, qv, sinks)
     rotation = left = right = None
     options: tuple[Any, ...] = ()  # each that is passed costs time
     hints = (softcap, num_splits, sm_margin, attention_chunk, incoherent, seed)
     try:
         hinted = hints != _USUAL_HINTS
-        unusual = hinted or (qv, pack_gqa, window_size) != _USUAL
+        unusual = hinted or (pack_gqa, window_size) != _USUAL
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
         hinted = unusual = True
     if unusual:
-        refuse_later("flash_attn_with_kvcache", qv=qv)
         check_hints(num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
         options = (left, right)
@@ -218,6 +221,7 @@ def flash_attn_with_kvcache(
         _one_of("k", k_descale, k_scales),
         _one_of("v", v_descale, v_scales),
         None if tree_mask is None else _of_queries(tree_mask, q),
+        None if qv is None else _packed_like(qv, q),
         max_seqlen_q,
         *options,
     )
@@ -245,19 +249,29 @@ def attend(
     cache_leftpad: Tensor | None,
     sinks: Tensor | None,
     softmax_scale: float | None,
+    causal: bool,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    tree_mask: Tensor | None,
+    qv: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The attention operator, with softmax_scale's default and sinks of any dtype; its output is
     written to `into`, packed and dense, if given. Keyword-only inputs go by position."""
+    if qv is not None:
+        check_tensor("qv", qv)
+        check_layout("qv", qv, PACKED)
     if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
+        softmax_scale = (q.shape[-1] + (0 if qv is None else qv.shape[-1])) ** -0.5
     if sinks is not None:
         check_tensor("sinks", sinks)
         if not sinks.dtype.is_floating_point:
             raise TypeError(f"sinks has dtype {sinks.dtype}, must be float32, float16 or bfloat16")
         sinks = sinks.float()
     places = (cache_seqlens, page_table, cache_batch_idx, cache_leftpad)
-    inputs = (q, k_cache, v_cache, cu_seqlens_q, *places, sinks, softmax_scale, *options)
+    more = (softmax_scale, causal, q_descale, k_descale, v_descale, tree_mask, qv, *options)
+    inputs = (q, k_cache, v_cache, cu_seqlens_q, *places, sinks, *more)
     try:
         if into is None:
             result: tuple[Tensor, Tensor] = operators.attention(*inputs)
@@ -285,6 +299,16 @@ def _of_queries(tree_mask: Tensor, q: Tensor) -> Tensor:
             "before heads"
         )
     return tree_mask.flatten()
+
+
+def _packed_like(qv: Tensor, q: Tensor) -> Tensor:
+    """The operator's (total_q, heads, v_cache's head_dim)."""
+    check_tensor("qv", qv)
+    if qv.shape[:-1] != q.shape[:-1]:
+        raise ValueError(
+            f"qv has shape {tuple(qv.shape)}, must be {tuple(q.shape)} like q but for head_dim"
+        )
+    return qv.flatten(0, -3)
 
 
 def get_scheduler_metadata(

@@ -44,6 +44,8 @@ from cute_kernels.reference import accumulator_dtype
 from cute_kernels.varlen_checks import check_int32
 
 ROTARY_MULTIPLE = 16
+MAX_LATENT_DIM = 512  # of values that are keys too
+MAX_ROPE_DIM = 64  # of the keys beside these
 NEW = ("batch", "seqlen_new", "key heads", "head_dim")
 PAGES = ("pages", "page_size", "key heads", "head_dim")
 ENTRIES = ("batch_cache", "seqlen_cache", "key heads", "head_dim")
@@ -72,6 +74,7 @@ def check_attention(
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    qv: Tensor | None = None,
     max_seqlen_q: int | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
@@ -88,7 +91,8 @@ def check_attention(
         _refuse_other_eight_bits(name, tensor)
     _check_attending(q, k_cache)
     _check_head_dim("q", q)
-    _check_caches(k_cache, v_cache, page_table, q, "q")
+    most_v = MAX_HEAD_DIM if qv is None else MAX_LATENT_DIM
+    _check_caches(k_cache, v_cache, page_table, q, "q", most_v)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_vectors(name, cache)
     heads, head_dim = q.shape[1:]
@@ -121,6 +125,8 @@ def check_attention(
     check_factors(k_cache, batch, descales, rotation_seed, "q_descale")
     if tree_mask is not None:
         check_tree(tree_mask, q)
+    if qv is not None:
+        _check_latent(qv, q, v_cache)
 
 
 def check_attention_out(out: Tensor, q: Tensor, *inputs: Any, **options: Any) -> None:
@@ -182,10 +188,11 @@ def check_append(
         raise ValueError(
             f"v has shape {tuple(v.shape)}, must be {tuple(k.shape)} like k but for head_dim"
         )
+    most_v = MAX_HEAD_DIM if holds_eight_bits(k_cache) else MAX_LATENT_DIM
     if stored and k.dtype != k_cache.dtype:
         wider = "wider or " if holds_eight_bits(k_cache) else ""
         raise TypeError(f"k has dtype {k.dtype}, must be {wider}{k_cache.dtype} like k_cache")
-    _check_caches(k_cache, v_cache, page_table, k, "k")
+    _check_caches(k_cache, v_cache, page_table, k, "k", most_v)
     if stored:
         check_stored(
             {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache},
@@ -273,20 +280,43 @@ def _check_attending(q: Tensor, k_cache: Tensor) -> None:
         check_layout("q", q, PACKED)
 
 
-def _check_head_dim(name: str, x: Tensor) -> None:
+def _check_head_dim(name: str, x: Tensor, most: int = MAX_HEAD_DIM) -> None:
     head_dim = x.shape[-1]
-    if head_dim % HEAD_DIM_MULTIPLE != 0 or not 0 < head_dim <= MAX_HEAD_DIM:
+    if head_dim % HEAD_DIM_MULTIPLE != 0 or not 0 < head_dim <= most:
         raise ValueError(
             f"{name} has head_dim {head_dim}, must be a multiple of {HEAD_DIM_MULTIPLE} from "
-            f"{HEAD_DIM_MULTIPLE} to {MAX_HEAD_DIM}"
+            f"{HEAD_DIM_MULTIPLE} to {most}"
+        )
+
+
+def _check_latent(qv: Tensor, q: Tensor, v_cache: Tensor) -> None:
+    """Queries of values that are keys too."""
+    if holds_eight_bits(v_cache):
+        raise NotImplementedError(f"qv is not there yet for a cache of {v_cache.dtype}")
+    if q.shape[2] > MAX_ROPE_DIM:
+        raise NotImplementedError(
+            f"qv is not there yet for q with head_dim {q.shape[2]}, only up to {MAX_ROPE_DIM}"
+        )
+    check_like("qv", qv, q)
+    check_layout("qv", qv, PACKED)
+    right = (*q.shape[:2], v_cache.shape[3])
+    if qv.shape != right:
+        raise ValueError(
+            f"qv has shape {tuple(qv.shape)}, must be {right}: q's, with v_cache's head_dim"
         )
 
 
 def _check_caches(
-    k_cache: Tensor, v_cache: Tensor, page_table: Tensor | None, q: Tensor, like: str
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor | None,
+    q: Tensor,
+    like: str,
+    most_v: int,
 ) -> None:
+    """`most_v`: of v_cache's head_dim."""
     layout = ENTRIES if page_table is None else PAGES
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+    for name, cache, most in (("k_cache", k_cache, MAX_HEAD_DIM), ("v_cache", v_cache, most_v)):
         if not holds_eight_bits(k_cache):
             check_like(name, cache, q, like)
             check_alone(name, cache, layout)
@@ -295,7 +325,7 @@ def _check_caches(
             check_like(name, cache, k_cache, "k_cache")
             check_layout(name, cache, layout)
             check_cache(name, cache)
-        _check_head_dim(name, cache)
+        _check_head_dim(name, cache, most)
     if v_cache.shape[:-1] != k_cache.shape[:-1]:
         raise ValueError(
             f"v_cache has shape {tuple(v_cache.shape)}, must be {tuple(k_cache.shape)} like "

@@ -53,13 +53,13 @@ _OPTIONS = (
     "attention_chunk",
 )
 attention = register(
-    Pass(_operators.flash_attn_kvcache_forward.default, check_attention, 15),
+    Pass(_operators.flash_attn_kvcache_forward.default, check_attention, 16),
     _OPTIONS,
     reference.attention,
     _attention_fake,
 )
 attention_out = register(
-    Pass(_operators.flash_attn_kvcache_forward_out.default, check_attention_out, 16),
+    Pass(_operators.flash_attn_kvcache_forward_out.default, check_attention_out, 17),
     _OPTIONS,
     reference.attention_out,
     _attention_out_fake,

@@ -42,9 +42,10 @@ def attend_pages(
     v_descale: Tensor | None,
     tree_mask: Tensor | None,
     attention_chunk: int,
+    qv: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of sequences whose keys are in pages of k and v."""
-    refuse_derivatives(_NAME, q, k, v, sinks, where=" with page_table")
+    refuse_derivatives(_NAME, q, k, v, qv, sinks, where=" with page_table")
     for name, given in (("cu_seqlens_k", cu_seqlens_k), ("tile_config", tile_config)):
         if given is not None:
             raise ValueError(f"{name} is given, must be None with page_table")
@@ -82,6 +83,7 @@ def attend_pages(
         k_descale,
         v_descale,
         tree_mask,
+        qv,
         max_seqlen_q,
         *(() if hints == _USUAL_HINTS else hints),
     )
