@@ -33,7 +33,7 @@ _E4M3 = torch.float8_e4m3fn
 _always_deterministic = torch.are_deterministic_algorithms_enabled
 
 # What the arguments are that most calls leave alone.
-_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None, None, None)
+_USUAL = ((-1, -1), 0, 0.0, 1, None, 0)
 
 # On CUDA the contents of cu_seqlens and seqused are read only if asked for: it waits for the GPU.
 _CHECK_CONTENTS = os.environ.get("CUTE_KERNELS_CHECK") == "1"
@@ -119,25 +119,13 @@ def flash_attn_varlen_func(
             second derivative, or a forward-mode one.
     """
     window: list[int | None] = [None, None]
-    asked = (
-        qv,
-        q_descale,
-        k_descale,
-        v_descale,
-        window_size,
-        attention_chunk,
-        softcap,
-        num_splits,
-        pack_gqa,
-        sm_margin,
-        sinks,
-        page_table,
-        tree_mask,
-        variant,
-    )
+    # By identity: a tensor takes twenty microseconds to say that it does not equal None.
+    plain = variant is None and qv is sinks is page_table is tree_mask is None
+    plain = plain and q_descale is k_descale is v_descale is None
+    asked = (window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin)
     is_e4m3 = getattr(q, "dtype", None) is _E4M3
     try:
-        unusual = is_e4m3 or asked != _USUAL
+        unusual = is_e4m3 or not plain or asked != _USUAL
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
         unusual = True
     if unusual:
