@@ -125,9 +125,10 @@ def flash_attn_func(
     asked = (window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin)
     options: tuple[Any, ...] = ()
     try:
-        unusual = not plain or asked != _USUAL or getattr(q, "dtype", None) is _E4M3
+        hinted = asked != _USUAL
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
-        unusual = True
+        hinted = True
+    unusual = hinted or not plain or getattr(q, "dtype", None) is _E4M3
     if unusual:
         if qv is not None:
             raise NotImplementedError(
@@ -138,7 +139,7 @@ def flash_attn_func(
         if not isinstance(softcap, (int, float)):  # the operator would read a tensor, and wait
             check_softcap(softcap)
         check_chunk(attention_chunk)
-        options = (sinks, left, right, None, softcap, sm_margin)
+        options = (sinks, left, right, None, softcap, sm_margin) if hinted else (sinks,)
         descales = (q_descale, k_descale, v_descale)
         if any(x is not None for x in descales) or getattr(q, "dtype", None) is _E4M3:
             if tile_config is not None:

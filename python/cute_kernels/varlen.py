@@ -125,9 +125,10 @@ def flash_attn_varlen_func(
     asked = (window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin)
     is_e4m3 = getattr(q, "dtype", None) is _E4M3
     try:
-        unusual = is_e4m3 or not plain or asked != _USUAL
+        hinted = asked != _USUAL
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
-        unusual = True
+        hinted = True
+    unusual = hinted or not plain or is_e4m3
     if unusual:
         if qv is not None and page_table is None:
             raise NotImplementedError(
@@ -226,7 +227,7 @@ def flash_attn_varlen_func(
         explain(error, check_varlen_forward, q, k, v, *lengths, 1.0, causal, sinks)
     options: tuple[Any, ...] = (max_seqlen_q, max_seqlen_k)
     deterministic = _always_deterministic() or deterministic
-    if unusual or deterministic or tile_config is not None:  # others cost a call time, too
+    if hinted or deterministic or tile_config is not None:  # others cost a call time, too
         options = (*options, *window, deterministic, tile_config, softcap, sm_margin)
     out, lse = forward(q, k, v, *lengths, softmax_scale, causal, sinks, *options)
     return (out, lse) if return_lse or return_attn_probs else out
