@@ -492,6 +492,11 @@ def test_dropout_leaves_some_of_p():
             r"dq has shape .*like q",
         ),
         (lambda x: compat.install([4]), ValueError, "versions has 4"),
+        (
+            lambda x: fa3._flash_attn_forward(x, x, x, x, x, seqused_q=torch.ones(1).int()),
+            NotImplementedError,
+            "seqused_q is given, must be None with a cache",
+        ),
     ],
 )
 def test_what_is_refused(call, error, message):
@@ -578,3 +583,18 @@ def test_transformers_finds_it():
         [sys.executable, "-c", TRANSFORMERS], capture_output=True, text=True, check=False
     )
     assert done.stdout == "right\n", done.stderr
+
+
+def test_used_queries_of_pages():
+    """Which FlashAttention-3's operator takes by position."""
+    q = torch.randn(7, 4, 64).bfloat16()
+    caches = torch.randn(2, 6, 16, 2, 64).bfloat16()
+    table = torch.tensor([[0, 1, 2], [5, 4, 3]], dtype=torch.int32)
+    starts, used, lengths = (
+        torch.tensor(x, dtype=torch.int32) for x in ([0, 4, 7], [2, 3], [40, 17])
+    )
+    given = {"seqused_q": used, "seqused_k": lengths, "page_table": table, "causal": True}
+    out, lse, *_ = fa3._flash_attn_forward(q, *caches, cu_seqlens_q=starts, **given)
+    right = cute_kernels.flash_attn_varlen_func(q, *caches, starts, **given, return_lse=True)
+    assert torch.equal(out, right[0]) and torch.equal(lse, right[1])
+    assert not out[2:4].any() and out[[0, 1, 4, 5, 6]].any(-1).all()

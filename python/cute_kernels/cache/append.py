@@ -113,7 +113,7 @@ def append_rows(
     k_cache: Tensor, v_cache: Tensor, *inputs: Any, factors: tuple[Any, ...] = NO_FACTORS
 ) -> tuple[Tensor, Tensor]:
     """The append operator, whose inputs these are; `factors` are those of caches of 8 bits."""
-    if factors != NO_FACTORS:
+    if any(x is not None for x in factors):
         inputs = (*inputs, *factors)
     try:
         results: tuple[Tensor, Tensor] = operators.append(k_cache, v_cache, *inputs)

@@ -22,6 +22,7 @@ from cute_kernels.cache.eight_bits import (
     holds_eight_bits,
     output_dtype,
 )
+from cute_kernels.cache.rotary_checks import check_tables
 from cute_kernels.checks import (
     DENSE,
     HEAD_DIM_MULTIPLE,
@@ -43,7 +44,6 @@ from cute_kernels.checks import (
 from cute_kernels.reference import accumulator_dtype
 from cute_kernels.varlen_checks import check_int32
 
-ROTARY_MULTIPLE = 16
 MAX_LATENT_DIM = 512  # of values that are keys too
 MAX_ROPE_DIM = 64  # of the keys beside these
 NEW = ("batch", "seqlen_new", "key heads", "head_dim")
@@ -219,7 +219,7 @@ def check_append(
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError("rotary_cos and rotary_sin must both be given, or neither")
     if rotary_cos is not None and rotary_sin is not None:
-        _check_tables(rotary_cos, rotary_sin, k, "k")
+        check_tables(rotary_cos, rotary_sin, k, "k")
     if rotary_seqlens is not None:
         check_int32("rotary_seqlens", rotary_seqlens, k, like="k")
         _check_batch("rotary_seqlens", rotary_seqlens, batch)
@@ -249,7 +249,7 @@ def _check_queries(
     _check_head_dim("q", q)
     if rotary_cos is None or rotary_sin is None:
         raise ValueError("q is given, must be None without rotary_cos and rotary_sin")
-    _check_tables(rotary_cos, rotary_sin, q, "q")
+    check_tables(rotary_cos, rotary_sin, q, "q")
     if cu_seqlens_q is not None:
         _check_starts("cu_seqlens_q", cu_seqlens_q, batch, q, "q")
     elif q.shape[0] != batch:
@@ -377,35 +377,4 @@ def _check_starts(name: str, starts: Tensor, batch: int, x: Tensor, like: str) -
     if starts.shape[0] != batch + 1:
         raise ValueError(
             f"{name} has shape ({starts.shape[0]},), must be (batch + 1,) = ({batch + 1},)"
-        )
-
-
-def _check_tables(cos: Tensor, sin: Tensor, x: Tensor, like: str) -> None:
-    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
-        check_device(name, table, x, like)
-        if table.dtype not in (torch.float32, x.dtype):
-            raise TypeError(
-                f"{name} has dtype {table.dtype}, must be torch.float32 or {x.dtype} like {like}"
-            )
-        if table.dim() != 2:
-            raise ValueError(
-                f"{name} has shape {tuple(table.shape)}, must have 2 dimensions: "
-                "(positions, rotary_dim / 2)"
-            )
-        if table.stride(-1) != 1 and table.shape[-1] > 1:
-            raise ValueError(
-                f"{name} has strides {table.stride()}, its last dimension must be contiguous "
-                "(stride 1)"
-            )
-    if sin.dtype != cos.dtype:
-        raise TypeError(f"rotary_sin has dtype {sin.dtype}, must be {cos.dtype} like rotary_cos")
-    if sin.shape != cos.shape:
-        raise ValueError(
-            f"rotary_sin has shape {tuple(sin.shape)}, must be {tuple(cos.shape)} like rotary_cos"
-        )
-    rotary_dim, head_dim = 2 * cos.shape[1], x.shape[-1]
-    if rotary_dim % ROTARY_MULTIPLE != 0 or rotary_dim > head_dim:
-        raise ValueError(
-            f"rotary_cos has shape {tuple(cos.shape)}: rotary_dim is {rotary_dim}, must be a "
-            f"multiple of {ROTARY_MULTIPLE} up to {like}'s head_dim {head_dim}"
         )
