@@ -1,6 +1,6 @@
 """Device code of variants, compiled for the host with stand-ins for CUDA (host_headers): hooks and
-what stands around them (attention/variant) beside their forms for the CPU, and statistics that
-threads read (attention/backward). Nothing here needs a GPU."""
+what stands around them (attention/variant) beside their forms for the CPU, softcap, and statistics
+that threads read (attention/backward). Nothing here needs a GPU."""
 
 import math
 import random
@@ -168,7 +168,7 @@ for name, make in {**CASES, "rooted": rooted, "weighed": weighed, "every": every
 
 def device_program(folder, source):
     headers = str(Path(__file__).parent / "host_headers")
-    return host_program(folder, source, "-I", headers, "-O1", "-fno-strict-aliasing", *CHECKED)
+    return host_program(folder, source, "-I", headers, "-fno-strict-aliasing", *CHECKED)
 
 
 @pytest.fixture(scope="module")
@@ -340,3 +340,53 @@ def test_statistics_come_back_from_their_parts(tmp_path):
             assert found[0] == pytest.approx(right, rel=2**-22)
         right = minus_delta if math.isfinite(minus_delta) else math.inf
         assert found[1] == pytest.approx(right, rel=2**-22)
+
+
+SOFTCAP = """
+#include <iostream>
+#include "cute_kernels/attention/softcap.hpp"
+using namespace cute_kernels::attention;
+
+struct One {
+  float value;
+  float& operator()(int) { return value; }
+  float operator()(int) const { return value; }
+};
+
+int main() {
+  std::string score;
+  float scale, softcap;
+  std::cout.precision(9);
+  while (std::cin >> score >> scale >> softcap) {
+    struct {
+      Softcap::Arguments variant;
+    } const params{{softcap_factor(scale, softcap)}};
+    One fast{std::stof(score)}, again = fast;
+    Softcap::change(params, fast, 0);
+    Softcap::change_again(params, again, 0);
+    auto const changed = Softcap::element(params, fast.value, NoPlaces{});
+    std::cout << fast.value << ' ' << again.value << ' ' << changed.slope << '\\n';
+  }
+}
+"""
+
+
+def test_softcap_is_a_tanh(tmp_path):
+    """Near 0 and far from it, to 3e-7, and so is the second look at a block; its slope. A factor
+    beyond a float takes all but 0 to the ends."""
+    chance = random.Random(0)
+    cases = [
+        (chance.gauss(0, 1) * 10 ** chance.uniform(-3, 3), 0.125, chance.choice([0.7, 5.0, 50.0]))
+        for _ in range(500)
+    ]
+    ends = [(x, 1e30, 1e-30) for x in (0.0, 1e-20, -2.0)]
+    ends += [(x, 1.0, 1.0) for x in (math.inf, -math.inf, math.nan)]
+    answers = device_program(tmp_path, SOFTCAP)(cases + ends, number=float)
+    for (score, scale, softcap), found in zip(cases + ends, answers, strict=True):
+        if math.isnan(score):
+            assert all(map(math.isnan, found))
+            continue
+        right = math.tanh(score * scale / softcap)
+        assert abs(found[0] - right) <= 3e-7
+        assert abs(found[1] - right) <= 3e-7
+        assert abs(found[2] - (1 - right**2)) <= 1e-6

@@ -49,7 +49,9 @@ struct HookedVariant {
   using Hooks = Hooks_;
   static constexpr bool kScores = Hooks::kScore, kHides = Hooks::kMask, kWeighs = Hooks::kWeight;
   static constexpr int kGradients = Hooks::kGradients;
-  static constexpr Gradient kind(int i) { return Hooks::kKinds[i]; }
+  // Constants, of which code for the device is made: it has no such array.
+  template <int i>
+  static constexpr Gradient kKind = Hooks::kKinds[i];
   static constexpr bool kHasHooks = true;
   using Arguments = VariantArguments;
 

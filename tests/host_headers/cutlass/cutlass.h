@@ -29,6 +29,8 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&x, &bits, sizeof(x));
   return x;
 }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline bool __any_sync(uint32_t, bool mine) { return mine; }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline int max(int a, int b) { return std::max(a, b); }
 inline int min(int a, int b) { return std::min(a, b); }
