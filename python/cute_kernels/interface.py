@@ -19,6 +19,7 @@ from cute_kernels.checks import check_forward, check_softcap, explain
 from cute_kernels.chunks import check_chunk
 from cute_kernels.fp8 import e4m3_operands, flash_attn_e4m3
 from cute_kernels.variants.attention import attend
+from cute_kernels.variants.block_mask import BlockMask
 from cute_kernels.variants.variant import BoundVariant, Variant
 from cute_kernels.varlen import flash_attn_varlen_func
 
@@ -27,7 +28,7 @@ _choose = dense.choose
 _E4M3 = torch.float8_e4m3fn
 
 # What the arguments are that most calls leave alone.
-_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None)
+_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None, None)
 
 
 def flash_attn_func(
@@ -53,6 +54,7 @@ def flash_attn_func(
     return_lse: bool = False,
     tile_config: str | None = None,
     variant: Variant | BoundVariant | None = None,
+    block_mask: BlockMask | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention, ``softmax(softmax_scale * q @ k^T) @ v`` for every head.
 
@@ -102,6 +104,8 @@ def flash_attn_func(
             the automatic choice. On the CPU it is only looked up.
         variant: a `Variant`, called with the tensors and numbers that it has, or one of
             ``cute_kernels.variants``: other scores, masks or weights.
+        block_mask: a `BlockMask`: which blocks of queries and keys are looked at, and in which of
+            them the variant's mask is asked.
 
     Returns:
         The output, like q but always contiguous and with v's head_dim, and if asked for the LSE:
@@ -128,6 +132,7 @@ def flash_attn_func(
         sm_margin,
         sinks,
         variant,
+        block_mask,
     )
     options: tuple[Any, ...] = ()
     try:
@@ -149,7 +154,11 @@ def flash_attn_func(
         if any(x is not None for x in descales) or getattr(q, "dtype", None) is _E4M3:
             if tile_config is not None:
                 raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-            refuse_for_fp8(softcap=softcap > 0, variant=variant is not None)
+            refuse_for_fp8(
+                softcap=softcap > 0,
+                variant=variant is not None,
+                block_mask=block_mask is not None,
+            )
             mask, with_lse = (causal, left, right), return_lse or return_attn_probs
             operands = e4m3_operands(q, k, v, *descales, sinks)
             if attention_chunk == 0:
@@ -171,11 +180,12 @@ def flash_attn_func(
                     sinks=sinks,
                 )
             return (out, lse) if return_lse or return_attn_probs else out
-        if variant is not None:
+        if variant is not None or block_mask is not None:
             refuse_with_variant(softcap=softcap > 0, attention_chunk=attention_chunk > 0)
             deterministic = _always_deterministic() or deterministic
-            where = (None, softmax_scale, causal, sinks, left, right)
-            out, lse = attend(variant, q, k, v, *where, deterministic, tile_config, sm_margin)
+            call = (q, k, v, None, softmax_scale, causal, sinks, left, right)
+            of_kernels = (deterministic, tile_config, sm_margin)
+            out, lse = attend(variant, *call, *of_kernels, block_mask)
             return (out, lse) if return_lse or return_attn_probs else out
         if attention_chunk > 0:
             check_forward(q, k, v, 1.0, causal, None, deterministic, *options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +159,8 @@ def flash_attn_varlen_func(
             page_table=page_table is not None,
         )
     # Here too: the operator would read a tensor, and wait for the GPU.
-    check_max_seqlens(max_seqlen_q, max_seqlen_k)
+    if type(max_seqlen_q) is not int or type(max_seqlen_k) is not int:
+        check_max_seqlens(max_seqlen_q, max_seqlen_k)
     descales = (q_descale, k_descale, v_descale)
     is_fp8 = unusual and (is_e4m3 or any(x is not None for x in descales))
     if page_table is not None:
@@ -234,7 +236,9 @@ def flash_attn_varlen_func(
             rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
     except (AttributeError, IndexError, ZeroDivisionError) as error:
         explain(error, check_varlen_forward, q, k, v, *lengths, 1.0, causal, sinks)
+    options: tuple[Any, ...] = (max_seqlen_q, max_seqlen_k)
     deterministic = _always_deterministic() or deterministic
-    options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config, softcap, sm_margin)
+    if unusual or deterministic or tile_config is not None:  # others cost a call time, too
+        options = (*options, *window, deterministic, tile_config, softcap, sm_margin)
     out, lse = forward(q, k, v, *lengths, softmax_scale, causal, sinks, *options)
     return (out, lse) if return_lse or return_attn_probs else out

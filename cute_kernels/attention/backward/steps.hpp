@@ -55,6 +55,10 @@ class QuerySteps {
     if constexpr (Traits::kAnyCall) {
       if (block_ >= queries().full_end) return true;
     }
+    if constexpr (Traits::Variant::kHasHooks) {
+      // What hooks say of queries behind the last need not be finite.
+      if ((block_ + 1) * Traits::kTileM > coord_.sequence.ranges.seqlen_q) return true;
+    }
     return block_ < full_;
   }
 

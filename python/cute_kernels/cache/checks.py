@@ -17,10 +17,12 @@ from cute_kernels.cache.eight_bits import (
     check_cache,
     check_factors,
     check_scales,
+    check_stored,
     check_tree,
     holds_eight_bits,
     output_dtype,
 )
+from cute_kernels.cache.latent import MAX_LATENT_DIM, check_latent
 from cute_kernels.checks import (
     DENSE,
     HEAD_DIM_MULTIPLE,
@@ -43,15 +45,16 @@ from cute_kernels.reference import accumulator_dtype
 from cute_kernels.varlen_checks import check_int32
 
 ROTARY_MULTIPLE = 16
-MAX_LATENT_DIM = 512  # of values that are keys too
-MAX_ROPE_DIM = 64  # of the keys beside these
 NEW = ("batch", "seqlen_new", "key heads", "head_dim")
 PAGES = ("pages", "page_size", "key heads", "head_dim")
 ENTRIES = ("batch_cache", "seqlen_cache", "key heads", "head_dim")
-PARTS = ("splits", "batch", "seqlen", "heads", "head_dim")
 
 _OTHER_EIGHT_BITS = (torch.float8_e5m2, torch.uint8)
-_OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
+# What to do instead, with a page table.
+_WITH_PAGES = {
+    "cache_batch_idx": "pass the rows of page_table that it names",
+    "cache_leftpad": "let sequences begin at the first row of a page",
+}
 
 
 def check_attention(
@@ -122,7 +125,7 @@ def check_attention(
     if tree_mask is not None:
         check_tree(tree_mask, q)
     if qv is not None:
-        _check_latent(qv, q, v_cache)
+        check_latent(qv, q, v_cache)
 
 
 def check_attention_out(out: Tensor, q: Tensor, *inputs: Any, **options: Any) -> None:
@@ -173,15 +176,31 @@ def check_append(
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         _refuse_other_eight_bits(name, tensor)
     layout = NEW if cu_seqlens_k_new is None else PACKED
-    check_alone("k", k, layout)
+    check_tensor("k", k)
+    check_tensor("k_cache", k_cache)
+    stored = holds_eight_bits(k)
+    check_new = check_layout if stored else check_alone
+    check_new("k", k, layout)
     check_like("v", v, k, "k")
-    check_alone("v", v, layout)
+    check_new("v", v, layout)
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(
             f"v has shape {tuple(v.shape)}, must be {tuple(k.shape)} like k but for head_dim"
         )
     most_v = MAX_HEAD_DIM if holds_eight_bits(k_cache) else MAX_LATENT_DIM
+    if stored and k.dtype != k_cache.dtype:
+        wider = "wider or " if holds_eight_bits(k_cache) else ""
+        raise TypeError(f"k has dtype {k.dtype}, must be {wider}{k_cache.dtype} like k_cache")
     _check_caches(k_cache, v_cache, page_table, k, "k", most_v)
+    if stored:
+        check_stored(
+            {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache},
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            k_scales=k_scales,
+            v_scales=v_scales,
+            incoherent=rotation_seed,
+        )
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         if x.shape[-2:] != cache.shape[-2:]:
             raise ValueError(
@@ -236,40 +255,12 @@ def _check_queries(
         raise ValueError(f"q has batch {q.shape[0]}, must be {batch} like cache_seqlens")
 
 
-def check_combine(
-    out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None = None
-) -> None:
-    """The same of the operator that combines parts."""
-    check_tensor("out_partial", out_partial)
-    if out_partial.dim() != len(PARTS):
-        raise ValueError(
-            f"out_partial has shape {tuple(out_partial.shape)}, must have {len(PARTS)} dimensions: "
-            f"({', '.join(PARTS)})"
-        )
-    wide = (torch.float32, torch.float64) if out_partial.device.type == "cpu" else (torch.float32,)
-    if out_partial.dtype not in wide:
-        raise TypeError(f"out_partial has dtype {out_partial.dtype}, must be torch.float32")
-    if out_partial.stride(-1) != 1 and out_partial.shape[-1] > 1:
-        raise ValueError(
-            f"out_partial has strides {out_partial.stride()}, its last dimension (head_dim) must "
-            "be contiguous (stride 1)"
-        )
-    check_like("lse_partial", lse_partial, out_partial, "out_partial")
-    if lse_partial.shape != out_partial.shape[:-1]:
-        raise ValueError(
-            f"lse_partial has shape {tuple(lse_partial.shape)}, must be ({', '.join(PARTS[:-1])}) "
-            f"= {tuple(out_partial.shape[:-1])}"
-        )
-    allowed = (out_partial.dtype, *_OUTPUTS)
-    if out_dtype is not None and out_dtype not in allowed:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in _OUTPUTS)
-        raise TypeError(f"out_dtype is {out_dtype}, must be {names}")
-
-
 def _refuse_other_eight_bits(name: str, tensor: Tensor) -> None:
     dtype = getattr(tensor, "dtype", None)
     if dtype in _OTHER_EIGHT_BITS:
-        raise NotImplementedError(f"{name} of {dtype} is not there yet")
+        raise NotImplementedError(
+            f"{name} of {dtype} is not there: caches of 8 bits are float8_e4m3fn or int8"
+        )
 
 
 def _check_attending(q: Tensor, k_cache: Tensor) -> None:
@@ -294,23 +285,6 @@ def _check_head_dim(name: str, x: Tensor, most: int = MAX_HEAD_DIM) -> None:
         raise ValueError(
             f"{name} has head_dim {head_dim}, must be a multiple of {HEAD_DIM_MULTIPLE} from "
             f"{HEAD_DIM_MULTIPLE} to {most}"
-        )
-
-
-def _check_latent(qv: Tensor, q: Tensor, v_cache: Tensor) -> None:
-    """Queries of values that are keys too."""
-    if holds_eight_bits(v_cache):
-        raise NotImplementedError(f"qv is not there yet for a cache of {v_cache.dtype}")
-    if q.shape[2] > MAX_ROPE_DIM:
-        raise NotImplementedError(
-            f"qv is not there yet for q with head_dim {q.shape[2]}, only up to {MAX_ROPE_DIM}"
-        )
-    check_like("qv", qv, q)
-    check_layout("qv", qv, PACKED)
-    right = (*q.shape[:2], v_cache.shape[3])
-    if qv.shape != right:
-        raise ValueError(
-            f"qv has shape {tuple(qv.shape)}, must be {right}: q's, with v_cache's head_dim"
         )
 
 
@@ -358,7 +332,7 @@ def _check_places(
         if values is None:
             continue
         if page_table is not None:
-            raise NotImplementedError(f"{name} is not there yet with page_table")
+            raise NotImplementedError(f"{name} is not there with page_table: {_WITH_PAGES[name]}")
         check_int32(name, values, q, like=like)
         _check_batch(name, values, batch)
     if page_table is not None:

@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 
 from cute_kernels.cache import reference
-from cute_kernels.cache.checks import (
-    check_append,
-    check_attention,
-    check_attention_out,
-    check_combine,
-)
+from cute_kernels.cache.checks import check_append, check_attention, check_attention_out
+from cute_kernels.cache.combine_checks import check_combine
 from cute_kernels.cache.eight_bits import output_dtype
 from cute_kernels.operators import NAMESPACE, Pass
 from cute_kernels.reference import empty_outputs

@@ -210,7 +210,7 @@ def append(
     of_k, of_v = (k_cache, k, k_descale, k_scales), (v_cache, v, v_descale, v_scales)
     for cache, rows, descale, scales in (of_k, of_v):
         for i, (new, target) in enumerate(zip(sequences, targets, strict=True)):
-            if not eight_bits.holds_eight_bits(cache):
+            if rows.dtype == cache.dtype:
                 cache[target] = rows[new]
                 continue
             factor = None if scales is not None else factor_of(descale, i, target)
