@@ -22,6 +22,7 @@ from cute_kernels.cache.eight_bits import (
     holds_eight_bits,
     output_dtype,
 )
+from cute_kernels.cache.latent import MAX_LATENT_DIM, check_latent
 from cute_kernels.cache.rotary_checks import check_tables
 from cute_kernels.checks import (
     DENSE,
@@ -44,8 +45,6 @@ from cute_kernels.checks import (
 from cute_kernels.reference import accumulator_dtype
 from cute_kernels.varlen_checks import check_int32
 
-MAX_LATENT_DIM = 512  # of values that are keys too
-MAX_ROPE_DIM = 64  # of the keys beside these
 NEW = ("batch", "seqlen_new", "key heads", "head_dim")
 PAGES = ("pages", "page_size", "key heads", "head_dim")
 ENTRIES = ("batch_cache", "seqlen_cache", "key heads", "head_dim")
@@ -126,7 +125,7 @@ def check_attention(
     if tree_mask is not None:
         check_tree(tree_mask, q)
     if qv is not None:
-        _check_latent(qv, q, v_cache)
+        check_latent(qv, q, v_cache)
 
 
 def check_attention_out(out: Tensor, q: Tensor, *inputs: Any, **options: Any) -> None:
@@ -286,23 +285,6 @@ def _check_head_dim(name: str, x: Tensor, most: int = MAX_HEAD_DIM) -> None:
         raise ValueError(
             f"{name} has head_dim {head_dim}, must be a multiple of {HEAD_DIM_MULTIPLE} from "
             f"{HEAD_DIM_MULTIPLE} to {most}"
-        )
-
-
-def _check_latent(qv: Tensor, q: Tensor, v_cache: Tensor) -> None:
-    """Queries of values that are keys too."""
-    if holds_eight_bits(v_cache):
-        raise NotImplementedError(f"qv is not there yet for a cache of {v_cache.dtype}")
-    if q.shape[2] > MAX_ROPE_DIM:
-        raise NotImplementedError(
-            f"qv is not there yet for q with head_dim {q.shape[2]}, only up to {MAX_ROPE_DIM}"
-        )
-    check_like("qv", qv, q)
-    check_layout("qv", qv, PACKED)
-    right = (*q.shape[:2], v_cache.shape[3])
-    if qv.shape != right:
-        raise ValueError(
-            f"qv has shape {tuple(qv.shape)}, must be {right}: q's, with v_cache's head_dim"
         )
 
 
