@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstdint>
+
+#include <cutlass/cutlass.h>
+
+#include "cute_kernels/attention/call.hpp"
+#include "cute_kernels/attention/variant/arguments.hpp"
+
+namespace cute_kernels::attention {
+
+/// Whether a call has them, for kernels that need them; without queries or keys they are empty.
+template <class Problem>
+bool has_block_lists(Problem const& problem) {
+  CallSizes const& sizes = problem.call.sizes;
+  return sizes.seqlen_q == 0 || sizes.seqlen_k == 0 || problem.variant->blocks.counts != nullptr;
+}
+
+/// An entry of BlockLists.
+struct BlockEntry {
+  int packed;
+
+  CUTLASS_DEVICE int unit() const { return packed >> 1; }
+  CUTLASS_DEVICE bool is_full() const { return packed & 1; }
+};
+
+/// A row of BlockLists: what is not hidden from a unit of queries or of keys. Nobody writes there.
+class BlockRow {
+ public:
+  CUTLASS_DEVICE BlockRow(BlockLists const& lists, int batch, int head, int unit) : lists_(lists) {
+    int64_t const row =
+        int64_t{lists.rows_of_batch} * batch + int64_t{lists.rows_of_head} * head + unit;
+    count_ = lists.counts + row;
+    first_ = row * lists.capacity;
+  }
+
+  CUTLASS_DEVICE int count() const { return __ldg(count_); }
+  CUTLASS_DEVICE BlockEntry entry(int i) const { return {__ldg(lists_.entries + first_ + i)}; }
+  /// Backward: how many smaller units of keys the queries of an entry see.
+  CUTLASS_DEVICE int turn(int i) const { return __ldg(lists_.turns + first_ + i); }
+
+ private:
+  BlockLists const& lists_;  // a kernel's parameter
+  int const* count_;
+  int64_t first_;
+};
+
+}  // namespace cute_kernels::attention
