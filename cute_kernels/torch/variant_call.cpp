@@ -100,8 +100,8 @@ BlockLists block_lists_of(std::vector<Tensor> const& lists, Rows rows, Attention
   };
   int64_t const rows_of_batch = counts.size(1) * units,
                 capacity = lists[of_queries ? 1 : 3].size(3);
-  require(counts.size(0) * rows_of_batch <= kMostOfInt && capacity <= kMostOfInt,
-          "block_lists have 2^31 rows or more");
+  require(counts.size(0) * rows_of_batch <= kMostOfInt / std::max<int64_t>(1, capacity),
+          "block_lists have 2^31 entries or more");
   return {static_cast<int const*>(of_counts.data_ptr()),
           entries(lists[of_queries ? 1 : 3]),
           of_queries ? nullptr : entries(lists[4]),

@@ -28,7 +28,8 @@ struct CapturedNumber {
 inline constexpr int kMaskUnit = 128;
 
 /// A block mask (python/cute_kernels/variants/block_mask.py), in device memory: which units of keys
-/// are not hidden from each unit of queries, or backward, the other way round.
+/// are not hidden from each unit of queries, or backward, the other way round. There are fewer than
+/// 2^31 entries.
 struct BlockLists {
   int const* counts;   // (batch, heads, units)
   int const* entries;  // (batch, heads, units, capacity): ascending numbers times 2, + 1 if full

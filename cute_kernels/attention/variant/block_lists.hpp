@@ -1,7 +1,5 @@
 #pragma once
 
-#include <cstdint>
-
 #include <cutlass/cutlass.h>
 
 #include "cute_kernels/attention/call.hpp"
@@ -27,22 +25,19 @@ struct BlockEntry {
 /// A row of BlockLists: what is not hidden from a unit of queries or of keys. Nobody writes there.
 class BlockRow {
  public:
-  CUTLASS_DEVICE BlockRow(BlockLists const& lists, int batch, int head, int unit) : lists_(lists) {
-    int64_t const row =
-        int64_t{lists.rows_of_batch} * batch + int64_t{lists.rows_of_head} * head + unit;
-    count_ = lists.counts + row;
-    first_ = row * lists.capacity;
-  }
+  CUTLASS_DEVICE BlockRow(BlockLists const& lists, int batch, int head, int unit)
+      : lists_(lists), row_(lists.rows_of_batch * batch + lists.rows_of_head * head + unit) {}
 
-  CUTLASS_DEVICE int count() const { return __ldg(count_); }
-  CUTLASS_DEVICE BlockEntry entry(int i) const { return {__ldg(lists_.entries + first_ + i)}; }
+  CUTLASS_DEVICE int count() const { return __ldg(lists_.counts + row_); }
+  CUTLASS_DEVICE BlockEntry entry(int i) const { return {__ldg(lists_.entries + at(i))}; }
   /// Backward: how many smaller units of keys the queries of an entry see.
-  CUTLASS_DEVICE int turn(int i) const { return __ldg(lists_.turns + first_ + i); }
+  CUTLASS_DEVICE int turn(int i) const { return __ldg(lists_.turns + at(i)); }
 
  private:
+  CUTLASS_DEVICE int at(int i) const { return row_ * lists_.capacity + i; }
+
   BlockLists const& lists_;  // a kernel's parameter
-  int const* count_;
-  int64_t first_;
+  int row_;
 };
 
 }  // namespace cute_kernels::attention
