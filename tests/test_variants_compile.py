@@ -73,6 +73,19 @@ def test_rows_of_a_variant():
     assert len(names) == 2 * (4 + 3 + 2)
 
 
+def test_rows_of_tensors_with_like_names_are_apart():
+    """Each computes the gradients of its own."""
+    names = ("a", "A", "a_of1_A", "a_of_A")
+    alike = Variant(
+        "alike",
+        score=f"return score + {' + '.join(f'{name}[head]' for name in names)};",
+        tensors=dict.fromkeys(names, ("float32", "head")),
+    )
+    some = [(), *((name,) for name in names), ("a", "A"), ("a", "a_of_A"), names]
+    rows = {rows_of(alike.hooks.key, torch.bfloat16, 64, True, of)[1]["name"] for of in some}
+    assert len(rows) == len(some)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [

@@ -107,6 +107,30 @@ std::tuple<Tensor, Tensor> flash_attn_forward(
   return {out, lse};
 }
 
+/// (batch, heads, seqlen, head_dim) as (batch, seqlen, heads, head_dim), or the other way round:
+/// the same memory. PyTorch's own transpose costs a small call's host a tenth, for each tensor.
+Tensor with_heads_and_rows_exchanged(Tensor const& tensor) {
+  auto const sizes = tensor.sizes();
+  auto const strides = tensor.strides();
+  require(sizes.size() == 4, "a tensor does not have 4 dimensions");
+  int64_t const new_sizes[] = {sizes[0], sizes[2], sizes[1], sizes[3]};
+  int64_t const new_strides[] = {strides[0], strides[2], strides[1], strides[3]};
+  AtenTensorHandle handle = nullptr;
+  require_torch(aoti_torch__reinterpret_tensor(tensor.get(), 4, new_sizes, new_strides, 0, &handle),
+                "make a view of a tensor");
+  return Tensor(handle);
+}
+
+/// Of tensors as PyTorch's scaled_dot_product_attention has them, as is the output.
+std::tuple<Tensor, Tensor> flash_attn_heads_first(Tensor const& q, Tensor const& k, Tensor const& v,
+                                                  double softmax_scale, bool causal) {
+  auto const [out, lse] =
+      flash_attn_forward(with_heads_and_rows_exchanged(q), with_heads_and_rows_exchanged(k),
+                         with_heads_and_rows_exchanged(v), softmax_scale, causal, std::nullopt,
+                         false, std::nullopt, std::nullopt, std::nullopt, std::nullopt, 0.0, 0);
+  return {with_heads_and_rows_exchanged(out), lse};
+}
+
 /// The same of packed sequences. What cu_seqlens and seqused hold is not looked at here.
 std::tuple<Tensor, Tensor> flash_attn_varlen_forward(
     Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor,
@@ -180,6 +204,10 @@ STABLE_TORCH_LIBRARY(cute_kernels, library) {
       "str? tile_config=None, bool deterministic=False, Tensor? sinks=None, *, "
       "SymInt? window_left=None, SymInt? window_right=None, SymInt? diagonal=None, "
       "float softcap=0.0, SymInt sm_margin=0) -> (Tensor out, Tensor lse)");
+  // (batch, heads, seqlen, head_dim), without a gradient of its own.
+  library.def(
+      "flash_attn_heads_first(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal) -> "
+      "(Tensor out, Tensor lse)");
   library.def(
       "flash_attn_variant_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, "
       "Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor[] captured, "
@@ -191,6 +219,7 @@ STABLE_TORCH_LIBRARY(cute_kernels, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   library.impl("flash_attn_forward", TORCH_BOX(&cute_kernels::binding::flash_attn_forward));
+  library.impl("flash_attn_heads_first", TORCH_BOX(&cute_kernels::binding::flash_attn_heads_first));
   library.impl("flash_attn_varlen_forward",
                TORCH_BOX(&cute_kernels::binding::flash_attn_varlen_forward));
   library.impl("flash_attn_variant_forward",

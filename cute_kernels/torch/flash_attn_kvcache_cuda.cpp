@@ -194,12 +194,13 @@ Tensor flash_attn_kvcache_forward_out(
     std::optional<Tensor> cache_batch_idx, std::optional<Tensor> cache_leftpad,
     std::optional<Tensor> sinks, double softmax_scale, bool causal, std::optional<Tensor> q_descale,
     std::optional<Tensor> k_descale, std::optional<Tensor> v_descale,
-    std::optional<Tensor> tree_mask, std::optional<int64_t> max_seqlen_q,
+    std::optional<Tensor> tree_mask, std::optional<Tensor> qv, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
     int64_t num_splits, int64_t sm_margin, std::optional<int64_t> rotation_seed,
     int64_t attention_chunk) {
   Argument const q("q", q_tensor), k("k_cache", k_cache), v("v_cache", v_cache);
   require(q.is_cuda, "q is not on CUDA");
+  require(!qv, "no kernel for qv (latent attention) in this build");
   bool const eight_bits = is_8_bits(k.dtype);
   require(q.dtype == ScalarType::Half || q.dtype == ScalarType::BFloat16 ||
               (eight_bits && q.dtype == ScalarType::Float8_e4m3fn),
@@ -298,7 +299,7 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
     std::optional<Tensor> cache_batch_idx, std::optional<Tensor> cache_leftpad,
     std::optional<Tensor> sinks, double softmax_scale, bool causal, std::optional<Tensor> q_descale,
     std::optional<Tensor> k_descale, std::optional<Tensor> v_descale,
-    std::optional<Tensor> tree_mask, std::optional<int64_t> max_seqlen_q,
+    std::optional<Tensor> tree_mask, std::optional<Tensor> qv, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
     int64_t num_splits, int64_t sm_margin, std::optional<int64_t> rotation_seed,
     int64_t attention_chunk) {
@@ -310,7 +311,7 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
   Tensor out = empty({q.size(0), q.size(1), v.size(3)}, output_type(q.dtype), q.device);
   Tensor lse = flash_attn_kvcache_forward_out(
       out, q_tensor, k_cache, v_cache, cu_seqlens_q, cache_seqlens, page_table, cache_batch_idx,
-      cache_leftpad, sinks, softmax_scale, causal, q_descale, k_descale, v_descale, tree_mask,
+      cache_leftpad, sinks, softmax_scale, causal, q_descale, k_descale, v_descale, tree_mask, qv,
       max_seqlen_q, window_left, window_right, softcap, num_splits, sm_margin, rotation_seed,
       attention_chunk);
   return {out, lse};

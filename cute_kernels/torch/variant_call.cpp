@@ -60,6 +60,8 @@ AttentionCall check_variant_call(Argument const& q, Argument const& k, Argument 
   require(captured.size() <= attention::kMostCaptured && numbers.size() <= attention::kMostCaptured,
           "more than ", attention::kMostCaptured, " captured tensors or numbers");
   variant.scale = call.scale;
+  variant.most_queries = std::max(1, call.sizes.seqlen_q);
+  variant.most_keys = std::max(1, call.sizes.seqlen_k);
   if (packed) {
     variant.cu_seqlens_q = call.packed.cu_seqlens_q;
     variant.cu_seqlens_k = call.packed.cu_seqlens_k;

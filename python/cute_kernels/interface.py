@@ -11,7 +11,6 @@ from cute_kernels.arguments import (
     Window,
     check_hints,
     refuse_for_fp8,
-    refuse_later,
     refuse_with_variant,
     window_of,
 )
@@ -87,7 +86,7 @@ def flash_attn_func(
             ``p = i + seqlen_k - seqlen_q`` rounded down to a multiple of it as c, query i sees key
             j only if ``c <= j < c + attention_chunk``, and what causal and window_size let it. On
             CUDA q, k and v are copied in full unless batch entries follow one another in memory.
-        qv: not there yet; anything but None raises NotImplementedError.
+        qv: not there yet, NotImplementedError: `flash_attn_with_kvcache` has it.
         num_splits, pack_gqa: hints, which change no result and so far nothing else.
         sm_margin: how many multiprocessors of a GPU the call, and its gradient, leave alone, for
             communication beside it; one is always left to the call. The short kernels around
@@ -141,7 +140,10 @@ def flash_attn_func(
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
         unusual = True
     if unusual:
-        refuse_later("flash_attn_func", qv=qv)
+        if qv is not None:
+            raise NotImplementedError(
+                "flash_attn_func: qv is not there yet: flash_attn_with_kvcache has it"
+            )
         check_hints(num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
         if not isinstance(softcap, (int, float)):  # the operator would read a tensor, and wait

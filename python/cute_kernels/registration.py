@@ -54,13 +54,8 @@ def register(
     if not has_cuda_kernel(operator):
         torch.library.impl(name, "cuda", not_built)
 
-    eager = run_below_autograd(of_pass, keywords)
     compiled = by_position(operator, of_pass.positional, keywords)
-
-    def call(*inputs: Any) -> Any:
-        return (compiled if _is_compiling() else eager)(*inputs)
-
-    return call
+    return run_below_autograd(of_pass, keywords, compiled)
 
 
 def mark_written(*tensors: Tensor | None) -> None:

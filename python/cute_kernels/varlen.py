@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from cute_kernels.arguments import (
     Window,
     check_hints,
     refuse_for_fp8,
-    refuse_later,
     refuse_with_variant,
     window_of,
 )
@@ -94,7 +94,7 @@ def flash_attn_varlen_func(
             multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
             are multiples of 16, returns bfloat16, has no softcap and no gradient, or a page_table.
             From 16-bit tensors, `flash_attn_fp8_varlen_func` loses less.
-        qv: not there yet; anything but None raises NotImplementedError.
+        qv: with page_table, as of `flash_attn_with_kvcache`; else not there yet.
         num_splits, pack_gqa: hints, which change no result.
         sm_margin: as of `flash_attn_func`.
         page_table: (batch, max_pages), int32, last dimension contiguous. With it k and v are caches
@@ -141,7 +141,10 @@ def flash_attn_varlen_func(
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
         unusual = True
     if unusual:
-        refuse_later("flash_attn_varlen_func", qv=qv)
+        if qv is not None and page_table is None:
+            raise NotImplementedError(
+                "flash_attn_varlen_func: qv is not there yet without page_table"
+            )
         if tree_mask is not None and page_table is None:
             raise ValueError("tree_mask is given, must be None without page_table")
         check_hints(num_splits, pack_gqa, sm_margin)
@@ -156,7 +159,8 @@ def flash_attn_varlen_func(
             page_table=page_table is not None,
         )
     # Here too: the operator would read a tensor, and wait for the GPU.
-    check_max_seqlens(max_seqlen_q, max_seqlen_k)
+    if type(max_seqlen_q) is not int or type(max_seqlen_k) is not int:
+        check_max_seqlens(max_seqlen_q, max_seqlen_k)
     descales = (q_descale, k_descale, v_descale)
     is_fp8 = unusual and (is_e4m3 or any(x is not None for x in descales))
     if page_table is not None:
@@ -184,6 +188,7 @@ def flash_attn_varlen_func(
             v_descale,
             tree_mask,
             attention_chunk,
+            qv,
         )
         return (out, lse) if return_lse or return_attn_probs else out
     if cu_seqlens_k is None:
@@ -231,7 +236,9 @@ def flash_attn_varlen_func(
             rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
     except (AttributeError, IndexError, ZeroDivisionError) as error:
         explain(error, check_varlen_forward, q, k, v, *lengths, 1.0, causal, sinks)
+    options: tuple[Any, ...] = (max_seqlen_q, max_seqlen_k)
     deterministic = _always_deterministic() or deterministic
-    options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config, softcap, sm_margin)
+    if unusual or deterministic or tile_config is not None:  # others cost a call time, too
+        options = (*options, *window, deterministic, tile_config, softcap, sm_margin)
     out, lse = forward(q, k, v, *lengths, softmax_scale, causal, sinks, *options)
     return (out, lse) if return_lse or return_attn_probs else out

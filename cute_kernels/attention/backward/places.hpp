@@ -18,10 +18,9 @@ CUTLASS_DEVICE auto places_of(Params const& params, typename Traits::KeyBlock co
     int const batch = call.cu_seqlens_k == nullptr
                           ? sequence.batch
                           : entry_at(call.cu_seqlens_k, call.sequences, sequence.k.first);
-    return SequencePlace{batch,
-                         head,
+    return SequencePlace(call, batch, head,
                          {sequence.batch, sequence.q.first, sequence.k.first,
-                          sequence.ranges.seqlen_q, sequence.ranges.seqlen_k}};
+                          sequence.ranges.seqlen_q, sequence.ranges.seqlen_k});
   } else {
     return NoPlaces{};
   }

@@ -54,6 +54,15 @@ class StepPlace {
   CUTLASS_DEVICE StepPlace(Params const& params, KeyBlock const& coord)
       : params_(params), coord_(coord) {}
 
+  /// Whether queries behind the last are to be hidden: what hooks say of them need not be finite.
+  CUTLASS_DEVICE bool reaches_beyond() const {
+    if constexpr (Traits::Variant::kHasHooks) {
+      return (block_ + 1) * Traits::kTileM > coord_.sequence.ranges.seqlen_q;
+    } else {
+      return false;
+    }
+  }
+
   Params const& params_;
   std::conditional_t<Traits::kAnyCall, KeyBlock const&, KeyBlock const> coord_;
   int block_;
@@ -105,7 +114,7 @@ class RangeSteps : public StepPlace<Traits, Params> {
     if constexpr (Traits::kAnyCall) {
       if (block_ >= queries().full_end) return true;
     }
-    return block_ < full_;
+    return this->reaches_beyond() || block_ < full_;
   }
 
   /// Whether a variant's mask hides nothing.
@@ -187,7 +196,8 @@ class ListedSteps : public StepPlace<Traits, Params> {
   }
 
   CUTLASS_DEVICE bool masked() const {
-    return block_ >= coord_.queries.full_end || block_ < coord_.queries.full_begin;
+    return this->reaches_beyond() || block_ >= coord_.queries.full_end ||
+           block_ < coord_.queries.full_begin;
   }
 
   CUTLASS_DEVICE bool is_full() const { return is_full_; }

@@ -46,6 +46,9 @@ struct VariantArguments {
   // (backward/captured_gradients.hpp).
   float* gradients[kMostCaptured];
   float scale;  // of the products
+  // Captured tensors have no fewer along query and key, at least 1, whatever cu_seqlens holds.
+  int most_queries;
+  int most_keys;
   // Packed sequences, for their numbers: (batch + 1); null: the call is dense.
   int const* cu_seqlens_q;
   int const* cu_seqlens_k;

@@ -87,14 +87,15 @@ struct HookedVariant {
     change(params, scores, place);
   }
 
-  /// P becomes weight * P.
+  /// P becomes weight * P, and stays 0 where it is, whatever the weight.
   template <class Params, class Probabilities, class PlaceOf>
   CUTLASS_DEVICE static void weigh(Params const& params, Probabilities& p, PlaceOf const& place) {
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < cute::size<0>(p); ++row) {
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < cute::size<1>(p); ++col) {
-        p(row, col) *= Hooks::weight(place(row, col), params.variant);
+        float const weight = Hooks::weight(place(row, col), params.variant);
+        p(row, col) = p(row, col) == 0.f ? 0.f : p(row, col) * weight;
       }
     }
   }
@@ -102,7 +103,8 @@ struct HookedVariant {
   template <class Params, class Scores>
   CUTLASS_DEVICE static void prepare(Params const&, Scores&) {}
 
-  /// A score of -inf is hidden already: hooks are asked about 0 instead.
+  /// A score of -inf is hidden already: hooks are asked about 0 instead, where neither derivatives
+  /// nor weights need be finite, as what they are multiplied by is 0.
   template <class Params>
   CUTLASS_DEVICE static ChangedScore<kGradients> element(Params const& params, float score,
                                                          Place const& here) {
@@ -124,6 +126,11 @@ struct HookedVariant {
       }
     }
     if constexpr (kWeighs) changed.weight = Hooks::weight(here, params.variant);
+    if (changed.hidden) {
+      changed.slope = changed.weight = 0.f;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kGradients; ++i) changed.slopes[i] = 0.f;
+    }
     return changed;
   }
 

@@ -48,6 +48,7 @@ _WORDS = """
     private protected public register reinterpret_cast return short signed sizeof static
     static_assert static_cast struct switch template this throw true try typedef typeid typename
     union unsigned using virtual void volatile wchar_t while xor score mask weight here captured_
+    captured Score Plain Variable Axis std cutlass
     uniform exp exp2 log log2 sqrt rsqrt sin cos tanh sigmoid abs max min
 """
 RESERVED = {*_WORDS.split(), *COORDINATES, *FACTS}

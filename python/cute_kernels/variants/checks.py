@@ -14,6 +14,8 @@ from cute_kernels.compile.hooks import Tensor as Declared
 from cute_kernels.tiles import ROWS
 from cute_kernels.variants.variant import DTYPES, BoundVariant
 
+_LIMIT = 2**31  # of what CapturedTensor of attention/variant/arguments.hpp counts in
+
 
 class Sizes(NamedTuple):
     """How many there are of each coordinate in a call; of packed sequences query and key are at
@@ -37,8 +39,9 @@ def sizes_of(
     if cu_seqlens_q is None:
         return Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1], q.shape[1], k.shape[1])
     rows_q, rows_k = q.shape[0], k.shape[0]
-    longest_q = rows_q if max_seqlen_q is None else min(max_seqlen_q, rows_q)
-    longest_k = rows_k if max_seqlen_k is None else min(max_seqlen_k, rows_k)
+    # At least 1 of each, which kernels may read whatever cu_seqlens holds.
+    longest_q = rows_q if max_seqlen_q is None else min(max(1, max_seqlen_q), rows_q)
+    longest_k = rows_k if max_seqlen_k is None else min(max(1, max_seqlen_k), rows_k)
     return Sizes(cu_seqlens_q.shape[0] - 1, q.shape[1], longest_q, longest_k, rows_q, rows_k)
 
 
@@ -69,6 +72,13 @@ def _check_tensor(declared: Declared, tensor: Tensor, q: Tensor, sizes: Sizes) -
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, must have {len(declared.axes)} dimensions: "
             f"({', '.join(str(axis) for axis in declared.axes)})"
+        )
+    if tensor.device.type == "cuda" and any(
+        isinstance(n, int) and n >= _LIMIT for n in (*tensor.shape, *tensor.stride())
+    ):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, each must be "
+            "below 2^31 on CUDA"
         )
     for axis, (of, size) in enumerate(zip(declared.axes, tensor.shape, strict=True)):
         if of in ("batch", "head"):

@@ -132,7 +132,10 @@ def _row(
         tiles = _FORWARD_OF_BLOCKS if KNOWN[key].block_mask else _FORWARD
     fitting = min(size for size in tiles if size >= head_dim)
     columns, dtype_name = dict(tiles[fitting]), _DTYPE_NAMES[dtype]
-    name = "_".join([dtype_name, key, of_pass, f"d{fitting}", *(f"of_{x}" for x in gradients)])
+    # Numbered: names may differ in case alone, or by what else is joined here.
+    declared = [tensor.name for tensor in KNOWN[key].tensors]
+    of = [f"of{declared.index(tensor)}_{tensor}" for tensor in gradients]
+    name = "_".join([dtype_name, key, of_pass, f"d{fitting}", *of])
     if of_pass == "forward":
         columns |= {"separate_output": True, "sum_in_pairs": True}
     else:

@@ -99,8 +99,8 @@ def _attention(
             seen = seen & shown
         scores = _products(rows, all_k, seen) * softmax_scale
         if variant.variant.python["score"] is not None:
-            # What hides a key hides also what its score would be.
-            scores = ask(variant, "score", {**names, "score": scores})
+            # What hides a key hides also what its score would be: the hook is asked about 0.
+            scores = ask(variant, "score", {**names, "score": scores.masked_fill(~seen, 0.0)})
         scores = scores.to(dtype).expand_as(seen).masked_fill(~seen, -math.inf)
         if sinks is not None:
             of_sinks = sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
@@ -108,7 +108,7 @@ def _attention(
         p, lse = _softmax(scores)
         p = p[..., :seqlen_k].masked_fill(~seen, 0.0)  # also where the LSE is NaN
         if variant.variant.python["weight"] is not None:
-            p = p * ask(variant, "weight", names)
+            p = (p * ask(variant, "weight", names)).masked_fill(~seen, 0.0)
         outs.append(_weighted_sum(p, all_v, seen))
         lses.append(lse)
     return torch.cat(outs, 2).transpose(1, 2).to(q.dtype).contiguous(), torch.cat(lses, 2)
