@@ -78,16 +78,14 @@ def attend(
     given = given.with_tensors(expanded(given, sizes))
     check_captured(given, q, sizes)
     _check_hooks(given, q)
-    check_tile(given, tile_config)
+    check_tile(given, tile_config, blocks is not None)
     if in_forward_mode():
         refuse_tangents(q, k, v, sinks, *given.tensors)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     call = (q, k, v, lengths, softmax_scale, causal, sinks, window_left, window_right)
     if q.device.type == "cuda":
-        if blocks is not None:
-            raise NotImplementedError("block_mask is not there yet on CUDA")
-        return _on_cuda(given, *call, deterministic, tile_config, sm_margin)
+        return _on_cuda(given, *call, deterministic, tile_config, sm_margin, blocks)
     return _in_python(given, *call, blocks)
 
 
@@ -120,8 +118,9 @@ def _on_cuda(
     deterministic: bool,
     tile_config: str | None,
     sm_margin: int,
+    blocks: BlockMask | None,
 ) -> tuple[Tensor, Tensor]:
-    hooks = given.variant.hooks
+    hooks = given.variant.hooks_of(blocks is not None)
     names = with_gradient(given)
     check_gradients(given, names, lengths is not None)
     inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
@@ -137,6 +136,7 @@ def _on_cuda(
         v,
         *where[:4],
         given.tensors,
+        [] if blocks is None else list(blocks.lists),
         [float(number) for number in given.numbers],
         hooks.key,
         kernels.forward,
