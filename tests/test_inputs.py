@@ -316,6 +316,16 @@ BAD = {
         TypeError,
         r"\bv is a array, must be a torch\.Tensor",
     ),
+    "q nested": (
+        lambda q, k, v: {"q": torch.nested.as_nested_tensor(list(q))},
+        TypeError,
+        r"\bq is a nested tensor",
+    ),
+    "sm_margin of more than 64 bits": (
+        lambda q, k, v: {"sm_margin": 2**63},
+        ValueError,
+        r"\bsm_margin is 9223372036854775808, must be an int of 64 bits",
+    ),
 }
 
 

@@ -35,6 +35,8 @@ _SIZE_LIMIT = 2**31
 _VECTOR_BYTES = 16
 _BLOCK = 64  # rows of the smallest tile
 _BLOCKS_LIMIT = 2**30
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+_INT_LIMIT = 2**63  # operators take ints of 64 bits
 
 # The dimensions of q, k and v.
 DENSE = ("batch", "seqlen", "heads", "head_dim")
@@ -257,6 +259,16 @@ def check_int(name: str, number: object, least: int | None = None, none: str = "
         raise TypeError(f"{name} is {number!r}, must be an int{none}")
     if least is not None and surely(number < least):
         raise ValueError(f"{name} is {number}, must be at least {least}{none}")
+    if isinstance(number, int) and not -_INT_LIMIT <= number < _INT_LIMIT:
+        raise ValueError(f"{name} is {number}, must be an int of 64 bits{none}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError or TypeError unless it is an int of 64 bits without a sign."""
+    if not isinstance(seed, (int, torch.SymInt)):
+        raise TypeError(f"seed is {seed!r}, must be an int")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}, must be at least 0 and below 2**64")
 
 
 def check_softmax_scale(softmax_scale: float, dtype: torch.dtype = torch.float32) -> None:
@@ -280,6 +292,8 @@ def check_softcap(softcap: float, dtype: torch.dtype = torch.float32) -> None:
 
 
 def _check_number(name: str, number: object) -> None:
+    if isinstance(number, _NUMBERS):
+        return
     several = isinstance(number, (str, bytes, Tensor)) or getattr(number, "ndim", 0) != 0
     if several or not hasattr(number, "__float__"):
         raise TypeError(f"{name} is {number!r}, must be a number")
@@ -378,6 +392,8 @@ def check_tensor(name: str, tensor: object) -> None:
         raise TypeError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}, must be torch.strided")
+    if tensor.is_nested:
+        raise TypeError(f"{name} is a nested tensor, must be one of a single shape")
 
 
 def check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:

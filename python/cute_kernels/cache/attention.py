@@ -15,6 +15,7 @@ from cute_kernels.checks import (
     DENSE,
     PACKED,
     check_alone,
+    check_flag,
     check_layout,
     check_tensor,
     explain,
@@ -161,6 +162,7 @@ def flash_attn_with_kvcache(
         places = (cu_seqlens_k_new, page_table, cache_batch_idx)
         queries: tuple[Any, ...] = (None, None, True)
         if rotary_cos is not None:
+            check_flag("causal", causal)
             queries = (q, cu_seqlens_q, causal or left is not None or right is not None)
         inputs = (lengths, *places, *rotary, *queries)
         factors = (k_descale, v_descale, k_scales, v_scales, rotation)
@@ -240,7 +242,8 @@ def attend(
     """The attention operator, with softmax_scale's default and sinks of any dtype; its output is
     written to `into`, packed and dense, if given. Keyword-only inputs go by position."""
     if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
+        check_tensor("q", q)
+        softmax_scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
     if sinks is not None:
         check_tensor("sinks", sinks)
         if not sinks.dtype.is_floating_point:
@@ -339,8 +342,8 @@ def _lengths(
     """As a tensor, if it is not one; all that the cache can hold if None."""
     if isinstance(cache_seqlens, Tensor):
         return cache_seqlens
+    check_tensor("k_cache", k_cache)
     if cache_seqlens is None:
-        check_tensor("k_cache", k_cache)
         check_layout("k_cache", k_cache, ENTRIES if page_table is None else PAGES)
         cache_seqlens = k_cache.shape[1]
         if page_table is not None:
@@ -348,6 +351,8 @@ def _lengths(
             cache_seqlens *= page_table.shape[1]
     elif isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
         raise TypeError(f"cache_seqlens is {cache_seqlens!r}, must be a torch.Tensor, int or None")
+    elif isinstance(cache_seqlens, int) and not 0 <= cache_seqlens < 2**31:
+        raise ValueError(f"cache_seqlens is {cache_seqlens}, must be at least 0 and below 2^31")
     return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=k_cache.device)
 
 

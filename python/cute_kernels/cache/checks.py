@@ -294,6 +294,7 @@ def _check_caches(
     k_cache: Tensor, v_cache: Tensor, page_table: Tensor | None, q: Tensor, like: str
 ) -> None:
     layout = ENTRIES if page_table is None else PAGES
+    check_tensor("k_cache", k_cache)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if not holds_eight_bits(k_cache):
             check_like(name, cache, q, like)

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cute_kernels.reference import QUERY_BLOCK, Mask, Sequence, accumulator_dtype
+from cute_kernels.reference import (
+    QUERY_BLOCK,
+    Mask,
+    Sequence,
+    accumulator_dtype,
+    without_autocast,
+)
 from cute_kernels.variants.variant import BoundVariant
 
 
@@ -50,8 +56,9 @@ def packed_variant_attention(
         one = (q[None, queries], k[None, keys], v[None, keys])
         places = (batch, queries.start, keys.start)
         part, part_lse = _attention(variant, *one, softmax_scale, mask, sinks, *places)
-        out = out.index_copy(0, torch.arange(queries.start, queries.stop), part[0])
-        lse = lse.index_copy(1, torch.arange(queries.start, queries.stop), part_lse[0])
+        rows = torch.arange(queries.start, queries.stop, device=q.device)
+        out = out.index_copy(0, rows, part[0])
+        lse = lse.index_copy(1, rows, part_lse[0])
     return out, lse
 
 
@@ -106,7 +113,7 @@ def _attention(
         p, lse = _softmax(scores)
         p = p[..., :seqlen_k].masked_fill(~seen, 0.0)  # also where the LSE is NaN
         if variant.variant.python["weight"] is not None:
-            p = p * _call(variant, "weight", names)
+            p = p * _call(variant, "weight", names).to(dtype)
         outs.append(_weighted_sum(p, all_v, seen))
         lses.append(lse)
     if not outs:
@@ -178,7 +185,8 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         q, k, seen = ctx.saved_tensors
         grad = grads[0].masked_fill(~seen, 0.0)
-        return _sum_of_seen(grad, k, seen), _sum_of_seen(grad.mT, q, seen.mT), None
+        with without_autocast(q):
+            return _sum_of_seen(grad, k, seen), _sum_of_seen(grad.mT, q, seen.mT), None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -196,11 +204,9 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
         p, values, seen = ctx.saved_tensors
-        return (
-            (grad @ values.mT).masked_fill(~seen, 0.0),
-            _sum_of_seen(p.mT, grad, seen.mT),
-            None,
-        )
+        with without_autocast(values):
+            of_p = (grad @ values.mT).masked_fill(~seen, 0.0)
+            return of_p, _sum_of_seen(p.mT, grad, seen.mT), None
 
 
 _weighted_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = _WeightedSum.apply

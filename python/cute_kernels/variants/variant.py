@@ -146,6 +146,11 @@ class Variant:
         load(rows)
         return [row["name"] for row in rows]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or of pickle: another process has to know the hooks, too."""
+        self.__dict__.update(state)
+        KNOWN.setdefault(self.hooks.key, self.hooks)
+
     def __repr__(self) -> str:
         return f"Variant({self.name!r})"
 
