@@ -17,6 +17,7 @@ from cute_kernels import (
     flash_attn_fp8_func,
     flash_attn_fp8_varlen_func,
     flash_attn_func,
+    flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
     parts,
@@ -245,3 +246,27 @@ def test_another_process_knows_the_hooks_of_a_variant_that_it_is_sent():
         "assert KNOWN[variant.hooks.key].score == 'return 0.5f * score;'\n"
     )
     subprocess.run([sys.executable, "-c", code], input=sent, check=True, cwd="tests")
+
+
+def test_numbers_may_be_numpys():
+    """What lengths that were made with it have."""
+    numpy = pytest.importorskip("numpy")
+    x = tensors()
+    n, lengths = numpy.int64, (x["cu_q"], x["cu_k"])
+    q, k, v = (x[name] for name in "qkv")
+    qkv = torch.cat([q, k[:, :10], v[:, :10]], 2)
+    caches = (x["k_cache"], x["v_cache"])
+    for call in (
+        lambda n: flash_attn_func(q, k, v, window_size=(n(3), n(0))),
+        lambda n: flash_attn_func(q, k, v, attention_chunk=n(4), sm_margin=n(2)),
+        lambda n: flash_attn_func(q, k, v, variant=variants.dilated(n(3), n(2))),
+        lambda n: flash_attn_varlen_func(*packed(x), *lengths, n(13), n(12), num_splits=n(2)),
+        lambda n: flash_attn_qkvpacked_func(qkv, num_heads_q=n(4)),
+        lambda n: flash_attn_with_kvcache(q, *caches, cache_seqlens=n(20), num_splits=n(2)),
+        lambda n: flash_attn_fp8_func(q, k, v, seed=n(5)),
+        lambda n: quantize_fp8(q, block=n(32)).data,
+    ):
+        assert torch.equal(call(n), call(int))
+    assert variants.softcap(numpy.float32(2.0)).numbers == [2.0]
+    with pytest.raises(ValueError, match=r"^attention_chunk is -1, must be at least 0$"):
+        flash_attn_func(q, k, v, attention_chunk=n(-1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -35,6 +36,7 @@ _SIZE_LIMIT = 2**31
 _VECTOR_BYTES = 16
 _BLOCK = 64  # rows of the smallest tile
 _BLOCKS_LIMIT = 2**30
+INTS = (int, torch.SymInt, numbers.Integral)  # the last are NumPy's; tensors are none
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _INT_LIMIT = 2**63  # operators take ints of 64 bits
 
@@ -255,8 +257,10 @@ def check_int(name: str, number: object, least: int | None = None, none: str = "
     """Raises ValueError or TypeError unless it is an int, at least `least`, or None if `none`."""
     if number is None and none:
         return
-    if not isinstance(number, (int, torch.SymInt)):
+    if not isinstance(number, INTS):
         raise TypeError(f"{name} is {number!r}, must be an int{none}")
+    if not isinstance(number, (int, torch.SymInt)):
+        number = int(number)
     if least is not None and surely(number < least):
         raise ValueError(f"{name} is {number}, must be at least {least}{none}")
     if isinstance(number, int) and not -_INT_LIMIT <= number < _INT_LIMIT:
@@ -265,7 +269,7 @@ def check_int(name: str, number: object, least: int | None = None, none: str = "
 
 def check_seed(seed: int) -> None:
     """Raises ValueError or TypeError unless it is an int of 64 bits without a sign."""
-    if not isinstance(seed, (int, torch.SymInt)):
+    if not isinstance(seed, INTS):
         raise TypeError(f"seed is {seed!r}, must be an int")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}, must be at least 0 and below 2**64")

@@ -13,6 +13,7 @@ from cute_kernels.cache.append import append_rows, rotation_seed
 from cute_kernels.cache.checks import ENTRIES, PAGES, check_attention, check_output
 from cute_kernels.checks import (
     DENSE,
+    INTS,
     PACKED,
     check_alone,
     check_flag,
@@ -349,9 +350,9 @@ def _lengths(
         if page_table is not None:
             check_int32("page_table", page_table, k_cache, dims=2, like="k_cache")
             cache_seqlens *= page_table.shape[1]
-    elif isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
+    elif isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, INTS):
         raise TypeError(f"cache_seqlens is {cache_seqlens!r}, must be a torch.Tensor, int or None")
-    elif isinstance(cache_seqlens, int) and not 0 <= cache_seqlens < 2**31:
+    elif not isinstance(cache_seqlens, torch.SymInt) and not 0 <= cache_seqlens < 2**31:
         raise ValueError(f"cache_seqlens is {cache_seqlens}, must be at least 0 and below 2^31")
     return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=k_cache.device)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -173,7 +175,7 @@ def dropout(rate: float, state: Tensor) -> BoundVariant:
         state: (2,), int64, on q's device: a seed and an offset, which together choose the random
             numbers, those of gradients included. Change the offset from call to call.
     """
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
         raise TypeError(f"rate is {rate!r}, must be a number")
     if not 0 <= rate < 1:
         raise ValueError(f"rate is {rate}, must be from 0 to below 1")
