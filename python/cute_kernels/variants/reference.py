@@ -172,6 +172,8 @@ class _Products(torch.autograd.Function):
     """Q K^T; a key that is not finite makes NaN of what sees it, in gradients too, and of nothing
     else."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         (finite_q, wild_q), (finite_k, wild_k) = _finite(q), _finite(k)
@@ -191,6 +193,8 @@ class _Products(torch.autograd.Function):
 
 class _WeightedSum(torch.autograd.Function):
     """P V, to which what a query does not see adds nothing, even if NaN; nor to its gradients."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(p: Tensor, values: Tensor, seen: Tensor) -> Tensor:
