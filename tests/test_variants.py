@@ -305,6 +305,24 @@ def test_transforms_and_compilers_see_the_operations():
     assert torch.allclose(torch.func.grad(loss)(shift), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_mapped_calls_are_calls_of_their_own(grad):
+    """On the CPU, per-sample gradients included; in each, `batch` begins with 0."""
+    q, k, v = torch.randn(3, 3, 2, 5, 4, 16)
+    bias = torch.randn(2, 4, 5, 5)
+
+    def call(q, v):
+        return flash_attn_func(q, k[0], v, causal=True, variant=variants.bias(bias))
+
+    def gradients(q, v):
+        return torch.func.grad(lambda q, v: call(q, v).square().sum(), argnums=(0, 1))(q, v)
+
+    of = gradients if grad else lambda q, v: (call(q, v),)
+    alone = zip(*(of(*one) for one in zip(q, v, strict=True)), strict=True)
+    for mapped, one_by_one in zip(torch.func.vmap(of)(q, v), alone, strict=True):
+        assert (mapped - torch.stack(one_by_one)).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("name", ["alibi", "own gradient", "ready-made", "block mask"])
 def test_the_page_runs(name):
     text = (ROOT / "docs" / "variants.md").read_text()

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_flag, check_int, check_sm_margin
+from cute_kernels.checks import INTS, check_flag, check_int, check_sm_margin
 
 Window = Sequence[int | None] | Tensor | None
 
@@ -55,13 +55,17 @@ def window_of(window_size: Window, causal: bool) -> tuple[bool, int | None, int 
     if len(limits) != 2:
         _refuse_window(ValueError, window_size)
     for limit in limits:
-        if limit is not None and not isinstance(limit, (int, torch.SymInt)):
+        if limit is not None and not isinstance(limit, INTS):
             _refuse_window(TypeError, window_size)
         if limit is not None and limit < -1:
             _refuse_window(ValueError, window_size)
-    left, right = (None if n is None or n == -1 or n >= _NO_LIMIT else n for n in limits)
+    left, right = (None if n is None or n == -1 or n >= _NO_LIMIT else _int(n) for n in limits)
     causal = causal or right == 0
     return causal, left, None if causal else right
+
+
+def _int(number: Any) -> Any:
+    return number if isinstance(number, (int, torch.SymInt)) else int(number)
 
 
 def _refuse_window(error: type[Exception], window_size: Any) -> NoReturn:

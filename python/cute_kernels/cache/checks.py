@@ -298,6 +298,7 @@ def _check_caches(
 ) -> None:
     """`most_v`: of v_cache's head_dim."""
     layout = ENTRIES if page_table is None else PAGES
+    check_tensor("k_cache", k_cache)
     for name, cache, most in (("k_cache", k_cache, MAX_HEAD_DIM), ("v_cache", v_cache, most_v)):
         if not holds_eight_bits(k_cache):
             check_like(name, cache, q, like)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cute_kernels.checks import check_forward, refuse_tangents
-from cute_kernels.reference import Sequence, mask_of
+from cute_kernels.reference import Sequence, mask_of, without_autocast
 from cute_kernels.torch_private import called_while_tracing, in_forward_mode
 from cute_kernels.variants.block_mask import BlockMask, check_block_mask
 from cute_kernels.variants.checks import (
@@ -169,9 +169,11 @@ def _in_python(
 ) -> tuple[Tensor, Tensor]:
     mask = mask_of(causal, window_left, window_right)
     if lengths is None:
-        return variant_attention(given, q, k, v, softmax_scale, mask, sinks, blocks)
+        with without_autocast(q):
+            return variant_attention(given, q, k, v, softmax_scale, mask, sinks, blocks)
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k = lengths
     queries = rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
     keys = rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
     sequences = [Sequence(a, b, None) for a, b in zip(queries, keys, strict=True)]
-    return packed_variant_attention(given, q, k, v, sequences, softmax_scale, mask, sinks)
+    with without_autocast(q):
+        return packed_variant_attention(given, q, k, v, sequences, softmax_scale, mask, sinks)

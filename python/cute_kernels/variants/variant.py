@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -159,6 +160,11 @@ class Variant:
         load(rows)
         return [row["name"] for row in rows]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or of pickle: another process has to know the hooks, too."""
+        self.__dict__.update(state)
+        KNOWN.setdefault(self.hooks.key, self.hooks)
+
     def __repr__(self) -> str:
         return f"Variant({self.name!r})"
 
@@ -185,13 +191,13 @@ class BoundVariant:
             self.tensors.append(value)
         for name, dtype in hooks.numbers:
             value = captured[name]
-            allowed = (int,) if dtype == "int32" else (int, float)
+            allowed: Any = numbers.Integral if dtype == "int32" else numbers.Real
             if not isinstance(value, allowed) or isinstance(value, bool):
                 kind = "an int" if dtype == "int32" else "a number"
                 raise TypeError(f"{name} is {value!r}, must be {kind}")
             if dtype == "int32" and not -(2**31) <= value < 2**31:
                 raise ValueError(f"{name} is {value}, must be an int of 32 bits")
-            self.numbers.append(value)
+            self.numbers.append(int(value) if dtype == "int32" else float(value))
 
     def with_tensors(self, tensors: list[Tensor]) -> BoundVariant:
         """The same with other ones."""
