@@ -68,7 +68,6 @@ def instructions(code: str, pattern: str) -> list[str]:
     return re.findall(rf"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?({pattern}\S*)", code, re.MULTILINE)
 
 
-@pytest.mark.performance
 def test_no_kernel_has_a_trap(sass):
     """nvcc leaves one where what a kernel does is undefined, and of the rest nothing; it may not
     say a word of it."""
