@@ -6,63 +6,22 @@ import random
 
 import pytest
 import torch
+from block_masks import UNIT, blocks, listed, mask_of, random_kinds, with_blocks
 from oracle import Attention, Changes
 from torch.nn.attention import flex_attention as flex
 from variant_cases import CASES, assert_captured_gradients, assert_gradients, assert_results
 
 from cute_kernels import BlockMask, Variant, flash_attn_func, variants
+from cute_kernels.compile.hooks import KNOWN, hooks_source
+from cute_kernels.tiles import ROWS
+from cute_kernels.variants import attention
 from cute_kernels.variants.block_mask import block_lists
-
-UNIT = 128
+from cute_kernels.variants.kernels import Names, rows_of
 
 
 def qkv(batch, seqlen_q, seqlen_k, heads=4, key_heads=2, dtype=torch.float32):
     shapes = [(seqlen_q, heads), (seqlen_k, key_heads), (seqlen_k, key_heads)]
     return [torch.randn(batch, rows, n, 16, dtype=dtype).requires_grad_() for rows, n in shapes]
-
-
-def random_kinds(shape, seed=0):
-    """0 hidden, 1 partial, 2 full; some rows and columns of hidden ones only."""
-    chance = torch.Generator().manual_seed(seed)
-    kinds = torch.randint(0, 3, shape, generator=chance)
-    kinds[:, :, torch.rand(shape[2], generator=chance) < 0.2] = 0
-    kinds[..., torch.rand(shape[3], generator=chance) < 0.2] = 0
-    return kinds
-
-
-def listed(kinds, kind):
-    """The numbers of blocks of a kind in some order, and how many; garbage behind them."""
-    is_kind = kinds == kind
-    order = torch.where(is_kind, torch.rand(kinds.shape), 2.0).argsort(-1)
-    counts = is_kind.sum(-1)
-    behind = torch.arange(kinds.shape[-1]) >= counts[..., None]
-    return counts.int(), order.masked_fill(behind, 1 << 30).int()
-
-
-def mask_of(kinds, block_size=UNIT):
-    return BlockMask(*listed(kinds, 1), *listed(kinds, 2), block_size=block_size)
-
-
-def with_blocks(changes, kinds, block_size):
-    """A variant's changes of fp64 attention, beside a block mask."""
-    of_queries, of_keys = block_size
-
-    def mask(b, h, i, j):
-        kind = kinds.expand(-1, -1, -1, -1)
-        kind = kind[
-            b if kinds.shape[0] > 1 else 0 * b,
-            h if kinds.shape[1] > 1 else 0 * h,
-            i // of_queries,
-            j // of_keys,
-        ]
-        shown = changes.mask(b, h, i, j) if changes.mask else torch.tensor(True)
-        return (kind == 2) | (kind == 1) & shown
-
-    return changes._replace(mask=mask)
-
-
-def blocks(length, size):
-    return (length + size - 1) // size
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -288,6 +247,9 @@ def test_calls_that_are_refused():
         with pytest.raises(error) as raised:
             flash_attn_func(*inputs, **options)
         assert words in str(raised.value)
+    moved = mask.to("meta")
+    assert {x.device.type for x in (moved.kinds, *moved.lists)} == {"meta"}
+    assert moved.shape == mask.shape
     with pytest.raises(TypeError, match="block_mask is a int, must be a BlockMask of"):
         BlockMask.from_torch(3)
     with pytest.raises(ValueError, match="has no mask_python"):
@@ -329,3 +291,66 @@ def test_compilers_and_fake_tensors():
         counts = torch.ones(1, 1, 2, dtype=torch.int32)
         block_mask = BlockMask(counts, torch.zeros(1, 1, 2, 3, dtype=torch.int32))
         assert flash_attn_func(*fake, block_mask=block_mask).shape == q.shape
+
+
+@pytest.mark.parametrize("workers", [1, 3, 40])
+def test_nobody_waits_for_a_turn_forever(workers):
+    """dQ in order, as attention/backward/steps.hpp has it: key blocks are drawn in the order of
+    their numbers, and each adds to its units of queries from the last to the first, when all that
+    come before it there have."""
+    lists = block_lists(random_kinds((1, 1, 30, 40), seed=9))
+    counts, queries, turns = (
+        x[0, 0].tolist() for x in (lists.query_counts, lists.queries, lists.turns)
+    )
+    steps = [
+        [(queries[j][p] // 2, turns[j][p]) for p in reversed(range(counts[j]))]
+        for j in range(len(counts))
+    ]
+    added, drawn, running = [0] * 30, 0, []
+    while drawn < len(steps) or running:
+        while drawn < len(steps) and len(running) < workers:
+            running.append(steps[drawn])
+            drawn += 1
+        ready = [left for left in running if not left or added[left[0][0]] == left[0][1]]
+        assert ready, "all wait"
+        for left in ready:
+            if left and added[left[0][0]] == left[0][1]:
+                added[left.pop(0)[0]] += 1
+        running = [left for left in running if left]
+    assert added == lists.key_counts[0, 0].tolist()
+
+
+def test_what_the_operators_have_of_a_block_mask(monkeypatch):
+    """Shapes and gradients of the operators on CUDA, whose kernels are not asked."""
+    monkeypatch.setattr(attention, "_kernels_of", lambda *_: Names("forward", "backward"))
+    monkeypatch.setitem(ROWS["backward"], "backward", {"tile_n": 128})
+    with torch._subclasses.FakeTensorMode():
+        q, k, v = qkv(2, 300, 400, dtype=torch.bfloat16)
+        slopes = torch.empty(4, requires_grad=True)
+        counts, indices = torch.ones(1, 1, 3).int(), torch.zeros(1, 1, 3, 4).int()
+        call = (q, k, v, None, 0.25, False, None, None, None, False, None, 0)
+        for blocks in (None, BlockMask(counts, indices)):
+            out, lse = attention._on_cuda(variants.alibi(slopes), *call, blocks)
+            assert (out.shape, lse.shape) == (q.shape, (2, 4, 300))
+            grads = torch.autograd.grad(out.float().sum() + lse.sum(), (q, k, v, slopes))
+            assert [x.shape for x in grads] == [x.shape for x in (q, k, v, slopes)]
+
+
+def test_kernels_of_block_masks_are_others():
+    bound = variants.document(torch.zeros(1, 1).int())
+    rows = {}
+    for block_mask in (False, True):
+        hooks = bound.variant.hooks_of(block_mask)
+        assert KNOWN[hooks.key] == hooks
+        assert f"kHasBlockMask = {str(block_mask).lower()};" in hooks_source(hooks, ())
+        for head_dim in (64, 128, 192, 256):
+            forward, backward = rows_of(hooks.key, torch.bfloat16, head_dim, True)
+            rows[block_mask, head_dim] = (forward["name"], backward["name"])
+            if block_mask:
+                assert forward["tile_m"] == UNIT
+                assert UNIT % forward["tile_n"] == UNIT % backward["tile_m"] == 0
+                cluster = 2 if backward["split_products"] else 1
+                assert backward["tile_n"] * cluster == UNIT
+    assert not {n for (of, _), names in rows.items() for n in names if of} & {
+        n for (of, _), names in rows.items() for n in names if not of
+    }

@@ -361,6 +361,34 @@ def test_packed_sequences_of_flash_attention_2(device, form):
     assert_packed_right(results[:2], packed, causal=True)
 
 
+def test_lengths_of_the_longest_may_be_tensors():
+    """As many callers have them, of a batch that is on the GPU: FlashAttention waits for it."""
+    starts = torch.tensor([0, 7, 20], dtype=torch.int32)
+    longest = starts.diff().max()
+    q, k, v = torch.randn(3, 20, 2, 16)
+    expected = cute_kernels.flash_attn_varlen_func(q, k, v, starts, starts, causal=True)
+    call = (q, k, v, starts, starts)
+    for module in (fa2, fa3):
+        given = module.flash_attn_varlen_func(*call, longest, longest, causal=True)
+        assert torch.equal(given, expected)
+        by_name = {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        assert torch.equal(module.flash_attn_varlen_func(*call, **by_name, causal=True), expected)
+    qkv = torch.stack([q, k, v], 1)
+    given = fa2.flash_attn_varlen_qkvpacked_func(qkv, starts, longest, causal=True)
+    assert torch.equal(given, expected)
+    caches, rotary = torch.randn(2, 2, 32, 2, 16), torch.ones(40, 8)
+    lengths = torch.tensor([3, 4], dtype=torch.int32)
+    new = {"k": torch.ones(2, 1, 2, 16), "v": torch.ones(2, 1, 2, 16), "rotary_seqlens": lengths}
+    options = {"rotary_cos": rotary, "rotary_sin": rotary, "cu_seqlens_q": starts, **new}
+    results = [
+        fa3.flash_attn_with_kvcache(
+            q, *caches.clone(), cache_seqlens=lengths, max_seqlen_q=number, **options
+        )
+        for number in (13, longest)
+    ]
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("head_dim", [33, 60, 64])
 def test_head_dims_are_padded(device, head_dim):
     inputs = [x.requires_grad_() for x in inputs_of(device, head_dim=head_dim)]
@@ -492,6 +520,11 @@ def test_dropout_leaves_some_of_p():
             r"dq has shape .*like q",
         ),
         (lambda x: compat.install([4]), ValueError, "versions has 4"),
+        (
+            lambda x: fa3._flash_attn_forward(x, x, x, x, x, seqused_q=torch.ones(1).int()),
+            NotImplementedError,
+            "seqused_q is given, must be None with a cache",
+        ),
     ],
 )
 def test_what_is_refused(call, error, message):
@@ -578,3 +611,18 @@ def test_transformers_finds_it():
         [sys.executable, "-c", TRANSFORMERS], capture_output=True, text=True, check=False
     )
     assert done.stdout == "right\n", done.stderr
+
+
+def test_used_queries_of_pages():
+    """Which FlashAttention-3's operator takes by position."""
+    q = torch.randn(7, 4, 64).bfloat16()
+    caches = torch.randn(2, 6, 16, 2, 64).bfloat16()
+    table = torch.tensor([[0, 1, 2], [5, 4, 3]], dtype=torch.int32)
+    starts, used, lengths = (
+        torch.tensor(x, dtype=torch.int32) for x in ([0, 4, 7], [2, 3], [40, 17])
+    )
+    given = {"seqused_q": used, "seqused_k": lengths, "page_table": table, "causal": True}
+    out, lse, *_ = fa3._flash_attn_forward(q, *caches, cu_seqlens_q=starts, **given)
+    right = cute_kernels.flash_attn_varlen_func(q, *caches, starts, **given, return_lse=True)
+    assert torch.equal(out, right[0]) and torch.equal(lse, right[1])
+    assert not out[2:4].any() and out[[0, 1, 4, 5, 6]].any(-1).all()

@@ -124,6 +124,19 @@ def test_labels_and_positions(alone):
     assert distributed.positions(8, cu_seqlens=[0, 3, 3, 7]).tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_default_device_may_be_another(alone, form):
+    """As after torch.set_default_device("cuda"): documents stay on the CPU."""
+    call = [x[0] for x in qkv()]
+    starts = [0, 3, 3, 8]
+    expected = FORMS[form](*call, causal=True, cu_seqlens=starts)
+    with torch.device("meta"):
+        assert distributed.positions(8, cu_seqlens=starts).device.type == "meta"
+        positions = distributed.positions(8, cu_seqlens=starts, device="cpu")
+        assert torch.equal(FORMS[form](*call, causal=True, cu_seqlens=starts), expected)
+    assert positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+
+
 def disagree(rank):
     """What ranks are told whose calls differ, or cannot be shared."""
     told = []

@@ -316,6 +316,11 @@ BAD = {
         TypeError,
         r"\bv is a array, must be a torch\.Tensor",
     ),
+    "sm_margin of more than 64 bits": (
+        lambda q, k, v: {"sm_margin": 2**63},
+        ValueError,
+        r"\bsm_margin is 9223372036854775808, must be an int of 64 bits",
+    ),
 }
 
 
@@ -416,6 +421,13 @@ def test_arguments_that_ask_for_nothing():
         assert torch.equal(out, expected)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_named():
+    nested = torch.nested.nested_tensor([torch.zeros(3, 4, 16), torch.zeros(5, 4, 16)])
+    with pytest.raises(TypeError, match=r"^q is a nested tensor, must be one of a single shape$"):
+        flash_attn_func(nested, nested, nested)
+
+
 def test_unknown_tile_config_is_told_which_there_are():
     q, k, v = random_qkv("cpu", torch.bfloat16)
     for row in cute_kernels.tile_configs("forward"):
@@ -447,7 +459,7 @@ def test_tile_configs_are_copies():
     rows = cute_kernels.tile_configs()
     assert rows
     assert len({row["name"] for row in rows}) == len(rows)
-    passes = ("forward", "backward", "forward_fp8", "decode", "decode_fp8", "prefill")
+    passes = ("forward", "backward", "forward_fp8", "decode", "decode_fp8", "prefill", "latent")
     by_pass = [cute_kernels.tile_configs(name) for name in passes]
     assert rows == [row for part in by_pass for row in part]
     assert all(row["tile_m"] == 64 * row["consumer_warpgroups"] for row in by_pass[0])

@@ -34,8 +34,8 @@ def good_call(page_size=16):
     }
 
 
-def call(**arguments):
-    return flash_attn_with_kvcache(**arguments)
+def call(*inputs, **arguments):
+    return flash_attn_with_kvcache(*inputs, **arguments)
 
 
 def ints(*values):
@@ -141,6 +141,26 @@ BAD = {
         TypeError,
         "cache_seqlens is 3.0, must be a torch.Tensor, int or None",
     ),
+    "cache_seqlens of more than 32 bits": (
+        {"cache_seqlens": lambda x: 2**31},
+        ValueError,
+        "cache_seqlens is 2147483648, must be at least 0 and below 2^31",
+    ),
+    "k_cache no tensor": (
+        {"k_cache": lambda x: "cache"},
+        TypeError,
+        "k_cache is a str, must be a torch.Tensor",
+    ),
+    "causal no flag": (
+        {"causal": lambda x: torch.ones(2)},
+        TypeError,
+        "causal is tensor([1., 1.]), must be True or False",
+    ),
+    "num_splits of more than 64 bits": (
+        {"num_splits": lambda x: 10**30},
+        ValueError,
+        f"num_splits is {10**30}, must be an int of 64 bits",
+    ),
     "page_table of rank 1": (
         {"page_table": lambda x: x[0]},
         ValueError,
@@ -225,7 +245,7 @@ BAD = {
     "seed": (
         {"seed": lambda x: 2**64},
         ValueError,
-        "seed is 18446744073709551616, must be below 2**64",
+        "seed is 18446744073709551616, must be at least 0 and below 2**64",
     ),
     "out of another shape": (
         {"out": lambda x: torch.empty(8, 4, 32).bfloat16()},
@@ -373,6 +393,17 @@ VARLEN_BAD = {
         NotImplementedError,
         "flash_attn_varlen_func has no gradient with page_table: call it under torch.no_grad()",
     ),
+    "q no tensor": ({"q": lambda x: "q"}, TypeError, "q is a str, must be a torch.Tensor"),
+    "seqused_k a list": (
+        {"seqused_k": lambda x: x.tolist()},
+        TypeError,
+        "seqused_k is a list, must be a torch.Tensor",
+    ),
+    "seqused_k of another batch": (
+        {"seqused_k": lambda x: x[:1]},
+        ValueError,
+        "seqused_k has shape (1,), must be (batch,) = (2,)",
+    ),
 }
 
 
@@ -408,6 +439,17 @@ def test_refused_appends():
         append_kv(*inputs[:2], *packed, inputs[4], **table, cu_seqlens_k_new=ends)
     with pytest.raises(NotImplementedError, match=r"^append_kv has no gradient: call it under"):
         append_kv(*inputs[:3], inputs[3].clone().requires_grad_(), inputs[4], **table)
+
+
+@pytest.mark.parametrize("key_heads", [0, 2])
+def test_no_heads(key_heads):
+    q, k = torch.zeros(2, 3, 0, 16), torch.zeros(2, 3, key_heads, 16)
+    caches = torch.zeros(2, 2, 32, key_heads, 16)
+    rotary = {"rotary_cos": torch.ones(40, 8), "rotary_sin": torch.zeros(40, 8)}
+    out, lse = call(
+        q, *caches, k, k, cache_seqlens=3, **rotary, causal=True, return_softmax_lse=True
+    )
+    assert (out.shape, lse.shape) == ((2, 3, 0, 16), (2, 0, 3))
 
 
 def test_inputs_but_the_caches_are_not_written():

@@ -7,77 +7,32 @@ import re
 
 import pytest
 import torch
-from caches import (
-    PAGE_SIZES,
-    assert_attention_right,
-    attend,
-    random_cache,
-    random_lengths,
-    random_queries,
-    rotated,
-)
+from caches import assert_attention_right, attend, random_cache, random_queries, rotated
+from latent import assert_latent_right, random_problem, skip_unless_built
 from parity import changed
 from torch._subclasses import FakeTensorMode
 
 from cute_kernels import append_kv, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
-HEAD_DIMS = [(64, 512), (64, 512), (64, 256), (32, 512), (8, 16), (48, 136)]
-
-
-def random_problem(seed, device, dtype, head_dims=None, most=300, room=0):
-    """A cache, queries of its keys and of its values, cu_seqlens_q and options of a call."""
-    chance = random.Random(seed)
-    head_dims = list(head_dims or chance.choice(HEAD_DIMS))
-    key_heads, group = chance.choice([(1, 1), (1, 16), (1, 128), (1, 40), (2, 8)])
-    batch = range(chance.randint(1, 4))
-    lengths = random_lengths(chance, batch, most)
-    page_size = chance.choice(PAGE_SIZES)
-    places = {"leftpad": chance.random() < 0.5, "batch_idx": chance.random() < 0.5}
-    cache = random_cache(
-        chance, device, dtype, lengths, page_size, key_heads, head_dims, room, **places
-    )
-    queries = [chance.choice([1, 1, chance.randint(0, 4)]) for _ in batch]
-    q, qv = (
-        random_queries(chance, device, dtype, queries, key_heads * group, head_dim)[0]
-        for head_dim in head_dims
-    )
-    ends = [sum(queries[:i]) for i in range(len(queries) + 1)]
-    starts = torch.tensor(ends, dtype=torch.int32, device=device)
-    options = {
-        "causal": chance.random() < 0.5,
-        "softmax_scale": chance.choice([None, None, 192**-0.5]),
-        "window_size": chance.choice([(-1, -1), (-1, -1), (chance.randint(0, 90), 0), (5, 2)]),
-        "softcap": chance.choice([0.0, 0.0, 0.0, 30.0]),
-        "attention_chunk": chance.choice([0, 0, 0, 37]),
-    }
-    if chance.random() < 0.3:
-        generator = torch.Generator(device).manual_seed(seed)
-        options["sinks"] = 3 * torch.randn(q.shape[1], generator=generator, device=device)
-    return chance, cache, q, qv, starts, options
-
-
-def assert_latent_right(out, lse, q, qv, starts, cache, **options):
-    """Against the definition of attention of the queries (q, qv) to the keys (k, v)."""
-    keys = [torch.cat(pair, -1) for pair in zip(cache.k, cache.v, strict=True)]
-    assert out.shape == qv.shape
-    assert_attention_right(out, lse, torch.cat([q, qv], -1), starts, keys, cache.v, **options)
-
 
 @pytest.mark.parametrize("seed", range(60))
-def test_random_calls(seed):
+def test_random_calls(device, seed):
     """NaN in everything that is not a key, garbage in what the page table does not need."""
-    dtype = [torch.bfloat16, torch.float16, torch.float32, torch.float64][seed % 4]
-    chance, cache, q, qv, starts, options = random_problem(seed, "cpu", dtype)
+    dtypes = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+    dtype = dtypes[seed % (2 if device == "cuda" else 4)]
+    skip_unless_built(device, dtype)
+    chance, cache, q, qv, starts, options = random_problem(seed, device, dtype)
     hints = {"num_splits": chance.choice([0, 1, 7]), "max_seqlen_q": chance.choice([None, 4])}
     out, lse = attend(q, starts, cache, qv=qv, **options, **hints)
     assert_latent_right(out, lse, q, qv, starts, cache, **options)
 
 
-def test_dense_queries_are_packed_ones():
-    _, cache, *_ = random_problem(0, "cpu", torch.bfloat16, (64, 512))
+def test_dense_queries_are_packed_ones(device):
+    skip_unless_built(device, torch.bfloat16)
+    _, cache, *_ = random_problem(0, device, torch.bfloat16, (64, 512))
     batch, heads = len(cache.k), 4 * cache.k_cache.shape[2]
-    q, qv = (torch.randn(batch, 3, heads, n).bfloat16() for n in (64, 512))
-    starts = torch.arange(batch + 1, dtype=torch.int32) * 3
+    q, qv = (torch.randn(batch, 3, heads, n, device=device).bfloat16() for n in (64, 512))
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * 3
     right, right_lse = attend(
         q.flatten(0, 1), starts, cache, qv=qv.flatten(0, 1).clone(), causal=True
     )
@@ -102,21 +57,23 @@ def test_both_products_count():
 
 
 @pytest.mark.parametrize("page_size", [1, 64])
-def test_varlen_with_pages(page_size):
+def test_varlen_with_pages(device, page_size):
     """As vLLM calls it: one tensor of pages, of whose rows the first 512 columns are the latent."""
-    pages = torch.randn(400 // page_size, page_size, 1, 576).bfloat16()
+    skip_unless_built(device, torch.bfloat16)
+    pages = torch.randn(400 // page_size, page_size, 1, 576, device=device).bfloat16()
     v, k = pages.split([512, 64], -1)
     lengths, queries = [50, 130], [1, 3]
-    table = torch.randperm(len(pages))[: 2 * (192 // page_size)].int().view(2, -1)
-    q, qv = torch.randn(4, 16, 64).bfloat16(), torch.randn(4, 16, 512).bfloat16()
-    starts = torch.tensor([0, 1, 4], dtype=torch.int32)
+    chosen = torch.randperm(len(pages), device=device)[: 2 * (192 // page_size)]
+    table = chosen.int().view(2, -1)
+    q, qv = (torch.randn(4, 16, n, device=device).bfloat16() for n in (64, 512))
+    starts = torch.tensor([0, 1, 4], dtype=torch.int32, device=device)
     out, lse = flash_attn_varlen_func(
         q,
         k,
         v,
         starts,
         max_seqlen_q=3,
-        seqused_k=torch.tensor(lengths, dtype=torch.int32),
+        seqused_k=torch.tensor(lengths, dtype=torch.int32, device=device),
         max_seqlen_k=130,
         softmax_scale=192**-0.5,
         causal=True,
@@ -169,11 +126,34 @@ def test_append_and_attend():
     assert_latent_right(*found, torch.cat(turned), qv.flatten(0, 1), starts, cache, causal=True)
 
 
-def test_append_kv_takes_latents_of_512():
-    cache = torch.zeros(2, 16, 1, 576).bfloat16()
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("first", [1, 63, 64, 130])
+def test_keys_that_some_queries_do_not_see(device, first, wrong):
+    """What is not finite in the last keys reaches the queries that see them, and no other: of three
+    tokens the first sees the keys up to number `first`."""
+    skip_unless_built(device, torch.bfloat16)
+    length = first + 3
+    generator = torch.Generator(device).manual_seed(first)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device).bfloat16()
+
+    k, v = normal(1, length, 1, 64), normal(1, length, 1, 512)
+    q, qv = normal(1, 3, 128, 64), normal(1, 3, 128, 512)
+    right, right_lse = flash_attn_with_kvcache(q, k, v, qv=qv, causal=True, return_softmax_lse=True)
+    v[:, -2:, :, ::3] = wrong
+    k[:, -1:, :, 5] = wrong
+    out, lse = flash_attn_with_kvcache(q, k, v, qv=qv, causal=True, return_softmax_lse=True)
+    assert torch.equal(out[:, 0], right[:, 0])
+    assert torch.equal(lse[..., 0], right_lse[..., 0])
+    assert not out[:, 1:, :, ::3].isfinite().any()
+
+
+def test_append_kv_takes_latents_of_512(device):
+    cache = torch.zeros(2, 16, 1, 576, device=device).bfloat16()
     v_cache, k_cache = cache.split([512, 64], -1)
-    k, v = torch.randn(2, 3, 1, 64).bfloat16(), torch.randn(2, 3, 1, 512).bfloat16()
-    lengths = torch.tensor([5, 0], dtype=torch.int32)
+    k, v = (torch.randn(2, 3, 1, n, device=device).bfloat16() for n in (64, 512))
+    lengths = torch.tensor([5, 0], dtype=torch.int32, device=device)
     assert append_kv(k_cache, v_cache, k, v, lengths).tolist() == [8, 3]
     for i, first in enumerate(lengths.tolist()):
         assert torch.equal(cache[i, first : first + 3], torch.cat([v[i], k[i]], -1))

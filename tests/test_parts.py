@@ -551,6 +551,14 @@ def test_a_diagonal_belongs_to_each_sequence():
         attend_part(*call.qkv, 0.3, Mask(0, 0, 0), lengths_of(call))
 
 
+def test_masks_and_lengths_have_types_of_their_own():
+    q = torch.zeros(1, 10, 2, 64)
+    with pytest.raises(TypeError, match=r"^mask is \(3, 0\), must be a cute_kernels\.parts\.Mask$"):
+        attend_part(q, q, q, 0.1, (3, 0))
+    with pytest.raises(TypeError, match=r"^packed is 'all', must be a cute_kernels\.parts\.Packed"):
+        attend_part(q, q, q, 0.1, packed="all")
+
+
 @pytest.mark.parametrize("margin", [(-1, ValueError, "at least 0"), (1.5, TypeError, "an int")])
 def test_refused_margins(device, margin):
     value, error, message = margin

@@ -18,6 +18,7 @@ namespace cute_kernels::binding {
 constexpr int kElementBytes = 2;
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxLatentDim = 512;  // of values that are keys too
+constexpr int kMaxRopeDim = 64;     // of the keys beside these
 
 /// The call that q and k, of any number format and with sizes that an int holds, make with a V of
 /// head_dim_v, checked.

@@ -151,12 +151,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> flash_attn_varia
     Tensor const& k_tensor, Tensor const& v_tensor, Tensor const& out, Tensor const& lse,
     std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
     std::optional<Tensor> seqused_q, std::optional<Tensor> seqused_k, std::vector<Tensor> captured,
-    std::vector<double> numbers, std::optional<StringHandle> variant_key,
-    std::optional<StringHandle> tile_config, std::vector<int64_t> gradient_kinds,
-    double softmax_scale, bool causal, std::optional<Tensor> sinks,
-    std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
-    std::optional<int64_t> window_left, std::optional<int64_t> window_right, bool deterministic,
-    int64_t sm_margin) {
+    std::vector<Tensor> block_lists, std::vector<double> numbers,
+    std::optional<StringHandle> variant_key, std::optional<StringHandle> tile_config,
+    std::vector<int64_t> gradient_kinds, double softmax_scale, bool causal,
+    std::optional<Tensor> sinks, std::optional<int64_t> max_seqlen_q,
+    std::optional<int64_t> max_seqlen_k, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, bool deterministic, int64_t sm_margin) {
   TileName const key(variant_key), tile(tile_config);
   Argument const q("q", q_tensor), k("k", k_tensor), v("v", v_tensor);
   attention::VariantArguments variant{};
@@ -167,6 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> flash_attn_varia
                                         max_seqlen_q, max_seqlen_k),
                          captured, numbers, softmax_scale,
                          mask_of(causal, window_left, window_right, std::nullopt), variant);
+  variant.blocks = block_lists_of(block_lists, Rows::kKeys, call, q);
   ForwardResults const results(grad_out, grad_lse, out, lse);
   if (call.is_packed()) {
     results.check(q, v, {q.size(1), q.size(0)});
@@ -211,12 +212,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
   library.def(
       "flash_attn_variant_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, "
       "Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-      "Tensor? seqused_q, Tensor? seqused_k, Tensor[] captured, float[] numbers, str? variant, "
-      "str? tile_config, int[] gradient_kinds, float softmax_scale, bool causal, Tensor? sinks, "
-      "SymInt? max_seqlen_q, SymInt? max_seqlen_k, SymInt? window_left, SymInt? window_right, "
-      "bool deterministic, SymInt sm_margin) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, "
-      "Tensor grad_sinks, "
-      "Tensor[] grad_captured)");
+      "Tensor? seqused_q, Tensor? seqused_k, Tensor[] captured, Tensor[] block_lists, "
+      "float[] numbers, str? variant, str? tile_config, int[] gradient_kinds, float softmax_scale, "
+      "bool causal, Tensor? sinks, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+      "SymInt? window_left, SymInt? window_right, bool deterministic, SymInt sm_margin) -> "
+      "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_sinks, Tensor[] grad_captured)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {

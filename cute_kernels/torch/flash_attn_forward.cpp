@@ -165,8 +165,8 @@ std::tuple<Tensor, Tensor> flash_attn_variant_forward(
     Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor,
     std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
     std::optional<Tensor> seqused_q, std::optional<Tensor> seqused_k, std::vector<Tensor> captured,
-    std::vector<double> numbers, std::optional<StringHandle> variant_key,
-    std::optional<StringHandle> tile_config,
+    std::vector<Tensor> block_lists, std::vector<double> numbers,
+    std::optional<StringHandle> variant_key, std::optional<StringHandle> tile_config,
     [[maybe_unused]] std::optional<StringHandle> backward_tile_config,
     [[maybe_unused]] std::vector<int64_t> gradients_of, double softmax_scale, bool causal,
     std::optional<Tensor> sinks_tensor, std::optional<int64_t> max_seqlen_q,
@@ -182,6 +182,7 @@ std::tuple<Tensor, Tensor> flash_attn_variant_forward(
                                         max_seqlen_q, max_seqlen_k),
                          captured, numbers, softmax_scale,
                          mask_of(causal, window_left, window_right, std::nullopt), variant);
+  variant.blocks = block_lists_of(block_lists, Rows::kQueries, call, q);
   attention::Device const device = hopper(q.device, sm_margin);
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Sinks const sinks(sinks_tensor, q, call.sizes.heads_q);
@@ -210,11 +211,10 @@ STABLE_TORCH_LIBRARY(cute_kernels, library) {
   library.def(
       "flash_attn_variant_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, "
       "Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor[] captured, "
-      "float[] numbers, str? variant, str? tile_config, str? backward_tile_config, "
-      "int[] gradients_of, float softmax_scale, bool causal, Tensor? sinks, SymInt? max_seqlen_q, "
-      "SymInt? max_seqlen_k, SymInt? window_left, SymInt? window_right, bool deterministic, "
-      "SymInt sm_margin) -> "
-      "(Tensor out, Tensor lse)");
+      "Tensor[] block_lists, float[] numbers, str? variant, str? tile_config, "
+      "str? backward_tile_config, int[] gradients_of, float softmax_scale, bool causal, "
+      "Tensor? sinks, SymInt? max_seqlen_q, SymInt? max_seqlen_k, SymInt? window_left, "
+      "SymInt? window_right, bool deterministic, SymInt sm_margin) -> (Tensor out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_flag, check_int, check_sm_margin
+from cute_kernels.checks import INTS, check_flag, check_int, check_sm_margin
 
 Window = Sequence[int | None] | Tensor | None
 
@@ -17,10 +17,12 @@ _NO_LIMIT = 2**31  # sizes are below it
 
 
 def refuse_for_fp8(**asked: bool) -> None:
-    """Raises NotImplementedError if one of what calls of float8_e4m3fn do not have yet is asked."""
+    """Raises NotImplementedError if one of what calls of float8_e4m3fn do not have is asked."""
     for name, is_asked in asked.items():
         if is_asked:
-            raise NotImplementedError(f"{name} is not there yet for float8_e4m3fn")
+            raise NotImplementedError(
+                f"{name} is not there for float8_e4m3fn: pass q, k and v of 16 bits"
+            )
 
 
 def refuse_with_variant(**asked: bool) -> None:
@@ -53,13 +55,17 @@ def window_of(window_size: Window, causal: bool) -> tuple[bool, int | None, int 
     if len(limits) != 2:
         _refuse_window(ValueError, window_size)
     for limit in limits:
-        if limit is not None and not isinstance(limit, (int, torch.SymInt)):
+        if limit is not None and not isinstance(limit, INTS):
             _refuse_window(TypeError, window_size)
         if limit is not None and limit < -1:
             _refuse_window(ValueError, window_size)
-    left, right = (None if n is None or n == -1 or n >= _NO_LIMIT else n for n in limits)
+    left, right = (None if n is None or n == -1 or n >= _NO_LIMIT else _int(n) for n in limits)
     causal = causal or right == 0
     return causal, left, None if causal else right
+
+
+def _int(number: Any) -> Any:
+    return number if isinstance(number, (int, torch.SymInt)) else int(number)
 
 
 def _refuse_window(error: type[Exception], window_size: Any) -> NoReturn:

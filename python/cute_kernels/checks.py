@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -29,6 +30,9 @@ _SIZE_LIMIT = 2**31
 _VECTOR_BYTES = 16
 _BLOCK = 64  # rows of the smallest tile
 _BLOCKS_LIMIT = 2**30
+INTS = (int, torch.SymInt, numbers.Integral)  # the last are NumPy's; tensors are none
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+_INT_LIMIT = 2**63  # operators take ints of 64 bits
 
 # The dimensions of q, k and v.
 DENSE = ("batch", "seqlen", "heads", "head_dim")
@@ -247,10 +251,22 @@ def check_int(name: str, number: object, least: int | None = None, none: str = "
     """Raises ValueError or TypeError unless it is an int, at least `least`, or None if `none`."""
     if number is None and none:
         return
-    if not isinstance(number, (int, torch.SymInt)):
+    if not isinstance(number, INTS):
         raise TypeError(f"{name} is {number!r}, must be an int{none}")
+    if not isinstance(number, (int, torch.SymInt)):
+        number = int(number)
     if least is not None and surely(number < least):
         raise ValueError(f"{name} is {number}, must be at least {least}{none}")
+    if isinstance(number, int) and not -_INT_LIMIT <= number < _INT_LIMIT:
+        raise ValueError(f"{name} is {number}, must be an int of 64 bits{none}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError or TypeError unless it is an int of 64 bits without a sign."""
+    if not isinstance(seed, INTS):
+        raise TypeError(f"seed is {seed!r}, must be an int")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}, must be at least 0 and below 2**64")
 
 
 def check_softmax_scale(softmax_scale: float, dtype: torch.dtype = torch.float32) -> None:
@@ -274,6 +290,8 @@ def check_softcap(softcap: float, dtype: torch.dtype = torch.float32) -> None:
 
 
 def _check_number(name: str, number: object) -> None:
+    if isinstance(number, _NUMBERS):
+        return
     several = isinstance(number, (str, bytes, Tensor)) or getattr(number, "ndim", 0) != 0
     if several or not hasattr(number, "__float__"):
         raise TypeError(f"{name} is {number!r}, must be a number")
@@ -309,6 +327,8 @@ def check_tensor(name: str, tensor: object) -> None:
         raise TypeError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}, must be torch.strided")
+    if tensor.is_nested:
+        raise TypeError(f"{name} is a nested tensor, must be one of a single shape")
 
 
 def check_alone(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:

@@ -282,7 +282,8 @@ def packed_sequences(
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal = lengths
     queries = rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
     keys = rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
-    diagonals = [None] * len(keys) if diagonal is None else diagonal.tolist()
+    known = diagonal is not None and not diagonal.is_meta
+    diagonals = diagonal.tolist() if known else [None] * len(keys)
     sequences = [reference.Sequence(*one) for one in zip(queries, keys, diagonals, strict=True)]
     return sequences, reference.mask_of(causal, window_left, window_right)
 

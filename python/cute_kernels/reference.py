@@ -142,6 +142,12 @@ def _product(weights: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
     return (weights @ values.masked_fill(wild, 0.0)).masked_fill_(seen, math.nan)
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    """On x's device products are of the dtypes of what is multiplied; meta tensors have no autocast
+    of their own."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of products, sums and of the LSE."""
     return torch.float64 if dtype == torch.float64 else torch.float32

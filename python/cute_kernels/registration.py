@@ -38,7 +38,7 @@ def register(
         return fake(*inputs, **given)
 
     def not_built(*_: Any, **__: Any) -> NoReturn:
-        raise NotImplementedError(f"{name} is not there yet on CUDA: CPU only so far")
+        raise NotImplementedError(f"{name} has no CUDA kernel in this build: it answers on the CPU")
 
     def no_gradient(*_: Any) -> NoReturn:
         raise NotImplementedError(f"{name} has no gradient: call it under torch.no_grad()")

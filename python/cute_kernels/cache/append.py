@@ -9,7 +9,7 @@ from torch import Tensor
 from cute_kernels.cache import operators
 from cute_kernels.cache.checks import check_append
 from cute_kernels.cache.tables import table_of_batch
-from cute_kernels.checks import check_flag, check_int, explain, refuse_derivatives
+from cute_kernels.checks import check_flag, check_seed, explain, refuse_derivatives
 from cute_kernels.fp8.rotation import signed
 from cute_kernels.registration import mark_written
 
@@ -100,9 +100,7 @@ def append_kv(
 def rotation_seed(incoherent: bool, seed: int) -> int | None:
     """As operators take it, which have no unsigned numbers."""
     check_flag("incoherent", incoherent)
-    check_int("seed", seed, least=0, none="")
-    if seed >= 2**64:
-        raise ValueError(f"seed is {seed}, must be below 2**64")
+    check_seed(seed)
     return signed(seed) if incoherent else None
 
 
@@ -113,7 +111,7 @@ def append_rows(
     k_cache: Tensor, v_cache: Tensor, *inputs: Any, factors: tuple[Any, ...] = NO_FACTORS
 ) -> tuple[Tensor, Tensor]:
     """The append operator, whose inputs these are; `factors` are those of caches of 8 bits."""
-    if factors != NO_FACTORS:
+    if any(x is not None for x in factors):
         inputs = (*inputs, *factors)
     try:
         results: tuple[Tensor, Tensor] = operators.append(k_cache, v_cache, *inputs)

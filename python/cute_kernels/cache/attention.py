@@ -15,8 +15,10 @@ from cute_kernels.cache.starts import starts_of
 from cute_kernels.cache.tables import table_of_batch
 from cute_kernels.checks import (
     DENSE,
+    INTS,
     PACKED,
     check_alone,
+    check_flag,
     check_layout,
     check_tensor,
     explain,
@@ -174,6 +176,7 @@ def flash_attn_with_kvcache(
         places = (cu_seqlens_k_new, page_table, cache_batch_idx)
         queries: tuple[Any, ...] = (None, None, True)
         if rotary_cos is not None:
+            check_flag("causal", causal)
             queries = (q, cu_seqlens_q, causal or left is not None or right is not None)
         inputs = (lengths, *places, *rotary, *queries)
         factors = (k_descale, v_descale, k_scales, v_scales, rotation)
@@ -263,7 +266,9 @@ def attend(
         check_tensor("qv", qv)
         check_layout("qv", qv, PACKED)
     if softmax_scale is None:
-        softmax_scale = (q.shape[-1] + (0 if qv is None else qv.shape[-1])) ** -0.5
+        check_tensor("q", q)
+        head_dim = (q.shape[-1] if q.dim() else 0) + (0 if qv is None else qv.shape[-1])
+        softmax_scale = head_dim**-0.5 if head_dim else 1.0
     if sinks is not None:
         check_tensor("sinks", sinks)
         if not sinks.dtype.is_floating_point:
@@ -365,15 +370,17 @@ def _lengths(
     """As a tensor, if it is not one; all that the cache can hold if None."""
     if isinstance(cache_seqlens, Tensor):
         return cache_seqlens
+    check_tensor("k_cache", k_cache)
     if cache_seqlens is None:
-        check_tensor("k_cache", k_cache)
         check_layout("k_cache", k_cache, ENTRIES if page_table is None else PAGES)
         cache_seqlens = k_cache.shape[1]
         if page_table is not None:
             check_int32("page_table", page_table, k_cache, dims=2, like="k_cache")
             cache_seqlens *= page_table.shape[1]
-    elif isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
+    elif isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, INTS):
         raise TypeError(f"cache_seqlens is {cache_seqlens!r}, must be a torch.Tensor, int or None")
+    elif not isinstance(cache_seqlens, torch.SymInt) and not 0 <= cache_seqlens < 2**31:
+        raise ValueError(f"cache_seqlens is {cache_seqlens}, must be at least 0 and below 2^31")
     return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=k_cache.device)
 
 

@@ -22,6 +22,8 @@ from cute_kernels.cache.eight_bits import (
     holds_eight_bits,
     output_dtype,
 )
+from cute_kernels.cache.latent import MAX_LATENT_DIM, check_latent
+from cute_kernels.cache.rotary_checks import check_tables
 from cute_kernels.checks import (
     DENSE,
     HEAD_DIM_MULTIPLE,
@@ -43,9 +45,6 @@ from cute_kernels.checks import (
 from cute_kernels.reference import accumulator_dtype
 from cute_kernels.varlen_checks import check_int32
 
-ROTARY_MULTIPLE = 16
-MAX_LATENT_DIM = 512  # of values that are keys too
-MAX_ROPE_DIM = 64  # of the keys beside these
 NEW = ("batch", "seqlen_new", "key heads", "head_dim")
 PAGES = ("pages", "page_size", "key heads", "head_dim")
 ENTRIES = ("batch_cache", "seqlen_cache", "key heads", "head_dim")
@@ -126,7 +125,7 @@ def check_attention(
     if tree_mask is not None:
         check_tree(tree_mask, q)
     if qv is not None:
-        _check_latent(qv, q, v_cache)
+        check_latent(qv, q, v_cache)
 
 
 def check_attention_out(out: Tensor, q: Tensor, *inputs: Any, **options: Any) -> None:
@@ -219,7 +218,7 @@ def check_append(
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError("rotary_cos and rotary_sin must both be given, or neither")
     if rotary_cos is not None and rotary_sin is not None:
-        _check_tables(rotary_cos, rotary_sin, k, "k")
+        check_tables(rotary_cos, rotary_sin, k, "k")
     if rotary_seqlens is not None:
         check_int32("rotary_seqlens", rotary_seqlens, k, like="k")
         _check_batch("rotary_seqlens", rotary_seqlens, batch)
@@ -249,7 +248,7 @@ def _check_queries(
     _check_head_dim("q", q)
     if rotary_cos is None or rotary_sin is None:
         raise ValueError("q is given, must be None without rotary_cos and rotary_sin")
-    _check_tables(rotary_cos, rotary_sin, q, "q")
+    check_tables(rotary_cos, rotary_sin, q, "q")
     if cu_seqlens_q is not None:
         _check_starts("cu_seqlens_q", cu_seqlens_q, batch, q, "q")
     elif q.shape[0] != batch:
@@ -289,23 +288,6 @@ def _check_head_dim(name: str, x: Tensor, most: int = MAX_HEAD_DIM) -> None:
         )
 
 
-def _check_latent(qv: Tensor, q: Tensor, v_cache: Tensor) -> None:
-    """Queries of values that are keys too."""
-    if holds_eight_bits(v_cache):
-        raise NotImplementedError(f"qv is not there yet for a cache of {v_cache.dtype}")
-    if q.shape[2] > MAX_ROPE_DIM:
-        raise NotImplementedError(
-            f"qv is not there yet for q with head_dim {q.shape[2]}, only up to {MAX_ROPE_DIM}"
-        )
-    check_like("qv", qv, q)
-    check_layout("qv", qv, PACKED)
-    right = (*q.shape[:2], v_cache.shape[3])
-    if qv.shape != right:
-        raise ValueError(
-            f"qv has shape {tuple(qv.shape)}, must be {right}: q's, with v_cache's head_dim"
-        )
-
-
 def _check_caches(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -316,6 +298,7 @@ def _check_caches(
 ) -> None:
     """`most_v`: of v_cache's head_dim."""
     layout = ENTRIES if page_table is None else PAGES
+    check_tensor("k_cache", k_cache)
     for name, cache, most in (("k_cache", k_cache, MAX_HEAD_DIM), ("v_cache", v_cache, most_v)):
         if not holds_eight_bits(k_cache):
             check_like(name, cache, q, like)
@@ -377,35 +360,4 @@ def _check_starts(name: str, starts: Tensor, batch: int, x: Tensor, like: str) -
     if starts.shape[0] != batch + 1:
         raise ValueError(
             f"{name} has shape ({starts.shape[0]},), must be (batch + 1,) = ({batch + 1},)"
-        )
-
-
-def _check_tables(cos: Tensor, sin: Tensor, x: Tensor, like: str) -> None:
-    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
-        check_device(name, table, x, like)
-        if table.dtype not in (torch.float32, x.dtype):
-            raise TypeError(
-                f"{name} has dtype {table.dtype}, must be torch.float32 or {x.dtype} like {like}"
-            )
-        if table.dim() != 2:
-            raise ValueError(
-                f"{name} has shape {tuple(table.shape)}, must have 2 dimensions: "
-                "(positions, rotary_dim / 2)"
-            )
-        if table.stride(-1) != 1 and table.shape[-1] > 1:
-            raise ValueError(
-                f"{name} has strides {table.stride()}, its last dimension must be contiguous "
-                "(stride 1)"
-            )
-    if sin.dtype != cos.dtype:
-        raise TypeError(f"rotary_sin has dtype {sin.dtype}, must be {cos.dtype} like rotary_cos")
-    if sin.shape != cos.shape:
-        raise ValueError(
-            f"rotary_sin has shape {tuple(sin.shape)}, must be {tuple(cos.shape)} like rotary_cos"
-        )
-    rotary_dim, head_dim = 2 * cos.shape[1], x.shape[-1]
-    if rotary_dim % ROTARY_MULTIPLE != 0 or rotary_dim > head_dim:
-        raise ValueError(
-            f"rotary_cos has shape {tuple(cos.shape)}: rotary_dim is {rotary_dim}, must be a "
-            f"multiple of {ROTARY_MULTIPLE} up to {like}'s head_dim {head_dim}"
         )

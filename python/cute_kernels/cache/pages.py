@@ -66,27 +66,32 @@ def attend_pages(
         )
     hints: tuple[Any, ...] = (window_left, window_right, softcap, num_splits, sm_margin)
     hints = (*hints, None, attention_chunk)
-    out, lse = attend(
-        None,
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        seqused_k,
-        page_table,
-        None,
-        None,
-        sinks,
-        softmax_scale,
-        causal,
-        q_descale,
-        k_descale,
-        v_descale,
-        tree_mask,
-        qv,
-        max_seqlen_q,
-        *(() if hints == _USUAL_HINTS else hints),
-    )
+    try:
+        out, lse = attend(
+            None,
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            seqused_k,
+            page_table,
+            None,
+            None,
+            sinks,
+            softmax_scale,
+            causal,
+            q_descale,
+            k_descale,
+            v_descale,
+            tree_mask,
+            qv,
+            max_seqlen_q,
+            *(() if hints == _USUAL_HINTS else hints),
+        )
+    except (TypeError, ValueError):
+        if seqused_q is None:  # the operator calls seqused_k cache_seqlens
+            _check_lengths(q, cu_seqlens_q, seqused_k=seqused_k)
+        raise
     if unused is not None and sinks is not None:  # which all other rows without keys have as LSE
         lse = lse.masked_fill(unused, -math.inf)
     return out, lse
@@ -101,15 +106,7 @@ def _check_used(
     page_table: Tensor,
 ) -> None:
     """What the operator does not see of a call with seqused_q."""
-    check_tensor("q", q)
-    check_int32("cu_seqlens_q", cu_seqlens_q, q)
-    batch = cu_seqlens_q.shape[0] - 1
-    for name, lengths in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
-        check_int32(name, lengths, q)
-        if lengths.shape[0] != batch:
-            raise ValueError(
-                f"{name} has shape ({lengths.shape[0]},), must be (batch,) = ({batch},)"
-            )
+    batch = _check_lengths(q, cu_seqlens_q, seqused_q=seqused_q, seqused_k=seqused_k)
     check_int32("page_table", page_table, q, dims=2)
     if page_table.shape[0] != batch:
         raise ValueError(
@@ -118,6 +115,20 @@ def _check_used(
         )
     if q.device.type == "cpu" and not torch.compiler.is_compiling() and type(q) is Tensor:
         rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
+
+
+def _check_lengths(q: Tensor, cu_seqlens_q: Tensor, **used: Tensor) -> int:
+    """The batch."""
+    check_tensor("q", q)
+    check_int32("cu_seqlens_q", cu_seqlens_q, q)
+    batch = cu_seqlens_q.shape[0] - 1
+    for name, lengths in used.items():
+        check_int32(name, lengths, q)
+        if lengths.shape[0] != batch:
+            raise ValueError(
+                f"{name} has shape ({lengths.shape[0]},), must be (batch,) = ({batch},)"
+            )
+    return batch
 
 
 def _halves(q: Tensor, cu_seqlens_q: Tensor, seqused_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -184,7 +184,7 @@ def append(
     rotated, or without q nothing."""
     places = places_of(k_cache, page_table, cache_batch_idx)
     sequences = _sequences("k", k, cu_seqlens_k_new)
-    k, v = (x.reshape(-1, *x.shape[-2:]) for x in (k, v))
+    k, v = (x.flatten(0, -3) for x in (k, v))
     lengths, targets = [], []
     for i, new in enumerate(sequences):
         first = _length("cache_seqlens", cache_seqlens, i, places.capacity)
@@ -203,7 +203,7 @@ def append(
         rotary = (rotary_cos, rotary_sin, starts, rotary_interleaved)
         k = _rotate(k, sequences, *rotary, True)
         if q is not None:
-            rows = q.reshape(-1, *q.shape[-2:])
+            rows = q.flatten(0, -3)
             turned = _rotate(rows, _sequences("q", q, cu_seqlens_q), *rotary, q_advance)
             turned = turned.view(q.shape)
     k = rotated(k, rotation_seed)

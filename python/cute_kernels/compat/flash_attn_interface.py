@@ -1,10 +1,10 @@
 """FlashAttention-3's module `flash_attn_interface`.
 
-The public functions are the package's, which have the same names and order, with two additions:
-tensors whose last dimension is not contiguous are copied, and sinks are also taken as `s_aux`, as
-vLLM's fork has them and transformers passes them: it looks at the signatures. The functions below
-are FlashAttention-3's torch operators, as Transformer Engine's context parallelism and Megatron's
-inference call them.
+The public functions are the package's, which have the same names and order, with three additions:
+tensors whose last dimension is not contiguous are copied, max_seqlen may be a tensor, which is not
+looked at, and sinks are also taken as `s_aux`, as vLLM's fork has them and transformers passes
+them: it looks at the signatures. The functions below are FlashAttention-3's torch operators, as
+Transformer Engine's context parallelism and Megatron's inference call them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import cute_kernels
-from cute_kernels.compat.operators import Sequences, backward, rows_contiguous
+from cute_kernels.compat.operators import Sequences, backward, longest, rows_contiguous
 from cute_kernels.qkvpacked import flash_attn_qkvpacked_func
 
 __all__ = [
@@ -29,6 +29,9 @@ __all__ = [
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
 ]
+
+
+_LONGEST = {"max_seqlen_q", "max_seqlen_k"}
 
 
 def _with_sinks(function: Callable[..., Any], copies: bool = True) -> Callable[..., Any]:
@@ -43,6 +46,10 @@ def _with_sinks(function: Callable[..., Any], copies: bool = True) -> Callable[.
         s_aux = options.pop("s_aux", None)
         if s_aux is not None:
             options["sinks"] = s_aux
+        for name in _LONGEST & options.keys():
+            options[name] = longest(options[name])
+        if longest_at and len(inputs) > longest_at[0]:
+            inputs = tuple(longest(x) if i in longest_at else x for i, x in enumerate(inputs))
         if copies:
             inputs = (*rows_contiguous(*inputs[:3]), *inputs[3:])
             by_name = [name for name in ("q", "k", "v") if name in options]
@@ -51,6 +58,7 @@ def _with_sinks(function: Callable[..., Any], copies: bool = True) -> Callable[.
 
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
+    longest_at = [i for i, name in enumerate(signature.parameters) if name in _LONGEST]
     parameters.append(inspect.Parameter("s_aux", inspect.Parameter.KEYWORD_ONLY, default=None))
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return call
@@ -147,7 +155,26 @@ def _flash_attn_forward(
     }
     is_packed = cu_seqlens_q is not None and cu_seqlens_k is not None
     is_batch = cu_seqlens_q is None and cu_seqlens_k is None
-    if any(x is not None for x in of_cache.values()) or not (is_packed or is_batch):
+    asked = [name for name, x in of_cache.items() if x is not None]
+    if seqused_q is not None and asked == ["page_table"] and cu_seqlens_q is not None:
+        result, lse = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            max_seqlen_q=max_seqlen_q,
+            seqused_q=seqused_q,
+            seqused_k=seqused_k,
+            page_table=page_table,
+            return_attn_probs=True,
+            **common,
+        )
+    elif asked or not (is_packed or is_batch):
+        if seqused_q is not None:
+            raise NotImplementedError(
+                "seqused_q is given, must be None with a cache but for packed queries of pages, "
+                "without new keys"
+            )
         result, lse = flash_attn_with_kvcache(
             q,
             k,

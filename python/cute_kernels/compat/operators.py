@@ -43,6 +43,11 @@ def rows_contiguous(*values: Any) -> tuple[Any, ...]:
     )
 
 
+def longest(max_seqlen: Any) -> Any:
+    """FlashAttention also takes a tensor, which it waits for. It need not be known here."""
+    return None if isinstance(max_seqlen, Tensor) else max_seqlen
+
+
 def backward(
     dout: Tensor,
     q: Tensor,
@@ -92,8 +97,8 @@ def backward(
             None,
             scale,
             causal,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
+            max_seqlen_q=longest(max_seqlen_q),
+            max_seqlen_k=longest(max_seqlen_k),
             deterministic=deterministic,
             **options,
         )

@@ -252,7 +252,7 @@ def _packed(part: Part, device: torch.device) -> Packed:
     queries = [block.queries for block in part.blocks]
     keys = [block.keys for block in part.blocks]
     rows = [_starts(queries), _starts(keys), _sizes(queries), _sizes(keys), list(part.diagonals)]
-    numbers = torch.tensor([n for of in rows for n in of], dtype=torch.int32)
+    numbers = torch.tensor([n for of in rows for n in of], dtype=torch.int32, device="cpu")
     cu_q, cu_k, used_q, used_k, diagonal = torch.split(
         numbers.to(device, non_blocking=True), [len(n) for n in rows]
     )

@@ -95,7 +95,7 @@ def starts_of(cu_seqlens: Any) -> Tensor:
     for i, start in enumerate(cu_seqlens):
         if not isinstance(start, int):
             raise TypeError(f"cu_seqlens[{i}] is {start!r}, must be an int")
-    return torch.tensor(cu_seqlens, dtype=torch.int64)
+    return torch.tensor(cu_seqlens, dtype=torch.int64, device="cpu")
 
 
 def documents_of(cu_seqlens: Any, tokens: int) -> tuple[int, ...]:

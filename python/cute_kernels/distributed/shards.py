@@ -71,11 +71,11 @@ def positions(
 ) -> Tensor:
     """(rows,), int64: where in the whole sequence of `tokens` tokens this rank's rows are, for
     embeddings and rotations of positions; with `cu_seqlens` where in their document."""
-    at = torch.arange(tokens)
+    at = torch.arange(tokens, device="cpu")
     if cu_seqlens is not None:
-        starts = torch.tensor(documents_of(cu_seqlens, tokens))
+        starts = torch.tensor(documents_of(cu_seqlens, tokens), device="cpu")
         at = at - starts[torch.searchsorted(starts, at, right=True) - 1]
-    return shard(at, group, 0, layout).to(device)
+    return shard(at, group, 0, layout).to(device or torch.get_default_device())
 
 
 def next_tokens(

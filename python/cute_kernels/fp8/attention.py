@@ -17,13 +17,15 @@ from cute_kernels.checks import (
 from cute_kernels.fp8 import reference
 from cute_kernels.fp8.checks import (
     check_device,
+    check_input,
+    check_quantisation,
     check_quantised,
     check_tensor,
 )
 from cute_kernels.fp8.kernels import GPU_BUILT, attention_cuda, whole_attention_cuda
 from cute_kernels.fp8.quantize import quantize_fp8
 from cute_kernels.fp8.tensor import FP8Tensor
-from cute_kernels.reference import mask_of
+from cute_kernels.reference import mask_of, without_autocast
 from cute_kernels.tile_checks import check_tile_config, is_own_mask
 
 # What flash_attn_fp8_func makes of Q and K: int8's error is half of e4m3's after incoherent
@@ -89,6 +91,8 @@ def flash_attn_fp8_func(
         out_dtype = torch.bfloat16
     out_dtype = output_dtype(elements[0], out_dtype)
     refuse_derivatives("flash_attn_fp8_func", q, k, v, sinks, where=" in FP8")
+    flags = {"incoherent": incoherent, "smooth_k": smooth_k}
+    check_quantisation(None, seed, qk_dtype, of_dtype="qk_dtype", **flags)
     if sinks is not None:
         check_sinks(sinks, elements[0])
     if softmax_scale is None:
@@ -116,9 +120,13 @@ def flash_attn_fp8_func(
 
 def output_dtype(q: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
     """The output's, of an argument and a q that is not quantised; checked, with the device."""
+    allowed = (torch.float16, torch.bfloat16, torch.float32)
     if out_dtype is None:
         out_dtype = q.dtype
-    if out_dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        if out_dtype not in allowed:
+            names = "float16, bfloat16 or float32"
+            raise TypeError(f"q has dtype {q.dtype}, must be {names} where out_dtype is None")
+    if out_dtype not in allowed:
         raise TypeError(f"out_dtype is {out_dtype}, must be float16, bfloat16 or float32")
     if q.device.type == "cuda":
         _check_built(q.device)
@@ -137,6 +145,9 @@ def _quantised(
     qk_dtype: torch.dtype,
 ) -> tuple[FP8Tensor, FP8Tensor, FP8Tensor]:
     """What is not quantised yet, too; k as q is."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, FP8Tensor):
+            check_input(name, x)
     if not isinstance(q, FP8Tensor):
         q = quantize_fp8(q, incoherent=incoherent, seed=seed, dtype=qk_dtype)
     if not isinstance(k, FP8Tensor):
@@ -220,7 +231,7 @@ def scales_of(
 
     def scale_of(name: str, descale: Tensor | None) -> Tensor:
         if descale is None:
-            return torch.ones((1, 1, 1), device=k.device).expand(*pairs, 1)
+            return torch.ones((1, 1, 1), dtype=torch.float32, device=k.device).expand(*pairs, 1)
         if tuple(descale.shape) != pairs:
             raise ValueError(
                 f"{name} has shape {tuple(descale.shape)}, must be (batch, key heads) = {pairs}"
@@ -266,7 +277,7 @@ def _attention_quantised(
         _check_built(q.data.device)
         variant = (sinks, score_offset, with_lse, left, right, sm_margin)
         return attention_cuda(q, k, v, softmax_scale, causal, out_dtype, tile_config, *variant)
-    with torch.autocast(q.data.device.type, enabled=False):
+    with without_autocast(q.data):
         of_mask = mask_of(causal, left, right)
         out, lse = reference.attention(q, k, v, softmax_scale, of_mask, sinks, score_offset)
     return out.to(out_dtype), lse

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from cute_kernels.checks import (
+    check_flag,
+    check_int,
+    check_seed,
     check_sinks,
     check_sm_margin,
     check_softmax_scale,
@@ -42,11 +45,6 @@ def check_device(name: str, x: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} is on {x.device}, must be on {q.device} like q")
 
 
-def check_flag(name: str, flag: object) -> None:
-    if not isinstance(flag, int):
-        raise TypeError(f"{name} is {flag!r}, must be True or False")
-
-
 def check_input(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """Of what is to be quantised."""
     check_rank(name, x, 4, DENSE_ORDER)
@@ -54,13 +52,16 @@ def check_input(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) 
     check_head_dim(name, x.shape[3])
 
 
-def check_quantisation(block: int | None, seed: int, dtype: torch.dtype) -> None:
-    if dtype not in (E4M3, torch.int8):
-        raise TypeError(f"dtype is {dtype}, must be torch.float8_e4m3fn or torch.int8")
-    if block is not None and block < 1:
-        raise ValueError(f"block is {block}, must be at least 1, or None")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed is {seed}, must be at least 0 and below 2**64")
+def check_quantisation(
+    block: int | None, seed: int, dtype: torch.dtype, *, of_dtype: str = "dtype", **flags: bool
+) -> None:
+    """`of_dtype`: what the argument is called."""
+    for name, flag in flags.items():
+        check_flag(name, flag)
+    if not isinstance(dtype, torch.dtype) or dtype not in (E4M3, torch.int8):
+        raise TypeError(f"{of_dtype} is {dtype!r}, must be torch.float8_e4m3fn or torch.int8")
+    check_int("block", block, least=1)
+    check_seed(seed)
 
 
 def check_quantised(q: FP8Tensor, k: FP8Tensor, v: FP8Tensor) -> None:

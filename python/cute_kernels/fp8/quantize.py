@@ -56,7 +56,7 @@ def quantize_fp8(
     """
     check_tensor("x", x)
     check_input("x", x)
-    check_quantisation(block, seed, dtype)
+    check_quantisation(block, seed, dtype, incoherent=incoherent, smooth=smooth)
     refuse_derivatives("quantize_fp8", x, where=" in FP8")
     fused = quantize_cuda(x, incoherent, seed, block, dtype, smooth)
     if fused is not None:

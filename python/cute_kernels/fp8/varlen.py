@@ -21,6 +21,7 @@ from cute_kernels.fp8.varlen_checks import (
     check_varlen_whole,
 )
 from cute_kernels.operators import packed_sequences
+from cute_kernels.reference import without_autocast
 from cute_kernels.varlen_checks import check_lengths, check_max_seqlens, rows_of_sequences
 
 Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # cu_seqlens and seqused
@@ -82,7 +83,8 @@ def flash_attn_fp8_varlen_func(
     causal, left, right = window_of(window_size, causal)
     out_dtype = output_dtype(q, out_dtype)
     refuse_derivatives("flash_attn_fp8_varlen_func", q, k, v, sinks, where=" in FP8")
-    check_quantisation(None, seed, qk_dtype)
+    flags = {"incoherent": incoherent, "smooth_k": smooth_k}
+    check_quantisation(None, seed, qk_dtype, of_dtype="qk_dtype", **flags)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
     given = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
@@ -121,7 +123,7 @@ def _attention_by_operations(
     inputs = (q, k, v, *lengths, softmax_scale, causal, *kinds, with_lse, sinks)
     check_varlen_whole(*inputs, **options)
     sequences, mask = packed_sequences(q, k, lengths, causal, **options)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return packed.attention_of_sequences(
             q, k, v, sequences, softmax_scale, mask, how, sinks, out_dtype, with_lse
         )
@@ -171,7 +173,7 @@ def flash_attn_varlen_e4m3(
     data, _ = packed.values_of_sequences(v, [one.keys for one in of_each])
     inputs = (q, k, data, *scales, *lengths, softmax_scale, causal, False, sinks)
     check_varlen_forward(*inputs, **options)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return packed.attention_of_quantised(
             q, k, data, scales, of_each, softmax_scale, of_mask, sinks, torch.bfloat16
         )

@@ -132,6 +132,10 @@ def _packed_options(
 
 
 def _check_diagonal(mask: Mask, packed: Packed | None) -> None:
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask is {mask!r}, must be a cute_kernels.parts.Mask")
+    if packed is not None and not isinstance(packed, Packed):
+        raise TypeError(f"packed is {packed!r}, must be a cute_kernels.parts.Packed or None")
     if packed is not None and mask.diagonal is not None:
         raise ValueError(
             f"mask has the diagonal {mask.diagonal}, must have None with packed, whose diagonal "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cute_kernels.checks import check_forward, refuse_tangents
-from cute_kernels.reference import Sequence, mask_of
+from cute_kernels.reference import Sequence, mask_of, without_autocast
 from cute_kernels.torch_private import called_while_tracing, in_forward_mode
 from cute_kernels.variants.block_mask import BlockMask, check_block_mask
 from cute_kernels.variants.checks import (
@@ -78,16 +78,14 @@ def attend(
     given = given.with_tensors(expanded(given, sizes))
     check_captured(given, q, sizes)
     _check_hooks(given, q)
-    check_tile(given, tile_config)
+    check_tile(given, tile_config, blocks is not None)
     if in_forward_mode():
         refuse_tangents(q, k, v, sinks, *given.tensors)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     call = (q, k, v, lengths, softmax_scale, causal, sinks, window_left, window_right)
     if q.device.type == "cuda":
-        if blocks is not None:
-            raise NotImplementedError("block_mask is not there yet on CUDA")
-        return _on_cuda(given, *call, deterministic, tile_config, sm_margin)
+        return _on_cuda(given, *call, deterministic, tile_config, sm_margin, blocks)
     return _in_python(given, *call, blocks)
 
 
@@ -120,8 +118,9 @@ def _on_cuda(
     deterministic: bool,
     tile_config: str | None,
     sm_margin: int,
+    blocks: BlockMask | None,
 ) -> tuple[Tensor, Tensor]:
-    hooks = given.variant.hooks
+    hooks = given.variant.hooks_of(blocks is not None)
     names = with_gradient(given)
     check_gradients(given, names, lengths is not None)
     inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
@@ -137,6 +136,7 @@ def _on_cuda(
         v,
         *where[:4],
         given.tensors,
+        [] if blocks is None else list(blocks.lists),
         [float(number) for number in given.numbers],
         hooks.key,
         kernels.forward,
@@ -169,9 +169,11 @@ def _in_python(
 ) -> tuple[Tensor, Tensor]:
     mask = mask_of(causal, window_left, window_right)
     if lengths is None:
-        return variant_attention(given, q, k, v, softmax_scale, mask, sinks, blocks)
+        with without_autocast(q):
+            return variant_attention(given, q, k, v, softmax_scale, mask, sinks, blocks)
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k = lengths
     queries = rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
     keys = rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
     sequences = [Sequence(a, b, None) for a, b in zip(queries, keys, strict=True)]
-    return packed_variant_attention(given, q, k, v, sequences, softmax_scale, mask, sinks)
+    with without_autocast(q):
+        return packed_variant_attention(given, q, k, v, sequences, softmax_scale, mask, sinks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any, NamedTuple
 
@@ -154,6 +155,13 @@ class BlockMask:
         """(batch, heads, query blocks, key blocks); batch and heads may be 1."""
         return tuple(self.kinds.shape)
 
+    def to(self, device: torch.device | str) -> BlockMask:
+        """The same on another device."""
+        other = copy.copy(self)
+        other.kinds = self.kinds.to(device)
+        other.lists = BlockLists(*(x.to(device) for x in self.lists))
+        return other
+
     def sparsity(self) -> Tensor:
         """The share of blocks that are hidden, float32, ()."""
         return (self.kinds == HIDDEN).float().mean()
@@ -209,7 +217,7 @@ def _packed(chosen: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.where(chosen, chosen.cumsum(-1) - 1, chosen.shape[-1])
     room = chosen.new_zeros((*chosen.shape[:-1], chosen.shape[-1] + 1), dtype=torch.int32)
     packed = room.scatter(-1, place, values.to(torch.int32).expand(place.shape))
-    return chosen.sum(-1, dtype=torch.int32), packed[..., :-1].contiguous()
+    return chosen.sum(-1, dtype=torch.int32).contiguous(), packed[..., :-1].contiguous()
 
 
 def _listed(name: str, kinds: Tensor, counts: Tensor, indices: Tensor, kind: int) -> Tensor:

@@ -131,16 +131,19 @@ def check_gradients(variant: BoundVariant, names: list[str], packed: bool) -> No
     assert all(hooks.tensor(name).dtype in FLOATING for name in names)
 
 
-def check_tile(variant: BoundVariant, tile_config: str | None) -> None:
-    """Raises ValueError or TypeError unless it is None or a forward kernel of the variant."""
+def check_tile(variant: BoundVariant, tile_config: str | None, block_mask: bool) -> None:
+    """Raises ValueError or TypeError unless it is None or a forward kernel of the variant, with or
+    without a block mask."""
     if tile_config is None:
         return
     if not isinstance(tile_config, str):
         raise TypeError(f"tile_config is {tile_config!r}, must be a str or None")
-    key = variant.variant.hooks.key
+    key = variant.variant.hooks_of(block_mask).key
     own = [row["name"] for row in ROWS["forward"].values() if row.get("variant") == key]
     if tile_config not in own:
+        beside = " with a block mask" if block_mask else ""
         raise ValueError(
             f"tile_config is {tile_config!r}, must be None (automatic) or a forward kernel of "
-            f"variant {variant.variant.name} that was added: {', '.join(own) or 'there is none'}"
+            f"variant {variant.variant.name}{beside} that was added: "
+            f"{', '.join(own) or 'there is none'}"
         )

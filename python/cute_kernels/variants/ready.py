@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -9,67 +11,89 @@ from cute_kernels.checks import check_int, check_softcap
 from cute_kernels.variants.philox import uniform
 from cute_kernels.variants.variant import BoundVariant, Variant
 
+# What a process gets from another one by pickle are the names of functions: none is a lambda.
+
+
+def _alibi(score: Tensor, head: Tensor, key: Tensor, position: Tensor, slopes: Tensor) -> Tensor:
+    return score + slopes[head] * (key - position)
+
+
+def _cap(score: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(score / cap)
+
+
+def _same_document(
+    batch: Tensor, query: Tensor, key: Tensor, of_query: Tensor, of_key: Tensor
+) -> Tensor:
+    return of_query[batch, query] == of_key[batch, key]
+
+
+def _prefix_or_causal(batch: Tensor, key: Tensor, position: Tensor, prefix: Tensor) -> Tensor:
+    return (key <= position) | (key < prefix[batch])
+
+
+def _every_step(key: Tensor, position: Tensor, count: int, step: int) -> Tensor:
+    distance = position - key
+    return (distance >= 0) & (distance < count * step) & (distance % step == 0)
+
+
+def _add_bias(
+    score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor, bias: Tensor
+) -> Tensor:
+    return score + bias[batch, head, query, key]
+
+
+def _kept(
+    batch: Tensor, head: Tensor, query: Tensor, key: Tensor, rate: float, state: Tensor
+) -> Tensor:
+    kept = uniform(state[0], state[1], batch, head, query, key) >= rate
+    return kept.double() / (1.0 - rate)
+
+
 _ALIBI = Variant(
     "alibi",
     score="return score + slopes[head] * (key - position);",
-    score_python=lambda score, head, key, position, slopes: score + slopes[head] * (key - position),
+    score_python=_alibi,
     tensors={"slopes": ("float32", "head")},
 )
 _CAP = Variant(
     "cap",
     score="return cap * tanh(score / cap);",
-    score_python=lambda score, cap: cap * torch.tanh(score / cap),
+    score_python=_cap,
     numbers={"cap": float},
 )
 _DOCUMENT = Variant(
     "document",
     mask="return of_query[batch][query] == of_key[batch][key];",
-    mask_python=lambda batch, query, key, of_query, of_key: (
-        of_query[batch, query] == of_key[batch, key]
-    ),
+    mask_python=_same_document,
     tensors={"of_query": ("int32", "batch", "query"), "of_key": ("int32", "batch", "key")},
 )
 _PREFIX_LM = Variant(
     "prefix_lm",
     mask="return key <= position || key < prefix[batch];",
-    mask_python=lambda batch, key, position, prefix: (key <= position) | (key < prefix[batch]),
+    mask_python=_prefix_or_causal,
     tensors={"prefix": ("int32", "batch")},
 )
 _DILATED = Variant(
     "dilated",
     mask="int const distance = position - key;\n"
     "return distance >= 0 && distance < count * step && distance % step == 0;",
-    mask_python=lambda key, position, count, step: (
-        (position >= key) & (position - key < count * step) & ((position - key) % step == 0)
-    ),
+    mask_python=_every_step,
     numbers={"count": int, "step": int},
 )
-
-
-def _biased(dtype: torch.dtype) -> Variant:
-    return Variant(
+_BIAS = {
+    dtype: Variant(
         "bias",
         score="return score + bias[batch][head][query][key];",
-        score_python=lambda score, batch, head, query, key, bias: (
-            score + bias[batch, head, query, key]
-        ),
+        score_python=_add_bias,
         tensors={"bias": (dtype, "batch", "head", "query", "key")},
     )
-
-
-_BIAS = {dtype: _biased(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-
-
-def _kept(rate: float, random: Tensor) -> Tensor:
-    return (random >= rate) / (1.0 - rate)
-
-
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+}
 _DROPOUT = Variant(
     "dropout",
     weight="return uniform(state[0], state[1], batch, head, query, key) < rate ? 0.f : kept;",
-    weight_python=lambda batch, head, query, key, rate, state: _kept(
-        rate, uniform(state[0], state[1], batch, head, query, key)
-    ),
+    weight_python=_kept,
     tensors={"state": ("int64", 2)},
     numbers={"rate": float, "kept": float},
 )
@@ -151,7 +175,7 @@ def dropout(rate: float, state: Tensor) -> BoundVariant:
         state: (2,), int64, on q's device: a seed and an offset, which together choose the random
             numbers, those of gradients included. Change the offset from call to call.
     """
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
         raise TypeError(f"rate is {rate!r}, must be a number")
     if not 0 <= rate < 1:
         raise ValueError(f"rate is {rate}, must be from 0 to below 1")

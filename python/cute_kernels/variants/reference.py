@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cute_kernels.reference import QUERY_BLOCK, Mask, Sequence, accumulator_dtype
+from cute_kernels.reference import (
+    QUERY_BLOCK,
+    Mask,
+    Sequence,
+    accumulator_dtype,
+    without_autocast,
+)
 from cute_kernels.variants.block_mask import BlockMask
 from cute_kernels.variants.kinds import FULL, HIDDEN
 from cute_kernels.variants.places import ask, places, seen_by
@@ -53,8 +59,9 @@ def packed_variant_attention(
         one = (q[None, queries], k[None, keys], v[None, keys])
         places = (batch, queries.start, keys.start)
         part, part_lse = _attention(variant, *one, softmax_scale, mask, sinks, *places)
-        out = out.index_copy(0, torch.arange(queries.start, queries.stop), part[0])
-        lse = lse.index_copy(1, torch.arange(queries.start, queries.stop), part_lse[0])
+        rows = torch.arange(queries.start, queries.stop, device=q.device)
+        out = out.index_copy(0, rows, part[0])
+        lse = lse.index_copy(1, rows, part_lse[0])
     return out, lse
 
 
@@ -108,7 +115,8 @@ def _attention(
         p, lse = _softmax(scores)
         p = p[..., :seqlen_k].masked_fill(~seen, 0.0)  # also where the LSE is NaN
         if variant.variant.python["weight"] is not None:
-            p = (p * ask(variant, "weight", names)).masked_fill(~seen, 0.0)
+            weight = ask(variant, "weight", names).to(dtype)
+            p = (p * weight).masked_fill(~seen, 0.0)
         outs.append(_weighted_sum(p, all_v, seen))
         lses.append(lse)
     return torch.cat(outs, 2).transpose(1, 2).to(q.dtype).contiguous(), torch.cat(lses, 2)
@@ -152,6 +160,8 @@ class _Products(torch.autograd.Function):
     """Q K^T; a key that is not finite makes NaN of what sees it, in gradients too, and of nothing
     else."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         (finite_q, wild_q), (finite_k, wild_k) = _finite(q), _finite(k)
@@ -165,11 +175,14 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         q, k, seen = ctx.saved_tensors
         grad = grads[0].masked_fill(~seen, 0.0)
-        return _sum_of_seen(grad, k, seen), _sum_of_seen(grad.mT, q, seen.mT), None
+        with without_autocast(q):
+            return _sum_of_seen(grad, k, seen), _sum_of_seen(grad.mT, q, seen.mT), None
 
 
 class _WeightedSum(torch.autograd.Function):
     """P V, to which what a query does not see adds nothing, even if NaN; nor to its gradients."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(p: Tensor, values: Tensor, seen: Tensor) -> Tensor:
@@ -183,11 +196,9 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
         p, values, seen = ctx.saved_tensors
-        return (
-            (grad @ values.mT).masked_fill(~seen, 0.0),
-            _sum_of_seen(p.mT, grad, seen.mT),
-            None,
-        )
+        with without_autocast(values):
+            of_p = (grad @ values.mT).masked_fill(~seen, 0.0)
+            return of_p, _sum_of_seen(p.mT, grad, seen.mT), None
 
 
 _weighted_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = _WeightedSum.apply

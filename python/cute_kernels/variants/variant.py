@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -101,11 +102,17 @@ class Variant:
                 raise ValueError(f"{captured!r} cannot name a captured value: it is taken")
         for hook, function in self.python.items():
             _check_function(f"{hook}_python", function, names, hook == "score")
-        KNOWN.setdefault(self.hooks.key, self.hooks)
+        for block_mask in (False, True):
+            hooks = self.hooks_of(block_mask)
+            KNOWN.setdefault(hooks.key, hooks)
 
     @property
     def name(self) -> str:
         return self.hooks.name
+
+    def hooks_of(self, block_mask: bool) -> Hooks:
+        """Those of the kernels of calls with or without a block mask."""
+        return self.hooks._replace(block_mask=block_mask)
 
     def __call__(self, **captured: Tensor | float) -> BoundVariant:
         """The variant with what its hooks read, as calls take it.
@@ -116,7 +123,13 @@ class Variant:
         return BoundVariant(self, captured)
 
     def compile(
-        self, dtype: torch.dtype, head_dim: int, *, gradient: bool = True, of: Sequence[str] = ()
+        self,
+        dtype: torch.dtype,
+        head_dim: int,
+        *,
+        gradient: bool = True,
+        of: Sequence[str] = (),
+        block_mask: bool = False,
     ) -> list[str]:
         """Compiles kernels ahead of the first call, and adds them to this process.
 
@@ -125,6 +138,7 @@ class Variant:
             head_dim: the larger one of q and v.
             gradient: also the backward kernel.
             of: the captured tensors that it computes gradients of.
+            block_mask: the kernels of calls with a block mask, which are others.
 
         Returns:
             The names of the kernels.
@@ -142,9 +156,14 @@ class Variant:
         declared = [tensor.name for tensor in self.hooks.tensors]
         if wrong := [name for name in of if name not in declared]:
             raise ValueError(f"of has {wrong[0]!r}, must be of {_listed(declared)}")
-        rows = rows_of(self.hooks.key, dtype, head_dim, gradient, of)
+        rows = rows_of(self.hooks_of(block_mask).key, dtype, head_dim, gradient, of)
         load(rows)
         return [row["name"] for row in rows]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or of pickle: another process has to know the hooks, too."""
+        self.__dict__.update(state)
+        KNOWN.setdefault(self.hooks.key, self.hooks)
 
     def __repr__(self) -> str:
         return f"Variant({self.name!r})"
@@ -172,13 +191,13 @@ class BoundVariant:
             self.tensors.append(value)
         for name, dtype in hooks.numbers:
             value = captured[name]
-            allowed = (int,) if dtype == "int32" else (int, float)
+            allowed: Any = numbers.Integral if dtype == "int32" else numbers.Real
             if not isinstance(value, allowed) or isinstance(value, bool):
                 kind = "an int" if dtype == "int32" else "a number"
                 raise TypeError(f"{name} is {value!r}, must be {kind}")
             if dtype == "int32" and not -(2**31) <= value < 2**31:
                 raise ValueError(f"{name} is {value}, must be an int of 32 bits")
-            self.numbers.append(value)
+            self.numbers.append(int(value) if dtype == "int32" else float(value))
 
     def with_tensors(self, tensors: list[Tensor]) -> BoundVariant:
         """The same with other ones."""

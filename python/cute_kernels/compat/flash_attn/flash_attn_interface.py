@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import cute_kernels
-from cute_kernels.compat.operators import Sequences, backward, rows_contiguous
+from cute_kernels.compat.operators import Sequences, backward, longest, rows_contiguous
 from cute_kernels.compat.variants import variant_of
 
 Window = tuple[int, int]
@@ -100,8 +100,8 @@ def flash_attn_varlen_func(
         *inputs,
         cu_seqlens_q,
         None if is_paged else cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
+        longest(max_seqlen_q),
+        longest(max_seqlen_k),
         softmax_scale=_scale(q, softmax_scale),
         causal=causal,
         window_size=window_size,
@@ -247,8 +247,8 @@ def _flash_attn_varlen_forward(
             *inputs,
             cu_seqlens_q,
             cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
+            longest(max_seqlen_q),
+            longest(max_seqlen_k),
             seqused_k=seqused_k,
             softmax_scale=_scale(q, softmax_scale),
             causal=causal,
