@@ -10,7 +10,7 @@ endif()
 cmake_path(ABSOLUTE_PATH _table BASE_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}" NORMALIZE)
 set(_out "${CMAKE_CURRENT_BINARY_DIR}/tiles")
 
-set(_passes forward backward decode prefill)
+set(_passes forward backward decode prefill latent)
 if(CUTE_KERNELS_FP8)
   list(APPEND _passes forward_fp8 decode_fp8)
 endif()

@@ -2,7 +2,7 @@
 run again where it is not.
 
 A tensor is recorded by shape, strides, offset and the storage that it is a part of; what integers
-hold is recorded too, the rest is random.
+and descales hold is recorded too, the rest is random.
 """
 
 import inspect
@@ -11,6 +11,7 @@ import json
 import math
 from pathlib import Path
 
+import eight_bits
 import torch
 from caches import assert_attention_right
 
@@ -38,7 +39,7 @@ def record(module, monkeypatch):
         def call(*inputs, **options):
             given = inspect.signature(function).bind(*inputs, **options).arguments
             storages = {}
-            arguments = {name: describe(x, storages) for name, x in given.items()}
+            arguments = {name: describe(name, x, storages) for name, x in given.items()}
             calls.append({"function": function.__name__, "arguments": arguments})
             return function(*inputs, **options)
 
@@ -49,7 +50,7 @@ def record(module, monkeypatch):
     return calls
 
 
-def describe(value, storages):
+def describe(name, value, storages):
     if not isinstance(value, torch.Tensor):
         return list(value) if isinstance(value, tuple) else value
     storage = value.untyped_storage()
@@ -61,7 +62,7 @@ def describe(value, storages):
         "dtype": str(value.dtype).removeprefix("torch."),
         "storage": [number, storage.nbytes() // value.element_size()],
     }
-    if not value.dtype.is_floating_point:
+    if not value.dtype.is_floating_point or name.endswith("_descale"):
         tensor["values"] = value.tolist()
     return {"tensor": tensor}
 
@@ -85,7 +86,9 @@ def arguments_of(call, device):
         whole = storages[number]
         view = whole.as_strided(tensor["shape"], tensor["strides"], tensor["offset"])
         if "values" in tensor:
-            view.copy_(torch.tensor(tensor["values"], dtype=dtype).view(tensor["shape"]))
+            values = torch.tensor(tensor["values"], dtype=dtype).view(tensor["shape"])
+            once = tuple(slice(None if stride else 1) for stride in view.stride())
+            view[once].copy_(values[once])
         return view
 
     return {name: made(value) for name, value in call["arguments"].items()}
@@ -95,6 +98,8 @@ def assert_replayed(call, device):
     """Runs a recorded call: every row against fp64, what it should not read being NaN."""
     given = arguments_of(call, device)
     paged = call["function"] == "flash_attn_with_kvcache"
+    if paged and given["k_cache"].dtype == eight_bits.E4M3:
+        eight_bits.skip_unless_built(device, given["q"].shape[-1:])
     out, starts = given.get("out"), given["cu_seqlens_q"]
     if paged:
         k, v = of_sequences(given)
@@ -112,7 +117,21 @@ def assert_replayed(call, device):
     if out is not None:
         assert result.data_ptr() == out.data_ptr() and result.shape == out.shape
         assert torch.equal(result, out)
-    assert_attention_right(result, lse, given["q"], starts, k, v, **options)
+    q = given["q"]
+
+    def descale(which):
+        found = given.get(f"{which}_descale")
+        return torch.ones(len(k), 1, device=q.device) if found is None else found
+
+    if paged and given["k_cache"].dtype == eight_bits.E4M3:
+        k, v = (
+            [x.double() * factor[:, None] for x, factor in zip(numbers, factors, strict=True)]
+            for numbers, factors in ((k, descale("k")), (v, descale("v")))
+        )
+        problem = eight_bits.Problem(None, q, starts, {}, k, v, q.double())
+        problem.assert_right(result, lse, **options)
+    else:
+        assert_attention_right(result, lse, q, starts, k, v, **options)
 
 
 def of_sequences(given):

@@ -2,15 +2,16 @@
 
 import math
 import random
+import re
 
 import pytest
 import torch
+from appends import like, new_rows, random_append, tables
 from caches import PAGE_SIZES, random_cache, rotated
 from eight_bits import CACHES, E4M3, rotation
 from packed import starts
-from test_append_gpu import like, new_rows, tables
 
-from cute_kernels import append_kv, tile_configs
+from cute_kernels import append_kv, flash_attn_with_kvcache, tile_configs
 
 LARGEST = {E4M3: 448.0, torch.int8: 127.0}
 
@@ -20,37 +21,17 @@ def skip_unless_built(device):
         pytest.skip("this build has no kernels for caches of 8 bits")
 
 
-def random_append(seed):
-    """Tensors on the CPU and keyword arguments of a call, and where each new row goes."""
+def random_append8(seed):
+    """The same of a cache of 8 bits, with rotary tables, rotation and factors."""
     chance = random.Random(seed)
     dtype, cache_dtype = chance.choice([torch.bfloat16, torch.float16]), chance.choice(CACHES)
-    batch, dense = chance.randint(1, 6), chance.random() < 0.5
-    lengths = [chance.choice([0, 1, 40, 300]) for _ in range(batch)]
-    added = [chance.choice([1, 1, 7])] * batch
-    if not dense:
-        added = [chance.choice([0, 1, 16, 100]) for _ in range(batch)]
-    heads = chance.choice([1, 2, 8])
-    head_dims = chance.choice([[64, 64], [128, 128], [96, 96], [192, 128], [16, 48], [256, 256]])
-    cache = random_cache(
-        chance,
-        "cpu",
-        cache_dtype,
-        lengths,
-        chance.choice(PAGE_SIZES),
-        heads,
-        head_dims,
-        max(added),
-        batch_idx=chance.random() < 0.5,
-    )
-    k, v = (new_rows(chance, dtype, added, heads, head_dim, dense) for head_dim in head_dims)
-    options = dict(cache.places)
-    if not dense:
-        options["cu_seqlens_k_new"] = torch.tensor(starts(added), dtype=torch.int32)
+    cache, k, v, added, options = random_append(chance, dtype, cache_dtype, 300, 48)
+    batch, heads, head_dim = len(cache.lengths), *k.shape[-2:]
     if chance.random() < 0.5:
-        cos, sin = tables(chance, 8 * chance.randint(1, head_dims[0] // 16), torch.float32)
+        cos, sin = tables(chance, 8 * chance.randint(1, head_dim // 16), torch.float32)
         options |= {"rotary_cos": cos, "rotary_sin": sin}
         options["rotary_interleaved"] = chance.random() < 0.5
-    if head_dims[0] & (head_dims[0] - 1) == 0 and chance.random() < 0.6:
+    if head_dim & (head_dim - 1) == 0 and chance.random() < 0.6:
         options |= {"incoherent": True, "seed": chance.choice([0, 9, 2**64 - 1])}
     rows = cache.k_cache.shape[:3]
     for name in "kv":
@@ -75,7 +56,7 @@ def written_rows(cache, x, added, numbers, factors):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_random_appends_are_as_near_as_rounding_allows(seed):
-    cache, k, v, added, options = random_append(seed)
+    cache, k, v, added, options = random_append8(seed)
     before = [x.clone() for x in (cache.k_cache, cache.v_cache)]
     after = append_kv(cache.k_cache, cache.v_cache, k, v, cache.seqlens(), **options)
     assert after.tolist() == [n + m for n, m in zip(cache.lengths, added, strict=True)]
@@ -122,7 +103,7 @@ def test_random_appends_are_as_near_as_rounding_allows(seed):
 @pytest.mark.parametrize("seed", range(60))
 def test_both_devices_write_the_same_bits(hopper, seed):
     skip_unless_built(hopper)
-    cache, k, v, _, options = random_append(seed)
+    cache, k, v, _, options = random_append8(seed)
     on_gpu = {
         name: like(x, hopper) if isinstance(x, torch.Tensor) else x for name, x in options.items()
     }
@@ -164,3 +145,139 @@ def test_rows_that_are_zero_tiny_or_not_finite(device, dtype):
     most = {E4M3: 448.0, torch.int8: 127.0}[dtype]
     assert found[2, 3] == most and (found[4] == most).all()
     assert found[3, 4].isnan() if dtype == E4M3 else found[3, 4] == 0
+
+
+def random_stored(seed):
+    """As random_append, of rows that have the cache's dtype already."""
+    chance = random.Random(seed)
+    dtype = chance.choice(CACHES)
+    batch, dense = chance.randint(1, 6), chance.random() < 0.5
+    lengths = [chance.choice([0, 1, 40, 300]) for _ in range(batch)]
+    added = [chance.choice([1, 1, 7])] * batch
+    if not dense:
+        added = [chance.choice([0, 1, 16, 100]) for _ in range(batch)]
+    heads = chance.choice([1, 2, 8])
+    head_dims = chance.choice([[64, 64], [128, 128], [192, 128], [16, 48], [256, 256]])
+    page_size = chance.choice(PAGE_SIZES)
+    sizes = (page_size, heads, head_dims, max(added))
+    cache = random_cache(chance, "cpu", dtype, lengths, *sizes, batch_idx=chance.random() < 0.5)
+    new = [new_rows(chance, torch.float32, added, heads, n, dense) for n in head_dims]
+    k, v = ((40 * x).round().clamp(-128, 127).to(dtype) for x in new)
+    if dtype == E4M3:  # every bit is kept
+        k.view(torch.uint8).random_(0, 256)
+    if chance.random() < 0.5:  # parts of one tensor, at addresses that no vector may have
+        whole = torch.cat([k[..., :2], k, v], -1)
+        k, v = whole[..., 2 : 2 + head_dims[0]], whole[..., 2 + head_dims[0] :]
+    options = dict(cache.places)
+    if not dense:
+        options["cu_seqlens_k_new"] = torch.tensor(starts(added), dtype=torch.int32)
+    if chance.random() < 0.5:  # what numbers mean changes nothing
+        options["k_descale"] = torch.rand(batch, heads)
+    return cache, k, v, added, options
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_rows_of_8_bits_are_stored_as_they_are(device, seed):
+    cache, k, v, added, options = random_stored(seed)
+    right = [cache.k_cache.clone(), cache.v_cache.clone()]
+    ends = starts(added)
+    for i, (first, n) in enumerate(zip(cache.lengths, added, strict=True)):
+        rows = cache.rows(i, first, first + n)
+        for to, x in zip(right, (k, v), strict=True):
+            to[rows] = x.reshape(-1, *x.shape[-2:])[ends[i] : ends[i] + n]
+    given = {name: like(x, device) for name, x in options.items()}
+    caches = [like(x, device) for x in (cache.k_cache, cache.v_cache)]
+    new = [like(x, device) for x in (k, v, cache.seqlens())]
+    after = append_kv(*caches, *new, **given)
+    assert after.tolist() == [n + m for n, m in zip(cache.lengths, added, strict=True)]
+    for found, x in zip(caches, right, strict=True):
+        assert torch.equal(found.cpu().view(torch.uint8), x.view(torch.uint8))
+
+
+@pytest.mark.parametrize("q_dtype", [torch.bfloat16, E4M3])
+@pytest.mark.parametrize("dtype", CACHES)
+def test_attention_to_rows_that_are_stored(device, dtype, q_dtype):
+    """As if they had been in the cache before."""
+    skip_unless_built(device)
+    chance = random.Random(1)
+    cache = random_cache(chance, device, dtype, [40, 0, 17], 16, 2, [64, 64], 2)
+    k, v = (x.to(dtype) for x in 20 * torch.randn(2, 3, 2, 2, 64, device=device))
+    q = torch.randn(3, 2, 4, 64, device=device).to(q_dtype)
+    descale = 0.01 + torch.rand(3, 2, device=device) / 20
+    given = {"causal": True, "k_descale": descale, "v_descale": descale, **cache.places}
+    caches = (cache.k_cache, cache.v_cache)
+    out = flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=cache.seqlens(), **given)
+    for i, first in enumerate(cache.lengths):
+        rows = cache.rows(i, first, first + 2)
+        for x, new in zip(caches, (k, v), strict=True):
+            assert torch.equal(x[rows].view(torch.uint8), new[i].view(torch.uint8))
+    right = flash_attn_with_kvcache(q, *caches, cache_seqlens=cache.seqlens() + 2, **given)
+    assert out.dtype == torch.bfloat16 and out.any() and torch.equal(out, right)
+
+
+def test_stored_rows_in_a_graph():
+    cache, k, v, _, options = random_stored(0)
+    lengths = cache.seqlens()
+
+    def step(k_cache, v_cache, k, v):
+        return append_kv(k_cache, v_cache, k, v, lengths, **options)
+
+    found = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        caches = [cache.k_cache.clone(), cache.v_cache.clone()]
+        found.append([run(*caches, k, v), *(x.view(torch.uint8) for x in caches)])
+    assert all(map(torch.equal, *found))
+
+
+REFUSED = {
+    "rotary": (
+        {"rotary_cos": torch.ones(64, 16), "rotary_sin": torch.ones(64, 16)},
+        ValueError,
+        "rotary_cos is given, must be left out for k of torch.float8_e4m3fn, which is stored as",
+    ),
+    "scales": ({"v_scales": torch.ones(5, 16, 2)}, ValueError, "v_scales is given, must be left "),
+    "rotation": ({"incoherent": True}, ValueError, "incoherent is given, must be left out for k "),
+    "v of another dtype": (
+        {"v": torch.ones(2, 4, 2, 64).bfloat16()},
+        TypeError,
+        "v has dtype torch.bfloat16, must be torch.float8_e4m3fn like k",
+    ),
+    "a cache of int8": (
+        {"k_cache": torch.ones(5, 16, 2, 64).to(torch.int8)},
+        TypeError,
+        "k has dtype torch.float8_e4m3fn, must be wider or torch.int8 like k_cache",
+    ),
+    "a cache of 16 bits": (
+        {"k_cache": torch.ones(5, 16, 2, 64).bfloat16()},
+        TypeError,
+        "k has dtype torch.float8_e4m3fn, must be torch.bfloat16 like k_cache",
+    ),
+    "an odd stride": (
+        {"k": torch.ones(2, 4, 2, 65).to(E4M3)[..., :64]},
+        ValueError,
+        "k has strides (520, 130, 65, 1) and offset 0, must be multiples of 2 for k of",
+    ),
+    "an odd offset": (
+        {"v": torch.ones(2, 4, 2, 66).to(E4M3)[..., 1:65]},
+        ValueError,
+        "v has strides (528, 132, 66, 1) and offset 1, must be multiples of 2 for k of",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", REFUSED)
+def test_stored_rows_are_refused(bad):
+    changes, error, message = REFUSED[bad]
+    k_cache, v_cache = torch.zeros(2, 5, 16, 2, 64).to(E4M3)
+    k, v = torch.ones(2, 2, 4, 2, 64).to(E4M3)
+    call = {
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "k": k,
+        "v": v,
+        "cache_seqlens": torch.tensor([20, 3], dtype=torch.int32),
+        "page_table": torch.tensor([[0, 1], [3, 2]], dtype=torch.int32),
+    }
+    assert append_kv(**call).tolist() == [24, 7]
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        append_kv(**{**call, **changes})

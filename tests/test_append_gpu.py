@@ -5,33 +5,16 @@ import random
 
 import pytest
 import torch
-from caches import PAGE_SIZES, random_cache, random_queries, rotated
+from appends import like, new_rows, random_append, tables
+from caches import random_cache, rotated
 from packed import starts
 
 from cute_kernels import append_kv
 from cute_kernels.cache import operators
 
 
-def moved(places, device):
-    return {name: x.to(device) for name, x in places.items()}
-
-
-def like(x, device):
-    """On another device, with the same strides and storage."""
-    whole = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype)
-    whole.copy_(torch.as_strided(x, whole.shape, (1,), 0))
-    return whole.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
-
-
 def same(a, b):
     return torch.equal(a.cpu().view(torch.int16), b.cpu().view(torch.int16))
-
-
-def tables(chance, pairs, dtype, positions=3000):
-    angles = torch.outer(torch.arange(positions), 0.9 ** torch.arange(pairs)).double()
-    whole = torch.cat([angles.cos(), angles.sin()], 1).to(dtype)
-    cos, sin = whole.chunk(2, 1)
-    return (cos, sin) if chance.random() < 0.5 else (cos.contiguous(), sin.contiguous())
 
 
 def turned(x, cos, sin, first, ends, interleaved, advance, append=operators.append):
@@ -43,54 +26,17 @@ def turned(x, cos, sin, first, ends, interleaved, advance, append=operators.appe
     return append(*inputs, x, ends, advance)[1]
 
 
-def new_rows(chance, dtype, lengths, heads, head_dim, dense):
-    """Packed or (batch, seqlen), in one of the layouts that they have: dense, heads first, a part
-    of a wider tensor, or one that no vector can read."""
-    x, _ = random_queries(chance, "cpu", dtype, lengths, heads, head_dim)
-    if dense:
-        x = x.unflatten(0, (len(lengths), lengths[0]))
-    kind = chance.choice(["dense", "heads first", "wide", "odd"])
-    if kind == "heads first":
-        return x.transpose(-3, -2).contiguous().transpose(-3, -2)
-    if kind == "wide":
-        return torch.cat([x, x], -2)[..., heads:, :]
-    if kind == "odd":
-        return torch.cat([x, x[..., :1]], -1)[..., :-1]
-    return x
-
-
 @pytest.mark.parametrize("seed", range(120))
 def test_random_appends(hopper, seed):
     chance = random.Random(seed)
     dtype = chance.choice([torch.bfloat16, torch.float16])
-    batch, dense = chance.randint(1, 6), chance.random() < 0.5
-    lengths = [chance.choice([0, 1, 40, 500]) for _ in range(batch)]
-    added = [chance.choice([1, 1, 7])] * batch
-    if not dense:
-        added = [chance.choice([0, 1, 16, 300]) for _ in range(batch)]
-    heads = chance.choice([1, 2, 8])
-    head_dims = chance.choice([[64, 64], [128, 128], [96, 96], [192, 128], [16, 40], [256, 256]])
-    cache = random_cache(
-        chance,
-        "cpu",
-        dtype,
-        lengths,
-        chance.choice(PAGE_SIZES),
-        heads,
-        head_dims,
-        max(added),
-        batch_idx=chance.random() < 0.5,
-    )
-    k, v = (new_rows(chance, dtype, added, heads, head_dim, dense) for head_dim in head_dims)
-    options = dict(cache.places)
-    if not dense:
-        options["cu_seqlens_k_new"] = torch.tensor(starts(added), dtype=torch.int32)
+    cache, k, v, _, options = random_append(chance, dtype, dtype, 500, 40)
     if chance.random() < 0.7:
-        pairs = 8 * chance.randint(1, head_dims[0] // 16)
+        pairs = 8 * chance.randint(1, k.shape[-1] // 16)
         cos, sin = tables(chance, pairs, chance.choice([dtype, torch.float32]))
         options |= {"rotary_cos": cos, "rotary_sin": sin}
         if chance.random() < 0.5:
-            shift = [chance.randint(0, 2000) for _ in range(batch)]
+            shift = [chance.randint(0, 2000) for _ in cache.lengths]
             options["rotary_seqlens"] = torch.tensor(shift, dtype=torch.int32)
     interleaved = chance.random() < 0.5
     on_gpu = {name: x.to(hopper) for name, x in options.items()}

@@ -446,14 +446,67 @@ def test_padding(device, unused):
     assert torch.equal(grad, kept[..., None, None].expand_as(x).to(grad))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("by_batch", [False, True])
+def test_alibi_falls_on_both_sides(by_batch, causal):
+    """On CUDA a variant compiles, see test_variants_gpu.py."""
+    q = torch.randn(2, 5, 4, 16, dtype=torch.float64, requires_grad=True)
+    k, v = torch.randn(2, 2, 9, 2, 16, dtype=torch.float64)
+    slopes = torch.rand(2, 4) if by_batch else torch.rand(4)
+    apart = (torch.arange(5)[:, None] + 4 - torch.arange(9)).abs()
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(2, 2)) / 4
+    scores = scores - slopes.view(-1, 4, 1, 1) * apart
+    if causal:
+        scores = scores.masked_fill(torch.arange(9) > torch.arange(5)[:, None] + 4, -math.inf)
+    right = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.repeat_interleave(2, 2))
+    dense = fa2.flash_attn_func(q, k, v, causal=causal, alibi_slopes=slopes)
+    ends = [torch.arange(3, dtype=torch.int32) * n for n in (5, 9)]
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    of_packed = fa2.flash_attn_varlen_func(*packed, *ends, 5, 9, causal=causal, alibi_slopes=slopes)
+    (exact,) = torch.autograd.grad(right.square().sum(), q)
+    for out in (dense, of_packed.view_as(right)):
+        assert torch.allclose(out, right, rtol=1e-6, atol=1e-7)
+        (grad,) = torch.autograd.grad(out.square().sum(), q, retain_graph=True)
+        assert torch.allclose(grad, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_leaves_some_of_p():
+    """Scores are all 0, and V shows P."""
+    zeros = torch.zeros(2, 64, 2, 64)
+    shown = torch.eye(64)[None, :, None].expand(2, 64, 2, 64)
+    torch.manual_seed(1)
+    found = [fa2.flash_attn_func(zeros, zeros, shown, 0.25) for _ in range(2)]
+    torch.manual_seed(1)
+    assert torch.equal(fa2.flash_attn_func(zeros, zeros, shown, 0.25), found[0])
+    for p in found:
+        kept = p > 0
+        assert torch.allclose(p[kept], torch.tensor(1 / 64 / 0.75))
+        assert 0.72 < kept.float().mean() < 0.78
+    assert 0.5 < ((found[0] > 0) == (found[1] > 0)).float().mean() < 0.75
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x: fa2.flash_attn_func(x, x, x, 0.1), NotImplementedError, "dropout_p is 0.1"),
         (
-            lambda x: fa2.flash_attn_func(x, x, x, alibi_slopes=torch.ones(4)),
+            lambda x: fa2.flash_attn_interface._flash_attn_forward(x, x, x, 0.1, None, False),
             NotImplementedError,
-            "alibi_slopes",
+            "dropout_p is 0.1, must be 0 here; flash_attn_func takes it",
+        ),
+        (
+            lambda x: fa2.flash_attn_with_kvcache(x, x, x, alibi_slopes=torch.ones(4)),
+            NotImplementedError,
+            "alibi_slopes is given, must be None here",
+        ),
+        (
+            lambda x: fa2.flash_attn_func(x, x, x, 0.1, alibi_slopes=torch.ones(4)),
+            NotImplementedError,
+            "dropout_p is 0.1, must be 0 with alibi_slopes",
+        ),
+        (
+            lambda x: fa2.flash_attn_func(x, x, x, alibi_slopes=torch.ones(())),
+            ValueError,
+            r"alibi_slopes has shape \(\), must be \(heads,\) or \(batch, heads\)",
         ),
         (lambda x: fa2.flash_attn_qkvpacked_func(x), ValueError, r"qkv has shape .*3, heads"),
         (
@@ -467,6 +520,11 @@ def test_padding(device, unused):
             r"dq has shape .*like q",
         ),
         (lambda x: compat.install([4]), ValueError, "versions has 4"),
+        (
+            lambda x: fa3._flash_attn_forward(x, x, x, x, x, seqused_q=torch.ones(1).int()),
+            NotImplementedError,
+            "seqused_q is given, must be None with a cache",
+        ),
     ],
 )
 def test_what_is_refused(call, error, message):
@@ -553,3 +611,18 @@ def test_transformers_finds_it():
         [sys.executable, "-c", TRANSFORMERS], capture_output=True, text=True, check=False
     )
     assert done.stdout == "right\n", done.stderr
+
+
+def test_used_queries_of_pages():
+    """Which FlashAttention-3's operator takes by position."""
+    q = torch.randn(7, 4, 64).bfloat16()
+    caches = torch.randn(2, 6, 16, 2, 64).bfloat16()
+    table = torch.tensor([[0, 1, 2], [5, 4, 3]], dtype=torch.int32)
+    starts, used, lengths = (
+        torch.tensor(x, dtype=torch.int32) for x in ([0, 4, 7], [2, 3], [40, 17])
+    )
+    given = {"seqused_q": used, "seqused_k": lengths, "page_table": table, "causal": True}
+    out, lse, *_ = fa3._flash_attn_forward(q, *caches, cu_seqlens_q=starts, **given)
+    right = cute_kernels.flash_attn_varlen_func(q, *caches, starts, **given, return_lse=True)
+    assert torch.equal(out, right[0]) and torch.equal(lse, right[1])
+    assert not out[2:4].any() and out[[0, 1, 4, 5, 6]].any(-1).all()

@@ -216,3 +216,17 @@ def test_shares_divide_all_heads_alike(deal):
             for head in range(key_heads)
         ]
         assert all(cut == cuts[0] for cut in cuts)
+
+
+def test_shares_longer_than_the_line(deal):
+    """The longest cache there may be, in few parts: most CTAs have none, and begin behind the end
+    of the line, far beyond what an int counts."""
+    longest = 2**30
+    _, parts = deal([1], [longest], [0], (1, 1), (NONE, NONE, 0), 264, 2)
+    blocks = longest // TILE_N
+    assert [(part["first_block"], part["end_block"]) for part in parts] == [(0, blocks)]
+    _, parts = deal([1], [longest], [0], (1, 1), (NONE, NONE, 0), 264, 3)
+    assert [(part["first_block"], part["end_block"]) for part in parts] == [
+        (0, blocks // 2),
+        (blocks // 2, blocks),
+    ]

@@ -459,7 +459,7 @@ def test_tile_configs_are_copies():
     rows = cute_kernels.tile_configs()
     assert rows
     assert len({row["name"] for row in rows}) == len(rows)
-    passes = ("forward", "backward", "forward_fp8", "decode", "decode_fp8", "prefill")
+    passes = ("forward", "backward", "forward_fp8", "decode", "decode_fp8", "prefill", "latent")
     by_pass = [cute_kernels.tile_configs(name) for name in passes]
     assert rows == [row for part in by_pass for row in part]
     assert all(row["tile_m"] == 64 * row["consumer_warpgroups"] for row in by_pass[0])

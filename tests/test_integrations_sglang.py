@@ -16,6 +16,7 @@ import pytest
 import torch
 from engine_calls import assert_output_right, assert_replayed
 
+E4M3 = torch.float8_e4m3fn
 RECORDED = engine_calls.load("sglang")["calls"]
 
 
@@ -127,7 +128,7 @@ def make_runner(page_size, key_heads=2, dtype=torch.bfloat16, **changed):
     )
     pool = MHATokenToKVPool(1024, page_size, dtype, key_heads, 64, 2, "cpu", False)
     for buffer in (*pool.k_buffer, *pool.v_buffer):
-        buffer.fill_(torch.nan)
+        buffer.view(dtype).fill_(torch.nan)
     return types.SimpleNamespace(
         **{
             "use_mla_backend": False,
@@ -137,7 +138,7 @@ def make_runner(page_size, key_heads=2, dtype=torch.bfloat16, **changed):
             "req_to_token_pool": ReqToTokenPool(8, 256, "cpu", False),
             "token_to_kv_pool": pool,
             "kv_cache_dtype": dtype,
-            "kv_cache_dtype_str": "auto",
+            "kv_cache_dtype_str": "fp8_e4m3" if dtype == E4M3 else "auto",
             "page_size": page_size,
             "kv_index_translator": types.SimpleNamespace(is_translating=False),
             "is_draft_worker": False,
@@ -149,7 +150,7 @@ def make_runner(page_size, key_heads=2, dtype=torch.bfloat16, **changed):
 class Batch:
     """Requests' tokens, in a runner's pools but for the new ones."""
 
-    def __init__(self, runner, queries, keys, key_heads):
+    def __init__(self, runner, queries, keys, key_heads, scales=(None, None)):
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
         chance = random.Random(len(keys))
@@ -161,6 +162,11 @@ class Batch:
         tokens, size = sum(queries), runner.page_size
         self.q = normal(tokens, 4 * 64)
         self.k, self.v = ([normal(n, key_heads, 64) for n in keys] for _ in "kv")
+        dtype, factors = runner.kv_cache_dtype, [1.0 if x is None else float(x) for x in scales]
+        for of_requests, factor in zip((self.k, self.v), factors, strict=True):
+            of_requests[:] = [
+                ((x / factor).to(dtype).float() * factor).bfloat16() for x in of_requests
+            ]
         pages = iter(chance.sample(range(1, 1024 // size), 1024 // size - 1))
         pool, new = runner.token_to_kv_pool, []
         indices = torch.arange(1, len(keys) + 1)
@@ -170,8 +176,10 @@ class Batch:
             slots = own[rows // size] * size + rows % size
             runner.req_to_token_pool.req_to_token[indices[i], :key] = slots.int()
             old = key - query
-            pool.k_buffer[1][slots[:old]] = self.k[i][:old]
-            pool.v_buffer[1][slots[:old]] = self.v[i][:old]
+            written = zip((pool.k_buffer, pool.v_buffer), (self.k, self.v), factors, strict=True)
+            for buffers, of_requests, factor in written:
+                old_rows = (of_requests[i][:old].float() / factor).to(dtype)
+                buffers[1].view(dtype)[slots[:old]] = old_rows
             new.append(slots[old:])
         decode = all(query == 1 for query in queries)
         lengths, extended = torch.tensor(keys), torch.tensor(queries)
@@ -207,7 +215,10 @@ LAYERS = {
     "softcap": {"logit_cap": 5.0},
     "sinks": {},
     "one key head": {"num_kv_heads": 1},
+    "fp8": {},
+    "fp8 without scales": {"sliding_window_size": 23},
 }
+SCALES = {"fp8": (torch.tensor(0.5), torch.tensor(2.0))}  # powers of 2, so that nothing is rounded
 CASES = [(batch, "plain", size) for batch in BATCHES for size in (1, 16)]
 CASES += [(batch, layer, 16) for batch in ("decode", "mixed") for layer in list(LAYERS)[1:]]
 
@@ -222,12 +233,14 @@ def test_a_layer(configured, recorded, monkeypatch, batch, layer, page_size):
     calls = engine_calls.record(module, monkeypatch)
     options = {"num_kv_heads": 2, **LAYERS[layer]}
     key_heads = options["num_kv_heads"]
-    runner = make_runner(page_size, key_heads)
+    runner = make_runner(page_size, key_heads, E4M3 if "fp8" in layer else torch.bfloat16)
     queries, keys = BATCHES[batch]
-    problem = Batch(runner, queries, keys, key_heads)
+    scales = SCALES.get(layer, (None, None))
+    problem = Batch(runner, queries, keys, key_heads, scales)
     backend = ATTENTION_BACKENDS["cute_kernels"](runner)
     backend.init_forward_metadata(problem.forward)
     attention = RadixAttention(4, 64, 0.1, layer_id=1, **options)
+    attention.k_scale, attention.v_scale = scales
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if layer == "sinks" else None
     new = [problem.new(x, queries) for x in (problem.k, problem.v)]
     with torch.inference_mode():
@@ -254,10 +267,12 @@ def test_what_the_backend_lacks_is_refused(configured):
 
     with pytest.raises(NotImplementedError, match="absorbed latent attention"):
         module.CuteKernelsBackend(make_runner(16, use_mla_backend=True))
-    with pytest.raises(NotImplementedError, match="float8_e4m3fn, must be of float16"):
-        module.CuteKernelsBackend(make_runner(16, kv_cache_dtype=torch.float8_e4m3fn))
-    for name in ("k_descale", "qv", "score_mod", "mask_mod", "rel_bias"):
-        with pytest.raises(NotImplementedError, match=f"{name} is not there yet"):
+    for dtype, name in ((torch.float8_e5m2, "fp8_e5m2"), (E4M3, "mxfp8")):
+        runner = make_runner(16, kv_cache_dtype=dtype, kv_cache_dtype_str=name)
+        with pytest.raises(NotImplementedError, match=f"--kv-cache-dtype is {name}, of {dtype}, "):
+            module.CuteKernelsBackend(runner)
+    for name in ("qv", "score_mod", "mask_mod", "rel_bias"):
+        with pytest.raises(NotImplementedError, match=f"{name} is given: caches have none here"):
             module.attend_to_cache(
                 *[None] * 3,
                 page_table=None,

@@ -88,19 +88,23 @@ def test_the_selector_takes_the_backend_or_says_why_not(vllm):
         {"dtype": torch.float16, "head_size": 72, "block_size": None},
         {"has_sink": True, "has_sliding_window": True},
         {"attn_type": "encoder_only"},
+        {"kv_cache_dtype": "fp8"},
+        {"kv_cache_dtype": "fp8_e4m3", "use_per_head_quant_scales": True},
+        {"use_non_causal": True},
     ):
         path = Hopper.get_attn_backend_cls(chosen, fits._replace(**changed))
         assert path == "cute_kernels.integrations.vllm.backend.CuteKernelsBackend"
     for changed, reason in (
         ({"head_size": 264}, "head_size"),
         ({"dtype": torch.float32}, "dtype"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "fp8_per_token_head"}, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "fp8", "head_size": 72}, "a head_size that is a multiple of 16"),
         ({"block_size": 8}, "block_size"),
         ({"use_mla": True}, "MLA"),
         ({"use_dcp": True}, "DCP"),
         ({"use_pcp": True}, "PCP"),
         ({"use_mm_prefix": True}, "partial multimodal"),
-        ({"use_non_causal": True}, "non-causal"),
         ({"use_batch_invariant": True}, "batch invariance"),
     ):
         with pytest.raises(ValueError, match=f"CUTE_KERNELS.*{reason}"):
@@ -110,13 +114,19 @@ def test_the_selector_takes_the_backend_or_says_why_not(vllm):
         Hopper.get_attn_backend_cls(chosen, fits)
 
 
-def write_to_slots(key, value, key_cache, value_cache, slot_mapping, *_):
+def write_to_slots(key, value, key_cache, value_cache, slot_mapping, dtype, k_scale, v_scale):
     """What vLLM's kernel of this purpose does, which is not there on the CPU."""
     size = key_cache.shape[1]
-    for row, slot in enumerate(slot_mapping.tolist()):
-        if slot >= 0:
-            key_cache[slot // size, slot % size] = key[row]
-            value_cache[slot // size, slot % size] = value[row]
+    for x, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
+        for row, slot in enumerate(slot_mapping.tolist()):
+            if slot < 0:
+                continue
+            if dtype.startswith("fp8"):
+                assert cache.dtype == torch.uint8
+                numbers = (x[row].float() / scale.view(-1, 1)).to(torch.float8_e4m3fn)
+                cache.view(torch.float8_e4m3fn)[slot // size, slot % size] = numbers
+            else:
+                cache[slot // size, slot % size] = x[row]
 
 
 BATCHES = {  # queries and keys of each request
@@ -132,10 +142,14 @@ LAYERS = {
     "softcap": {"logits_soft_cap": 5.0},
     "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
     "one key head": {"num_kv_heads": 1},
+    "fp8": {"kv_cache_dtype": "fp8"},
+    "fp8 by heads": {"kv_cache_dtype": "fp8_e4m3", "sliding_window": 24},
 }
+SCALES = {"fp8": (torch.tensor(0.5), torch.tensor(2.0))}  # powers of 2, so that nothing is rounded
+SCALES["fp8 by heads"] = tuple(torch.tensor(x) for x in ([0.25, 2.0], [0.5, 1.0]))
 CASES = [(batch, "plain", "LBNHC") for batch in BATCHES]
 CASES += [("mixed", layer, "LBNHC") for layer in list(LAYERS)[1:]]
-CASES += [("decode", "sinks", "LBHNC")]
+CASES += [("decode", "sinks", "LBHNC"), ("decode", "fp8", "LBHNC"), ("prefill", "fp8", "BHLNC")]
 CASES += [("mixed", "plain", layout) for layout in ("LBHNC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")]
 
 
@@ -152,7 +166,8 @@ def recorded():
 class Batch:
     """Requests' tokens, their metadata as vLLM's builder gets it, and a cache."""
 
-    def __init__(self, chance, queries, keys, layout, key_heads=2, head_size=64, block_size=16):
+    def __init__(self, chance, queries, keys, layout, key_heads=2, scales=None):
+        head_size, block_size = 64, 16
         from vllm.v1.attention.backend import CommonAttentionMetadata
         from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -165,6 +180,12 @@ class Batch:
 
         self.q = normal(tokens + 3, 4, head_size)  # with rows that no request has
         self.k, self.v = ([normal(n, key_heads, head_size) for n in keys] for _ in "kv")
+        dtype = torch.bfloat16 if scales is None else torch.float8_e4m3fn
+        factors = [torch.ones(1, 1) if scales is None else x.view(-1, 1) for x in scales or "kv"]
+        for of_requests, factor in zip((self.k, self.v), factors, strict=True):
+            of_requests[:] = [
+                ((x.float() / factor).to(dtype).float() * factor).bfloat16() for x in of_requests
+            ]
         blocks = -(-256 // block_size)
         table = torch.tensor(chance.sample(range(1, requests * blocks + 1), requests * blocks))
         table = table.int().view(requests, blocks)
@@ -188,13 +209,15 @@ class Batch:
         # Of two layers: this is the second.
         logical = (2, requests * blocks + 1, key_heads, block_size, 2 * head_size)
         order = KVCacheLayout[layout].stride_order
-        whole = torch.full([logical[i] for i in order], torch.nan, dtype=torch.bfloat16)
-        self.kv_cache = whole.permute([order.index(i) for i in range(5)])[1]
-        k_cache, v_cache = self.kv_cache.transpose(1, 2).split(head_size, -1)
+        whole = torch.full([logical[i] for i in order], torch.nan, dtype=dtype)
+        cache = whole.permute([order.index(i) for i in range(5)])[1]
+        parts = cache.transpose(1, 2).split(head_size, -1)
         for i, (query, key) in enumerate(zip(queries, keys, strict=True)):
             rows = torch.arange(key - query)  # those of this batch are written by the layer
             place = table[i, rows // block_size].long(), rows % block_size
-            k_cache[place], v_cache[place] = self.k[i][: key - query], self.v[i][: key - query]
+            for part, of_requests, factor in zip(parts, (self.k, self.v), factors, strict=True):
+                part[place] = (of_requests[i][: key - query].float() / factor).to(dtype)
+        self.kv_cache = cache if scales is None else cache.view(torch.uint8)
 
     def new(self, of_requests):
         """Of keys or values, those of the batch's tokens, and some rows more."""
@@ -216,14 +239,16 @@ def test_a_layer(vllm, recorded, monkeypatch, batch, layer, layout):
     chosen = AttentionBackendEnum["CUTE_KERNELS"].get_class()
     options = {"num_kv_heads": 2, **LAYERS[layer]}
     key_heads = options["num_kv_heads"]
-    problem = Batch(random.Random(f"{batch} {layer}"), *BATCHES[batch], layout, key_heads)
+    scales = SCALES.get(layer)
+    problem = Batch(random.Random(f"{batch} {layer}"), *BATCHES[batch], layout, key_heads, scales)
     spec = FullAttentionSpec(
         block_size=16, num_kv_heads=key_heads, head_size=64, dtype=torch.bfloat16
     )
     builder = chosen.get_builder_cls()(spec, ["layer"], None, torch.device("cpu"))
     metadata = builder.build(0, problem.common)
     impl = chosen.get_impl_cls()(num_heads=4, head_size=64, scale=0.1, **options)
-    scales = types.SimpleNamespace(_k_scale=torch.ones(()), _v_scale=torch.ones(()))
+    k_scale, v_scale = scales or (torch.ones(()), torch.ones(()))
+    scales = types.SimpleNamespace(_k_scale=k_scale, _v_scale=v_scale)
     output = torch.full_like(problem.q, 7.0)
     key, value = problem.new(problem.k), problem.new(problem.v)
     with torch.inference_mode():
@@ -245,6 +270,37 @@ def test_a_layer(vllm, recorded, monkeypatch, batch, layer, layout):
         softcap=options.get("logits_soft_cap", 0.0),
         sinks=options.get("sinks"),
     )
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_some_requests_are_causal(vllm, window):
+    """A diffusion model's drafts see one another."""
+    from cute_kernels.integrations.vllm import backend
+
+    problem = Batch(random.Random(0), *BATCHES["mixed"], "LBNHC")
+    causal = [True, False, False, True]
+    common = problem.common.replace(causal=torch.tensor(causal, dtype=torch.int32))
+    metadata = backend.CuteKernelsBuilder(None, [], None, None).build(0, common)
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    impl = backend.CuteKernelsImpl(4, 64, 0.1, 2, sliding_window=window, sinks=sinks)
+    key, value = problem.new(problem.k), problem.new(problem.v)
+    parts = impl._parts(problem.kv_cache)
+    write_to_slots(key, value, *parts, metadata.slot_mapping, "auto", None, None)
+    output = torch.full_like(problem.q, 7.0)
+    impl.forward(None, problem.q, key, value, problem.kv_cache, metadata, output)
+    starts = metadata.query_start_loc
+    assert (output[starts[-1] :] == 7.0).all()
+    for i, is_causal in enumerate(causal):
+        rows = slice(starts[i], starts[i + 1])
+        left = -1 if window is None else window - 1
+        assert_output_right(
+            *(output[rows], problem.q[rows], starts[i : i + 2] - starts[i]),
+            *([problem.k[i]], [problem.v[i]]),
+            softmax_scale=0.1,
+            causal=is_causal,
+            window_size=(left, 0 if is_causal else left),
+            sinks=sinks,
+        )
 
 
 @pytest.mark.parametrize("window", [None, 8])
@@ -275,17 +331,12 @@ def test_what_the_backend_lacks_is_refused(vllm):
     from cute_kernels.integrations.vllm import backend
 
     impl = backend.CuteKernelsImpl
-    with pytest.raises(NotImplementedError, match="ALiBi"):
+    with pytest.raises(NotImplementedError, match="ALiBi here, choose another backend"):
         impl(4, 64, 0.1, alibi_slopes=[1.0] * 4)
-    with pytest.raises(NotImplementedError, match="kv_cache_dtype is 'fp8'"):
-        impl(4, 64, 0.1, kv_cache_dtype="fp8")
-    problem = Batch(random.Random(0), *BATCHES["decode"], "LBHNC")
-    builder = backend.CuteKernelsBuilder(None, [], None, None)
-    causal = problem.common.replace(causal=torch.ones(4, dtype=torch.int32))
-    with pytest.raises(NotImplementedError, match="causal of each request"):
-        builder.build(0, causal)
+    with pytest.raises(NotImplementedError, match="kv_cache_dtype is 'fp8_e5m2'"):
+        impl(4, 64, 0.1, kv_cache_dtype="fp8_e5m2")
     output = torch.ones(5, 4, 64)
     layer = impl(4, 64, 0.1)
     assert not layer.forward(None, output, None, None, None, None, output).any()
-    with pytest.raises(NotImplementedError, match="outputs of 8 bits"):
+    with pytest.raises(NotImplementedError, match="outputs have 16 bits"):
         layer.forward(*[None] * 6, output, output_scale=torch.ones(()))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from host_program import CHECKED, host_program, needs_cxx
 
-from cute_kernels.checks import is_own_mask
+from cute_kernels.tile_checks import is_own_mask
 
 pytestmark = needs_cxx
 

@@ -217,6 +217,7 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
         "decode_table.cpp",
         "decode_fp8_table.cpp",
         "prefill_table.cpp",
+        "latent_table.cpp",
     ]
     text = (tmp_path / "fp16_d128_m128n176.cu").read_text()
     assert "using Element = cutlass::half_t;" in text
@@ -250,6 +251,7 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
         ("backward", ["backward/traits.hpp"]),
         ("decode", ["decode/traits.hpp"]),
         ("decode_fp8", ["decode/traits.hpp", "decode/fp8_traits.hpp"]),
+        ("latent", ["latent/traits.hpp"]),
         ("prefill", ["forward/tile_traits.hpp", "forward/traits.hpp", "prefill/traits.hpp"]),
     ],
 )

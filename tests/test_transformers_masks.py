@@ -13,8 +13,10 @@ from transformers.masking_utils import (  # noqa: E402
     sdpa_mask,
 )
 
+from cute_kernels import flash_attn_with_kvcache  # noqa: E402
 from cute_kernels.integrations.transformers import (  # noqa: E402
     NAME,
+    attention,
     fallback,
     masks,
     register,
@@ -91,3 +93,31 @@ def test_positions_are_looked_at_again_after_a_change():
     ]
     position_ids.copy_(torch.arange(SEQLEN)[None])
     assert masks.packed_by_positions(position_ids, query, SEQLEN) is None
+
+
+def test_a_step_of_a_chunked_layer(monkeypatch):
+    """Attends to its keys as to a cache, which are cut into parts; chunks begin at the first key
+    that is no padding."""
+    keys, first, last = 22, torch.tensor([0, 3, 9]), torch.tensor([22, 22, 22])
+    place = torch.arange(keys)[None]
+    padding = (place >= first[:, None]) & (place < last[:, None])
+    cache = transformers.DynamicCache()
+    cache.update(*2 * (torch.zeros(3, 1, keys - 1, 1),), 0)
+    inputs = (CONFIG, torch.empty(3, 1, 0), padding, cache)
+    mask = create_chunked_causal_mask(*inputs)
+    query, key, value = (torch.randn(3, 2, n, 8) for n in (1, keys, keys))
+    called = []
+
+    def recorded(*inputs, **options):
+        called.append(options["attention_chunk"])
+        return flash_attn_with_kvcache(*inputs, **options)
+
+    monkeypatch.setattr(attention, "flash_attn_with_kvcache", recorded)
+    module = torch.nn.Module()
+    module.config, module.is_causal = CONFIG, True
+    out, _ = attention.attention(module, query, key, value, mask, scaling=0.3)
+    seen = masks.decode(mask, keys, None, 7)
+    shown = fallback._explicit(seen, query, key)
+    right = torch.nn.functional.scaled_dot_product_attention(query, key, value, shown, scale=0.3)
+    torch.testing.assert_close(out.transpose(1, 2), right)
+    assert called == [7]

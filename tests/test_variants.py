@@ -135,6 +135,29 @@ def test_what_a_hook_hides_has_no_part_in_anything():
     assert not any(grad[:, 4:].any() for grad in grads[1:])
 
 
+def test_what_a_hook_hides_has_no_part_in_captured_tensors():
+    """Neither a NaN there in its weight nor one in the gradient of what its score is read with."""
+    q, k, v = qkv(1, 6, 8)
+    with torch.no_grad():
+        k[:, 6] = math.nan
+    gain = torch.rand(4, requires_grad=True)
+    weights = torch.rand(8).masked_fill(torch.arange(8) > 3, math.nan)
+    hidden = Variant(
+        "hidden_captured",
+        score_python=lambda score, head, gain: score * gain[head],
+        mask_python=lambda key: key < 4,
+        weight_python=lambda key, weights: weights[key],
+        tensors={"gain": ("float32", "head"), "weights": ("float32", "key")},
+    )
+    results = []
+    for count in (8, 4):
+        inputs = (q, *(x[:, :count] for x in (k, v)))
+        out = flash_attn_func(*inputs, variant=hidden(gain=gain, weights=weights[:count]))
+        results.append((out, *torch.autograd.grad(out.square().sum(), (*inputs[:1], gain))))
+    for with_hidden, without in zip(*results, strict=True):
+        assert torch.allclose(with_hidden, without, rtol=1e-5, atol=1e-6)
+
+
 def test_a_row_that_sees_nothing_is_0():
     q, k, v = qkv(1, 6, 8)
     nothing = Variant("nothing", mask_python=lambda key: key < 0)
@@ -171,6 +194,7 @@ def test_random_numbers_are_even_and_their_own():
         ({"score": 3}, TypeError, "score is a int"),
         ({"tensors": {"head": ("float32",)}}, ValueError, "'head' cannot name a captured value"),
         ({"tensors": {"for": ("float32",)}}, ValueError, "'for' cannot name a captured value"),
+        ({"numbers": {"captured": int}}, ValueError, "'captured' cannot name a captured value"),
         ({"tensors": {"x": "float32"}}, TypeError, "tensors['x'] is 'float32'"),
         ({"tensors": {"x": ("float64",)}}, ValueError, "has dtype 'float64'"),
         ({"tensors": {"x": ("float32", "row")}}, ValueError, "has the axis 'row'"),
@@ -234,9 +258,9 @@ def test_scales_of_8_bits_are_refused_dense_and_packed():
     q, k, v = qkv()
     starts = torch.arange(q.shape[0] + 1, dtype=torch.int32) * q.shape[1]
     options = {"variant": SHIFTED(shift=torch.zeros(1)), "k_descale": torch.ones(1, 1)}
-    with pytest.raises(NotImplementedError, match="variant is not there yet for float8_e4m3fn"):
+    with pytest.raises(NotImplementedError, match="variant is not there for float8_e4m3fn: pass q"):
         flash_attn_func(q, k, v, **options)
-    with pytest.raises(NotImplementedError, match="variant is not there yet for float8_e4m3fn"):
+    with pytest.raises(NotImplementedError, match="variant is not there for float8_e4m3fn: pass q"):
         flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), starts, starts, **options)
 
 
@@ -299,13 +323,13 @@ def test_mapped_calls_are_calls_of_their_own(grad):
         assert (mapped - torch.stack(one_by_one)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["alibi", "own gradient", "ready-made"])
+@pytest.mark.parametrize("name", ["alibi", "own gradient", "ready-made", "block mask"])
 def test_the_page_runs(name):
     text = (ROOT / "docs" / "variants.md").read_text()
     (code,) = re.findall(rf"<!-- snippet: {name} -->\n```python\n(.*?)```", text, re.S)
     names = {}
     exec(code.replace("torch.cuda.is_available()", "False"), names)
-    if name == "ready-made":
+    if name in ("ready-made", "block mask"):
         assert names["out"].shape == names["q"].shape
     else:
         assert all(names[x].grad.isfinite().all() for x in "qkv")

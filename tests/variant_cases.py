@@ -34,6 +34,12 @@ MIXED = Variant(
     tensors={"table": ("bfloat16", "head", 17)},
     numbers={"skip": int},
 )
+# The score as it is, but NaN at 0, which hooks are asked about where nothing is seen.
+SINGULAR = Variant(
+    "singular",
+    score="auto const sign = score * rsqrt(score * score);\nreturn score * sign * sign;",
+    score_python=lambda score: score,
+)
 OWN_GRADIENT = Variant(
     "square",
     score="return 0.1f * score * score;",
@@ -148,11 +154,15 @@ def own_gradient(*_):
     return Case(OWN_GRADIENT(), Changes(lambda scores, *_: 0.1 * scores * scores), {})
 
 
+def singular(*_):
+    return Case(SINGULAR(), Changes(lambda scores, *_: scores), {})
+
+
 CASES = {
     case.__name__: case
     for case in (
         *(alibi, bias, document, prefix_lm, dilated, softcap, dropout, warped, mixed),
-        own_gradient,
+        *(own_gradient, singular),
     )
 }
 

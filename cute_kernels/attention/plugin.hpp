@@ -6,6 +6,7 @@
 #include "cute_kernels/attention/decode/tile_config.hpp"
 #include "cute_kernels/attention/fp8_problem.hpp"
 #include "cute_kernels/attention/fp8_tile_config.hpp"
+#include "cute_kernels/attention/latent/tile_config.hpp"
 #include "cute_kernels/attention/prefill/tile_config.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/tile_config.hpp"

@@ -63,6 +63,7 @@ struct Softcap {
   static constexpr bool kScores = true, kHides = false, kWeighs = false;
   static constexpr int kGradients = 0;
   static constexpr bool kHasHooks = false;
+  static constexpr bool kHasBlockMask = false;
   struct Arguments {
     float factor;
   };

@@ -31,6 +31,11 @@ enum class NamedBarrier : int {
   /// Attention to a cache of 8 bits. The 128 threads of warpgroup i meet here around the writing of
   /// its queries.
   kQueriesWritten = 2,
+  /// Latent attention. The 128 threads of warpgroup i meet here when they have read what they are
+  /// about to overwrite: P of the block before. Its values' clearing is kValuesCleared + i.
+  kProbabilitiesRead = 3,
+  /// Latent attention. All consumer threads meet here around the writing of their row sums.
+  kSumsWritten = 5,
 };
 
 CUTLASS_DEVICE void barrier_arrive(NamedBarrier barrier, int warpgroup, int threads) {

@@ -89,34 +89,50 @@ cache::Rotary rotary_of(Tensor const& cos_tensor, Tensor const& sin_tensor, bool
           suits_tma(cos, bytes) && suits_tma(sin, bytes)};
 }
 
-cache::Rows rows_of(Argument const& from, Argument const& to) {
+int bytes_of(ScalarType dtype) { return is_8_bits(dtype) ? 1 : kElementBytes; }
+
+/// `most`: of the head_dim.
+cache::Rows rows_of(Argument const& from, Argument const& to, int64_t most = kMaxHeadDim) {
   int64_t const head_dim = from.sizes.back();
-  check_head_dim(from.name, head_dim);
+  check_head_dim(from.name, head_dim, most);
   return {view(from.tensor),
           view(to.tensor),
-          suits_tma(from, kElementBytes),
-          suits_tma(to, is_8_bits(to.dtype) ? 1 : kElementBytes),
+          suits_tma(from, bytes_of(from.dtype)),
+          suits_tma(to, bytes_of(to.dtype)),
           static_cast<int>(from.size(static_cast<int>(from.sizes.size()) - 2)),
           static_cast<int>(head_dim)};
 }
 
-void check_16_bits(Argument const& a) {
-  require(a.is_cuda, a.name, " is not on CUDA");
-  require(a.dtype == ScalarType::Half || a.dtype == ScalarType::BFloat16, a.name,
-          " is not float16 or bfloat16");
+/// Rows of 8 bits, which are moved as they are, as rows of half as many numbers of 16 bits.
+cache::Rows in_pairs(cache::Rows rows, Argument const& from, Argument const& to) {
+  for (Argument const* a : {&from, &to}) {
+    require(reinterpret_cast<uintptr_t>(a->tensor.data_ptr()) % kElementBytes == 0, a->name,
+            "'s address is odd");
+  }
+  for (attention::TensorView* view : {&rows.from, &rows.to}) {
+    for (int64_t* stride : {&view->batch_stride, &view->seqlen_stride, &view->head_stride}) {
+      require(*stride % kElementBytes == 0, from.name, " or ", to.name, " has an odd stride");
+      *stride /= kElementBytes;
+    }
+  }
+  rows.head_dim /= kElementBytes;
+  return rows;
 }
 
-cache::Rows rows_to_append(Argument const& from, Argument const& to, Argument const& k) {
+cache::Rows rows_to_append(Argument const& from, Argument const& to, Argument const& k,
+                           int64_t most = kMaxHeadDim) {
   check_like(from, k);
   check_device(to, k);
-  require(to.dtype == k.dtype || is_8_bits(to.dtype), to.name, " does not have k's dtype");
+  bool const stored = is_8_bits(k.dtype);
+  require(to.dtype == k.dtype || (is_8_bits(to.dtype) && !stored), to.name,
+          " does not have k's dtype");
   check_sizes(to, 4);
-  cache::Rows const rows = rows_of(from, to);
+  cache::Rows const rows = rows_of(from, to, most);
   require(!is_8_bits(to.dtype) || rows.head_dim % 16 == 0, to.name,
           "'s head_dim is not a multiple of 16");
   require(to.size(2) == rows.heads && to.size(3) == rows.head_dim, from.name,
           " does not have the heads and head_dim of ", to.name);
-  return rows;
+  return stored ? in_pairs(rows, from, to) : rows;
 }
 
 struct FactorNames {
@@ -150,7 +166,12 @@ std::tuple<Tensor, Tensor> append_kv(
     std::optional<int64_t> rotation_seed) {
   Argument const k_cache("k_cache", k_cache_tensor), v_cache("v_cache", v_cache_tensor),
       k("k", k_tensor), v("v", v_tensor);
-  check_16_bits(k);
+  require(k.is_cuda, "k is not on CUDA");
+  bool const stored = is_8_bits(k.dtype);
+  require(stored || k.dtype == ScalarType::Half || k.dtype == ScalarType::BFloat16,
+          "k is not float16 or bfloat16");
+  require(!stored || !(rotary_cos || k_scales || v_scales || rotation_seed),
+          "rotary_cos, scales or rotation_seed are given with k of 8 bits");
   int64_t const batch = cache_seqlens.numel();
   require(batch < kMost, "cache_seqlens has 2^31 elements or more");
   cache::Fp8AppendProblem problem{};
@@ -159,13 +180,13 @@ std::tuple<Tensor, Tensor> append_kv(
   for (size_t dim = 0; dim + 1 < k.sizes.size(); ++dim) {
     require(v.sizes[dim] == k.sizes[dim], "v does not have k's shape");
   }
+  bool const eight_bits = is_8_bits(k_cache.dtype);
   problem.k = rows_to_append(k, k_cache, k);
-  problem.v = rows_to_append(v, v_cache, k);
+  problem.v = rows_to_append(v, v_cache, k, eight_bits ? kMaxHeadDim : kMaxLatentDim);
   for (int dim = 0; dim < 3; ++dim) {
     require(v_cache.size(dim) == k_cache.size(dim), "v_cache does not have k_cache's shape");
   }
   require(v_cache.dtype == k_cache.dtype, "v_cache does not have k_cache's dtype");
-  bool const eight_bits = is_8_bits(k_cache.dtype);
   require(eight_bits || !(k_descale || v_descale || k_scales || v_scales || rotation_seed),
           "descales, scales or rotation_seed are given with a cache of 16 bits");
   problem.is_int8 = k_cache.dtype == ScalarType::Char;
@@ -217,7 +238,7 @@ std::tuple<Tensor, Tensor> append_kv(
     if (turned.numel() == 0) problem.queries.tokens.total = 0;
   }
   if (batch == 0 && problem.queries.tokens.total == 0) return {lengths_after, turned};
-  if (!eight_bits) {
+  if (!eight_bits || stored) {
     require_success(cache::launch_append(problem, device, current_stream(k.device)), "append_kv");
     return {lengths_after, turned};
   }
@@ -238,7 +259,7 @@ std::tuple<Tensor, Tensor> append_kv(
 // query's position, counted from the first new key's, or with q_advance = false all by those of the
 // latter. Without q that is a tensor of no elements. A cache of 8 bits gets k and v divided by the
 // descales, or with the scales, which are written with the rows; with rotation_seed keys are
-// rotated.
+// rotated. Those of its own dtype it gets as they are.
 STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
   library.def(
       "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, "

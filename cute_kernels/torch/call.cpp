@@ -18,8 +18,6 @@ using torch::headeronly::ScalarType;
 
 namespace {
 
-constexpr int kMaxHeadDim = 256;
-
 void check_alone(Argument const& a, size_t rank) {
   require(a.sizes.size() == rank, a.name, " does not have ", rank, " dimensions");
   require(a.dtype == ScalarType::Half || a.dtype == ScalarType::BFloat16, a.name,
@@ -144,9 +142,9 @@ void check_inputs(Argument const& q, Argument const& k, Argument const& v, size_
   }
 }
 
-void check_head_dim(char const* name, int64_t head_dim) {
-  require(head_dim >= 8 && head_dim <= kMaxHeadDim && head_dim % 8 == 0, name,
-          "'s head_dim is not a multiple of 8 up to ", kMaxHeadDim);
+void check_head_dim(char const* name, int64_t head_dim, int64_t most) {
+  require(head_dim >= 8 && head_dim <= most && head_dim % 8 == 0, name,
+          "'s head_dim is not a multiple of 8 up to ", most);
 }
 
 AttentionCall check_call(Argument const& q, Argument const& k, Argument const& v,

@@ -16,6 +16,9 @@
 namespace cute_kernels::binding {
 
 constexpr int kElementBytes = 2;
+constexpr int kMaxHeadDim = 256;
+constexpr int kMaxLatentDim = 512;  // of values that are keys too
+constexpr int kMaxRopeDim = 64;     // of the keys beside these
 
 /// The call that q and k, of any number format and with sizes that an int holds, make with a V of
 /// head_dim_v, checked.
@@ -29,8 +32,8 @@ attention::AttentionCall check_call(Argument const& q, Argument const& k, Argume
 /// What check_call asks of q, k and v each, and of their dtypes and devices, whatever their rank.
 void check_inputs(Argument const& q, Argument const& k, Argument const& v, size_t rank);
 
-/// Throws unless it is a multiple of 8 up to 256.
-void check_head_dim(char const* name, int64_t head_dim);
+/// Throws unless it is a multiple of 8 up to `most`.
+void check_head_dim(char const* name, int64_t head_dim, int64_t most = kMaxHeadDim);
 
 /// Heads and head dims of a call, checked to be those of some; its lengths are left 0.
 attention::CallSizes sizes_of(int64_t heads_q, int64_t heads_kv, int64_t head_dim,

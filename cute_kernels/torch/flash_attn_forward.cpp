@@ -107,6 +107,30 @@ std::tuple<Tensor, Tensor> flash_attn_forward(
   return {out, lse};
 }
 
+/// (batch, heads, seqlen, head_dim) as (batch, seqlen, heads, head_dim), or the other way round:
+/// the same memory. PyTorch's own transpose costs a small call's host a tenth, for each tensor.
+Tensor with_heads_and_rows_exchanged(Tensor const& tensor) {
+  auto const sizes = tensor.sizes();
+  auto const strides = tensor.strides();
+  require(sizes.size() == 4, "a tensor does not have 4 dimensions");
+  int64_t const new_sizes[] = {sizes[0], sizes[2], sizes[1], sizes[3]};
+  int64_t const new_strides[] = {strides[0], strides[2], strides[1], strides[3]};
+  AtenTensorHandle handle = nullptr;
+  require_torch(aoti_torch__reinterpret_tensor(tensor.get(), 4, new_sizes, new_strides, 0, &handle),
+                "make a view of a tensor");
+  return Tensor(handle);
+}
+
+/// Of tensors as PyTorch's scaled_dot_product_attention has them, as is the output.
+std::tuple<Tensor, Tensor> flash_attn_heads_first(Tensor const& q, Tensor const& k, Tensor const& v,
+                                                  double softmax_scale, bool causal) {
+  auto const [out, lse] =
+      flash_attn_forward(with_heads_and_rows_exchanged(q), with_heads_and_rows_exchanged(k),
+                         with_heads_and_rows_exchanged(v), softmax_scale, causal, std::nullopt,
+                         false, std::nullopt, std::nullopt, std::nullopt, std::nullopt, 0.0, 0);
+  return {with_heads_and_rows_exchanged(out), lse};
+}
+
 /// The same of packed sequences. What cu_seqlens and seqused hold is not looked at here.
 std::tuple<Tensor, Tensor> flash_attn_varlen_forward(
     Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor,
@@ -141,8 +165,8 @@ std::tuple<Tensor, Tensor> flash_attn_variant_forward(
     Tensor const& q_tensor, Tensor const& k_tensor, Tensor const& v_tensor,
     std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
     std::optional<Tensor> seqused_q, std::optional<Tensor> seqused_k, std::vector<Tensor> captured,
-    std::vector<double> numbers, std::optional<StringHandle> variant_key,
-    std::optional<StringHandle> tile_config,
+    std::vector<Tensor> block_lists, std::vector<double> numbers,
+    std::optional<StringHandle> variant_key, std::optional<StringHandle> tile_config,
     [[maybe_unused]] std::optional<StringHandle> backward_tile_config,
     [[maybe_unused]] std::vector<int64_t> gradients_of, double softmax_scale, bool causal,
     std::optional<Tensor> sinks_tensor, std::optional<int64_t> max_seqlen_q,
@@ -158,6 +182,7 @@ std::tuple<Tensor, Tensor> flash_attn_variant_forward(
                                         max_seqlen_q, max_seqlen_k),
                          captured, numbers, softmax_scale,
                          mask_of(causal, window_left, window_right, std::nullopt), variant);
+  variant.blocks = block_lists_of(block_lists, Rows::kQueries, call, q);
   attention::Device const device = hopper(q.device, sm_margin);
   torch::stable::accelerator::DeviceGuard const guard(q.device);
   Sinks const sinks(sinks_tensor, q, call.sizes.heads_q);
@@ -179,18 +204,22 @@ STABLE_TORCH_LIBRARY(cute_kernels, library) {
       "str? tile_config=None, bool deterministic=False, Tensor? sinks=None, *, "
       "SymInt? window_left=None, SymInt? window_right=None, SymInt? diagonal=None, "
       "float softcap=0.0, SymInt sm_margin=0) -> (Tensor out, Tensor lse)");
+  // (batch, heads, seqlen, head_dim), without a gradient of its own.
+  library.def(
+      "flash_attn_heads_first(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal) -> "
+      "(Tensor out, Tensor lse)");
   library.def(
       "flash_attn_variant_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, "
       "Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor[] captured, "
-      "float[] numbers, str? variant, str? tile_config, str? backward_tile_config, "
-      "int[] gradients_of, float softmax_scale, bool causal, Tensor? sinks, SymInt? max_seqlen_q, "
-      "SymInt? max_seqlen_k, SymInt? window_left, SymInt? window_right, bool deterministic, "
-      "SymInt sm_margin) -> "
-      "(Tensor out, Tensor lse)");
+      "Tensor[] block_lists, float[] numbers, str? variant, str? tile_config, "
+      "str? backward_tile_config, int[] gradients_of, float softmax_scale, bool causal, "
+      "Tensor? sinks, SymInt? max_seqlen_q, SymInt? max_seqlen_k, SymInt? window_left, "
+      "SymInt? window_right, bool deterministic, SymInt sm_margin) -> (Tensor out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cute_kernels, CUDA, library) {
   library.impl("flash_attn_forward", TORCH_BOX(&cute_kernels::binding::flash_attn_forward));
+  library.impl("flash_attn_heads_first", TORCH_BOX(&cute_kernels::binding::flash_attn_heads_first));
   library.impl("flash_attn_varlen_forward",
                TORCH_BOX(&cute_kernels::binding::flash_attn_varlen_forward));
   library.impl("flash_attn_variant_forward",

@@ -7,13 +7,15 @@
 // 8 bits holds numbers that are multiplied by descales, float32: (batch, key heads), K's and V's
 // else (pages, page_size or 1, key heads). With rotation_seed keys are rotated, as fp8/rotation.py
 // says, and q is too. tree_mask (total_q) has 64 bits for each query: which of its sequence's last
-// keys, as many as it has queries, it may see.
+// keys, as many as it has queries, it may see. With qv (total_q, heads, v_cache's head_dim) values
+// are keys too: scores are those of (q, qv) and (k, v).
 STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
   library.def(
       "flash_attn_kvcache_forward(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, "
       "Tensor cache_seqlens, Tensor? page_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, "
       "Tensor? sinks, float softmax_scale, bool causal, Tensor? q_descale=None, "
-      "Tensor? k_descale=None, Tensor? v_descale=None, Tensor? tree_mask=None, *, "
+      "Tensor? k_descale=None, Tensor? v_descale=None, Tensor? tree_mask=None, Tensor? qv=None, "
+      "*, "
       "SymInt? max_seqlen_q=None, SymInt? window_left=None, SymInt? window_right=None, "
       "float softcap=0.0, SymInt num_splits=0, SymInt sm_margin=0, SymInt? rotation_seed=None, "
       "SymInt attention_chunk=0) -> "
@@ -24,7 +26,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cute_kernels, library) {
       "Tensor cu_seqlens_q, Tensor cache_seqlens, Tensor? page_table, Tensor? cache_batch_idx, "
       "Tensor? cache_leftpad, Tensor? sinks, float softmax_scale, bool causal, "
       "Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None, "
-      "Tensor? tree_mask=None, *, SymInt? max_seqlen_q=None, SymInt? window_left=None, "
+      "Tensor? tree_mask=None, Tensor? qv=None, *, SymInt? max_seqlen_q=None, "
+      "SymInt? window_left=None, "
       "SymInt? window_right=None, float softcap=0.0, SymInt num_splits=0, "
-      "SymInt sm_margin=0, SymInt? rotation_seed=None, SymInt attention_chunk=0) -> Tensor lse");
+      "SymInt sm_margin=0, SymInt? rotation_seed=None, SymInt attention_chunk=0) -> "
+      "Tensor lse");
 }

@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cute_kernels/attention/decode/fp8_tile_config.hpp"
+#include "cute_kernels/attention/latent/tile_config.hpp"
 #include "cute_kernels/attention/prefill/tile_config.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
@@ -32,6 +33,8 @@ using attention::CallSizes;
 using attention::DecodeProblem;
 using attention::EightBits;
 using attention::Fp8DecodeProblem;
+using attention::LatentKernel;
+using attention::LatentProblem;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -45,11 +48,12 @@ void check_sizes(Argument const& a, size_t rank) {
   }
 }
 
-void check_cache(Argument const& a, Argument const& q) {
+/// `most`: of the head_dim.
+void check_cache(Argument const& a, Argument const& q, int most = kMaxHeadDim) {
   int const bytes = is_8_bits(a.dtype) ? 1 : kElementBytes;
   check_device(a, q);
   check_sizes(a, 4);
-  check_head_dim(a.name, a.size(3));
+  check_head_dim(a.name, a.size(3), most);
   require(bytes > 1 || a.size(3) % 16 == 0, a.name, "'s head_dim is not a multiple of 16");
   require(a.tensor.numel() == 0 || suits_tma(a, bytes), a.name,
           "'s address or strides are not multiples of 16 bytes, or its head_dim is not contiguous");
@@ -177,6 +181,27 @@ void launch_eight_bits(ScalarType dtype, Fp8DecodeProblem& problem) {
 #endif
 }
 
+/// Scores are those of q and k, and of qv and v.
+void launch_latent(ScalarType dtype, DecodeProblem const& of_q, Tensor const& qv) {
+  LatentProblem problem{of_q, view(qv)};
+  LatentKernel const* const kernel = attention::choose_latent(element_type(dtype), problem.call);
+  require(kernel != nullptr, "no latent kernel for ", DtypeOf{dtype}, " in this build");
+  divide_key_heads(problem, kernel->config.tile_m);
+  check_blocks(*kernel, problem.call);
+  launch(*kernel, problem);
+}
+
+/// The queries of values that are keys too, checked.
+void check_latent(Argument const& qv, Argument const& q, Argument const& v) {
+  require(!is_8_bits(v.dtype), "qv is given with a cache of 8 bits");
+  require(q.size(2) <= kMaxRopeDim, "q has a head_dim above ", kMaxRopeDim, " with qv");
+  check_like(qv, q);
+  check_sizes(qv, 3);
+  require(qv.size(0) == q.size(0) && qv.size(1) == q.size(1) && qv.size(2) == v.size(3),
+          "qv does not have q's rows and heads, and v_cache's head_dim");
+  require(qv.stride(2) == 1 || qv.size(2) == 1, "qv's head_dim is not contiguous");
+}
+
 attention::QueryType query_type(ScalarType dtype) {
   if (dtype == ScalarType::Half) return attention::QueryType::kFloat16;
   if (dtype == ScalarType::BFloat16) return attention::QueryType::kBFloat16;
@@ -194,7 +219,7 @@ Tensor flash_attn_kvcache_forward_out(
     std::optional<Tensor> cache_batch_idx, std::optional<Tensor> cache_leftpad,
     std::optional<Tensor> sinks, double softmax_scale, bool causal, std::optional<Tensor> q_descale,
     std::optional<Tensor> k_descale, std::optional<Tensor> v_descale,
-    std::optional<Tensor> tree_mask, std::optional<int64_t> max_seqlen_q,
+    std::optional<Tensor> tree_mask, std::optional<Tensor> qv, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
     int64_t num_splits, int64_t sm_margin, std::optional<int64_t> rotation_seed,
     int64_t attention_chunk) {
@@ -211,8 +236,9 @@ Tensor flash_attn_kvcache_forward_out(
   check_sizes(q, 3);
   check_head_dim("q", q.size(2));
   check_cache(k, q);
-  check_cache(v, q);
+  check_cache(v, q, qv ? kMaxLatentDim : kMaxHeadDim);
   require(k.size(3) == q.size(2), "k_cache does not have q's head_dim");
+  if (qv) check_latent(Argument("qv", *qv), q, v);
   for (int dim = 0; dim < 3; ++dim) {
     require(v.size(dim) == k.size(dim), "v_cache does not have k_cache's pages, slots and heads");
   }
@@ -287,8 +313,14 @@ Tensor flash_attn_kvcache_forward_out(
   problem.out = out_tensor.data_ptr();
   problem.lse = static_cast<float*>(lse.data_ptr());
   problem.ticket = next_ticket();
-  eight_bits ? launch_eight_bits(k.dtype, problem)
-             : launch_all(kernels_for(q.dtype, problem, max_seqlen_q), problem);
+  if (qv) {
+    Tensor const qv_readable = tma_readable(Argument("qv", *qv), kElementBytes);
+    launch_latent(q.dtype, problem, qv_readable);
+  } else if (eight_bits) {
+    launch_eight_bits(k.dtype, problem);
+  } else {
+    launch_all(kernels_for(q.dtype, problem, max_seqlen_q), problem);
+  }
   return lse;
 }
 
@@ -298,7 +330,7 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
     std::optional<Tensor> cache_batch_idx, std::optional<Tensor> cache_leftpad,
     std::optional<Tensor> sinks, double softmax_scale, bool causal, std::optional<Tensor> q_descale,
     std::optional<Tensor> k_descale, std::optional<Tensor> v_descale,
-    std::optional<Tensor> tree_mask, std::optional<int64_t> max_seqlen_q,
+    std::optional<Tensor> tree_mask, std::optional<Tensor> qv, std::optional<int64_t> max_seqlen_q,
     std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
     int64_t num_splits, int64_t sm_margin, std::optional<int64_t> rotation_seed,
     int64_t attention_chunk) {
@@ -310,7 +342,7 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache_forward(
   Tensor out = empty({q.size(0), q.size(1), v.size(3)}, output_type(q.dtype), q.device);
   Tensor lse = flash_attn_kvcache_forward_out(
       out, q_tensor, k_cache, v_cache, cu_seqlens_q, cache_seqlens, page_table, cache_batch_idx,
-      cache_leftpad, sinks, softmax_scale, causal, q_descale, k_descale, v_descale, tree_mask,
+      cache_leftpad, sinks, softmax_scale, causal, q_descale, k_descale, v_descale, tree_mask, qv,
       max_seqlen_q, window_left, window_right, softcap, num_splits, sm_margin, rotation_seed,
       attention_chunk);
   return {out, lse};

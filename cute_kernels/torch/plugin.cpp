@@ -55,6 +55,7 @@ void load_plugin(std::string path) {
 #endif
                      add_if_of_pass(attention::decode_kernels, plugin, path) ||
                      add_if_of_pass(attention::prefill_kernels, plugin, path) ||
+                     add_if_of_pass(attention::latent_kernels, plugin, path) ||
                      add_if_of_pass(attention::backward_kernels, plugin, path);
   require(known, path, " holds a ", plugin.pass, " kernel, and this build has none");
 }

@@ -8,6 +8,7 @@
 namespace cute_kernels::binding {
 
 using attention::AttentionCall;
+using attention::BlockLists;
 using attention::CapturedTensor;
 using attention::VariantArguments;
 using torch::stable::Tensor;
@@ -31,6 +32,16 @@ CapturedTensor captured_tensor(Tensor const& tensor, Argument const& q) {
   return captured;
 }
 
+void check_list(Argument const& a, Argument const& q, size_t dims) {
+  check_device(a, q);
+  require(a.dtype == torch::headeronly::ScalarType::Int && a.sizes.size() == dims, a.name,
+          " are not int32 of ", dims, " dimensions");
+  int64_t stride = 1;
+  for (size_t dim = dims; dim-- > 0; stride *= a.sizes[dim]) {
+    require(a.sizes[dim] <= 1 || a.strides[dim] == stride, a.name, " are not contiguous");
+  }
+}
+
 int as_int(double number) {
   double const least = std::numeric_limits<int>::min(), most = kMostOfInt;
   return number >= least && number <= most ? static_cast<int>(number) : 0;
@@ -49,6 +60,8 @@ AttentionCall check_variant_call(Argument const& q, Argument const& k, Argument 
   require(captured.size() <= attention::kMostCaptured && numbers.size() <= attention::kMostCaptured,
           "more than ", attention::kMostCaptured, " captured tensors or numbers");
   variant.scale = call.scale;
+  variant.most_queries = std::max(1, call.sizes.seqlen_q);
+  variant.most_keys = std::max(1, call.sizes.seqlen_k);
   if (packed) {
     variant.cu_seqlens_q = call.packed.cu_seqlens_q;
     variant.cu_seqlens_k = call.packed.cu_seqlens_k;
@@ -59,6 +72,44 @@ AttentionCall check_variant_call(Argument const& q, Argument const& k, Argument 
     variant.numbers[i] = {static_cast<float>(numbers[i]), as_int(numbers[i])};
   }
   return call;
+}
+
+BlockLists block_lists_of(std::vector<Tensor> const& lists, Rows rows, AttentionCall const& call,
+                          Argument const& q) {
+  if (lists.empty()) return {};
+  constexpr int kTensors = 5;
+  require(lists.size() == kTensors && !call.is_packed(),
+          "block_lists are five tensors, of a dense call");
+  attention::CallSizes const& sizes = call.sizes;
+  bool const of_queries = rows == Rows::kQueries;
+  int const length = of_queries ? sizes.seqlen_q : sizes.seqlen_k;
+  Tensor const& of_counts = lists[of_queries ? 0 : 2];
+  Argument const counts("block_lists' counts", of_counts);
+  check_list(counts, q, 3);
+  require(counts.size(0) == 1 || counts.size(0) == sizes.batch, counts.name,
+          " are of another batch");
+  require(counts.size(1) == 1 || counts.size(1) == sizes.heads_q, counts.name,
+          " are of other heads");
+  int64_t const units = counts.size(2);
+  require(units * attention::kMaskUnit >= length, counts.name, " do not reach the last row");
+  auto entries = [&](Tensor const& tensor) {
+    Argument const a("a block list", tensor);
+    check_list(a, q, 4);
+    for (int dim = 0; dim < 3; ++dim) {
+      require(a.size(dim) == counts.size(dim), a.name, " has not its count's shape");
+    }
+    return static_cast<int const*>(tensor.data_ptr());
+  };
+  int64_t const rows_of_batch = counts.size(1) * units,
+                capacity = lists[of_queries ? 1 : 3].size(3);
+  require(counts.size(0) * rows_of_batch <= kMostOfInt / std::max<int64_t>(1, capacity),
+          "block_lists have 2^31 entries or more");
+  return {static_cast<int const*>(of_counts.data_ptr()),
+          entries(lists[of_queries ? 1 : 3]),
+          of_queries ? nullptr : entries(lists[4]),
+          counts.size(0) == 1 ? 0 : static_cast<int>(rows_of_batch),
+          counts.size(1) == 1 ? 0 : static_cast<int>(units),
+          static_cast<int>(capacity)};
 }
 
 std::optional<PackedCall> packed_call_of(std::optional<Tensor> const& cu_seqlens_q,

@@ -21,6 +21,14 @@ attention::AttentionCall check_variant_call(Argument const& q, Argument const& k
                                             double softmax_scale, attention::MaskSpec const& mask,
                                             attention::VariantArguments& variant);
 
+/// What the rows of a block mask's lists are: forward asks for queries', backward for keys'.
+enum class Rows { kQueries, kKeys };
+
+/// Those of a dense call's block mask, from the five tensors that the variants' operators have of
+/// it (BlockLists of python/cute_kernels/variants/block_mask.py), or nothing without any.
+attention::BlockLists block_lists_of(std::vector<torch::stable::Tensor> const& lists, Rows rows,
+                                     attention::AttentionCall const& call, Argument const& q);
+
 /// The arguments of the variants' operators that say where sequences lie, or nothing.
 std::optional<PackedCall> packed_call_of(std::optional<torch::stable::Tensor> const& cu_seqlens_q,
                                          std::optional<torch::stable::Tensor> const& cu_seqlens_k,

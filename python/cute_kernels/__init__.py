@@ -25,11 +25,12 @@ from cute_kernels.plugins import (
 )
 from cute_kernels.qkvpacked import flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
 from cute_kernels.tiles import get_include, tile_configs
-from cute_kernels.variants import Variant
+from cute_kernels.variants import BlockMask, Variant
 from cute_kernels.varlen import flash_attn_varlen_func
 
 __version__ = _version("cute-kernels")
 __all__ = [
+    "BlockMask",
     "FP8Tensor",
     "TileConfig",
     "Tuned",

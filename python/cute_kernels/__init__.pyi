@@ -21,6 +21,7 @@ from cute_kernels.plugins import compile_tile_config as compile_tile_config
 from cute_kernels.plugins import load_tile_configs as load_tile_configs
 from cute_kernels.tiles import get_include as get_include
 from cute_kernels.tiles import tile_configs as tile_configs
+from cute_kernels.variants import BlockMask as BlockMask
 from cute_kernels.variants import Variant as Variant
 from cute_kernels.variants.variant import BoundVariant
 
@@ -49,6 +50,9 @@ class _Dense(_Mask, total=False):
     deterministic: bool
     tile_config: str | None
     variant: Variant | BoundVariant | None
+
+class _OfBlocks(_Dense, total=False):
+    block_mask: BlockMask | None
 
 class _Varlen(_Dense, total=False):
     softmax_scale: float | None
@@ -110,7 +114,7 @@ def flash_attn_func(
     *,
     return_lse: Literal[True],
     return_attn_probs: bool = False,
-    **options: Unpack[_Dense],
+    **options: Unpack[_OfBlocks],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def flash_attn_func(
@@ -122,7 +126,7 @@ def flash_attn_func(
     *,
     return_attn_probs: Literal[True],
     return_lse: bool = False,
-    **options: Unpack[_Dense],
+    **options: Unpack[_OfBlocks],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def flash_attn_func(
@@ -134,7 +138,7 @@ def flash_attn_func(
     *,
     return_lse: Literal[False] = False,
     return_attn_probs: Literal[False] = False,
-    **options: Unpack[_Dense],
+    **options: Unpack[_OfBlocks],
 ) -> Tensor: ...
 @overload
 def flash_attn_func(
@@ -146,7 +150,7 @@ def flash_attn_func(
     *,
     return_lse: bool = False,
     return_attn_probs: bool = False,
-    **options: Unpack[_Dense],
+    **options: Unpack[_OfBlocks],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 @overload
 def flash_attn_varlen_func(

@@ -1,5 +1,5 @@
 """FlashAttention-3's arguments that the operators do not have: windows in its notation, hints, and
-those whose feature is not there yet."""
+combinations that are not there yet."""
 
 from __future__ import annotations
 
@@ -13,31 +13,16 @@ from cute_kernels.checks import INTS, check_flag, check_int, check_sm_margin
 
 Window = Sequence[int | None] | Tensor | None
 
-# Of arguments whose feature is not there yet, the value that asks for nothing.
-_LATER = {
-    "qv": None,
-    "q_descale": None,
-    "k_descale": None,
-    "v_descale": None,
-    "attention_chunk": 0,
-}
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _NO_LIMIT = 2**31  # sizes are below it
 
 
-def refuse_later(function: str, **arguments: object) -> None:
-    """Raises NotImplementedError if an argument asks for what is not there yet."""
-    for name, value in arguments.items():
-        nothing = _LATER[name]
-        if value is not nothing and not (isinstance(value, _NUMBERS) and value == nothing):
-            raise NotImplementedError(f"{function}: {name} is not there yet")
-
-
 def refuse_for_fp8(**asked: bool) -> None:
-    """Raises NotImplementedError if one of what calls of float8_e4m3fn do not have yet is asked."""
+    """Raises NotImplementedError if one of what calls of float8_e4m3fn do not have is asked."""
     for name, is_asked in asked.items():
         if is_asked:
-            raise NotImplementedError(f"{name} is not there yet for float8_e4m3fn")
+            raise NotImplementedError(
+                f"{name} is not there for float8_e4m3fn: pass q, k and v of 16 bits"
+            )
 
 
 def refuse_with_variant(**asked: bool) -> None:

@@ -11,7 +11,6 @@ from cute_kernels.arguments import (
     Window,
     check_hints,
     refuse_for_fp8,
-    refuse_later,
     refuse_with_variant,
     window_of,
 )
@@ -20,6 +19,7 @@ from cute_kernels.checks import check_forward, check_softcap, explain
 from cute_kernels.chunks import check_chunk
 from cute_kernels.fp8 import e4m3_operands, flash_attn_e4m3
 from cute_kernels.variants.attention import attend
+from cute_kernels.variants.block_mask import BlockMask
 from cute_kernels.variants.variant import BoundVariant, Variant
 from cute_kernels.varlen import flash_attn_varlen_func
 
@@ -28,7 +28,7 @@ _choose = dense.choose
 _E4M3 = torch.float8_e4m3fn
 
 # What the arguments are that most calls leave alone.
-_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None)
+_USUAL = ((-1, -1), 0, 0.0, 1, None, 0)
 
 
 def flash_attn_func(
@@ -54,6 +54,7 @@ def flash_attn_func(
     return_lse: bool = False,
     tile_config: str | None = None,
     variant: Variant | BoundVariant | None = None,
+    block_mask: BlockMask | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention, ``softmax(softmax_scale * q @ k^T) @ v`` for every head.
 
@@ -85,7 +86,7 @@ def flash_attn_func(
             ``p = i + seqlen_k - seqlen_q`` rounded down to a multiple of it as c, query i sees key
             j only if ``c <= j < c + attention_chunk``, and what causal and window_size let it. On
             CUDA q, k and v are copied in full unless batch entries follow one another in memory.
-        qv: not there yet; anything but None raises NotImplementedError.
+        qv: not there yet, NotImplementedError: `flash_attn_with_kvcache` has it.
         num_splits, pack_gqa: hints, which change no result and so far nothing else.
         sm_margin: how many multiprocessors of a GPU the call, and its gradient, leave alone, for
             communication beside it; one is always left to the call. The short kernels around
@@ -103,6 +104,8 @@ def flash_attn_func(
             the automatic choice. On the CPU it is only looked up.
         variant: a `Variant`, called with the tensors and numbers that it has, or one of
             ``cute_kernels.variants``: other scores, masks or weights.
+        block_mask: a `BlockMask`: which blocks of queries and keys are looked at, and in which of
+            them the variant's mask is asked.
 
     Returns:
         The output, like q but always contiguous and with v's head_dim, and if asked for the LSE:
@@ -116,38 +119,36 @@ def flash_attn_func(
         NotImplementedError: an argument whose feature is not there yet, a second derivative, or a
             forward-mode one (``torch.func.jvp``, dual tensors).
     """
-    asked = (
-        qv,
-        q_descale,
-        k_descale,
-        v_descale,
-        window_size,
-        attention_chunk,
-        softcap,
-        num_splits,
-        pack_gqa,
-        sm_margin,
-        sinks,
-        variant,
-    )
+    # By identity: a tensor takes twenty microseconds to say that it does not equal None.
+    plain = qv is q_descale is k_descale is v_descale is sinks is None
+    plain = plain and variant is None and block_mask is None
+    asked = (window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin)
     options: tuple[Any, ...] = ()
     try:
-        unusual = asked != _USUAL or getattr(q, "dtype", None) is _E4M3
+        hinted = asked != _USUAL
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
-        unusual = True
+        hinted = True
+    unusual = hinted or not plain or getattr(q, "dtype", None) is _E4M3
     if unusual:
-        refuse_later("flash_attn_func", qv=qv)
+        if qv is not None:
+            raise NotImplementedError(
+                "flash_attn_func: qv is not there yet: flash_attn_with_kvcache has it"
+            )
         check_hints(num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
         if not isinstance(softcap, (int, float)):  # the operator would read a tensor, and wait
             check_softcap(softcap)
         check_chunk(attention_chunk)
-        options = (sinks, left, right, None, softcap, sm_margin)
+        options = (sinks, left, right, None, softcap, sm_margin) if hinted else (sinks,)
         descales = (q_descale, k_descale, v_descale)
         if any(x is not None for x in descales) or getattr(q, "dtype", None) is _E4M3:
             if tile_config is not None:
                 raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
-            refuse_for_fp8(softcap=softcap > 0, variant=variant is not None)
+            refuse_for_fp8(
+                softcap=softcap > 0,
+                variant=variant is not None,
+                block_mask=block_mask is not None,
+            )
             mask, with_lse = (causal, left, right), return_lse or return_attn_probs
             operands = e4m3_operands(q, k, v, *descales, sinks)
             if attention_chunk == 0:
@@ -169,11 +170,12 @@ def flash_attn_func(
                     sinks=sinks,
                 )
             return (out, lse) if return_lse or return_attn_probs else out
-        if variant is not None:
+        if variant is not None or block_mask is not None:
             refuse_with_variant(softcap=softcap > 0, attention_chunk=attention_chunk > 0)
             deterministic = _always_deterministic() or deterministic
-            where = (None, softmax_scale, causal, sinks, left, right)
-            out, lse = attend(variant, q, k, v, *where, deterministic, tile_config, sm_margin)
+            call = (q, k, v, None, softmax_scale, causal, sinks, left, right)
+            of_kernels = (deterministic, tile_config, sm_margin)
+            out, lse = attend(variant, *call, *of_kernels, block_mask)
             return (out, lse) if return_lse or return_attn_probs else out
         if attention_chunk > 0:
             check_forward(q, k, v, 1.0, causal, None, deterministic, *options)

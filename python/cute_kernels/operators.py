@@ -29,6 +29,7 @@ NAMESPACE = "cute_kernels"
 # Looked up once: torch.ops.x.y costs a call more.
 _operators = getattr(torch.ops, NAMESPACE)
 flash_attn_forward = _operators.flash_attn_forward.default
+flash_attn_heads_first = _operators.flash_attn_heads_first.default
 flash_attn_backward = _operators.flash_attn_backward.default
 flash_attn_varlen_forward = _operators.flash_attn_varlen_forward.default
 flash_attn_varlen_backward = _operators.flash_attn_varlen_backward.default
@@ -89,6 +90,8 @@ def _dense_options(
 
 def _varlen_options(*options: Any) -> tuple[Any, ...]:
     before = 3 + _VARLEN_KEYWORDS.index("tile_config")
+    if len(options) <= before:
+        return options
     return *options[:before], None, *options[before + 1 :]  # forward's is not backward's
 
 
@@ -184,6 +187,14 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor]:
     of_call = softmax_scale, reference.mask_of(causal, **mask), sinks, softcap
     return reference.attention_forward(q, k, v, *of_call)
+
+
+def _heads_first_cpu(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    tensors = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = flash_attn_forward(*tensors, softmax_scale, causal)
+    return out.transpose(1, 2), lse
 
 
 def backward_cpu(
@@ -343,6 +354,7 @@ def _backward_not_built(*_: Any, **__: Any) -> reference.Gradients:
     )
 
 
+torch.library.impl(flash_attn_heads_first.name(), "cpu", _heads_first_cpu)
 _register_family(DENSE, _forward_cpu, backward_cpu)
 _register_family(VARLEN, _varlen_forward_cpu, varlen_backward_cpu)
 if not tile_configs("backward"):

@@ -38,7 +38,7 @@ def register(
         return fake(*inputs, **given)
 
     def not_built(*_: Any, **__: Any) -> NoReturn:
-        raise NotImplementedError(f"{name} is not there yet on CUDA: CPU only so far")
+        raise NotImplementedError(f"{name} has no CUDA kernel in this build: it answers on the CPU")
 
     def no_gradient(*_: Any) -> NoReturn:
         raise NotImplementedError(f"{name} has no gradient: call it under torch.no_grad()")
@@ -54,13 +54,8 @@ def register(
     if not has_cuda_kernel(operator):
         torch.library.impl(name, "cuda", not_built)
 
-    eager = run_below_autograd(of_pass, keywords)
     compiled = by_position(operator, of_pass.positional, keywords)
-
-    def call(*inputs: Any) -> Any:
-        return (compiled if _is_compiling() else eager)(*inputs)
-
-    return call
+    return run_below_autograd(of_pass, keywords, compiled)
 
 
 def mark_written(*tensors: Tensor | None) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 from cute_kernels.extension import FOLDER
 
 _BUILT: list[dict[str, Any]] = json.loads((FOLDER / "tile_configs.json").read_text("utf-8"))
+_PASSES = ("forward", "backward", "forward_fp8", "decode", "decode_fp8", "prefill", "latent")
 # By pass and name, in the order of the kernel tables in C++. Only `add_row` changes it.
 ROWS: dict[str, dict[str, dict[str, Any]]] = {
-    of_pass: {row["name"]: row for row in _BUILT if row["pass"] == of_pass}
-    for of_pass in ("forward", "backward", "forward_fp8", "decode", "decode_fp8", "prefill")
+    of_pass: {row["name"]: row for row in _BUILT if row["pass"] == of_pass} for of_pass in _PASSES
 }
 
 
@@ -21,7 +21,7 @@ def tile_configs(of_pass: str | None = None) -> list[dict[str, Any]]:
 
     Args:
         of_pass: only those of this pass, "forward", "backward", "forward_fp8", "decode",
-            "prefill" or "decode_fp8", whose ``"dtype"`` is "fp8": caches of 8 bits.
+            "prefill", "latent" or "decode_fp8", whose ``"dtype"`` is "fp8": caches of 8 bits.
 
     Returns:
         One dict per kernel, a copy. ``"pass"`` is what it is for, ``"name"`` is unique:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from cute_kernels.arguments import (
     Window,
     check_hints,
     refuse_for_fp8,
-    refuse_later,
     refuse_with_variant,
     window_of,
 )
@@ -33,7 +33,7 @@ _E4M3 = torch.float8_e4m3fn
 _always_deterministic = torch.are_deterministic_algorithms_enabled
 
 # What the arguments are that most calls leave alone.
-_USUAL = (None, None, None, None, (-1, -1), 0, 0.0, 1, None, 0, None, None, None, None)
+_USUAL = ((-1, -1), 0, 0.0, 1, None, 0)
 
 # On CUDA the contents of cu_seqlens and seqused are read only if asked for: it waits for the GPU.
 _CHECK_CONTENTS = os.environ.get("CUTE_KERNELS_CHECK") == "1"
@@ -94,7 +94,7 @@ def flash_attn_varlen_func(
             multiplied by: (batch, key heads), float32; 1 if None. Such a call takes head dims that
             are multiples of 16, returns bfloat16, has no softcap and no gradient, or a page_table.
             From 16-bit tensors, `flash_attn_fp8_varlen_func` loses less.
-        qv: not there yet; anything but None raises NotImplementedError.
+        qv: with page_table, as of `flash_attn_with_kvcache`; else not there yet.
         num_splits, pack_gqa: hints, which change no result.
         sm_margin: as of `flash_attn_func`.
         page_table: (batch, max_pages), int32, last dimension contiguous. With it k and v are caches
@@ -102,7 +102,7 @@ def flash_attn_varlen_func(
             page_size`` of page ``page_table[i, j // page_size]``; cu_seqlens_k is None, seqused_k
             is required, and there is no gradient. Only what the used keys need
             of the table is looked at. Pages may be of 8 bits: dtypes and descales are as of
-            `flash_attn_with_kvcache`, as is tree_mask.
+            `flash_attn_with_kvcache`, as is tree_mask, which goes without seqused_q.
 
     Returns:
         The output, (total_q, heads, v's head_dim) in q's dtype, contiguous, and if asked for the
@@ -119,29 +119,21 @@ def flash_attn_varlen_func(
             second derivative, or a forward-mode one.
     """
     window: list[int | None] = [None, None]
-    asked = (
-        qv,
-        q_descale,
-        k_descale,
-        v_descale,
-        window_size,
-        attention_chunk,
-        softcap,
-        num_splits,
-        pack_gqa,
-        sm_margin,
-        sinks,
-        page_table,
-        tree_mask,
-        variant,
-    )
+    # By identity: a tensor takes twenty microseconds to say that it does not equal None.
+    plain = variant is None and qv is sinks is page_table is tree_mask is None
+    plain = plain and q_descale is k_descale is v_descale is None
+    asked = (window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin)
     is_e4m3 = getattr(q, "dtype", None) is _E4M3
     try:
-        unusual = is_e4m3 or asked != _USUAL
+        hinted = asked != _USUAL
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
-        unusual = True
+        hinted = True
+    unusual = hinted or not plain or is_e4m3
     if unusual:
-        refuse_later("flash_attn_varlen_func", qv=qv)
+        if qv is not None and page_table is None:
+            raise NotImplementedError(
+                "flash_attn_varlen_func: qv is not there yet without page_table"
+            )
         if tree_mask is not None and page_table is None:
             raise ValueError("tree_mask is given, must be None without page_table")
         check_hints(num_splits, pack_gqa, sm_margin)
@@ -156,7 +148,8 @@ def flash_attn_varlen_func(
             page_table=page_table is not None,
         )
     # Here too: the operator would read a tensor, and wait for the GPU.
-    check_max_seqlens(max_seqlen_q, max_seqlen_k)
+    if type(max_seqlen_q) is not int or type(max_seqlen_k) is not int:
+        check_max_seqlens(max_seqlen_q, max_seqlen_k)
     descales = (q_descale, k_descale, v_descale)
     is_fp8 = unusual and (is_e4m3 or any(x is not None for x in descales))
     if page_table is not None:
@@ -184,6 +177,7 @@ def flash_attn_varlen_func(
             v_descale,
             tree_mask,
             attention_chunk,
+            qv,
         )
         return (out, lse) if return_lse or return_attn_probs else out
     if cu_seqlens_k is None:
@@ -231,7 +225,9 @@ def flash_attn_varlen_func(
             rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
     except (AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
         explain(error, check_varlen_forward, q, k, v, *lengths, 1.0, causal, sinks)
+    options: tuple[Any, ...] = (max_seqlen_q, max_seqlen_k)
     deterministic = _always_deterministic() or deterministic
-    options = (max_seqlen_q, max_seqlen_k, *window, deterministic, tile_config, softcap, sm_margin)
+    if hinted or deterministic or tile_config is not None:  # others cost a call time, too
+        options = (*options, *window, deterministic, tile_config, softcap, sm_margin)
     out, lse = forward(q, k, v, *lengths, softmax_scale, causal, sinks, *options)
     return (out, lse) if return_lse or return_attn_probs else out

@@ -14,9 +14,9 @@ from cute_kernels.checks import (
     check_int,
     check_results,
     check_sm_margin,
-    check_tile_config,
     check_window,
 )
+from cute_kernels.tile_checks import check_tile_config
 
 
 def check_varlen_forward(

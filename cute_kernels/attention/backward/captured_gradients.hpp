@@ -27,22 +27,21 @@ class CapturedGradients {
   CUTLASS_DEVICE void add(Params const& params, Rows const& gradients, SequencePlace const& places,
                           int key, int query, Probabilities const& probabilities) {
     using namespace cute;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kCount; ++i) {
+    for_each(make_seq<kCount>{}, [&](auto i) {
       auto p = make_tensor(probabilities.of_captured[i].data(), gradients.layout());
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < size<0>(gradients); ++row) {
         CUTLASS_PRAGMA_UNROLL
         for (int col = 0; col < size<1>(gradients); ++col) {
           float const gradient = gradients(row, col) * static_cast<float>(p(row, col));
-          if (Variant::kind(i) == Gradient::kOfHeads) {
+          if constexpr (Variant::template kKind<i> == Gradient::kOfHeads) {
             sums_[i] += gradient;
           } else {
             store(params, i, places, key + 8 * row, query + 8 * (col / 2) + col % 2, gradient);
           }
         }
       }
-    }
+    });
   }
 
   /// When the key block's last step of a head is done. Of a whole warp, number `warp` of its CTA.
@@ -56,16 +55,18 @@ class CapturedGradients {
     int64_t const row =
         static_cast<int64_t>(packed ? 0 : places.batch) * params.heads + places.head;
     int64_t const at = (row * params.clusters + block) * Traits::kConsumerWarps + warp;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      if (Variant::kind(i) != Gradient::kOfHeads) continue;
-      CUTLASS_PRAGMA_UNROLL
-      for (int lanes = cutlass::NumThreadsPerWarp / 2; lanes > 0; lanes /= 2) {
-        sums_[i] += __shfl_xor_sync(0xffffffff, sums_[i], lanes);
+    cute::for_each(cute::make_seq<kCount>{}, [&](auto i) {
+      if constexpr (Variant::template kKind<i> == Gradient::kOfHeads) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int lanes = cutlass::NumThreadsPerWarp / 2; lanes > 0; lanes /= 2) {
+          sums_[i] += __shfl_xor_sync(0xffffffff, sums_[i], lanes);
+        }
+        if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) {
+          params.variant.gradients[i][at] = sums_[i];
+        }
+        sums_[i] = 0.f;
       }
-      if (threadIdx.x % cutlass::NumThreadsPerWarp == 0) params.variant.gradients[i][at] = sums_[i];
-      sums_[i] = 0.f;
-    }
+    });
   }
 
  private:

@@ -79,6 +79,17 @@ CUTLASS_DEVICE void changed_probabilities(Params const& params, Rows const& rows
   }
 }
 
+/// changed_probabilities() of a block in which a variant's mask hides nothing, or is asked.
+template <bool kCareful, class Variant, class... Arguments>
+CUTLASS_DEVICE void changed_probabilities_of(bool is_full, Arguments&&... arguments) {
+  if constexpr (Variant::kHasBlockMask && Variant::kHides) {
+    if (is_full) {
+      return changed_probabilities<kCareful, typename Variant::Unmasked>(arguments...);
+    }
+  }
+  changed_probabilities<kCareful, Variant>(arguments...);
+}
+
 /// dP^T - delta, with weights dP^T, becomes dS^T in place. Careful, a delta that is not finite does
 /// nothing where P is 0.
 template <bool kCareful, class Variant, class Gradients, class Statistics, class Probabilities>

@@ -214,11 +214,11 @@ CUTLASS_DEVICE void restore_dv(Params const& params, typename Traits::SharedStor
   auto dv = make_tensor(gradient.data(), sm90::accumulator_rows_cols(gradient.layout()));
   auto const& mask = coord.mask(params);
   int const first[2] = {mask.first_query(key), mask.first_query(key + 8)};
-  auto is_seen = [&](int head, int query, int i) {
+  auto is_seen = [&](int head, int query, int i, bool is_full) {
     if constexpr (Traits::Variant::kHides) {
       auto const places = places_of<Traits>(params, coord, head);
       Place const here = places.template at<typename Traits::Variant>(query, key + 8 * i);
-      if (!Traits::Variant::Hooks::mask(here, params.variant)) return false;
+      if (!is_full && !Traits::Variant::Hooks::mask(here, params.variant)) return false;
     }
     if constexpr (std::decay_t<decltype(mask)>::kHasLeftEnd) {
       if (query >= mask.end_query(key + 8 * i)) return false;
@@ -241,7 +241,8 @@ CUTLASS_DEVICE void restore_dv(Params const& params, typename Traits::SharedStor
         if (sm90::is_finite(value)) continue;
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 2; ++i) {
-          if (is_seen(step.head(), query, i)) dv(i, col) += static_cast<float>(value);
+          if (is_seen(step.head(), query, i, step.is_full()))
+            dv(i, col) += static_cast<float>(value);
         }
       }
     }

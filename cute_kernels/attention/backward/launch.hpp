@@ -158,6 +158,7 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   BackwardWorkspace const workspace = backward_workspace<Traits>(problem);
   AttentionCall const& call = problem.call;
   CallSizes const& sizes = call.sizes;
+  if (Traits::Variant::kHasBlockMask && !has_block_lists(problem)) return cudaErrorInvalidValue;
   uint64_t const call_number = number_of_call();
   typename Traits::CallOfSequences of_sequences{};
   if constexpr (Traits::kAnyCall) of_sequences = call;

@@ -157,8 +157,8 @@ class BackwardMainloop {
           HiddenStep<Traits>(shared_, step.masked(), warpgroup_)
               .template restrict<RawScore>(p_rows, coord.mask(params), key, query);
         }
-        changed_probabilities<kCareful, Variant>(params, p_rows, place, statistics, column,
-                                                 changed);
+        changed_probabilities_of<kCareful, Variant>(step.is_full(), params, p_rows, place,
+                                                    statistics, column, changed);
       } else if constexpr (kStatisticsByProduct) {
         scores_to_probabilities(scores, params.scale_log2);
       } else {
@@ -172,7 +172,8 @@ class BackwardMainloop {
         if constexpr (!Traits::kChanges) {
           hidden.template restrict<Probability>(p_rows, coord.mask(params), key, query);
         }
-        hidden.clear(ds_rows, mask_of_step<Traits>(params, coord, places), key, query);
+        hidden.clear(ds_rows, mask_of_step<Traits>(params, coord, places, step.is_full()), key,
+                     query);
         hidden.clear_queries(shared_, read_q_.index());
       }
       if constexpr (Traits::kChanges) {

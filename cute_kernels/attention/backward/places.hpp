@@ -18,10 +18,9 @@ CUTLASS_DEVICE auto places_of(Params const& params, typename Traits::KeyBlock co
     int const batch = call.cu_seqlens_k == nullptr
                           ? sequence.batch
                           : entry_at(call.cu_seqlens_k, call.sequences, sequence.k.first);
-    return SequencePlace{batch,
-                         head,
+    return SequencePlace(call, batch, head,
                          {sequence.batch, sequence.q.first, sequence.k.first,
-                          sequence.ranges.seqlen_q, sequence.ranges.seqlen_k}};
+                          sequence.ranges.seqlen_q, sequence.ranges.seqlen_k});
   } else {
     return NoPlaces{};
   }
@@ -43,10 +42,12 @@ struct HookedMask {
   Params const& params;
   Mask mask;
   Places const& places;
+  bool is_full;  // hooks hide nothing
 
   template <class Scores>
   CUTLASS_DEVICE void apply_transposed(Scores& scores, int key, int query, float hidden) const {
     mask.apply_transposed(scores, key, query, hidden);
+    if (is_full) return;
     auto const place = transposed_places<Traits>(places, key, query);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < cute::size<0>(scores); ++row) {
@@ -64,10 +65,11 @@ struct HookedMask {
 template <class Traits, class Params, class Places>
 CUTLASS_DEVICE decltype(auto) mask_of_step(Params const& params,
                                            typename Traits::KeyBlock const& coord,
-                                           Places const& places) {
+                                           Places const& places, bool is_full) {
   if constexpr (Traits::Variant::kHides) {
     auto const mask = coord.mask(params);
-    return HookedMask<Traits, Params, std::decay_t<decltype(mask)>, Places>{params, mask, places};
+    return HookedMask<Traits, Params, std::decay_t<decltype(mask)>, Places>{params, mask, places,
+                                                                            is_full};
   } else {
     return coord.mask(params);
   }

@@ -103,9 +103,9 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
       auto p = make_tensor<Element>(OperandLayout{});
       ChangedProbabilities<Element, OperandLayout, Variant> changed;
       if constexpr (Traits::kChanges) {
-        changed_probabilities<kCareful, Variant>(params, p_rows,
-                                                 transposed_places<Traits>(places, key, query),
-                                                 shared.statistics[read.index()], column, changed);
+        changed_probabilities_of<kCareful, Variant>(
+            step.is_full(), params, p_rows, transposed_places<Traits>(places, key, query),
+            shared.statistics[read.index()], column, changed);
       } else {
         scores_to_probabilities(scores, params.scale_log2);
         sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
@@ -194,7 +194,7 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
         auto rows = make_tensor(gradients.data(), sm90::accumulator_rows_cols(gradients.layout()));
         auto const places = places_of<Traits>(params, coord, step.head());
         HiddenStep<Traits>(shared, Variant::kHides || step.masked(), 1)
-            .clear(rows, mask_of_step<Traits>(params, coord, places), key,
+            .clear(rows, mask_of_step<Traits>(params, coord, places, step.is_full()), key,
                    step.block() * kTileM + column);
       }
       gradients_of_scores(gradients, p);

@@ -53,14 +53,13 @@ struct StatisticParts {
   CUTLASS_DEVICE float minus_lse(int query) const {
     static_assert(first_column(Statistic::kLse) == 0);
     uint2 const parts = reinterpret_cast<uint2 const&>(rows[query]);  // four bf16
-    auto upper_half = [](uint32_t bits) { return __uint_as_float(bits & 0xffff0000u); };
     return upper_half(parts.x << 16) + (upper_half(parts.x) + upper_half(parts.y << 16));
   }
 
   CUTLASS_DEVICE float minus_delta(int query) const {
-    auto const* parts = &rows[query][first_column(Statistic::kDelta)];
-    return static_cast<float>(parts[0]) +
-           (static_cast<float>(parts[1]) + static_cast<float>(parts[2]));
+    static_assert(first_column(Statistic::kDelta) == 3);
+    auto const* const pairs = reinterpret_cast<uint32_t const*>(&rows[query]);
+    return upper_half(pairs[1]) + (upper_half(pairs[2] << 16) + upper_half(pairs[2]));
   }
 
   /// Both statistics' products meet the parts of the other, times 0. So a delta that is not finite
@@ -90,6 +89,12 @@ struct StatisticParts {
       }
     }
     rows[query] = row;
+  }
+
+ private:
+  /// The bf16 there as a float.
+  CUTLASS_DEVICE static float upper_half(uint32_t pair) {
+    return __uint_as_float(pair & 0xffff0000u);
   }
 };
 

@@ -7,71 +7,35 @@
 
 #include "cute_kernels/attention/backward/key_blocks.hpp"
 #include "cute_kernels/attention/mask.hpp"
+#include "cute_kernels/attention/variant/block_lists.hpp"
 #include "cute_kernels/sm90/uniform.hpp"
 
 namespace cute_kernels::attention {
 
-/// The steps of a key block in the one order that all warps of its CTA keep: the query heads of the
-/// group, and for each the query blocks that see the keys, from the last to the first.
-///
-/// Where dQ is in order, key blocks add to a query block's dQ in the order of their numbers. So one
-/// waits only for smaller numbers, which have started before it, and once it has waited for the one
-/// before it, follows a step behind.
-template <class Traits, class Params, Caller kCaller = Caller::kThread>
-class QuerySteps {
+/// A value that all of a caller's threads have, where a warp's compiler knows that they do.
+template <Caller kCaller>
+CUTLASS_DEVICE int of_caller(int value) {
+  if constexpr (kCaller == Caller::kWarp) {
+    return sm90::uniform(value);
+  } else {
+    return value;
+  }
+}
+
+/// Where a step of a key block is: at a block of queries of a query head of the group.
+template <class Traits, class Params>
+class StepPlace {
   using KeyBlock = typename Traits::KeyBlock;
 
  public:
-  CUTLASS_DEVICE QuerySteps(Params const& params, KeyBlock const& coord)
-      : params_(params), coord_(coord) {
-    // The CTAs of a cluster take the same steps.
-    if constexpr (Traits::kAnyCall) {
-      first_ = of_caller(coord.queries.begin);
-      full_ = of_caller(coord.queries.full_begin);
-      if constexpr (kIsWarp) {
-        ends_.end = of_caller(coord.queries.end);
-        ends_.full_end = of_caller(coord.queries.full_end);
-      }
-    } else {
-      first_ = range_of(coord.n_block / Traits::kCluster * Traits::kCluster).begin;
-      full_ = range_of(coord.n_block).full_begin;
-    }
-    block_ = end() - 1;
-    head_in_group_ = Traits::kAnyCall && block_ < first_ ? params.heads_per_kv : 0;
-  }
-
   CUTLASS_DEVICE bool valid() const { return head_in_group_ < params_.heads_per_kv; }
-
-  CUTLASS_DEVICE void advance() {
-    if (--block_ < first_) {
-      block_ = end() - 1;
-      ++head_in_group_;
-    }
-  }
 
   CUTLASS_DEVICE int head() const { return coord_.kv_head * params_.heads_per_kv + head_in_group_; }
   CUTLASS_DEVICE int block() const { return block_; }
-  CUTLASS_DEVICE bool masked() const {
-    if constexpr (Traits::kAnyCall) {
-      if (block_ >= queries().full_end) return true;
-    }
-    return block_ < full_;
-  }
 
   /// Counts over all query blocks of a call.
   CUTLASS_DEVICE int64_t block_index() const {
     return coord_.first_query_block(params_, head()) + block_;
-  }
-
-  /// How many add to the same slices of this step's dQ before, in order.
-  CUTLASS_DEVICE int turn() const {
-    int const cluster = coord_.n_block / Traits::kCluster;
-    if constexpr (Traits::kAnyCall) {
-      return turn_of(coord_.sequence.ranges, cluster, Traits::kTileN * Traits::kCluster, block_,
-                     Traits::kTileM);
-    } else {
-      return cluster;
-    }
   }
 
   /// Whose turn it is to add to the slices that are this CTA's of a cluster.
@@ -86,16 +50,89 @@ class QuerySteps {
            warpgroup;
   }
 
- private:
-  static constexpr bool kIsWarp = kCaller == Caller::kWarp;
+ protected:
+  CUTLASS_DEVICE StepPlace(Params const& params, KeyBlock const& coord)
+      : params_(params), coord_(coord) {}
 
-  CUTLASS_DEVICE static int of_caller(int value) {
-    if constexpr (kIsWarp) {
-      return sm90::uniform(value);
+  /// Whether queries behind the last are to be hidden: what hooks say of them need not be finite.
+  CUTLASS_DEVICE bool reaches_beyond() const {
+    if constexpr (Traits::Variant::kHasHooks) {
+      return (block_ + 1) * Traits::kTileM > coord_.sequence.ranges.seqlen_q;
     } else {
-      return value;
+      return false;
     }
   }
+
+  Params const& params_;
+  std::conditional_t<Traits::kAnyCall, KeyBlock const&, KeyBlock const> coord_;
+  int block_;
+  int head_in_group_ = 0;
+};
+
+/// The steps of a key block in the one order that all warps of its CTA keep: the query heads of the
+/// group, and for each the query blocks that see the keys, from the last to the first.
+///
+/// Where dQ is in order, key blocks add to a query block's dQ in the order of their numbers. So one
+/// waits only for smaller numbers, which have started before it, and once it has waited for the one
+/// before it, follows a step behind.
+template <class Traits, class Params, Caller kCaller>
+class RangeSteps : public StepPlace<Traits, Params> {
+  using Place = StepPlace<Traits, Params>;
+  using KeyBlock = typename Traits::KeyBlock;
+  using Place::block_;
+  using Place::coord_;
+  using Place::head_in_group_;
+  using Place::params_;
+
+ public:
+  CUTLASS_DEVICE RangeSteps(Params const& params, KeyBlock const& coord) : Place(params, coord) {
+    // The CTAs of a cluster take the same steps.
+    if constexpr (Traits::kAnyCall) {
+      first_ = of_caller<kCaller>(coord.queries.begin);
+      full_ = of_caller<kCaller>(coord.queries.full_begin);
+      if constexpr (kIsWarp) {
+        ends_.end = of_caller<kCaller>(coord.queries.end);
+        ends_.full_end = of_caller<kCaller>(coord.queries.full_end);
+      }
+    } else {
+      first_ = range_of(coord.n_block / Traits::kCluster * Traits::kCluster).begin;
+      full_ = range_of(coord.n_block).full_begin;
+    }
+    block_ = end() - 1;
+    head_in_group_ = Traits::kAnyCall && block_ < first_ ? params.heads_per_kv : 0;
+  }
+
+  CUTLASS_DEVICE void advance() {
+    if (--block_ < first_) {
+      block_ = end() - 1;
+      ++head_in_group_;
+    }
+  }
+
+  /// Whether the call's mask hides something.
+  CUTLASS_DEVICE bool masked() const {
+    if constexpr (Traits::kAnyCall) {
+      if (block_ >= queries().full_end) return true;
+    }
+    return this->reaches_beyond() || block_ < full_;
+  }
+
+  /// Whether a variant's mask hides nothing.
+  CUTLASS_DEVICE static constexpr bool is_full() { return false; }
+
+  /// How many add to the same slices of this step's dQ before, in order.
+  CUTLASS_DEVICE int turn() const {
+    int const cluster = coord_.n_block / Traits::kCluster;
+    if constexpr (Traits::kAnyCall) {
+      return turn_of(coord_.sequence.ranges, cluster, Traits::kTileN * Traits::kCluster, block_,
+                     Traits::kTileM);
+    } else {
+      return cluster;
+    }
+  }
+
+ private:
+  static constexpr bool kIsWarp = kCaller == Caller::kWarp;
 
   /// Of any call: where the key block is, or for a warp, in its registers.
   CUTLASS_DEVICE auto const& queries() const {
@@ -119,8 +156,6 @@ class QuerySteps {
     }
   }
 
-  Params const& params_;
-  std::conditional_t<Traits::kAnyCall, KeyBlock const&, KeyBlock const> coord_;
   struct Ends {
     int end;
     int full_end;
@@ -129,8 +164,77 @@ class QuerySteps {
   std::conditional_t<Traits::kAnyCall && kIsWarp, Ends, None> ends_;
   int first_;  // of the blocks that see the keys
   int full_;   // the first that needs no mask
-  int block_;
-  int head_in_group_;
 };
+
+/// The same with a block mask: the query blocks of the units that it lists for the keys of a
+/// cluster. A query block's turns count the units of keys that it is listed for, so that here, too,
+/// one waits for smaller numbers, all of which come.
+template <class Traits, class Params, Caller kCaller>
+class ListedSteps : public StepPlace<Traits, Params> {
+  using Place = StepPlace<Traits, Params>;
+  using KeyBlock = typename Traits::KeyBlock;
+  using Place::block_;
+  using Place::coord_;
+  using Place::head_in_group_;
+  using Place::params_;
+  static constexpr int kBlocksOfUnit = kMaskUnit / Traits::kTileM;
+  static_assert(kMaskUnit % Traits::kTileM == 0, "a unit of a block mask is some whole blocks");
+  static_assert(Traits::kTileN * Traits::kCluster == kMaskUnit, "a cluster has one unit's keys");
+
+ public:
+  CUTLASS_DEVICE ListedSteps(Params const& params, KeyBlock const& coord) : Place(params, coord) {
+    begin_head();
+  }
+
+  CUTLASS_DEVICE void advance() {
+    if (--place_ >= 0) {
+      read();
+    } else {
+      ++head_in_group_;
+      begin_head();
+    }
+  }
+
+  CUTLASS_DEVICE bool masked() const {
+    return this->reaches_beyond() || block_ >= coord_.queries.full_end ||
+           block_ < coord_.queries.full_begin;
+  }
+
+  CUTLASS_DEVICE bool is_full() const { return is_full_; }
+
+  CUTLASS_DEVICE int turn() const { return row_of_head().turn(place_ / kBlocksOfUnit); }
+
+ private:
+  CUTLASS_DEVICE BlockRow row_of_head() const {
+    return BlockRow(params_.variant.blocks, coord_.sequence.batch, this->head(),
+                    coord_.n_block / Traits::kCluster);
+  }
+
+  /// The last place of the first head, from head_in_group_ on, that has one. The last unit may
+  /// reach beyond the last query.
+  CUTLASS_DEVICE void begin_head() {
+    for (; this->valid(); ++head_in_group_) {
+      place_ = of_caller<kCaller>(row_of_head().count()) * kBlocksOfUnit - 1;
+      for (; place_ >= 0; --place_) {
+        read();
+        if (block_ < params_.workspace.m_blocks.divisor) return;
+      }
+    }
+  }
+
+  CUTLASS_DEVICE void read() {
+    BlockEntry const entry{of_caller<kCaller>(row_of_head().entry(place_ / kBlocksOfUnit).packed)};
+    block_ = entry.unit() * kBlocksOfUnit + place_ % kBlocksOfUnit;
+    is_full_ = entry.is_full();
+  }
+
+  int place_;
+  bool is_full_;
+};
+
+template <class Traits, class Params, Caller kCaller = Caller::kThread>
+using QuerySteps =
+    std::conditional_t<Traits::Variant::kHasBlockMask, ListedSteps<Traits, Params, kCaller>,
+                       RangeSteps<Traits, Params, kCaller>>;
 
 }  // namespace cute_kernels::attention

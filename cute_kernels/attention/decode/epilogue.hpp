@@ -26,11 +26,10 @@ struct DecodeResults {
 };
 
 /// Writes one part: the result, or what the last of the item's parts makes the result of.
-template <class Traits>
+template <class Traits, class Mainloop = DecodeMainloop<Traits>>
 class DecodeEpilogue {
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
-  using Mainloop = DecodeMainloop<Traits>;
   using Softmax = typename Mainloop::Softmax;
   using Walk = WorkWalk<Traits>;
 

@@ -4,6 +4,7 @@
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/decode/fp8_scales.hpp"
+#include "cute_kernels/attention/decode/seen_keys.hpp"
 #include "cute_kernels/attention/decode/softmax.hpp"
 #include "cute_kernels/attention/decode/traits.hpp"
 #include "cute_kernels/sm90/finite.hpp"
@@ -11,13 +12,6 @@
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
-
-/// What becomes of scores q k before the softmax, whose exponent is 2^(log2_of_unit * s).
-struct ScoreUnits {
-  float cap_scale;     // with a softcap c: s = c tanh(cap_scale * q k)
-  float softcap;       // 0: none, s = q k
-  float log2_of_unit;  // log2(e), times the softmax scale where that is not in s already
-};
 
 /// A consumer warpgroup: softmax(scale Q K^T) V of 64 rows of a part, not divided by the row sums.
 template <class Traits>
@@ -56,7 +50,7 @@ class DecodeMainloop {
     int const warp = threadIdx.x / 32 - cutlass::NumWarpsPerWarpGroup;
     return warp * kRowsOfWarp + threadIdx.x % 32 / 4;
   }
-  CUTLASS_DEVICE static int first_column() { return threadIdx.x % 4 * 2; }
+  CUTLASS_DEVICE static int first_column() { return first_accumulator_column(); }
 
   template <class Output>
   CUTLASS_DEVICE void compute(Walk const& walk, Softmax& softmax, Output& out) {
@@ -159,7 +153,7 @@ class DecodeMainloop {
     };
     auto softmax_block = [&](int block, float (&factor)[kRows]) {
       int const key = first_key(block);
-      if (units_.softcap > 0) cap(scores);
+      if (units_.softcap > 0) cap_scores(units_, scores);
       if (key < seen_by_all.begin || key + kTileN > seen_by_all.end) {
         mask(score_rows, seen, key);
         if (key + kTileN > first_new(walk)) mask_new(score_rows, walk, key);
@@ -239,31 +233,11 @@ class DecodeMainloop {
     if (cute::elect_one_sync()) barrier.arrive();
   }
 
-  /// c tanh(x) = c (1 - 2 / (1 + exp(2x))), exact at both ends.
-  template <class Scores>
-  CUTLASS_DEVICE void cap(Scores& scores) const {
-    float const exponent = 2 * sm90::kLog2e * units_.cap_scale;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < cute::size(scores); ++i) {
-      float const grown = 1.f + sm90::exp2_mufu(scores(i) * exponent);
-      scores(i) = units_.softcap * (1.f - __fdividef(2.f, grown));
-    }
-  }
-
   /// Sets the scores of unseen keys to -inf; the first column is key `key`.
   template <class Scores>
   CUTLASS_DEVICE static void mask(Scores& scores, KeySpan const (&seen)[kRows], int key) {
-    using namespace cute;
     CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      int const first = seen[row].begin - key - first_column();
-      int const limit = seen[row].end - key - first_column();
-      CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(scores); ++col) {
-        int const offset = column(col);
-        if (offset < first || offset >= limit) scores(row, col) = -INFINITY;
-      }
-    }
+    for (int row = 0; row < kRows; ++row) mask_row(scores, row, seen[row], key);
   }
 
   /// The same of keys that a tree hides.
@@ -276,7 +250,7 @@ class DecodeMainloop {
       uint64_t const seen = new_keys_seen(walk, row);
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
-        if (!is_seen(seen, first + column(col))) scores(row, col) = -INFINITY;
+        if (!is_seen(seen, first + accumulator_column(col))) scores(row, col) = -INFINITY;
       }
     }
   }
@@ -315,7 +289,7 @@ class DecodeMainloop {
       for (int col = 0; col < size<1>(out); ++col) {
         CUTLASS_PRAGMA_NO_UNROLL
         for (int i = 0; i < kBits; ++i) {
-          Element const value = values(first + i, first_column() + column(col));
+          Element const value = values(first + i, first_column() + accumulator_column(col));
           if (sm90::is_finite(value)) continue;
           CUTLASS_PRAGMA_UNROLL
           for (int row = 0; row < kRows; ++row) {
@@ -329,9 +303,6 @@ class DecodeMainloop {
     cutlass::arch::fence_view_async_shared();
     sm90::barrier_sync(sm90::NamedBarrier::kValuesCleared, 0, all_threads);
   }
-
-  /// Of an accumulator's column, seen from the thread's first: pairs of columns, 8 apart.
-  CUTLASS_DEVICE static constexpr int column(int col) { return 8 * (col / 2) + col % 2; }
 
   ScoreUnits units_;
   cutlass::FastDivmod const& group_;

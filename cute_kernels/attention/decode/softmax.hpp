@@ -55,6 +55,13 @@ class RunningSoftmax {
     return __any_sync(0xffffffff, moves);
   }
 
+  /// A row's block of another warpgroup's: the maximum is that of its scores, too, and what has
+  /// been added up is to be multiplied by `factor`.
+  CUTLASS_DEVICE void follow(int row, float most, float factor) {
+    most_[row] = most;
+    sum_[row] *= factor;
+  }
+
   template <class Output>
   CUTLASS_DEVICE static void scale_rows(Output& out, float const (&factor)[kRows]) {
     using namespace cute;
@@ -72,6 +79,9 @@ class RunningSoftmax {
       sum_[row] += __shfl_xor_sync(0xffffffff, sum_[row], 2);
     }
   }
+
+  /// That of keys whose maximum is the same, reduced.
+  CUTLASS_DEVICE void add_sum(int row, float sum) { sum_[row] += sum; }
 
   CUTLASS_DEVICE float most(int row) const { return most_[row]; }
   CUTLASS_DEVICE float sum(int row) const { return sum_[row]; }

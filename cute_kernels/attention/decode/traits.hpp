@@ -4,6 +4,7 @@
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/decode/deal.hpp"
+#include "cute_kernels/attention/decode/ring_stage.hpp"
 
 namespace cute_kernels::attention {
 
@@ -84,20 +85,6 @@ struct DecodeTraits {
     typename Dealer::Shared deal;
     int is_last;  // whether all parts of the consumers' item are there
   };
-};
-
-/// A place in the ring of stages.
-template <int kStages>
-struct RingStage {
-  int index = 0;
-  uint32_t phase = 0;
-
-  CUTLASS_DEVICE void advance() {
-    if (++index == kStages) {
-      index = 0;
-      phase ^= 1;
-    }
-  }
 };
 
 }  // namespace cute_kernels::attention

@@ -125,9 +125,12 @@ struct WorkLine {
     }
   }
 
-  constexpr int begin(int cta) const { return cta * share; }
+  constexpr int begin(int cta) const {
+    int64_t const block = int64_t{cta} * share;
+    return block < blocks ? static_cast<int>(block) : blocks;
+  }
   constexpr int end(int cta) const {
-    return begin(cta) + share < blocks ? begin(cta) + share : blocks;
+    return blocks - begin(cta) > share ? begin(cta) + share : blocks;
   }
 };
 

@@ -21,6 +21,7 @@ template <class Tile>
 cudaError_t launch_forward(ForwardProblem const& problem, cudaStream_t stream) {
   using Traits = ForwardTraits<Tile>;
   AttentionCall const& call = problem.call;
+  if (Traits::Variant::kHasBlockMask && !has_block_lists(problem)) return cudaErrorInvalidValue;
   float const scale_log2 = scale_of_scores(Traits::Variant::unit(call)) * sm90::kLog2e;
   auto const params = forward_params<Traits>(problem, scale_log2);
   if constexpr (Traits::kAnyCall) {

@@ -40,6 +40,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
   static constexpr int kSeekNoMore = 1 << 30;
   static constexpr bool kHasLeftEnd = Traits::Calls::kHasLeftEnd;
   static constexpr bool kChangesScores = Variant::kScores || Variant::kHides;
+  static constexpr bool kHasBlockMask = Variant::kHasBlockMask;
 
  public:
   /// What a mainloop writes to shared memory once, before any load.
@@ -74,7 +75,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     auto stages_v = make_tensor(make_smem_ptr(shared.v.data()), typename Traits::LayoutV{});
     auto route_v = tma_partition(params.tma_v, _0{}, Layout<_1>{}, group_modes<0, 2>(stages_v),
                                  group_modes<0, 2>(blocks_v));
-    // Blocks before and from here on go through the guard.
+    // Blocks before and from here on go through the guard; with a block mask all of them.
     int guarded_before = 0, guarded_from = 1 << 30;
     if (shared.passes.guarded) {
       BlockRange const keys = Guard::blocks(params, coord);
@@ -182,11 +183,15 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
 
     int const first_query = params.first_query(coord);
     int const own_query = first_query + warpgroup * Traits::kWarpgroupM;
-    // What the producer loads for the CTA, and what of it this warpgroup's queries see.
+    // What the producer loads for the CTA, and what of it this warpgroup's queries see: of a block
+    // mask's all is computed.
     auto const& mask_of_tile = params.mask_of(coord);
-    BlockRange const loaded = mask_of_tile.key_blocks(first_query, Traits::kTileM, kTileN);
-    BlockRange const own =
-        mask_of_tile.key_blocks_of(loaded, own_query, Traits::kWarpgroupM, kTileN);
+    auto const walk = key_walk<Traits>(params, coord, mask_of_tile, first_query);
+    BlockRange const& loaded = walk.places;
+    BlockRange const own = [&] {
+      if constexpr (kHasBlockMask) return loaded;
+      return mask_of_tile.key_blocks_of(loaded, own_query, Traits::kWarpgroupM, kTileN);
+    }();
 
     // The keys before the end of what the warp's first row sees, which is the first end.
     auto first_end = [&](typename Params::Tile const& tile) {
@@ -219,7 +224,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       };
     };
     // Scores -> P in place. Q and K must still be there.
-    auto softmax_block = [&](int block, bool seek, auto const& on_move) {
+    auto softmax_block = [&](int block, bool seek, bool is_full, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       auto mask = [&] {
         int const lane = opaque(thread);  // not kept from step to step
@@ -236,25 +241,44 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         auto own_q = local_tile(shared_q, Shape<Int<kWarpM>, Int<Traits::kHeadDim>>{},
                                 make_coord(opaque(thread) / 32, _0{}));
         sm90::warp_gemm(own_q, shared_k(_, _, opaque(read_k.index())), scores);
-        if constexpr (kChangesScores) Variant::change_again(params, rows, place_in(block));
+        if constexpr (kHasBlockMask) {
+          Variant::change_listed(params, rows, place_in(block), is_full);
+        } else if constexpr (kChangesScores) {
+          Variant::change_again(params, rows, place_in(block));
+        }
         // Every second time as many blocks more as it took to come here: a tile starts few blocks
         // again, and where it does so once, its origins' margin is likely to be enough.
         if (Softmax::kHasMargin && seek_from < kSeekNoMore) {
           seek_from = kSeekNoMore;
         } else {
           auto const again = params.forgotten(coord);
-          BlockRange const loaded =
-              params.mask_of(again).key_blocks(params.first_query(again), Traits::kTileM, kTileN);
-          seek_from = 2 * opaque(block) - loaded.end;
+          auto const walk =
+              key_walk<Traits>(params, again, params.mask_of(again), params.first_query(again));
+          seek_from = 2 * opaque(block) - walk.block(walk.places.end - 1) - 1;
         }
       };
       // Whether the margin replaces a second look at more keys.
       auto few = [&] {
         return first_end(params.forgotten(coord)) - kKeysOfOrigin < block * kTileN;
       };
-      if constexpr (kChangesScores) Variant::change(params, rows, place_in(block));
+      if constexpr (kHasBlockMask) {
+        Variant::change_listed(params, rows, place_in(block), is_full);
+      } else if constexpr (kChangesScores) {
+        Variant::change(params, rows, place_in(block));
+      }
       softmax.update(rows, seek, few, mask, overflow, on_move);
       if constexpr (Variant::kWeighs) Variant::weigh(params, rows, place_in(block));
+    };
+    // Of the block at a place. Rows may see the first of their keys in any block that is not full.
+    auto softmax_at = [&](int place, bool seek, auto const& on_move) {
+      if constexpr (kHasBlockMask) {
+        BlockEntry const entry{sm90::uniform(walk.entry(place).packed)};
+        int const block = walk.block(entry, place);
+        bool const is_full = entry.is_full();
+        softmax_block(block, seek || !is_full || seeks(block), is_full, on_move);
+      } else {
+        softmax_block(place, seek || seeks(place), false, on_move);
+      }
     };
     auto round_probabilities = [&] {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
@@ -262,10 +286,10 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     };
 
     shared.q_full[warpgroup].wait(q_phase);
-    int block = loaded.end - 1;
-    Protocol::skip_blocks(block, own.end, loaded.begin, pipeline_k, pipeline_v, read_k, read_v,
+    int place = loaded.end - 1;
+    Protocol::skip_blocks(place, own.end, loaded.begin, pipeline_k, pipeline_v, read_k, read_v,
                           warpgroup);
-    if (block < own.begin) {  // no visible key: O stays 0
+    if (place < own.begin) {  // no visible key: O stays 0
       release_query(shared, warpgroup);
       return;
     }
@@ -276,12 +300,12 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
                                             scores);
     warpgroup_wait<0>();
     release(pipeline_k, read_k);  // the first block's scores are never needed again
-    softmax_block(block, true, [](auto const&) {});
+    softmax_at(place, true, [](auto const&) {});
 
     // Steady state: this step's Q K^T and the last step's P V are issued back to back; the softmax
     // of the new scores runs while P V is in flight.
-    while (block > own.begin) {
-      --block;
+    while (place > own.begin) {
+      --place;
       auto const k_token = pipeline_k.consumer_test_wait(read_k);  // answered while P is rounded
       round_probabilities();
       pipeline_k.consumer_wait(read_k, k_token);
@@ -293,7 +317,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
                                                operand_v(_, _, _, read_v.index()), out);
       pass_turn(warpgroup);
       warpgroup_wait<Traits::kOverlap ? 1 : 0>();
-      softmax_block(block, seeks(block), [&](auto const& factors) {
+      softmax_at(place, false, [&](auto const& factors) {
         warpgroup_wait<0>();
         Softmax::scale_rows(out_rows, factors);
       });
@@ -311,7 +335,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     warpgroup_wait<0>();
     release(pipeline_v, read_v);
     if constexpr (kHasLeftEnd) {
-      Protocol::skip_last_blocks(block - 1, loaded.begin, pipeline_k, pipeline_v, read_k, read_v,
+      Protocol::skip_last_blocks(place - 1, loaded.begin, pipeline_k, pipeline_v, read_k, read_v,
                                  warpgroup);
     }
   }

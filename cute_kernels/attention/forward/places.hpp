@@ -14,7 +14,7 @@ CUTLASS_DEVICE auto places_of(Params const& params, typename Params::Tile const&
     int const batch = call.cu_seqlens_q == nullptr
                           ? sequence.batch
                           : entry_at(call.cu_seqlens_q, call.sequences, sequence.row_q);
-    return SequencePlace{batch, coord.head, sequence};
+    return SequencePlace(call, batch, coord.head, sequence);
   } else {
     return NoPlaces{};
   }

@@ -4,8 +4,8 @@
 
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/forward/key_walk.hpp"
 #include "cute_kernels/attention/global_tensor.hpp"
-#include "cute_kernels/attention/ranges.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
 #include "cute_kernels/sm90/tma_pipeline.hpp"
 
@@ -84,9 +84,10 @@ class ForwardProtocol {
       prefetch(params.tma_q, remote_q(_, _, _, query_block(i)));
     }
 
-    BlockRange const keys = params.mask_of(coord).key_blocks(first_query, Traits::kTileM, kTileN);
-    int block = keys.end - 1;
-    if (block >= keys.begin) load_k(block);
+    auto const walk = key_walk<Traits>(params, coord, params.mask_of(coord), first_query);
+    BlockRange const& keys = walk.places;
+    int place = keys.end - 1;
+    if (place >= keys.begin) load_k(walk.block(place));
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kConsumers; ++i) {
       shared.q_empty[i].wait(q_phase ^ 1);
@@ -98,11 +99,11 @@ class ForwardProtocol {
            from_q(_, query_block(i)), to_q);
     }
     // K runs one block ahead of V, as the consumers use them.
-    for (; block > keys.begin; --block) {
-      load_k(block - 1);
-      load_v(block);
+    for (; place > keys.begin; --place) {
+      load_k(walk.block(place - 1));
+      load_v(walk.block(place));
     }
-    if (block == keys.begin) load_v(block);
+    if (place == keys.begin) load_v(walk.block(place));
   }
 
   static constexpr int kTurnThreads = 2 * cutlass::NumThreadsPerWarpGroup;

@@ -31,6 +31,13 @@ struct ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
   static constexpr int kHeadDimV = Tile::kHeadDimV;
   static constexpr bool kSeparateOutput = Tile::kSeparateOutput;
   using Variant = typename Tile::Variant;
+  using Tiling =
+      std::conditional_t<Variant::kHasBlockMask, AlignedQueryTiling<Common::kTileM, kTileN>,
+                         typename Common::Tiling>;
+  // A loader that walks a list needs more registers.
+  static constexpr int kOfList = Variant::kHasBlockMask && kConsumers == 2 ? 8 : 0;
+  static constexpr int kProducerRegisters = Common::kProducerRegisters + 2 * kOfList;
+  static constexpr int kConsumerRegisters = Common::kConsumerRegisters - kOfList;
   static constexpr bool kSumInPairs = Tile::kSumInPairs;  // of P, in OnlineSoftmax
   static constexpr bool kGroupedRows = false;  // a tile's rows are of several heads (PrefillTraits)
 

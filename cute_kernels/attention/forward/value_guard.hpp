@@ -5,6 +5,7 @@
 #include <cute/tensor.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
+#include "cute_kernels/attention/forward/key_walk.hpp"
 #include "cute_kernels/attention/forward/places.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/ranges.hpp"
@@ -55,12 +56,12 @@ class ValueGuard {
     return (probes[0] | probes[1]) == 0;
   }
 
-  /// A tile's blocks, of which those that are not full are guarded.
+  /// The places of a tile's blocks, of which those that are not full are guarded.
   template <class Params>
   CUTLASS_DEVICE static BlockRange blocks(Params const& params,
                                           typename Params::Tile const& coord) {
     BlockRange blocks =
-        params.mask_of(coord).key_blocks(params.first_query(coord), Traits::kTileM, Traits::kTileN);
+        key_walk<Traits>(params, coord, params.mask_of(coord), params.first_query(coord)).places;
     if constexpr (Variant::kHides) blocks.full_begin = blocks.full_end = 0;
     return blocks;
   }
@@ -140,7 +141,7 @@ class ValueGuard {
     auto const places = places_of<Variant>(params, coord);
     int const end_query = min(first_query + Traits::kTileM, mask.seqlen_q);
     // A thread has channels of its own, so that each of its values is read and judged once.
-    auto add_back = [&](int first_key, int end_key, int channel) {
+    auto add_back = [&](int first_key, int end_key, int channel, bool asks = true) {
       CUTLASS_PRAGMA_NO_UNROLL
       for (int key = first_key; key < end_key; ++key) {
         Element const* const row = values(key);
@@ -153,7 +154,7 @@ class ValueGuard {
         for (int query = max(max(0, first_query), mask.first_query(key)); query < end; ++query) {
           if constexpr (Variant::kHides) {
             Place const here = places.template at<Variant>(query, key);
-            if (!Variant::Hooks::mask(here, params.variant)) continue;
+            if (asks && !Variant::Hooks::mask(here, params.variant)) continue;
           }
           Element& result = results(query)[channel];
           result = static_cast<Element>(static_cast<float>(result) + static_cast<float>(value));
@@ -163,6 +164,15 @@ class ValueGuard {
     for (int channel = threadIdx.x; channel < channels;
          channel += cutlass::NumThreadsPerWarpGroup) {
       int const end_key = mask.end_key(end_query - 1);
+      if constexpr (Variant::kHasBlockMask) {
+        auto const walk = key_walk<Traits>(params, coord, mask, first_query);
+        for (int place = 0; place < walk.places.end; ++place) {
+          int const first_key = walk.block(place) * Traits::kTileN;
+          add_back(first_key, min(first_key + Traits::kTileN, end_key), channel,
+                   !walk.entry(place).is_full());
+        }
+        continue;
+      }
       add_back(loaded.right_begin() * Traits::kTileN, end_key, channel);
       if constexpr (Traits::Calls::kHasLeftEnd) {
         add_back(loaded.begin * Traits::kTileN, loaded.left_end() * Traits::kTileN, channel);

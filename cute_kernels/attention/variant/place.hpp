@@ -38,14 +38,23 @@ struct SequencePlace {
   int batch;
   int head;
   Sequence sequence;
+  int last_query;  // that may index a captured tensor
+  int last_key;
+
+  CUTLASS_DEVICE SequencePlace(VariantArguments const& call, int batch, int head,
+                               Sequence const& sequence)
+      : batch(batch),
+        head(head),
+        sequence(sequence),
+        last_query(lesser(sequence.seqlen_q, call.most_queries) - 1),
+        last_key(lesser(sequence.seqlen_k, call.most_keys) - 1) {}
 
   /// Blocks reach beyond the sequence: there, hooks that index tensors by a coordinate are told the
   /// nearest place inside. What they say of it is not used.
   template <class Variant>
   CUTLASS_DEVICE Place at(int query, int key) const {
-    if constexpr (Variant::Hooks::kIndexesQueries)
-      query = max(0, min(query, sequence.seqlen_q - 1));
-    if constexpr (Variant::Hooks::kIndexesKeys) key = min(key, sequence.seqlen_k - 1);
+    if constexpr (Variant::Hooks::kIndexesQueries) query = greater(0, lesser(query, last_query));
+    if constexpr (Variant::Hooks::kIndexesKeys) key = lesser(key, last_key);
     return {{batch},
             {head},
             {query},

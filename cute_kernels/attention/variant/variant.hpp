@@ -9,7 +9,8 @@
 
 // What a kernel changes of attention, which its Traits name as Variant. It has
 // - kScores: it changes the scores; kHides: it hides keys; kWeighs: it multiplies P behind the row
-//   sums; kGradients: of how many captured tensors backward computes gradients;
+//   sums; kGradients: of how many captured tensors backward computes gradients; kHasBlockMask:
+//   only listed blocks are computed, and full ones hide nothing;
 // - Arguments, which the kernel's parameters end with, and arguments_of(problem);
 // - unit(call): what the scores are in units of, after change();
 // - change(params, scores, place): of a block, in place, forward. place(row, column) is where an
@@ -23,6 +24,7 @@ struct NoVariant {
   static constexpr bool kScores = false, kHides = false, kWeighs = false;
   static constexpr int kGradients = 0;
   static constexpr bool kHasHooks = false;
+  static constexpr bool kHasBlockMask = false;
   struct Arguments {};
 
   template <class Problem>
@@ -43,15 +45,24 @@ struct ChangedScore {
 };
 
 /// A user's. `Hooks` has kScore, kMask and kWeight, which say whether there are score(), mask() and
-/// weight(), kIndexesQueries and kIndexesKeys for SequencePlace, and kGradients.
+/// weight(), kIndexesQueries and kIndexesKeys for SequencePlace, kGradients, and kHasBlockMask.
 template <class Hooks_>
 struct HookedVariant {
   using Hooks = Hooks_;
   static constexpr bool kScores = Hooks::kScore, kHides = Hooks::kMask, kWeighs = Hooks::kWeight;
   static constexpr int kGradients = Hooks::kGradients;
-  static constexpr Gradient kind(int i) { return Hooks::kKinds[i]; }
+  // Constants, of which code for the device is made: it has no such array.
+  template <int i>
+  static constexpr Gradient kKind = Hooks::kKinds[i];
   static constexpr bool kHasHooks = true;
+  static constexpr bool kHasBlockMask = Hooks::kHasBlockMask;
   using Arguments = VariantArguments;
+
+  /// The same of a full block.
+  struct UnmaskedHooks : Hooks {
+    static constexpr bool kMask = false;
+  };
+  using Unmasked = HookedVariant<UnmaskedHooks>;
 
   template <class Problem>
   static Arguments arguments_of(Problem const& problem) {
@@ -61,22 +72,15 @@ struct HookedVariant {
 
   template <class Params, class Scores, class PlaceOf>
   CUTLASS_DEVICE static void change(Params const& params, Scores& scores, PlaceOf const& place) {
-    if constexpr (kScores || kHides) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < cute::size<0>(scores); ++row) {
-        CUTLASS_PRAGMA_UNROLL
-        for (int col = 0; col < cute::size<1>(scores); ++col) {
-          Place const here = place(row, col);
-          float& score = scores(row, col);
-          if constexpr (kScores) {
-            score = Hooks::score(score * params.variant.scale, here, params.variant);
-          }
-          if constexpr (kHides) {
-            if (!Hooks::mask(here, params.variant)) score = -INFINITY;
-          }
-        }
-      }
-    }
+    change_each<kScores, kHides>(params, scores, place);
+  }
+
+  /// The same with a block mask, of a block that is full or not.
+  template <class Params, class Scores, class PlaceOf>
+  CUTLASS_DEVICE static void change_listed(Params const& params, Scores& scores,
+                                           PlaceOf const& place, bool is_full) {
+    change_each<kScores, false>(params, scores, place);
+    if (kHides && !is_full) change_each<false, kHides>(params, scores, place);
   }
 
   template <class Params, class Scores, class PlaceOf>
@@ -85,14 +89,15 @@ struct HookedVariant {
     change(params, scores, place);
   }
 
-  /// P becomes weight * P.
+  /// P becomes weight * P, and stays 0 where it is, whatever the weight.
   template <class Params, class Probabilities, class PlaceOf>
   CUTLASS_DEVICE static void weigh(Params const& params, Probabilities& p, PlaceOf const& place) {
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < cute::size<0>(p); ++row) {
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < cute::size<1>(p); ++col) {
-        p(row, col) *= Hooks::weight(place(row, col), params.variant);
+        float const weight = Hooks::weight(place(row, col), params.variant);
+        p(row, col) = p(row, col) == 0.f ? 0.f : p(row, col) * weight;
       }
     }
   }
@@ -100,7 +105,8 @@ struct HookedVariant {
   template <class Params, class Scores>
   CUTLASS_DEVICE static void prepare(Params const&, Scores&) {}
 
-  /// A score of -inf is hidden already: hooks are asked about 0 instead.
+  /// A score of -inf is hidden already: hooks are asked about 0 instead, where neither derivatives
+  /// nor weights need be finite, as what they are multiplied by is 0.
   template <class Params>
   CUTLASS_DEVICE static ChangedScore<kGradients> element(Params const& params, float score,
                                                          Place const& here) {
@@ -122,7 +128,34 @@ struct HookedVariant {
       }
     }
     if constexpr (kWeighs) changed.weight = Hooks::weight(here, params.variant);
+    if (changed.hidden) {
+      changed.slope = changed.weight = 0.f;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kGradients; ++i) changed.slopes[i] = 0.f;
+    }
     return changed;
+  }
+
+ private:
+  template <bool kChangesScore, bool kHidesKey, class Params, class Scores, class PlaceOf>
+  CUTLASS_DEVICE static void change_each(Params const& params, Scores& scores,
+                                         PlaceOf const& place) {
+    if constexpr (kChangesScore || kHidesKey) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < cute::size<0>(scores); ++row) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int col = 0; col < cute::size<1>(scores); ++col) {
+          Place const here = place(row, col);
+          float& score = scores(row, col);
+          if constexpr (kChangesScore) {
+            score = Hooks::score(score * params.variant.scale, here, params.variant);
+          }
+          if constexpr (kHidesKey) {
+            if (!Hooks::mask(here, params.variant)) score = -INFINITY;
+          }
+        }
+      }
+    }
   }
 };
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cute_kernels.cache import operators
 from cute_kernels.cache.checks import check_append
+from cute_kernels.cache.tables import table_of_batch
 from cute_kernels.checks import check_flag, check_seed, explain, refuse_derivatives
 from cute_kernels.fp8.rotation import signed
 from cute_kernels.registration import mark_written
@@ -45,14 +46,17 @@ def append_kv(
             16. Any strides with a contiguous last dimension, here and in what follows.
         v_cache: the same with a head_dim of its own. Both may be parts of one tensor.
         k: (batch, seqlen_new, key heads, head_dim), or with cu_seqlens_k_new packed, (total, key
-            heads, head_dim); device of the cache and its dtype, for 8 bits one of the others.
+            heads, head_dim); device of the cache and its dtype. For 8 bits also one of the others;
+            numbers of 8 bits are stored as they are, without rotary, scales and `incoherent`, and
+            strides of all four tensors are multiples of 2 then.
         v: likewise, with v_cache's head_dim.
         cache_seqlens: (batch,), int32: how many rows the cache holds of each sequence.
         page_table: (batch, max_pages), int32, last dimension contiguous: row j of a sequence is row
             ``j % page_size`` of page ``page_table[b, j // page_size]``. Only what is needed for the
             new rows is looked at.
-        cache_batch_idx: (batch,), int32: in which entry of a cache without pages a sequence is; its
-            own number if None.
+        cache_batch_idx: (batch,), int32: in which entry of a cache without pages a sequence is, or
+            which row of page_table is its own, whose batch may be another then; its own number if
+            None.
         cu_seqlens_k_new: (batch + 1,), int32: 0, and where each sequence's part of k and v ends.
         rotary_cos, rotary_sin: (positions, rotary_dim / 2), float32 or k's dtype; rotary_dim is a
             multiple of 16 up to head_dim. The first rotary_dim channels of k are rotated in pairs,
@@ -79,10 +83,12 @@ def append_kv(
         ValueError, TypeError: an argument is not as described. What tensors hold is looked at on
             the CPU only. On CUDA a row for which the cache has no place is not written, and a
             position that the tables do not have makes NaN.
-        NotImplementedError: k or v needs a gradient, or ``cache_batch_idx`` with pages; a cache of
-            another type of 8 bits.
+        NotImplementedError: k or v needs a gradient; a cache of another type of 8 bits.
     """
     refuse_derivatives("append_kv", k, v, k_cache, v_cache)
+    if cache_batch_idx is not None and page_table is not None:
+        page_table = table_of_batch(page_table, cache_batch_idx, k_cache)
+        cache_batch_idx = None
     places = (cu_seqlens_k_new, page_table, cache_batch_idx)
     rotary = (rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
     queries = (None, None, True)
@@ -105,7 +111,7 @@ def append_rows(
     k_cache: Tensor, v_cache: Tensor, *inputs: Any, factors: tuple[Any, ...] = NO_FACTORS
 ) -> tuple[Tensor, Tensor]:
     """The append operator, whose inputs these are; `factors` are those of caches of 8 bits."""
-    if factors != NO_FACTORS:
+    if any(x is not None for x in factors):
         inputs = (*inputs, *factors)
     try:
         results: tuple[Tensor, Tensor] = operators.append(k_cache, v_cache, *inputs)

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cute_kernels.arguments import Window, check_hints, refuse_later, window_of
+from cute_kernels.arguments import Window, check_hints, window_of
 from cute_kernels.cache import operators
 from cute_kernels.cache.append import append_rows, rotation_seed
 from cute_kernels.cache.checks import ENTRIES, PAGES, check_attention, check_output
+from cute_kernels.cache.starts import starts_of
+from cute_kernels.cache.tables import table_of_batch
 from cute_kernels.checks import (
     DENSE,
     INTS,
@@ -25,8 +27,9 @@ from cute_kernels.checks import (
 from cute_kernels.registration import mark_written
 from cute_kernels.varlen_checks import check_int32
 
-# What the arguments are that most calls leave alone.
-_USUAL = (None, 0, (-1, -1), None, 0)
+# What the arguments are that most calls leave alone, and what most others do.
+_USUAL = (None, (-1, -1))
+_USUAL_HINTS = (0.0, 0, 0, 0, False, 0)
 
 
 def flash_attn_with_kvcache(
@@ -80,11 +83,12 @@ def flash_attn_with_kvcache(
         q: (batch, seqlen_q, heads, head_dim), or with cu_seqlens_q packed, (total_q, heads,
             head_dim); dtypes and head_dim as of `flash_attn_func`. With a cache of 8 bits float16,
             bfloat16 or float8_e4m3fn.
-        k_cache, v_cache, page_table, cache_batch_idx: as of `append_kv`; the number of query heads
-            is a multiple of that of key heads. Of the page table only what a sequence's rows need
-            is looked at: the rest may be -1 or anything.
+        k_cache, v_cache, page_table, cache_batch_idx: as of `append_kv`, without qv with v's
+            head_dim up to 256; the number of query heads is a multiple of that of key heads. Of
+            the page table only what a sequence's rows need is looked at: the rest may be -1 or
+            anything. cache_leftpad is not there yet with a page table: NotImplementedError.
         k, v, cu_seqlens_k_new, rotary_seqlens: as of `append_kv`. If given, they are appended
-            first, in place, and attended to.
+            first, in place, and attended to. k and v of 8 bits go with queries of any dtype.
         rotary_cos, rotary_sin, rotary_interleaved: as of `append_kv`, only with k and v. Queries
             are rotated too: with `causal` or a window query i of a sequence by the angles of
             position ``cache_seqlens + i``, otherwise all by those of ``cache_seqlens``.
@@ -105,8 +109,10 @@ def flash_attn_with_kvcache(
         k_descale, v_descale, k_scales, v_scales, incoherent, seed: as of `append_kv`, of caches of
             8 bits. Either the descales or the scales are the factors of K and of V.
         attention_chunk: as of `flash_attn_func`.
-        qv: not there yet, nor are cache_leftpad and cache_batch_idx with a page table:
-            NotImplementedError.
+        qv: of q's shape with v_cache's head_dim, q's dtype: scores are q k + qv v, times
+            softmax_scale, whose default is then ``(q's head_dim + v's) ** -0.5``. This is latent
+            attention, whose values are keys too: head_dim is up to 64 then and v's up to 512.
+            16-bit caches on CUDA; with rotary_cos only q is rotated.
         sinks: (heads,), float32, float16 or bfloat16: a score for each head, not scaled, that takes
             part in the softmax without a value; the LSE includes it.
         out: where the output is to be: of its shape, and q's dtype.
@@ -127,17 +133,22 @@ def flash_attn_with_kvcache(
         NotImplementedError: an argument whose feature is not there yet, or a tensor that needs a
             gradient.
     """
-    refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, sinks)
-    left = right = None
-    asked = (qv, attention_chunk, window_size, pack_gqa, sm_margin)
+    refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, qv, sinks)
+    rotation = left = right = None
+    options: tuple[Any, ...] = ()  # each that is passed costs time
+    hints = (softcap, num_splits, sm_margin, attention_chunk, incoherent, seed)
     try:
-        unusual = asked != _USUAL
+        hinted = hints != _USUAL_HINTS
+        unusual = hinted or (pack_gqa, window_size) != _USUAL
     except (ValueError, RuntimeError):  # arrays do not compare to one answer
-        unusual = True
+        hinted = unusual = True
     if unusual:
-        refuse_later("flash_attn_with_kvcache", qv=qv)
         check_hints(num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
+        options = (left, right)
+    if hinted:
+        rotation = rotation_seed(incoherent, seed)
+        options = (left, right, softcap, num_splits, sm_margin, rotation, attention_chunk)
     if scheduler_metadata is not None:
         _check_metadata(scheduler_metadata)
     check_tensor("q", q)
@@ -145,12 +156,14 @@ def flash_attn_with_kvcache(
     if q.dim() != (4 if dense else 3):
         check_alone("q", q, DENSE if dense else PACKED)
     if cu_seqlens_q is None:
-        batch, max_seqlen_q = q.shape[:2]
-        starts = _starts_of(batch, max_seqlen_q, q)
+        batch, max_seqlen_q, *_ = q.shape
+        starts = starts_of(batch, max_seqlen_q, q)
     else:
         check_int32("cu_seqlens_q", cu_seqlens_q, q)
         batch, starts = cu_seqlens_q.shape[0] - 1, cu_seqlens_q
-    rotation = rotation_seed(incoherent, seed)
+    if cache_batch_idx is not None and page_table is not None:
+        page_table = table_of_batch(page_table, cache_batch_idx, k_cache, batch)
+        cache_batch_idx = None
     if rotary_cos is None:
         rotary_seqlens = None  # FlashAttention-3 does not look at it then
     lengths = cache_seqlens
@@ -170,7 +183,13 @@ def flash_attn_with_kvcache(
         lengths, turned = append_rows(k_cache, v_cache, k, v, *inputs, factors=factors)
         if rotary_cos is not None:
             q = turned
-    else:
+    elif not (
+        k is None
+        and v is None
+        and cu_seqlens_k_new is None
+        and rotary_cos is None
+        and rotary_sin is None
+    ):
         _refuse_without_new_keys(
             k=k,
             v=v,
@@ -182,7 +201,7 @@ def flash_attn_with_kvcache(
     into = None
     if out is not None:
         check_tensor("out", out)
-        if out.shape[:-1] != q.shape[:-1]:
+        if dense and out.shape[:-1] != q.shape[:-1]:  # flat, they may be the same
             raise ValueError(
                 f"out has shape {tuple(out.shape)}, must be {(*q.shape[:-1], v_cache.shape[-1])}"
             )
@@ -205,14 +224,9 @@ def flash_attn_with_kvcache(
         _one_of("k", k_descale, k_scales),
         _one_of("v", v_descale, v_scales),
         None if tree_mask is None else _of_queries(tree_mask, q),
+        None if qv is None else _packed_like(qv, q),
         max_seqlen_q,
-        left,
-        right,
-        softcap,
-        num_splits,
-        sm_margin,
-        rotation,
-        attention_chunk,
+        *options,
     )
     if dense:
         result = result.view(*q.shape[:3], result.shape[2])
@@ -238,20 +252,31 @@ def attend(
     cache_leftpad: Tensor | None,
     sinks: Tensor | None,
     softmax_scale: float | None,
+    causal: bool,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    tree_mask: Tensor | None,
+    qv: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The attention operator, with softmax_scale's default and sinks of any dtype; its output is
     written to `into`, packed and dense, if given. Keyword-only inputs go by position."""
+    if qv is not None:
+        check_tensor("qv", qv)
+        check_layout("qv", qv, PACKED)
     if softmax_scale is None:
         check_tensor("q", q)
-        softmax_scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
+        head_dim = (q.shape[-1] if q.dim() else 0) + (0 if qv is None else qv.shape[-1])
+        softmax_scale = head_dim**-0.5 if head_dim else 1.0
     if sinks is not None:
         check_tensor("sinks", sinks)
         if not sinks.dtype.is_floating_point:
             raise TypeError(f"sinks has dtype {sinks.dtype}, must be float32, float16 or bfloat16")
         sinks = sinks.float()
     places = (cache_seqlens, page_table, cache_batch_idx, cache_leftpad)
-    inputs = (q, k_cache, v_cache, cu_seqlens_q, *places, sinks, softmax_scale, *options)
+    more = (softmax_scale, causal, q_descale, k_descale, v_descale, tree_mask, qv, *options)
+    inputs = (q, k_cache, v_cache, cu_seqlens_q, *places, sinks, *more)
     try:
         if into is None:
             result: tuple[Tensor, Tensor] = operators.attention(*inputs)
@@ -281,12 +306,14 @@ def _of_queries(tree_mask: Tensor, q: Tensor) -> Tensor:
     return tree_mask.flatten()
 
 
-def _starts_of(batch: int, seqlen: int, like: Tensor) -> Tensor:
-    """cu_seqlens of sequences of one length; nothing waits for a GPU."""
-    how: Any = {"dtype": torch.int32, "device": like.device}
-    if seqlen == 0:
-        return torch.zeros(batch + 1, **how)
-    return torch.arange(0, (batch + 1) * seqlen, seqlen, **how)
+def _packed_like(qv: Tensor, q: Tensor) -> Tensor:
+    """The operator's (total_q, heads, v_cache's head_dim)."""
+    check_tensor("qv", qv)
+    if qv.shape[:-1] != q.shape[:-1]:
+        raise ValueError(
+            f"qv has shape {tuple(qv.shape)}, must be {tuple(q.shape)} like q but for head_dim"
+        )
+    return qv.flatten(0, -3)
 
 
 def get_scheduler_metadata(

@@ -17,10 +17,13 @@ from cute_kernels.cache.eight_bits import (
     check_cache,
     check_factors,
     check_scales,
+    check_stored,
     check_tree,
     holds_eight_bits,
     output_dtype,
 )
+from cute_kernels.cache.latent import MAX_LATENT_DIM, check_latent
+from cute_kernels.cache.rotary_checks import check_tables
 from cute_kernels.checks import (
     DENSE,
     HEAD_DIM_MULTIPLE,
@@ -42,14 +45,16 @@ from cute_kernels.checks import (
 from cute_kernels.reference import accumulator_dtype
 from cute_kernels.varlen_checks import check_int32
 
-ROTARY_MULTIPLE = 16
 NEW = ("batch", "seqlen_new", "key heads", "head_dim")
 PAGES = ("pages", "page_size", "key heads", "head_dim")
 ENTRIES = ("batch_cache", "seqlen_cache", "key heads", "head_dim")
-PARTS = ("splits", "batch", "seqlen", "heads", "head_dim")
 
 _OTHER_EIGHT_BITS = (torch.float8_e5m2, torch.uint8)
-_OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
+# What to do instead, with a page table.
+_WITH_PAGES = {
+    "cache_batch_idx": "pass the rows of page_table that it names",
+    "cache_leftpad": "let sequences begin at the first row of a page",
+}
 
 
 def check_attention(
@@ -68,6 +73,7 @@ def check_attention(
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    qv: Tensor | None = None,
     max_seqlen_q: int | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
@@ -84,7 +90,8 @@ def check_attention(
         _refuse_other_eight_bits(name, tensor)
     _check_attending(q, k_cache)
     _check_head_dim("q", q)
-    _check_caches(k_cache, v_cache, page_table, q, "q")
+    most_v = MAX_HEAD_DIM if qv is None else MAX_LATENT_DIM
+    _check_caches(k_cache, v_cache, page_table, q, "q", most_v)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_vectors(name, cache)
     heads, head_dim = q.shape[1:]
@@ -117,6 +124,8 @@ def check_attention(
     check_factors(k_cache, batch, descales, rotation_seed, "q_descale")
     if tree_mask is not None:
         check_tree(tree_mask, q)
+    if qv is not None:
+        check_latent(qv, q, v_cache)
 
 
 def check_attention_out(out: Tensor, q: Tensor, *inputs: Any, **options: Any) -> None:
@@ -167,14 +176,31 @@ def check_append(
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         _refuse_other_eight_bits(name, tensor)
     layout = NEW if cu_seqlens_k_new is None else PACKED
-    check_alone("k", k, layout)
+    check_tensor("k", k)
+    check_tensor("k_cache", k_cache)
+    stored = holds_eight_bits(k)
+    check_new = check_layout if stored else check_alone
+    check_new("k", k, layout)
     check_like("v", v, k, "k")
-    check_alone("v", v, layout)
+    check_new("v", v, layout)
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(
             f"v has shape {tuple(v.shape)}, must be {tuple(k.shape)} like k but for head_dim"
         )
-    _check_caches(k_cache, v_cache, page_table, k, "k")
+    most_v = MAX_HEAD_DIM if holds_eight_bits(k_cache) else MAX_LATENT_DIM
+    if stored and k.dtype != k_cache.dtype:
+        wider = "wider or " if holds_eight_bits(k_cache) else ""
+        raise TypeError(f"k has dtype {k.dtype}, must be {wider}{k_cache.dtype} like k_cache")
+    _check_caches(k_cache, v_cache, page_table, k, "k", most_v)
+    if stored:
+        check_stored(
+            {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache},
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            k_scales=k_scales,
+            v_scales=v_scales,
+            incoherent=rotation_seed,
+        )
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         if x.shape[-2:] != cache.shape[-2:]:
             raise ValueError(
@@ -192,7 +218,7 @@ def check_append(
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError("rotary_cos and rotary_sin must both be given, or neither")
     if rotary_cos is not None and rotary_sin is not None:
-        _check_tables(rotary_cos, rotary_sin, k, "k")
+        check_tables(rotary_cos, rotary_sin, k, "k")
     if rotary_seqlens is not None:
         check_int32("rotary_seqlens", rotary_seqlens, k, like="k")
         _check_batch("rotary_seqlens", rotary_seqlens, batch)
@@ -222,47 +248,19 @@ def _check_queries(
     _check_head_dim("q", q)
     if rotary_cos is None or rotary_sin is None:
         raise ValueError("q is given, must be None without rotary_cos and rotary_sin")
-    _check_tables(rotary_cos, rotary_sin, q, "q")
+    check_tables(rotary_cos, rotary_sin, q, "q")
     if cu_seqlens_q is not None:
         _check_starts("cu_seqlens_q", cu_seqlens_q, batch, q, "q")
     elif q.shape[0] != batch:
         raise ValueError(f"q has batch {q.shape[0]}, must be {batch} like cache_seqlens")
 
 
-def check_combine(
-    out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None = None
-) -> None:
-    """The same of the operator that combines parts."""
-    check_tensor("out_partial", out_partial)
-    if out_partial.dim() != len(PARTS):
-        raise ValueError(
-            f"out_partial has shape {tuple(out_partial.shape)}, must have {len(PARTS)} dimensions: "
-            f"({', '.join(PARTS)})"
-        )
-    wide = (torch.float32, torch.float64) if out_partial.device.type == "cpu" else (torch.float32,)
-    if out_partial.dtype not in wide:
-        raise TypeError(f"out_partial has dtype {out_partial.dtype}, must be torch.float32")
-    if out_partial.stride(-1) != 1 and out_partial.shape[-1] > 1:
-        raise ValueError(
-            f"out_partial has strides {out_partial.stride()}, its last dimension (head_dim) must "
-            "be contiguous (stride 1)"
-        )
-    check_like("lse_partial", lse_partial, out_partial, "out_partial")
-    if lse_partial.shape != out_partial.shape[:-1]:
-        raise ValueError(
-            f"lse_partial has shape {tuple(lse_partial.shape)}, must be ({', '.join(PARTS[:-1])}) "
-            f"= {tuple(out_partial.shape[:-1])}"
-        )
-    allowed = (out_partial.dtype, *_OUTPUTS)
-    if out_dtype is not None and out_dtype not in allowed:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in _OUTPUTS)
-        raise TypeError(f"out_dtype is {out_dtype}, must be {names}")
-
-
 def _refuse_other_eight_bits(name: str, tensor: Tensor) -> None:
     dtype = getattr(tensor, "dtype", None)
     if dtype in _OTHER_EIGHT_BITS:
-        raise NotImplementedError(f"{name} of {dtype} is not there yet")
+        raise NotImplementedError(
+            f"{name} of {dtype} is not there: caches of 8 bits are float8_e4m3fn or int8"
+        )
 
 
 def _check_attending(q: Tensor, k_cache: Tensor) -> None:
@@ -281,21 +279,27 @@ def _check_attending(q: Tensor, k_cache: Tensor) -> None:
         check_layout("q", q, PACKED)
 
 
-def _check_head_dim(name: str, x: Tensor) -> None:
+def _check_head_dim(name: str, x: Tensor, most: int = MAX_HEAD_DIM) -> None:
     head_dim = x.shape[-1]
-    if head_dim % HEAD_DIM_MULTIPLE != 0 or not 0 < head_dim <= MAX_HEAD_DIM:
+    if head_dim % HEAD_DIM_MULTIPLE != 0 or not 0 < head_dim <= most:
         raise ValueError(
             f"{name} has head_dim {head_dim}, must be a multiple of {HEAD_DIM_MULTIPLE} from "
-            f"{HEAD_DIM_MULTIPLE} to {MAX_HEAD_DIM}"
+            f"{HEAD_DIM_MULTIPLE} to {most}"
         )
 
 
 def _check_caches(
-    k_cache: Tensor, v_cache: Tensor, page_table: Tensor | None, q: Tensor, like: str
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor | None,
+    q: Tensor,
+    like: str,
+    most_v: int,
 ) -> None:
+    """`most_v`: of v_cache's head_dim."""
     layout = ENTRIES if page_table is None else PAGES
     check_tensor("k_cache", k_cache)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+    for name, cache, most in (("k_cache", k_cache, MAX_HEAD_DIM), ("v_cache", v_cache, most_v)):
         if not holds_eight_bits(k_cache):
             check_like(name, cache, q, like)
             check_alone(name, cache, layout)
@@ -304,7 +308,7 @@ def _check_caches(
             check_like(name, cache, k_cache, "k_cache")
             check_layout(name, cache, layout)
             check_cache(name, cache)
-        _check_head_dim(name, cache)
+        _check_head_dim(name, cache, most)
     if v_cache.shape[:-1] != k_cache.shape[:-1]:
         raise ValueError(
             f"v_cache has shape {tuple(v_cache.shape)}, must be {tuple(k_cache.shape)} like "
@@ -329,7 +333,7 @@ def _check_places(
         if values is None:
             continue
         if page_table is not None:
-            raise NotImplementedError(f"{name} is not there yet with page_table")
+            raise NotImplementedError(f"{name} is not there with page_table: {_WITH_PAGES[name]}")
         check_int32(name, values, q, like=like)
         _check_batch(name, values, batch)
     if page_table is not None:
@@ -356,35 +360,4 @@ def _check_starts(name: str, starts: Tensor, batch: int, x: Tensor, like: str) -
     if starts.shape[0] != batch + 1:
         raise ValueError(
             f"{name} has shape ({starts.shape[0]},), must be (batch + 1,) = ({batch + 1},)"
-        )
-
-
-def _check_tables(cos: Tensor, sin: Tensor, x: Tensor, like: str) -> None:
-    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
-        check_device(name, table, x, like)
-        if table.dtype not in (torch.float32, x.dtype):
-            raise TypeError(
-                f"{name} has dtype {table.dtype}, must be torch.float32 or {x.dtype} like {like}"
-            )
-        if table.dim() != 2:
-            raise ValueError(
-                f"{name} has shape {tuple(table.shape)}, must have 2 dimensions: "
-                "(positions, rotary_dim / 2)"
-            )
-        if table.stride(-1) != 1 and table.shape[-1] > 1:
-            raise ValueError(
-                f"{name} has strides {table.stride()}, its last dimension must be contiguous "
-                "(stride 1)"
-            )
-    if sin.dtype != cos.dtype:
-        raise TypeError(f"rotary_sin has dtype {sin.dtype}, must be {cos.dtype} like rotary_cos")
-    if sin.shape != cos.shape:
-        raise ValueError(
-            f"rotary_sin has shape {tuple(sin.shape)}, must be {tuple(cos.shape)} like rotary_cos"
-        )
-    rotary_dim, head_dim = 2 * cos.shape[1], x.shape[-1]
-    if rotary_dim % ROTARY_MULTIPLE != 0 or rotary_dim > head_dim:
-        raise ValueError(
-            f"rotary_cos has shape {tuple(cos.shape)}: rotary_dim is {rotary_dim}, must be a "
-            f"multiple of {ROTARY_MULTIPLE} up to {like}'s head_dim {head_dim}"
         )

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from cute_kernels.cache import operators
-from cute_kernels.cache.checks import check_combine, check_output
+from cute_kernels.cache.checks import check_output
+from cute_kernels.cache.combine_checks import check_combine
 from cute_kernels.checks import explain, refuse_derivatives
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cute_kernels.checks import check_device, check_int
 from cute_kernels.fp8.rotation import rotate
+from cute_kernels.torch_private import surely
 
 E4M3 = torch.float8_e4m3fn
 DTYPES = (E4M3, torch.int8)
@@ -87,6 +88,24 @@ def check_scales(name: str, scales: Tensor, cache: Tensor, descale: Tensor | Non
         )
     if descale is not None:
         raise ValueError(f"{name} is given, must be None with {name[0]}_descale")
+
+
+def check_stored(tensors: dict[str, Tensor], **refused: object) -> None:
+    """Of new keys and values with the caches' dtype, which are moved as they are, two numbers at a
+    time: they and the caches, and what would change them."""
+    dtype = tensors["k"].dtype
+    for name, given in refused.items():
+        if given is not None:
+            raise ValueError(
+                f"{name} is given, must be left out for k of {dtype}, which is stored as it is"
+            )
+    for name, x in tensors.items():
+        strides = [stride for n, stride in zip(x.shape[:-1], x.stride(), strict=False) if n > 1]
+        if any(surely(n % 2 != 0) for n in (x.storage_offset(), *strides)):
+            raise ValueError(
+                f"{name} has strides {x.stride()} and offset {x.storage_offset()}, must be "
+                f"multiples of 2 for k of {dtype}"
+            )
 
 
 def check_tree(tree_mask: Tensor, q: Tensor) -> None:

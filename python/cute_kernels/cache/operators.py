@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 
 from cute_kernels.cache import reference
-from cute_kernels.cache.checks import (
-    check_append,
-    check_attention,
-    check_attention_out,
-    check_combine,
-)
+from cute_kernels.cache.checks import check_append, check_attention, check_attention_out
+from cute_kernels.cache.combine_checks import check_combine
 from cute_kernels.cache.eight_bits import output_dtype
 from cute_kernels.operators import NAMESPACE, Pass
 from cute_kernels.reference import empty_outputs
@@ -57,13 +53,13 @@ _OPTIONS = (
     "attention_chunk",
 )
 attention = register(
-    Pass(_operators.flash_attn_kvcache_forward.default, check_attention, 15),
+    Pass(_operators.flash_attn_kvcache_forward.default, check_attention, 16),
     _OPTIONS,
     reference.attention,
     _attention_fake,
 )
 attention_out = register(
-    Pass(_operators.flash_attn_kvcache_forward_out.default, check_attention_out, 16),
+    Pass(_operators.flash_attn_kvcache_forward_out.default, check_attention_out, 17),
     _OPTIONS,
     reference.attention_out,
     _attention_out_fake,

@@ -76,6 +76,7 @@ def attention(
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    qv: Tensor | None = None,
     max_seqlen_q: int | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
@@ -105,6 +106,9 @@ def attention(
             own_q = own_q * q_descale[i].repeat_interleave(group)[:, None]
         own_k = k_cache[keys].to(wide) * factor_of(k_descale, i, keys)
         own_v = v_cache[keys].to(wide) * factor_of(v_descale, i, keys)
+        if qv is not None:
+            own_q = torch.cat([own_q, qv[queries].to(wide)], -1)
+            own_k = torch.cat([own_k, own_v], -1)
         hidden = _hidden_by_chunks(own_q.shape[0], last - first, attention_chunk)
         if tree_mask is not None:
             by_tree = _hidden_by_tree(tree_mask[queries], last - first, i)
@@ -206,7 +210,7 @@ def append(
     of_k, of_v = (k_cache, k, k_descale, k_scales), (v_cache, v, v_descale, v_scales)
     for cache, rows, descale, scales in (of_k, of_v):
         for i, (new, target) in enumerate(zip(sequences, targets, strict=True)):
-            if not eight_bits.holds_eight_bits(cache):
+            if rows.dtype == cache.dtype:
                 cache[target] = rows[new]
                 continue
             factor = None if scales is not None else factor_of(descale, i, target)

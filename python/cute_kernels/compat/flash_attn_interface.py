@@ -155,7 +155,26 @@ def _flash_attn_forward(
     }
     is_packed = cu_seqlens_q is not None and cu_seqlens_k is not None
     is_batch = cu_seqlens_q is None and cu_seqlens_k is None
-    if any(x is not None for x in of_cache.values()) or not (is_packed or is_batch):
+    asked = [name for name, x in of_cache.items() if x is not None]
+    if seqused_q is not None and asked == ["page_table"] and cu_seqlens_q is not None:
+        result, lse = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            max_seqlen_q=max_seqlen_q,
+            seqused_q=seqused_q,
+            seqused_k=seqused_k,
+            page_table=page_table,
+            return_attn_probs=True,
+            **common,
+        )
+    elif asked or not (is_packed or is_batch):
+        if seqused_q is not None:
+            raise NotImplementedError(
+                "seqused_q is given, must be None with a cache but for packed queries of pages, "
+                "without new keys"
+            )
         result, lse = flash_attn_with_kvcache(
             q,
             k,

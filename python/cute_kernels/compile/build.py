@@ -34,6 +34,7 @@ SECONDS = {
     "decode": 60,
     "decode_fp8": 70,
     "prefill": 70,
+    "latent": 60,
 }
 BYTES_PER_JOB = 4 << 30  # of memory
 

@@ -123,6 +123,85 @@ def fp8_decode_problems(row: Row) -> list[str]:
     return found
 
 
+# A key is [latent | rope], of which the latent is the value, too. The keys of a stage lie in two
+# parts, as queries do, with half of the latent each.
+LATENT_FIELDS = (
+    *HEAD,
+    Field("head_dim_v", int, REQUIRED, "kHeadDimV"),
+    Field("tile_m", int, WARPGROUP_M),
+    Field("tile_n", int, REQUIRED, "kTileN"),
+    Field("stages", int, 2, "kStages"),
+    Field("consumer_warpgroups", int, 2, "kConsumerWarpgroups"),
+    Field("why", str),
+)
+
+
+def latent_shared_memory(row: Row) -> dict[str, int]:
+    row_bytes = (row["head_dim"] + row["head_dim_v"]) * ELEMENT_BYTES
+    stages, consumers = row["stages"], row["consumer_warpgroups"]
+    return aligned(
+        {
+            "K and V": stages * row["tile_n"] * row_bytes,
+            "Q": row["tile_m"] * row_bytes,
+            "P": row["tile_m"] * row["tile_n"] * ELEMENT_BYTES,
+            # maxima, factors and two sums of each row; full and empty, of both parts of every stage
+            # and of Q, full of P; sums of each warp, the line of all work, the CTA's place there,
+            # flags
+            "statistics, barriers and place": 4 * 4 * row["tile_m"]
+            + 8 * (4 * stages + 2 + consumers)
+            + (consumers + 1) * 4 * 8
+            + 12
+            + 48
+            + 4 * (consumers + 1),
+        }
+    )
+
+
+def latent_registers(row: Row) -> dict[str, int]:
+    scores = WARPGROUP_M * row["tile_n"] // WARPGROUP_THREADS
+    return {
+        "scores": scores,
+        "output": WARPGROUP_M
+        * row["head_dim_v"]
+        // row["consumer_warpgroups"]
+        // WARPGROUP_THREADS,
+        "packed P": scores * ELEMENT_BYTES // 4,
+        "working": WORKING_REGISTERS,
+    }
+
+
+def latent_problems(row: Row) -> list[str]:
+    right = {
+        "head_dim": 64,
+        "head_dim_v": 512,
+        "tile_m": WARPGROUP_M,
+        "tile_n": 64,
+        "stages": 2,
+        "consumer_warpgroups": 2,
+    }
+    return [
+        f"{column} = {row[column]} must be {size}: the kernel is written for it alone"
+        for column, size in right.items()
+        if row[column] != size
+    ]
+
+
+LATENT = Pass(
+    name="latent",
+    cpp="Latent",
+    launch_header="latent/launch.hpp",
+    table_header="latent/tile_config.hpp",
+    fields=LATENT_FIELDS,
+    dtypes=DTYPES,
+    element="Element",
+    config=("tile_m", "tile_n"),
+    shared_memory=latent_shared_memory,
+    registers=latent_registers,
+    problems=latent_problems,
+    workspace=True,
+    output_slices=2,
+)
+
 FP8_DECODE = Pass(
     name="decode_fp8",
     cpp="Fp8Decode",

@@ -48,6 +48,7 @@ _WORDS = """
     private protected public register reinterpret_cast return short signed sizeof static
     static_assert static_cast struct switch template this throw true try typedef typeid typename
     union unsigned using virtual void volatile wchar_t while xor score mask weight here captured_
+    captured Score Plain Variable Axis std cutlass
     uniform exp exp2 log log2 sqrt rsqrt sin cos tanh sigmoid abs max min
 """
 RESERVED = {*_WORDS.split(), *COORDINATES, *FACTS}
@@ -76,11 +77,13 @@ class Hooks(NamedTuple):
     score_gradient: str | None
     tensors: tuple[Tensor, ...]
     numbers: tuple[tuple[str, str], ...]
+    block_mask: bool = False  # for calls with one
 
     @property
     def key(self) -> str:
         """The name and a hash of the rest: another variant of the same name has another key."""
-        return f"{self.name}_{hashlib.sha256(repr(self).encode()).hexdigest()[:8]}"
+        name = f"{self.name}_blocks" if self.block_mask else self.name
+        return f"{name}_{hashlib.sha256(repr(self).encode()).hexdigest()[:8]}"
 
     def tensor(self, name: str) -> Tensor:
         return next(tensor for tensor in self.tensors if tensor.name == name)
@@ -100,6 +103,7 @@ def hooks_source(hooks: Hooks, gradients: Sequence[str]) -> str:
         "kScoreGradient": hooks.score_gradient is not None,
         "kIndexesQueries": bool(axes & {"query", "query_row"}),
         "kIndexesKeys": bool(axes & {"key", "key_row"}),
+        "kHasBlockMask": hooks.block_mask,
     }
     kinds = ", ".join(
         "Gradient::kOfHeads" if hooks.tensor(name).is_of_rows else "Gradient::kOfScores"

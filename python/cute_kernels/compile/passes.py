@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .decode import DECODE, FP8_DECODE
+from .decode import DECODE, FP8_DECODE, LATENT
 from .forward import (
     FORWARD_FIELDS,
     PREFILL_FIELDS,
@@ -344,5 +344,6 @@ PASSES = {
             problems=prefill_problems,
             workspace=True,
         ),
+        LATENT,
     )
 }

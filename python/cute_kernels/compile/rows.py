@@ -41,6 +41,7 @@ class Pass:
     swizzle: int = 64  # what head dims are multiples of: the elements of a swizzled row
     workspace: bool = False  # whether a launch needs memory of the caller's
     variants: bool = False  # whether the C++ Tile names a Variant
+    output_slices: int = 1  # in which warpgroups have columns of O, each at most WGMMA's N
 
     @property
     def function(self) -> str:

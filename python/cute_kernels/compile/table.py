@@ -10,6 +10,8 @@ from typing import Any
 from .passes import CONSUMER_REGISTERS, CONSUMER_WARPGROUPS, MASKS, PASSES
 from .rows import DTYPES, REQUIRED, SHARED_BYTES, WARPGROUP_M, Pass, Row
 
+MAX_WGMMA_N = 256
+
 
 class TableError(ValueError):
     """A row, or the table, cannot become kernels; the message says why."""
@@ -65,11 +67,12 @@ def problems(row: Row, pass_: Pass) -> list[str]:
         found.append("why is empty: say what was measured")
     for name in ("head_dim", "head_dim_v"):
         size = row[name] if name in row else row["head_dim"]
-        if size % pass_.swizzle or not pass_.swizzle <= size <= 256:
+        most = MAX_WGMMA_N * (pass_.output_slices if name == "head_dim_v" else 1)
+        if size % pass_.swizzle or not pass_.swizzle <= size <= most:
             found.append(
-                f"{name} = {size} must be a multiple of {pass_.swizzle} up to 256: the "
+                f"{name} = {size} must be a multiple of {pass_.swizzle} up to {most}: the "
                 f"{pass_.swizzle * 2}-byte swizzle is {pass_.swizzle} elements wide, WGMMA's N at "
-                f"most 256"
+                f"most {MAX_WGMMA_N}"
             )
     if row["stages"] < 1:
         found.append(f"stages = {row['stages']} must be at least 1")

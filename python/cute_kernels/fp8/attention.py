@@ -12,8 +12,6 @@ from cute_kernels.arguments import Window, window_of
 from cute_kernels.checks import (
     check_sinks,
     check_softmax_scale,
-    check_tile_config,
-    is_own_mask,
     refuse_derivatives,
 )
 from cute_kernels.fp8 import reference
@@ -28,6 +26,7 @@ from cute_kernels.fp8.kernels import GPU_BUILT, attention_cuda, whole_attention_
 from cute_kernels.fp8.quantize import quantize_fp8
 from cute_kernels.fp8.tensor import FP8Tensor
 from cute_kernels.reference import mask_of, without_autocast
+from cute_kernels.tile_checks import check_tile_config, is_own_mask
 
 # What flash_attn_fp8_func makes of Q and K: int8's error is half of e4m3's after incoherent
 # processing, at a few percent of speed (docs/fp8.md).

@@ -18,11 +18,10 @@ from cute_kernels.checks import (
     check_sinks,
     check_sm_margin,
     check_softmax_scale,
-    check_tile_config,
     check_window,
-    is_own_mask,
 )
 from cute_kernels.fp8.tensor import E4M3, KEY_PADDING, ROW_BLOCK, FP8Tensor
+from cute_kernels.tile_checks import check_tile_config, is_own_mask
 
 DENSE_ORDER = "batch, seqlen, heads, head_dim"
 PACKED_ORDER = "total, heads, head_dim"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_sm_margin, check_softmax_scale, check_tile_config
+from cute_kernels.checks import check_sm_margin, check_softmax_scale
 from cute_kernels.fp8.checks import (
     FLOATS,
     GPU_FLOATS,
@@ -21,6 +21,7 @@ from cute_kernels.fp8.checks import (
     check_variant,
 )
 from cute_kernels.fp8.tensor import E4M3, ROW_BLOCK, VALUE_KEYS, blocks_of_all
+from cute_kernels.tile_checks import check_tile_config
 from cute_kernels.varlen_checks import check_int32, check_lengths, check_max_seqlens
 
 

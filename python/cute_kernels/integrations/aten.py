@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from cute_kernels.arguments import window_of
-from cute_kernels.operators import DENSE, VARLEN, Pass
+from cute_kernels.operators import DENSE, VARLEN, Pass, flash_attn_heads_first
 from cute_kernels.tiles import ROWS
 from cute_kernels.torch_private import direct
 
+_heads_first = direct(flash_attn_heads_first)
 _deterministic = torch.are_deterministic_algorithms_enabled
 _DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -40,14 +41,22 @@ def scaled_dot_product_flash_attention(
     """query, key and value are (batch, heads, seqlen, head_dim). A causal mask is bottom-right
     aligned: `F.scaled_dot_product_attention`, whose is top-left aligned, comes here only with
     lengths for which that is the same, and `CausalBias` relies on the difference."""
-    if dropout_p or return_debug_mask or _asks(later) or query.dim() != 4:
+    if dropout_p or return_debug_mask or (later and _asks(later)) or query.dim() != 4:
         return NotImplemented
-    tensors = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    answer = _forward(*tensors, None, is_causal, (None, None), scale)
-    if answer is NotImplemented:
+    softmax_scale = _softmax_scale(query, scale)
+    if softmax_scale is None or not _has_kernel("forward", query, value, is_causal, False):
         return NotImplemented
-    out, lse, *unread = answer
-    return out.transpose(1, 2), lse, None, None, query.shape[2], key.shape[2], *unread
+    try:
+        out, lse = _heads_first(query, key, value, softmax_scale, is_causal)
+    except (RuntimeError, TypeError, ValueError):
+        tensors = (x.transpose(1, 2) for x in (query, key, value))
+        if _is_refused(DENSE.forward, *tensors, softmax_scale, is_causal):
+            return NotImplemented
+        raise
+    if out.stride() != query.stride():
+        like, result = query.transpose(1, 2), out.transpose(1, 2)
+        out = _laid_out_as(like, result).transpose(1, 2)
+    return out, lse, None, None, query.shape[2], key.shape[2], *_unread(query)
 
 
 def scaled_dot_product_flash_attention_backward(
@@ -213,9 +222,12 @@ def _forward(
     if answer is NotImplemented:
         return NotImplemented
     out, lse = answer
+    return _laid_out_as(query, out), lse, *_unread(query)
+
+
+def _unread(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     place = query.device, query.dtype
-    unread = _kept_unread.get(place) or _make_unread(*place)
-    return _laid_out_as(query, out), lse, *unread
+    return _kept_unread.get(place) or _make_unread(*place)
 
 
 def _make_unread(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,11 +314,17 @@ def _unless_refused(of_pass: Pass, *inputs: Any, **options: Any) -> Any:
     try:
         return direct(of_pass.operator)(*inputs, **options)
     except (RuntimeError, TypeError, ValueError):
-        try:
-            of_pass.check(*inputs, **options)
-        except (TypeError, ValueError, NotImplementedError):
+        if _is_refused(of_pass, *inputs, **options):
             return NotImplemented
         raise
+
+
+def _is_refused(of_pass: Pass, *inputs: Any, **options: Any) -> bool:
+    try:
+        of_pass.check(*inputs, **options)
+    except (TypeError, ValueError, NotImplementedError):
+        return True
+    return False
 
 
 def _laid_out_as(like: Tensor, result: Tensor) -> Tensor:

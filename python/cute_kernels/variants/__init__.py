@@ -1,5 +1,6 @@
 """Variants of attention: definitions of one's own, and some ready-made ones."""
 
+from cute_kernels.variants.block_mask import BlockMask
 from cute_kernels.variants.ready import (
     alibi,
     bias,
@@ -12,6 +13,7 @@ from cute_kernels.variants.ready import (
 from cute_kernels.variants.variant import Variant
 
 __all__ = [
+    "BlockMask",
     "Variant",
     "alibi",
     "bias",

@@ -11,6 +11,7 @@ from torch import Tensor
 from cute_kernels.checks import check_forward, refuse_tangents
 from cute_kernels.reference import Sequence, mask_of, without_autocast
 from cute_kernels.torch_private import called_while_tracing, in_forward_mode
+from cute_kernels.variants.block_mask import BlockMask, check_block_mask
 from cute_kernels.variants.checks import (
     check_captured,
     check_gradients,
@@ -22,10 +23,14 @@ from cute_kernels.variants.checks import (
 from cute_kernels.variants.kernels import Names, kernels_of
 from cute_kernels.variants.operators import variant_forward
 from cute_kernels.variants.reference import packed_variant_attention, variant_attention
-from cute_kernels.variants.variant import BoundVariant, bound
+from cute_kernels.variants.variant import BoundVariant, Variant, bound
 from cute_kernels.varlen_checks import check_varlen_forward, rows_of_sequences
 
 _kernels_of: Callable[..., Names] = called_while_tracing(kernels_of)
+
+
+# What a block mask without a variant stands beside: partial blocks show all.
+_ALL_SHOWN = Variant("all_shown", mask="return true;", mask_python=lambda key: key >= 0)
 
 
 class Packed(NamedTuple):
@@ -53,31 +58,35 @@ def attend(
     deterministic: bool,
     tile_config: str | None,
     sm_margin: int,
+    block_mask: object = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and LSE of a call with a variant, dense or packed; errors as of `flash_attn_func`."""
-    given = bound(variant)
+    """Output and LSE of a call with a variant, dense or packed, or with a block mask, dense; errors
+    as of `flash_attn_func`."""
+    given = _ALL_SHOWN() if variant is None else bound(variant)
     scale = 1.0 if softmax_scale is None else softmax_scale
     if lengths is None:
         window = (window_left, window_right)
         check_forward(q, k, v, scale, causal, None, deterministic, sinks, *window)
         sizes = sizes_of(q, k)
+        blocks = None if block_mask is None else check_block_mask(block_mask, q, k)
     else:
         where = (*lengths[:4], None)
         options = (*lengths[4:], window_left, window_right, deterministic)
         check_varlen_forward(q, k, v, *where, scale, causal, sinks, *options)
         sizes = sizes_of(q, k, lengths.cu_seqlens_q, *lengths[4:])
+        blocks = None
     given = given.with_tensors(expanded(given, sizes))
     check_captured(given, q, sizes)
     _check_hooks(given, q)
-    check_tile(given, tile_config)
+    check_tile(given, tile_config, blocks is not None)
     if in_forward_mode():
         refuse_tangents(q, k, v, sinks, *given.tensors)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     call = (q, k, v, lengths, softmax_scale, causal, sinks, window_left, window_right)
     if q.device.type == "cuda":
-        return _on_cuda(given, *call, deterministic, tile_config, sm_margin)
-    return _in_python(given, *call)
+        return _on_cuda(given, *call, deterministic, tile_config, sm_margin, blocks)
+    return _in_python(given, *call, blocks)
 
 
 def _check_hooks(given: BoundVariant, q: Tensor) -> None:
@@ -109,8 +118,9 @@ def _on_cuda(
     deterministic: bool,
     tile_config: str | None,
     sm_margin: int,
+    blocks: BlockMask | None,
 ) -> tuple[Tensor, Tensor]:
-    hooks = given.variant.hooks
+    hooks = given.variant.hooks_of(blocks is not None)
     names = with_gradient(given)
     check_gradients(given, names, lengths is not None)
     inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
@@ -126,6 +136,7 @@ def _on_cuda(
         v,
         *where[:4],
         given.tensors,
+        [] if blocks is None else list(blocks.lists),
         [float(number) for number in given.numbers],
         hooks.key,
         kernels.forward,
@@ -154,11 +165,12 @@ def _in_python(
     sinks: Tensor | None,
     window_left: int | None,
     window_right: int | None,
+    blocks: BlockMask | None,
 ) -> tuple[Tensor, Tensor]:
     mask = mask_of(causal, window_left, window_right)
     if lengths is None:
         with without_autocast(q):
-            return variant_attention(given, q, k, v, softmax_scale, mask, sinks)
+            return variant_attention(given, q, k, v, softmax_scale, mask, sinks, blocks)
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k = lengths
     queries = rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
     keys = rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)

@@ -14,6 +14,8 @@ from cute_kernels.compile.hooks import Tensor as Declared
 from cute_kernels.tiles import ROWS
 from cute_kernels.variants.variant import DTYPES, BoundVariant
 
+_LIMIT = 2**31  # of what CapturedTensor of attention/variant/arguments.hpp counts in
+
 
 class Sizes(NamedTuple):
     """How many there are of each coordinate in a call; of packed sequences query and key are at
@@ -37,8 +39,9 @@ def sizes_of(
     if cu_seqlens_q is None:
         return Sizes(q.shape[0], q.shape[2], q.shape[1], k.shape[1], q.shape[1], k.shape[1])
     rows_q, rows_k = q.shape[0], k.shape[0]
-    longest_q = rows_q if max_seqlen_q is None else min(max_seqlen_q, rows_q)
-    longest_k = rows_k if max_seqlen_k is None else min(max_seqlen_k, rows_k)
+    # At least 1 of each, which kernels may read whatever cu_seqlens holds.
+    longest_q = rows_q if max_seqlen_q is None else min(max(1, max_seqlen_q), rows_q)
+    longest_k = rows_k if max_seqlen_k is None else min(max(1, max_seqlen_k), rows_k)
     return Sizes(cu_seqlens_q.shape[0] - 1, q.shape[1], longest_q, longest_k, rows_q, rows_k)
 
 
@@ -69,6 +72,13 @@ def _check_tensor(declared: Declared, tensor: Tensor, q: Tensor, sizes: Sizes) -
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, must have {len(declared.axes)} dimensions: "
             f"({', '.join(str(axis) for axis in declared.axes)})"
+        )
+    if tensor.device.type == "cuda" and any(
+        isinstance(n, int) and n >= _LIMIT for n in (*tensor.shape, *tensor.stride())
+    ):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, each must be "
+            "below 2^31 on CUDA"
         )
     for axis, (of, size) in enumerate(zip(declared.axes, tensor.shape, strict=True)):
         if of in ("batch", "head"):
@@ -121,16 +131,19 @@ def check_gradients(variant: BoundVariant, names: list[str], packed: bool) -> No
     assert all(hooks.tensor(name).dtype in FLOATING for name in names)
 
 
-def check_tile(variant: BoundVariant, tile_config: str | None) -> None:
-    """Raises ValueError or TypeError unless it is None or a forward kernel of the variant."""
+def check_tile(variant: BoundVariant, tile_config: str | None, block_mask: bool) -> None:
+    """Raises ValueError or TypeError unless it is None or a forward kernel of the variant, with or
+    without a block mask."""
     if tile_config is None:
         return
     if not isinstance(tile_config, str):
         raise TypeError(f"tile_config is {tile_config!r}, must be a str or None")
-    key = variant.variant.hooks.key
+    key = variant.variant.hooks_of(block_mask).key
     own = [row["name"] for row in ROWS["forward"].values() if row.get("variant") == key]
     if tile_config not in own:
+        beside = " with a block mask" if block_mask else ""
         raise ValueError(
             f"tile_config is {tile_config!r}, must be None (automatic) or a forward kernel of "
-            f"variant {variant.variant.name} that was added: {', '.join(own) or 'there is none'}"
+            f"variant {variant.variant.name}{beside} that was added: "
+            f"{', '.join(own) or 'there is none'}"
         )

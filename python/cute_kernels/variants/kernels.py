@@ -20,6 +20,13 @@ _FORWARD: dict[int, dict[str, Any]] = {
     192: {"tile_m": 128, "tile_n": 96, "stages": 2},
     256: {"tile_m": 128, "tile_n": 64, "stages": 2},
 }
+# Of whole units of a block mask: of 128 queries, and a part of 128 keys.
+_FORWARD_OF_BLOCKS: dict[int, dict[str, Any]] = {
+    64: {"tile_m": 128, "tile_n": 128, "stages": 4},
+    128: {"tile_m": 128, "tile_n": 128, "stages": 2},
+    192: {"tile_m": 128, "tile_n": 64, "stages": 2},
+    256: {"tile_m": 128, "tile_n": 64, "stages": 2},
+}
 _BACKWARD: dict[int, dict[str, Any]] = {
     64: {"tile_m": 64, "tile_n": 128, "key_blocks_in_registers": 2},
     128: {"tile_m": 64, "tile_n": 128},
@@ -120,10 +127,15 @@ def load(rows: Sequence[dict[str, Any]]) -> None:
 def _row(
     of_pass: str, key: str, dtype: torch.dtype, head_dim: int, gradients: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    tiles = _FORWARD if of_pass == "forward" else _BACKWARD
+    tiles = _BACKWARD
+    if of_pass == "forward":
+        tiles = _FORWARD_OF_BLOCKS if KNOWN[key].block_mask else _FORWARD
     fitting = min(size for size in tiles if size >= head_dim)
     columns, dtype_name = dict(tiles[fitting]), _DTYPE_NAMES[dtype]
-    name = "_".join([dtype_name, key, of_pass, f"d{fitting}", *(f"of_{x}" for x in gradients)])
+    # Numbered: names may differ in case alone, or by what else is joined here.
+    declared = [tensor.name for tensor in KNOWN[key].tensors]
+    of = [f"of{declared.index(tensor)}_{tensor}" for tensor in gradients]
+    name = "_".join([dtype_name, key, of_pass, f"d{fitting}", *of])
     if of_pass == "forward":
         columns |= {"separate_output": True, "sum_in_pairs": True}
     else:

@@ -45,8 +45,9 @@ def _backward_fake(
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
     captured: Sequence[Tensor],
-    numbers: Sequence[float],
-    variant: str | None,
+    _block_lists: Sequence[Tensor],
+    _numbers: Sequence[float],
+    _variant: str | None,
     tile_config: str | None,
     gradient_kinds: Sequence[int],
     softmax_scale: float,
@@ -69,17 +70,20 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_q, cu_k, used_q, used_k, captured, *options = inputs
+    q, k, v, cu_q, cu_k, used_q, used_k, captured, block_lists, *options = inputs
     numbers, variant, _, backward, gradients_of, scale, causal, sinks, *rest = options
     ctx.options = (numbers, variant, backward, scale, causal, rest)
     ctx.gradients_of = list(gradients_of)
-    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, used_q, used_k, sinks, *captured)
+    ctx.captured = len(captured)
+    inputs = (q, k, v, *output, cu_q, cu_k, used_q, used_k, sinks)
+    ctx.save_for_backward(*inputs, *captured, *block_lists)
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *lengths, sinks = ctx.saved_tensors[:10]
-    captured = list(ctx.saved_tensors[10:])
+    end = 10 + ctx.captured
+    captured, block_lists = list(ctx.saved_tensors[10:end]), list(ctx.saved_tensors[end:])
     numbers, variant, backward, scale, causal, rest = ctx.options
     if grad_out is None:
         grad_out = torch.zeros_like(out)
@@ -94,6 +98,7 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         lse,
         *lengths,
         captured,
+        block_lists,
         numbers,
         variant,
         backward,
@@ -109,8 +114,9 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     of_sinks = None if sinks is None else of_sinks.sum(0).to(sinks.dtype)
     # PyTorch takes an empty list for one of tensors, and wants it back.
     empty: list[Tensor] = []
+    of_lists: list[None] = [None] * len(block_lists)
     of_numbers, of_indices = (None if x else empty for x in (numbers, ctx.gradients_of))
-    options = (of_numbers, None, None, None, of_indices, None, None, of_sinks)
+    options = (of_lists, of_numbers, None, None, None, of_indices, None, None, of_sinks)
     return *of_qkv, *[None] * _LENGTHS, of_captured, *options, *[None] * len(rest)
 
 

@@ -5,7 +5,6 @@ All scores of a block of queries are there at once, and are kept for the gradien
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,9 @@ from cute_kernels.reference import (
     accumulator_dtype,
     without_autocast,
 )
+from cute_kernels.variants.block_mask import BlockMask
+from cute_kernels.variants.kinds import FULL, HIDDEN
+from cute_kernels.variants.places import ask, places, seen_by
 from cute_kernels.variants.variant import BoundVariant
 
 
@@ -31,10 +33,11 @@ def variant_attention(
     softmax_scale: float,
     mask: Mask,
     sinks: Tensor | None = None,
+    block_mask: BlockMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of a dense call, shapes as in `flash_attn_func`."""
     batch = torch.arange(q.shape[0], device=q.device)
-    return _attention(variant, q, k, v, softmax_scale, mask, sinks, batch, 0, 0)
+    return _attention(variant, q, k, v, softmax_scale, mask, sinks, batch, 0, 0, block_mask)
 
 
 def packed_variant_attention(
@@ -73,6 +76,7 @@ def _attention(
     batch: Tensor,
     row_q: int,
     row_k: int,
+    block_mask: BlockMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype, group = accumulator_dtype(q.dtype), q.shape[2] // max(1, k.shape[2])
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
@@ -82,30 +86,28 @@ def _attention(
         for name, x in variant.captured().items()
     }
     outs, lses = [], []
-    for start in range(0, seqlen_q, QUERY_BLOCK):
+    for start in range(0, max(1, seqlen_q), QUERY_BLOCK):
         rows = q[:, start : start + QUERY_BLOCK].to(dtype).transpose(1, 2)
         query = torch.arange(start, start + rows.shape[2], device=q.device)[:, None]
         key = torch.arange(seqlen_k, device=q.device)
-        names: dict[str, Any] = {
-            "batch": batch[:, None, None, None],
-            "head": torch.arange(q.shape[2], device=q.device)[:, None, None],
-            "query": query,
-            "key": key,
-            "query_row": query + row_q,
-            "key_row": key + row_k,
-            "position": query + seqlen_k - seqlen_q,
-            "seqlen_q": seqlen_q,
-            "seqlen_k": seqlen_k,
-            **captured,
-        }
+        lengths = (seqlen_q, seqlen_k)
+        names = places(batch, q.shape[2], query, key, lengths, row_q, row_k) | captured
         shape = (*rows.shape[:3], seqlen_k)
-        seen = _seen(mask, names["position"], key).expand(shape)
+        seen = seen_by(mask, names["position"], key).expand(shape)
+        shown = None
         if variant.variant.python["mask"] is not None:
-            seen = seen & _call(variant, "mask", names)
+            shown = ask(variant, "mask", names)
+        if block_mask is not None:
+            kinds = kinds_at(block_mask, query[:, 0], key)
+            shown = (
+                kinds != HIDDEN if shown is None else (kinds == FULL) | shown & (kinds != HIDDEN)
+            )
+        if shown is not None:
+            seen = seen & shown
         scores = _products(rows, all_k, seen) * softmax_scale
         if variant.variant.python["score"] is not None:
-            # What hides a key hides also what its score would be.
-            scores = _call(variant, "score", {**names, "score": scores})
+            # What hides a key hides also what its score would be: the hook is asked about 0.
+            scores = ask(variant, "score", {**names, "score": scores.masked_fill(~seen, 0.0)})
         scores = scores.to(dtype).expand_as(seen).masked_fill(~seen, -math.inf)
         if sinks is not None:
             of_sinks = sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
@@ -113,23 +115,18 @@ def _attention(
         p, lse = _softmax(scores)
         p = p[..., :seqlen_k].masked_fill(~seen, 0.0)  # also where the LSE is NaN
         if variant.variant.python["weight"] is not None:
-            p = p * _call(variant, "weight", names).to(dtype)
+            weight = ask(variant, "weight", names).to(dtype)
+            p = (p * weight).masked_fill(~seen, 0.0)
         outs.append(_weighted_sum(p, all_v, seen))
         lses.append(lse)
-    if not outs:
-        outs, lses = (
-            [all_v.new_zeros(*q.shape[:1], q.shape[2], 0, v.shape[3])],
-            [all_v.new_zeros(q.shape[0], q.shape[2], 0)],
-        )
     return torch.cat(outs, 2).transpose(1, 2).to(q.dtype).contiguous(), torch.cat(lses, 2)
 
 
-def _call(variant: BoundVariant, hook: str, names: dict[str, Any]) -> Tensor:
-    """A hook of the CPU's, with the values of its parameters."""
-    function = variant.variant.python[hook]
-    assert function is not None
-    result = function(**{name: names[name] for name in inspect.signature(function).parameters})
-    return torch.as_tensor(result, device=names["key"].device)
+def kinds_at(block_mask: BlockMask, query: Tensor, key: Tensor) -> Tensor:
+    """Those of the blocks that pairs lie in, (batch, heads, queries, keys); batch and heads may be
+    1."""
+    of_queries, of_keys = block_mask.block_size
+    return block_mask.kinds[:, :, query // of_queries][..., key // of_keys]
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,15 +141,6 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     total = total.masked_fill(empty, 1.0)
     lse = (origin + total.log()).masked_fill(empty, -math.inf)
     return p / total, lse[..., 0]
-
-
-def _seen(mask: Mask, position: Tensor, key: Tensor) -> Tensor:
-    seen = torch.ones_like(position * key, dtype=torch.bool)
-    if mask.left is not None:
-        seen = seen & (position - key <= mask.left)
-    if mask.right is not None:
-        seen = seen & (key - position <= mask.right)
-    return seen
 
 
 def _finite(x: Tensor) -> tuple[Tensor, Tensor]:

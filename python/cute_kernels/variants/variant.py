@@ -102,11 +102,17 @@ class Variant:
                 raise ValueError(f"{captured!r} cannot name a captured value: it is taken")
         for hook, function in self.python.items():
             _check_function(f"{hook}_python", function, names, hook == "score")
-        KNOWN.setdefault(self.hooks.key, self.hooks)
+        for block_mask in (False, True):
+            hooks = self.hooks_of(block_mask)
+            KNOWN.setdefault(hooks.key, hooks)
 
     @property
     def name(self) -> str:
         return self.hooks.name
+
+    def hooks_of(self, block_mask: bool) -> Hooks:
+        """Those of the kernels of calls with or without a block mask."""
+        return self.hooks._replace(block_mask=block_mask)
 
     def __call__(self, **captured: Tensor | float) -> BoundVariant:
         """The variant with what its hooks read, as calls take it.
@@ -117,7 +123,13 @@ class Variant:
         return BoundVariant(self, captured)
 
     def compile(
-        self, dtype: torch.dtype, head_dim: int, *, gradient: bool = True, of: Sequence[str] = ()
+        self,
+        dtype: torch.dtype,
+        head_dim: int,
+        *,
+        gradient: bool = True,
+        of: Sequence[str] = (),
+        block_mask: bool = False,
     ) -> list[str]:
         """Compiles kernels ahead of the first call, and adds them to this process.
 
@@ -126,6 +138,7 @@ class Variant:
             head_dim: the larger one of q and v.
             gradient: also the backward kernel.
             of: the captured tensors that it computes gradients of.
+            block_mask: the kernels of calls with a block mask, which are others.
 
         Returns:
             The names of the kernels.
@@ -143,7 +156,7 @@ class Variant:
         declared = [tensor.name for tensor in self.hooks.tensors]
         if wrong := [name for name in of if name not in declared]:
             raise ValueError(f"of has {wrong[0]!r}, must be of {_listed(declared)}")
-        rows = rows_of(self.hooks.key, dtype, head_dim, gradient, of)
+        rows = rows_of(self.hooks_of(block_mask).key, dtype, head_dim, gradient, of)
         load(rows)
         return [row["name"] for row in rows]
 

@@ -1,8 +1,8 @@
 """FlashAttention-2's module `flash_attn.flash_attn_interface`.
 
-Its functions with their names, order and results, on those of this package: dropout and ALiBi raise
-NotImplementedError. The four whose names begin with an underscore are what context parallelism
-calls (ring-flash-attention, for one): they have no gradient of their own.
+Its functions with their names, order and results, on those of this package. The four whose names
+begin with an underscore are what context parallelism calls (ring-flash-attention, for one): they
+have no gradient of their own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 import cute_kernels
 from cute_kernels.compat.operators import Sequences, backward, longest, rows_contiguous
+from cute_kernels.compat.variants import variant_of
 
 Window = tuple[int, int]
 _MULTIPLE = 8  # of head dims; others are padded, as FlashAttention-2 does
@@ -36,15 +37,17 @@ def flash_attn_func(
     """`cute_kernels.flash_attn_func` with FlashAttention-2's arguments.
 
     Args:
-        dropout_p, alibi_slopes: not there; other than 0 and None raise NotImplementedError.
+        dropout_p, alibi_slopes: (heads,) or (batch, heads), float32, without a gradient: calls with
+            one of these run on variants (docs/variants.md), which compile at first use, and have no
+            softcap and no block_table. With both NotImplementedError.
         return_attn_probs: also return the LSE, and an empty tensor in place of probabilities.
 
     Head dims that are no multiple of 8 are padded.
     """
-    _refuse("flash_attn_func", dropout_p, alibi_slopes)
     inputs = _padded(q, k, v)
     out, lse = cute_kernels.flash_attn_func(
         *inputs,
+        variant=variant_of(q, dropout_p, alibi_slopes),
         softmax_scale=_scale(q, softmax_scale),
         causal=causal,
         window_size=window_size,
@@ -91,7 +94,6 @@ def flash_attn_varlen_func(
     Args:
         block_table: (batch, pages), of k and v in pages, (pages, page size, key heads, head_dim).
     """
-    _refuse("flash_attn_varlen_func", dropout_p, alibi_slopes)
     inputs = _padded(q, k, v)
     is_paged = block_table is not None
     out, lse = cute_kernels.flash_attn_varlen_func(
@@ -107,6 +109,7 @@ def flash_attn_varlen_func(
         deterministic=deterministic,
         seqused_k=cu_seqlens_k.diff() if is_paged else None,
         page_table=block_table,
+        variant=variant_of(q, dropout_p, alibi_slopes),
         return_lse=True,
     )
     return _results(out, lse, v, return_attn_probs)
@@ -196,17 +199,16 @@ def _flash_attn_forward(
     return_softmax: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, LSE, and empty tensors in place of probabilities and the generator's state."""
+    _refuse("_flash_attn_forward", dropout_p, alibi_slopes)
     with torch.no_grad():
         out, lse, nothing = flash_attn_func(
             q,
             k,
             v,
-            dropout_p,
-            softmax_scale,
-            causal,
-            (window_size_left, window_size_right),
-            softcap,
-            alibi_slopes,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=(window_size_left, window_size_right),
+            softcap=softcap,
             return_attn_probs=True,
         )
     return out, lse, nothing, torch.empty(0, dtype=torch.int64, device=q.device)
@@ -323,10 +325,15 @@ def _flash_attn_varlen_backward(
 
 
 def _refuse(function: str, dropout_p: float, alibi_slopes: Tensor | None) -> None:
+    """What calls without autograd, and of caches, do not take."""
     if dropout_p != 0:
-        raise NotImplementedError(f"{function}: dropout_p is {dropout_p}, there is no dropout yet")
+        raise NotImplementedError(
+            f"{function}: dropout_p is {dropout_p}, must be 0 here; flash_attn_func takes it"
+        )
     if alibi_slopes is not None:
-        raise NotImplementedError(f"{function}: alibi_slopes is not there yet")
+        raise NotImplementedError(
+            f"{function}: alibi_slopes is given, must be None here; flash_attn_func takes it"
+        )
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

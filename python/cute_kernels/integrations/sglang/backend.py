@@ -15,11 +15,12 @@ from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBac
 from torch import Tensor
 
 from cute_kernels.cache import flash_attn_with_kvcache
+from cute_kernels.cache.eight_bits import E4M3
 from cute_kernels.integrations.sglang import NAME
 from cute_kernels.varlen import flash_attn_varlen_func
 
-_DTYPES = (torch.float16, torch.bfloat16)
-_LATER = ("q_descale", "k_descale", "v_descale", "qv", "score_mod", "mask_mod", "rel_bias")
+_DTYPES = (torch.float16, torch.bfloat16, E4M3)
+_REFUSED = ("qv", "score_mod", "mask_mod", "rel_bias")
 _UNREAD = ("aux_tensors", "max_seqlen_k", "rel_bias_prep_cache", "scheduler_metadata", "ver")
 
 
@@ -75,12 +76,13 @@ def attend(
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:
-    """Without what is not there yet, which raises NotImplementedError if it is asked for, and what
-    does not matter without it."""
-    for name in _LATER:
+    """Without what is refused if it is asked for, and what does not matter without it."""
+    for name in _REFUSED:
         if options.get(name) is not None:
-            raise NotImplementedError(f"{NAME}: {name} is not there yet")
-    return {name: x for name, x in options.items() if name not in (*_LATER, *_UNREAD)}
+            raise NotImplementedError(
+                f"{NAME}: {name} is given: caches have none here, choose fa3 or fa4 for this model"
+            )
+    return {name: x for name, x in options.items() if name not in (*_REFUSED, *_UNREAD)}
 
 
 def _with(function: Callable[..., Any], **names: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,20 +103,43 @@ def _names_inside(code: types.CodeType) -> list[str]:
 
 
 class CuteKernelsBackend(FlashAttentionBackend):
-    """Models without latent attention, caches of 16 bits, Hopper."""
+    """Models without latent attention, caches of 16 bits or e4m3, Hopper."""
 
     def __init__(self, model_runner: Any, **options: Any) -> None:
         if model_runner.use_mla_backend:
-            raise NotImplementedError(f"{NAME}: absorbed latent attention is not there yet")
-        if model_runner.kv_cache_dtype not in _DTYPES:
             raise NotImplementedError(
-                f"{NAME}: the cache is of {model_runner.kv_cache_dtype}, must be of float16 or "
-                "bfloat16"
+                f"{NAME}: the model has absorbed latent attention: choose fa3 or flashmla for it"
+            )
+        dtype, name = model_runner.kv_cache_dtype, model_runner.kv_cache_dtype_str
+        if dtype not in _DTYPES or name == "mxfp8":
+            raise NotImplementedError(
+                f"{NAME}: --kv-cache-dtype is {name}, of {dtype}, must be auto, bfloat16 or "
+                "fp8_e4m3"
             )
         super().__init__(model_runner, **options)
         self.flash_attn_with_kvcache = attend_to_cache
         self.flash_attn_varlen_func = attend
         self._get_scheduler_metadata = None  # the kernels share out work by themselves
+
+    def prepare_paged_mha_query(
+        self,
+        q: Tensor,
+        q_rope: Tensor | None,
+        k_rope: Tensor | None,
+        layer: Any,
+        *,
+        logical_batch_size: int,
+        kv_head_num: int,
+        is_prefill: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """What is attended with, and the descales of K and V: queries have 16 bits whatever the
+        cache has, where SGLang's own rounds them to e4m3."""
+        if self.kv_cache_dtype != E4M3:
+            return q.to(self.kv_cache_dtype), q_rope, k_rope, None, None
+        if layer.k_scale is None or (is_prefill and self.fa_skip_kv_cache):
+            return q, q_rope, k_rope, None, None
+        shape = (logical_batch_size, kv_head_num)
+        return q, q_rope, k_rope, layer.k_scale.expand(shape), layer.v_scale.expand(shape)
 
     forward_extend = _with(
         FlashAttentionBackend.forward_extend,

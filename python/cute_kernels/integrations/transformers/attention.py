@@ -61,8 +61,8 @@ def attention(
     """
     if dropout:
         raise NotImplementedError(
-            f"{NAME}: attention dropout is {dropout}, and there is no variant with dropout yet: "
-            "set the config's attention dropout to 0, or take another attn_implementation"
+            f"{NAME}: attention dropout is {dropout}, must be 0: set it in the config, or take "
+            "another attn_implementation; cute_kernels.variants.dropout is for calls of your own"
         )
     query, key, value = _of_one_dtype(module, query, key, value)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -98,9 +98,8 @@ def attention(
 def _attend(seen: Seen, q: Tensor, k: Tensor, v: Tensor, chosen: dict[str, Any]) -> Tensor:
     """(batch, seqlen, heads, v's head_dim), of tensors in that order."""
     is_batch = seen.lengths is None or seen.ends is not None
-    is_of_caches = is_batch and seen.chunk is None  # chunks are not there yet
     is_step = q.shape[1] == 1 and not _needs_gradient(q, k, v, chosen.get("sinks"))
-    if is_step and is_of_caches and attends_to_caches(q):
+    if is_step and is_batch and attends_to_caches(q):
         starts, stops = seen.ends or (None, seen.keys)
         out = flash_attn_with_kvcache(q, k, v, cache_leftpad=starts, cache_seqlens=stops, **chosen)
         return cast(Tensor, out)

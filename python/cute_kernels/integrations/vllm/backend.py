@@ -19,16 +19,20 @@ from vllm.v1.attention.backend import (
 )
 
 from cute_kernels.cache import flash_attn_with_kvcache
+from cute_kernels.cache.eight_bits import E4M3
+from cute_kernels.cache.eight_bits import HEAD_DIM_MULTIPLE as EIGHT_BITS_MULTIPLE
 from cute_kernels.checks import HEAD_DIM_MULTIPLE, MAX_HEAD_DIM
 from cute_kernels.integrations.vllm import NAME
+from cute_kernels.tiles import tile_configs
 from cute_kernels.varlen import flash_attn_varlen_func
 
 _WITHOUT_CACHE = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
-_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+_EIGHT_BITS = ("fp8", "fp8_e4m3")
+_CACHE_DTYPES = ("auto", "float16", "bfloat16", *_EIGHT_BITS)
 
 
 class CuteKernelsBackend(AttentionBackend):
-    """16-bit caches of any of vLLM's layouts, and encoders without one."""
+    """Caches of 16 bits and of e4m3 in any of vLLM's layouts, and encoders without one."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = list(_CACHE_DTYPES)
@@ -71,6 +75,27 @@ class CuteKernelsBackend(AttentionBackend):
     def supports_sliding_window(cls) -> bool:
         return True
 
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_combination(
+        cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, *_: Any
+    ) -> str | None:
+        """Why not, for a message."""
+        if kv_cache_dtype not in _EIGHT_BITS:
+            return None
+        if head_size % EIGHT_BITS_MULTIPLE != 0:
+            return f"caches of fp8 have a head_size that is a multiple of {EIGHT_BITS_MULTIPLE}"
+        if not any(row["head_dim"] >= head_size for row in tile_configs("decode_fp8")):
+            return f"this build has no kernel for caches of fp8 with head_size {head_size}"
+        return None
+
 
 @dataclasses.dataclass
 class CuteKernelsMetadata:
@@ -83,7 +108,7 @@ class CuteKernelsMetadata:
     seq_lens: Tensor  # (requests,), int32: keys, those of this batch's tokens included
     block_table: Tensor  # (requests, blocks), int32
     slot_mapping: Tensor  # (tokens,), int64
-    causal: bool
+    causal: bool | Tensor  # or of each request, (requests,)
 
 
 class CuteKernelsBuilder(AttentionMetadataBuilder[CuteKernelsMetadata]):
@@ -101,8 +126,6 @@ class CuteKernelsBuilder(AttentionMetadataBuilder[CuteKernelsMetadata]):
         fast_build: bool = False,
     ) -> CuteKernelsMetadata:
         common = common_attn_metadata
-        if isinstance(common.causal, Tensor):
-            raise NotImplementedError(f"{NAME}: causal of each request for itself is not there yet")
         return CuteKernelsMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -137,7 +160,10 @@ class CuteKernelsImpl(AttentionImpl[CuteKernelsMetadata]):
         sinks: Tensor | None = None,
     ) -> None:
         if alibi_slopes is not None:
-            raise NotImplementedError(f"{NAME}: ALiBi is not there yet")
+            raise NotImplementedError(
+                f"{NAME}: alibi_slopes are given: attention to caches has no ALiBi here, choose "
+                "another backend for this model"
+            )
         if kv_cache_dtype not in _CACHE_DTYPES:
             raise NotImplementedError(
                 f"{NAME}: kv_cache_dtype is {kv_cache_dtype!r}, must be one of {_CACHE_DTYPES}"
@@ -174,7 +200,9 @@ class CuteKernelsImpl(AttentionImpl[CuteKernelsMetadata]):
             output: (tokens, heads, head_size), what is written and returned.
         """
         if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError(f"{NAME}: outputs of 8 bits are not there yet")
+            raise NotImplementedError(
+                f"{NAME}: output_scale is given: outputs have 16 bits, to be quantised afterwards"
+            )
         batch = attn_metadata
         if batch is None:  # vLLM looks how much memory a run takes
             return output.fill_(0)
@@ -184,20 +212,16 @@ class CuteKernelsImpl(AttentionImpl[CuteKernelsMetadata]):
                 query[tokens], key[tokens], value[tokens], batch
             )
             return output
-        key_cache, value_cache = self._parts(kv_cache)
-        flash_attn_with_kvcache(
-            query[tokens],
-            key_cache,
-            value_cache,
-            cache_seqlens=batch.seq_lens,
-            page_table=batch.block_table,
-            cu_seqlens_q=batch.query_start_loc,
-            max_seqlen_q=batch.max_query_len,
-            causal=batch.causal,
-            window_size=(self._left, 0 if batch.causal else self._left),
-            out=output[tokens],
-            **self._options(),
-        )
+        causal = batch.causal
+        if not isinstance(causal, Tensor):
+            self._attend(layer, query, kv_cache, batch, batch.seq_lens, causal, output[tokens])
+            return output
+        # A request without keys gets 0.
+        chosen = causal.bool()
+        for of_causal, out in ((True, output[tokens]), (False, torch.empty_like(output[tokens]))):
+            lengths = batch.seq_lens.masked_fill(chosen != of_causal, 0)
+            self._attend(layer, query, kv_cache, batch, lengths, of_causal, out)
+        output[tokens] += out
         return output
 
     def do_kv_cache_update(
@@ -216,9 +240,41 @@ class CuteKernelsImpl(AttentionImpl[CuteKernelsMetadata]):
             layer._v_scale,
         )
 
+    def _attend(
+        self,
+        layer: Any,
+        query: Tensor,
+        kv_cache: Tensor,
+        batch: CuteKernelsMetadata,
+        seq_lens: Tensor,
+        causal: bool,
+        out: Tensor,
+    ) -> None:
+        """Writes to out, which is dense, (tokens, heads, head_size)."""
+        options = self._options()
+        if self.kv_cache_dtype in _EIGHT_BITS:
+            kv_cache = kv_cache.view(E4M3)
+            shape = (seq_lens.shape[0], self.num_kv_heads)
+            options["k_descale"] = layer._k_scale.expand(shape)
+            options["v_descale"] = layer._v_scale.expand(shape)
+        flash_attn_with_kvcache(
+            query[: batch.num_actual_tokens],
+            *self._parts(kv_cache),
+            cache_seqlens=seq_lens,
+            page_table=batch.block_table,
+            cu_seqlens_q=batch.query_start_loc,
+            max_seqlen_q=batch.max_query_len,
+            causal=causal,
+            window_size=self._window(causal),
+            out=out,
+            **options,
+        )
+
     def _parts(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Of keys and of values, (blocks, block_size, key heads, head_size)."""
-        keys, values = torch.split(kv_cache.transpose(1, 2), self.head_size, dim=-1)
+        """Of keys and of values, (blocks, block_size, key heads, head_size); of fp8 as bytes."""
+        # `split` is Python, and takes twice the time.
+        sizes = (self.head_size, self.head_size)
+        keys, values = kv_cache.transpose(1, 2).split_with_sizes(sizes, -1)
         return keys, values
 
     def _options(self) -> dict[str, Any]:
@@ -229,7 +285,8 @@ class CuteKernelsImpl(AttentionImpl[CuteKernelsMetadata]):
     ) -> Any:
         starts, longest = batch.query_start_loc, batch.max_query_len
         lengths = (starts, starts, longest, longest)
-        window = (self._left, self._left)
-        return flash_attn_varlen_func(
-            query, key, value, *lengths, causal=False, window_size=window, **self._options()
-        )
+        options = {"causal": False, "window_size": self._window(False), **self._options()}
+        return flash_attn_varlen_func(query, key, value, *lengths, **options)
+
+    def _window(self, causal: bool) -> tuple[int, int]:
+        return (self._left, 0) if causal and self._left >= 0 else (self._left, self._left)

@@ -1,0 +1,159 @@
+#pragma once
+
+#include <cutlass/fast_math.h>
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/decode/work.hpp"
+#include "cute_kernels/sm90/finite.hpp"
+#include "cute_kernels/sm90/math.hpp"
+#include "cute_kernels/sm90/named_barrier.hpp"
+
+namespace cute_kernels::attention {
+
+/// What becomes of scores q k before the softmax, whose exponent is 2^(log2_of_unit * s).
+struct ScoreUnits {
+  float cap_scale;     // with a softcap c: s = c tanh(cap_scale * q k)
+  float softcap;       // 0: none, s = q k
+  float log2_of_unit;  // log2(e), times the softmax scale where that is not in s already
+};
+
+/// c tanh(x) = c (1 - 2 / (1 + exp(2x))), exact at both ends.
+template <class Scores>
+CUTLASS_DEVICE void cap_scores(ScoreUnits const& units, Scores& scores) {
+  float const exponent = 2 * sm90::kLog2e * units.cap_scale;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < cute::size(scores); ++i) {
+    float const grown = 1.f + sm90::exp2_mufu(scores(i) * exponent);
+    scores(i) = units.softcap * (1.f - __fdividef(2.f, grown));
+  }
+}
+
+/// The first of a thread's columns of an accumulator, and where the others are, seen from it: pairs
+/// of columns, 8 apart.
+CUTLASS_DEVICE int first_accumulator_column() { return threadIdx.x % 4 * 2; }
+CUTLASS_DEVICE constexpr int accumulator_column(int col) { return 8 * (col / 2) + col % 2; }
+
+/// Sets the scores of a row's unseen keys to -inf; the first column is key `key`.
+template <class Scores>
+CUTLASS_DEVICE void mask_row(Scores& scores, int row, KeySpan const& seen, int key) {
+  int const first = seen.begin - key - first_accumulator_column();
+  int const limit = seen.end - key - first_accumulator_column();
+  CUTLASS_PRAGMA_UNROLL
+  for (int col = 0; col < cute::size<1>(scores); ++col) {
+    int const offset = accumulator_column(col);
+    if (offset < first || offset >= limit) scores(row, col) = -INFINITY;
+  }
+}
+
+/// Which keys of a part a consumer thread's rows of the tile see, and what is done about those that
+/// they do not. Of an accumulator a thread has two rows, 8 apart. What only few blocks need is
+/// worked out there: registers are scarce.
+template <class Traits>
+class SeenKeys {
+  using Element = typename Traits::Element;
+  using Walk = WorkWalk<Traits>;
+  static constexpr int kTileN = Traits::kTileN;
+  static constexpr int kNoKey = 0x7fffffff;
+
+ public:
+  static constexpr int kRows = 2;
+
+  /// `first_row`: the thread's, of the tile.
+  CUTLASS_DEVICE SeenKeys(CachedCall const& call, cutlass::FastDivmod const& group,
+                          Walk const& walk, int first_row)
+      : call_(call), group_(group), walk_(walk), first_row_(first_row) {
+    RowTile<Traits> const& tile = walk.tile();
+    KeySpan by_all = walk.sequence().seen_by_all(tile.first_query, tile.last_query);
+    by_all.end = min(by_all.end, first_new());
+    begin_full_ = (by_all.begin - tile.keys.begin + kTileN - 1) / kTileN;
+    end_full_ = (by_all.end - tile.keys.begin) / kTileN;
+    end_alike_ = by_all.end >= tile.keys.end ? kNoKey : end_full_;
+  }
+
+  /// Whether no row sees a key of a block that another one does not.
+  CUTLASS_DEVICE bool are_alike(int block) const {
+    return block >= begin_full_ && block < end_alike_;
+  }
+  CUTLASS_DEVICE bool is_seen(int row, int key) const {
+    KeySpan const span = seen_by(row);
+    return key >= span.begin && key < span.end &&
+           (key < first_new() || (new_keys_seen(row, key - first_new()) & 1) != 0);
+  }
+
+  /// Sets the scores of a block's unseen keys to -inf.
+  template <class Scores>
+  CUTLASS_DEVICE void mask(Scores& scores, int block) const {
+    if (block >= begin_full_ && block < end_full_) return;
+    int const key = walk_.tile().keys.begin + block * kTileN;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) mask_row(scores, row, seen_by(row), key);
+    if (key + kTileN > first_new()) mask_new(scores, key);
+  }
+
+  /// Keeps NaN and infinities of V out of rows that do not see them, where P is 0 but P V would
+  /// still be NaN: they become 0 in a block that some rows see and others do not. Whether there
+  /// are any. `data`: kColumns columns of the block, which have landed, and which none but the
+  /// threads of this warpgroup, number `warpgroup`, read.
+  template <int kColumns>
+  CUTLASS_DEVICE bool clear_values(int block, Element* data, int warpgroup) const {
+    constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
+    constexpr int kElements = kTileN * kColumns;
+    constexpr auto kCleared = sm90::NamedBarrier::kValuesCleared;
+    if (are_alike(block)) return false;
+    int const thread = threadIdx.x % kThreads;
+    bool const own = sm90::all_finite<kThreads, kElements>(data, thread);
+    if (sm90::barrier_all(kCleared, warpgroup, kThreads, own)) return false;
+    sm90::clear_nonfinite<kThreads, kElements>(data, thread);
+    cutlass::arch::fence_view_async_shared();
+    sm90::barrier_sync(kCleared, warpgroup, kThreads);
+    return true;
+  }
+
+ private:
+  CUTLASS_DEVICE int query_of(int row) const {
+    return group_.div(walk_.tile().first_row + first_row_ + 8 * row);
+  }
+  CUTLASS_DEVICE KeySpan seen_by(int row) const { return walk_.sequence().seen_by(query_of(row)); }
+
+  /// The first of the keys of which a tree says who sees them; where there is no tree none is.
+  CUTLASS_DEVICE int first_new() const {
+    WindowRanges const& ranges = walk_.sequence().ranges;
+    return call_.tree_mask == nullptr ? kNoKey : ranges.seqlen_k - ranges.seqlen_q;
+  }
+  /// Bit i: whether a row sees number `first` + i of these, or a key before them. Read where it is
+  /// needed: few blocks have such keys.
+  CUTLASS_DEVICE uint64_t new_keys_seen(int row, int first) const {
+    constexpr int kBits = 64;
+    if (first <= -kBits) return ~uint64_t{0};
+    int const query = query_of(row);
+    if (first >= kBits || query >= walk_.sequence().ranges.seqlen_q) return 0;
+    auto const* const of_query = call_.tree_mask + walk_.sequence().row_q + query;
+    uint64_t const bits = static_cast<uint64_t>(__ldg(of_query));
+    return first >= 0 ? bits >> first : bits << -first | ((uint64_t{1} << -first) - 1);
+  }
+
+  /// Sets the scores of keys that a tree hides to -inf.
+  template <class Scores>
+  CUTLASS_DEVICE void mask_new(Scores& scores, int key) const {
+    int const first = key + first_accumulator_column() - first_new();
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      uint64_t const seen = new_keys_seen(row, first);
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < cute::size<1>(scores); ++col) {
+        if ((seen >> accumulator_column(col) & 1) == 0) scores(row, col) = -INFINITY;
+      }
+    }
+  }
+
+  CachedCall const& call_;
+  cutlass::FastDivmod const& group_;
+  Walk const& walk_;
+  int first_row_;
+  // Blocks of which all rows see all keys, and behind these the end of those that are alike.
+  int begin_full_;
+  int end_full_;
+  int end_alike_;
+};
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,78 @@
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "cute_kernels/attention/decode/epilogue.hpp"
+#include "cute_kernels/attention/decode/unused_rows.hpp"
+#include "cute_kernels/attention/latent/load.hpp"
+#include "cute_kernels/attention/latent/mainloop.hpp"
+#include "cute_kernels/sm90/dependent_launch.hpp"
+
+namespace cute_kernels::attention {
+
+/// What the kernel is told at run time.
+struct LatentParams {
+  CachedCall call;
+  LatentSource source;
+  ScoreUnits units;
+  DecodeResults results;
+  int num_splits;
+};
+
+/// Warpgroup 0 moves data, the others compute. All walk the same parts in the same order, so that
+/// the barriers' phases are all they need to share.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
+    latent_kernel(CUTE_GRID_CONSTANT LatentParams const params) {
+  extern __shared__ char shared_memory[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
+  constexpr int kWarps = cutlass::NumWarpsPerWarpGroup;
+  constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
+  bool const is_producer = cutlass::canonical_warp_group_idx() == 0;
+
+  if (threadIdx.x == 0) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      shared.left_full[stage].init(kThreads);
+      shared.right_full[stage].init(kThreads);
+      shared.left_empty[stage].init(kWarps);
+      shared.right_empty[stage].init(kWarps);
+    }
+    shared.q_full.init(kThreads);
+    shared.q_empty.init(Traits::kConsumers * kWarps);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < Traits::kConsumers; ++i) {
+      shared.p_full[i].init(kThreads);
+      shared.cleared[i] = 0;
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  sm90::wait_for_previous_kernel();  // whatever it is: from here on memory is read
+  Traits::Dealer::deal(params.call, params.num_splits, shared.deal);
+  auto const first_part = [&] {
+    return WorkWalk<Traits>(params.call, shared.deal.line, shared.deal.place, blockIdx.x);
+  };
+
+  if (is_producer) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    LatentLoader<Traits> loader(params.call, params.source, shared);
+    for (auto walk = first_part(); walk.valid(); walk.advance()) loader.load(walk);
+    sm90::let_next_kernel_start();
+    clear_unused_rows<typename Traits::Element>(params.call, params.results);
+    loader.drain();
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    using Mainloop = LatentMainloop<Traits>;
+    Mainloop mainloop(params.units, params.source, params.call, shared);
+    DecodeEpilogue<Traits, Mainloop> epilogue(
+        params.call, params.results, params.source.cache.group, params.units.log2_of_unit, shared);
+    for (auto walk = first_part(); walk.valid(); walk.advance()) {
+      typename Mainloop::Softmax softmax(params.units.log2_of_unit);
+      auto out = Mainloop::empty_output();
+      mainloop.compute(walk, softmax, out);
+      epilogue.store(walk, softmax, out);
+    }
+  }
+}
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,36 @@
+#pragma once
+
+// What device code that is compiled for the host (test_device_logic.py) asks of CUDA and CUTLASS.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define CUTLASS_DEVICE inline
+#define CUTLASS_HOST_DEVICE inline
+#define CUTLASS_PRAGMA_UNROLL
+
+using std::isfinite;
+using std::isinf;
+
+struct uint2 {
+  uint32_t x, y;
+};
+
+template <class T>
+T __ldg(T const* element) {
+  return *element;
+}
+inline uint32_t __umulhi(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline bool __any_sync(uint32_t, bool mine) { return mine; }
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline int max(int a, int b) { return std::max(a, b); }
+inline int min(int a, int b) { return std::min(a, b); }
