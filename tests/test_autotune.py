@@ -347,6 +347,10 @@ def test_the_command_without_a_gpu(capsys, monkeypatch):
     arguments[2] = "264"
     assert command_line.main([*arguments, "--compile-only"]) == 1
     assert "head_dim is 264, and this build has no forward row of bf16" in capsys.readouterr().err
+    for of_pass, multiple in (("forward", 8), ("forward_fp8", 16)):
+        odd = ["tune", "--pass", of_pass, "--head-dim", "60", "--seqlen", "10", "--compile-only"]
+        assert command_line.main(odd) == 1
+        assert f"head_dim is 60, must be a multiple of {multiple}" in capsys.readouterr().err
 
 
 ON_GPU = """

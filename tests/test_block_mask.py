@@ -199,6 +199,11 @@ def arguments(**changed):
         ({"kv_indices": torch.ones(1, 2, 3).int()}, ValueError, "kv_indices has shape (1, 2, 3)"),
         ({"kv_indices": torch.full((1, 1, 2, 3), 3).int()}, ValueError, "must be from 0 to 2"),
         ({"kv_indices": torch.full((1, 1, 2, 3), -1).int()}, ValueError, "kv_indices lists blocks"),
+        (
+            {"kv_num_blocks": torch.full((1, 1, 2), 4).int()},
+            ValueError,
+            "kv_num_blocks has numbers that are not from 0 to 3",
+        ),
         ({"full_kv_num_blocks": torch.ones(1, 1, 2).int()}, ValueError, "one is None"),
         (
             {

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cute_kernels import (
+    BlockMask,
     Variant,
     append_kv,
     flash_attn_combine,
@@ -84,6 +85,20 @@ def from_pages(x):
     return flash_attn_varlen_func(q, k, v, x["cu_q"], **places, causal=True, attention_chunk=4)
 
 
+def latent(x):
+    q, qv = x["q"], x["q"].repeat(1, 1, 1, 4)
+    k_cache, v_cache = x["k_cache"], x["v_cache"].repeat(1, 1, 1, 4)
+    return flash_attn_with_kvcache(q, k_cache, v_cache, qv=qv, cache_seqlens=x["lengths"])
+
+
+def in_blocks(x):
+    variant = variants.dilated(3, 2)
+    sizes = (BATCH, HEADS, SEQLEN_Q, SEQLEN_K)
+    block_mask = BlockMask.from_mask(variant, *sizes, device=x["q"].device)
+    call = (x["q"], x["k"], x["v"])
+    return flash_attn_func(*call, variant=variant, block_mask=block_mask, return_lse=True)
+
+
 def appended(x):
     caches = x["k_cache"].clone(), x["v_cache"].clone()
     return append_kv(*caches, x["k"], x["v"], x["lengths"]), *caches
@@ -125,6 +140,8 @@ CALLS = {
     "cache of int8": lambda x: from_cache(x, torch.int8),
     "cache of e4m3": lambda x: from_cache(x, E4M3, attention_chunk=8),
     "pages": from_pages,
+    "latent": latent,
+    "block mask": in_blocks,
     "append": appended,
     "8 bits": lambda x: flash_attn_fp8_func(x["q"], x["k"], x["v"], return_lse=True),
     "packed 8 bits": lambda x: flash_attn_fp8_varlen_func(
@@ -153,7 +170,7 @@ def results(call, x, gradients=True):
 
 
 DIFFERENTIABLE = [name for name in CALLS if name.startswith(("dense", "chunks", "packed d"))]
-DIFFERENTIABLE += ["packed chunks", "alibi", "dropout", "packed alibi"]
+DIFFERENTIABLE += ["packed chunks", "alibi", "dropout", "packed alibi", "block mask"]
 
 
 @contextlib.contextmanager

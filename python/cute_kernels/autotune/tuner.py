@@ -21,8 +21,10 @@ from cute_kernels.autotune.trials import (
     why_wrong,
 )
 from cute_kernels.autotune.tuned import FILE, Tuned, read, remember, write_record
+from cute_kernels.checks import HEAD_DIM_MULTIPLE
 from cute_kernels.compile.build import cache_folder, say
 from cute_kernels.compile.search import SearchSpace, search_space
+from cute_kernels.fp8.checks import HEAD_DIM_MULTIPLE as HEAD_DIM_MULTIPLE_FP8
 from cute_kernels.interface import flash_attn_func
 from cute_kernels.plugins import add_rows, compile_candidates, load_new
 from cute_kernels.tiles import tile_configs
@@ -158,6 +160,9 @@ def tune_rows(of_pass: str, dtype: str, head_dim: int, candidates: int) -> Searc
 
 def _built(of_pass: str, dtype: str, head_dim: int) -> int:
     """The least head dim of the build that fits."""
+    multiple = HEAD_DIM_MULTIPLE_FP8 if of_pass == "forward_fp8" else HEAD_DIM_MULTIPLE
+    if head_dim % multiple != 0:
+        raise ValueError(f"head_dim is {head_dim}, must be a multiple of {multiple}")
     there = [
         row["head_dim"]
         for row in tile_configs(of_pass)

@@ -74,7 +74,8 @@ def is_whole(entry: Path) -> bool:
 
 
 def say(text: str) -> None:
-    print(f"cute_kernels: {text}", file=sys.stderr, flush=True)
+    # At once: threads that compile beside one another say so, too.
+    print(f"cute_kernels: {text}\n", end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_device, check_int, check_tensor
+from cute_kernels.checks import INTS, check_device, check_int, check_tensor
 from cute_kernels.variants.kinds import FULL, HIDDEN, PARTIAL, kinds_of
 
 _CHECKS_CONTENTS = os.environ.get("CUTE_KERNELS_CHECK") == "1"
@@ -225,6 +225,11 @@ def _listed(name: str, kinds: Tensor, counts: Tensor, indices: Tensor, kind: int
     blocks = indices.shape[-1]
     is_listed = torch.arange(blocks, device=indices.device) < counts[..., None]
     exists = (indices >= 0) & (indices < blocks)
+    if _reads_contents(indices) and ((counts < 0) | (counts > blocks)).any():
+        count_name = name.replace("indices", "num_blocks")
+        raise ValueError(
+            f"{count_name} has numbers that are not from 0 to {blocks}, the key blocks"
+        )
     if _reads_contents(indices) and (is_listed & ~exists).any():
         raise ValueError(f"{name} lists blocks that are not there: must be from 0 to {blocks - 1}")
     index = torch.where(is_listed & exists, indices, blocks).long()
@@ -241,11 +246,11 @@ def _reads_contents(indices: Tensor) -> bool:
 
 def _checked_block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
     sizes = tuple(block_size) if isinstance(block_size, (tuple, list)) else (block_size,) * 2
-    if len(sizes) != 2 or not all(isinstance(x, int) and not isinstance(x, bool) for x in sizes):
+    if len(sizes) != 2 or not all(isinstance(x, INTS) and not isinstance(x, bool) for x in sizes):
         raise TypeError(f"block_size is {block_size!r}, must be an int or two of them")
     if any(x <= 0 or x % UNIT for x in sizes):
         raise ValueError(f"block_size is {block_size!r}, must be multiples of {UNIT}")
-    return sizes[0], sizes[1]
+    return int(sizes[0]), int(sizes[1])
 
 
 def _check_list(count_name: str, counts: object, index_name: str, indices: object) -> None:
