@@ -89,7 +89,7 @@ def forward_fp8(row, q, k, v, causal):
     return [*results, flash_attn_fp8_varlen_func(*packed(q, k, v), **options)[0]]
 
 
-def decode(row, q, k, v, causal, dtypes=(None,)):
+def decode(row, q, k, v, causal, dtypes=(None,), qv=None):
     """Two sequences in pages of 16, the second one shorter; parts of the keys. `dtypes`: of the
     caches, None as they are."""
     pages, (seqlen_q, heads, head_dim) = -(-k.shape[1] // 16), q.shape[1:]
@@ -103,7 +103,8 @@ def decode(row, q, k, v, causal, dtypes=(None,)):
     q = q.reshape(-1, heads, head_dim)
     results = []
     for dtype in dtypes:
-        caches, factors, options = (k, v), (), {}
+        caches, factors = (k, v), ()
+        options = {} if qv is None else {"qv": qv.flatten(0, 1)}
         if dtype is not None:
             caches, factors = in_eight_bits(k, v, dtype)
             options = {"rotation_seed": 0}
@@ -140,6 +141,10 @@ def prefill(row, q, k, v, causal):
     return decode(row, q.repeat(1, 4000 // q.shape[1] + 1, 1, 1), k, v, causal)
 
 
+def latent(row, q, k, v, causal):
+    return decode(row, q, k, v, causal, qv=torch.randn(*q.shape[:3], v.shape[3]).to(q))
+
+
 CALLS = {
     "forward": forward,
     "backward": backward,
@@ -147,6 +152,7 @@ CALLS = {
     "decode": decode,
     "decode_fp8": decode_fp8,
     "prefill": prefill,
+    "latent": latent,
 }
 
 

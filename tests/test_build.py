@@ -68,6 +68,12 @@ def instructions(code: str, pattern: str) -> list[str]:
     return re.findall(rf"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?({pattern}\S*)", code, re.MULTILINE)
 
 
+def test_no_kernel_has_a_trap(sass):
+    """nvcc leaves one where what a kernel does is undefined, and of the rest nothing; it may not
+    say a word of it."""
+    assert [function for function, code in sass.items() if instructions(code, "BPT")] == []
+
+
 @pytest.mark.performance
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_uses_hoppers_own_instructions(sass, name):

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from caches import assert_attention_right, attend, random_cache, random_queries, rotated
+from host_program import host_program, needs_cxx
 from latent import assert_latent_right, random_problem, skip_unless_built
 from parity import changed
 from torch._subclasses import FakeTensorMode
@@ -268,6 +269,37 @@ def test_refused_without_a_cache():
     message = r"^flash_attn_varlen_func: qv is not there yet without page_table$"
     with pytest.raises(NotImplementedError, match=message):
         flash_attn_varlen_func(*packed, starts, starts, qv=qv[0])
+
+
+HEADS = """
+#include <iostream>
+#include "cute_kernels/attention/latent/problem.hpp"
+using namespace cute_kernels::attention;
+
+int main() {
+  int heads_q, heads_kv;
+  while (std::cin >> heads_q >> heads_kv) {
+    LatentProblem problem{};
+    CachedCall& call = problem.call;
+    call.heads_kv = heads_kv;
+    call.group = heads_q / heads_kv;
+    divide_key_heads(problem, 64);
+    std::cout << call.heads_kv << ' ' << call.group << ' ' << problem.heads_of_key << '\\n';
+  }
+}
+"""
+
+
+@needs_cxx
+def test_key_heads_of_tiles(tmp_path):
+    """Of several tiles a token's rows are divided: each query head stays with its key head."""
+    cases = [(128, 1), (128, 2), (64, 1), (192, 1), (16, 1), (40, 1), (96, 1), (256, 2), (8, 8)]
+    found = host_program(tmp_path, HEADS, "-O1")(cases)
+    for (heads, key_heads), (divided, group, of_key) in zip(cases, found, strict=True):
+        assert (divided * group, divided) == (heads, key_heads * of_key)
+        assert group == 64 or (of_key == 1 and heads // key_heads % 64 != 0)
+        for head in range(heads):
+            assert head // group // of_key == head // (heads // key_heads)
 
 
 def test_shapes_on_cuda():

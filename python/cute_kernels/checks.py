@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cute_kernels.reference import accumulator_dtype
-from cute_kernels.tile_checks import check_tile_config, is_own_mask
+from cute_kernels.tile_checks import check_blocks, check_tile_config, is_own_mask
 from cute_kernels.torch_private import in_forward_mode, surely, surely_in_transform
 
 MAX_HEAD_DIM = 256
@@ -28,8 +28,6 @@ _CPU_DTYPES = (*_GPU_DTYPES, torch.float32, torch.float64)
 _SINK_DTYPES = (*_GPU_DTYPES, torch.float32)
 _SIZE_LIMIT = 2**31
 _VECTOR_BYTES = 16
-_BLOCK = 64  # rows of the smallest tile
-_BLOCKS_LIMIT = 2**30
 INTS = (int, torch.SymInt, numbers.Integral)  # the last are NumPy's; tensors are none
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _INT_LIMIT = 2**63  # operators take ints of 64 bits
@@ -124,7 +122,7 @@ def check_forward(
     own_mask = tile_config is not None and is_own_mask(q, k, window_left, right, diagonal)
     any_call = own_mask or sinks is not None or softcap > 0
     check_tile_config(tile_config, "forward", q, v, any_call, softcap > 0)
-    _check_blocks("q", q)
+    check_blocks("q", q)
 
 
 def check_backward(
@@ -156,7 +154,7 @@ def check_backward(
     right = 0 if causal else window_right
     own_mask = tile_config is not None and is_own_mask(q, k, window_left, right, diagonal)
     check_tile_config(tile_config, "backward", q, v, own_mask or softcap > 0, softcap > 0)
-    _check_blocks("k", k)
+    check_blocks("k", k)
 
 
 def check_results(
@@ -295,17 +293,6 @@ def _check_number(name: str, number: object) -> None:
     several = isinstance(number, (str, bytes, Tensor)) or getattr(number, "ndim", 0) != 0
     if several or not hasattr(number, "__float__"):
         raise TypeError(f"{name} is {number!r}, must be a number")
-
-
-def _check_blocks(name: str, x: Tensor) -> None:
-    """The grid's limit, far from what fits into memory; compilers' symbols are not asked."""
-    batch, seqlen, heads, _ = x.shape
-    blocks = batch * heads * ((seqlen + _BLOCK - 1) // _BLOCK)
-    if x.device.type == "cuda" and isinstance(blocks, int) and blocks >= _BLOCKS_LIMIT:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, batch * heads * blocks of {_BLOCK} rows must be "
-            "below 2^30"
-        )
 
 
 def check_device(name: str, tensor: Tensor, q: Tensor, like: str = "q") -> None:

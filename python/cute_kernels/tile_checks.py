@@ -1,4 +1,4 @@
-"""Whether the kernel that a call names takes it: a row of the tile table, as kernels answer."""
+"""Whether a kernel takes a call: the one that it names, a row of the tile table, and any."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ _DTYPE_NAMES = {
     torch.float8_e4m3fn: "e4m3",
     torch.int8: "int8",
 }
+_BLOCK = 64  # rows of the smallest tile
+_BLOCKS_LIMIT = 2**30
 
 
 def check_tile_config(
@@ -77,4 +79,15 @@ def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool, softca
         raise ValueError(
             f"tile_config {name!r} takes no window, no diagonal, no sinks and no packed sequences, "
             "must be a row with any_call"
+        )
+
+
+def check_blocks(name: str, x: Tensor) -> None:
+    """The grid's limit, far from what fits into memory; compilers' symbols are not asked."""
+    batch, seqlen, heads, _ = x.shape
+    blocks = batch * heads * ((seqlen + _BLOCK - 1) // _BLOCK)
+    if x.device.type == "cuda" and isinstance(blocks, int) and blocks >= _BLOCKS_LIMIT:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, batch * heads * blocks of {_BLOCK} rows must be "
+            "below 2^30"
         )

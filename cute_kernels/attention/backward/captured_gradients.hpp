@@ -27,17 +27,21 @@ class CapturedGradients {
   CUTLASS_DEVICE void add(Params const& params, Rows const& gradients, SequencePlace const& places,
                           int key, int query, Probabilities const& probabilities) {
     using namespace cute;
+    int const seqlen_q = places.sequence.seqlen_q, seqlen_k = places.sequence.seqlen_k;
     for_each(make_seq<kCount>{}, [&](auto i) {
       auto p = make_tensor(probabilities.of_captured[i].data(), gradients.layout());
+      int64_t const head = static_cast<int64_t>(places.batch) * params.heads + places.head;
+      float* const first = params.variant.gradients[i] + (head * seqlen_q + query) * seqlen_k + key;
       CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < size<0>(gradients); ++row) {
+      for (int col = 0; col < size<1>(gradients); ++col) {
+        int const further = 8 * (col / 2) + col % 2;
         CUTLASS_PRAGMA_UNROLL
-        for (int col = 0; col < size<1>(gradients); ++col) {
+        for (int row = 0; row < size<0>(gradients); ++row) {
           float const gradient = gradients(row, col) * static_cast<float>(p(row, col));
           if constexpr (Variant::template kKind<i> == Gradient::kOfHeads) {
             sums_[i] += gradient;
-          } else {
-            store(params, i, places, key + 8 * row, query + 8 * (col / 2) + col % 2, gradient);
+          } else if (query + further < seqlen_q && key + 8 * row < seqlen_k) {
+            first[int64_t{further} * seqlen_k + 8 * row] = gradient;
           }
         }
       }
@@ -70,15 +74,6 @@ class CapturedGradients {
   }
 
  private:
-  template <class Params>
-  CUTLASS_DEVICE static void store(Params const& params, int i, SequencePlace const& places,
-                                   int key, int query, float gradient) {
-    int const seqlen_q = places.sequence.seqlen_q, seqlen_k = places.sequence.seqlen_k;
-    if (query >= seqlen_q || key >= seqlen_k) return;
-    int64_t const row = static_cast<int64_t>(places.batch) * params.heads + places.head;
-    params.variant.gradients[i][(row * seqlen_q + query) * seqlen_k + key] = gradient;
-  }
-
   float sums_[kCount == 0 ? 1 : kCount] = {};
 };
 
