@@ -44,7 +44,11 @@ def test_a_row_has_the_tables_defaults():
 @pytest.mark.parametrize("of_pass", PASSES)
 def test_every_pass_has_rows(of_pass):
     dtype = next(iter(PASSES[of_pass].dtypes))
-    row = TileConfig(of_pass, **{**GOOD, "dtype": dtype})
+    fields = {**GOOD, "dtype": dtype}
+    if of_pass == "latent":  # whose tiles have one height
+        del fields["tile_m"]
+        fields |= {"head_dim_v": 512, "tile_n": 64}
+    row = TileConfig(of_pass, **fields)
     assert (row.as_dict()["pass"], row.as_dict()["dtype"]) == (of_pass, dtype)
 
 
