@@ -25,13 +25,7 @@ cudaError_t launch_decode_kernel(DecodeProblem const& problem,
                                     decode_results<Traits>(problem, ctas, out_is_bfloat16),
                                     problem.num_splits,
                                     format};
-  sm90::Launch how{};
-  how.threads = Traits::kThreads;
-  how.grid = dim3(ctas);
-  how.stream = stream;
-  how.device = problem.device.index;
-  how.shared_bytes = sizeof(typename Traits::SharedStorage);
-  how.early = true;
+  auto const how = decode_launch<Traits>(problem.device, ctas, stream);
   return sm90::launch_kernel<decode_kernel<Traits>>(how, params);
 }
 

@@ -4,6 +4,7 @@
 #include "cute_kernels/attention/decode/epilogue.hpp"
 #include "cute_kernels/attention/decode/seen_keys.hpp"
 #include "cute_kernels/attention/softmax_scale.hpp"
+#include "cute_kernels/sm90/launch.hpp"
 
 // What the launches of kernels that walk over a line of blocks have in common.
 namespace cute_kernels::attention {
@@ -12,6 +13,19 @@ namespace cute_kernels::attention {
 template <class Traits>
 int decode_ctas(Device const& device) {
   return device.multiprocessors * Traits::kCtas;
+}
+
+/// How a kernel of so many CTAs is launched: it may start early.
+template <class Traits>
+sm90::Launch decode_launch(Device const& device, int ctas, cudaStream_t stream) {
+  sm90::Launch how{};
+  how.threads = Traits::kThreads;
+  how.grid = dim3(ctas);
+  how.stream = stream;
+  how.device = device.index;
+  how.shared_bytes = sizeof(typename Traits::SharedStorage);
+  how.early = true;
+  return how;
 }
 
 /// What lies in the workspace of a launch, where it begins, in bytes.

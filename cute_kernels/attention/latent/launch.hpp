@@ -26,13 +26,7 @@ cudaError_t launch_latent(LatentProblem const& problem, cudaStream_t stream) {
                             score_units(problem.call),
                             decode_results<Traits>(problem, ctas, kIsBFloat16),
                             problem.num_splits};
-  sm90::Launch how{};
-  how.threads = Traits::kThreads;
-  how.grid = dim3(ctas);
-  how.stream = stream;
-  how.device = problem.device.index;
-  how.shared_bytes = sizeof(typename Traits::SharedStorage);
-  how.early = true;
+  auto const how = decode_launch<Traits>(problem.device, ctas, stream);
   return sm90::launch_kernel<latent_kernel<Traits>>(how, params);
 }
 
