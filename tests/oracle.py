@@ -271,7 +271,8 @@ class Attention:
         delta, delta_squares = self._delta(do, dp, grad_lse, out)
         apart = None if self.weight is None else dp.square() + delta.square()
         slope = dp.sub_(delta)
-        ds = (slope * p * self.slope).masked_fill_(~self.seen, 0.0)
+        steep = (p * self.slope).masked_fill_(~self.seen, 0.0)
+        ds = slope * steep
         # Of P, before it is multiplied, and of dS
         ds_squares = 2 * (u * ds).square()
         if apart is not None:  # with weights dP and delta meet P one by one
@@ -283,7 +284,7 @@ class Attention:
         score_noise = self.score_noise()[..., None]
         p_noise = weighted * score_noise
         reach = lengths(v)[..., None, :] + lengths(self.out_rows)[..., None]
-        ds_noise = ds.abs() * score_noise + self.noise * p * do2 * reach
+        ds_noise = ds.abs() * score_noise + self.noise * steep.abs() * do2 * reach
         if self.softcap > 0:
             of_slope = p * slope.abs() * self._slope_noise()
             ds_noise += of_slope.masked_fill(~self.seen, 0.0)
@@ -297,7 +298,7 @@ class Attention:
             for t in (
                 dk,
                 dv,
-                ds_squares.mT @ q2.square() + p.square().mT @ (delta_squares * q2.square()),
+                ds_squares.mT @ q2.square() + steep.square().mT @ (delta_squares * q2.square()),
                 p_squares.mT @ do2.square(),
                 ds_noise.mT @ q2,
                 p_noise.mT @ do2,
@@ -305,7 +306,7 @@ class Attention:
         )
         dk_squares, dv_squares, dk_noise, dv_noise = (t[..., 0] for t in of_keys)
         dq_squares = (
-            ds_squares @ k2.square() + delta_squares * lengths(p @ finite(k))[..., None] ** 2
+            ds_squares @ k2.square() + delta_squares * lengths(steep @ finite(k))[..., None] ** 2
         )[..., 0]
         dq_noise = (ds_noise @ k2)[..., 0]
         q, do = (t.unflatten(1, (self.key_heads, self.group)).flatten(2, 3) for t in (q, do))
