@@ -74,3 +74,32 @@ class Reference:
     def rmse(self, out: torch.Tensor) -> float:
         """Root mean square error of `out`."""
         return self._off(out).square().mean().sqrt().item()
+
+
+class Parts:
+    """Right values of parts of the results, and the error allowed in each row of these.
+
+    A part: which of the results, where in it, the right values, what their rows may be off by.
+    """
+
+    tolerance = TOLERANCE
+
+    def __init__(self):
+        self._parts: list[tuple] = []
+
+    def error(self, results: tuple[torch.Tensor, ...]) -> float:
+        """The largest error of a row of any part, in units of what is allowed there; infinite if
+        an element of the results is not finite."""
+        if not all(torch.isfinite(result).all() for result in results):
+            return float("inf")
+        return max(
+            largest_error(results[index][place] - right, allowed)
+            for index, place, right, allowed in self._parts
+        )
+
+    def rmse(self, results: tuple[torch.Tensor, ...]) -> float:
+        """The largest of the parts' root mean square errors, relative to their own."""
+        return max(
+            ((results[index][place] - right).norm() / right.norm()).item()
+            for index, place, right, _ in self._parts
+        )

@@ -62,8 +62,10 @@ def _poison_free_memory(like: torch.Tensor) -> None:
 def check_provider(
     provider: Provider, cell: Cell, inputs, reference
 ) -> tuple[Callable[[], object], dict[str, Any]]:
-    """The provider's call on these inputs, after its output has passed; its errors with it."""
+    """The provider's call on these inputs, after its output has passed; its errors with it. A call
+    on other numbers than these has a `reference` of its own."""
     call = provider.bind(cell, *inputs)
+    reference = getattr(call, "reference", None) or reference
     _poison_free_memory(inputs[0])
     with provider.context():
         out = provider.output(call())

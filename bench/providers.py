@@ -234,24 +234,41 @@ def _fa3_from_source() -> Provider:
     return _flash_attn_like("fa3", "FA3 (source)", module, "flash-attn-3", "flash_attn_3")
 
 
-def _fa3_of_a_library(path: Path | None) -> Provider:
-    named = path or os.environ.get(fa3_library.VARIABLE)
+def library_of(
+    path: Path | None, variable: str, how_to_get: str, load: Callable[[Path], Any]
+) -> tuple[Any, str]:
+    """The operators of a library, which `path` or the environment's `variable` names, and the
+    name of its file."""
+    named = path or os.environ.get(variable)
     if not named:
-        raise Unavailable(f"no library is given; {fa3_library.HOW_TO_GET}")
+        raise Unavailable(f"no library is given; {how_to_get}")
     library = Path(named)
     try:
-        function = fa3_library.attention(fa3_library.load(library))
+        return load(library), library.name
     except OSError as error:
         reason = error.__cause__ or error  # PyTorch's own says only which file
-        raise Unavailable(f"{reason}; {fa3_library.HOW_TO_GET}") from error
+        raise Unavailable(f"{reason}; {how_to_get}") from error
     except RuntimeError as error:
         raise Unavailable(str(error)) from error
+
+
+def fa3_of_a_library(path: Path | None) -> tuple[Any, str]:
+    """The operators of the FlashAttention-3 inside xformers, and the version to record."""
+    operators, name = library_of(
+        path, fa3_library.VARIABLE, fa3_library.HOW_TO_GET, fa3_library.load
+    )
+    return operators, f"flash_attn_3 of {name}"
+
+
+def _fa3_xformers(path: Path | None) -> Provider:
+    operators, version = fa3_of_a_library(path)
+    function = fa3_library.attention(operators)
 
     return Provider(
         name="fa3-xformers",
         label="FA3 (xformers)",
-        version=f"flash_attn_3 of {library.name}",
-        function=lambda cell: lambda q, k, v: function(q, k, v, cell.causal),
+        version=version,
+        function=lambda cell: lambda q, k, v: function(q, k, v, {"is_causal": cell.causal}),
     )
 
 
@@ -263,7 +280,7 @@ PEERS: dict[str, Callable[..., Provider]] = {
         "fa3-fwd", "FA3 (fa3-fwd)", "fa3_fwd_interface", "fa3-fwd"
     ),
     "fa3": lambda **_: _fa3_from_source(),
-    "fa3-xformers": lambda fa3_library=None, **_: _fa3_of_a_library(fa3_library),
+    "fa3-xformers": lambda fa3_library=None, **_: _fa3_xformers(fa3_library),
     "fa4": lambda fa4_seqlens=(), **_: _flash_attn_like(
         "fa4", "FA4 (CuTe DSL)", "flash_attn.cute", "flash-attn-4", seqlens=fa4_seqlens
     ),
