@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bench.cells import Cell
-from bench.check import TOLERANCE, Attention, largest_error
+from bench.check import TOLERANCE, Attention, Options, largest_error
 
 
 class GradientReference:
@@ -14,7 +14,7 @@ class GradientReference:
 
     tolerance = TOLERANCE
 
-    def __init__(self, cell: Cell, *inputs: torch.Tensor):
+    def __init__(self, cell: Cell, *inputs: torch.Tensor, options: Options | None = None):
         group = cell.heads // cell.heads_kv
         self._parts = []
         for batch, head in {(0, 0), (cell.batch - 1, cell.heads_kv - 1)}:
@@ -28,7 +28,9 @@ class GradientReference:
             q, k, v, grad_out = (
                 x[place] for x, place in zip(inputs, (*places, of_queries), strict=True)
             )
-            exact = Attention(q, k, v, cell.head_dim**-0.5, cell.causal).gradients(grad_out)
+            batches, _, heads = of_queries
+            given = options(batches, heads) if options else {"causal": cell.causal}
+            exact = Attention(q, k, v, cell.head_dim**-0.5, **given).gradients(grad_out)
             for index, (place, (right, allowed)) in enumerate(zip(places, exact, strict=True)):
                 self._parts.append((index, place, right, allowed))
 
