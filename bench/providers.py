@@ -32,7 +32,8 @@ class Provider:
 
     `function` gives for a cell what is called with q, k and v. `arrange` makes a view of a (batch,
     seqlen, heads, head_dim) tensor as the function wants it, and is its own inverse. `context`
-    surrounds calls and is entered outside what is timed.
+    surrounds calls and is entered outside what is timed. `parameters` of the function have
+    gradients beside those of q, k and v.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Provider:
     arrange: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
     context: Callable[[], AbstractContextManager] = nullcontext
     takes: Callable[[Cell], bool] = lambda cell: True
+    parameters: tuple[torch.Tensor, ...] = ()
 
     def bind(self, cell: Cell, *inputs: torch.Tensor) -> Call:
         """A call without arguments, from q, k and v of shape (batch, seqlen, heads, head_dim)."""
@@ -70,10 +72,11 @@ class Backward(Provider):
         with torch.enable_grad(), self.context(), torch.cuda.stream(stream):
             out = _first(self.function(cell)(*leaves))
         torch.cuda.current_stream().wait_stream(stream)
-        return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+        wanted = (*leaves, *self.parameters)
+        return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
 
     def output(self, result: object) -> tuple[torch.Tensor, ...]:
-        return tuple(map(self.arrange, result))
+        return tuple(map(self.arrange, result[:3]))
 
 
 class TrainingStep(Provider):
@@ -83,10 +86,11 @@ class TrainingStep(Provider):
         *qkv, grad_out = inputs
         leaves, grad = self._leaves(qkv), self.arrange(grad_out)
         function = self.function(cell)
-        return lambda: torch.autograd.grad(_first(function(*leaves)), leaves, grad)
+        wanted = (*leaves, *self.parameters)
+        return lambda: torch.autograd.grad(_first(function(*leaves)), wanted, grad)
 
     def output(self, result: object) -> tuple[torch.Tensor, ...]:
-        return tuple(map(self.arrange, result))
+        return tuple(map(self.arrange, result[:3]))
 
 
 def backward_of(provider: Provider) -> Backward:

@@ -324,7 +324,7 @@ def test_paper_cell_of_a_length_beyond_the_grid():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 @pytest.mark.parametrize(
-    "script", ["forward", "backward", "packed", "caches", "ablation", "search", "power"]
+    "script", ["forward", "backward", "packed", "caches", "variants", "ablation", "search", "power"]
 )
 def test_scripts_say_that_they_need_a_gpu(script):
     done = subprocess.run(
