@@ -344,7 +344,9 @@ def test_statistics_come_back_from_their_parts(tmp_path):
 
 SOFTCAP = """
 #include <iostream>
+#include <limits>
 #include "cute_kernels/attention/softcap.hpp"
+using namespace cute_kernels;
 using namespace cute_kernels::attention;
 
 struct One {
@@ -352,20 +354,34 @@ struct One {
   float& operator()(int) { return value; }
   float operator()(int) const { return value; }
 };
+struct Params {
+  Softcap::Arguments variant;
+};
+
+// tanh, from the exponent of P; whether that came straight from the product.
+std::pair<float, bool> by_exponent(Params const& params, float product, float softcap) {
+  One score{product};
+  float const to_log2 = scale_of_scores(softcap) * sm90::kLog2e;
+  if (!Softcap::gives_exponents(params, score)) {
+    Softcap::change(params, score, 0);
+    return {score.value, false};
+  }
+  return {(Softcap::exponent(params)(product, 1.f) + 1.f) / to_log2, true};
+}
 
 int main() {
   std::string score;
   float scale, softcap;
   std::cout.precision(9);
   while (std::cin >> score >> scale >> softcap) {
-    struct {
-      Softcap::Arguments variant;
-    } const params{{softcap_factor(scale, softcap)}};
+    Params const params{Softcap::arguments_of(scale, softcap)};
     One fast{std::stof(score)}, again = fast;
+    auto const [exponent, straight] = by_exponent(params, fast.value, softcap);
     Softcap::change(params, fast, 0);
     Softcap::change_again(params, again, 0);
     auto const changed = Softcap::element(params, fast.value, NoPlaces{});
-    std::cout << fast.value << ' ' << again.value << ' ' << changed.slope << '\\n';
+    std::cout << fast.value << ' ' << again.value << ' ' << changed.slope << ' ' << exponent << ' '
+              << straight << '\\n';
   }
 }
 """
@@ -379,14 +395,63 @@ def test_softcap_is_a_tanh(tmp_path):
         (chance.gauss(0, 1) * 10 ** chance.uniform(-3, 3), 0.125, chance.choice([0.7, 5.0, 50.0]))
         for _ in range(500)
     ]
+    cases += [(chance.gauss(0, 1), 0.125, 10**power) for power in range(-30, 31) for _ in "ab"]
     ends = [(x, 1e30, 1e-30) for x in (0.0, 1e-20, -2.0)]
     ends += [(x, 1.0, 1.0) for x in (math.inf, -math.inf, math.nan)]
     answers = device_program(tmp_path, SOFTCAP)(cases + ends, number=float)
     for (score, scale, softcap), found in zip(cases + ends, answers, strict=True):
         if math.isnan(score):
-            assert all(map(math.isnan, found))
+            assert all(map(math.isnan, found[:4]))
             continue
         right = math.tanh(score * scale / softcap)
         assert abs(found[0] - right) <= 3e-7
         assert abs(found[1] - right) <= 3e-7
         assert abs(found[2] - (1 - right**2)) <= 1e-6
+        # An exponent's last bit is worth more where its unit is small.
+        unit = max(softcap, 2.0**-100) * math.log2(math.e)
+        assert abs(found[3] - right) <= 3e-7 + 2**-23 / unit
+        assert not found[4] or abs(right) < 0.3
+    # Straight from the products where they are near 0, at every softcap in use.
+    assert all(
+        found[4] or abs(score) * scale > 0.299 * softcap or not 1e-4 <= softcap <= 1e6
+        for (score, scale, softcap), found in zip(cases, answers, strict=False)
+    )
+
+
+EVERY_SOFTCAP = """
+int main() {
+  // Every `step`-th float up to `last`, and their largest error.
+  float scale, softcap, last;
+  uint32_t step;
+  std::cout.precision(9);
+  while (std::cin >> scale >> softcap >> last >> step) {
+    Params const params{Softcap::arguments_of(scale, softcap)};
+    double const factor = double{scale} / softcap;
+    double worst = 0., worst_by_exponent = 0.;
+    for (uint32_t bits = __float_as_uint(0x1p-14f / factor);
+         bits <= __float_as_uint(last / factor); bits += step) {
+      One score{__uint_as_float(bits)};
+      double const right = std::tanh(score.value * factor);
+      double const straight = by_exponent(params, score.value, softcap).first;
+      Softcap::change(params, score, 0);
+      worst = std::max(worst, std::abs(score.value - right));
+      worst_by_exponent = std::max(worst_by_exponent, std::abs(straight - right));
+    }
+    std::cout << worst << ' ' << worst_by_exponent << '\\n';
+  }
+}
+"""
+
+
+def test_softcap_is_a_tanh_of_every_float(tmp_path):
+    """Of one in 499 up to where tanh is 1, at the head dims' scales and softcaps in use; smaller
+    ones are themselves to 1e-9. In exponents, off by no more than their own last bit."""
+    program = SOFTCAP[: SOFTCAP.index("int main")] + EVERY_SOFTCAP
+    cases = [
+        (head_dim**-0.5, softcap, 9.0, 499)
+        for head_dim in (64, 128, 256)
+        for softcap in (15.0, 30.0, 50.0)
+    ]
+    for found in device_program(tmp_path, program)(cases, number=float):
+        assert found[0] <= 3e-7
+        assert found[1] <= 3e-7

@@ -261,12 +261,23 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       auto few = [&] {
         return first_end(params.forgotten(coord)) - kKeysOfOrigin < block * kTileN;
       };
+      // Whether exponents come straight from the scores, none of which need be known then.
+      bool straight = false;
+      if constexpr (Variant::kHasExponents) {
+        straight = !seek && Variant::gives_exponents(params, rows);
+      }
       if constexpr (kHasBlockMask) {
         Variant::change_listed(params, rows, place_in(block), is_full);
       } else if constexpr (kChangesScores) {
-        Variant::change(params, rows, place_in(block));
+        if (!straight) Variant::change(params, rows, place_in(block));
       }
-      softmax.update(rows, seek, few, mask, overflow, on_move);
+      auto exponents = [&](auto const& exponentiate) {
+        if constexpr (Variant::kHasExponents) {
+          if (straight) return exponentiate(Variant::exponent(params));
+        }
+        exponentiate();
+      };
+      softmax.update(rows, seek, few, mask, exponents, overflow, on_move);
       if constexpr (Variant::kWeighs) Variant::weigh(params, rows, place_in(block));
     };
     // Of the block at a place. Rows may see the first of their keys in any block that is not full.

@@ -41,18 +41,22 @@ class OnlineSoftmax {
   }
 
   /// Turns a block of scores into P in place. Where it is told to `seek` the rows' maxima, it calls
-  /// mask() first. Where it is not and P is too large, it calls overflow(), which must bring the
-  /// scores back, and seeks them after all. Origins that few() keys have made, or that did not
-  /// last, lie above the maximum by a margin. Calls, in a whole warp, on_move(factors) where
-  /// origins moved: then the rows of O must be multiplied before this block's P V is added.
-  template <class Scores, class Few, class MaskScores, class Overflow, class OnMove>
+  /// mask() first. Where it is not, it calls exponents(exponentiate), which must call
+  /// exponentiate(), or exponentiate(exponent) with a function of score and offset; if P is too
+  /// large, overflow(), which must bring the scores back, and seeks them after all. Origins that
+  /// few() keys have made, or that did not last, lie above the maximum by a margin. Calls, in a
+  /// whole warp, on_move(factors) where origins moved: then the rows of O must be multiplied before
+  /// this block's P V is added.
+  template <class Scores, class Few, class MaskScores, class Exponents, class Overflow,
+            class OnMove>
   CUTLASS_DEVICE void update(Scores& scores, bool seek, Few const& few, MaskScores const& mask,
-                             Overflow const& overflow, OnMove const& on_move) {
+                             Exponents const& exponents, Overflow const& overflow,
+                             OnMove const& on_move) {
     using namespace cute;
     static_assert(decltype(size<0>(scores))::value == kRows);
     float block_sum[kRows];
     if (!seek) {
-      exponentiate(scores, block_sum);
+      exponents([&](auto const&... exponent) { exponentiate(scores, block_sum, exponent...); });
       float largest = block_sum[0];
       CUTLASS_PRAGMA_UNROLL
       for (int row = 1; row < kRows; ++row) largest = fmaxf(largest, block_sum[row]);
@@ -161,8 +165,9 @@ class OnlineSoftmax {
 
   /// Scores -> P in place, and the sums of P. In pairs, fewer additions wait for an exponential;
   /// with 128 keys that is slower (docs/tuning.md).
-  template <class Scores>
-  CUTLASS_DEVICE void exponentiate(Scores& scores, float (&block_sum)[kRows]) const {
+  template <class Scores, class Exponent>
+  CUTLASS_DEVICE void exponentiate(Scores& scores, float (&block_sum)[kRows],
+                                   Exponent const& exponent) const {
     using namespace cute;
     constexpr int kColumns = decltype(size<1>(scores))::value;
     constexpr int kAddends = kSumInPairs ? 2 : 1;
@@ -174,12 +179,18 @@ class OnlineSoftmax {
         float p[kAddends];
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < kAddends; ++i) {
-          p[i] = sm90::exp2_mufu(scores(row, col + i) * scale_log2_ - offset_[row]);
+          p[i] = sm90::exp2_mufu(exponent(scores(row, col + i), offset_[row]));
           scores(row, col + i) = p[i];
         }
         block_sum[row] += kAddends == 2 ? p[0] + p[kAddends - 1] : p[0];
       }
     }
+  }
+
+  template <class Scores>
+  CUTLASS_DEVICE void exponentiate(Scores& scores, float (&block_sum)[kRows]) const {
+    exponentiate(scores, block_sum,
+                 [&](float score, float offset) { return score * scale_log2_ - offset; });
   }
 
   CUTLASS_DEVICE void add(float const (&block_sum)[kRows]) {

@@ -10,18 +10,21 @@
 // What a kernel changes of attention, which its Traits name as Variant. It has
 // - kScores: it changes the scores; kHides: it hides keys; kWeighs: it multiplies P behind the row
 //   sums; kGradients: of how many captured tensors backward computes gradients; kHasBlockMask:
-//   only listed blocks are computed, and full ones hide nothing;
+//   only listed blocks are computed, and full ones hide nothing; kHasExponents: it has
+//   gives_exponents();
 // - Arguments, which the kernel's parameters end with, and arguments_of(problem);
 // - unit(call): what the scores are in units of, after change();
 // - change(params, scores, place): of a block, in place, forward. place(row, column) is where an
 //   element stands. change_again() the same, where the scores are anything.
+// - gives_exponents(params, scores): whether P of a block of a warp can do without change(). Then
+//   exponent(params)(score, offset) is what change(), scale and offset make of a score.
 // - prepare(params, scores): of a block, in place, backward; then of each of its scores
 //   element(params, score, place).
 namespace cute_kernels::attention {
 
 /// The attention that everybody means.
 struct NoVariant {
-  static constexpr bool kScores = false, kHides = false, kWeighs = false;
+  static constexpr bool kScores = false, kHides = false, kWeighs = false, kHasExponents = false;
   static constexpr int kGradients = 0;
   static constexpr bool kHasHooks = false;
   static constexpr bool kHasBlockMask = false;
@@ -55,6 +58,7 @@ struct HookedVariant {
   template <int i>
   static constexpr Gradient kKind = Hooks::kKinds[i];
   static constexpr bool kHasHooks = true;
+  static constexpr bool kHasExponents = false;
   static constexpr bool kHasBlockMask = Hooks::kHasBlockMask;
   using Arguments = VariantArguments;
 

@@ -29,6 +29,11 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&x, &bits, sizeof(x));
   return x;
 }
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline bool __any_sync(uint32_t, bool mine) { return mine; }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
