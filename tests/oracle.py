@@ -272,7 +272,7 @@ class Attention:
         apart = None if self.weight is None else dp.square() + delta.square()
         slope = dp.sub_(delta)
         steep = (p * self.slope).masked_fill_(~self.seen, 0.0)
-        ds = slope * steep
+        ds = (slope * steep).masked_fill_(~self.seen, 0.0)
         # Of P, before it is multiplied, and of dS
         ds_squares = 2 * (u * ds).square()
         if apart is not None:  # with weights dP and delta meet P one by one
@@ -284,7 +284,9 @@ class Attention:
         score_noise = self.score_noise()[..., None]
         p_noise = weighted * score_noise
         reach = lengths(v)[..., None, :] + lengths(self.out_rows)[..., None]
-        ds_noise = ds.abs() * score_noise + self.noise * steep.abs() * do2 * reach
+        # Of dP, and of slopes, which may change by as much as scores are off
+        steepest = p if isinstance(self.slope, float) else p * finite(self.slope).abs().clamp(min=1.0)
+        ds_noise = ds.abs() * score_noise + self.noise * steepest * do2 * reach
         if self.softcap > 0:
             of_slope = p * slope.abs() * self._slope_noise()
             ds_noise += of_slope.masked_fill(~self.seen, 0.0)
