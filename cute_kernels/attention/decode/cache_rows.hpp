@@ -42,10 +42,10 @@ CUTLASS_DEVICE FoundRow row_of_key(CacheSource const& source, int entry, int key
   return row;
 }
 
-/// Copies blocks from `begin` up to before `end`: copy(row), of the row that find(block) was, if it
-/// is among `pages` pages. prepare() stands between the first look-ups and the first copy. Nothing
-/// depends on what find() reads until kAhead - 1 more blocks have been copied: the page table's
-/// latency is that of the copies before, behind which such a read may queue.
+/// Copies blocks from `begin` up to before `end`: copy(row), where find(block) has found the row of
+/// a lane, among `pages` pages or nowhere. prepare() stands between the first look-ups and the
+/// first copy. Nothing depends on what find() reads until kAhead more blocks are on their way: it
+/// may queue behind all copies before.
 template <int kAhead, class Find, class Prepare, class Copy>
 CUTLASS_DEVICE void copy_blocks(int begin, int end, int pages, Find const& find,
                                 Prepare const& prepare, Copy const& copy) {

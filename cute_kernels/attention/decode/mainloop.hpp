@@ -133,7 +133,8 @@ class DecodeMainloop {
     auto slice_qk = mma_qk.get_thread_slice(thread);
     auto slice_pv = mma_pv.get_thread_slice(thread);
     // Of 8 bits each warpgroup has queries of its own.
-    int const buffer = Traits::kEightBits ? warpgroup() : part.first_row / kWarpgroupM;
+    int const buffer =
+        sm90::uniform(Traits::kEightBits ? warpgroup() : part.first_row / kWarpgroupM);
     auto shared_q =
         make_tensor(make_smem_ptr(shared_.q[buffer].data()), typename Traits::LayoutQ{});
     auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(shared_q));
