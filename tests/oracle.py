@@ -56,7 +56,7 @@ def spread(x, least):
     An error's deviation is 0.42 u. Its length's square has the mean of a chi-squared variable with
     as many degrees of freedom as x has independent channels, and is taken 6 deviations of a normal
     variable into the tail where that is one (all channels alike). Few rows, nearly
-    orthogonal, can all have an error close to u: hence `least`.
+    orthogonal but for a tenth, can all have an error close to u: hence `least`.
     """
     if x.numel() == 0:
         return x.new_full((1, 1, 1), least)
@@ -226,7 +226,7 @@ class Attention:
         squares = ((self.u * p).square() + self.underflow**2 * (p > 0)) @ v.square()
         noise = self.score_noise() * (p @ v)[..., 0]
         allowed = self._allowed(
-            self.v, squares[..., 0], noise, self.out_rows, self.v.shape[2], least=1.0
+            self.v, squares[..., 0], noise, self.out_rows, self.v.shape[2], least=1.1
         )
         return allowed.transpose(1, 2)
 
