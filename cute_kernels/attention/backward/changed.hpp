@@ -27,9 +27,15 @@ struct ChangedProbabilities {
   static constexpr int kGradients = Variant::kGradients;
 
   Fragment p;                                              // times the weight: what dV takes
-  Fragment of_dp;                                          // what dP is multiplied by
-  Fragment of_delta;                                       // and delta, with weights
+  Fragment of_changed_score;                               // and times the slope
+  Fragment of_delta;                                       // what delta is, with weights
   Fragment of_captured[kGradients == 0 ? 1 : kGradients];  // dP - delta, for captured tensors
+
+  /// What dP is multiplied by.
+  CUTLASS_DEVICE Fragment const& of_dp() const {
+    if constexpr (Variant::kScores) return of_changed_score;
+    return p;
+  }
 };
 
 /// P = 2^(scale_log2 * score - lse_log2) of every score of a block, of raw ones or what prepare()
@@ -67,7 +73,9 @@ CUTLASS_DEVICE void changed_probabilities(Params const& params, Rows const& rows
       float const p[] = {probability(a, minus_lse[0]), probability(b, minus_lse[1])};
       float const weighed[] = {p[0] * a.weight, p[1] * b.weight};
       round(to.p, row, col, weighed[0], weighed[1]);
-      round(to.of_dp, row, col, weighed[0] * a.slope, weighed[1] * b.slope);
+      if constexpr (Variant::kScores) {
+        round(to.of_changed_score, row, col, weighed[0] * a.slope, weighed[1] * b.slope);
+      }
       if constexpr (Variant::kWeighs) {
         round(to.of_delta, row, col, p[0] * a.slope, p[1] * b.slope);
       }
@@ -96,7 +104,7 @@ template <bool kCareful, class Variant, class Gradients, class Statistics, class
 CUTLASS_DEVICE void gradients_of_changed(Gradients& gradients, Statistics const& statistics,
                                          int column, Probabilities const& p) {
   using namespace cute;
-  auto of_dp = make_tensor(p.of_dp.data(), gradients.layout());
+  auto of_dp = make_tensor(p.of_dp().data(), gradients.layout());
   auto of_delta = make_tensor(p.of_delta.data(), gradients.layout());
   CUTLASS_PRAGMA_UNROLL
   for (int col = 0; col < size<1>(gradients); ++col) {

@@ -111,7 +111,7 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
         sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
       }
       auto* parts =
-          reinterpret_cast<uint4 const*>(Traits::kChanges ? changed.of_dp.data() : p.data());
+          reinterpret_cast<uint4 const*>(Traits::kChanges ? changed.of_dp().data() : p.data());
       shared.ds_empty[0].wait(phase ^ 1);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kTileM / 16; ++i) {
