@@ -40,6 +40,7 @@ class Arena:
         self.slots = slots
         self.half_bytes = 0
         self.of_ranks: list[Tensor] = []
+        self.owner: Any = None  # what the memory lives by
         self.exchanges = 0  # so far
 
     def half(self, rank: int, number: int, which: int) -> Tensor:
@@ -57,10 +58,8 @@ class Copier:
         self.watched = torch.zeros(1, device=device)
         self._arenas = {kind: Arena(slots) for kind, slots in _SLOTS.items()}
         numbers = len(_SLOTS) * 2 * self.size
-        self._flags = [
-            x.view(torch.int32).view(len(_SLOTS), 2, self.size)
-            for x in self.gpu.allocate(4 * numbers)
-        ]
+        flags, self._owner_of_flags = self.gpu.allocate(4 * numbers)
+        self._flags = [x.view(torch.int32).view(len(_SLOTS), 2, self.size) for x in flags]
         self._flags[self.rank].zero_()
         self.gpu.settle()
 
@@ -104,9 +103,9 @@ class Copier:
         if most_bytes <= arena.half_bytes:
             return
         self.gpu.settle()  # nobody reads or writes what goes now
-        arena.of_ranks = []
+        arena.of_ranks, arena.owner = [], None
         arena.half_bytes = most_bytes + -most_bytes % _ALIGNMENT
-        arena.of_ranks = self.gpu.allocate(2 * arena.slots * arena.half_bytes)
+        arena.of_ranks, arena.owner = self.gpu.allocate(2 * arena.slots * arena.half_bytes)
         self.gpu.settle()
 
 
@@ -145,15 +144,16 @@ class Gpu:
         self._driver = _driver()
         self._stream: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
-    def allocate(self, number_of_bytes: int) -> list[Tensor]:
-        """The same on all ranks: bytes of each rank, as mapped here."""
+    def allocate(self, number_of_bytes: int) -> tuple[list[Tensor], Any]:
+        """The same on all ranks: bytes of each rank, as mapped here, and what they live by."""
         memory: Any = _symmetric_memory()
         own = memory.empty(number_of_bytes, dtype=torch.uint8, device=self._device)
         handle = memory.rendezvous(own, self._group)
-        return [
+        of_ranks = [
             handle.get_buffer(rank, (number_of_bytes,), torch.uint8)
             for rank in range(dist.get_world_size(self._group))
         ]
+        return of_ranks, (own, handle)  # buffers own nothing
 
     def settle(self) -> None:
         """All GPUs have done all that they have got."""
