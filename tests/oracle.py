@@ -285,7 +285,9 @@ class Attention:
         p_noise = weighted * score_noise
         reach = lengths(v)[..., None, :] + lengths(self.out_rows)[..., None]
         # Of dP, and of slopes, which may change by as much as scores are off
-        steepest = p if isinstance(self.slope, float) else p * finite(self.slope).abs().clamp(min=1.0)
+        steepest = (
+            p if isinstance(self.slope, float) else p * finite(self.slope).abs().clamp(min=1.0)
+        )
         ds_noise = ds.abs() * score_noise + self.noise * steepest * do2 * reach
         if self.softcap > 0:
             of_slope = p * slope.abs() * self._slope_noise()
