@@ -15,9 +15,10 @@ namespace cute_kernels::attention {
 
 /// A product Q K^T, or what prepare() makes of it, from the largest there is to what hides a key
 /// (HiddenStep).
+template <class Variant>
 struct RawScore {
   static constexpr float kLargest = INFINITY;
-  static constexpr float kHidden = -INFINITY;
+  static constexpr float kHidden = Variant::kHidden;
 };
 
 /// What is left of a block's scores, rounded at once: there are no registers for it in fp32.
@@ -39,7 +40,7 @@ struct ChangedProbabilities {
 };
 
 /// P = 2^(scale_log2 * score - lse_log2) of every score of a block, of raw ones or what prepare()
-/// made of them, -inf where hidden. place(row, column) is where one stands; `statistics` are the
+/// made of them, kHidden where hidden. place(row, column) is where one stands; `statistics` are the
 /// block's, the thread's first query is `column`. Careful, P is never above 1, as rounding of a
 /// large lse would have it.
 template <bool kCareful, class Variant, class Params, class Rows, class Place, class Statistics,

@@ -18,8 +18,8 @@
 //   element stands. change_again() the same, where the scores are anything.
 // - gives_exponents(params, scores): whether P of a block of a warp can do without change(). Then
 //   exponent(params)(score, offset) is what change(), scale and offset make of a score.
-// - prepare(params, scores): of a block, in place, backward; then of each of its scores
-//   element(params, score, place).
+// - prepare(params, scores): of a block, in place, backward; then of each of its scores, or of
+//   kHidden instead of it, element(params, score, place).
 namespace cute_kernels::attention {
 
 /// The attention that everybody means.
@@ -28,6 +28,7 @@ struct NoVariant {
   static constexpr int kGradients = 0;
   static constexpr bool kHasHooks = false;
   static constexpr bool kHasBlockMask = false;
+  static constexpr float kHidden = -INFINITY;
   struct Arguments {};
 
   template <class Problem>
@@ -60,6 +61,7 @@ struct HookedVariant {
   static constexpr bool kHasHooks = true;
   static constexpr bool kHasExponents = false;
   static constexpr bool kHasBlockMask = Hooks::kHasBlockMask;
+  static constexpr float kHidden = -INFINITY;
   using Arguments = VariantArguments;
 
   /// The same of a full block.
