@@ -120,9 +120,11 @@ void ask() {
     }
     auto const changed = Variant::element(params, score, place(0, 0));
     std::cout << forward.value << ' ' << weighed.value << ' ' << unseen.value << ' '
-              << changed.value << ' ' << changed.hidden << ' ' << changed.slope << ' '
-              << changed.weight;
-    for (int i = 0; i < Variant::kGradients; ++i) std::cout << ' ' << changed.slopes[i];
+              << changed.value << ' ' << changed.hidden << ' ' << changed.times(1.f, changed.slope)
+              << ' ' << changed.times(1.f, changed.weight);
+    for (int i = 0; i < Variant::kGradients; ++i) {
+      std::cout << ' ' << changed.times(1.f, changed.slopes[i]);
+    }
     std::cout << '\\n';
   }
 }

@@ -63,6 +63,10 @@ CUTLASS_DEVICE void changed_probabilities(Params const& params, Rows const& rows
     if constexpr (kCareful) exponent = sm90::min_nan(exponent, 0.f);
     return sm90::exp2_mufu(exponent);
   };
+  // Without hooks all is finite, and hidden P are 0 by themselves.
+  auto times = [](auto const& changed, float p, float factor) {
+    return Variant::kHasHooks ? changed.times(p, factor) : p * factor;
+  };
   CUTLASS_PRAGMA_UNROLL
   for (int col = 0; col < size<1>(rows); col += 2) {
     int const query = column + 4 * col;
@@ -72,17 +76,19 @@ CUTLASS_DEVICE void changed_probabilities(Params const& params, Rows const& rows
       auto const a = Variant::element(params, rows(row, col), place(row, col));
       auto const b = Variant::element(params, rows(row, col + 1), place(row, col + 1));
       float const p[] = {probability(a, minus_lse[0]), probability(b, minus_lse[1])};
-      float const weighed[] = {p[0] * a.weight, p[1] * b.weight};
+      float const weighed[] = {times(a, p[0], a.weight), times(b, p[1], b.weight)};
       round(to.p, row, col, weighed[0], weighed[1]);
       if constexpr (Variant::kScores) {
-        round(to.of_changed_score, row, col, weighed[0] * a.slope, weighed[1] * b.slope);
+        round(to.of_changed_score, row, col, times(a, weighed[0], a.slope),
+              times(b, weighed[1], b.slope));
       }
       if constexpr (Variant::kWeighs) {
-        round(to.of_delta, row, col, p[0] * a.slope, p[1] * b.slope);
+        round(to.of_delta, row, col, times(a, p[0], a.slope), times(b, p[1], b.slope));
       }
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < Variant::kGradients; ++i) {
-        round(to.of_captured[i], row, col, p[0] * a.slopes[i], p[1] * b.slopes[i]);
+        round(to.of_captured[i], row, col, times(a, p[0], a.slopes[i]),
+              times(b, p[1], b.slopes[i]));
       }
     }
   }
