@@ -75,13 +75,19 @@ class BackwardCell(Cell):
 
 
 def cell_name(cell: dict) -> str:
-    """Short and unique within a grid; takes a recorded cell too."""
+    """Short and unique within a grid; takes a recorded cell too. A cell may have a name of its
+    own."""
+    name = cell.get("name") or _described(cell)
+    return name if data_of(cell) == NORMAL else f"{name} {data_of(cell)}"
+
+
+def _described(cell: dict) -> str:
     name = f"D={cell['head_dim']} {cell['mask']} S={cell['seqlen']}"
     if cell.get("seqlen_k", cell["seqlen"]) != cell["seqlen"]:
         name += f" on {cell['seqlen_k']} keys"
     if cell.get("heads_kv", cell.get("heads")) != cell.get("heads"):
         name += f" {cell['heads']}/{cell['heads_kv']} heads"
-    return name if data_of(cell) == NORMAL else f"{name} {data_of(cell)}"
+    return name
 
 
 def data_of(cell: dict) -> str:

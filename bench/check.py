@@ -11,7 +11,9 @@ passes.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,13 +21,16 @@ from bench.cells import Cell
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # no part of any package
 
-from oracle import Attention
+from oracle import Attention, Changes  # noqa: F401  variants have Changes from here
 
 SAMPLES, SAMPLED_ROWS = 8, 8
 # Of FP8 attention to what is in 8 bits already: P is rounded to e4m3, whose products add up in
 # about 14 bits; P as it is, scaled by 2^8 at most, is subnormal below 2^-14
 FP8 = {"u": 2.0**-4, "noise": 2.0**-13, "underflow": 2.0**-18}
 TOLERANCE = 2.0  # of the bound: others may round once more than we
+
+# Of some batch entries and heads: what Attention takes beside q, k, v and the softmax scale
+Options = Callable[[slice, slice], dict[str, Any]]
 
 
 def largest_error(off: torch.Tensor, allowed: torch.Tensor) -> float:
@@ -37,19 +42,31 @@ def largest_error(off: torch.Tensor, allowed: torch.Tensor) -> float:
 class Reference:
     """Some query rows of every head in fp64, and the error allowed there.
 
-    `rounding`: what rounds more than the tensors' dtype does, by the names of the bound's fields.
+    `options`: what else the cell does not say, its mask with it. `rounding`: what rounds more than
+    the tensors' dtype does, by the names of the bound's fields.
     """
 
     tolerance = TOLERANCE
 
-    def __init__(self, cell: Cell, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rounding):
+    def __init__(
+        self,
+        cell: Cell,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        options: Options | None = None,
+        **rounding,
+    ):
+        given = options(slice(None), slice(None)) if options else {"causal": cell.causal}
         count = min(SAMPLED_ROWS, cell.seqlen)
         firsts = torch.linspace(0, cell.seqlen - count, SAMPLES).round().long().unique().tolist()
         scale = cell.head_dim**-0.5
         expected, allowed = [], []
         for first in firsts:  # one at a time: each has a copy of K and V in fp64
             rows = q[:, first : first + count]
-            exact = Attention(rows, k, v, scale, cell.causal, first, cell.seqlen)
+            place = {"first_query": first, "seqlen_q": cell.seqlen}
+            exact = Attention(rows, k, v, scale, **given, **place)
             vars(exact).update(rounding)
             expected.append(exact.out)
             allowed.append(exact.out_allowed())
@@ -74,3 +91,32 @@ class Reference:
     def rmse(self, out: torch.Tensor) -> float:
         """Root mean square error of `out`."""
         return self._off(out).square().mean().sqrt().item()
+
+
+class Parts:
+    """Right values of parts of the results, and the error allowed in each row of these.
+
+    A part: which of the results, where in it, the right values, what their rows may be off by.
+    """
+
+    tolerance = TOLERANCE
+
+    def __init__(self):
+        self._parts: list[tuple] = []
+
+    def error(self, results: tuple[torch.Tensor, ...]) -> float:
+        """The largest error of a row of any part, in units of what is allowed there; infinite if
+        an element of the results is not finite."""
+        if not all(torch.isfinite(result).all() for result in results):
+            return float("inf")
+        return max(
+            largest_error(results[index][place] - right, allowed)
+            for index, place, right, allowed in self._parts
+        )
+
+    def rmse(self, results: tuple[torch.Tensor, ...]) -> float:
+        """The largest of the parts' root mean square errors, relative to their own."""
+        return max(
+            ((results[index][place] - right).norm() / right.norm()).item()
+            for index, place, right, _ in self._parts
+        )

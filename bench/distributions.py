@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from bench.cells import NORMAL, Cell
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BLOCK = 64  # keys of one level: no kernel's block has fewer
@@ -181,13 +182,19 @@ def is_adversarial(name: str) -> bool:
     return DISTRIBUTIONS[name].adversarial
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
 def draw(cell: Cell, device: str = "cuda", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """The cell's q (batch, seqlen, heads, head_dim) and k, v (batch, seqlen_k, heads_kv, head_dim),
     in its dtype, distributed as its `data` says; the same for the same seed."""
     import torch
 
     generator = torch.Generator(device).manual_seed(seed)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[cell.dtype]
+    dtype = torch_dtype(cell.dtype)
     queries = (cell.batch, cell.seqlen, cell.heads, cell.head_dim)
     keys = (cell.batch, cell.seqlen_k, cell.heads_kv, cell.head_dim)
     q, k, v = (

@@ -54,18 +54,19 @@ def load(path: Path):
     return torch.ops.flash_attn_3
 
 
-def attention(operators) -> Callable[..., torch.Tensor]:
-    """q, k, v and causal -> the output, differentiable by the library's own backward operator."""
+def attention(operators, **of_backward: object) -> Callable[..., torch.Tensor]:
+    """q, k, v and a dict of options of both operators -> the output, differentiable by the
+    library's own backward operator, which alone gets `of_backward`."""
 
     import torch
 
     class Attention(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, q, k, v, causal):
-            options = {"softmax_scale": q.shape[-1] ** -0.5, "is_causal": causal}
+        def forward(ctx, q, k, v, options):
+            options = {"softmax_scale": q.shape[-1] ** -0.5, **options}
             out, lse, *_ = operators.fwd(q, k, v, **options)
             ctx.save_for_backward(q, k, v, out, lse)
-            ctx.options = options
+            ctx.options = {**options, **of_backward}
             return out
 
         @staticmethod

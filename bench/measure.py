@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,8 +62,10 @@ def _poison_free_memory(like: torch.Tensor) -> None:
 def check_provider(
     provider: Provider, cell: Cell, inputs, reference
 ) -> tuple[Callable[[], object], dict[str, Any]]:
-    """The provider's call on these inputs, after its output has passed; its errors with it."""
+    """The provider's call on these inputs, after its output has passed; its errors with it. A call
+    on other numbers than these has a `reference` of its own."""
     call = provider.bind(cell, *inputs)
+    reference = getattr(call, "reference", None) or reference
     _poison_free_memory(inputs[0])
     with provider.context():
         out = provider.output(call())
@@ -85,20 +87,27 @@ def time_cell(
     rounds: int,
     target_ms: float,
     task: Task = FORWARD,
+    others: Mapping[str, Task] | None = None,
 ) -> Results:
-    """GPU time of every provider that takes the cell; one that fails is recorded, not timed."""
+    """GPU time of every provider that takes the cell; one that fails is recorded, not timed.
+
+    `others`: tasks on the same inputs of providers, by name, of whom something else is asked.
+    """
     results: Results = {}
     captured: dict[str, CapturedCall | EagerCall] = {}
     with torch.no_grad():
         inputs = task.inputs(cell)
-        reference = task.reference(cell, *inputs)
+        references: dict[Callable[..., Any], Any] = {}
         for provider in providers:
             if not provider.takes(cell):
                 continue
+            asked = (others or {}).get(provider.name, task)
+            if asked.reference not in references:
+                references[asked.reference] = asked.reference(cell, *inputs)
             try:
-                call, errors = check_provider(provider, cell, inputs, reference)
+                call, errors = check_provider(provider, cell, inputs, references[asked.reference])
                 with provider.context():
-                    captured[provider.name] = task.repeated(call, target_ms)
+                    captured[provider.name] = asked.repeated(call, target_ms)
                 results[provider.name] = errors
             except Exception as failure:
                 results[provider.name] = _failure(failure)

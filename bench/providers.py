@@ -32,7 +32,8 @@ class Provider:
 
     `function` gives for a cell what is called with q, k and v. `arrange` makes a view of a (batch,
     seqlen, heads, head_dim) tensor as the function wants it, and is its own inverse. `context`
-    surrounds calls and is entered outside what is timed.
+    surrounds calls and is entered outside what is timed. `parameters` of the function have
+    gradients beside those of q, k and v.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Provider:
     arrange: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
     context: Callable[[], AbstractContextManager] = nullcontext
     takes: Callable[[Cell], bool] = lambda cell: True
+    parameters: tuple[torch.Tensor, ...] = ()
 
     def bind(self, cell: Cell, *inputs: torch.Tensor) -> Call:
         """A call without arguments, from q, k and v of shape (batch, seqlen, heads, head_dim)."""
@@ -70,10 +72,11 @@ class Backward(Provider):
         with torch.enable_grad(), self.context(), torch.cuda.stream(stream):
             out = _first(self.function(cell)(*leaves))
         torch.cuda.current_stream().wait_stream(stream)
-        return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+        wanted = (*leaves, *self.parameters)
+        return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
 
     def output(self, result: object) -> tuple[torch.Tensor, ...]:
-        return tuple(map(self.arrange, result))
+        return tuple(map(self.arrange, result[:3]))
 
 
 class TrainingStep(Provider):
@@ -83,10 +86,11 @@ class TrainingStep(Provider):
         *qkv, grad_out = inputs
         leaves, grad = self._leaves(qkv), self.arrange(grad_out)
         function = self.function(cell)
-        return lambda: torch.autograd.grad(_first(function(*leaves)), leaves, grad)
+        wanted = (*leaves, *self.parameters)
+        return lambda: torch.autograd.grad(_first(function(*leaves)), wanted, grad)
 
     def output(self, result: object) -> tuple[torch.Tensor, ...]:
-        return tuple(map(self.arrange, result))
+        return tuple(map(self.arrange, result[:3]))
 
 
 def backward_of(provider: Provider) -> Backward:
@@ -234,24 +238,41 @@ def _fa3_from_source() -> Provider:
     return _flash_attn_like("fa3", "FA3 (source)", module, "flash-attn-3", "flash_attn_3")
 
 
-def _fa3_of_a_library(path: Path | None) -> Provider:
-    named = path or os.environ.get(fa3_library.VARIABLE)
+def library_of(
+    path: Path | None, variable: str, how_to_get: str, load: Callable[[Path], Any]
+) -> tuple[Any, str]:
+    """The operators of a library, which `path` or the environment's `variable` names, and the
+    name of its file."""
+    named = path or os.environ.get(variable)
     if not named:
-        raise Unavailable(f"no library is given; {fa3_library.HOW_TO_GET}")
+        raise Unavailable(f"no library is given; {how_to_get}")
     library = Path(named)
     try:
-        function = fa3_library.attention(fa3_library.load(library))
+        return load(library), library.name
     except OSError as error:
         reason = error.__cause__ or error  # PyTorch's own says only which file
-        raise Unavailable(f"{reason}; {fa3_library.HOW_TO_GET}") from error
+        raise Unavailable(f"{reason}; {how_to_get}") from error
     except RuntimeError as error:
         raise Unavailable(str(error)) from error
+
+
+def fa3_of_a_library(path: Path | None) -> tuple[Any, str]:
+    """The operators of the FlashAttention-3 inside xformers, and the version to record."""
+    operators, name = library_of(
+        path, fa3_library.VARIABLE, fa3_library.HOW_TO_GET, fa3_library.load
+    )
+    return operators, f"flash_attn_3 of {name}"
+
+
+def _fa3_xformers(path: Path | None) -> Provider:
+    operators, version = fa3_of_a_library(path)
+    function = fa3_library.attention(operators)
 
     return Provider(
         name="fa3-xformers",
         label="FA3 (xformers)",
-        version=f"flash_attn_3 of {library.name}",
-        function=lambda cell: lambda q, k, v: function(q, k, v, cell.causal),
+        version=version,
+        function=lambda cell: lambda q, k, v: function(q, k, v, {"is_causal": cell.causal}),
     )
 
 
@@ -263,7 +284,7 @@ PEERS: dict[str, Callable[..., Provider]] = {
         "fa3-fwd", "FA3 (fa3-fwd)", "fa3_fwd_interface", "fa3-fwd"
     ),
     "fa3": lambda **_: _fa3_from_source(),
-    "fa3-xformers": lambda fa3_library=None, **_: _fa3_of_a_library(fa3_library),
+    "fa3-xformers": lambda fa3_library=None, **_: _fa3_xformers(fa3_library),
     "fa4": lambda fa4_seqlens=(), **_: _flash_attn_like(
         "fa4", "FA4 (CuTe DSL)", "flash_attn.cute", "flash-attn-4", seqlens=fa4_seqlens
     ),

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import ablation, report
+from bench import ablation, report, variants
 from bench.cells import NORMAL, cell_name, data_of
 from bench.comparison import HOST_CALL, KINDS
 
@@ -180,9 +180,24 @@ def ablation_section(data: dict[str, Any]) -> str:
     )
 
 
+def variants_section(data: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            f"## Variants, block masks, softcap, sinks, {data['settings']['dtype']}",
+            "",
+            f"{provenance(data)} TFLOP/s of the pairs that are seen; then the speed of ours over "
+            "the peer's, and over others of ours: packed sequences (packed), without softcap, "
+            "sinks or hook (without), no hook but the same attention (library), hooks with a block "
+            "mask where the call needs none (blocks), without one where it saves work (no-blocks).",
+            "",
+            report.markdown_table(*variants.table(data)),
+        ]
+    )
+
+
 def load_all(results: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """The comparisons and then the ablations among the results files."""
-    order = [*KINDS, "ablation"]
+    """The comparisons, variants and then the ablations among the results files."""
+    order = [*KINDS, "variants", "ablation"]
     loaded = [(path, report.load(path)) for path in sorted(results)]
     known = [pair for pair in loaded if pair[1].get("kind") in order]
     return sorted(known, key=lambda pair: order.index(pair[1]["kind"]))
@@ -190,8 +205,11 @@ def load_all(results: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
 
 def cells_block(results: Iterable[Path], folder: Path) -> str:
     """What docs/benchmarks.md has between the markers, with links from a page in `folder`."""
+    others = {"ablation": ablation_section, "variants": variants_section}
     return "\n\n".join(
-        comparison_section(path, data, folder) if data["kind"] in KINDS else ablation_section(data)
+        others[data["kind"]](data)
+        if data["kind"] in others
+        else comparison_section(path, data, folder)
         for path, data in load_all(results)
     )
 

@@ -124,7 +124,7 @@ def cell_rows(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             cell_name(entry),
-            *(_shown(entry, name) for name in timed),
+            *(shown(entry, name) for name in timed),
             show(ratio(entry, peers), 2),
         ]
         for entry in data["cells"]
@@ -132,10 +132,20 @@ def cell_rows(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _shown(entry: dict[str, Any], provider: str) -> str:
+def shown(entry: dict[str, Any], provider: str) -> str:
+    """TFLOP/s, or that there are none."""
     if "error" in entry["results"].get(provider, {}):
         return "failed"
     return show(tflops(entry, provider))
+
+
+def shown_us(entry: dict[str, Any], provider: str) -> str:
+    """Microseconds, or that there are none."""
+    result = entry["results"].get(provider, {})
+    if "error" in result:
+        return "failed"
+    time = result.get("median_ms")
+    return "-" if time is None else show(1e3 * time, 1)
 
 
 def ratio_means(data: dict[str, Any]) -> list[tuple[str, float | None]]:

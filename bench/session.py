@@ -59,6 +59,12 @@ def add_data_option(to: argparse.ArgumentParser) -> None:
     )
 
 
+def add_only_option(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--only", default="", metavar="TEXT", help="cells whose name contains it; default: all"
+    )
+
+
 def require_gpu() -> None:
     """Leave with a clear message and code 2 where nothing can be measured."""
     try:

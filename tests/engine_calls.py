@@ -5,13 +5,16 @@ A tensor is recorded by shape, strides, offset and the storage that it is a part
 and descales hold is recorded too, the rest is random.
 """
 
+import importlib.metadata
 import inspect
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 
 import eight_bits
+import latent
 import torch
 from caches import assert_attention_right
 
@@ -21,14 +24,20 @@ DATA = Path(__file__).resolve().parent / "data"
 FUNCTIONS = {f.__name__: f for f in (flash_attn_with_kvcache, flash_attn_varlen_func)}
 
 
-def load(engine):
-    return json.loads((DATA / f"{engine}_calls.json").read_text())
+def load(name):
+    return json.loads((DATA / f"{name}_calls.json").read_text())["calls"]
 
 
-def save(engine, version, calls):
-    lines = ",\n".join(map(json.dumps, calls))
-    text = f'{{"version": {json.dumps(version)}, "calls": [\n{lines}\n]}}\n'
-    (DATA / f"{engine}_calls.json").write_text(text)
+def recorded(name, package):
+    """All calls of a module of tests, which replace the recorded ones if the environment asks for
+    it."""
+    calls = []
+    yield calls
+    if os.environ.get("CUTE_KERNELS_RECORD") == "1":
+        version = importlib.metadata.version(package)
+        lines = ",\n".join(map(json.dumps, calls))
+        text = f'{{"version": {json.dumps(version)}, "calls": [\n{lines}\n]}}\n'
+        (DATA / f"{name}_calls.json").write_text(text)
 
 
 def record(module, monkeypatch):
@@ -100,6 +109,8 @@ def assert_replayed(call, device):
     paged = call["function"] == "flash_attn_with_kvcache"
     if paged and given["k_cache"].dtype == eight_bits.E4M3:
         eight_bits.skip_unless_built(device, given["q"].shape[-1:])
+    if "qv" in given:
+        latent.skip_unless_built(device, given["q"].dtype)
     out, starts = given.get("out"), given["cu_seqlens_q"]
     if paged:
         k, v = of_sequences(given)
@@ -118,6 +129,9 @@ def assert_replayed(call, device):
         assert result.data_ptr() == out.data_ptr() and result.shape == out.shape
         assert torch.equal(result, out)
     q = given["q"]
+    if "qv" in given:  # values are keys too
+        q = torch.cat([q, given["qv"]], -1)
+        k = [torch.cat(pair, -1) for pair in zip(k, v, strict=True)]
 
     def descale(which):
         found = given.get(f"{which}_descale")

@@ -56,7 +56,7 @@ def spread(x, least):
     An error's deviation is 0.42 u. Its length's square has the mean of a chi-squared variable with
     as many degrees of freedom as x has independent channels, and is taken 6 deviations of a normal
     variable into the tail where that is one (all channels alike). Few rows, nearly
-    orthogonal, can all have an error close to u: hence `least`.
+    orthogonal but for a tenth, can all have an error close to u: hence `least`.
     """
     if x.numel() == 0:
         return x.new_full((1, 1, 1), least)
@@ -226,7 +226,7 @@ class Attention:
         squares = ((self.u * p).square() + self.underflow**2 * (p > 0)) @ v.square()
         noise = self.score_noise() * (p @ v)[..., 0]
         allowed = self._allowed(
-            self.v, squares[..., 0], noise, self.out_rows, self.v.shape[2], least=1.0
+            self.v, squares[..., 0], noise, self.out_rows, self.v.shape[2], least=1.1
         )
         return allowed.transpose(1, 2)
 
@@ -272,7 +272,7 @@ class Attention:
         apart = None if self.weight is None else dp.square() + delta.square()
         slope = dp.sub_(delta)
         steep = (p * self.slope).masked_fill_(~self.seen, 0.0)
-        ds = slope * steep
+        ds = (slope * steep).masked_fill_(~self.seen, 0.0)
         # Of P, before it is multiplied, and of dS
         ds_squares = 2 * (u * ds).square()
         if apart is not None:  # with weights dP and delta meet P one by one
@@ -284,7 +284,9 @@ class Attention:
         score_noise = self.score_noise()[..., None]
         p_noise = weighted * score_noise
         reach = lengths(v)[..., None, :] + lengths(self.out_rows)[..., None]
-        ds_noise = ds.abs() * score_noise + self.noise * steep.abs() * do2 * reach
+        # Of dP, and of slopes, which may change by as much as scores are off
+        steepest = p if isinstance(self.slope, float) else p * finite(self.slope).abs().clamp(min=1.0)
+        ds_noise = ds.abs() * score_noise + self.noise * steepest * do2 * reach
         if self.softcap > 0:
             of_slope = p * slope.abs() * self._slope_noise()
             ds_noise += of_slope.masked_fill(~self.seen, 0.0)

@@ -323,7 +323,9 @@ def test_paper_cell_of_a_length_beyond_the_grid():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-@pytest.mark.parametrize("script", ["forward", "backward", "ablation", "search", "power"])
+@pytest.mark.parametrize(
+    "script", ["forward", "backward", "packed", "caches", "variants", "ablation", "search", "power"]
+)
 def test_scripts_say_that_they_need_a_gpu(script):
     done = subprocess.run(
         [sys.executable, "-m", f"bench.{script}"], cwd=ROOT, capture_output=True, text=True

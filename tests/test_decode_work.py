@@ -9,7 +9,7 @@ from host_program import CHECKED, host_program, needs_cxx
 pytestmark = needs_cxx
 
 NONE = -1  # a limit of the window without a value
-TILE_ROWS, TILE_N = 64, 32
+TILE_ROWS, TILE_N, CONSUMERS = 64, 32, 2
 MAIN = f"""
 #include <iostream>
 #include <vector>
@@ -19,6 +19,8 @@ using namespace cute_kernels::attention;
 struct Tiling {{
   static constexpr int kTileRows = {TILE_ROWS};
   static constexpr int kTileN = {TILE_N};
+  static constexpr int kConsumers = {CONSUMERS};
+  static constexpr int kWarpgroupM = {TILE_ROWS // CONSUMERS};
 }};
 
 void deal(CachedCall const& call, int ctas, int num_splits) {{
@@ -48,6 +50,10 @@ void deal(CachedCall const& call, int ctas, int num_splits) {{
                         tile.keys.end, walk.begin_block(), walk.end_block(),
                         int(walk.is_first_part()), walk.parts().first, walk.parts().count}}) {{
         std::cout << ' ' << value;
+      }}
+      for (int warpgroup = 0; warpgroup < Tiling::kConsumers; ++warpgroup) {{
+        WarpgroupPart<Tiling> const part(walk, warpgroup);
+        std::cout << ' ' << part.first_row << ' ' << part.begin << ' ' << part.turns;
       }}
     }}
   }}
@@ -79,6 +85,7 @@ int main() {{
 FIELDS = [
     *("cta", "entry", "head", "row_q", "first_row", "rows", "first_query", "last_query"),
     *("begin", "end", "first_block", "end_block", "is_first", "first_cta", "count"),
+    *(f"{field}_{i}" for i in range(CONSUMERS) for field in ("row", "block", "turns")),
 ]
 
 
@@ -186,6 +193,22 @@ def test_every_block_is_in_one_part(deal, seed):
         if num_splits == 0:
             least = max(1, -(-sum(loads.values()) // ctas))
             assert least <= share <= least + least // 16
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_row_and_block_is_one_warpgroups(deal, seed):
+    rows_of_warpgroup = TILE_ROWS // CONSUMERS
+    _, parts = deal(*random_case(random.Random(seed)))
+    for part in parts:
+        taken = [
+            (row, block)
+            for i in range(CONSUMERS)
+            for row in range(part[f"row_{i}"], part[f"row_{i}"] + rows_of_warpgroup)
+            for block in range(part[f"block_{i}"], part["end_block"], part[f"turns_{i}"])
+        ]
+        blocks = range(part["first_block"], part["end_block"])
+        rows = range(TILE_ROWS if part["rows"] > rows_of_warpgroup else rows_of_warpgroup)
+        assert sorted(taken) == [(row, block) for row in rows for block in blocks]
 
 
 def test_shares_divide_all_heads_alike(deal):

@@ -5,17 +5,16 @@ package where it is installed; the calls that it makes, recorded, everywhere.
 """
 
 import importlib.metadata
-import os
 import random
-import sys
 import types
 
 import engine_calls
 import pytest
 import torch
+import vllm_engine
 from engine_calls import assert_output_right, assert_replayed
 
-RECORDED = engine_calls.load("vllm")["calls"]
+RECORDED = engine_calls.load("vllm")
 
 
 @pytest.mark.parametrize("call", RECORDED, ids=range(len(RECORDED)))
@@ -32,55 +31,45 @@ def test_vllm_finds_the_plugin():
 
 @pytest.fixture(scope="module")
 def vllm():
-    """The package, with the plugin loaded as its own processes do."""
-    # Compiled for CUDA, and not needed here.
-    if not torch.cuda.is_available():
-        sys.modules.setdefault("vllm._C_stable_libtorch", types.ModuleType("vllm"))
-    plugins = pytest.importorskip("vllm.plugins", reason="needs vLLM 0.33 or newer")
-    from cute_kernels.integrations.vllm import unregister
-
-    plugins.load_general_plugins()
-    yield
-    unregister()
+    yield from vllm_engine.loaded()
 
 
 def names_of_backends():
     from vllm.v1.attention.backends import registry
+    from vllm.v1.attention.backends.mla.prefill import registry as of_prompts
 
-    names = registry.AttentionBackendEnum
-    overrides = list(registry._ATTN_OVERRIDES)
-    return list(names.__members__), list(names._value2member_map_), overrides
+    state = []
+    for names, overrides in (
+        (registry.AttentionBackendEnum, registry._ATTN_OVERRIDES),
+        (of_prompts.MLAPrefillBackendEnum, of_prompts._MLA_PREFILL_OVERRIDES),
+    ):
+        state.append((list(names.__members__), list(names._value2member_map_), list(overrides)))
+    return state
 
 
 def test_registration_is_undone(vllm):
-    from cute_kernels.integrations.vllm import NAME, register, unregister
+    from cute_kernels.integrations.vllm import LATENT_NAME, NAME, register, unregister
 
     unregister()
     unregister()
     before = names_of_backends()
-    assert NAME not in before[0]
+    assert NAME not in before[0][0]
     for _ in range(2):
         register()
         register()
-        assert names_of_backends()[0] == [*before[0], NAME]
+        names = [of_registry[0] for of_registry in names_of_backends()]
+        assert names == [[*before[0][0], NAME, LATENT_NAME], [*before[1][0], NAME]]
         unregister()
         assert names_of_backends() == before
     register()
 
 
 def test_the_selector_takes_the_backend_or_says_why_not(vllm):
-    from vllm.platforms.cuda import CudaPlatformBase
     from vllm.platforms.interface import DeviceCapability
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    class Hopper(CudaPlatformBase):
-        capability = DeviceCapability(9, 0)
-
-        @classmethod
-        def get_device_capability(cls, device_id=0):
-            return cls.capability
-
+    hopper = vllm_engine.hopper()
     chosen = AttentionBackendEnum["CUTE_KERNELS"]
     fits = AttentionSelectorConfig(128, torch.bfloat16, "auto", 16)
     for changed in (
@@ -92,7 +81,7 @@ def test_the_selector_takes_the_backend_or_says_why_not(vllm):
         {"kv_cache_dtype": "fp8_e4m3", "use_per_head_quant_scales": True},
         {"use_non_causal": True},
     ):
-        path = Hopper.get_attn_backend_cls(chosen, fits._replace(**changed))
+        path = hopper.get_attn_backend_cls(chosen, fits._replace(**changed))
         assert path == "cute_kernels.integrations.vllm.backend.CuteKernelsBackend"
     for changed, reason in (
         ({"head_size": 264}, "head_size"),
@@ -108,10 +97,10 @@ def test_the_selector_takes_the_backend_or_says_why_not(vllm):
         ({"use_batch_invariant": True}, "batch invariance"),
     ):
         with pytest.raises(ValueError, match=f"CUTE_KERNELS.*{reason}"):
-            Hopper.get_attn_backend_cls(chosen, fits._replace(**changed))
-    Hopper.capability = DeviceCapability(10, 0)
+            hopper.get_attn_backend_cls(chosen, fits._replace(**changed))
+    hopper.capability = DeviceCapability(10, 0)
     with pytest.raises(ValueError, match="compute capability"):
-        Hopper.get_attn_backend_cls(chosen, fits)
+        hopper.get_attn_backend_cls(chosen, fits)
 
 
 def write_to_slots(key, value, key_cache, value_cache, slot_mapping, dtype, k_scale, v_scale):
@@ -155,12 +144,7 @@ CASES += [("mixed", "plain", layout) for layout in ("LBHNC", "LHBNC", "BLHNC", "
 
 @pytest.fixture(scope="module")
 def recorded():
-    """All calls of this module, which replace the recorded ones if the environment asks for it."""
-    calls = []
-    yield calls
-    if os.environ.get("CUTE_KERNELS_RECORD") == "1":
-        version = importlib.metadata.version("vllm")
-        engine_calls.save("vllm", version, calls)
+    yield from engine_calls.recorded("vllm", "vllm")
 
 
 class Batch:

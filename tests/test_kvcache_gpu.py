@@ -249,10 +249,41 @@ def test_a_long_prompt(hopper):
     assert_right(run(cache), cache)
 
 
-def test_values_that_some_queries_do_not_see(hopper):
-    """NaN in the last keys makes NaN of the queries that see them, and of no other."""
-    skip_unless_built(torch.bfloat16, 128)
-    cache = random_cache(random.Random(2), [777], [9], heads=(8, 1), page_size=16)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("num_splits", [0, 1, 3])
+def test_few_blocks(hopper, head_dim, num_splits):
+    """Warpgroups take turns with the blocks of 64 rows or fewer (8 tokens), and share those of
+    more: parts of any few blocks come behind one another, wherever in the ring they begin."""
+    skip_unless_built(torch.bfloat16, head_dim)
+    chance = random.Random(head_dim)
+    block = 8192 // head_dim
+    lengths = [max(1, blocks * block + more) for blocks in range(8) for more in (-1, 0, 1)] * 20
+    chance.shuffle(lengths)
+    cache = random_cache(
+        chance,
+        lengths,
+        [chance.choice([1, 1, 1, 8, 9, 16]) for _ in lengths],
+        head_dims=(head_dim, head_dim),
+        heads=(8, 1),
+        page_size=16,
+    )
+    assert_right(run(cache, num_splits=num_splits), cache)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("queries", [5, 9])
+def test_values_that_some_queries_do_not_see(hopper, head_dim, queries):
+    """NaN in the last keys makes NaN of the queries that see them, and of no other: where
+    warpgroups take turns with a tile's blocks, and where they share its rows."""
+    skip_unless_built(torch.bfloat16, head_dim)
+    cache = random_cache(
+        random.Random(2),
+        [777],
+        [queries],
+        head_dims=(head_dim, head_dim),
+        heads=(8, 1),
+        page_size=16,
+    )
     q, k, v = cache.sequences[0]
     v[:, -4:-2] = math.nan
     keys = torch.arange(777 - 4, 777 - 2, device="cuda")

@@ -25,14 +25,17 @@ enum class NamedBarrier : int {
   /// Attention to a cache. All consumer threads meet here around what one warp does for all: it
   /// tells that a part is there.
   kPartStored = 0,
-  /// Attention to a cache. The threads of consumer warpgroups that have rows meet here around the
-  /// clearing of a block of V.
+  /// Attention to a cache. The threads that read a block of V meet here around its clearing: all
+  /// consumer threads, or where they take turns with blocks the 128 threads of warpgroup i.
   kValuesCleared = 1,
   /// Attention to a cache of 8 bits. The 128 threads of warpgroup i meet here around the writing of
   /// its queries.
-  kQueriesWritten = 2,
+  kQueriesWritten = 3,
+  /// Attention to a cache. Consumer warpgroups that have taken turns meet here when they have read
+  /// what they are about to overwrite, and again when O stands in shared memory.
+  kTurnsEnded = 5,
   /// Latent attention. The 128 threads of warpgroup i meet here when they have read what they are
-  /// about to overwrite: P of the block before. Its values' clearing is kValuesCleared + i.
+  /// about to overwrite: P of the block before.
   kProbabilitiesRead = 3,
   /// Latent attention. All consumer threads meet here around the writing of their row sums.
   kSumsWritten = 5,
@@ -44,6 +47,14 @@ CUTLASS_DEVICE void barrier_arrive(NamedBarrier barrier, int warpgroup, int thre
 
 CUTLASS_DEVICE void barrier_sync(NamedBarrier barrier, int warpgroup, int threads) {
   cutlass::arch::NamedBarrier::sync(threads, static_cast<uint32_t>(barrier) + warpgroup);
+}
+
+/// The same, where threads read what others have written to shared memory: the compiler, which may
+/// do so with CUTLASS's barrier, moves no access to memory across.
+CUTLASS_DEVICE void barrier_sync_memory(NamedBarrier barrier, int warpgroup, int threads) {
+  asm volatile("" ::: "memory");
+  barrier_sync(barrier, warpgroup, threads);
+  asm volatile("" ::: "memory");
 }
 
 /// The same of all warps together: whether `condition` holds in every thread.

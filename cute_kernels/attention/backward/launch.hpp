@@ -171,10 +171,11 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   float const unit_of_lse = Traits::kChanges ? sm90::kLn2 : scale_of_scores(call.scale);
   of_queries.threads = kPreprocessThreads;
   cudaError_t status = sm90::launch_kernel<preprocess_kernel<Traits>>(
-      of_queries, PreprocessParams<Traits>{problem.out, problem.grad_out, problem.lse,
-                                           problem.grad_lse, problem.sinks, tensor_rows_q(call),
-                                           cutlass::FastDivmod(sizes.heads_q), sizes.head_dim_v,
-                                           unit_of_lse, call_number, workspace, of_sequences});
+      of_queries,
+      PreprocessParams<Traits>{problem.q, problem.out, problem.grad_out, problem.lse,
+                               problem.grad_lse, problem.sinks, tensor_rows_q(call),
+                               cutlass::FastDivmod(sizes.heads_q), sizes.head_dim, sizes.head_dim_v,
+                               unit_of_lse, call_number, workspace, of_sequences});
   if (status != cudaSuccess) return status;
 
   if (tensor_rows_k(call) > 0) {  // otherwise dQ = 0

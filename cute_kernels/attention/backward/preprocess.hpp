@@ -13,6 +13,7 @@ inline constexpr int kPreprocessThreads = 256;
 
 template <class Traits>
 struct PreprocessParams {
+  TensorView q;
   TensorView out;
   TensorView grad_out;
   float const* lse;
@@ -20,6 +21,7 @@ struct PreprocessParams {
   float const* sinks;
   int seqlen_q;  // rows of a batch entry, or of all packed sequences
   cutlass::FastDivmod heads;
+  int head_dim;
   int head_dim_v;
   float unit_of_lse;
   uint64_t call_number;
@@ -65,15 +67,20 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   auto* const statistics =
       static_cast<typename Traits::Statistics*>(params.workspace.statistics) + block_index;
   bool alarming = false;
+  bool sees_nothing = false;  // one of the thread's rows
   float const sink = params.sinks == nullptr ? -INFINITY : params.sinks[head];
   float sink_gradient = 0.f;  // of the thread's rows
 
   int const lane = threadIdx.x % kLanes;
   int const column = lane * kVector;
-  auto row_of = [&](TensorView const& view, int query) {
-    return *reinterpret_cast<Vector const*>(
+  cutlass::NumericArrayConverter<float, Element, kVector> widen;
+  auto row_of = [&](TensorView const& view, int query, int column) {
+    return widen(*reinterpret_cast<Vector const*>(
         static_cast<Element const*>(view.data) + batch * view.batch_stride +
-        (slot.first + query) * view.seqlen_stride + head * view.head_stride + column);
+        (slot.first + query) * view.seqlen_stride + head * view.head_stride + column));
+  };
+  auto of_row = [&](int query) {  // in lse and grad_lse
+    return static_cast<int64_t>(row_of_heads) * params.seqlen_q + slot.first + query;
   };
   CUTLASS_PRAGMA_UNROLL
   for (int base = 0; base < Traits::kTileM; base += kRows) {
@@ -82,9 +89,8 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     bool const inside = query < slot.used && row < Traits::kTileM;
     float sum = 0.f;
     if (inside && column < params.head_dim_v) {
-      cutlass::NumericArrayConverter<float, Element, kVector> widen;
-      auto const out = widen(row_of(params.out, query));
-      auto const grad_out = widen(row_of(params.grad_out, query));
+      auto const out = row_of(params.out, query, column);
+      auto const grad_out = row_of(params.grad_out, query, column);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kVector; ++i) sum += out[i] * grad_out[i];
     }
@@ -96,14 +102,31 @@ __global__ void __launch_bounds__(kPreprocessThreads)
       float lse = -INFINITY;
       float minus_delta = 0.f;
       if (inside) {
-        int64_t const at =
-            static_cast<int64_t>(row_of_heads) * params.seqlen_q + slot.first + query;
+        int64_t const at = of_row(query);
         lse = params.lse[at];
         minus_delta = (params.grad_lse == nullptr ? 0.f : params.grad_lse[at]) - sum;
         alarming |= is_alarming(lse, minus_delta);
+        sees_nothing |= lse == -INFINITY;
         sink_gradient += gradient_of_sink(sink, lse, minus_delta);
       }
       statistics->set(row, lse, minus_delta, params.unit_of_lse);
+    }
+  }
+  if (__any_sync(0xffffffff, sees_nothing)) {  // a row's lanes are those of one warp
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int row = threadIdx.x / kLanes; row < Traits::kTileM; row += kRows) {
+      int const query = block * Traits::kTileM + row;
+      if (query >= slot.used || params.lse[of_row(query)] != -INFINITY) continue;
+      auto has_wild = [&](TensorView const& view, int columns) {
+        bool wild = false;
+        CUTLASS_PRAGMA_NO_UNROLL
+        for (int at = column; at < columns; at += kLanes * kVector) {
+          wild |= !are_tame(row_of(view, query, at));
+        }
+        return wild;
+      };
+      alarming |= has_wild(params.q, params.head_dim);
+      alarming |= has_wild(params.grad_out, params.head_dim_v);
     }
   }
   if (params.sinks != nullptr) {

@@ -15,10 +15,21 @@ namespace cute_kernels::attention {
 enum class Statistic { kLse, kDelta };
 
 /// Whether a query's statistics ask for care: Q or dO may not be finite, also in rows that do not
-/// see every key, or one fp32 does not hold lse closely enough for P to stay below 1 by itself.
+/// see every key, or one fp32 does not hold lse closely enough for P to stay below 1 by itself. Of
+/// a query that sees nothing they do not tell: are_tame() does.
 CUTLASS_DEVICE bool is_alarming(float lse, float minus_delta) {
   constexpr float kLarge = 0x1p12f;
-  return !(fabsf(lse) <= kLarge) || !isfinite(minus_delta);
+  return !(fabsf(lse) <= kLarge || lse == -INFINITY) || !isfinite(minus_delta);
+}
+
+/// Whether 0 is what they make with a P of 0.
+template <int kCount>
+CUTLASS_DEVICE bool are_tame(cutlass::Array<float, kCount> const& values) {
+  constexpr float kLarge = 0x1p60f;  // products with keys and values, and their sums, are finite
+  bool tame = true;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < kCount; ++i) tame &= fabsf(values[i]) < kLarge;
+  return tame;
 }
 
 /// For threads to read.

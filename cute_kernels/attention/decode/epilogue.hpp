@@ -3,8 +3,11 @@
 #include <cutlass/fast_math.h>
 #include <cute/tensor.hpp>
 
-#include "cute_kernels/attention/decode/mainloop.hpp"
+#include "cute_kernels/attention/decode/seen_keys.hpp"
+#include "cute_kernels/attention/decode/softmax.hpp"
+#include "cute_kernels/attention/decode/work.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
 
@@ -26,14 +29,13 @@ struct DecodeResults {
 };
 
 /// Writes one part: the result, or what the last of the item's parts makes the result of.
-template <class Traits, class Mainloop = DecodeMainloop<Traits>>
+template <class Traits>
 class DecodeEpilogue {
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
-  using Softmax = typename Mainloop::Softmax;
   using Walk = WorkWalk<Traits>;
 
-  // All consumers combine the parts of an item, those without rows of it too.
+  // All consumers combine the parts of an item.
   static constexpr int kThreads = Traits::kConsumers * cutlass::NumThreadsPerWarpGroup;
   static constexpr int kLanes = cutlass::NumThreadsPerWarp;
   static constexpr int kWarps = kThreads / kLanes;
@@ -48,16 +50,22 @@ class DecodeEpilogue {
                                 SharedStorage& shared)
       : call_(call), results_(results), group_(group), scale_log2_(scale_log2), shared_(shared) {}
 
-  template <class Output>
-  CUTLASS_DEVICE void store(Walk const& walk, Softmax const& softmax, Output& out) {
+  /// Stores what a warpgroup has of O.
+  template <class Softmax, class Output>
+  CUTLASS_DEVICE void store(Walk const& walk, Softmax const& softmax, Output& out,
+                            AccumulatorPlace const& place) const {
     auto rows = cute::make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
-    WorkParts const parts = walk.parts();
-    if (parts.count == 1) {
-      store_result(walk, softmax, rows);
-      return;
+    if (walk.parts().count == 1) {
+      store_result(walk, softmax, rows, place);
+    } else {
+      store_part(walk, softmax, rows, place);
     }
-    store_part(walk, softmax, rows);
-    if (is_last(walk, parts)) combine(walk, parts);
+  }
+
+  /// Behind the stores.
+  CUTLASS_DEVICE void finish(Walk const& walk) const {
+    WorkParts const parts = walk.parts();
+    if (parts.count > 1 && is_last(walk, parts)) combine(walk, parts);
   }
 
  private:
@@ -76,7 +84,7 @@ class DecodeEpilogue {
     return {int64_t{walk.sequence().row_q} + query, walk.head() * walk.sequence().group + head};
   }
 
-  CUTLASS_DEVICE RowResult finish(Place const& place, RowStatistics const& statistics) const {
+  CUTLASS_DEVICE RowResult result_of(Place const& place, RowStatistics const& statistics) const {
     float const sink = results_.sinks == nullptr ? -INFINITY : __ldg(results_.sinks + place.head);
     return RowResult(statistics, scale_log2_, sink);
   }
@@ -101,21 +109,21 @@ class DecodeEpilogue {
     results_.lse[int64_t{place.head} * call_.total_q + place.row] = lse;
   }
 
-  template <class Rows>
-  CUTLASS_DEVICE void store_result(Walk const& walk, Softmax const& softmax,
-                                   Rows const& rows) const {
+  template <class Softmax, class Rows>
+  CUTLASS_DEVICE void store_result(Walk const& walk, Softmax const& softmax, Rows const& rows,
+                                   AccumulatorPlace const& first) const {
     using namespace cute;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size<0>(rows); ++i) {
-      int const row = Mainloop::first_row() + 8 * i;
+      int const row = first.row + 8 * i;
       if (row >= walk.tile().rows) continue;
       Place const place = place_of_row(walk, row);
-      RowResult const result = finish(place, {softmax.most(i), softmax.sum(i)});
-      if (Mainloop::first_column() == 0) store_lse(place, result.lse);
-      Element* const out = out_row(place) + Mainloop::first_column();
+      RowResult const result = result_of(place, softmax.statistics(i));
+      if (first.column == 0) store_lse(place, result.lse);
+      Element* const out = out_row(place) + first.column;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(rows); col += 2) {
-        if (Mainloop::first_column() + 4 * col >= call_.head_dim_v) break;
+        if (first.column + 4 * col >= call_.head_dim_v) break;
         cutlass::Array<float, 2> const pair{rows(i, col) * result.factor,
                                             rows(i, col + 1) * result.factor};
         store_rounded(pair, out + 4 * col);
@@ -131,19 +139,17 @@ class DecodeEpilogue {
     return (walk.is_first_part() ? gridDim.x : 0) + blockIdx.x;
   }
 
-  template <class Rows>
-  CUTLASS_DEVICE void store_part(Walk const& walk, Softmax const& softmax, Rows const& rows) const {
+  template <class Softmax, class Rows>
+  CUTLASS_DEVICE void store_part(Walk const& walk, Softmax const& softmax, Rows const& rows,
+                                 AccumulatorPlace const& first) const {
     using namespace cute;
     int64_t const slot = own_slot(walk);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size<0>(rows); ++i) {
-      int const row = Mainloop::first_row() + 8 * i;
+      int const row = first.row + 8 * i;
       if (row >= walk.tile().rows) continue;
-      if (Mainloop::first_column() == 0) {
-        results_.statistics[slot * kTileRows + row] = {softmax.most(i), softmax.sum(i)};
-      }
-      float* const out =
-          results_.partial_out + (slot * kTileRows + row) * kHeadDim + Mainloop::first_column();
+      if (first.column == 0) results_.statistics[slot * kTileRows + row] = softmax.statistics(i);
+      float* const out = results_.partial_out + (slot * kTileRows + row) * kHeadDim + first.column;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(rows); col += 2) {
         *reinterpret_cast<float2*>(out + 4 * col) = {rows(i, col), rows(i, col + 1)};
@@ -263,7 +269,7 @@ class DecodeEpilogue {
       sum[i] = of_warp(sum[i], [](float a, float b) { return a + b; });
       if (first_row + i * kWarps >= walk.tile().rows) continue;
       Place const place = place_of_row(walk, row_of(i));
-      RowResult const result = finish(place, {most[i], sum[i]});
+      RowResult const result = result_of(place, {most[i], sum[i]});
       if (lane == 0) store_lse(place, result.lse);
       CUTLASS_PRAGMA_UNROLL
       for (int k = 0; k < kVectorsOfLane; ++k) {

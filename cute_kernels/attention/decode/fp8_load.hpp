@@ -37,17 +37,14 @@ class Fp8CacheLoader {
 
   /// Starts the copies of one part, and converts what has landed of what came before.
   CUTLASS_DEVICE void load(Walk const& walk) {
-    int block = walk.begin_block();
-    int const end = walk.end_block();
-    if (block == end) return;
-    FoundRow row = key_row(walk, block);
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (; block < end; ++block) {
-      FoundRow const now = row;
-      if (block + 1 < end) row = key_row(walk, block + 1);  // found while this one is copied
+    if (walk.begin_block() == walk.end_block()) return;
+    auto const find = [&](int block) { return key_row(walk, block); };
+    auto const copy = [&](FoundRow const& row) {
       if (staged_ == kStaged) convert_oldest();
-      stage(walk.head(), now);
-    }
+      stage(walk.head(), row);
+    };
+    copy_blocks<Traits::kLookAhead>(
+        walk.begin_block(), walk.end_block(), source_.pages.pages, find, [] {}, copy);
   }
 
   /// Converts the rest.

@@ -33,11 +33,10 @@ class Fp8Queries {
                             EightBits const& format)
       : call_(call), source_(source), format_(format) {}
 
-  /// By a whole warpgroup, number `warpgroup`, which has rows of the part. `unit`: what the
-  /// sequence's products of numbers are multiplied by.
-  CUTLASS_DEVICE void load(Walk const& walk, int warpgroup, float unit,
+  /// By a whole warpgroup, number `warpgroup`, which has rows of the tile from `first_row` on.
+  /// `unit`: what the sequence's products of numbers are multiplied by.
+  CUTLASS_DEVICE void load(Walk const& walk, int warpgroup, int first_row, float unit,
                            typename Traits::SharedStorage& shared) const {
-    int const first_row = warpgroup * Traits::kWarpgroupM;
     int const rows = min(Traits::kWarpgroupM, walk.tile().rows - first_row);
     // Other warps' products with the rows of the part before have ended, too.
     sm90::barrier_sync(sm90::NamedBarrier::kQueriesWritten, warpgroup, kThreads);

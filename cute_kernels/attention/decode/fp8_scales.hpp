@@ -25,14 +25,16 @@ class Fp8Scales {
                            EightBits const& format)
       : queries_(call, source, format), format_(format) {}
 
-  /// Begins a part: its queries go to shared memory. `first_row` is the thread's, of the tile.
-  CUTLASS_DEVICE void begin(Walk const& walk, int warpgroup, int first_row, SharedStorage& shared) {
+  /// Begins a part: its queries go to shared memory. `first_row` is the warpgroup's, of the tile,
+  /// and `row_of_warpgroup` the thread's, seen from it.
+  CUTLASS_DEVICE void begin(Walk const& walk, int warpgroup, int first_row, int row_of_warpgroup,
+                            SharedStorage& shared) {
     float const unit =
         of_sequence(format_.q_of_sequence, walk) * of_sequence(format_.k_of_sequence, walk);
-    queries_.load(walk, warpgroup, unit, shared);
+    queries_.load(walk, warpgroup, first_row, unit, shared);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      unit_[row] = shared.query_unit[warpgroup][first_row % Traits::kWarpgroupM + 8 * row];
+      unit_[row] = shared.query_unit[warpgroup][row_of_warpgroup + 8 * row];
     }
     value_top_ = __uint_as_float(kLeast);
   }

@@ -24,6 +24,7 @@ struct Fp8DecodeTraits : DecodeTraits<Tile_> {
   static constexpr int kProducerRegisters = 72;
   static constexpr int kConsumerRegisters = 216;
 
+  static constexpr int kLookAhead = 1;           // code that converts, too, would be repeated
   static constexpr int kStaged = Tile::kStaged;  // blocks of 8 bits on their way
   static constexpr int kPieceBytes = 16;
   static constexpr int kProducerThreads = cutlass::NumThreadsPerWarpGroup;

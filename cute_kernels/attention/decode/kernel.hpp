@@ -85,7 +85,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();
       mainloop.compute(walk, softmax, out);
-      epilogue.store(walk, softmax, out);
+      mainloop.finish(walk, softmax, out, [&](auto& columns, AccumulatorPlace const& place) {
+        epilogue.store(walk, softmax, columns, place);
+      });
+      epilogue.finish(walk);
     }
   }
 }

@@ -29,22 +29,20 @@ class CacheLoader {
 
   /// Issues every load of one part.
   CUTLASS_DEVICE void load(Walk const& walk) {
-    int block = walk.begin_block();
-    int const end = walk.end_block();
-    if (block == end) return;
-    FoundRow row = key_row(walk, block);
-    load_queries(walk);
-    for (; block < end; ++block) {
-      FoundRow const now = row;
-      if (block + 1 < end) row = key_row(walk, block + 1);  // found while this one is copied
+    if (walk.begin_block() == walk.end_block()) return;
+    auto const find = [&](int block) { return key_row(walk, block); };
+    auto const copy = [&](FoundRow const& row) {
       shared_.k_empty[stage_.index].wait(stage_.phase ^ 1);
-      copy_keys(shared_.k, source_.k, walk.head(), call_.head_dim, now);
+      copy_keys(shared_.k, source_.k, walk.head(), call_.head_dim, row);
       sm90::arrive_when_gathered(shared_.k_full[stage_.index]);
       shared_.v_empty[stage_.index].wait(stage_.phase ^ 1);
-      copy_keys(shared_.v, source_.v, walk.head(), call_.head_dim_v, now);
+      copy_keys(shared_.v, source_.v, walk.head(), call_.head_dim_v, row);
       sm90::arrive_when_gathered(shared_.v_full[stage_.index]);
       stage_.advance();
-    }
+    };
+    copy_blocks<Traits::kLookAhead>(
+        walk.begin_block(), walk.end_block(), source_.pages.pages, find,
+        [&] { load_queries(walk); }, copy);
   }
 
   /// Shared memory must outlive all copies.

@@ -7,19 +7,26 @@
 #include "cute_kernels/attention/decode/seen_keys.hpp"
 #include "cute_kernels/attention/decode/softmax.hpp"
 #include "cute_kernels/attention/decode/traits.hpp"
+#include "cute_kernels/attention/decode/turns.hpp"
 #include "cute_kernels/sm90/finite.hpp"
+#include "cute_kernels/sm90/mbarrier.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/uniform.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
 
 /// A consumer warpgroup: softmax(scale Q K^T) V of 64 rows of a part, not divided by the row sums.
+/// Where warpgroups take turns with the blocks, each goes round the ring of stages by as many at a
+/// time. That no phase of a full barrier is taken for the one before holds as copies land in order:
+/// when a block's turn comes, its warpgroup knows of a later one than was in its stage before.
 template <class Traits>
 class DecodeMainloop {
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
   using Stage = RingStage<Traits::kStages>;
   using Walk = WorkWalk<Traits>;
+  using Part = WarpgroupPart<Traits>;
 
   static constexpr int kTileN = Traits::kTileN;
   static constexpr int kWarpgroupM = Traits::kWarpgroupM;
@@ -44,14 +51,6 @@ class DecodeMainloop {
     return out;
   }
 
-  /// The first of a consumer thread's rows of the tile, and of its columns.
-  CUTLASS_DEVICE static int first_row() {
-    constexpr int kRowsOfWarp = 16;
-    int const warp = threadIdx.x / 32 - cutlass::NumWarpsPerWarpGroup;
-    return warp * kRowsOfWarp + threadIdx.x % 32 / 4;
-  }
-  CUTLASS_DEVICE static int first_column() { return first_accumulator_column(); }
-
   template <class Output>
   CUTLASS_DEVICE void compute(Walk const& walk, Softmax& softmax, Output& out) {
     if (walk.begin_block() == walk.end_block()) return;
@@ -59,19 +58,51 @@ class DecodeMainloop {
       shared_.q_full.wait(q_phase_);
       q_phase_ ^= 1;
     }
-    if (warpgroup() * kWarpgroupM < walk.tile().rows) {
-      compute_rows(walk, softmax, out);
+    Part part(walk, warpgroup());
+    part.begin = sm90::uniform(part.begin);
+    part.turns = sm90::uniform(part.turns);
+    if (part.begin < walk.end_block()) {
+      compute_rows(walk, part, softmax, out);
     } else {
-      skip(walk);
+      release(shared_.q_empty);
     }
+    passed_ += walk.end_block() - walk.begin_block();
+  }
+
+  /// Hands over what compute() has made of a part: results(rows, place) of columns of O of which
+  /// this warpgroup has all blocks, and of their place in the tile.
+  template <class Output, class Results>
+  CUTLASS_DEVICE void finish(Walk const& walk, Softmax& softmax, Output& out,
+                             Results const& results) const {
+    Part const part(walk, warpgroup());
+    AccumulatorPlace place{part.first_row + first_row(), first_accumulator_column()};
+    if constexpr (Traits::kConsumers == 2) {
+      if (part.takes_turns()) {
+        auto half = TurnsEnd<Traits>(walk, warpgroup(), passed_, shared_).join(softmax, out);
+        place.column += warpgroup() * Traits::kHeadDim / 2;
+        results(half, place);
+        return;
+      }
+    }
+    results(out, place);
   }
 
  private:
   CUTLASS_DEVICE static int warpgroup() { return cutlass::canonical_warp_group_idx() - 1; }
+  /// The first of a thread's rows, of its warpgroup's.
+  CUTLASS_DEVICE static int first_row() {
+    constexpr int kRowsOfWarp = 16;
+    return threadIdx.x % kThreads / 32 * kRowsOfWarp + threadIdx.x % 32 / 4;
+  }
 
-  /// A consumer thread's row of a tile, of its kRows.
-  CUTLASS_DEVICE int query_of(RowTile<Traits> const& tile, int row) const {
-    return group_.div(tile.first_row + first_row() + 8 * row);
+  /// The query of a thread's row, of its kRows.
+  CUTLASS_DEVICE int query_of(Walk const& walk, Part const& part, int row) const {
+    return group_.div(walk.tile().first_row + part.first_row + first_row() + 8 * row);
+  }
+
+  /// Worked out where it is needed, as few blocks do: registers are scarce.
+  CUTLASS_DEVICE KeySpan seen_by(Walk const& walk, Part const& part, int row) const {
+    return walk.sequence().seen_by(query_of(walk, part, row));
   }
 
   /// The first of the keys of which a tree says who sees them; where there is no tree none is.
@@ -81,8 +112,8 @@ class DecodeMainloop {
   }
 
   /// Which of these a row sees. Read where it is needed: few blocks have such keys.
-  CUTLASS_DEVICE uint64_t new_keys_seen(Walk const& walk, int row) const {
-    int const query = query_of(walk.tile(), row);
+  CUTLASS_DEVICE uint64_t new_keys_seen(Walk const& walk, Part const& part, int row) const {
+    int const query = query_of(walk, part, row);
     bool const there = call_.tree_mask != nullptr && query < walk.sequence().ranges.seqlen_q;
     auto const* const bits = call_.tree_mask + walk.sequence().row_q + query;
     return there ? static_cast<uint64_t>(__ldg(bits)) : 0;
@@ -92,30 +123,20 @@ class DecodeMainloop {
     return number < 0 || (number < 64 && (new_keys_seen >> number & 1) != 0);
   }
 
-  /// What only other warpgroups have rows for: nothing to compute, but stages go round.
-  CUTLASS_DEVICE void skip(Walk const& walk) {
-    release(shared_.q_empty);
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int block = walk.begin_block(); block < walk.end_block(); ++block) {
-      shared_.k_full[k_stage_.index].wait(k_stage_.phase);
-      release(shared_.k_empty[k_stage_.index]);
-      k_stage_.advance();
-      shared_.v_full[v_stage_.index].wait(v_stage_.phase);
-      release(shared_.v_empty[v_stage_.index]);
-      v_stage_.advance();
-    }
-  }
-
   template <class Output>
-  CUTLASS_DEVICE void compute_rows(Walk const& walk, Softmax& softmax, Output& out) {
+  CUTLASS_DEVICE void compute_rows(Walk const& walk, Part const& part, Softmax& softmax,
+                                   Output& out) {
     using namespace cute;
     int const thread = threadIdx.x % kThreads;
     typename Traits::MmaQk mma_qk;
     typename Traits::MmaPv mma_pv;
     auto slice_qk = mma_qk.get_thread_slice(thread);
     auto slice_pv = mma_pv.get_thread_slice(thread);
+    // Of 8 bits each warpgroup has queries of its own.
+    int const buffer =
+        sm90::uniform(Traits::kEightBits ? warpgroup() : part.first_row / kWarpgroupM);
     auto shared_q =
-        make_tensor(make_smem_ptr(shared_.q[warpgroup()].data()), typename Traits::LayoutQ{});
+        make_tensor(make_smem_ptr(shared_.q[buffer].data()), typename Traits::LayoutQ{});
     auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(shared_q));
     auto shared_k = make_tensor(make_smem_ptr(shared_.k.data()), typename Traits::LayoutK{});
     auto operand_k = slice_qk.make_fragment_B(slice_qk.partition_B(shared_k));
@@ -129,34 +150,36 @@ class DecodeMainloop {
     RowTile<Traits> const& tile = walk.tile();
     KeySpan seen_by_all = walk.sequence().seen_by_all(tile.first_query, tile.last_query);
     seen_by_all.end = min(seen_by_all.end, first_new(walk));
-    KeySpan seen[kRows];
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) seen[row] = walk.sequence().seen_by(query_of(tile, row));
     auto first_key = [&](int block) { return tile.keys.begin + block * kTileN; };
-    if constexpr (Traits::kEightBits) scales_.begin(walk, warpgroup(), first_row(), shared_);
+    if constexpr (Traits::kEightBits) {
+      scales_.begin(walk, warpgroup(), part.first_row, first_row(), shared_);
+    }
+    Stage k_stage = Stage::of(sm90::uniform(passed_ + (part.begin - walk.begin_block())));
+    Stage v_stage = k_stage;
+    int const last = sm90::uniform(walk.end_block()) - part.turns;  // at the earliest
 
     // S of a block, in flight.
     auto issue_scores = [&] {
-      shared_.k_full[k_stage_.index].wait(k_stage_.phase);
+      shared_.k_full[k_stage.index].wait(k_stage.phase);
       cutlass::arch::fence_view_async_shared();
-      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, k_stage_.index),
-                                              scores);
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, sm90::described_here(operand_q),
+                                              operand_k(_, _, _, k_stage.index), scores);
     };
     // S has been computed.
     auto release_keys = [&](int block) {
       if constexpr (Traits::kEightBits) {
-        scales_.apply_to_scores(score_rows, first_column(), k_stage_.index, shared_);
+        scales_.apply_to_scores(score_rows, first_accumulator_column(), k_stage.index, shared_);
       }
-      release(shared_.k_empty[k_stage_.index]);
-      k_stage_.advance();
-      if (block + 1 == walk.end_block()) release(shared_.q_empty);
+      release(shared_.k_empty[k_stage.index], part.turns);
+      k_stage.advance(part.turns);
+      if (block >= last) release(shared_.q_empty);
     };
     auto softmax_block = [&](int block, float (&factor)[kRows]) {
       int const key = first_key(block);
       if (units_.softcap > 0) cap_scores(units_, scores);
       if (key < seen_by_all.begin || key + kTileN > seen_by_all.end) {
-        mask(score_rows, seen, key);
-        if (key + kTileN > first_new(walk)) mask_new(score_rows, walk, key);
+        mask(score_rows, walk, part, key);
+        if (key + kTileN > first_new(walk)) mask_new(score_rows, walk, part, key);
       }
       return softmax.update(score_rows, factor);
     };
@@ -164,9 +187,9 @@ class DecodeMainloop {
     auto scale_probabilities = [&](float (&factor)[kRows]) {
       if constexpr (Traits::kEightBits) {
         if (scales_.are_values_scaled()) {
-          shared_.v_full[v_stage_.index].wait(v_stage_.phase);
-          return scales_.apply_to_probabilities(score_rows, first_column(), v_stage_.index, shared_,
-                                                factor);
+          shared_.v_full[v_stage.index].wait(v_stage.phase);
+          return scales_.apply_to_probabilities(score_rows, first_accumulator_column(),
+                                                v_stage.index, shared_, factor);
         }
       }
       return false;
@@ -178,21 +201,21 @@ class DecodeMainloop {
     // O += P V of a block, in flight.
     auto issue_values = [&](int block) {
       int const key = first_key(block);
-      shared_.v_full[v_stage_.index].wait(v_stage_.phase);
+      shared_.v_full[v_stage.index].wait(v_stage.phase);
       if (key < seen_by_all.begin || min(key + kTileN, tile.keys.end) > seen_by_all.end) {
-        guard_values(walk, out_rows, seen, key);
+        guard_values(walk, part, out_rows, key, v_stage.index);
       }
       cutlass::arch::fence_view_async_shared();
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
-                                               operand_v(_, _, _, v_stage_.index), out);
+                                               operand_v(_, _, _, v_stage.index), out);
     };
     auto release_values = [&] {
-      release(shared_.v_empty[v_stage_.index]);
-      v_stage_.advance();
+      release(shared_.v_empty[v_stage.index], part.turns);
+      v_stage.advance(part.turns);
     };
 
     // Prologue: the first block's P, nothing to overlap with yet.
-    int block = walk.begin_block();
+    int block = part.begin;
     float factor[kRows];
     issue_scores();
     warpgroup_wait<0>();
@@ -204,13 +227,13 @@ class DecodeMainloop {
 
     // Steady state: the softmax of a block runs while P V of the one before is in flight.
     CUTLASS_PRAGMA_NO_UNROLL
-    for (; block + 1 < walk.end_block(); ++block) {
+    for (; block < last; block += part.turns) {
       issue_scores();
       issue_values(block);
       warpgroup_wait<1>();
       warpgroup_fence_operand(scores);
-      release_keys(block + 1);
-      bool moves = softmax_block(block + 1, factor);
+      release_keys(block + part.turns);
+      bool moves = softmax_block(block + part.turns, factor);
       sm90::warpgroup_wait_all();
       warpgroup_fence_operand(out);
       release_values();
@@ -219,35 +242,35 @@ class DecodeMainloop {
       round_probabilities();
     }
 
-    // Tail: the last block's P V.
+    // Tail: the last block's P V. Where there are turns its stage is needed once more.
     issue_values(block);
     warpgroup_wait<0>();
     warpgroup_fence_operand(out);
-    release_values();
+    if (!part.takes_turns()) release_values();
     if constexpr (Traits::kEightBits) scales_.apply_to_output(out, walk);
     softmax.reduce_sums();
   }
 
-  /// One arrival a warp.
-  CUTLASS_DEVICE static void release(cutlass::arch::ClusterBarrier const& barrier) {
-    if (cute::elect_one_sync()) barrier.arrive();
+  /// The arrivals of a warp, and of those of other warpgroups that do not come here.
+  CUTLASS_DEVICE static void release(cutlass::arch::ClusterBarrier const& barrier, int count = 1) {
+    if (cute::elect_one_sync()) sm90::arrive(barrier, count);
   }
 
   /// Sets the scores of unseen keys to -inf; the first column is key `key`.
   template <class Scores>
-  CUTLASS_DEVICE static void mask(Scores& scores, KeySpan const (&seen)[kRows], int key) {
+  CUTLASS_DEVICE void mask(Scores& scores, Walk const& walk, Part const& part, int key) const {
     CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) mask_row(scores, row, seen[row], key);
+    for (int row = 0; row < kRows; ++row) mask_row(scores, row, seen_by(walk, part, row), key);
   }
 
   /// The same of keys that a tree hides.
   template <class Scores>
-  CUTLASS_DEVICE void mask_new(Scores& scores, Walk const& walk, int key) const {
+  CUTLASS_DEVICE void mask_new(Scores& scores, Walk const& walk, Part const& part, int key) const {
     using namespace cute;
-    int const first = key + first_column() - first_new(walk);
+    int const first = key + first_accumulator_column() - first_new(walk);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      uint64_t const seen = new_keys_seen(walk, row);
+      uint64_t const seen = new_keys_seen(walk, part, row);
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
         if (!is_seen(seen, first + accumulator_column(col))) scores(row, col) = -INFINITY;
@@ -259,15 +282,17 @@ class DecodeMainloop {
   /// be NaN. They are cleared, and added to the rows that do see them. Of a block that some rows
   /// see in part, when V has landed.
   template <class Output>
-  CUTLASS_DEVICE void guard_values(Walk const& walk, Output& out, KeySpan const (&seen)[kRows],
-                                   int key) {
+  CUTLASS_DEVICE void guard_values(Walk const& walk, Part const& part, Output& out, int key,
+                                   int stage) {
     using namespace cute;
-    Element* const data = shared_.v.data() + v_stage_.index * Traits::kStageElements;
+    constexpr auto kCleared = sm90::NamedBarrier::kValuesCleared;
+    Element* const data = shared_.v.data() + stage * Traits::kStageElements;
     int const thread = threadIdx.x % kThreads;
-    // Of the warpgroups that come here, each looks at the whole block.
-    int const all_threads = (walk.tile().rows + kWarpgroupM - 1) / kWarpgroupM * kThreads;
+    // Each of the warpgroups that read the block looks at all of it.
+    int const all_threads = (part.takes_turns() ? 1 : Traits::kConsumers) * kThreads;
+    int const first_reader = part.takes_turns() ? warpgroup() : 0;
     bool const own = sm90::all_finite<kThreads, Traits::kStageElements>(data, thread);
-    if (sm90::barrier_all(sm90::NamedBarrier::kValuesCleared, 0, all_threads, own)) return;
+    if (sm90::barrier_all(kCleared, first_reader, all_threads, own)) return;
     auto const values = make_tensor(make_smem_ptr(data), typename Traits::LayoutRows{});
     constexpr int kBits = 32;
     CUTLASS_PRAGMA_UNROLL
@@ -275,13 +300,15 @@ class DecodeMainloop {
       uint32_t sees[kRows];  // of keys from `first` on
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < kRows; ++row) {
+        KeySpan const seen = seen_by(walk, part, row);
         sees[row] = 0;
         CUTLASS_PRAGMA_NO_UNROLL
         for (int i = 0; i < kBits; ++i) {
           int const at = key + first + i;
           bool const is_new = at >= first_new(walk);
-          bool const own = at >= seen[row].begin && at < seen[row].end &&
-                           (!is_new || is_seen(new_keys_seen(walk, row), at - first_new(walk)));
+          bool const own =
+              at >= seen.begin && at < seen.end &&
+              (!is_new || is_seen(new_keys_seen(walk, part, row), at - first_new(walk)));
           sees[row] |= static_cast<uint32_t>(own) << i;
         }
       }
@@ -289,7 +316,8 @@ class DecodeMainloop {
       for (int col = 0; col < size<1>(out); ++col) {
         CUTLASS_PRAGMA_NO_UNROLL
         for (int i = 0; i < kBits; ++i) {
-          Element const value = values(first + i, first_column() + accumulator_column(col));
+          Element const value =
+              values(first + i, first_accumulator_column() + accumulator_column(col));
           if (sm90::is_finite(value)) continue;
           CUTLASS_PRAGMA_UNROLL
           for (int row = 0; row < kRows; ++row) {
@@ -298,10 +326,12 @@ class DecodeMainloop {
         }
       }
     }
-    sm90::barrier_sync(sm90::NamedBarrier::kValuesCleared, 0, all_threads);
-    if (warpgroup() == 0) sm90::clear_nonfinite<kThreads, Traits::kStageElements>(data, thread);
+    sm90::barrier_sync(kCleared, first_reader, all_threads);
+    if (warpgroup() == first_reader) {
+      sm90::clear_nonfinite<kThreads, Traits::kStageElements>(data, thread);
+    }
     cutlass::arch::fence_view_async_shared();
-    sm90::barrier_sync(sm90::NamedBarrier::kValuesCleared, 0, all_threads);
+    sm90::barrier_sync(kCleared, first_reader, all_threads);
   }
 
   ScoreUnits units_;
@@ -309,8 +339,7 @@ class DecodeMainloop {
   CachedCall const& call_;
   Scales scales_;
   SharedStorage& shared_;
-  Stage k_stage_;
-  Stage v_stage_;
+  uint32_t passed_ = 0;  // blocks of the parts so far
   uint32_t q_phase_ = 0;
 };
 

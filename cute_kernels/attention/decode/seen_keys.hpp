@@ -33,6 +33,12 @@ CUTLASS_DEVICE void cap_scores(ScoreUnits const& units, Scores& scores) {
 CUTLASS_DEVICE int first_accumulator_column() { return threadIdx.x % 4 * 2; }
 CUTLASS_DEVICE constexpr int accumulator_column(int col) { return 8 * (col / 2) + col % 2; }
 
+/// Where a thread's columns of O and its rows, 8 apart, begin in the tile.
+struct AccumulatorPlace {
+  int row;
+  int column;
+};
+
 /// Sets the scores of a row's unseen keys to -inf; the first column is key `key`.
 template <class Scores>
 CUTLASS_DEVICE void mask_row(Scores& scores, int row, KeySpan const& seen, int key) {

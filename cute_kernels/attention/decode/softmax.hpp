@@ -6,6 +6,12 @@
 
 namespace cute_kernels::attention {
 
+/// What is known of a row's scores, of some keys or of all.
+struct RowStatistics {
+  float most;  // -inf: the row sees no key
+  float sum;   // of exp(scale * (score - most))
+};
+
 /// Online softmax over the rows of a 64 x N accumulator with each row's maximum so far
 /// (FlashAttention-2, arXiv 2307.08691, section 3.1). Each thread keeps kRows rows; the four
 /// threads of a quad share them. The exponent is scale * (score - maximum), subtracted first: it is
@@ -80,8 +86,22 @@ class RunningSoftmax {
     }
   }
 
+  /// A row's keys become those of `other`, too, whose sum is reduced. What P V of the own ones and
+  /// of the others have added up are to be multiplied by `own` and `others`.
+  CUTLASS_DEVICE void join(int row, RowStatistics const& other, float& own, float& others) {
+    float const most = fmaxf(most_[row], other.most);
+    float const origin = most == -INFINITY ? 0.f : most;
+    own = sm90::exp2_mufu((most_[row] - origin) * scale_log2_);
+    others = sm90::exp2_mufu((other.most - origin) * scale_log2_);
+    sum_[row] = sum_[row] * own + other.sum * others;
+    most_[row] = most;
+  }
+
   /// That of keys whose maximum is the same, reduced.
   CUTLASS_DEVICE void add_sum(int row, float sum) { sum_[row] += sum; }
+
+  /// Reduced.
+  CUTLASS_DEVICE RowStatistics statistics(int row) const { return {most_[row], sum_[row]}; }
 
   CUTLASS_DEVICE float most(int row) const { return most_[row]; }
   CUTLASS_DEVICE float sum(int row) const { return sum_[row]; }
@@ -90,12 +110,6 @@ class RunningSoftmax {
   float most_[kRows];
   float sum_[kRows];
   float scale_log2_;
-};
-
-/// What is known of a row's scores, of some keys or of all.
-struct RowStatistics {
-  float most;  // -inf: the row sees no key
-  float sum;   // of exp(scale * (score - most))
 };
 
 /// What the sum of a row's P V is multiplied by to become its output, and the row's LSE, with a

@@ -5,12 +5,13 @@
 
 #include "cute_kernels/attention/decode/deal.hpp"
 #include "cute_kernels/attention/decode/ring_stage.hpp"
+#include "cute_kernels/attention/decode/softmax.hpp"
 
 namespace cute_kernels::attention {
 
 /// Everything about a kernel that attends to a cache that is known when it is compiled, from one
 /// row of tile_configs.toml: a producer warpgroup that gathers rows, one or two consumer warpgroups
-/// with 64 rows each.
+/// with 64 rows each, or in turn with all 64.
 template <class Tile>
 struct DecodeTraits {
   using Element = typename Tile::Element;
@@ -29,6 +30,9 @@ struct DecodeTraits {
   static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256,
                 "the lanes of a warp share rows of 16-byte pieces evenly");
   static_assert(kTileN % 32 == 0 && kTileN <= 128, "a lane finds one of its warp's rows");
+  static_assert(kStages >= kConsumers, "warpgroups take turns with the stages");
+
+  static constexpr int kLookAhead = 4;  // blocks whose rows are looked up before they are copied
 
   // Registers of a thread after setmaxnreg, of what a multiprocessor has: with two CTAs 256 for two
   // threads, with two consumer warpgroups 504 for three.
@@ -75,7 +79,7 @@ struct DecodeTraits {
     } q[kConsumers];
 
     // Full: what every producer thread has gathered has landed. Empty: every consumer warp has read
-    // it for the last time.
+    // it for the last time; where warpgroups take turns, one arrives for the others.
     Barrier k_full[kStages];
     Barrier k_empty[kStages];
     Barrier v_full[kStages];
@@ -83,6 +87,7 @@ struct DecodeTraits {
     Barrier q_full;
     Barrier q_empty;
     typename Dealer::Shared deal;
+    RowStatistics statistics[kConsumers][kWarpgroupM];  // of each warpgroup's blocks of a part
     int is_last;  // whether all parts of the consumers' item are there
   };
 };

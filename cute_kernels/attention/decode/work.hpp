@@ -269,4 +269,25 @@ class WorkWalk {
 
 #undef CUTE_KERNELS_FEW_ROUNDS
 
+/// What a consumer warpgroup computes of a part: 64 of the tile's rows, of all blocks; where the
+/// tile has no more rows than that, warpgroups take turns with the blocks.
+template <class Tiling>
+struct WarpgroupPart {
+  int first_row;  // of the tile
+  int begin;      // its first block, or behind the part's end
+  int turns;      // 1: all blocks are its own, else every so many
+
+  constexpr WarpgroupPart(WorkWalk<Tiling> const& walk, int warpgroup)
+      : first_row(0), begin(walk.begin_block()), turns(1) {
+    if (walk.tile().rows > Tiling::kWarpgroupM) {
+      first_row = warpgroup * Tiling::kWarpgroupM;
+    } else {
+      begin += warpgroup;
+      turns = Tiling::kConsumers;
+    }
+  }
+
+  constexpr bool takes_turns() const { return turns > 1; }
+};
+
 }  // namespace cute_kernels::attention

@@ -64,13 +64,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     using Mainloop = LatentMainloop<Traits>;
     Mainloop mainloop(params.units, params.source, params.call, shared);
-    DecodeEpilogue<Traits, Mainloop> epilogue(
-        params.call, params.results, params.source.cache.group, params.units.log2_of_unit, shared);
+    DecodeEpilogue<Traits> epilogue(params.call, params.results, params.source.cache.group,
+                                    params.units.log2_of_unit, shared);
     for (auto walk = first_part(); walk.valid(); walk.advance()) {
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();
       mainloop.compute(walk, softmax, out);
-      epilogue.store(walk, softmax, out);
+      epilogue.store(walk, softmax, out, Mainloop::place());
+      epilogue.finish(walk);
     }
   }
 }

@@ -30,21 +30,17 @@ class LatentLoader {
 
   /// Issues every load of one part.
   CUTLASS_DEVICE void load(Walk const& walk) {
-    int block = walk.begin_block();
-    int const end = walk.end_block();
-    if (block == end) return;
-    FoundRow row = key_row(walk, block);
-    load_queries(walk);
+    if (walk.begin_block() == walk.end_block()) return;
     int const head = walk.head() / source_.heads_of_key;
     auto const rows_of = [&](CacheView const& view, FoundRow const& found) {
       return Rows{
           static_cast<Element const*>(view.data) + head * view.head_stride,
           found.major < 0 ? -1 : found.major * view.page_stride + found.minor * view.slot_stride};
     };
-    for (; block < end; ++block) {
+    auto const find = [&](int block) { return key_row(walk, block); };
+    auto const copy = [&](FoundRow const& row) {
       Rows const latents = rows_of(source_.cache.v, row);
       Rows const ropes = rows_of(source_.cache.k, row);
-      if (block + 1 < end) row = key_row(walk, block + 1);  // found while this one is copied
       int const stage = stage_.index;
       shared_.left_empty[stage].wait(stage_.phase ^ 1);
       copy_left(shared_.left[stage], latents);
@@ -53,7 +49,10 @@ class LatentLoader {
       copy_right(shared_.right[stage], latents, ropes);
       sm90::arrive_when_gathered(shared_.right_full[stage]);
       stage_.advance();
-    }
+    };
+    copy_blocks<Traits::kLookAhead>(
+        walk.begin_block(), walk.end_block(), source_.cache.pages.pages, find,
+        [&] { load_queries(walk); }, copy);
   }
 
   /// Shared memory must outlive all copies.

@@ -50,13 +50,9 @@ class LatentMainloop {
     return out;
   }
 
-  /// The first of a consumer thread's rows of the tile, and of its columns.
-  CUTLASS_DEVICE static int first_row() {
-    constexpr int kRowsOfWarp = 16;
-    return threadIdx.x % kThreads / 32 * kRowsOfWarp + threadIdx.x % 32 / 4;
-  }
-  CUTLASS_DEVICE static int first_column() {
-    return (threadIdx.x / kThreads - 1) * kLeft + first_accumulator_column();
+  /// Of this warpgroup's half of O.
+  CUTLASS_DEVICE static AccumulatorPlace place() {
+    return {first_row(), (int(threadIdx.x) / kThreads - 1) * kLeft + first_accumulator_column()};
   }
 
   template <class Output>
@@ -188,6 +184,12 @@ class LatentMainloop {
   }
 
  private:
+  /// The first of a consumer thread's rows of the tile.
+  CUTLASS_DEVICE static int first_row() {
+    constexpr int kRowsOfWarp = 16;
+    return threadIdx.x % kThreads / 32 * kRowsOfWarp + threadIdx.x % 32 / 4;
+  }
+
   /// The phase of a stage's barriers, and of its warpgroup's P, for block number `number`.
   CUTLASS_DEVICE static uint32_t phase_of(uint32_t number) { return number / Traits::kStages & 1; }
 
@@ -252,14 +254,15 @@ class LatentMainloop {
   CUTLASS_DEVICE void add_cleared(Walk const& walk, Seen const& seen, Output& out) const {
     CacheView const& v = source_.cache.v;
     auto const* const values = static_cast<Element const*>(v.data) +
-                               walk.head() / source_.heads_of_key * v.head_stride + first_column();
-    int const columns = call_.head_dim_v - first_column();
+                               walk.head() / source_.heads_of_key * v.head_stride + place().column;
+    int const columns = call_.head_dim_v - place().column;
     KeySpan const keys = walk.tile().keys;
     int const end = min(keys.begin + walk.end_block() * kTileN, keys.end);
     CUTLASS_PRAGMA_NO_UNROLL
     for (int key = keys.begin + walk.begin_block() * kTileN; key < end; ++key) {
       if (seen.are_alike((key - keys.begin) / kTileN)) continue;
-      FoundRow const row = row_of_key(source_.cache, walk.entry(), key);
+      FoundRow const row =
+          row_of_key(source_.cache, walk.entry(), key).among(source_.cache.pages.pages);
       if (row.major < 0) continue;
       auto const* const of_key = values + row.major * v.page_stride + row.minor * v.slot_stride;
       bool const sees[kRows] = {seen.is_seen(0, key), seen.is_seen(1, key)};

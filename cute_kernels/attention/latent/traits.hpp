@@ -34,6 +34,7 @@ struct LatentTraits {
   static constexpr int kRight = kLeft + kRopeDim;
   static_assert(kLeft == 256 && kRopeDim == 64, "the lanes of a warp share rows evenly");
   static_assert(kTileN == 64, "a lane finds one of its warp's rows, of keys as of queries");
+  static constexpr int kLookAhead = 1;  // blocks whose rows are looked up before they are copied
 
   // Registers of a thread after setmaxnreg, of 504 for three.
   static constexpr int kProducerRegisters = 56;

@@ -41,12 +41,13 @@ def decode_shared_memory(row: Row) -> dict[str, int]:
             "V": row["stages"] * stage,
             "Q": row["tile_m"] * row["head_dim"] * ELEMENT_BYTES,
             # full and empty, of every stage of K and V and of Q; sums of each warp, the line of all
-            # work, the CTA's place there, a flag
+            # work, the CTA's place there, a flag; two statistics of each row
             "barriers and place": 2 * 8 * (2 * row["stages"] + 1)
             + (row["tile_m"] // WARPGROUP_M + 1) * 4 * 8
             + 12
             + 48
-            + 4,
+            + 4
+            + 2 * 4 * row["tile_m"],
         }
     )
 
@@ -72,6 +73,11 @@ def decode_problems(row: Row) -> list[str]:
         found.append(
             f"tile_n = {row['tile_n']} must be a multiple of 32 up to 128: each of 128 threads "
             f"finds one row at most"
+        )
+    if row["stages"] * WARPGROUP_M < row["tile_m"]:
+        found.append(
+            f"stages = {row['stages']} must be at least {row['tile_m'] // WARPGROUP_M}: consumer "
+            f"warpgroups take turns with them"
         )
     warpgroups = row["tile_m"] / WARPGROUP_M, row["ctas"]
     if warpgroups not in DECODE_CONSUMER_REGISTERS:

@@ -17,25 +17,49 @@ def register() -> None:
     Raises:
         ImportError: SGLang is not there, or older than its registry of attention backends.
     """
-    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     ATTENTION_BACKENDS[NAME] = _make
-    if NAME not in ATTENTION_BACKEND_CHOICES:
-        ATTENTION_BACKEND_CHOICES.append(NAME)
+    for names in _lists_of_names():
+        if NAME not in names:
+            names.append(NAME)
 
 
 def unregister() -> None:
     """Undoes `register`; without one, nothing."""
-    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     ATTENTION_BACKENDS.pop(NAME, None)
-    if NAME in ATTENTION_BACKEND_CHOICES:
-        ATTENTION_BACKEND_CHOICES.remove(NAME)
+    for names in _lists_of_names():
+        if NAME in names:
+            names.remove(NAME)
+
+
+def _lists_of_names() -> list[list[str]]:
+    """Of all backends, and of those that latent attention can give parts of a prompt's keys."""
+    from sglang.srt.arg_groups import choices
+
+    return [
+        choices.ATTENTION_BACKEND_CHOICES,
+        choices.CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS,
+    ]
 
 
 def _make(runner: Any) -> Any:
     from cute_kernels.integrations.sglang.backend import CuteKernelsBackend
 
-    return CuteKernelsBackend(runner)
+    backend = CuteKernelsBackend(runner)
+    if runner.use_mla_backend:
+        _tell_models()
+    return backend
+
+
+def _tell_models() -> None:
+    """Models with latent attention ask for a backend's name, how to call it: as fa3. They are not
+    there yet when `register` runs, and without the backend what they know is of no use."""
+    from sglang.srt.models.deepseek_common import attention_backend_handler as handlers
+    from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
+
+    handlers.AttentionBackendRegistry.register(NAME, handlers.handle_attention_fa3)
+    if NAME not in FORWARD_ABSORB_CORE_ATTENTION_BACKENDS:
+        FORWARD_ABSORB_CORE_ATTENTION_BACKENDS.append(NAME)

@@ -20,7 +20,7 @@ from cute_kernels.integrations.sglang import NAME
 from cute_kernels.varlen import flash_attn_varlen_func
 
 _DTYPES = (torch.float16, torch.bfloat16, E4M3)
-_REFUSED = ("qv", "score_mod", "mask_mod", "rel_bias")
+_REFUSED = ("score_mod", "mask_mod", "rel_bias")
 _UNREAD = ("aux_tensors", "max_seqlen_k", "rel_bias_prep_cache", "scheduler_metadata", "ver")
 
 
@@ -103,14 +103,15 @@ def _names_inside(code: types.CodeType) -> list[str]:
 
 
 class CuteKernelsBackend(FlashAttentionBackend):
-    """Models without latent attention, caches of 16 bits or e4m3, Hopper."""
+    """Caches of 16 bits, without latent attention of e4m3 too; Hopper."""
 
     def __init__(self, model_runner: Any, **options: Any) -> None:
-        if model_runner.use_mla_backend:
-            raise NotImplementedError(
-                f"{NAME}: the model has absorbed latent attention: choose fa3 or flashmla for it"
-            )
         dtype, name = model_runner.kv_cache_dtype, model_runner.kv_cache_dtype_str
+        if model_runner.use_mla_backend and dtype == E4M3:
+            raise NotImplementedError(
+                f"{NAME}: --kv-cache-dtype is {name}: there is no latent attention to caches of it "
+                "yet, must be auto or bfloat16"
+            )
         if dtype not in _DTYPES or name == "mxfp8":
             raise NotImplementedError(
                 f"{NAME}: --kv-cache-dtype is {name}, of {dtype}, must be auto, bfloat16 or "
@@ -135,6 +136,8 @@ class CuteKernelsBackend(FlashAttentionBackend):
         """What is attended with, and the descales of K and V: queries have 16 bits whatever the
         cache has, where SGLang's own rounds them to e4m3."""
         if self.kv_cache_dtype != E4M3:
+            if q_rope is not None:
+                q_rope = q_rope.to(self.kv_cache_dtype)
             return q.to(self.kv_cache_dtype), q_rope, k_rope, None, None
         if layer.k_scale is None or (is_prefill and self.fa_skip_kv_cache):
             return q, q_rope, k_rope, None, None

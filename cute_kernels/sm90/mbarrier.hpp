@@ -1,0 +1,14 @@
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+namespace cute_kernels::sm90 {
+
+/// So many of a barrier's arrivals, by one thread.
+CUTLASS_DEVICE void arrive(cutlass::arch::ClusterBarrier const& barrier, int count) {
+  uint32_t const address = cute::cast_smem_ptr_to_uint(&barrier);
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(count)
+               : "memory");
+}
+
+}  // namespace cute_kernels::sm90

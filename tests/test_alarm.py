@@ -1,0 +1,77 @@
+"""Gradients are computed a second time, with care for what masks hide, where that may matter: for
+queries that see nothing only if they hold what 0 cannot be multiplied by."""
+
+import math
+import re
+
+import pytest
+import torch
+from parity import BACKWARD_KERNELS, DTYPES, common_head_dim, random_qkv
+from traces import CAREFUL, PLAIN, launches
+
+from cute_kernels import tile_configs
+from cute_kernels.operators import flash_attn_backward, flash_attn_forward
+
+BLIND = 7  # queries that see nothing, the first ones
+SPOILT = {
+    "NaN in q": ("q", math.nan),
+    "infinite q": ("q", -math.inf),
+    "huge q": ("q", 3e38),
+    "NaN in dO": ("d", math.nan),
+    "infinite dO": ("d", math.inf),
+    "huge dO": ("d", 3e38),
+}
+
+
+@pytest.mark.parametrize("kernel", BACKWARD_KERNELS, indirect=True)
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_what_a_blind_query_holds_has_no_part(kernel, spoilt):
+    """The same bits as with 0 in its place."""
+    name, value = SPOILT[spoilt]
+    if not kernel.causal or (kernel.dtype == torch.float16 and "huge" in spoilt):
+        pytest.skip("no query is blind, or the value is infinite")
+    sizes = (1, 200, 200 - BLIND, 4, 2, kernel.head_dim)
+    q, k, v = random_qkv(kernel.device, kernel.dtype, *sizes)
+    grad_out = torch.randn_like(q)
+    results = []
+    for inside in (0.0, value):
+        tensors = {"q": q.clone(), "d": grad_out.clone()}
+        tensors[name][:, BLIND - 3, 1, 5] = inside
+        out, lse = flash_attn_forward(tensors["q"], k, v, 0.1, True)
+        assert (lse[:, :, :BLIND] == -math.inf).all() and lse[:, :, BLIND:].isfinite().all()
+        grads = kernel.backward(tensors["d"], None, tensors["q"], k, v, out, lse, 0.1)
+        assert all(x.isfinite().all() for x in grads)
+        results.append(grads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+ROWS = [
+    pytest.param(row, id=row["name"])
+    for row in tile_configs("backward")
+    if not row["softcap"] and row["dtype"] == "bf16"
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_blind_queries_cost_nothing(hopper, row, tmp_path):
+    """The careful kernel ends at once; not so where a seen value is NaN."""
+    head_dim, dtype = common_head_dim(row), DTYPES[row["dtype"]]
+    diagonal = -BLIND if row["any_call"] else None
+    q, k, v = random_qkv(hopper, dtype, 1, 4096 + BLIND, 4096, 8, 8, head_dim)
+    grad_out = torch.randn_like(q)
+
+    def share():
+        """Of the time of both kernels, the careful one's."""
+        out, lse = flash_attn_forward(q, k, v, 0.1, True, diagonal=diagonal)
+        assert (lse[:, :, :BLIND] == -math.inf).all()
+        inputs = (grad_out, None, q, k, v, out, lse, 0.1, True, False, row["name"])
+        seen = launches(lambda: flash_attn_backward(*inputs, diagonal=diagonal), tmp_path)
+        plain, careful = (
+            sum(time for name, _, time in seen if re.search(kernel, name))
+            for kernel in (PLAIN, CAREFUL)
+        )
+        return careful / (plain + careful)
+
+    assert share() < 0.2
+    q[0, 3000, 2, 1] = math.nan
+    assert share() > 0.3
