@@ -69,7 +69,7 @@ struct Params {
 };
 
 __global__ void probe(Params const params, SequenceKeyBlock const coord, Sequence const sequence,
-                      StatisticParts<64> const* parts, float* out) {
+                      StatisticParts<64, true> const* parts, float* out) {
   auto rows = cute::make_tensor<float>(cute::Shape<cute::_2, cute::_4>{});
   struct {
     decltype(rows) of_captured[2];

@@ -88,40 +88,39 @@ CUTLASS_DEVICE void apply_softcap(Scores& scores, float factor) {
   }
 }
 
-/// Exponents of P straight from products of Q and K, log2(e) * softcap * tanh(factor * product), of
-/// products that a bound contains: tanh's polynomial up to 0.3, off by 1.7e-7, in the squares that
-/// SquareBound shifts, with all factors in its coefficients.
-struct SoftcapExponents {
-  SquareBound bound;
+/// unit * tanh(factor * product) up to a tanh of 0.29, off by 1.7e-7 of the unit: a polynomial in
+/// the squares of products that SquareBound shifts, whose coefficients have all factors in them.
+struct TanhNearZero {
+  static constexpr double kNear = 0.3;
+
+  float origin;
   float coefficients[3];
 
-  /// Where one of the coefficients is no normal number, of no product.
-  static SoftcapExponents of(float scale, float softcap) {
-    constexpr double kNear = 0.3;
+  static TanhNearZero of(double factor, double unit, float origin) {
     constexpr double kCoefficients[] = {0.99999601038880, -0.33297479713407, 0.12522591053093};
-    double const factor = softcap_factor(scale, softcap);
     double const square = factor * factor;
-    SoftcapExponents exponents{};
-    exponents.bound = SquareBound::below(kNear * kNear / square);
-    double const origin = exponents.bound.origin * square;
-    double const unit = double{scale_of_scores(softcap) * sm90::kLog2e} * factor;
+    double const shift = origin * square;
     double const shifted[] = {
-        kCoefficients[0] + origin * (kCoefficients[2] * origin - kCoefficients[1]),
-        (kCoefficients[1] - 2 * kCoefficients[2] * origin) * square,
+        kCoefficients[0] + shift * (kCoefficients[2] * shift - kCoefficients[1]),
+        (kCoefficients[1] - 2 * kCoefficients[2] * shift) * square,
         kCoefficients[2] * square * square};
-    bool normal = std::isnormal(exponents.bound.origin) && std::isnormal(exponents.bound.end);
+    TanhNearZero tanh{};
+    tanh.origin = origin;
     for (int i = 0; i < 3; ++i) {
-      exponents.coefficients[i] = static_cast<float>(unit * shifted[i]);
-      normal &= std::isnormal(exponents.coefficients[i]);
+      tanh.coefficients[i] = static_cast<float>(unit * factor * shifted[i]);
     }
-    return normal ? exponents : SoftcapExponents{};
+    return tanh;
+  }
+  bool is_normal() const {
+    return std::isnormal(origin) &&
+           std::all_of(coefficients, coefficients + 3, [](float x) { return std::isnormal(x); });
   }
 
-  CUTLASS_DEVICE float operator()(float product, float offset) const {
-    float const square = SquareBound::shifted(product, bound.origin);
-    float const sum =
-        __fmaf_rn(__fmaf_rn(square, coefficients[2], coefficients[1]), square, coefficients[0]);
-    return __fmaf_rn(product, sum, -offset);
+  /// What a product is to be multiplied by.
+  CUTLASS_DEVICE float over(float product) const {
+    float const square = SquareBound::shifted(product, origin);
+    float const sum = __fmaf_rn(square, coefficients[2], coefficients[1]);
+    return __fmaf_rn(sum, square, coefficients[0]);
   }
 };
 
@@ -131,19 +130,31 @@ struct Softcap {
   static constexpr int kGradients = 0;
   static constexpr bool kHasHooks = false;
   static constexpr bool kHasBlockMask = false;
+  static constexpr float kHidden = -0x1p60f;  // whose square is finite
   struct Arguments {
     float factor;
-    SoftcapExponents exponents;
+    SquareBound near;       // of products, for what follows; of none where that overflows
+    TanhNearZero tanh;      // in units of softcap
+    TanhNearZero exponent;  // of P
   };
 
   static Arguments arguments_of(float scale, float softcap) {
-    return {softcap_factor(scale, softcap), SoftcapExponents::of(scale, softcap)};
+    float const factor = softcap_factor(scale, softcap);
+    double const nearest = TanhNearZero::kNear / factor;
+    SquareBound const near = SquareBound::below(nearest * nearest);
+    double const to_exponent = scale_of_scores(unit(softcap)) * sm90::kLog2e;
+    auto const tanh = TanhNearZero::of(factor, 1., near.origin);
+    auto const exponent = TanhNearZero::of(factor, to_exponent, near.origin);
+    bool const normal = tanh.is_normal() && exponent.is_normal() && std::isnormal(near.end);
+    return {factor, normal ? near : SquareBound{}, tanh, exponent};
   }
   template <class Problem>
   static Arguments arguments_of(Problem const& problem) {
     return arguments_of(problem.call.scale, problem.call.softcap);
   }
-  static float unit(AttentionCall const& call) { return call.softcap; }
+  /// Scores between -2^-40 and 2^-40 may be anywhere there, and a hidden one is far below.
+  static float unit(float softcap) { return std::max(softcap, 0x1p-40f); }
+  static float unit(AttentionCall const& call) { return unit(call.softcap); }
 
   template <class Params, class Scores, class PlaceOf>
   CUTLASS_DEVICE static void change(Params const& params, Scores& scores, PlaceOf const&) {
@@ -156,22 +167,32 @@ struct Softcap {
 
   template <class Params, class Scores>
   CUTLASS_DEVICE static bool gives_exponents(Params const& params, Scores const& scores) {
-    return params.variant.exponents.bound.contains(scores);
+    return params.variant.near.contains(scores);
   }
   template <class Params>
-  CUTLASS_DEVICE static SoftcapExponents const& exponent(Params const& params) {
-    return params.variant.exponents;
+  CUTLASS_DEVICE static auto exponent(Params const& params) {
+    TanhNearZero near = params.variant.exponent;
+    near.origin = params.variant.near.origin;  // the squares are there already
+    return [near](float product, float offset) {
+      return __fmaf_rn(product, near.over(product), -offset);
+    };
   }
 
   template <class Params, class Scores>
   CUTLASS_DEVICE static void prepare(Params const& params, Scores& scores) {
-    apply_softcap(scores, params.variant.factor);
+    if (params.variant.near.contains(scores)) {
+      // Of another origin to the compiler, which has no registers to keep the squares.
+      TanhNearZero const& near = params.variant.tanh;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < cute::size(scores); ++i) scores(i) *= near.over(scores(i));
+    } else {
+      apply_softcap(scores, params.variant.factor);
+    }
   }
-  /// Of tanh, or -inf where hidden: dS has the factor 1 - tanh^2.
+  /// Of tanh, or kHidden: dS has the factor 1 - tanh^2.
   template <class Params>
   CUTLASS_DEVICE static ChangedScore<0> element(Params const&, float tanh, NoPlaces const&) {
-    float const finite = sm90::max_nan(tanh, -1.f);
-    return {tanh, tanh == -INFINITY, __fmaf_rn(-finite, finite, 1.f), 1.f, {}};
+    return {tanh, tanh == kHidden, __fmaf_rn(-tanh, tanh, 1.f), 1.f, {}};
   }
 };
 

@@ -15,9 +15,10 @@ namespace cute_kernels::attention {
 
 /// A product Q K^T, or what prepare() makes of it, from the largest there is to what hides a key
 /// (HiddenStep).
+template <class Variant>
 struct RawScore {
   static constexpr float kLargest = INFINITY;
-  static constexpr float kHidden = -INFINITY;
+  static constexpr float kHidden = Variant::kHidden;
 };
 
 /// What is left of a block's scores, rounded at once: there are no registers for it in fp32.
@@ -39,7 +40,7 @@ struct ChangedProbabilities {
 };
 
 /// P = 2^(scale_log2 * score - lse_log2) of every score of a block, of raw ones or what prepare()
-/// made of them, -inf where hidden. place(row, column) is where one stands; `statistics` are the
+/// made of them, kHidden where hidden. place(row, column) is where one stands; `statistics` are the
 /// block's, the thread's first query is `column`. Careful, P is never above 1, as rounding of a
 /// large lse would have it.
 template <bool kCareful, class Variant, class Params, class Rows, class Place, class Statistics,
@@ -62,6 +63,10 @@ CUTLASS_DEVICE void changed_probabilities(Params const& params, Rows const& rows
     if constexpr (kCareful) exponent = sm90::min_nan(exponent, 0.f);
     return sm90::exp2_mufu(exponent);
   };
+  // Without hooks all is finite, and hidden P are 0 by themselves.
+  auto times = [](auto const& changed, float p, float factor) {
+    return Variant::kHasHooks ? changed.times(p, factor) : p * factor;
+  };
   CUTLASS_PRAGMA_UNROLL
   for (int col = 0; col < size<1>(rows); col += 2) {
     int const query = column + 4 * col;
@@ -71,17 +76,19 @@ CUTLASS_DEVICE void changed_probabilities(Params const& params, Rows const& rows
       auto const a = Variant::element(params, rows(row, col), place(row, col));
       auto const b = Variant::element(params, rows(row, col + 1), place(row, col + 1));
       float const p[] = {probability(a, minus_lse[0]), probability(b, minus_lse[1])};
-      float const weighed[] = {p[0] * a.weight, p[1] * b.weight};
+      float const weighed[] = {times(a, p[0], a.weight), times(b, p[1], b.weight)};
       round(to.p, row, col, weighed[0], weighed[1]);
       if constexpr (Variant::kScores) {
-        round(to.of_changed_score, row, col, weighed[0] * a.slope, weighed[1] * b.slope);
+        round(to.of_changed_score, row, col, times(a, weighed[0], a.slope),
+              times(b, weighed[1], b.slope));
       }
       if constexpr (Variant::kWeighs) {
-        round(to.of_delta, row, col, p[0] * a.slope, p[1] * b.slope);
+        round(to.of_delta, row, col, times(a, p[0], a.slope), times(b, p[1], b.slope));
       }
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < Variant::kGradients; ++i) {
-        round(to.of_captured[i], row, col, p[0] * a.slopes[i], p[1] * b.slopes[i]);
+        round(to.of_captured[i], row, col, times(a, p[0], a.slopes[i]),
+              times(b, p[1], b.slopes[i]));
       }
     }
   }

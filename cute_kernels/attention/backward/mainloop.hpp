@@ -150,12 +150,12 @@ class BackwardMainloop {
       warpgroup_wait<1>();
       if constexpr (Traits::kChanges) Variant::prepare(params, scores);
       if (!kCareful && step.masked()) {
-        coord.mask(params).apply_transposed(p_rows, key, query, -INFINITY);
+        coord.mask(params).apply_transposed(p_rows, key, query, Variant::kHidden);
       }
       if constexpr (Traits::kChanges) {
         if constexpr (kCareful) {
           HiddenStep<Traits>(shared_, step.masked(), warpgroup_)
-              .template restrict<RawScore>(p_rows, coord.mask(params), key, query);
+              .template restrict<RawScore<Variant>>(p_rows, coord.mask(params), key, query);
         }
         changed_probabilities_of<kCareful, Variant>(step.is_full(), params, p_rows, place,
                                                     statistics, column, changed);

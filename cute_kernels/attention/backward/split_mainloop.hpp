@@ -89,7 +89,7 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
       int const query = step.block() * kTileM + column;
       warpgroup_wait<0>();
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
-      using Score = std::conditional_t<Traits::kChanges, RawScore, Exponent>;
+      using Score = std::conditional_t<Traits::kChanges, RawScore<Variant>, Exponent>;
       auto const places = places_of<Traits>(params, coord, step.head());
       if constexpr (Traits::kChanges) Variant::prepare(params, scores);
       if constexpr (kCareful) {
@@ -98,7 +98,7 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
         pipeline_grad_out.consumer_wait(read);
         hidden.clear_queries(shared, read.index());
       } else if (step.masked()) {
-        coord.mask(params).apply_transposed(p_rows, key, query, -INFINITY);
+        coord.mask(params).apply_transposed(p_rows, key, query, Variant::kHidden);
       }
       auto p = make_tensor<Element>(OperandLayout{});
       ChangedProbabilities<Element, OperandLayout, Variant> changed;

@@ -46,8 +46,9 @@ struct StatisticValues {
 
 /// For WGMMA to add up: S^T and dP^T begin as a product of ones and a statistic's three parts,
 /// which hold a float's 24 bits. So no thread reads it, for which it would have to get through
-/// shared memory's port once for each of the warps, nor keeps it in registers.
-template <int kQueries>
+/// shared memory's port once for each of the warps, nor keeps it in registers. kThreadsReadLse:
+/// lse's bits are 16, 8 and 8 instead, whose products are times 0.
+template <int kQueries, bool kThreadsReadLse = false>
 struct StatisticParts {
   static constexpr int kColumns = 8;  // 16 bytes, a row of a core matrix
   static constexpr int kParts = 3;
@@ -62,9 +63,9 @@ struct StatisticParts {
 
   /// In the unit that it was set in, for threads to read.
   CUTLASS_DEVICE float minus_lse(int query) const {
-    static_assert(first_column(Statistic::kLse) == 0);
+    static_assert(kThreadsReadLse && first_column(Statistic::kLse) == 0);
     uint2 const parts = reinterpret_cast<uint2 const&>(rows[query]);  // four bf16
-    return upper_half(parts.x << 16) + (upper_half(parts.x) + upper_half(parts.y << 16));
+    return __uint_as_float(__byte_perm(parts.x, parts.y, 0x1024));
   }
 
   CUTLASS_DEVICE float minus_delta(int query) const {
@@ -91,7 +92,15 @@ struct StatisticParts {
     };
     // A sink may be larger than any score, so that in their unit it is beyond a float.
     float const minus_lse = sm90::max_nan(-lse / scale, -0x1p127f);
-    split(Statistic::kLse, isinf(lse) ? -kFar : minus_lse);
+    float const far_or_lse = isinf(lse) ? -kFar : minus_lse;
+    if constexpr (kThreadsReadLse) {
+      uint32_t const bits = __float_as_uint(far_or_lse);
+      row[0] = cutlass::bfloat16_t::bitcast(bits >> 16);
+      row[1] = cutlass::bfloat16_t::bitcast(bits >> 8 & 0xff);
+      row[2] = cutlass::bfloat16_t::bitcast(bits & 0xff);
+    } else {
+      split(Statistic::kLse, far_or_lse);
+    }
     split(Statistic::kDelta, isfinite(minus_delta) ? minus_delta : 0.f);
     if (!isfinite(minus_delta)) {
       CUTLASS_PRAGMA_UNROLL

@@ -117,18 +117,18 @@ struct BackwardTraits {
   using MmaScoresOfRegisters = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float, MnkShape<kWarpgroupN, kTileM, 16>>()));
 
-  // lse and delta are subtracted by WGMMA; or, where no registers are left for its operand of ones,
-  // by the threads.
-  static constexpr bool kStatisticsByProduct = Tile::kStatisticsByProduct;
-  using Statistics =
-      std::conditional_t<kStatisticsByProduct, StatisticParts<kTileM>, StatisticValues<kTileM>>;
-  using MmaStatistic = decltype(cute::make_tiled_mma(
-      cute::GMMA::rs_op_selector<cutlass::bfloat16_t, cutlass::bfloat16_t, float,
-                                 MnkShape<kWarpgroupN, kTileM, 16>>()));
   // A variant needs S as it is, before lse is subtracted: the threads do that; and where it weighs
   // P, dP before delta is.
   using Variant = typename Tile::Variant;
   static constexpr bool kChanges = Variant::kScores || Variant::kHides || Variant::kWeighs;
+  // lse and delta are subtracted by WGMMA; or, where no registers are left for its operand of ones,
+  // by the threads.
+  static constexpr bool kStatisticsByProduct = Tile::kStatisticsByProduct;
+  using Statistics = std::conditional_t<kStatisticsByProduct, StatisticParts<kTileM, kChanges>,
+                                        StatisticValues<kTileM>>;
+  using MmaStatistic = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<cutlass::bfloat16_t, cutlass::bfloat16_t, float,
+                                 MnkShape<kWarpgroupN, kTileM, 16>>()));
   static_assert(!kChanges || kStatisticsByProduct, "in parts, which threads add up");
   static_assert(!kChanges || kAnyCall, "hooks are told of sequences");
   static constexpr bool is_by_product(Statistic statistic) {

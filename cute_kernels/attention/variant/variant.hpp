@@ -18,8 +18,8 @@
 //   element stands. change_again() the same, where the scores are anything.
 // - gives_exponents(params, scores): whether P of a block of a warp can do without change(). Then
 //   exponent(params)(score, offset) is what change(), scale and offset make of a score.
-// - prepare(params, scores): of a block, in place, backward; then of each of its scores
-//   element(params, score, place).
+// - prepare(params, scores): of a block, in place, backward; then of each of its scores, or of
+//   kHidden instead of it, element(params, score, place).
 namespace cute_kernels::attention {
 
 /// The attention that everybody means.
@@ -28,6 +28,7 @@ struct NoVariant {
   static constexpr int kGradients = 0;
   static constexpr bool kHasHooks = false;
   static constexpr bool kHasBlockMask = false;
+  static constexpr float kHidden = -INFINITY;
   struct Arguments {};
 
   template <class Problem>
@@ -37,7 +38,8 @@ struct NoVariant {
   static float unit(AttentionCall const& call) { return call.scale; }
 };
 
-/// What backward needs to know of a score. `hidden`: P is 0, whatever else stands here.
+/// What backward needs to know of a score. `hidden`: P is 0, whatever else stands here, which need
+/// not be finite.
 template <int kGradients>
 struct ChangedScore {
   float value;
@@ -45,6 +47,9 @@ struct ChangedScore {
   float slope;                                     // with respect to the product Q K^T, scaled
   float weight;                                    // of P
   float slopes[kGradients == 0 ? 1 : kGradients];  // with respect to captured tensors
+
+  /// p * factor, one of the above. Of a factor that is 1 to the compiler it is p itself.
+  CUTLASS_DEVICE float times(float p, float factor) const { return hidden ? 0.f : p * factor; }
 };
 
 /// A user's. `Hooks` has kScore, kMask and kWeight, which say whether there are score(), mask() and
@@ -60,6 +65,7 @@ struct HookedVariant {
   static constexpr bool kHasHooks = true;
   static constexpr bool kHasExponents = false;
   static constexpr bool kHasBlockMask = Hooks::kHasBlockMask;
+  static constexpr float kHidden = -INFINITY;
   using Arguments = VariantArguments;
 
   /// The same of a full block.
@@ -109,8 +115,7 @@ struct HookedVariant {
   template <class Params, class Scores>
   CUTLASS_DEVICE static void prepare(Params const&, Scores&) {}
 
-  /// A score of -inf is hidden already: hooks are asked about 0 instead, where neither derivatives
-  /// nor weights need be finite, as what they are multiplied by is 0.
+  /// A score of -inf is hidden already: hooks are asked about 0 instead.
   template <class Params>
   CUTLASS_DEVICE static ChangedScore<kGradients> element(Params const& params, float score,
                                                          Place const& here) {
@@ -132,11 +137,6 @@ struct HookedVariant {
       }
     }
     if constexpr (kWeighs) changed.weight = Hooks::weight(here, params.variant);
-    if (changed.hidden) {
-      changed.slope = changed.weight = 0.f;
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kGradients; ++i) changed.slopes[i] = 0.f;
-    }
     return changed;
   }
 

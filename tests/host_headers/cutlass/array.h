@@ -3,6 +3,12 @@
 namespace cutlass {
 
 template <class T, int kCount>
+struct Array {
+  T elements[kCount];
+  T operator[](int i) const { return elements[i]; }
+};
+
+template <class T, int kCount>
 struct alignas(sizeof(T) * kCount) AlignedArray {
   T elements[kCount];
   T& operator[](int i) { return elements[i]; }
