@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import ablation, report, variants
+from bench import ablation, caches, decode_step, packed, report, variants
 from bench.cells import NORMAL, cell_name, data_of
 from bench.comparison import HOST_CALL, KINDS
 
@@ -180,35 +180,89 @@ def ablation_section(data: dict[str, Any]) -> str:
     )
 
 
-def variants_section(data: dict[str, Any]) -> str:
-    return "\n".join(
-        [
-            f"## Variants, block masks, softcap, sinks, {data['settings']['dtype']}",
-            "",
-            f"{provenance(data)} TFLOP/s of the pairs that are seen; then the speed of ours over "
-            "the peer's, and over others of ours: packed sequences (packed), without softcap, "
-            "sinks or hook (without), no hook but the same attention (library), hooks with a block "
-            "mask where the call needs none (blocks), without one where it saves work (no-blocks).",
-            "",
-            report.markdown_table(*variants.table(data)),
-        ]
+def backward(data: dict[str, Any]) -> bool:
+    return data["settings"].get("backward", False)
+
+
+def packed_section(data: dict[str, Any]) -> str:
+    of_pass = "backward" if backward(data) else "forward"
+    return section(
+        data,
+        f"Packed sequences, windows, other head dims, {of_pass}",
+        "Causal. TFLOP/s of the pairs that are seen, and speed over the best peer's; ours:dense "
+        "is the dense kernel, where all lengths are equal.",
+        packed.table(data),
     )
 
 
+def caches_section(data: dict[str, Any]) -> str:
+    latent = data["grid"] == "latent"
+    what = {"decode": "a few queries", "latent": "latent attention"}
+    rows = (
+        "latents of 512 beside D columns of rope"
+        if latent
+        else "64 query and 8 key heads of 128 and pages of 64 where nothing else is said; 8 bits "
+        "are e4m3, queries too, and with ours:int8 rotated keys with factors of rows"
+    )
+    return section(
+        data,
+        f"Caches, {what.get(data['grid'], data['grid'])}",
+        f"Causal; {rows}; keys and values cold. The sum is PyTorch's, of as many bytes.",
+        caches.table(data),
+    )
+
+
+def decode_step_section(data: dict[str, Any]) -> str:
+    return section(
+        data,
+        f"A step of generation, a model of {data['settings']['shape'].upper()}",
+        "Ours on a paged cache, ours on transformers' static cache, and SDPA on that; logits "
+        "are relative to SDPA's.",
+        decode_step.table(data["cells"]),
+    )
+
+
+def variants_section(data: dict[str, Any]) -> str:
+    return section(
+        data,
+        "Variants, block masks, softcap, sinks",
+        "TFLOP/s of the pairs that are seen; then the speed of ours over the peer's, and over "
+        "others of ours: packed sequences (packed), without softcap, sinks or hook (without), no "
+        "hook but the same attention (library), hooks with a block mask where the call needs none "
+        "(blocks), without one where it saves work (no-blocks).",
+        variants.table(data),
+    )
+
+
+def section(
+    data: dict[str, Any], heading: str, text: str, table: tuple[list[str], list[list[str]]]
+) -> str:
+    heading = f"## {heading}, {data['settings']['dtype']}"
+    return "\n\n".join([heading, f"{provenance(data)} {text}", report.markdown_table(*table)])
+
+
+SECTIONS = {
+    "packed": packed_section,
+    "caches": caches_section,
+    "variants": variants_section,
+    "decode_step": decode_step_section,
+    "ablation": ablation_section,
+}
+
+
 def load_all(results: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """The comparisons, variants and then the ablations among the results files."""
-    order = [*KINDS, "variants", "ablation"]
+    """The comparisons and then the others that the page has, among the results files."""
+    order = [*KINDS, *SECTIONS]
     loaded = [(path, report.load(path)) for path in sorted(results)]
     known = [pair for pair in loaded if pair[1].get("kind") in order]
-    return sorted(known, key=lambda pair: order.index(pair[1]["kind"]))
+    return sorted(known, key=lambda pair: (order.index(pair[1]["kind"]), backward(pair[1])))
 
 
 def cells_block(results: Iterable[Path], folder: Path) -> str:
     """What docs/benchmarks.md has between the markers, with links from a page in `folder`."""
-    others = {"ablation": ablation_section, "variants": variants_section}
     return "\n\n".join(
-        others[data["kind"]](data)
-        if data["kind"] in others
+        SECTIONS[data["kind"]](data)
+        if data["kind"] in SECTIONS
         else comparison_section(path, data, folder)
         for path, data in load_all(results)
     )
