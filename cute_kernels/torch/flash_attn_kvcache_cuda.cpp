@@ -48,6 +48,16 @@ void check_sizes(Argument const& a, size_t rank) {
   }
 }
 
+/// Kernels count the vectors of 16 bytes before a row in 32 bits (decode/cache_rows.hpp).
+void check_span(Argument const& a) {
+  constexpr int64_t kMostElements = (int64_t{1} << 35) - 8;
+  int64_t last = 0;
+  for (size_t dim = 0; dim < a.sizes.size(); ++dim) {
+    last += std::max<int64_t>(0, a.sizes[dim] - 1) * a.strides[dim];
+  }
+  require(last < kMostElements, a.name, " spans 64 GiB or more");
+}
+
 /// `most`: of the head_dim.
 void check_cache(Argument const& a, Argument const& q, int most = kMaxHeadDim) {
   int const bytes = is_8_bits(a.dtype) ? 1 : kElementBytes;
@@ -57,6 +67,7 @@ void check_cache(Argument const& a, Argument const& q, int most = kMaxHeadDim) {
   require(bytes > 1 || a.size(3) % 16 == 0, a.name, "'s head_dim is not a multiple of 16");
   require(a.tensor.numel() == 0 || suits_tma(a, bytes), a.name,
           "'s address or strides are not multiples of 16 bytes, or its head_dim is not contiguous");
+  if (bytes > 1) check_span(a);
 }
 
 /// Different in each call of the process, and in those of others.
@@ -235,6 +246,7 @@ Tensor flash_attn_kvcache_forward_out(
           "descales or rotation_seed are given with a cache of 16 bits");
   check_sizes(q, 3);
   check_head_dim("q", q.size(2));
+  check_span(q);
   check_cache(k, q);
   check_cache(v, q, qv ? kMaxLatentDim : kMaxHeadDim);
   require(k.size(3) == q.size(2), "k_cache does not have q's head_dim");

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cutlass/array.h>
 #include <cutlass/fast_math.h>
 
 #include "cute_kernels/attention/decode/work.hpp"
@@ -40,6 +41,23 @@ CUTLASS_DEVICE FoundRow row_of_key(CacheSource const& source, int entry, int key
     row.major = __ldg(pages.entries + entry);
   }
   return row;
+}
+
+/// A row begins a multiple of 16 bytes behind its cache: so many times as 32 bits hold, in caches
+/// of up to 64 GiB (kMostBytesOfCache). kNowhere: it is not there.
+inline constexpr uint32_t kNowhere = 0xffffffff;
+
+/// What lanes first, first + step and so on have found, for each of the passes of a copy. Callers
+/// wait for the copy's place behind it: otherwise each pass would wait for its own shuffle.
+template <int kPasses>
+CUTLASS_DEVICE cutlass::Array<uint32_t, kPasses> found_by_lanes(uint32_t found, int first,
+                                                                int step) {
+  cutlass::Array<uint32_t, kPasses> rows;
+  CUTLASS_PRAGMA_UNROLL
+  for (int pass = 0; pass < kPasses; ++pass) {
+    rows[pass] = __shfl_sync(0xffffffff, found, first + pass * step);
+  }
+  return rows;
 }
 
 /// Copies blocks from `begin` up to before `end`: copy(row), where find(block) has found the row of

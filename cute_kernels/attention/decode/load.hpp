@@ -18,7 +18,8 @@ class CacheLoader {
 
   static constexpr int kLanes = cutlass::NumThreadsPerWarp;
   static constexpr int kWarps = cutlass::NumWarpsPerWarpGroup;
-  static constexpr int kVector = 16 / sizeof(Element);
+  static constexpr int kVectorBytes = 16;
+  static constexpr int kVector = kVectorBytes / sizeof(Element);
   static constexpr int kLanesOfRow = Traits::kHeadDim / kVector;
   static constexpr int kRowsAtOnce = kLanes / kLanesOfRow;  // of a warp
 
@@ -32,11 +33,13 @@ class CacheLoader {
     if (walk.begin_block() == walk.end_block()) return;
     auto const find = [&](int block) { return key_row(walk, block); };
     auto const copy = [&](FoundRow const& row) {
+      auto const keys = offsets_of<Traits::kTileN>(row, source_.k);
       shared_.k_empty[stage_.index].wait(stage_.phase ^ 1);
-      copy_keys(shared_.k, source_.k, walk.head(), call_.head_dim, row);
+      copy_keys(shared_.k, source_.k, walk.head(), call_.head_dim, keys);
       sm90::arrive_when_gathered(shared_.k_full[stage_.index]);
+      auto const values = offsets_of<Traits::kTileN>(row, source_.v);
       shared_.v_empty[stage_.index].wait(stage_.phase ^ 1);
-      copy_keys(shared_.v, source_.v, walk.head(), call_.head_dim_v, row);
+      copy_keys(shared_.v, source_.v, walk.head(), call_.head_dim_v, values);
       sm90::arrive_when_gathered(shared_.v_full[stage_.index]);
       stage_.advance();
     };
@@ -81,51 +84,68 @@ class CacheLoader {
         row.major += walk.sequence().row_q;
         row.minor += walk.head() * walk.sequence().group;
       }
-      copy_rows<Traits::kWarpgroupM>(shared_.q[i].data(), typename Traits::LayoutQ{},
-                                     static_cast<Element const*>(source_.q.data),
-                                     source_.q.seqlen_stride, source_.q.head_stride, call_.head_dim,
-                                     row);
+      copy_rows<Traits::kWarpgroupM>(
+          shared_.q[i].data(), typename Traits::LayoutQ{},
+          static_cast<Element const*>(source_.q.data), call_.head_dim,
+          offsets_of<Traits::kWarpgroupM>(row, source_.q.seqlen_stride, source_.q.head_stride));
     }
     sm90::arrive_when_gathered(shared_.q_full);
     q_phase_ ^= 1;
   }
 
-  template <class Stages>
-  CUTLASS_DEVICE void copy_keys(Stages& stages, CacheView const& view, int head, int columns,
-                                FoundRow const& row) const {
-    copy_rows<Traits::kTileN>(stages.data() + stage_.index * Traits::kStageElements,
-                              typename Traits::LayoutRows{},
-                              static_cast<Element const*>(view.data) + head * view.head_stride,
-                              view.page_stride, view.slot_stride, columns, row);
+  /// Of rows of a tile.
+  template <int kRows>
+  static constexpr int kPasses = kRows / (kWarps * kRowsAtOnce);
+  /// Where a thread's rows of a tile begin, in vectors, or kNowhere.
+  template <int kRows>
+  using Offsets = cutlass::Array<uint32_t, kPasses<kRows>>;
+
+  template <int kRows>
+  CUTLASS_DEVICE static Offsets<kRows> offsets_of(FoundRow const& found, int64_t major_stride,
+                                                  int64_t minor_stride) {
+    static_assert(kPasses<kRows> * kRowsAtOnce <= kLanes, "a lane finds one row");
+    int64_t const offset = found.major * major_stride + found.minor * minor_stride;
+    uint32_t const vectors = found.major < 0 ? kNowhere : static_cast<uint32_t>(offset / kVector);
+    return found_by_lanes<kPasses<kRows>>(vectors, lane() / kLanesOfRow, kRowsAtOnce);
+  }
+  template <int kRows>
+  CUTLASS_DEVICE static Offsets<kRows> offsets_of(FoundRow const& found, CacheView const& view) {
+    return offsets_of<kRows>(found, view.page_stride, view.slot_stride);
   }
 
-  /// Copies the rows of a tile, which its warps' lanes have found. Columns from `columns` on are 0.
+  template <class Stages>
+  CUTLASS_DEVICE void copy_keys(Stages& stages, CacheView const& view, int head, int columns,
+                                Offsets<Traits::kTileN> const& rows) const {
+    copy_rows<Traits::kTileN>(
+        stages.data() + stage_.index * Traits::kStageElements, typename Traits::LayoutRows{},
+        static_cast<Element const*>(view.data) + head * view.head_stride, columns, rows);
+  }
+
+  /// Copies the rows of a tile. Columns from `columns` on are 0.
   template <int kRows, class SwizzledLayout>
   CUTLASS_DEVICE static void copy_rows(Element* shared, SwizzledLayout const& swizzled,
-                                       Element const* global, int64_t major_stride,
-                                       int64_t minor_stride, int columns, FoundRow const& found) {
-    constexpr int kPasses = kRows / (kWarps * kRowsAtOnce);
-    static_assert(kPasses * kRowsAtOnce <= kLanes, "a lane finds one row");
+                                       Element const* global, int columns,
+                                       Offsets<kRows> const& rows) {
     int const part = lane() / kLanesOfRow;
     int const column = lane() % kLanesOfRow * kVector;
     // The swizzle's period is 8 rows: a thread's places repeat after as many passes, further on.
     constexpr int kPeriod = kRowsAtOnce * kWarps < 8 ? 8 / (kRowsAtOnce * kWarps) : 1;
     constexpr int kPeriodBytes = kPeriod * kRowsAtOnce * kWarps * Traits::kSwizzleBytes;
     auto const layout = cute::as_position_independent_swizzle_layout(swizzled);
+    bool const has_column = column < columns;
+    auto const* const from = reinterpret_cast<char const*>(global + (has_column ? column : 0));
     uint32_t places[kPeriod];
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kPeriod; ++i) {
       places[i] = cute::cast_smem_ptr_to_uint(shared) +
                   layout(row_of(i, part), column) * static_cast<int>(sizeof(Element));
     }
-    int64_t const found_offset =
-        found.major < 0 ? -1 : found.major * major_stride + found.minor * minor_stride;
     CUTLASS_PRAGMA_UNROLL
-    for (int pass = 0; pass < kPasses; ++pass) {
-      int64_t const row = __shfl_sync(0xffffffff, found_offset, pass * kRowsAtOnce + part);
-      bool const there = row >= 0 && column < columns;
+    for (int pass = 0; pass < kPasses<kRows>; ++pass) {
+      bool const there = rows[pass] != kNowhere && has_column;
       uint32_t const to = places[pass % kPeriod] + pass / kPeriod * kPeriodBytes;
-      sm90::gather_or_clear(to, global + (there ? row + column : 0), there);
+      uint32_t const row = there ? rows[pass] : 0;
+      sm90::gather_or_clear(to, from + uint64_t{row} * kVectorBytes, there);
     }
   }
 

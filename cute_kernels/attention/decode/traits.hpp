@@ -32,7 +32,7 @@ struct DecodeTraits {
   static_assert(kTileN % 32 == 0 && kTileN <= 128, "a lane finds one of its warp's rows");
   static_assert(kStages >= kConsumers, "warpgroups take turns with the stages");
 
-  static constexpr int kLookAhead = 4;  // blocks whose rows are looked up before they are copied
+  static constexpr int kLookAhead = 2;  // blocks whose rows are looked up before they are copied
 
   // Registers of a thread after setmaxnreg, of what a multiprocessor has: with two CTAs 256 for two
   // threads, with two consumer warpgroups 504 for three.
