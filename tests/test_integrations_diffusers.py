@@ -220,6 +220,22 @@ def test_the_lse_has_the_heads_last(registered, backend, scale):
     assert torch.equal(alone, out)
 
 
+def test_8_bits_have_an_lse_only_where_it_is_asked_for(registered, monkeypatch):
+    """It is another kernel's, which takes longer."""
+    asked = []
+
+    def recorded(*inputs, **options):
+        asked.append(options.get("return_lse", False))
+        return flash_attn_fp8_func(*inputs, **options)
+
+    monkeypatch.setattr(integration, "flash_attn_fp8_func", recorded)
+    for wanted in (False, True):
+        attend(*qkv(), return_lse=wanted, backend=integration.NAME_FP8)
+        ctx, options = Context(), (None, 0.0, False, None, False, wanted)
+        integration.forward_op(ctx, *qkv(), *options, attention=integration.in_8_bits)
+    assert asked == [False, False, True, True]
+
+
 @pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("seqlens", [(20, 33), (33, 20), (20, 20)])
 def test_a_causal_mask_is_aligned_top_left(registered, backend, seqlens):

@@ -25,15 +25,17 @@ NAME = "cute_kernels"
 NAME_FP8 = "cute_kernels_fp8"
 
 # Output (batch, seqlen, heads, head_dim) and LSE (batch, heads, seqlen) of query, key, value,
-# is_causal and scale.
-Attention = Callable[[Tensor, Tensor, Tensor, bool, float | None], tuple[Tensor, Tensor]]
+# is_causal, scale and whether the LSE is wanted, without which it may be None.
+Attention = Callable[
+    [Tensor, Tensor, Tensor, bool, float | None, bool], tuple[Tensor, Tensor | None]
+]
 
 
 class Backend(NamedTuple):
     """What one of the backends consists of."""
 
     attention: Attention  # without a mask
-    in_ring: bool  # whether its LSE is good enough to merge the results of ring attention by it
+    in_ring: bool  # whether it takes ring attention
     native: Callable[..., Any]  # diffusers' own, for what this package does not take
     in_parallel: Callable[..., Any]  # diffusers' context parallelism
 
@@ -125,8 +127,7 @@ def attend(
     if parallel:
         if not backend.in_ring and _parallel_config.context_parallel_config.ring_degree > 1:
             raise NotImplementedError(
-                f"{NAME_FP8} has no ring attention, which merges results by their LSE, in 8 bits "
-                f"exact to 0.03 only: use ulysses_degree, or {NAME}"
+                f"{NAME_FP8} has no ring attention: use ulysses_degree, or {NAME}"
             )
         result = backend.in_parallel(
             *(query, key, value, None, 0.0, is_causal, scale, enable_gqa, return_lse),
@@ -135,15 +136,21 @@ def attend(
             _parallel_config=_parallel_config,
         )
         return result
+    lse: Any
     if visible is None:
-        out, lse = backend.attention(query, key, value, is_causal, scale)
+        out, lse = backend.attention(query, key, value, is_causal, scale, return_lse)
     else:
         out, lse = among_visible(query, key, value, visible, scale)
     return (out, lse.transpose(1, 2)) if return_lse else out
 
 
 def exact(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     if is_causal:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -154,11 +161,18 @@ def exact(
 
 
 def in_8_bits(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor]:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     if is_causal and query.shape[1] != key.shape[1]:
         return exact(query, key, value, is_causal, scale)
-    out, lse = flash_attn_fp8_func(query, key, value, scale, is_causal, return_lse=True)
+    # With it another kernel runs, which takes longer.
+    result = flash_attn_fp8_func(query, key, value, scale, is_causal, return_lse=with_lse)
+    out, lse = result if isinstance(result, tuple) else (result, None)
     return out, lse
 
 
@@ -222,8 +236,9 @@ def forward_op(
     attention: Attention,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One rank's attention, as diffusers' templates call it inside of an autograd function."""
-    out, lse = attention(query, key, value, is_causal, scale)
-    lse = lse.transpose(1, 2)
+    lse: Any
+    out, lse = attention(query, key, value, is_causal, scale, return_lse)
+    lse = None if lse is None else lse.transpose(1, 2)
     if _save_ctx:
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.scale = query.shape[-1] ** -0.5 if scale is None else scale
