@@ -172,6 +172,12 @@ def test_models_are_told(configured):
 def test_caches_of_8_bits_are_refused(configured):
     from cute_kernels.integrations.sglang.backend import CuteKernelsBackend
 
-    runner = make_runner(64, dtype=sglang_engine.E4M3)
-    with pytest.raises(NotImplementedError, match="fp8_e4m3: there is no latent attention"):
-        CuteKernelsBackend(runner)
+    for dtype, name in (
+        (sglang_engine.E4M3, "fp8_e4m3"),
+        (sglang_engine.E4M3, "mxfp8"),
+        (torch.float8_e5m2, "fp8_e5m2"),
+    ):
+        runner = make_runner(64, kv_cache_dtype=dtype, kv_cache_dtype_str=name)
+        message = f"{name}, of {dtype}, must be auto or bfloat16 with latent attention"
+        with pytest.raises(NotImplementedError, match=message):
+            CuteKernelsBackend(runner)

@@ -19,7 +19,7 @@ from cute_kernels.cache.eight_bits import E4M3
 from cute_kernels.integrations.sglang import NAME
 from cute_kernels.varlen import flash_attn_varlen_func
 
-_DTYPES = (torch.float16, torch.bfloat16, E4M3)
+_DTYPES = (torch.float16, torch.bfloat16)
 _REFUSED = ("score_mod", "mask_mod", "rel_bias")
 _UNREAD = ("aux_tensors", "max_seqlen_k", "rel_bias_prep_cache", "scheduler_metadata", "ver")
 
@@ -103,19 +103,17 @@ def _names_inside(code: types.CodeType) -> list[str]:
 
 
 class CuteKernelsBackend(FlashAttentionBackend):
-    """Caches of 16 bits, without latent attention of e4m3 too; Hopper."""
+    """Caches of 16 bits, and of e4m3 where attention is not latent; Hopper."""
 
     def __init__(self, model_runner: Any, **options: Any) -> None:
         dtype, name = model_runner.kv_cache_dtype, model_runner.kv_cache_dtype_str
-        if model_runner.use_mla_backend and dtype == E4M3:
-            raise NotImplementedError(
-                f"{NAME}: --kv-cache-dtype is {name}: there is no latent attention to caches of it "
-                "yet, must be auto or bfloat16"
+        latent = model_runner.use_mla_backend
+        if dtype not in (_DTYPES if latent else (*_DTYPES, E4M3)) or name == "mxfp8":
+            known = (
+                "auto or bfloat16 with latent attention" if latent else "auto, bfloat16 or fp8_e4m3"
             )
-        if dtype not in _DTYPES or name == "mxfp8":
             raise NotImplementedError(
-                f"{NAME}: --kv-cache-dtype is {name}, of {dtype}, must be auto, bfloat16 or "
-                "fp8_e4m3"
+                f"{NAME}: --kv-cache-dtype is {name}, of {dtype}, must be {known}"
             )
         super().__init__(model_runner, **options)
         self.flash_attn_with_kvcache = attend_to_cache

@@ -203,6 +203,12 @@ class CuteKernelsMLAPrefill(MLAPrefillBackend):
         out: Tensor | None = None,
         output_scale: Tensor | None = None,
     ) -> Any:
+        """Causal attention of (tokens, heads, head_dim); vLLM gives no `out` and no `output_scale`
+        to a backend that does not say that it takes them.
+
+        Returns:
+            (tokens, heads, head_dim of v), and (heads, tokens) natural logarithms if asked for.
+        """
         batch = self._prefill_metadata
         starts, longest = batch.query_start_loc, batch.max_query_len
         return flash_attn_varlen_func(
@@ -215,6 +221,7 @@ class CuteKernelsMLAPrefill(MLAPrefillBackend):
     def run_prefill_context_chunk(
         self, chunk: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None
     ) -> Any:
+        """Likewise, to all of a part of the keys before; always with the logarithms."""
         return flash_attn_varlen_func(
             *(q, k, v, chunk.query_start_loc, chunk.cu_seq_lens),
             *(chunk.max_query_len, chunk.max_seq_len),
