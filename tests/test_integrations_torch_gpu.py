@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from aten_calls import heads_first
 from packed import assert_packed_right, random_grads, random_packed
 from parity import (
     assert_gradients_right,
@@ -20,9 +21,6 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from cute_kernels import flash_attn_func, flash_attn_varlen_func
 from cute_kernels.integrations import torch as integration
 
-if not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
-    pytest.skip("needs the registry of torch 2.11 or newer", allow_module_level=True)
-
 BF16 = torch.bfloat16
 # batch, heads, key heads, seqlen, head dim
 SHAPES = [(2, 4, 4, 300, 64), (1, 6, 2, 1025, 128), (2, 4, 1, 128, 40), (3, 2, 2, 1, 64)]
@@ -33,10 +31,6 @@ def activated(hopper):
     integration.activate()
     yield hopper
     integration.deactivate()
-
-
-def heads_first(*tensors):
-    return [x.transpose(1, 2) for x in tensors]
 
 
 def leaves(*tensors):

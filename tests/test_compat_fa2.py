@@ -1,0 +1,147 @@
+"""FlashAttention-2's module on our kernels: packed tensors, rings, padding, ALiBi, dropout."""
+
+import math
+
+import pytest
+import torch
+from flash_attention_calls import MASKS, SCALE, inputs_of, like, packed_of
+from packed import assert_packed_right, random_grads
+from parity import assert_gradients_right, assert_right
+
+from cute_kernels.compat import flash_attn as fa2
+from cute_kernels.compat.flash_attn import bert_padding
+from cute_kernels.compat.flash_attn import flash_attn_interface as fa2_interface
+
+
+@pytest.mark.parametrize(("causal", "window"), MASKS)
+@pytest.mark.parametrize("form", ["apart", "kv", "qkv"])
+def test_flash_attention_2(device, form, causal, window):
+    q, k, v = inputs_of(device, seqlen_q=47, key_heads=4 if form == "qkv" else 2)
+    options = {"causal": causal, "window_size": window, "return_attn_probs": True}
+    if form == "apart":
+        results = fa2.flash_attn_func(q, k, v, 0.0, SCALE, **options)
+    elif form == "kv":
+        packed = torch.stack([k, v], dim=2)
+        results = fa2.flash_attn_kvpacked_func(q, packed, 0.0, SCALE, **options)
+    else:
+        packed = torch.stack([q, k, v], dim=2)
+        results = fa2.flash_attn_qkvpacked_func(packed, softmax_scale=SCALE, **options)
+    out, lse, probabilities = results
+    assert_right(out, lse, q, k, v, SCALE, causal, window_size=window)
+    assert probabilities.numel() == 0
+
+
+@pytest.mark.parametrize("form", ["apart", "kv", "qkv"])
+def test_packed_sequences_of_flash_attention_2(device, form):
+    packed = packed_of(device)
+    if form == "qkv":
+        packed.q = packed.k.new_zeros(57, 2, 64).normal_()
+        packed.slots_q = packed.slots_k
+    given = packed.lengths()
+    lengths = (given["cu_seqlens_q"], given["cu_seqlens_k"], 40, 40)
+    options = {"causal": True, "return_attn_probs": True}
+    kv = torch.stack(packed.qkv[1:], dim=1)
+    if form == "apart":
+        results = fa2.flash_attn_varlen_func(*packed.qkv, *lengths, **options)
+    elif form == "kv":
+        results = fa2.flash_attn_varlen_kvpacked_func(packed.q, kv, *lengths, **options)
+    else:
+        qkv = torch.stack(packed.qkv, dim=1)
+        results = fa2.flash_attn_varlen_qkvpacked_func(qkv, lengths[0], 40, **options)
+    assert_packed_right(results[:2], packed, causal=True)
+
+
+@pytest.mark.parametrize("head_dim", [33, 60, 64])
+def test_head_dims_are_padded(device, head_dim):
+    inputs = [x.requires_grad_() for x in inputs_of(device, head_dim=head_dim)]
+    out, lse, _ = fa2.flash_attn_func(*inputs, causal=True, return_attn_probs=True)
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, dout)
+    q, k, v = (x.detach() for x in inputs)
+    assert_right(out.detach(), lse.detach(), q, k, v, head_dim**-0.5, True)
+    assert_gradients_right(grads, dout, None, q, k, v, head_dim**-0.5, True)
+
+
+def test_rings_of_flash_attention_2(device):
+    """The functions below the public ones, by position."""
+    q, k, v = inputs_of(device)
+    out, lse, *rest = fa2_interface._flash_attn_forward(
+        q, k, v, 0.0, SCALE, True, -1, -1, 0.0, None, False
+    )
+    assert len(rest) == 2 and not out.requires_grad
+    assert_right(out, lse, q, k, v, SCALE, True)
+    grads, dout = like(q, k, v), torch.randn_like(out)
+    fa2_interface._flash_attn_backward(
+        dout, q, k, v, out, lse, *grads, 0.0, SCALE, True, -1, -1, 0.0, None, True
+    )
+    assert_gradients_right(grads, dout, None, q, k, v, SCALE, True)
+
+
+def test_packed_rings_of_flash_attention_2(device):
+    packed = packed_of(device)
+    given = packed.lengths()
+    lengths = (given["cu_seqlens_q"], given["cu_seqlens_k"], 31, 40)
+    out, lse, *_ = fa2_interface._flash_attn_varlen_forward(*packed.qkv, *lengths, 0.0, SCALE, True)
+    grads, grad_out = like(*packed.qkv), random_grads(packed)[0]
+    fa2_interface._flash_attn_varlen_backward(
+        grad_out, *packed.qkv, out, lse, *grads, *lengths, 0.0, SCALE, True, -1, -1, 0.0, None, True
+    )
+    results = (out, lse, *grads)
+    assert_packed_right(results, packed, (grad_out, None), softmax_scale=SCALE, causal=True)
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_padding(device, unused):
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], device=device)
+    extra = torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]], device=device)
+    x = torch.randn(3, 4, 2, 8, device=device, requires_grad=True)
+    given = (x, mask, extra) if unused else (x, mask)
+    rows, indices, cu_seqlens, longest, used = bert_padding.unpad_input(*given)
+    kept = (mask + extra if unused else mask).bool()
+    assert torch.equal(rows, x[kept])
+    assert cu_seqlens.tolist() == ([0, 3, 3, 7] if unused else [0, 2, 2, 6])
+    assert cu_seqlens.dtype == used.dtype == torch.int32
+    assert longest == 4 and used.tolist() == [2, 0, 4]
+    padded = bert_padding.pad_input(rows, indices, 3, 4)
+    assert torch.equal(padded, x * kept[..., None, None])
+    (grad,) = torch.autograd.grad(padded.sum(), x)
+    assert torch.equal(grad, kept[..., None, None].expand_as(x).to(grad))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("by_batch", [False, True])
+def test_alibi_falls_on_both_sides(by_batch, causal):
+    """On CUDA a variant compiles, see test_variants_gpu.py."""
+    q = torch.randn(2, 5, 4, 16, dtype=torch.float64, requires_grad=True)
+    k, v = torch.randn(2, 2, 9, 2, 16, dtype=torch.float64)
+    slopes = torch.rand(2, 4) if by_batch else torch.rand(4)
+    apart = (torch.arange(5)[:, None] + 4 - torch.arange(9)).abs()
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(2, 2)) / 4
+    scores = scores - slopes.view(-1, 4, 1, 1) * apart
+    if causal:
+        scores = scores.masked_fill(torch.arange(9) > torch.arange(5)[:, None] + 4, -math.inf)
+    right = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.repeat_interleave(2, 2))
+    dense = fa2.flash_attn_func(q, k, v, causal=causal, alibi_slopes=slopes)
+    ends = [torch.arange(3, dtype=torch.int32) * n for n in (5, 9)]
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    of_packed = fa2.flash_attn_varlen_func(*packed, *ends, 5, 9, causal=causal, alibi_slopes=slopes)
+    (exact,) = torch.autograd.grad(right.square().sum(), q)
+    for out in (dense, of_packed.view_as(right)):
+        assert torch.allclose(out, right, rtol=1e-6, atol=1e-7)
+        (grad,) = torch.autograd.grad(out.square().sum(), q, retain_graph=True)
+        assert torch.allclose(grad, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_leaves_some_of_p():
+    """Scores are all 0, and V shows P."""
+    zeros = torch.zeros(2, 64, 2, 64)
+    shown = torch.eye(64)[None, :, None].expand(2, 64, 2, 64)
+    torch.manual_seed(1)
+    found = [fa2.flash_attn_func(zeros, zeros, shown, 0.25) for _ in range(2)]
+    torch.manual_seed(1)
+    assert torch.equal(fa2.flash_attn_func(zeros, zeros, shown, 0.25), found[0])
+    for p in found:
+        kept = p > 0
+        assert torch.allclose(p[kept], torch.tensor(1 / 64 / 0.75))
+        assert 0.72 < kept.float().mean() < 0.78
+    assert 0.5 < ((found[0] > 0) == (found[1] > 0)).float().mean() < 0.75

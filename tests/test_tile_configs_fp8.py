@@ -1,0 +1,60 @@
+"""Rows of forward kernels of 8 bits: what they become, and why others are refused."""
+
+import json
+
+import pytest
+from tile_rows import good, table, write_sources
+
+from cute_kernels.compile import table as generator
+
+FP8_ROW = """
+[[forward_fp8]]
+name = "fp8"
+dtypes = ["e4m3", "int8"]
+head_dim = 128
+tile_m = {tile_m}
+tile_n = {tile_n}
+linear_exp = {linear_exp}
+overlap = {overlap}
+moves_of_four = {moves_of_four}
+any_call = {any_call}
+promote = {promote}
+why = "measured"
+"""
+
+
+def fp8_table(**changes):
+    values = {"tile_m": 128, "tile_n": 128, "linear_exp": "false", "overlap": "true"}
+    values |= {"any_call": "false", "promote": "false"}
+    return table(good()) + FP8_ROW.format(**{**values, "moves_of_four": 0, **changes})
+
+
+def test_fp8_rows_become_kernels(tmp_path):
+    rows = generator.read_table(fp8_table(linear_exp="true", overlap="false"))
+    names = [row["name"] for row in rows if row["pass"] == "forward_fp8"]
+    assert names == ["e4m3_fp8", "int8_fp8"]
+    assert len(generator.select(rows, [128], ["bf16"])) == 3
+    write_sources(rows, tmp_path)
+    text = (tmp_path / "int8_fp8.cu").read_text()
+    assert "using ElementQk = int8_t;" in text
+    assert "static constexpr bool kLinearExp = true;" in text
+    assert json.loads((tmp_path / "tile_configs.json").read_text()) == rows
+    assert (tmp_path / "forward_fp8_table.cpp").read_text().count("::launch}") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tile_n": 96}, "multiple of 64"),
+        ({"tile_n": 192, "linear_exp": "true"}, "linear_exp needs 8 more channels of V"),
+        ({"linear_exp": "true"}, "linear_exp needs overlap = false"),
+        ({"any_call": "true", "tile_n": 256}, "any_call needs tile_n of 64 or 128"),
+        ({"promote": "true"}, "promote needs overlap = false"),
+        ({"tile_m": 256}, "registers of a consumer thread: 64 scores [+] 64 output"),
+        ({"tile_m": 100}, "tile_m = 100"),
+        ({"moves_of_four": 5}, "moves_of_four = 5 must be 0 to 4"),
+    ],
+)
+def test_fp8_rows_that_cannot_fit_are_refused(change, message):
+    with pytest.raises(generator.TableError, match=message):
+        generator.read_table(fp8_table(**change))
