@@ -14,6 +14,8 @@ import torch
 import vllm_engine
 from engine_calls import assert_output_right, assert_replayed
 
+from cute_kernels import tile_configs
+
 RECORDED = engine_calls.load("vllm")
 
 
@@ -72,15 +74,23 @@ def test_the_selector_takes_the_backend_or_says_why_not(vllm):
     hopper = vllm_engine.hopper()
     chosen = AttentionBackendEnum["CUTE_KERNELS"]
     fits = AttentionSelectorConfig(128, torch.bfloat16, "auto", 16)
-    for changed in (
+    taken = [
         {},
         {"dtype": torch.float16, "head_size": 72, "block_size": None},
         {"has_sink": True, "has_sliding_window": True},
         {"attn_type": "encoder_only"},
+        {"use_non_causal": True},
+    ]
+    refused = []
+    of_fp8 = [
         {"kv_cache_dtype": "fp8"},
         {"kv_cache_dtype": "fp8_e4m3", "use_per_head_quant_scales": True},
-        {"use_non_causal": True},
-    ):
+    ]
+    if any(row["head_dim"] >= 128 for row in tile_configs("decode_fp8")):
+        taken += of_fp8
+    else:
+        refused = [(changed, "this build has no kernel for caches of fp8") for changed in of_fp8]
+    for changed in taken:
         path = hopper.get_attn_backend_cls(chosen, fits._replace(**changed))
         assert path == "cute_kernels.integrations.vllm.backend.CuteKernelsBackend"
     for changed, reason in (
@@ -95,6 +105,7 @@ def test_the_selector_takes_the_backend_or_says_why_not(vllm):
         ({"use_pcp": True}, "PCP"),
         ({"use_mm_prefix": True}, "partial multimodal"),
         ({"use_batch_invariant": True}, "batch invariance"),
+        *refused,
     ):
         with pytest.raises(ValueError, match=f"CUTE_KERNELS.*{reason}"):
             hopper.get_attn_backend_cls(chosen, fits._replace(**changed))
