@@ -44,7 +44,7 @@ CUTLASS_DEVICE FoundRow row_of_key(CacheSource const& source, int entry, int key
 }
 
 /// A row begins a multiple of 16 bytes behind its cache: so many times as 32 bits hold, in caches
-/// of up to 64 GiB (kMostBytesOfCache). kNowhere: it is not there.
+/// of up to 64 GiB, which the host has checked. kNowhere: it is not there.
 inline constexpr uint32_t kNowhere = 0xffffffff;
 
 /// What lanes first, first + step and so on have found, for each of the passes of a copy. Callers
