@@ -25,13 +25,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=["decode"],
         help="one query token and a few; chunks of prompts; some dozen tokens; latent attention",
     )
-    parser.add_argument(
-        "--vllm-library",
-        type=Path,
-        metavar="PATH",
-        help="_vllm_fa3_C.abi3.so of vLLM, for the peer fa3-vllm; default: what "
-        f"{vllm_library.VARIABLE} names",
-    )
+    vllm_library.add_option(parser)
     parser.add_argument(
         "--flashmla-library",
         type=Path,

@@ -18,13 +18,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     session.add_data_option(parser)
     session.add_only_option(parser)
     parser.add_argument("--backward", action="store_true", help="gradients, forward not timed")
-    parser.add_argument(
-        "--vllm-library",
-        type=Path,
-        metavar="PATH",
-        help="_vllm_fa3_C.abi3.so of vLLM, for the peer fa3-vllm; default: what "
-        f"{vllm_library.VARIABLE} names",
-    )
+    vllm_library.add_option(parser)
     parser.add_argument(
         "--fa3-library",
         type=Path,

@@ -11,7 +11,6 @@ import argparse
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from bench import comparison, report, session, vllm_library
@@ -28,12 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=SEQLEN)
     parser.add_argument("--forward", action="store_true", help="the forward pass alone")
     parser.add_argument("--backward", action="store_true", help="the backward pass alone")
-    parser.add_argument(
-        "--vllm-library",
-        type=Path,
-        metavar="PATH",
-        help=f"vLLM's FlashAttention-3; default: what {vllm_library.VARIABLE} names",
-    )
+    vllm_library.add_option(parser)
     parser.add_argument(
         "--only-compile", action="store_true", help="fill the cache of kernels: no GPU is needed"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,15 @@ _DEFAULTS: dict[str, Any] = {
     "cp_rank": 0,
     "cp_tot_seqused_k": None,
 }
+
+
+def add_option(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--vllm-library",
+        type=Path,
+        metavar="PATH",
+        help=f"_vllm_fa3_C.abi3.so of vLLM, for the peer fa3-vllm; default: what {VARIABLE} names",
+    )
 
 
 @cache
