@@ -7,9 +7,8 @@ import re
 import pytest
 import torch
 from parity import BACKWARD_KERNELS, DTYPES, common_head_dim, random_qkv
-from traces import CAREFUL, PLAIN, launches
+from traces import CAREFUL, GRADIENTS, PLAIN, launches
 
-from cute_kernels import tile_configs
 from cute_kernels.operators import flash_attn_backward, flash_attn_forward
 
 BLIND = 7  # queries that see nothing, the first ones
@@ -45,14 +44,7 @@ def test_what_a_blind_query_holds_has_no_part(kernel, spoilt):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-ROWS = [
-    pytest.param(row, id=row["name"])
-    for row in tile_configs("backward")
-    if not row["softcap"] and row["dtype"] == "bf16"
-]
-
-
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", GRADIENTS)
 def test_blind_queries_cost_nothing(hopper, row, tmp_path):
     """The careful kernel ends at once; not so where a seen value is NaN."""
     head_dim, dtype = common_head_dim(row), DTYPES[row["dtype"]]

@@ -34,23 +34,17 @@ def recorded():
 
 
 def test_the_selector_takes_the_backend_or_says_why_not(vllm):
-    from vllm.platforms.interface import DeviceCapability
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    hopper = vllm_engine.hopper()
-    chosen = AttentionBackendEnum["CUTE_KERNELS_MLA"]
     fits = AttentionSelectorConfig(576, torch.bfloat16, "auto", 64, use_mla=True)
-    for changed in (
+    taken = [
         {},
         {"dtype": torch.float16, "head_size": 320, "block_size": None},
         {"kv_cache_dtype": "bfloat16", "block_size": 16},
         {"use_non_causal": True},
         {"use_dcp": True},
-    ):
-        path = hopper.get_attn_backend_cls(chosen, fits._replace(**changed))
-        assert path == "cute_kernels.integrations.vllm.latent.CuteKernelsMLABackend"
-    for changed, reason in (
+    ]
+    refused = [
         ({"head_size": 512}, "head_size"),
         ({"dtype": torch.float32}, "dtype"),
         ({"kv_cache_dtype": "fp8"}, "there is no latent attention to caches of fp8 yet"),
@@ -61,12 +55,10 @@ def test_the_selector_takes_the_backend_or_says_why_not(vllm):
         ({"use_pcp": True}, "PCP"),
         ({"has_sliding_window": True}, "sliding window"),
         ({"use_batch_invariant": True}, "batch invariance"),
-    ):
-        with pytest.raises(ValueError, match=f"CUTE_KERNELS_MLA.*{reason}"):
-            hopper.get_attn_backend_cls(chosen, fits._replace(**changed))
-    hopper.capability = DeviceCapability(10, 0)
-    with pytest.raises(ValueError, match="compute capability"):
-        hopper.get_attn_backend_cls(chosen, fits)
+    ]
+    vllm_engine.assert_selected(
+        "CUTE_KERNELS_MLA", "latent.CuteKernelsMLABackend", fits, taken, refused
+    )
 
 
 def test_prompts_have_a_backend_of_their_own(vllm, monkeypatch):

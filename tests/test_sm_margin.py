@@ -4,7 +4,7 @@ import pytest
 import torch
 from host_program import host_program, needs_cxx
 from parity import DTYPES, common_head_dim, random_qkv, skip_unless_answered
-from traces import PLAIN, grids
+from traces import GRADIENTS, PLAIN, grids
 
 from cute_kernels import (
     flash_attn_func,
@@ -119,14 +119,7 @@ def test_grid(hopper, name, tmp_path):
         assert all(ctas in (left, 2 * left) for ctas in found)  # decode's may share one
 
 
-ROWS = [
-    pytest.param(row, id=row["name"])
-    for row in tile_configs("backward")
-    if not row["softcap"] and row["dtype"] == "bf16"
-]
-
-
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", GRADIENTS)
 def test_grid_of_gradients(hopper, row, tmp_path):
     """None of the launches is larger than what is left; all of them together are the gradient."""
     head_dim, dtype = common_head_dim(row), DTYPES[row["dtype"]]

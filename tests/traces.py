@@ -8,6 +8,14 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from cute_kernels import tile_configs
+
+# Whose launches are looked at
+GRADIENTS = [
+    pytest.param(row, id=row["name"])
+    for row in tile_configs("backward")
+    if not row["softcap"] and row["dtype"] == "bf16"
+]
 # Of gradients: the kernel that does all the work, and the one that repeats it with care. Names that
 # are too long for the profiler stay mangled.
 PLAIN, CAREFUL = (

@@ -34,3 +34,21 @@ def hopper():
             return cls.capability
 
     return Hopper
+
+
+def assert_selected(name, path, fits, taken, refused):
+    """The selector takes the backend for what `fits` with each of the changes `taken`, and says why
+    not with those `refused`, (changes, reason), and on another GPU."""
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    platform, chosen = hopper(), AttentionBackendEnum[name]
+    for changed in taken:
+        found = platform.get_attn_backend_cls(chosen, fits._replace(**changed))
+        assert found == f"cute_kernels.integrations.vllm.{path}"
+    for changed, reason in refused:
+        with pytest.raises(ValueError, match=f"{name}.*{reason}"):
+            platform.get_attn_backend_cls(chosen, fits._replace(**changed))
+    platform.capability = DeviceCapability(10, 0)
+    with pytest.raises(ValueError, match="compute capability"):
+        platform.get_attn_backend_cls(chosen, fits)
