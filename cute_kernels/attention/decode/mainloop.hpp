@@ -75,7 +75,7 @@ class DecodeMainloop {
   CUTLASS_DEVICE void finish(Walk const& walk, Softmax& softmax, Output& out,
                              Results const& results) const {
     Part const part(walk, warpgroup());
-    AccumulatorPlace place{part.first_row + first_row(), first_accumulator_column()};
+    AccumulatorPlace place{part.first_row + first_accumulator_row(), first_accumulator_column()};
     if constexpr (Traits::kConsumers == 2) {
       if (part.takes_turns()) {
         auto half = TurnsEnd<Traits>(walk, warpgroup(), passed_, shared_).join(softmax, out);
@@ -89,15 +89,9 @@ class DecodeMainloop {
 
  private:
   CUTLASS_DEVICE static int warpgroup() { return cutlass::canonical_warp_group_idx() - 1; }
-  /// The first of a thread's rows, of its warpgroup's.
-  CUTLASS_DEVICE static int first_row() {
-    constexpr int kRowsOfWarp = 16;
-    return threadIdx.x % kThreads / 32 * kRowsOfWarp + threadIdx.x % 32 / 4;
-  }
-
   /// The query of a thread's row, of its kRows.
   CUTLASS_DEVICE int query_of(Walk const& walk, Part const& part, int row) const {
-    return group_.div(walk.tile().first_row + part.first_row + first_row() + 8 * row);
+    return group_.div(walk.tile().first_row + part.first_row + first_accumulator_row() + 8 * row);
   }
 
   /// Worked out where it is needed, as few blocks do: registers are scarce.
@@ -152,7 +146,7 @@ class DecodeMainloop {
     seen_by_all.end = min(seen_by_all.end, first_new(walk));
     auto first_key = [&](int block) { return tile.keys.begin + block * kTileN; };
     if constexpr (Traits::kEightBits) {
-      scales_.begin(walk, warpgroup(), part.first_row, first_row(), shared_);
+      scales_.begin(walk, warpgroup(), part.first_row, first_accumulator_row(), shared_);
     }
     Stage k_stage = Stage::of(sm90::uniform(passed_ + (part.begin - walk.begin_block())));
     Stage v_stage = k_stage;

@@ -33,6 +33,12 @@ CUTLASS_DEVICE void cap_scores(ScoreUnits const& units, Scores& scores) {
 CUTLASS_DEVICE int first_accumulator_column() { return threadIdx.x % 4 * 2; }
 CUTLASS_DEVICE constexpr int accumulator_column(int col) { return 8 * (col / 2) + col % 2; }
 
+/// The first of a consumer thread's rows of its warpgroup's 64; the other one is 8 further.
+CUTLASS_DEVICE int first_accumulator_row() {
+  constexpr int kRowsOfWarp = 16;
+  return threadIdx.x % cutlass::NumThreadsPerWarpGroup / 32 * kRowsOfWarp + threadIdx.x % 32 / 4;
+}
+
 /// Where a thread's columns of O and its rows, 8 apart, begin in the tile.
 struct AccumulatorPlace {
   int row;

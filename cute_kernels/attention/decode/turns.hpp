@@ -3,6 +3,7 @@
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/decode/ring_stage.hpp"
+#include "cute_kernels/attention/decode/seen_keys.hpp"
 #include "cute_kernels/attention/decode/softmax.hpp"
 #include "cute_kernels/attention/decode/work.hpp"
 #include "cute_kernels/sm90/mbarrier.hpp"
@@ -96,7 +97,7 @@ class TurnsEnd {
   CUTLASS_DEVICE int other() const { return 1 - warpgroup_; }
   CUTLASS_DEVICE static int thread() { return threadIdx.x % kThreads; }
   CUTLASS_DEVICE static int first_row_of_warp() { return thread() / 32 * 16; }
-  CUTLASS_DEVICE static int row(int i) { return first_row_of_warp() + thread() % 32 / 4 + 8 * i; }
+  CUTLASS_DEVICE static int row(int i) { return first_accumulator_row() + 8 * i; }
 
   /// The stage of a warpgroup's last block.
   CUTLASS_DEVICE int last_stage(int warpgroup) const {

@@ -52,7 +52,8 @@ class LatentMainloop {
 
   /// Of this warpgroup's half of O.
   CUTLASS_DEVICE static AccumulatorPlace place() {
-    return {first_row(), (int(threadIdx.x) / kThreads - 1) * kLeft + first_accumulator_column()};
+    return {first_accumulator_row(),
+            (int(threadIdx.x) / kThreads - 1) * kLeft + first_accumulator_column()};
   }
 
   template <class Output>
@@ -85,7 +86,7 @@ class LatentMainloop {
     auto probabilities = make_tensor<Element>(sm90::accumulator_as_operand_a(scores.layout()));
     auto score_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
-    Seen const seen(call_, source_.cache.group, walk, first_row());
+    Seen const seen(call_, source_.cache.group, walk, first_accumulator_row());
     float factor[kRows];
 
     // S of an own block, in flight: of its left part while the right one may be on its way.
@@ -184,12 +185,6 @@ class LatentMainloop {
   }
 
  private:
-  /// The first of a consumer thread's rows of the tile.
-  CUTLASS_DEVICE static int first_row() {
-    constexpr int kRowsOfWarp = 16;
-    return threadIdx.x % kThreads / 32 * kRowsOfWarp + threadIdx.x % 32 / 4;
-  }
-
   /// The phase of a stage's barriers, and of its warpgroup's P, for block number `number`.
   CUTLASS_DEVICE static uint32_t phase_of(uint32_t number) { return number / Traits::kStages & 1; }
 
@@ -216,7 +211,7 @@ class LatentMainloop {
     sm90::barrier_sync(sm90::NamedBarrier::kProbabilitiesRead, warpgroup_, kThreads);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      int const row = first_row() + 8 * i;
+      int const row = first_accumulator_row() + 8 * i;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(p); col += 2) {
         auto const pair = reinterpret_cast<uint32_t const&>(p(i, col));
@@ -240,7 +235,7 @@ class LatentMainloop {
     bool moves = false;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      int const row = first_row() + 8 * i;
+      int const row = first_accumulator_row() + 8 * i;
       factor[i] = shared_.factor[row];
       softmax.follow(i, shared_.most[row], factor[i]);
       moves |= factor[i] != 1.f;
@@ -287,12 +282,12 @@ class LatentMainloop {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kRows; ++i) {
       if (first_accumulator_column() == 0)
-        shared_.sums[warpgroup_][first_row() + 8 * i] = softmax.sum(i);
+        shared_.sums[warpgroup_][first_accumulator_row() + 8 * i] = softmax.sum(i);
     }
     sm90::barrier_sync(sm90::NamedBarrier::kSumsWritten, 0, kAllThreads);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      softmax.add_sum(i, shared_.sums[1 - warpgroup_][first_row() + 8 * i]);
+      softmax.add_sum(i, shared_.sums[1 - warpgroup_][first_accumulator_row() + 8 * i]);
     }
   }
 
