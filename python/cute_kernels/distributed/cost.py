@@ -271,14 +271,23 @@ def _gather(timeline: _Timeline, shape: Shape, rank: int, machine: Machine, back
     shares = [
         (stop - start) / shape.key_heads for start, stop in plan.head_groups(rows, shape.key_heads)
     ]
+    own = shape.of_keys(shape.rows // shape.batch)
+
+    def start(share: float) -> float:
+        """Own rows of some heads are put together, sent, and copied to where the others' come."""
+        timeline.move(2 * share * own)
+        arrives = timeline.send(share * comes, problem.ranks)
+        timeline.move(2 * share * own)
+        return arrives
+
     for of_pass in ("forward", "backward") if backward else ("forward",):
         products, rate = (2, machine.forward) if of_pass == "forward" else (5, machine.backward)
-        arrives = timeline.send(shares[0] * comes, problem.ranks)
+        arrives = start(shares[0])
         returned = 0.0
         for number, share in enumerate(shares):
             timeline.wait(arrives)
             if number + 1 < len(shares):
-                arrives = timeline.send(shares[number + 1] * comes, problem.ranks)
+                arrives = start(shares[number + 1])
             for part in parts:
                 timeline.compute(share * _operations(shape, (part,), products), rate)
             if of_pass == "backward":
