@@ -450,7 +450,7 @@ def promotes(head_dim):
         for row in tile_configs("forward_fp8")
         if row["dtype"] == "int8" and row["head_dim"] == head_dim and not row["any_call"]
     ]
-    return bool(rows) and rows[-1]["promote"]
+    return bool(rows) and rows[-1]["promote_every"] > 0
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -82,15 +82,9 @@ struct Fp8ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
           cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kChannels>, cute::Int<kTileN>>>()));
   using MmaPv = ValueMma<kValueChannels>;
   using MmaOut = ValueMma<kHeadDimV>;  // whose accumulator is O, without the row sums
-  // Each block's P V starts from 0, some channels at a time, and is added up in fp32: 8-bit WGMMAs
-  // add in about 14 bits, of which long sums of one sign are lost.
-  static constexpr bool kPromote = Tile::kPromote;
-  static constexpr int kSliceChannels = 64;
-  static constexpr int kSlices = kHeadDimV / kSliceChannels;
-  template <int kSlice>
-  using SliceMma = ValueMma<kSliceChannels + (kSlice + 1 == kSlices ? kSumChannels : 0)>;
-  static_assert(!kPromote || kTileN == 64 || kTileN == 128, "a slice is one swizzled column");
-  static_assert(!kPromote || !kOverlap, "scores' registers are free only between two blocks");
+  // Blocks between two times that the accumulators of P V are added to sums in fp32; 0: never.
+  static constexpr int kPromoteEvery = Tile::kPromoteEvery;
+  static constexpr int kPromoteSlices = Tile::kPromoteSlices;
 
   // The widest swizzle that the contiguous dimension fills.
   template <class Element, int kWidth>
