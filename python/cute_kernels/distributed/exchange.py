@@ -1,10 +1,11 @@
 """Messages between ranks, beside the kernels: rows of keys and values, or of their gradients.
 
-They go by the process group, all of a step at once (`batch_isend_irecv`); NCCL has a stream of its
-own for them, which waits for what the current stream held by then. Where all ranks of a group are
-GPUs of one host, and ``CUTE_KERNELS_COPY_ENGINE=1`` asks for it, copy engines write them to where
-they are read, and leave the multiprocessors to the kernels: see `copies`. Either way `Arrival.wait`
-has the current stream wait, and the host waits for nothing.
+Where all ranks of a group are GPUs of one host that have each other's memory mapped, copy engines
+write them to where they are read, and leave the multiprocessors to the kernels: see `copies`; unless
+``CUTE_KERNELS_COPY_ENGINE=0`` forbids it. Else they go by the process group, all of a step at once
+(`batch_isend_irecv`); NCCL has a stream of its own for them, which waits for what the current
+stream held by then. Either way `Arrival.wait` has the current stream wait, and the host waits for
+nothing.
 """
 
 from __future__ import annotations
