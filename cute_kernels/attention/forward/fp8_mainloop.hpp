@@ -81,8 +81,10 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
                                           int warpgroup, Store const& store) {
     using namespace cute;
     Softmax softmax;
-    auto out = partition_fragment_C(typename Traits::MmaPv{},
-                                    Shape<Int<Traits::kWarpgroupM>, Int<Traits::kValueChannels>>{});
+    constexpr int kChannels = Traits::kPromoteEach ? Traits::kHeadDimV : Traits::kValueChannels;
+    using Mma =
+        std::conditional_t<Traits::kPromoteEach, typename Traits::MmaOut, typename Traits::MmaPv>;
+    auto out = partition_fragment_C(Mma{}, Shape<Int<Traits::kWarpgroupM>, Int<kChannels>>{});
     clear(out);
     Result::load_value_scales(params, shared, coord, warpgroup);
     compute(params, shared, pipeline_k, pipeline_v, read_k, read_v, q_phase, coord, warpgroup,
@@ -150,10 +152,10 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     Sums sums(shared, warpgroup);
     auto rescale = [&] {
       softmax.rescale(out_rows);
-      if constexpr (Traits::kPromoteEvery > 0) sums.rescale(softmax.rescale_factors());
+      if constexpr (Traits::kPromoteSeveral) sums.rescale(softmax.rescale_factors());
     };
     auto count_block = [&] {
-      if constexpr (Traits::kPromoteEvery > 0) sums.count_block(out);
+      if constexpr (Traits::kPromoteSeveral) sums.count_block(out);
     };
 
     int const first_query = params.first_query(coord);
@@ -280,12 +282,17 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
         softmax_block(scores, block, false_type{}, rescale);
         Softmax::pack(scores, probabilities);
         pipeline_v.consumer_wait(read_v);
-        sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
-                                                 operand_v(_, _, _, read_v.index()), out);
-        warpgroup_wait<0>();
-        release(pipeline_v, read_v);
-        Result::take_sums(out, softmax);
-        if (block > begin) count_block();
+        if constexpr (Traits::kPromoteEach) {
+          Result::add_slices(shared, read_v.index(), probabilities, softmax, out);
+          release(pipeline_v, read_v);
+        } else {
+          sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
+                                                   operand_v(_, _, _, read_v.index()), out);
+          warpgroup_wait<0>();
+          release(pipeline_v, read_v);
+          Result::take_sums(out, softmax);
+          if (block > begin) count_block();
+        }
       }
     } else {
       // Prologue: the first block's scores, nothing to overlap with yet.
@@ -348,7 +355,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       warpgroup_wait<0>();
       release(pipeline_v, read_v);
     }
-    if constexpr (Traits::kPromoteEvery > 0) sums.add_to(out);
+    if constexpr (Traits::kPromoteSeveral) sums.add_to(out);
     skip_last_blocks();
   }
 

@@ -15,6 +15,36 @@ class Fp8Result {
   using SharedStorage = typename Traits::SharedStorage;
 
  public:
+  /// Adds a block's P V to O, slice by slice, and its row sums to the softmax's.
+  template <class Probabilities, class Softmax, class Output>
+  CUTLASS_DEVICE static void add_slices(SharedStorage& shared, int stage,
+                                        Probabilities const& probabilities, Softmax& softmax,
+                                        Output& out) {
+    using namespace cute;
+    for_each(make_seq<Traits::kSlices>{}, [&](auto slice) {
+      using Mma = typename Traits::template SliceMma<slice>;
+      constexpr int kChannels = tile_size<1>(Mma{});
+      constexpr int kFirst = slice * Traits::kSliceChannels;
+      auto values =
+          make_tensor(make_smem_ptr(shared.v.data() +
+                                    (stage * Traits::kValueChannels + kFirst) * Traits::kTileN),
+                      typename Traits::template LayoutSlice<kChannels>{});
+      auto thread_mma = Mma{}.get_thread_slice(threadIdx.x % cutlass::NumThreadsPerWarpGroup);
+      auto operand = thread_mma.make_fragment_B(thread_mma.partition_B(values));
+      auto sums = partition_fragment_C(Mma{}, Shape<Int<Traits::kWarpgroupM>, Int<kChannels>>{});
+      sm90::issue_gemm<sm90::Accumulate::kNo>(Mma{}, probabilities, operand, sums);
+      warpgroup_wait<0>();
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < Traits::kSliceChannels / 2; ++i) out(kFirst / 2 + i) += sums(i);
+      if constexpr (kChannels > Traits::kSliceChannels) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int row = 0; row < 2; ++row) {
+          softmax.add_sum(row, sums(Traits::kSliceChannels / 2 + 2 * row));
+        }
+      }
+    });
+  }
+
   /// Takes a block's row sums from the channels of ones. Not left there for the next block: 8-bit
   /// WGMMAs add up in about 14 bits and cut off the rest, a third of the sum after 16k keys.
   template <class Output, class Softmax>

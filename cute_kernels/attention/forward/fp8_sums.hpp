@@ -19,75 +19,63 @@ template <class Traits>
 class Fp8Sums {
   using SharedStorage = typename Traits::SharedStorage;
   static constexpr int kEvery = Traits::kPromoteEvery;
-  static constexpr int kSlices = Traits::kPromoteSlices;
-  static constexpr int kBetween = kEvery / kSlices;  // blocks between two slices
   static constexpr int kRows = 2;
-  static constexpr int kElements = Traits::kHeadDimV / 2;          // of a thread
-  static constexpr int kVectors = kElements / 8 / kSlices;         // of 16 bytes, in a slice
+  static constexpr int kVectors = Traits::kHeadDimV / 2 / 8;       // of a thread, 16 bytes each
   static constexpr int kStride = cutlass::NumThreadsPerWarpGroup;  // of vectors
 
  public:
   CUTLASS_DEVICE Fp8Sums(SharedStorage& shared, int warpgroup)
-      : shared_(shared), warpgroup_(warpgroup) {
-    CUTLASS_PRAGMA_UNROLL
-    for (int slice = 0; slice < kSlices; ++slice) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < kRows; ++row) factor_[slice][row] = 1.f;
-    }
-  }
+      : shared_(shared), warpgroup_(warpgroup) {}
 
   /// The accumulators' rows were multiplied by these; what stands in memory is when it is read.
   CUTLASS_DEVICE void rescale(float const (&factors)[kRows]) {
     CUTLASS_PRAGMA_UNROLL
-    for (int slice = 0; slice < kSlices; ++slice) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < kRows; ++row) factor_[slice][row] *= factors[row];
-    }
+    for (int row = 0; row < kRows; ++row) factor_[row] *= factors[row];
   }
 
   /// Counts a block that the accumulators have, and takes them out when it is time.
   template <class Output>
   CUTLASS_DEVICE void count_block(Output& out) {
     ++blocks_;
-    if (blocks_ % kBetween != 0) return;
-    if (blocks_ == kBetween) wait_for_memory();
-    if constexpr (kSlices == 1) {
-      promote(out, 0, blocks_ == kEvery);
+    if (blocks_ % kEvery != 0) return;
+    if (blocks_ == kEvery) {
+      wait_for_memory();
     } else {
-      int const turn = blocks_ / kBetween % kSlices;
-      CUTLASS_PRAGMA_UNROLL
-      for (int slice = 0; slice < kSlices; ++slice) {
-        if (turn == (slice + 1) % kSlices) promote(out, slice, blocks_ <= kEvery);
-      }
+      add(out);
     }
+    leave_remainders(out);
   }
 
   /// Adds what stands in memory to the accumulators: O in fp32.
   template <class Output>
   CUTLASS_DEVICE void add_to(Output& out) const {
-    uint4 const* const vectors = own_vectors();
-    CUTLASS_PRAGMA_UNROLL
-    for (int slice = 0; slice < kSlices; ++slice) {
-      if (blocks_ < (slice + 1) * kBetween) break;
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = slice * kVectors; i < (slice + 1) * kVectors; ++i) {
-        uint4 const sums = vectors[i * kStride];
-        add(out, 4 * i, sums, factor_[slice]);
-      }
-    }
+    if (blocks_ >= kEvery) add(out);
   }
 
  private:
   template <class Output>
-  CUTLASS_DEVICE void promote(Output& out, int slice, bool is_first) {
-    uint4* const vectors = own_vectors();
-    int const begin = slice * kVectors, end = begin + kVectors;
-    if (!is_first) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = begin; i < end; ++i) add(out, 4 * i, vectors[i * kStride], factor_[slice]);
-    }
+  CUTLASS_DEVICE void add(Output& out) const {
+    uint4 const* const vectors = own_vectors();
     CUTLASS_PRAGMA_UNROLL
-    for (int i = begin; i < end; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
+      uint4 const sums = vectors[i * kStride];
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < 4; ++j) {  // pairs of elements, of the two rows in turn
+        uint32_t const word = reinterpret_cast<uint32_t const*>(&sums)[j];
+        float& low = out(8 * i + 2 * j);
+        float& high = out(8 * i + 2 * j + 1);
+        low = fmaf(low_half(word), factor_[j % kRows], low);
+        high = fmaf(high_half(word), factor_[j % kRows], high);
+      }
+    }
+  }
+
+  /// Writes the accumulators to memory, rounded, and leaves in them what rounding has cut off.
+  template <class Output>
+  CUTLASS_DEVICE void leave_remainders(Output& out) {
+    uint4* const vectors = own_vectors();
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
       uint4 rounded;
       CUTLASS_PRAGMA_UNROLL
       for (int j = 0; j < 4; ++j) {
@@ -102,21 +90,7 @@ class Fp8Sums {
       vectors[i * kStride] = rounded;
     }
     CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) factor_[slice][row] = 1.f;
-  }
-
-  /// Adds eight sums to the accumulators from pair `first` on; pairs are of the two rows in turn.
-  template <class Output>
-  CUTLASS_DEVICE static void add(Output& out, int first, uint4 const& sums,
-                                 float const (&factor)[kRows]) {
-    CUTLASS_PRAGMA_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      uint32_t const word = reinterpret_cast<uint32_t const*>(&sums)[j];
-      float& low = out(2 * (first + j));
-      float& high = out(2 * (first + j) + 1);
-      low = fmaf(low_half(word), factor[j % kRows], low);
-      high = fmaf(high_half(word), factor[j % kRows], high);
-    }
+    for (int row = 0; row < kRows; ++row) factor_[row] = 1.f;
   }
 
   CUTLASS_DEVICE static float low_half(uint32_t word) { return __uint_as_float(word << 16); }
@@ -139,7 +113,7 @@ class Fp8Sums {
   SharedStorage& shared_;
   int warpgroup_;
   int blocks_ = 0;
-  float factor_[kSlices][kRows];
+  float factor_[kRows] = {1.f, 1.f};
 };
 
 }  // namespace cute_kernels::attention

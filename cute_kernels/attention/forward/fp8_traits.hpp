@@ -82,9 +82,19 @@ struct Fp8ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
           cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kChannels>, cute::Int<kTileN>>>()));
   using MmaPv = ValueMma<kValueChannels>;
   using MmaOut = ValueMma<kHeadDimV>;  // whose accumulator is O, without the row sums
-  // Blocks between two times that the accumulators of P V are added to sums in fp32; 0: never.
+  // 8-bit WGMMAs add up in about 14 bits, of which long sums of one sign are lost. Blocks whose P V
+  // they add up all the same, before fp32 takes the sums; 0: all.
   static constexpr int kPromoteEvery = Tile::kPromoteEvery;
-  static constexpr int kPromoteSlices = Tile::kPromoteSlices;
+  // Several blocks' stay in their accumulators: see Fp8Sums. A single block's P V starts from 0,
+  // some channels at a time, in registers that scores leave free.
+  static constexpr bool kPromoteSeveral = kPromoteEvery > 1;
+  static constexpr bool kPromoteEach = kPromoteEvery == 1;
+  static constexpr int kSliceChannels = 64;
+  static constexpr int kSlices = kHeadDimV / kSliceChannels;
+  template <int kSlice>
+  using SliceMma = ValueMma<kSliceChannels + (kSlice + 1 == kSlices ? kSumChannels : 0)>;
+  static_assert(!kPromoteEach || kTileN == 64 || kTileN == 128, "a slice is one swizzled column");
+  static_assert(!kPromoteEach || !kOverlap, "scores' registers are free only between two blocks");
 
   // The widest swizzle that the contiguous dimension fills.
   template <class Element, int kWidth>

@@ -57,7 +57,6 @@ FP8_FIELDS = (
     Field("overlap", bool, True, "kOverlap"),
     Field("linear_exp", bool, False, "kLinearExp"),
     Field("promote_every", int, 0, "kPromoteEvery"),
-    Field("promote_slices", int, 1, "kPromoteSlices"),
     Field("moves_of_four", int, 0, "kMovesOfFour"),
     Field("why", str),
 )
@@ -192,12 +191,12 @@ def fp8_problems(row: Row) -> list[str]:
             "linear_exp needs overlap = false: each block's row sums would take registers that the "
             "scores and P of two blocks do not leave"
         )
-    every, slices = row["promote_every"], row["promote_slices"]
-    if every < 0:
-        found.append(f"promote_every = {every} must be 0 or more")
-    if slices not in (1, 2, 4) or every % slices:
+    if row["promote_every"] < 0:
+        found.append(f"promote_every = {row['promote_every']} must be 0 or more")
+    if row["promote_every"] == 1 and row["overlap"]:
         found.append(
-            f"promote_slices = {slices} must be 1, 2 or 4 and divide promote_every = {every}"
+            "promote_every = 1 needs overlap = false: a block's products take the registers of its "
+            "scores"
         )
     if not 0 <= row["moves_of_four"] <= 4:
         found.append(f"moves_of_four = {row['moves_of_four']} must be 0 to 4")
