@@ -50,6 +50,7 @@ def test_fp8_rows_become_kernels(tmp_path):
         ({"linear_exp": "true"}, "linear_exp needs overlap = false"),
         ({"any_call": "true", "tile_n": 256}, "any_call needs tile_n of 64 or 128"),
         ({"promote_every": -1}, "promote_every = -1 must be 0 or more"),
+        ({"promote_every": 1}, "promote_every = 1 needs overlap = false"),
         ({"tile_m": 256}, "registers of a consumer thread: 64 scores [+] 64 output"),
         ({"tile_m": 100}, "tile_m = 100"),
         ({"moves_of_four": 5}, "moves_of_four = 5 must be 0 to 4"),
