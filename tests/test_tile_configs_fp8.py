@@ -18,15 +18,15 @@ linear_exp = {linear_exp}
 overlap = {overlap}
 moves_of_four = {moves_of_four}
 any_call = {any_call}
-promote = {promote}
+promote_every = {promote_every}
 why = "measured"
 """
 
 
 def fp8_table(**changes):
     values = {"tile_m": 128, "tile_n": 128, "linear_exp": "false", "overlap": "true"}
-    values |= {"any_call": "false", "promote": "false"}
-    return table(good()) + FP8_ROW.format(**{**values, "moves_of_four": 0, **changes})
+    values |= {"any_call": "false", "promote_every": 0, "moves_of_four": 0}
+    return table(good()) + FP8_ROW.format(**{**values, **changes})
 
 
 def test_fp8_rows_become_kernels(tmp_path):
@@ -49,7 +49,8 @@ def test_fp8_rows_become_kernels(tmp_path):
         ({"tile_n": 192, "linear_exp": "true"}, "linear_exp needs 8 more channels of V"),
         ({"linear_exp": "true"}, "linear_exp needs overlap = false"),
         ({"any_call": "true", "tile_n": 256}, "any_call needs tile_n of 64 or 128"),
-        ({"promote": "true"}, "promote needs overlap = false"),
+        ({"promote_every": -1}, "promote_every = -1 must be 0 or more"),
+        ({"promote_every": 1}, "promote_every = 1 needs overlap = false"),
         ({"tile_m": 256}, "registers of a consumer thread: 64 scores [+] 64 output"),
         ({"tile_m": 100}, "tile_m = 100"),
         ({"moves_of_four": 5}, "moves_of_four = 5 must be 0 to 4"),

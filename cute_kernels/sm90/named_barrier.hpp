@@ -12,7 +12,8 @@ enum class NamedBarrier : int {
   /// arrives once its own are issued. 256 threads.
   kTurn = 0,
   /// Epilogue. The 128 threads of warpgroup i meet here when their part of O stands in shared
-  /// memory, before one of them starts the TMA store.
+  /// memory, before one of them starts the TMA store. In 8 bits also before sums of P V stand
+  /// there.
   kOutputReady = 4,
   /// Backward's epilogue. All consumer threads meet here before dK and dV overwrite K and V, and
   /// again before one of them starts the TMA store.

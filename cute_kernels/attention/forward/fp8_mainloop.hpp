@@ -5,6 +5,7 @@
 #include "cute_kernels/attention/forward/fp8_queries.hpp"
 #include "cute_kernels/attention/forward/fp8_result.hpp"
 #include "cute_kernels/attention/forward/fp8_softmax.hpp"
+#include "cute_kernels/attention/forward/fp8_sums.hpp"
 #include "cute_kernels/attention/forward/fp8_traits.hpp"
 #include "cute_kernels/attention/forward/protocol.hpp"
 #include "cute_kernels/attention/mask.hpp"
@@ -40,6 +41,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       Traits::kIntegerScores ? sm90::Accumulate::kYes : sm90::Accumulate::kNo;
 
   using Softmax = ScaledSoftmax<Traits>;
+  using Sums = Fp8Sums<Traits>;
   using Result = Fp8Result<Traits>;
 
  public:
@@ -79,9 +81,9 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
                                           int warpgroup, Store const& store) {
     using namespace cute;
     Softmax softmax;
-    constexpr int kChannels = Traits::kPromote ? Traits::kHeadDimV : Traits::kValueChannels;
+    constexpr int kChannels = Traits::kPromoteEach ? Traits::kHeadDimV : Traits::kValueChannels;
     using Mma =
-        std::conditional_t<Traits::kPromote, typename Traits::MmaOut, typename Traits::MmaPv>;
+        std::conditional_t<Traits::kPromoteEach, typename Traits::MmaOut, typename Traits::MmaPv>;
     auto out = partition_fragment_C(Mma{}, Shape<Int<Traits::kWarpgroupM>, Int<kChannels>>{});
     clear(out);
     Result::load_value_scales(params, shared, coord, warpgroup);
@@ -147,6 +149,14 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
     auto probabilities = make_tensor<typename Traits::ElementPv>(
         Layout<Shape<Shape<_4, _2, _2>, _1, Int<kTileN / 32>>>{});
     auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
+    Sums sums(shared, warpgroup);
+    auto rescale = [&] {
+      softmax.rescale(out_rows);
+      if constexpr (Traits::kPromoteSeveral) sums.rescale(softmax.rescale_factors());
+    };
+    auto count_block = [&] {
+      if constexpr (Traits::kPromoteSeveral) sums.count_block(out);
+    };
 
     int const first_query = params.first_query(coord);
     int const own_query = first_query + warpgroup * Traits::kWarpgroupM;
@@ -269,10 +279,10 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
         release(pipeline_k, read_k);
         if (block == begin) release_query(shared, warpgroup);
         auto scores = as_float(products);
-        softmax_block(scores, block, false_type{}, [&] { softmax.rescale(out_rows); });
+        softmax_block(scores, block, false_type{}, rescale);
         Softmax::pack(scores, probabilities);
         pipeline_v.consumer_wait(read_v);
-        if constexpr (Traits::kPromote) {
+        if constexpr (Traits::kPromoteEach) {
           Result::add_slices(shared, read_v.index(), probabilities, softmax, out);
           release(pipeline_v, read_v);
         } else {
@@ -281,6 +291,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
           warpgroup_wait<0>();
           release(pipeline_v, read_v);
           Result::take_sums(out, softmax);
+          if (block > begin) count_block();
         }
       }
     } else {
@@ -330,10 +341,11 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
         } else {
           sm90::warpgroup_wait_all();
         }
-        if (origins_moved) softmax.rescale(out_rows);
+        if (origins_moved) rescale();
         release(pipeline_v, read_v);
         if (block > begin) k_token = pipeline_k.consumer_test_wait(read_k);
         Softmax::pack(scores, probabilities);
+        count_block();
       }
 
       // Tail: the last block's P V.
@@ -343,6 +355,7 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       warpgroup_wait<0>();
       release(pipeline_v, read_v);
     }
+    if constexpr (Traits::kPromoteSeveral) sums.add_to(out);
     skip_last_blocks();
   }
 

@@ -125,6 +125,8 @@ class ScaledSoftmax {
     scale_rows(out, rescale_);
   }
 
+  CUTLASS_DEVICE auto const& rescale_factors() const { return rescale_; }
+
   /// Takes a block's row sum that was computed elsewhere.
   CUTLASS_DEVICE void add_sum(int row, float sum) { sum_[row] += sum; }
 

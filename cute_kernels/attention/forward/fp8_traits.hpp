@@ -82,15 +82,19 @@ struct Fp8ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
           cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kChannels>, cute::Int<kTileN>>>()));
   using MmaPv = ValueMma<kValueChannels>;
   using MmaOut = ValueMma<kHeadDimV>;  // whose accumulator is O, without the row sums
-  // Each block's P V starts from 0, some channels at a time, and is added up in fp32: 8-bit WGMMAs
-  // add in about 14 bits, of which long sums of one sign are lost.
-  static constexpr bool kPromote = Tile::kPromote;
+  // 8-bit WGMMAs add up in about 14 bits, of which long sums of one sign are lost. Blocks whose P V
+  // they add up all the same, before fp32 takes the sums; 0: all.
+  static constexpr int kPromoteEvery = Tile::kPromoteEvery;
+  // Several blocks' stay in their accumulators: see Fp8Sums. A single block's P V starts from 0,
+  // some channels at a time, in registers that scores leave free.
+  static constexpr bool kPromoteSeveral = kPromoteEvery > 1;
+  static constexpr bool kPromoteEach = kPromoteEvery == 1;
   static constexpr int kSliceChannels = 64;
   static constexpr int kSlices = kHeadDimV / kSliceChannels;
   template <int kSlice>
   using SliceMma = ValueMma<kSliceChannels + (kSlice + 1 == kSlices ? kSumChannels : 0)>;
-  static_assert(!kPromote || kTileN == 64 || kTileN == 128, "a slice is one swizzled column");
-  static_assert(!kPromote || !kOverlap, "scores' registers are free only between two blocks");
+  static_assert(!kPromoteEach || kTileN == 64 || kTileN == 128, "a slice is one swizzled column");
+  static_assert(!kPromoteEach || !kOverlap, "scores' registers are free only between two blocks");
 
   // The widest swizzle that the contiguous dimension fills.
   template <class Element, int kWidth>

@@ -56,7 +56,7 @@ FP8_FIELDS = (
     Field("pingpong", bool, True, "kPingpong"),
     Field("overlap", bool, True, "kOverlap"),
     Field("linear_exp", bool, False, "kLinearExp"),
-    Field("promote", bool, False, "kPromote"),
+    Field("promote_every", int, 0, "kPromoteEvery"),
     Field("moves_of_four", int, 0, "kMovesOfFour"),
     Field("why", str),
 )
@@ -191,9 +191,12 @@ def fp8_problems(row: Row) -> list[str]:
             "linear_exp needs overlap = false: each block's row sums would take registers that the "
             "scores and P of two blocks do not leave"
         )
-    if row["promote"] and row["overlap"]:
+    if row["promote_every"] < 0:
+        found.append(f"promote_every = {row['promote_every']} must be 0 or more")
+    if row["promote_every"] == 1 and row["overlap"]:
         found.append(
-            "promote needs overlap = false: a block's products take the registers of its scores"
+            "promote_every = 1 needs overlap = false: a block's products take the registers of its "
+            "scores"
         )
     if not 0 <= row["moves_of_four"] <= 4:
         found.append(f"moves_of_four = {row['moves_of_four']} must be 0 to 4")

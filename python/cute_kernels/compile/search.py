@@ -11,6 +11,7 @@ from .passes import PASSES
 from .rows import Row
 from .table import complete, kernel_row, problems
 
+LONG_SUM_KEYS = 512  # FP8: as many as the tensor cores may add up (docs/fp8.md)
 # By pass and column, the value to begin with first; the last column changes first.
 SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
     "forward": {
@@ -89,6 +90,8 @@ def search_space(of_pass: str, dtype: str, head_dim: int, there: Iterable[Row] =
         head = {"name": name, "dtypes": [dtype], "head_dim": head_dim, "mask": "none"}
         if of_pass == "forward":
             given["sum_in_pairs"] = given["tile_n"] < 128  # as measured (docs/tuning.md)
+        elif of_pass == "forward_fp8":  # sums are to be right however long (docs/fp8.md)
+            given["promote_every"] = LONG_SUM_KEYS // given["tile_n"]
         elif of_pass == "backward" and given["split_products"]:
             given["value_blocks_in_registers"] = given["key_blocks_in_registers"]
         row = complete({**head, **given, "why": "of a search"}, name, pass_)
