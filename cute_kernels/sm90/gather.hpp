@@ -7,6 +7,14 @@
 // anywhere.
 namespace cute_kernels::sm90 {
 
+/// a * b + c. The compiler does not look inside: it would take a sum c apart and add it up each
+/// time.
+CUTLASS_DEVICE uint64_t multiply_add(uint32_t a, uint32_t b, uint64_t c) {
+  uint64_t sum;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(sum) : "r"(a), "r"(b), "l"(c));
+  return sum;
+}
+
 /// Copies 16 bytes to shared memory, asynchronously; 0 where `there` is false: then nothing is
 /// read. Both addresses are multiples of 16.
 CUTLASS_DEVICE void gather_or_clear(uint32_t shared, void const* global, bool there) {

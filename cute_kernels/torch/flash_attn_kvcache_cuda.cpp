@@ -50,12 +50,13 @@ void check_sizes(Argument const& a, size_t rank) {
 
 /// Kernels count the vectors of 16 bytes before a row in 32 bits (decode/cache_rows.hpp).
 void check_span(Argument const& a) {
-  constexpr int64_t kMostElements = (int64_t{1} << 35) - 8;
+  constexpr int64_t kMostBytes = (int64_t{1} << 36) - 16;
   int64_t last = 0;
   for (size_t dim = 0; dim < a.sizes.size(); ++dim) {
     last += std::max<int64_t>(0, a.sizes[dim] - 1) * a.strides[dim];
   }
-  require(last < kMostElements, a.name, " spans 64 GiB or more");
+  require(last < kMostBytes / (is_8_bits(a.dtype) ? 1 : kElementBytes), a.name,
+          " spans 64 GiB or more");
 }
 
 /// `most`: of the head_dim.
@@ -67,7 +68,7 @@ void check_cache(Argument const& a, Argument const& q, int most = kMaxHeadDim) {
   require(bytes > 1 || a.size(3) % 16 == 0, a.name, "'s head_dim is not a multiple of 16");
   require(a.tensor.numel() == 0 || suits_tma(a, bytes), a.name,
           "'s address or strides are not multiples of 16 bytes, or its head_dim is not contiguous");
-  if (bytes > 1) check_span(a);
+  check_span(a);
 }
 
 /// Different in each call of the process, and in those of others.

@@ -4,6 +4,7 @@
 #include <cutlass/fast_math.h>
 
 #include "cute_kernels/attention/decode/work.hpp"
+#include "cute_kernels/sm90/gather.hpp"
 
 namespace cute_kernels::attention {
 
@@ -43,9 +44,44 @@ CUTLASS_DEVICE FoundRow row_of_key(CacheSource const& source, int entry, int key
   return row;
 }
 
-/// A row begins a multiple of 16 bytes behind its cache: so many times as 32 bits hold, in caches
-/// of up to 64 GiB, which the host has checked. kNowhere: it is not there.
+/// Rows are found and copied in vectors of as many bytes.
+inline constexpr int kVectorBytes = 16;
+
+/// How many vectors behind its cache a row begins: so many as 32 bits hold, in caches of up to 64
+/// GiB, which the host has checked. kNowhere: it is not there.
 inline constexpr uint32_t kNowhere = 0xffffffff;
+
+/// Of `found`. Strides count elements, of which a vector has kVector. Modulo 2^32: half of the
+/// instructions of 64 bits, and there is nothing that these would keep.
+template <int kVector>
+CUTLASS_DEVICE uint32_t row_place(FoundRow const& found, int64_t major_stride, int64_t minor_stride,
+                                  uint32_t behind = 0) {
+  auto vectors = [](int64_t stride) {
+    return static_cast<uint32_t>(static_cast<uint64_t>(stride) / kVector);
+  };
+  uint32_t const place =
+      found.major * vectors(major_stride) + found.minor * vectors(minor_stride) + behind;
+  return found.major < 0 ? kNowhere : place;
+}
+
+/// Of the row of head `head`.
+template <int kVector>
+CUTLASS_DEVICE uint32_t row_place(FoundRow const& found, CacheView const& view, int head) {
+  uint32_t const of_head = static_cast<uint32_t>(static_cast<uint64_t>(view.head_stride) / kVector);
+  return row_place<kVector>(found, view.page_stride, view.slot_stride, head * of_head);
+}
+
+/// Whether a row's place in one of them is that in the other.
+CUTLASS_DEVICE bool have_same_places(CacheView const& a, CacheView const& b) {
+  return a.page_stride == b.page_stride && a.slot_stride == b.slot_stride &&
+         a.head_stride == b.head_stride;
+}
+
+/// The address of a thread's vector of a row, whose first row's is `first`. Of a row that is
+/// nowhere one from which nothing is to be read.
+CUTLASS_DEVICE void const* vector_at(uint64_t first, uint32_t place) {
+  return reinterpret_cast<void const*>(sm90::multiply_add(place, kVectorBytes, first));
+}
 
 /// What lanes first, first + step and so on have found, for each of the passes of a copy. Callers
 /// wait for the copy's place behind it: otherwise each pass would wait for its own shuffle.

@@ -22,6 +22,7 @@ class Fp8CacheLoader {
   static constexpr int kLanes = cutlass::NumThreadsPerWarp;
   static constexpr int kWarps = cutlass::NumWarpsPerWarpGroup;
   static constexpr int kVector = Traits::kPieceBytes;
+  static_assert(kVector == kVectorBytes);
   static constexpr int kLanesOfRow = Traits::kHeadDim / kVector;
   static constexpr int kRowsAtOnce = kLanes / kLanesOfRow;  // of a warp
   static constexpr int kPieces = Traits::kPieces;
@@ -86,28 +87,31 @@ class Fp8CacheLoader {
   /// Two groups of copies: the block's K with all factors, and its V.
   CUTLASS_DEVICE void stage(int head, FoundRow const& row) {
     auto& staged = shared_.staged[next_];
-    copy(staged[0], source_.k, head, call_.head_dim, row);
+    auto const places_in = [&](CacheView const& view) {
+      return found_by_lanes<kPieces>(row_place<kVector>(row, view, head), part(), kRowsAtOnce);
+    };
+    auto places = places_in(source_.k);
+    copy(staged[0], source_.k, call_.head_dim, places);
     copy_factors(0, format_.k_of_row, head, row);
     copy_factors(1, format_.v_of_row, head, row);
     cute::cp_async_fence();
-    copy(staged[1], source_.v, head, call_.head_dim_v, row);
+    if (!have_same_places(source_.k, source_.v)) places = places_in(source_.v);
+    copy(staged[1], source_.v, call_.head_dim_v, places);
     cute::cp_async_fence();
     if (++next_ == kStaged) next_ = 0;
     ++staged_;
   }
 
   CUTLASS_DEVICE void copy(uint4 (&staged)[kPieces][Traits::kProducerThreads],
-                           CacheView const& view, int head, int columns,
-                           FoundRow const& found) const {
-    auto const* const data = static_cast<uint8_t const*>(view.data) + head * view.head_stride;
-    int64_t const found_offset =
-        found.major < 0 ? -1 : found.major * view.page_stride + found.minor * view.slot_stride;
+                           CacheView const& view, int columns,
+                           cutlass::Array<uint32_t, kPieces> const& places) const {
+    auto const first = reinterpret_cast<uint64_t>(view.data) + column();
+    bool const has_column = column() < columns;
     CUTLASS_PRAGMA_UNROLL
     for (int piece = 0; piece < kPieces; ++piece) {
-      int64_t const row = __shfl_sync(0xffffffff, found_offset, piece * kRowsAtOnce + part());
-      bool const there = row >= 0 && column() < columns;
+      bool const there = places[piece] != kNowhere && has_column;
       sm90::gather_or_clear(cute::cast_smem_ptr_to_uint(&staged[piece][threadIdx.x]),
-                            data + (there ? row + column() : 0), there);
+                            vector_at(first, places[piece]), there);
     }
   }
 

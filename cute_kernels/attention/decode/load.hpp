@@ -18,7 +18,6 @@ class CacheLoader {
 
   static constexpr int kLanes = cutlass::NumThreadsPerWarp;
   static constexpr int kWarps = cutlass::NumWarpsPerWarpGroup;
-  static constexpr int kVectorBytes = 16;
   static constexpr int kVector = kVectorBytes / sizeof(Element);
   static constexpr int kLanesOfRow = Traits::kHeadDim / kVector;
   static constexpr int kRowsAtOnce = kLanes / kLanesOfRow;  // of a warp
@@ -32,14 +31,17 @@ class CacheLoader {
   CUTLASS_DEVICE void load(Walk const& walk) {
     if (walk.begin_block() == walk.end_block()) return;
     auto const find = [&](int block) { return key_row(walk, block); };
+    bool const alike = have_same_places(source_.k, source_.v);
     auto const copy = [&](FoundRow const& row) {
-      auto const keys = offsets_of<Traits::kTileN>(row, source_.k);
+      auto places = places_of<Traits::kTileN>(row_place<kVector>(row, source_.k, walk.head()));
       shared_.k_empty[stage_.index].wait(stage_.phase ^ 1);
-      copy_keys(shared_.k, source_.k, walk.head(), call_.head_dim, keys);
+      copy_keys(shared_.k, source_.k, call_.head_dim, places);
       sm90::arrive_when_gathered(shared_.k_full[stage_.index]);
-      auto const values = offsets_of<Traits::kTileN>(row, source_.v);
+      if (!alike) {
+        places = places_of<Traits::kTileN>(row_place<kVector>(row, source_.v, walk.head()));
+      }
       shared_.v_empty[stage_.index].wait(stage_.phase ^ 1);
-      copy_keys(shared_.v, source_.v, walk.head(), call_.head_dim_v, values);
+      copy_keys(shared_.v, source_.v, call_.head_dim_v, places);
       sm90::arrive_when_gathered(shared_.v_full[stage_.index]);
       stage_.advance();
     };
@@ -84,10 +86,10 @@ class CacheLoader {
         row.major += walk.sequence().row_q;
         row.minor += walk.head() * walk.sequence().group;
       }
-      copy_rows<Traits::kWarpgroupM>(
-          shared_.q[i].data(), typename Traits::LayoutQ{},
-          static_cast<Element const*>(source_.q.data), call_.head_dim,
-          offsets_of<Traits::kWarpgroupM>(row, source_.q.seqlen_stride, source_.q.head_stride));
+      copy_rows<Traits::kWarpgroupM>(shared_.q[i].data(), typename Traits::LayoutQ{},
+                                     source_.q.data, call_.head_dim,
+                                     places_of<Traits::kWarpgroupM>(row_place<kVector>(
+                                         row, source_.q.seqlen_stride, source_.q.head_stride)));
     }
     sm90::arrive_when_gathered(shared_.q_full);
     q_phase_ ^= 1;
@@ -96,36 +98,27 @@ class CacheLoader {
   /// Of rows of a tile.
   template <int kRows>
   static constexpr int kPasses = kRows / (kWarps * kRowsAtOnce);
-  /// Where a thread's rows of a tile begin, in vectors, or kNowhere.
+  /// Of a thread's rows of a tile.
   template <int kRows>
-  using Offsets = cutlass::Array<uint32_t, kPasses<kRows>>;
+  using Places = cutlass::Array<uint32_t, kPasses<kRows>>;
 
   template <int kRows>
-  CUTLASS_DEVICE static Offsets<kRows> offsets_of(FoundRow const& found, int64_t major_stride,
-                                                  int64_t minor_stride) {
+  CUTLASS_DEVICE static Places<kRows> places_of(uint32_t found) {
     static_assert(kPasses<kRows> * kRowsAtOnce <= kLanes, "a lane finds one row");
-    int64_t const offset = found.major * major_stride + found.minor * minor_stride;
-    uint32_t const vectors = found.major < 0 ? kNowhere : static_cast<uint32_t>(offset / kVector);
-    return found_by_lanes<kPasses<kRows>>(vectors, lane() / kLanesOfRow, kRowsAtOnce);
-  }
-  template <int kRows>
-  CUTLASS_DEVICE static Offsets<kRows> offsets_of(FoundRow const& found, CacheView const& view) {
-    return offsets_of<kRows>(found, view.page_stride, view.slot_stride);
+    return found_by_lanes<kPasses<kRows>>(found, lane() / kLanesOfRow, kRowsAtOnce);
   }
 
   template <class Stages>
-  CUTLASS_DEVICE void copy_keys(Stages& stages, CacheView const& view, int head, int columns,
-                                Offsets<Traits::kTileN> const& rows) const {
-    copy_rows<Traits::kTileN>(
-        stages.data() + stage_.index * Traits::kStageElements, typename Traits::LayoutRows{},
-        static_cast<Element const*>(view.data) + head * view.head_stride, columns, rows);
+  CUTLASS_DEVICE void copy_keys(Stages& stages, CacheView const& view, int columns,
+                                Places<Traits::kTileN> const& places) const {
+    copy_rows<Traits::kTileN>(stages.data() + stage_.index * Traits::kStageElements,
+                              typename Traits::LayoutRows{}, view.data, columns, places);
   }
 
   /// Copies the rows of a tile. Columns from `columns` on are 0.
   template <int kRows, class SwizzledLayout>
   CUTLASS_DEVICE static void copy_rows(Element* shared, SwizzledLayout const& swizzled,
-                                       Element const* global, int columns,
-                                       Offsets<kRows> const& rows) {
+                                       void const* global, int columns, Places<kRows> const& from) {
     int const part = lane() / kLanesOfRow;
     int const column = lane() % kLanesOfRow * kVector;
     // The swizzle's period is 8 rows: a thread's places repeat after as many passes, further on.
@@ -133,7 +126,7 @@ class CacheLoader {
     constexpr int kPeriodBytes = kPeriod * kRowsAtOnce * kWarps * Traits::kSwizzleBytes;
     auto const layout = cute::as_position_independent_swizzle_layout(swizzled);
     bool const has_column = column < columns;
-    auto const* const from = reinterpret_cast<char const*>(global + (has_column ? column : 0));
+    auto const first = reinterpret_cast<uint64_t>(global) + column * sizeof(Element);
     uint32_t places[kPeriod];
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kPeriod; ++i) {
@@ -142,10 +135,9 @@ class CacheLoader {
     }
     CUTLASS_PRAGMA_UNROLL
     for (int pass = 0; pass < kPasses<kRows>; ++pass) {
-      bool const there = rows[pass] != kNowhere && has_column;
+      bool const there = from[pass] != kNowhere && has_column;
       uint32_t const to = places[pass % kPeriod] + pass / kPeriod * kPeriodBytes;
-      uint32_t const row = there ? rows[pass] : 0;
-      sm90::gather_or_clear(to, from + uint64_t{row} * kVectorBytes, there);
+      sm90::gather_or_clear(to, vector_at(first, from[pass]), there);
     }
   }
 
