@@ -29,7 +29,7 @@ _FORWARD_OF_BLOCKS: dict[int, dict[str, Any]] = {
 }
 _BACKWARD: dict[int, dict[str, Any]] = {
     64: {"tile_m": 64, "tile_n": 128, "key_blocks_in_registers": 2},
-    128: {"tile_m": 64, "tile_n": 128},
+    128: {"tile_m": 64, "tile_n": 128, "key_blocks_in_registers": 2},
     256: {
         "tile_m": 64,
         "tile_n": 64,
