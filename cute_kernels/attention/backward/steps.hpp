@@ -151,7 +151,7 @@ class RangeSteps : public StepPlace<Traits, Params> {
 /// The same with a block mask: the query blocks of the units that it lists for the keys of a
 /// cluster. A query block's turns count the units of keys that it is listed for, so that here, too,
 /// one waits for smaller numbers, all of which come.
-template <class Traits, class Params, Caller kCaller>
+template <class Traits, class Params>
 class ListPlace : public StepPlace<Traits, Params> {
   using Place = StepPlace<Traits, Params>;
   using KeyBlock = typename Traits::KeyBlock;
@@ -159,51 +159,53 @@ class ListPlace : public StepPlace<Traits, Params> {
   static_assert(Traits::kTileN * Traits::kCluster == kMaskUnit, "a cluster has one unit's keys");
 
  public:
-  CUTLASS_DEVICE bool masked() const {
-    return this->block_ >= full_end_ || this->block_ < full_begin_;
-  }
+  CUTLASS_DEVICE bool masked() const { return found_.masked; }
 
   /// Whether a variant's mask hides nothing.
-  CUTLASS_DEVICE bool is_full() const { return !Traits::Variant::kHides || is_full_; }
+  CUTLASS_DEVICE bool is_full() const { return !Traits::Variant::kHides || found_.full; }
   CUTLASS_DEVICE bool hides_some() const { return masked() || !is_full(); }
 
  protected:
+  using Place::coord_;
+  using Place::params_;
   static constexpr int kBlocksOfUnit = kMaskUnit / Traits::kTileM;
 
-  CUTLASS_DEVICE ListPlace(Params const& params, KeyBlock const& coord)
-      : Place(params, coord),
-        full_begin_(of_caller<kCaller>(coord.queries.full_begin)),
-        full_end_(of_caller<kCaller>(coord.queries.full_end)) {}
+  struct Found {
+    bool masked;
+    bool full;
+  };
+
+  CUTLASS_DEVICE ListPlace(Params const& params, KeyBlock const& coord) : Place(params, coord) {}
 
   CUTLASS_DEVICE BlockRow row_of(int head_in_group) const {
-    return BlockRow(this->params_.variant.blocks, this->coord_.sequence.batch,
-                    this->coord_.kv_head * this->params_.heads_per_kv + head_in_group,
-                    this->coord_.n_block / Traits::kCluster);
+    return BlockRow(params_.variant.blocks, coord_.sequence.batch,
+                    coord_.kv_head * params_.heads_per_kv + head_in_group,
+                    coord_.n_block / Traits::kCluster);
   }
 
-  /// How many query blocks are listed. The last unit may reach beyond the last query.
+  /// How many query blocks are listed. The last units may reach beyond the last query.
   CUTLASS_DEVICE int blocks_of(BlockRow const& row) const {
     int const units = row.count();
     if (units == 0) return 0;
     int const end = (row.entry(units - 1).unit() + 1) * kBlocksOfUnit;
-    return units * kBlocksOfUnit - greater(0, end - this->params_.workspace.m_blocks.divisor);
+    return units * kBlocksOfUnit - greater(0, end - params_.workspace.m_blocks.divisor);
   }
 
   CUTLASS_DEVICE static int block_at(BlockEntry entry, int place) {
     return entry.unit() * kBlocksOfUnit + place % kBlocksOfUnit;
   }
 
-  bool is_full_;
+  CUTLASS_DEVICE Found found(BlockEntry entry, int block) const {
+    return {block >= coord_.queries.full_end || block < coord_.queries.full_begin, entry.is_full()};
+  }
 
- private:
-  int full_begin_;  // of the blocks that need no mask of the call's
-  int full_end_;
+  Found found_;
 };
 
 /// One after the other.
 template <class Traits, class Params>
-class ListedSteps : public ListPlace<Traits, Params, Caller::kThread> {
-  using Place = ListPlace<Traits, Params, Caller::kThread>;
+class ListedSteps : public ListPlace<Traits, Params> {
+  using Place = ListPlace<Traits, Params>;
   using Place::head_in_group_;
 
  public:
@@ -237,7 +239,7 @@ class ListedSteps : public ListPlace<Traits, Params, Caller::kThread> {
   CUTLASS_DEVICE void read() {
     BlockEntry const entry = this->row_of(head_in_group_).entry(place_ / Place::kBlocksOfUnit);
     this->block_ = Place::block_at(entry, place_);
-    this->is_full_ = entry.is_full();
+    this->found_ = this->found(entry, this->block_);
   }
 
   int place_;
@@ -246,8 +248,8 @@ class ListedSteps : public ListPlace<Traits, Params, Caller::kThread> {
 /// Of a warp, whose lanes look up as many steps at a time: nothing that a loop over the steps reads
 /// decides when it ends, which would keep the compiler from seeing that the lanes stay together.
 template <class Traits, class Params>
-class ListedStepsOfWarp : public ListPlace<Traits, Params, Caller::kWarp> {
-  using Place = ListPlace<Traits, Params, Caller::kWarp>;
+class ListedStepsOfWarp : public ListPlace<Traits, Params> {
+  using Place = ListPlace<Traits, Params>;
   static constexpr int kLanes = cutlass::NumThreadsPerWarp;
 
  public:
@@ -280,8 +282,10 @@ class ListedStepsOfWarp : public ListPlace<Traits, Params, Caller::kWarp> {
       int const place = this->blocks_of(row) - 1 - before;
       if (before >= 0 && place >= 0) {
         BlockEntry const entry = row.entry(place / Place::kBlocksOfUnit);
+        int const block = Place::block_at(entry, place);
+        auto const found = this->found(entry, block);
         own_head_ = head;
-        own_block_ = 2 * Place::block_at(entry, place) + entry.is_full();
+        own_block_ = 4 * block + 2 * found.masked + found.full;
       }
       before = -place - 1;
     }
@@ -290,14 +294,14 @@ class ListedStepsOfWarp : public ListPlace<Traits, Params, Caller::kWarp> {
   CUTLASS_DEVICE void read() {
     int const packed = __shfl_sync(0xffffffff, own_block_, number_ % kLanes);
     this->head_in_group_ = __shfl_sync(0xffffffff, own_head_, number_ % kLanes);
-    this->block_ = packed / 2;
-    this->is_full_ = packed % 2;
+    this->block_ = packed / 4;
+    this->found_ = {(packed & 2) != 0, (packed & 1) != 0};
   }
 
   int left_;
   int number_ = 0;
   int own_head_ = 0;
-  int own_block_ = 0;  // times 2, + 1 if full
+  int own_block_ = 0;  // times 4, + 2 if masked, + 1 if full
 };
 
 template <class Traits, class Params, Caller kCaller = Caller::kThread>
