@@ -78,7 +78,8 @@ struct One {
 template <class Variant, class Params, class PlaceOf>
 float hidden_or(float value, Params const& params, PlaceOf const& place) {
   One score{value};
-  shown_elements<Variant>(params, score, place, false).hide_others(score, Variant::kHidden);
+  auto const shown = shown_elements<Variant>(params, score, [&] { return place; }, false);
+  shown.hide_others(score, Variant::kHidden);
   return score.value;
 }
 

@@ -144,7 +144,7 @@ class BackwardMainloop {
 
       int const query = step.block() * kTileM + column;
       auto const places = of_sequence.of_head(step.head());
-      auto const place = transposed_places<Traits>(places, key, query);
+      auto place = [&] { return transposed_places<Traits>(places, key, query); };
       auto p = make_tensor<Element>(OperandLayout{});
       ChangedProbabilities<Element, OperandLayout, Variant> changed;
       auto const& statistics = shared_.statistics[read_q_.index()];
@@ -158,12 +158,14 @@ class BackwardMainloop {
         shown.hide_others(p_rows, Variant::kHidden);
       }
       auto hidden_step = [&] { return HiddenStep<Traits>(shared_, step.hides_some(), warpgroup_); };
-      auto mask = [&] { return mask_of_step<Traits>(params, coord, places, step.is_full()); };
+      auto mask = [&]() -> decltype(auto) {
+        return mask_of_step<Traits>(params, coord, places, step.is_full());
+      };
       if constexpr (Traits::kChanges) {
         if constexpr (kCareful) {
           hidden_step().template restrict<RawScore<Variant>>(p_rows, mask(), key, query);
         }
-        changed_probabilities_of<kCareful, Variant>(step.hides_some(), params, p_rows, place,
+        changed_probabilities_of<kCareful, Variant>(step.hides_some(), params, p_rows, place(),
                                                     statistics, column, changed);
       } else if constexpr (kStatisticsByProduct) {
         scores_to_probabilities(scores, params.scale_log2);

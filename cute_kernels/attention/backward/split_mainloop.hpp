@@ -90,7 +90,7 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
       int const query = step.block() * kTileM + column;
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       auto const places = of_sequence.of_head(step.head());
-      auto const place = transposed_places<Traits>(places, key, query);
+      auto place = [&] { return transposed_places<Traits>(places, key, query); };
       auto const shown = shown_elements<Variant>(params, p_rows, place, kCareful || step.is_full());
       warpgroup_wait<0>();
       using Score = std::conditional_t<Traits::kChanges, RawScore<Variant>, Exponent>;
@@ -110,7 +110,7 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
       auto p = make_tensor<Element>(OperandLayout{});
       ChangedProbabilities<Element, OperandLayout, Variant> changed;
       if constexpr (Traits::kChanges) {
-        changed_probabilities_of<kCareful, Variant>(step.hides_some(), params, p_rows, place,
+        changed_probabilities_of<kCareful, Variant>(step.hides_some(), params, p_rows, place(),
                                                     shared.statistics[read.index()], column,
                                                     changed);
       } else {

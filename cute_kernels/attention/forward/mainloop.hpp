@@ -279,10 +279,12 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         int const block = walk.block(entry, place);
         return cute::make_tuple(
             block, !entry.is_full(),
-            shown_elements<Variant>(params, rows, place_in(block), entry.is_full()));
+            shown_elements<Variant>(
+                params, rows, [&] { return place_in(block); }, entry.is_full()));
       } else {
-        return cute::make_tuple(place, cute::false_type{},
-                                shown_elements<Variant>(params, rows, place_in(place), false));
+        return cute::make_tuple(
+            place, cute::false_type{},
+            shown_elements<Variant>(params, rows, [&] { return place_in(place); }, false));
       }
     };
     auto softmax_of = [&](auto const& asked, bool seek, auto const& on_move) {

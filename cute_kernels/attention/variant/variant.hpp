@@ -71,12 +71,14 @@ struct AllShown {
   CUTLASS_DEVICE void hide_others(Scores&, float) const {}
 };
 
-/// Of a block of (row, column) scores, which need not be there yet.
-template <class Variant, class Params, class Scores, class PlaceOf>
-CUTLASS_DEVICE auto shown_elements(Params const& params, Scores const& scores, PlaceOf const& place,
+/// Of a block of (row, column) scores, which need not be there yet. places() is a function that
+/// tells where an element stands.
+template <class Variant, class Params, class Scores, class Places>
+CUTLASS_DEVICE auto shown_elements(Params const& params, Scores const& scores, Places const& places,
                                    bool is_full) {
   if constexpr (Variant::kHides) {
     using cute::size;
+    auto const place = places();
     return ShownElements<decltype(size<0>(scores))::value, decltype(size<1>(scores))::value>(
         is_full,
         [&](int row, int col) { return Variant::Hooks::mask(place(row, col), params.variant); });
