@@ -218,9 +218,9 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         return places.template at<Variant>(query + 8 * row, key + 8 * (col / 2) + col % 2);
       };
     };
-    auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
     // Scores -> P in place. Q and K must still be there.
     auto softmax_block = [&](int block, bool seek, auto const& shown, auto const& on_move) {
+      auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       auto mask = [&] {
         int const lane = sm90::opaque(thread);  // not kept from step to step
         auto const again = params.forgotten(coord);
@@ -271,25 +271,31 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       softmax.update(rows, seek, few, mask, exponents, overflow, on_move);
       if constexpr (Variant::kWeighs) Variant::weigh(params, rows, place_in(block));
     };
-    // The block at a place, before its scores are there: its number, whether rows may see the first
-    // of their keys there, and what hooks show of it.
+    // What there is to say of the block at a place before its scores are there: with hooks its
+    // number, whether rows may see the first of their keys there, and what hooks show of it.
     auto ask = [&](int place) {
+      auto shown = [&](int block, bool is_full) {
+        auto const rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
+        return shown_elements<Variant>(params, rows, [&] { return place_in(block); }, is_full);
+      };
       if constexpr (kHasBlockMask) {
         BlockEntry const entry{sm90::uniform(walk.entry(place).packed)};
         int const block = walk.block(entry, place);
-        return cute::make_tuple(
-            block, !entry.is_full(),
-            shown_elements<Variant>(
-                params, rows, [&] { return place_in(block); }, entry.is_full()));
+        return cute::make_tuple(block, !entry.is_full(), shown(block, entry.is_full()));
+      } else if constexpr (Variant::kHides) {
+        return cute::make_tuple(place, false, shown(place, false));
       } else {
-        return cute::make_tuple(
-            place, cute::false_type{},
-            shown_elements<Variant>(params, rows, [&] { return place_in(place); }, false));
+        return place;
       }
     };
     auto softmax_of = [&](auto const& asked, bool seek, auto const& on_move) {
-      auto const& [block, begins, shown] = asked;
-      softmax_block(block, seek || (begins && softmax.begins()) || seeks(block), shown, on_move);
+      if constexpr (kHasBlockMask || Variant::kHides) {
+        auto const& [block, begins, shown] = asked;
+        bool const seeks_first = begins && softmax.begins();
+        softmax_block(block, seek || seeks_first || seeks(block), shown, on_move);
+      } else {
+        softmax_block(asked, seek || seeks(asked), AllShown{}, on_move);
+      }
     };
     auto round_probabilities = [&] {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
