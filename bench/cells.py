@@ -15,6 +15,12 @@ LATENCY_SEQLENS = (128, 256, 512, 1024, 2048)
 LLAMA_SEQLENS = (2048, 4096, 8192, 16384, 32768)
 PREFILL_CHUNKS = (512, 2048)
 NORMAL = "normal"
+DIFFUSION = {  # tokens of one image or video, heads; head dim 128, every token sees all
+    "Flux, 1024 x 1024": (4608, 24),
+    "Wan, 81 frames of 480p": (32760, 40),
+    "Wan, 81 frames of 720p": (75600, 40),
+    "HunyuanVideo, 129 frames of 720p": (118800, 24),
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,13 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.dtype} {cell_name(asdict(self))}"
+
+
+@dataclass(frozen=True)
+class NamedCell(Cell):
+    """A problem of some model's, called after it."""
+
+    name: str = ""
 
 
 class BackwardCell(Cell):
@@ -153,3 +166,11 @@ def llama_grid(dtype: str, masks: Iterable[str]) -> list[Cell]:
         for seqlen in PREFILL_CHUNKS
     ]
     return whole + chunks
+
+
+def diffusion_grid(dtype: str) -> list[Cell]:
+    """Self-attention of diffusion transformers, at the sizes that they are published with."""
+    return [
+        NamedCell(dtype, "full", 1, tokens, heads, 128, name=name)
+        for name, (tokens, heads) in DIFFUSION.items()
+    ]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import ablation, caches, decode_step, packed, report, variants
+from bench import ablation, caches, decode_step, fp8, packed, report, train_step, variants
 from bench.cells import NORMAL, cell_name, data_of
 from bench.comparison import HOST_CALL, KINDS
 
@@ -53,7 +53,8 @@ GRIDS = {
 
 def title(data: dict[str, Any]) -> str:
     what = GRIDS[data["settings"].get("grid", "paper")]
-    return f"{KINDS[data['kind']]}, {data['settings']['dtype']}, {what}"
+    gpu = data["machine"]["gpu"].removeprefix("NVIDIA ").split()[0]
+    return f"{KINDS[data['kind']]}, {data['settings']['dtype']}, {what}, {gpu}"
 
 
 def timed_peers(data: dict[str, Any]) -> list[str]:
@@ -222,6 +223,30 @@ def decode_step_section(data: dict[str, Any]) -> str:
     )
 
 
+def train_step_section(data: dict[str, Any]) -> str:
+    settings = data["settings"]
+    how = [
+        "packed documents" if settings["packed"] else "one sequence",
+        *(["checkpointed activations"] if settings["checkpointing"] else []),
+    ]
+    return section(
+        data,
+        f"A training step of a model of {settings['shape'].upper()}, {', '.join(how)}",
+        f"{settings['tokens']} tokens, compiled, AdamW.",
+        train_step.table(data["results"]),
+    )
+
+
+def fp8_section(data: dict[str, Any]) -> str:
+    return section(
+        data,
+        "Images and videos, 8 bits from tensors of 16",
+        "Full attention of one sequence, head dim 128; in 8 bits with quantisation. Error: "
+        "relative RMSE of the result.",
+        fp8.whole_table(data),
+    )
+
+
 def variants_section(data: dict[str, Any]) -> str:
     return section(
         data,
@@ -246,6 +271,8 @@ SECTIONS = {
     "caches": caches_section,
     "variants": variants_section,
     "decode_step": decode_step_section,
+    "train_step": train_step_section,
+    "fp8": fp8_section,
     "ablation": ablation_section,
 }
 
@@ -254,8 +281,13 @@ def load_all(results: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
     """The comparisons and then the others that the page has, among the results files."""
     order = [*KINDS, *SECTIONS]
     loaded = [(path, report.load(path)) for path in sorted(results)]
-    known = [pair for pair in loaded if pair[1].get("kind") in order]
+    known = [pair for pair in loaded if pair[1].get("kind") in order and not on_fp8_page(pair[1])]
     return sorted(known, key=lambda pair: (order.index(pair[1]["kind"]), backward(pair[1])))
+
+
+def on_fp8_page(data: dict[str, Any]) -> bool:
+    """docs/fp8.md has the paper's grid in 8 bits."""
+    return data["kind"] == "fp8" and data["settings"].get("grid", "paper") == "paper"
 
 
 def cells_block(results: Iterable[Path], folder: Path) -> str:

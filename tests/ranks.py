@@ -16,9 +16,10 @@ import torch.distributed as dist
 TIMEOUT = 240
 
 
-def run(ranks, function, *arguments, backend="gloo", results=True, environment=None):
+def run(ranks, function, *arguments, backend="gloo", results=True, environment=None, seconds=60):
     """What ``function(rank, *arguments)``, of a module of the tests, returns on each rank, unless
-    there are to be no results. `environment`: variables beside those of this process.
+    there are to be no results. `environment`: variables beside those of this process; `seconds`:
+    until a message that does not come is an error.
 
     A process of its own imports everything once, and forks: the one that runs the tests may hold
     what does not survive a fork.
@@ -27,7 +28,7 @@ def run(ranks, function, *arguments, backend="gloo", results=True, environment=N
         torch.save(arguments, f"{folder}/arguments.pt")
         variables = {**os.environ, **(environment or {})}
         command = [sys.executable, __file__, folder, str(ranks), backend]
-        command += [function.__module__, function.__qualname__]
+        command += [function.__module__, function.__qualname__, str(seconds)]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT, env=variables
         )
@@ -37,7 +38,7 @@ def run(ranks, function, *arguments, backend="gloo", results=True, environment=N
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def start(folder, ranks, rank, backend="gloo", seconds=60):
+def start(folder, ranks, rank, backend="gloo", *, seconds):
     if backend == "nccl":
         torch.cuda.set_device(rank)
     dist.init_process_group(
@@ -49,9 +50,9 @@ def start(folder, ranks, rank, backend="gloo", seconds=60):
     )
 
 
-def work(folder, ranks, rank, backend, function, arguments):
+def work(folder, ranks, rank, backend, seconds, function, arguments):
     torch.set_num_threads(1)
-    start(folder, ranks, rank, backend)
+    start(folder, ranks, rank, backend, seconds=seconds)
     try:
         torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
         dist.barrier()
@@ -62,13 +63,16 @@ def work(folder, ranks, rank, backend, function, arguments):
         os._exit(1)  # without waiting for the others
 
 
-def main(folder, ranks, backend, module, name):
+def main(folder, ranks, backend, module, name, seconds):
     sys.path.insert(0, str(Path(__file__).parent))
     function = getattr(importlib.import_module(module), name)
     arguments = torch.load(f"{folder}/arguments.pt", weights_only=False)
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=work, args=(folder, int(ranks), rank, backend, function, arguments))
+        context.Process(
+            target=work,
+            args=(folder, int(ranks), rank, backend, float(seconds), function, arguments),
+        )
         for rank in range(int(ranks))
     ]
     for process in processes:

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from cute_kernels import (
+    BlockMask,
     append_kv,
     flash_attn_fp8_func,
     flash_attn_fp8_varlen_func,
     flash_attn_func,
     flash_attn_varlen_func,
     tile_configs,
+    variants,
 )
 from cute_kernels.operators import (
     flash_attn_backward,
@@ -145,7 +147,49 @@ def latent(row, q, k, v, causal):
     return decode(row, q, k, v, causal, qv=torch.randn(*q.shape[:3], v.shape[3]).to(q))
 
 
+def variant(row, q, k, v, causal):
+    """One of the hooks, dense and packed, and with a block mask that shows parts of all blocks."""
+    bound = row["bound"](q, k)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    outputs = [flash_attn_func(*inputs, causal=causal, variant=bound)]
+    if bound.variant.python["mask"] is not None:
+        sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        blocks = BlockMask.from_mask(bound, *sizes, causal=causal, device="cuda")
+        options = {"causal": causal, "variant": bound, "block_mask": blocks}
+        outputs.append(flash_attn_func(*inputs, **options))
+    else:
+        outputs.append(flash_attn_varlen_func(*packed(*inputs), causal=causal, variant=bound))
+    results = [torch.autograd.grad(out.sum(), inputs) for out in outputs]
+    return [*outputs, *itertools.chain(*results)]
+
+
+def of_tokens(q, k):
+    """The numbers of documents, ascending."""
+    return (
+        torch.arange(x.shape[1], device="cuda", dtype=torch.int32).expand(x.shape[0], -1) // 60
+        for x in (q, k)
+    )
+
+
+VARIANTS = {
+    "alibi": lambda q, k: variants.alibi(torch.rand(q.shape[2], device="cuda")),
+    "document": lambda q, k: variants.document(*(x.contiguous() for x in of_tokens(q, k))),
+}
+
+
+def rows_of(of_pass):
+    """What is called: the rows of a pass, or variants, whose kernels are compiled first where the
+    cache has them not."""
+    if of_pass != "variant":
+        return tile_configs(of_pass)
+    return [
+        {"name": name, "bound": bound, "dtype": "bf16", "head_dim": 128}
+        for name, bound in VARIANTS.items()
+    ]
+
+
 CALLS = {
+    "variant": variant,
     "forward": forward,
     "backward": backward,
     "forward_fp8": forward_fp8,
@@ -160,8 +204,7 @@ def main() -> int:
     torch.manual_seed(0)
     checked = 0
     for of_pass in sys.argv[1:] or CALLS:
-        rows = tile_configs(of_pass)
-        for row, lengths, causal in itertools.product(rows, SHAPES, (False, True)):
+        for row, lengths, causal in itertools.product(rows_of(of_pass), SHAPES, (False, True)):
             options = {"device": "cuda", "dtype": DTYPES.get(row["dtype"], torch.bfloat16)}
             head_dims = (row["head_dim"],) * 2 + (row.get("head_dim_v", row["head_dim"]),)
             q, k, v = (

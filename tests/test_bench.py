@@ -127,7 +127,12 @@ def forward_data():
         "kind": "forward",
         "commit": "abc",
         "date": "today",
-        "machine": {"gpu": "a GPU", "torch": "2", "cuda": "13", "cublas_bf16": {"tflops": 790.0}},
+        "machine": {
+            "gpu": "NVIDIA H100 80GB",
+            "torch": "2",
+            "cuda": "13",
+            "cublas_bf16": {"tflops": 790.0},
+        },
         "settings": {"dtype": "bf16"},
         "providers": {
             "ours": {"label": "cute_kernels"},
@@ -175,7 +180,7 @@ def test_backward_report(tmp_path):
     path = tmp_path / "backward_bf16.json"
     path.write_text(json.dumps(data))
     block = readme_table.cells_block([path], tmp_path)
-    assert block.startswith("## Backward, bf16, the paper's grid\n")
+    assert block.startswith("## Backward, bf16, the paper's grid, H100\n")
     assert "Time of cute_kernels, deterministic / ours, geometric mean: D=128 1.10" in block
     assert "Host time of forward and backward of a small call" in block
 
@@ -255,7 +260,7 @@ def test_cells_of_a_results_file(tmp_path):
     path.with_suffix(".svg").touch()
     block = readme_table.cells_block([path], tmp_path / "docs")
     assert "| D=128 full S=2048 | 600 | 500 | 1.20 |" in block
-    assert "abc" in block and "a GPU" in block and "20.0 µs" in block
+    assert "abc" in block and "NVIDIA H100 80GB" in block and "20.0 µs" in block
     assert "](../results/forward_bf16.svg)" in block
 
 
@@ -273,10 +278,10 @@ def test_means_of_results_files(tmp_path):
         "| ours / best peer | peers | D=128 full | D=128 causal | D=64 full | all | lowest cell |"
     )
     assert lines[2:] == [
-        "| Forward, bf16, the paper's grid | sdpa-cudnn | 1.20 | 0.80 | - | 0.98 | 0.80 |",
-        "| Backward, bf16, the paper's grid | sdpa-cudnn | - | - | 1.10 | 1.10 | 1.10 |",
+        "| Forward, bf16, the paper's grid, H100 | sdpa-cudnn | 1.20 | 0.80 | - | 0.98 | 0.80 |",
+        "| Backward, bf16, the paper's grid, H100 | sdpa-cudnn | - | - | 1.10 | 1.10 | 1.10 |",
         "",
-        "a GPU; 2026-01-02 to today; of commits abc.",
+        "NVIDIA H100 80GB; 2026-01-02 to today; of commits abc.",
     ]
     assert readme_table.means_block([]) == ""
 
@@ -359,3 +364,23 @@ def test_every_candidate_follows_every_other_equally_often(count):
     pairs = Counter(pair for order in orders for pair in itertools.pairwise(order))
     assert set(pairs) == set(itertools.permutations(names, 2))
     assert len(set(pairs.values())) <= 1
+
+
+def test_eight_bits_on_models_of_images(tmp_path):
+    """Against the best of the peers that were timed, with what quantisation costs."""
+    import json
+
+    from bench import cells, fp8
+
+    grid = cells.diffusion_grid("bf16")
+    assert all(cell.seqlen == cell.seqlen_k and not cell.causal for cell in grid)
+    timed = {"sdpa-cudnn:bf16": 3.0, "fa3-xformers:bf16": 2.0, f"{fp8.OURS}:bf16": 1.6}
+    results = {name: {"median_ms": ms, "tflops": 1 / ms} for name, ms in timed.items()}
+    results[fp8.WHOLE] = {"median_ms": 1.0, "tflops": 1.0, "relative_error": 0.0412}
+    data = forward_data() | {"kind": "fp8", "cells": [{**grid[0].as_dict(), "results": results}]}
+    _, lines = fp8.whole_table(data)
+    assert lines == [[grid[0].name, "1.60", "1.00", "3.00", "2.00", "1.25", "2.00", "4.1%"]]
+    path = tmp_path / "fp8.json"
+    for settings, shown in ({"grid": "diffusion"}, True), ({}, False):
+        path.write_text(json.dumps(data | {"settings": data["settings"] | settings}))
+        assert bool(readme_table.cells_block([path], tmp_path)) is shown

@@ -86,6 +86,23 @@ def test_random_calls(hopper, kernels, name, head_dim, seed):
     check(hopper, name, seed, head_dim)
 
 
+@pytest.mark.parametrize("lengths", [(100, 0), (0, 100), (0, 0)])
+def test_without_keys_or_queries(hopper, kernels, lengths):
+    q, k, v = random_qkv(hopper, torch.bfloat16, 2, *lengths, 4, 2, 128)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    of_query, of_key = (torch.zeros(2, n, device=hopper, dtype=torch.int32) for n in lengths)
+    bound = variants.document(of_query, of_key)
+    out, lse = flash_attn_func(
+        *inputs,
+        variant=bound,
+        block_mask=BlockMask.from_mask(bound, 2, 4, *lengths),
+        return_lse=True,
+    )
+    assert (out == 0).all() and (lse == -math.inf).all()
+    grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert all(x.shape == y.shape and (x == 0).all() for x, y in zip(grads, inputs, strict=True))
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_many_blocks(hopper, kernels, deterministic):
     """More tiles and key blocks than CTAs: those that wait for one another's dQ must all run."""

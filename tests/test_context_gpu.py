@@ -1,6 +1,7 @@
 """Context parallelism on several Hopper GPUs, by NCCL."""
 
 import functools
+import os
 import random
 
 import pytest
@@ -10,7 +11,7 @@ from context import Case, run_cases
 from parity import DTYPES
 from test_context import assert_case_right
 
-from cute_kernels import tile_configs
+from cute_kernels import distributed, tile_configs
 
 COUNT = 28
 FORMS = ("ring", "ring", "all_gather", "ulysses", "2d")
@@ -86,6 +87,24 @@ def test_forms(gpus, number, way):
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     assert_case_right(case, first)
+
+
+def lose_a_rank(rank):
+    q, k, v = torch.randn(3, 1, 256, 4, 64, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):
+        distributed.ring_attn_func(q, k, v, causal=True)
+        torch.cuda.synchronize()
+        if rank == 1:
+            os._exit(0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rank_that_is_gone_is_an_error(gpus, way):
+    """Of the process group, in its time."""
+    environment = {"CUTE_KERNELS_COPY_ENGINE": WAYS[way]}
+    options = {"backend": "nccl", "results": False, "environment": environment, "seconds": 8}
+    with pytest.raises(AssertionError, match=r"(?i)watchdog|timeout|timed out|closed|NCCL error"):
+        processes.run(2, lose_a_rank, **options)
 
 
 def twice(rank, cases):

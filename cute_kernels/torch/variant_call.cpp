@@ -36,10 +36,7 @@ void check_list(Argument const& a, Argument const& q, size_t dims) {
   check_device(a, q);
   require(a.dtype == torch::headeronly::ScalarType::Int && a.sizes.size() == dims, a.name,
           " are not int32 of ", dims, " dimensions");
-  int64_t stride = 1;
-  for (size_t dim = dims; dim-- > 0; stride *= a.sizes[dim]) {
-    require(a.sizes[dim] <= 1 || a.strides[dim] == stride, a.name, " are not contiguous");
-  }
+  require(a.tensor.is_contiguous(), a.name, " are not contiguous");
 }
 
 int as_int(double number) {

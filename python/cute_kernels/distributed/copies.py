@@ -197,7 +197,7 @@ def copies_reach(group: ProcessGroup, device: torch.device) -> bool:
     """Whether copy engines reach all ranks of a group, the same answer on all of them."""
     if dist.get_world_size(group) == 1:
         return False
-    wanted = os.environ.get("CUTE_KERNELS_COPY_ENGINE") == "1"
+    wanted = os.environ.get("CUTE_KERNELS_COPY_ENGINE", "1") != "0"
     able = wanted and _driver() is not None and _symmetric_memory() is not None
     host = _host() if able else None
     hosts: list[Any] = [None] * dist.get_world_size(group)

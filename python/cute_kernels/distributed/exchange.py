@@ -1,10 +1,11 @@
 """Messages between ranks, beside the kernels: rows of keys and values, or of their gradients.
 
-They go by the process group, all of a step at once (`batch_isend_irecv`); NCCL has a stream of its
-own for them, which waits for what the current stream held by then. Where all ranks of a group are
-GPUs of one host, and ``CUTE_KERNELS_COPY_ENGINE=1`` asks for it, copy engines write them to where
-they are read, and leave the multiprocessors to the kernels: see `copies`. Either way `Arrival.wait`
-has the current stream wait, and the host waits for nothing.
+Where all ranks of a group are GPUs of one host that have each other's memory mapped, and
+``CUTE_KERNELS_COPY_ENGINE=0`` does not forbid it, copy engines write them to where they are read,
+and leave the multiprocessors to the kernels: see `copies`. Else they go by the process group, all
+of a step at once (`batch_isend_irecv`); NCCL has a stream of its own for them, which waits for what
+the current stream held by then. Either way `Arrival.wait` has the current stream wait, and the host
+waits for nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from cute_kernels.distributed.plan import Interval
 COMMUNICATION_CTAS = int(os.environ.get("CUTE_KERNELS_COMMUNICATION_CTAS", "8"))
 
 _channels: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
+_watchers: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
 _copiers: WeakKeyDictionary[ProcessGroup, Copier | None] = WeakKeyDictionary()
 _agreed: WeakKeyDictionary[ProcessGroup, set[Any]] = WeakKeyDictionary()
 
@@ -139,11 +141,12 @@ def bytes_of(like: Sequence[Tensor], rows: int, dtype: torch.dtype) -> int:
 
 def watch(ranks: Ranks, device: torch.device) -> None:
     """To be called behind a call's last exchange. Copy engines that wait for a rank which is gone
-    would wait forever: a collective behind them has NCCL's watchdog see that."""
+    would wait forever: a collective behind them has NCCL's watchdog see that, and end the process.
+    It is one of this rank alone, in which no multiprocessor waits for others."""
     copier = copier_of(ranks, device)
     if copier is not None:
-        channel = channel_of(ranks.group, device)
-        dist.all_reduce(copier.watched, group=channel, async_op=True)
+        watcher = _watcher_of(ranks.group, device)
+        dist.all_reduce(copier.watched, group=watcher, async_op=True)
 
 
 def copier_of(ranks: Ranks, device: torch.device) -> Copier | None:
@@ -154,6 +157,8 @@ def copier_of(ranks: Ranks, device: torch.device) -> Copier | None:
     if ranks.group not in _copiers:
         reach = copies_reach(ranks.group, device)
         _copiers[ranks.group] = Copier(ranks.group, device) if reach else None
+        if reach:
+            channel_of(ranks.group, device)  # for graphs, while none is captured
     return _copiers[ranks.group]
 
 
@@ -164,13 +169,13 @@ def channel_of(group: ProcessGroup, device: torch.device) -> ProcessGroup:
     if device.type != "cuda" or "nccl" not in dist.get_backend(group):
         return group
     if group not in _channels:
-        _channels[group] = _new_channel(group)
+        _channels[group] = _new_channel(group, device)
         # Of a batch of messages, NCCL expects all ranks unless there was a collective before.
         dist.all_reduce(torch.zeros(1, device=device), group=_channels[group])
     return _channels[group]
 
 
-def _new_channel(group: ProcessGroup) -> ProcessGroup:
+def _new_channel(group: ProcessGroup, device: torch.device) -> ProcessGroup:
     # PyTorch names the new group after how many a process has: without the same name on all ranks,
     # they would wait for each other.
     counts: list[Any] = [None] * dist.get_world_size(group)
@@ -180,11 +185,33 @@ def _new_channel(group: ProcessGroup) -> ProcessGroup:
         return group
     options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options.config.max_ctas = COMMUNICATION_CTAS
-    members = sorted(dist.get_process_group_ranks(group))
-    channel = dist.new_group(
-        members, backend="nccl", pg_options=options, use_local_synchronization=True
+    return _new_group(group, device, sorted(dist.get_process_group_ranks(group)), options)
+
+
+def _watcher_of(group: ProcessGroup, device: torch.device) -> ProcessGroup:
+    if "nccl" not in dist.get_backend(group):
+        return group
+    if group not in _watchers:
+        _watchers[group] = _new_group(group, device, [dist.get_rank()])
+    return _watchers[group]
+
+
+def _new_group(
+    group: ProcessGroup, device: torch.device, members: list[int], options: Any = None
+) -> ProcessGroup:
+    """With the group's timeout, which new ones do not have by themselves."""
+    own: Any = getattr(group, "_get_backend", lambda _: None)(device)
+    timeout = getattr(getattr(own, "options", None), "_timeout", None)
+    if options is not None and timeout is not None:
+        options._timeout = timeout
+    made = dist.new_group(
+        members,
+        timeout=timeout,
+        backend="nccl",
+        pg_options=options,
+        use_local_synchronization=True,
     )
-    return cast(ProcessGroup, channel)
+    return cast(ProcessGroup, made)
 
 
 def agree(ranks: Ranks, call: dict[str, Any]) -> None:
