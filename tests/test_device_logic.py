@@ -74,6 +74,15 @@ struct One {
   float& operator()(int, int) { return value; }
 };
 
+// What kernels do with a block of one score.
+template <class Variant, class Params, class PlaceOf>
+float hidden_or(float value, Params const& params, PlaceOf const& place) {
+  One score{value};
+  auto const shown = shown_elements<Variant>(params, score, [&] { return place; }, false);
+  shown.hide_others(score, Variant::kHidden);
+  return score.value;
+}
+
 template <class Hooks>
 void ask() {
   using Variant = HookedVariant<Hooks>;
@@ -113,12 +122,14 @@ void ask() {
     SequencePlace const in_sequence(variant, batch, head, sequence);
     auto const place = [&](int, int) { return in_sequence.template at<Variant>(query, key); };
     One forward{score}, weighed{1.f}, unseen{0.f};
-    Variant::change(params, forward, place);
+    if constexpr (Variant::kScores) Variant::change(params, forward, place);
+    forward.value = hidden_or<Variant>(forward.value, params, place);
     if constexpr (Variant::kWeighs) {
       Variant::weigh(params, weighed, place);
       Variant::weigh(params, unseen, place);
     }
-    auto const changed = Variant::element(params, score, place(0, 0));
+    float const seen = hidden_or<Variant>(score, params, place);
+    auto const changed = Variant::element(params, seen, seen == Variant::kHidden, place(0, 0));
     std::cout << forward.value << ' ' << weighed.value << ' ' << unseen.value << ' '
               << changed.value << ' ' << changed.hidden << ' ' << changed.times(1.f, changed.slope)
               << ' ' << changed.times(1.f, changed.weight);
@@ -391,7 +402,7 @@ int main() {
     Softcap::change(params, fast, 0);
     Softcap::change_again(params, again, 0);
     Softcap::prepare(params, prepared);
-    auto const changed = Softcap::element(params, prepared.value, NoPlaces{});
+    auto const changed = Softcap::element(params, prepared.value, false, NoPlaces{});
     std::cout << fast.value << ' ' << again.value << ' ' << changed.value << ' ' << exponent << ' '
               << changed.slope << ' ' << straight << '\\n';
   }
@@ -479,7 +490,7 @@ int main() {
   float softcap, minus_lse;
   while (std::cin >> softcap >> minus_lse) {
     Params const params{Softcap::arguments_of(1.f, softcap)};
-    auto const hidden = Softcap::element(params, Softcap::kHidden, NoPlaces{});
+    auto const hidden = Softcap::element(params, Softcap::kHidden, true, NoPlaces{});
     float const scale_log2 = Softcap::unit(softcap) * sm90::kLog2e;
     std::cout << hidden.hidden << ' ' << std::fma(hidden.value, scale_log2, minus_lse) << ' '
               << hidden.slope << '\\n';

@@ -191,8 +191,9 @@ struct Softcap {
   }
   /// Of tanh, or kHidden: dS has the factor 1 - tanh^2.
   template <class Params>
-  CUTLASS_DEVICE static ChangedScore<0> element(Params const&, float tanh, NoPlaces const&) {
-    return {tanh, tanh == kHidden, __fmaf_rn(-tanh, tanh, 1.f), 1.f, {}};
+  CUTLASS_DEVICE static ChangedScore<0> element(Params const&, float tanh, bool hidden,
+                                                NoPlaces const&) {
+    return {tanh, hidden, __fmaf_rn(-tanh, tanh, 1.f), 1.f, {}};
   }
 };
 

@@ -40,11 +40,11 @@ struct ChangedProbabilities {
 };
 
 /// P = 2^(scale_log2 * score - lse_log2) of every score of a block, of raw ones or what prepare()
-/// made of them, kHidden where hidden. place(row, column) is where one stands; `statistics` are the
-/// block's, the thread's first query is `column`. Careful, P is never above 1, as rounding of a
-/// large lse would have it.
-template <bool kCareful, class Variant, class Params, class Rows, class Place, class Statistics,
-          class Probabilities>
+/// made of them, kHidden where hidden, which without kHidesSome none is. place(row, column) is
+/// where one stands; `statistics` are the block's, the thread's first query is `column`. Careful, P
+/// is never above 1, as rounding of a large lse would have it.
+template <bool kCareful, bool kHidesSome, class Variant, class Params, class Rows, class Place,
+          class Statistics, class Probabilities>
 CUTLASS_DEVICE void changed_probabilities(Params const& params, Rows const& rows,
                                           Place const& place, Statistics const& statistics,
                                           int column, Probabilities& to) {
@@ -63,6 +63,11 @@ CUTLASS_DEVICE void changed_probabilities(Params const& params, Rows const& rows
     if constexpr (kCareful) exponent = sm90::min_nan(exponent, 0.f);
     return sm90::exp2_mufu(exponent);
   };
+  auto element = [&](int row, int col) {
+    float const score = rows(row, col);
+    return Variant::element(params, score, kHidesSome && score == Variant::kHidden,
+                            place(row, col));
+  };
   // Without hooks all is finite, and hidden P are 0 by themselves.
   auto times = [](auto const& changed, float p, float factor) {
     return Variant::kHasHooks ? changed.times(p, factor) : p * factor;
@@ -73,8 +78,8 @@ CUTLASS_DEVICE void changed_probabilities(Params const& params, Rows const& rows
     float const minus_lse[] = {statistics.minus_lse(query), statistics.minus_lse(query + 1)};
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < size<0>(rows); ++row) {
-      auto const a = Variant::element(params, rows(row, col), place(row, col));
-      auto const b = Variant::element(params, rows(row, col + 1), place(row, col + 1));
+      auto const a = element(row, col);
+      auto const b = element(row, col + 1);
       float const p[] = {probability(a, minus_lse[0]), probability(b, minus_lse[1])};
       float const weighed[] = {times(a, p[0], a.weight), times(b, p[1], b.weight)};
       round(to.p, row, col, weighed[0], weighed[1]);
@@ -94,15 +99,14 @@ CUTLASS_DEVICE void changed_probabilities(Params const& params, Rows const& rows
   }
 }
 
-/// changed_probabilities() of a block in which a variant's mask hides nothing, or is asked.
+/// changed_probabilities() of a block in which something is hidden or not: with hooks most steps
+/// spare asking. Careful, they do not.
 template <bool kCareful, class Variant, class... Arguments>
-CUTLASS_DEVICE void changed_probabilities_of(bool is_full, Arguments&&... arguments) {
-  if constexpr (Variant::kHasBlockMask && Variant::kHides) {
-    if (is_full) {
-      return changed_probabilities<kCareful, typename Variant::Unmasked>(arguments...);
-    }
+CUTLASS_DEVICE void changed_probabilities_of(bool hides_some, Arguments&&... arguments) {
+  if (Variant::kHasHooks && !kCareful && !hides_some) {
+    return changed_probabilities<kCareful, false, Variant>(arguments...);
   }
-  changed_probabilities<kCareful, Variant>(arguments...);
+  changed_probabilities<kCareful, true, Variant>(arguments...);
 }
 
 /// dP^T - delta, with weights dP^T, becomes dS^T in place. Careful, a delta that is not finite does

@@ -214,9 +214,10 @@ CUTLASS_DEVICE void restore_dv(Params const& params, typename Traits::SharedStor
   auto dv = make_tensor(gradient.data(), sm90::accumulator_rows_cols(gradient.layout()));
   auto const& mask = coord.mask(params);
   int const first[2] = {mask.first_query(key), mask.first_query(key + 8)};
+  auto const of_sequence = places_of<Traits, Caller::kThread>(params, coord);
   auto is_seen = [&](int head, int query, int i, bool is_full) {
     if constexpr (Traits::Variant::kHides) {
-      auto const places = places_of<Traits>(params, coord, head);
+      auto const places = of_sequence.of_head(head);
       Place const here = places.template at<typename Traits::Variant>(query, key + 8 * i);
       if (!is_full && !Traits::Variant::Hooks::mask(here, params.variant)) return false;
     }
@@ -227,7 +228,7 @@ CUTLASS_DEVICE void restore_dv(Params const& params, typename Traits::SharedStor
   };
   TensorView const& view = params.grad_out;
   for (QuerySteps<Traits, Params> step(params, coord); step.valid(); step.advance()) {
-    if (!Traits::Variant::kHides && !step.masked()) continue;
+    if (!step.hides_some()) continue;
     int const end = min((step.block() + 1) * Traits::kTileM, mask.seqlen_q);
     auto const* grad_out = static_cast<Element const*>(view.data) + coord.first_of_q(view) +
                            step.head() * view.head_stride + column;

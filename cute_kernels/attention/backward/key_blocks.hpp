@@ -17,6 +17,16 @@ namespace cute_kernels::attention {
 
 enum class Caller { kWarp, kThread };
 
+/// A value that all of a caller's threads have, where a warp's compiler knows that they do.
+template <Caller kCaller>
+CUTLASS_DEVICE int of_caller(int value) {
+  if constexpr (kCaller == Caller::kWarp) {
+    return sm90::uniform(value);
+  } else {
+    return value;
+  }
+}
+
 /// kTileN keys of one KV head of one batch entry.
 struct KeyBlockCoord {
   int n_block;
@@ -132,9 +142,14 @@ CUTLASS_DEVICE SequenceKeyBlock find_key_block(Params const& params, int number)
   };
   BlockRange const own = queries_of(coord.n_block * Traits::kTileN, Traits::kTileN);
   BlockRange const of_cluster = queries_of(first_key, kClusterKeys);
+  int full_end = own.full_end;
+  if constexpr (Traits::Variant::kHasHooks && Traits::kChanges) {
+    // What hooks say of queries behind the last need not be finite.
+    full_end = lesser(full_end, sequence.ranges.seqlen_q / Traits::kTileM);
+  }
   return {coord.n_block,
           coord.kv_head,
-          {of_cluster.begin, of_cluster.end, own.full_begin, own.full_end},
+          {of_cluster.begin, of_cluster.end, own.full_begin, full_end},
           number <= last && first_key < sequence.k.rows,
           sequence};
 }

@@ -127,6 +127,7 @@ class BackwardMainloop {
     auto const product_dp = Scores::template operands<Traits::kValueBlocksInRegisters>(
         own_v, tensor(shared_.grad_out, typename Traits::LayoutGradOut{}), thread);
     await_queries();
+    auto const of_sequence = places_of<Traits, Caller::kWarp>(params, coord);
     Steps<Params> step(params, coord);
     for (bool more = step.valid(); more;) {
       // S^T and dP^T, back to back.
@@ -142,22 +143,29 @@ class BackwardMainloop {
       first_step = false;
 
       int const query = step.block() * kTileM + column;
-      auto const places = places_of<Traits>(params, coord, step.head());
-      auto const place = transposed_places<Traits>(places, key, query);
+      auto const places = of_sequence.of_head(step.head());
+      auto place = [&] { return transposed_places<Traits>(places, key, query); };
       auto p = make_tensor<Element>(OperandLayout{});
       ChangedProbabilities<Element, OperandLayout, Variant> changed;
       auto const& statistics = shared_.statistics[read_q_.index()];
+      auto const shown = shown_elements<Variant>(params, p_rows, place, kCareful || step.is_full());
       warpgroup_wait<1>();
       if constexpr (Traits::kChanges) Variant::prepare(params, scores);
-      if (!kCareful && step.masked()) {
-        coord.mask(params).apply_transposed(p_rows, key, query, Variant::kHidden);
+      if constexpr (!kCareful) {
+        if (step.masked()) {
+          coord.mask(params).apply_transposed(p_rows, key, query, Variant::kHidden);
+        }
+        shown.hide_others(p_rows, Variant::kHidden);
       }
+      auto hidden_step = [&] { return HiddenStep<Traits>(shared_, step.hides_some(), warpgroup_); };
+      auto mask = [&]() -> decltype(auto) {
+        return mask_of_step<Traits>(params, coord, places, step.is_full());
+      };
       if constexpr (Traits::kChanges) {
         if constexpr (kCareful) {
-          HiddenStep<Traits>(shared_, step.masked(), warpgroup_)
-              .template restrict<RawScore<Variant>>(p_rows, coord.mask(params), key, query);
+          hidden_step().template restrict<RawScore<Variant>>(p_rows, mask(), key, query);
         }
-        changed_probabilities_of<kCareful, Variant>(step.is_full(), params, p_rows, place,
+        changed_probabilities_of<kCareful, Variant>(step.hides_some(), params, p_rows, place(),
                                                     statistics, column, changed);
       } else if constexpr (kStatisticsByProduct) {
         scores_to_probabilities(scores, params.scale_log2);
@@ -168,12 +176,11 @@ class BackwardMainloop {
       auto ds_rows = make_tensor(gradients.data(), p_rows.layout());
       if constexpr (!kStatisticsByProduct) subtract_delta(ds_rows, minus_delta);
       if constexpr (kCareful) {
-        HiddenStep<Traits> const hidden(shared_, Variant::kHides || step.masked(), warpgroup_);
+        HiddenStep<Traits> const hidden = hidden_step();
         if constexpr (!Traits::kChanges) {
-          hidden.template restrict<Probability>(p_rows, coord.mask(params), key, query);
+          hidden.template restrict<Probability>(p_rows, mask(), key, query);
         }
-        hidden.clear(ds_rows, mask_of_step<Traits>(params, coord, places, step.is_full()), key,
-                     query);
+        hidden.clear(ds_rows, mask(), key, query);
         hidden.clear_queries(shared_, read_q_.index());
       }
       if constexpr (Traits::kChanges) {

@@ -2,25 +2,27 @@
 
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/backward/key_blocks.hpp"
 #include "cute_kernels/attention/lengths.hpp"
 #include "cute_kernels/attention/variant/place.hpp"
+#include "cute_kernels/sm90/opaque.hpp"
 
 namespace cute_kernels::attention {
 
-/// What the hooks of a user's variant are told of a key block and a head of Q; without hooks
-/// nothing.
-template <class Traits, class Params>
-CUTLASS_DEVICE auto places_of(Params const& params, typename Traits::KeyBlock const& coord,
-                              int head) {
+/// What the hooks of a user's variant are told of a key block and the first head of Q; without
+/// hooks nothing.
+template <class Traits, Caller kCaller, class Params>
+CUTLASS_DEVICE auto places_of(Params const& params, typename Traits::KeyBlock const& coord) {
   if constexpr (Traits::Variant::kHasHooks) {
     auto const& sequence = coord.sequence;
     VariantArguments const& call = params.variant;
     int const batch = call.cu_seqlens_k == nullptr
                           ? sequence.batch
                           : entry_at(call.cu_seqlens_k, call.sequences, sequence.k.first);
-    return SequencePlace(call, batch, head,
-                         {sequence.batch, sequence.q.first, sequence.k.first,
-                          sequence.ranges.seqlen_q, sequence.ranges.seqlen_k});
+    auto const of_all = [](int value) { return of_caller<kCaller>(value); };
+    return SequencePlace(call, of_all(batch), 0,
+                         {sequence.batch, of_all(sequence.q.first), of_all(sequence.k.first),
+                          of_all(sequence.ranges.seqlen_q), of_all(sequence.ranges.seqlen_k)});
   } else {
     return NoPlaces{};
   }
@@ -30,9 +32,10 @@ CUTLASS_DEVICE auto places_of(Params const& params, typename Traits::KeyBlock co
 /// `query`.
 template <class Traits, class Places>
 CUTLASS_DEVICE auto transposed_places(Places const& places, int key, int query) {
+  int const here = sm90::opaque(key);
   return [=, &places](int row, int col) {
     return places.template at<typename Traits::Variant>(query + 8 * (col / 2) + col % 2,
-                                                        key + 8 * row);
+                                                        here + 8 * row);
   };
 }
 

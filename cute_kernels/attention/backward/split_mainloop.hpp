@@ -82,30 +82,37 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
     auto const product_s = Scores::template operands<Traits::kKeyBlocksInRegisters>(
         Base::tensor(shared.k.data(), typename Traits::LayoutK{}),
         Base::tensor(shared.q.data(), typename Traits::LayoutQ{}), thread);
+    auto const of_sequence = places_of<Traits, Caller::kWarp>(params, coord);
     for (Steps<Params> step(params, coord); step.valid(); step.advance()) {
       auto scores = Scores::accumulator();
       pipeline_q.consumer_wait(read);
       Scores::template issue<Statistic::kLse>(shared, product_s, read.index(), thread, scores);
       int const query = step.block() * kTileM + column;
-      warpgroup_wait<0>();
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
+      auto const places = of_sequence.of_head(step.head());
+      auto place = [&] { return transposed_places<Traits>(places, key, query); };
+      auto const shown = shown_elements<Variant>(params, p_rows, place, kCareful || step.is_full());
+      warpgroup_wait<0>();
       using Score = std::conditional_t<Traits::kChanges, RawScore<Variant>, Exponent>;
-      auto const places = places_of<Traits>(params, coord, step.head());
       if constexpr (Traits::kChanges) Variant::prepare(params, scores);
       if constexpr (kCareful) {
-        HiddenStep<Traits> const hidden(shared, Variant::kHides || step.masked(), 0);
-        hidden.template restrict<Score>(p_rows, coord.mask(params), key, query);
+        HiddenStep<Traits> const hidden(shared, step.hides_some(), 0);
+        hidden.template restrict<Score>(
+            p_rows, mask_of_step<Traits>(params, coord, places, step.is_full()), key, query);
         pipeline_grad_out.consumer_wait(read);
         hidden.clear_queries(shared, read.index());
-      } else if (step.masked()) {
-        coord.mask(params).apply_transposed(p_rows, key, query, Variant::kHidden);
+      } else {
+        if (step.masked()) {
+          coord.mask(params).apply_transposed(p_rows, key, query, Variant::kHidden);
+        }
+        shown.hide_others(p_rows, Variant::kHidden);
       }
       auto p = make_tensor<Element>(OperandLayout{});
       ChangedProbabilities<Element, OperandLayout, Variant> changed;
       if constexpr (Traits::kChanges) {
-        changed_probabilities_of<kCareful, Variant>(
-            step.is_full(), params, p_rows, transposed_places<Traits>(places, key, query),
-            shared.statistics[read.index()], column, changed);
+        changed_probabilities_of<kCareful, Variant>(step.hides_some(), params, p_rows, place(),
+                                                    shared.statistics[read.index()], column,
+                                                    changed);
       } else {
         scores_to_probabilities(scores, params.scale_log2);
         sm90::convert_fragment<Element>(make_tensor(scores.data(), OperandLayout{}), p);
@@ -168,6 +175,7 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
     auto const product_dp = Scores::template operands<Traits::kValueBlocksInRegisters>(
         Base::tensor(shared.v[0], typename Traits::LayoutV{}),
         Base::tensor(shared.grad_out.data(), typename Traits::LayoutGradOut{}), thread);
+    auto const of_sequence = places_of<Traits, Caller::kWarp>(params, coord);
     for (Steps<Params> step(params, coord); step.valid(); step.advance()) {
       auto gradients = Scores::accumulator();
       pipeline_q.consumer_wait(read);  // delta comes with Q
@@ -177,8 +185,7 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
       if constexpr (kCareful) {
         warpgroup_wait<0>();
         // So does the first, before it hands P on.
-        HiddenStep<Traits>(shared, Variant::kHides || step.masked(), 1)
-            .clear_queries(shared, read.index());
+        HiddenStep<Traits>(shared, step.hides_some(), 1).clear_queries(shared, read.index());
       }
       auto p = make_tensor<Element>(gradients.layout());
       auto* parts = reinterpret_cast<uint4*>(p.data());
@@ -192,8 +199,8 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
       warpgroup_wait<0>();
       if constexpr (kCareful) {
         auto rows = make_tensor(gradients.data(), sm90::accumulator_rows_cols(gradients.layout()));
-        auto const places = places_of<Traits>(params, coord, step.head());
-        HiddenStep<Traits>(shared, Variant::kHides || step.masked(), 1)
+        auto const places = of_sequence.of_head(step.head());
+        HiddenStep<Traits>(shared, step.hides_some(), 1)
             .clear(rows, mask_of_step<Traits>(params, coord, places, step.is_full()), key,
                    step.block() * kTileM + column);
       }

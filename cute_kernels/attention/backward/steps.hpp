@@ -12,16 +12,6 @@
 
 namespace cute_kernels::attention {
 
-/// A value that all of a caller's threads have, where a warp's compiler knows that they do.
-template <Caller kCaller>
-CUTLASS_DEVICE int of_caller(int value) {
-  if constexpr (kCaller == Caller::kWarp) {
-    return sm90::uniform(value);
-  } else {
-    return value;
-  }
-}
-
 /// Where a step of a key block is: at a block of queries of a query head of the group.
 template <class Traits, class Params>
 class StepPlace {
@@ -53,15 +43,6 @@ class StepPlace {
  protected:
   CUTLASS_DEVICE StepPlace(Params const& params, KeyBlock const& coord)
       : params_(params), coord_(coord) {}
-
-  /// Whether queries behind the last are to be hidden: what hooks say of them need not be finite.
-  CUTLASS_DEVICE bool reaches_beyond() const {
-    if constexpr (Traits::Variant::kHasHooks) {
-      return (block_ + 1) * Traits::kTileM > coord_.sequence.ranges.seqlen_q;
-    } else {
-      return false;
-    }
-  }
 
   Params const& params_;
   std::conditional_t<Traits::kAnyCall, KeyBlock const&, KeyBlock const> coord_;
@@ -114,11 +95,12 @@ class RangeSteps : public StepPlace<Traits, Params> {
     if constexpr (Traits::kAnyCall) {
       if (block_ >= queries().full_end) return true;
     }
-    return this->reaches_beyond() || block_ < full_;
+    return block_ < full_;
   }
 
   /// Whether a variant's mask hides nothing.
-  CUTLASS_DEVICE static constexpr bool is_full() { return false; }
+  CUTLASS_DEVICE static constexpr bool is_full() { return !Traits::Variant::kHides; }
+  CUTLASS_DEVICE bool hides_some() const { return masked() || !is_full(); }
 
   /// How many add to the same slices of this step's dQ before, in order.
   CUTLASS_DEVICE int turn() const {
@@ -169,20 +151,66 @@ class RangeSteps : public StepPlace<Traits, Params> {
 /// The same with a block mask: the query blocks of the units that it lists for the keys of a
 /// cluster. A query block's turns count the units of keys that it is listed for, so that here, too,
 /// one waits for smaller numbers, all of which come.
-template <class Traits, class Params, Caller kCaller>
-class ListedSteps : public StepPlace<Traits, Params> {
+template <class Traits, class Params>
+class ListPlace : public StepPlace<Traits, Params> {
   using Place = StepPlace<Traits, Params>;
   using KeyBlock = typename Traits::KeyBlock;
-  using Place::block_;
-  using Place::coord_;
-  using Place::head_in_group_;
-  using Place::params_;
-  static constexpr int kBlocksOfUnit = kMaskUnit / Traits::kTileM;
   static_assert(kMaskUnit % Traits::kTileM == 0, "a unit of a block mask is some whole blocks");
   static_assert(Traits::kTileN * Traits::kCluster == kMaskUnit, "a cluster has one unit's keys");
 
  public:
-  CUTLASS_DEVICE ListedSteps(Params const& params, KeyBlock const& coord) : Place(params, coord) {
+  CUTLASS_DEVICE bool masked() const { return found_.masked; }
+
+  /// Whether a variant's mask hides nothing.
+  CUTLASS_DEVICE bool is_full() const { return !Traits::Variant::kHides || found_.full; }
+  CUTLASS_DEVICE bool hides_some() const { return masked() || !is_full(); }
+
+ protected:
+  using Place::coord_;
+  using Place::params_;
+  static constexpr int kBlocksOfUnit = kMaskUnit / Traits::kTileM;
+
+  struct Found {
+    bool masked;
+    bool full;
+  };
+
+  CUTLASS_DEVICE ListPlace(Params const& params, KeyBlock const& coord) : Place(params, coord) {}
+
+  CUTLASS_DEVICE BlockRow row_of(int head_in_group) const {
+    return BlockRow(params_.variant.blocks, coord_.sequence.batch,
+                    coord_.kv_head * params_.heads_per_kv + head_in_group,
+                    coord_.n_block / Traits::kCluster);
+  }
+
+  /// How many query blocks are listed. The last units may reach beyond the last query.
+  CUTLASS_DEVICE int blocks_of(BlockRow const& row) const {
+    int const units = row.count();
+    if (units == 0) return 0;
+    int const end = (row.entry(units - 1).unit() + 1) * kBlocksOfUnit;
+    return units * kBlocksOfUnit - greater(0, end - params_.workspace.m_blocks.divisor);
+  }
+
+  CUTLASS_DEVICE static int block_at(BlockEntry entry, int place) {
+    return entry.unit() * kBlocksOfUnit + place % kBlocksOfUnit;
+  }
+
+  CUTLASS_DEVICE Found found(BlockEntry entry, int block) const {
+    return {block >= coord_.queries.full_end || block < coord_.queries.full_begin, entry.is_full()};
+  }
+
+  Found found_;
+};
+
+/// One after the other.
+template <class Traits, class Params>
+class ListedSteps : public ListPlace<Traits, Params> {
+  using Place = ListPlace<Traits, Params>;
+  using Place::head_in_group_;
+
+ public:
+  CUTLASS_DEVICE ListedSteps(Params const& params, typename Traits::KeyBlock const& coord)
+      : Place(params, coord) {
     begin_head();
   }
 
@@ -195,46 +223,91 @@ class ListedSteps : public StepPlace<Traits, Params> {
     }
   }
 
-  CUTLASS_DEVICE bool masked() const {
-    return this->reaches_beyond() || block_ >= coord_.queries.full_end ||
-           block_ < coord_.queries.full_begin;
+  CUTLASS_DEVICE int turn() const {
+    return this->row_of(head_in_group_).turn(place_ / Place::kBlocksOfUnit);
   }
-
-  CUTLASS_DEVICE bool is_full() const { return is_full_; }
-
-  CUTLASS_DEVICE int turn() const { return row_of_head().turn(place_ / kBlocksOfUnit); }
 
  private:
-  CUTLASS_DEVICE BlockRow row_of_head() const {
-    return BlockRow(params_.variant.blocks, coord_.sequence.batch, this->head(),
-                    coord_.n_block / Traits::kCluster);
-  }
-
-  /// The last place of the first head, from head_in_group_ on, that has one. The last unit may
-  /// reach beyond the last query.
+  /// The last place of the first head, from head_in_group_ on, that has one.
   CUTLASS_DEVICE void begin_head() {
     for (; this->valid(); ++head_in_group_) {
-      place_ = of_caller<kCaller>(row_of_head().count()) * kBlocksOfUnit - 1;
-      for (; place_ >= 0; --place_) {
-        read();
-        if (block_ < params_.workspace.m_blocks.divisor) return;
-      }
+      place_ = this->blocks_of(this->row_of(head_in_group_)) - 1;
+      if (place_ >= 0) return read();
     }
   }
 
   CUTLASS_DEVICE void read() {
-    BlockEntry const entry{of_caller<kCaller>(row_of_head().entry(place_ / kBlocksOfUnit).packed)};
-    block_ = entry.unit() * kBlocksOfUnit + place_ % kBlocksOfUnit;
-    is_full_ = entry.is_full();
+    BlockEntry const entry = this->row_of(head_in_group_).entry(place_ / Place::kBlocksOfUnit);
+    this->block_ = Place::block_at(entry, place_);
+    this->found_ = this->found(entry, this->block_);
   }
 
   int place_;
-  bool is_full_;
+};
+
+/// Of a warp, whose lanes look up as many steps at a time: nothing that a loop over the steps reads
+/// decides when it ends, which would keep the compiler from seeing that the lanes stay together.
+template <class Traits, class Params>
+class ListedStepsOfWarp : public ListPlace<Traits, Params> {
+  using Place = ListPlace<Traits, Params>;
+  static constexpr int kLanes = cutlass::NumThreadsPerWarp;
+
+ public:
+  CUTLASS_DEVICE ListedStepsOfWarp(Params const& params, typename Traits::KeyBlock const& coord)
+      : Place(params, coord) {
+    int steps = 0;
+    for (int head = 0; head < params.heads_per_kv; ++head) {
+      steps += this->blocks_of(this->row_of(head));
+    }
+    left_ = sm90::uniform(steps);
+    look_up();
+    read();
+  }
+
+  CUTLASS_DEVICE bool valid() const { return left_ > 0; }
+
+  CUTLASS_DEVICE void advance() {
+    --left_;
+    ++number_;
+    if (number_ % kLanes == 0) look_up();
+    read();
+  }
+
+ private:
+  /// The lane's step of those from number_ on.
+  CUTLASS_DEVICE void look_up() {
+    int before = number_ + static_cast<int>(threadIdx.x) % kLanes;
+    for (int head = 0; head < this->params_.heads_per_kv; ++head) {
+      BlockRow const row = this->row_of(head);
+      int const place = this->blocks_of(row) - 1 - before;
+      if (before >= 0 && place >= 0) {
+        BlockEntry const entry = row.entry(place / Place::kBlocksOfUnit);
+        int const block = Place::block_at(entry, place);
+        auto const found = this->found(entry, block);
+        own_head_ = head;
+        own_block_ = 4 * block + 2 * found.masked + found.full;
+      }
+      before = -place - 1;
+    }
+  }
+
+  CUTLASS_DEVICE void read() {
+    int const packed = __shfl_sync(0xffffffff, own_block_, number_ % kLanes);
+    this->head_in_group_ = __shfl_sync(0xffffffff, own_head_, number_ % kLanes);
+    this->block_ = packed / 4;
+    this->found_ = {(packed & 2) != 0, (packed & 1) != 0};
+  }
+
+  int left_;
+  int number_ = 0;
+  int own_head_ = 0;
+  int own_block_ = 0;  // times 4, + 2 if masked, + 1 if full
 };
 
 template <class Traits, class Params, Caller kCaller = Caller::kThread>
-using QuerySteps =
-    std::conditional_t<Traits::Variant::kHasBlockMask, ListedSteps<Traits, Params, kCaller>,
-                       RangeSteps<Traits, Params, kCaller>>;
+using QuerySteps = std::conditional_t<
+    !Traits::Variant::kHasBlockMask, RangeSteps<Traits, Params, kCaller>,
+    std::conditional_t<kCaller == Caller::kWarp, ListedStepsOfWarp<Traits, Params>,
+                       ListedSteps<Traits, Params>>>;
 
 }  // namespace cute_kernels::attention

@@ -117,10 +117,10 @@ struct BackwardTraits {
   using MmaScoresOfRegisters = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float, MnkShape<kWarpgroupN, kTileM, 16>>()));
 
-  // A variant needs S as it is, before lse is subtracted: the threads do that; and where it weighs
-  // P, dP before delta is.
+  // A variant that changes scores needs S as it is, before lse is subtracted: the threads do that;
+  // and where it weighs P, dP before delta is. What only hides keys is one more mask.
   using Variant = typename Tile::Variant;
-  static constexpr bool kChanges = Variant::kScores || Variant::kHides || Variant::kWeighs;
+  static constexpr bool kChanges = Variant::kScores || Variant::kWeighs;
   // lse and delta are subtracted by WGMMA; or, where no registers are left for its operand of ones,
   // by the threads.
   static constexpr bool kStatisticsByProduct = Tile::kStatisticsByProduct;
@@ -130,7 +130,7 @@ struct BackwardTraits {
       cute::GMMA::rs_op_selector<cutlass::bfloat16_t, cutlass::bfloat16_t, float,
                                  MnkShape<kWarpgroupN, kTileM, 16>>()));
   static_assert(!kChanges || kStatisticsByProduct, "in parts, which threads add up");
-  static_assert(!kChanges || kAnyCall, "hooks are told of sequences");
+  static_assert(!(kChanges || Variant::kHides) || kAnyCall, "hooks are told of sequences");
   static constexpr bool is_by_product(Statistic statistic) {
     return kStatisticsByProduct && !(kChanges && statistic == Statistic::kLse) &&
            !(Variant::kWeighs && statistic == Statistic::kDelta);

@@ -9,6 +9,7 @@
 #include "cute_kernels/attention/ranges.hpp"
 #include "cute_kernels/attention/variant/variant.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
+#include "cute_kernels/sm90/opaque.hpp"
 #include "cute_kernels/sm90/warp_gemm.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
@@ -39,7 +40,6 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
   static constexpr int kKeysOfOrigin = 16;
   static constexpr int kSeekNoMore = 1 << 30;
   static constexpr bool kHasLeftEnd = Traits::Calls::kHasLeftEnd;
-  static constexpr bool kChangesScores = Variant::kScores || Variant::kHides;
   static constexpr bool kHasBlockMask = Variant::kHasBlockMask;
 
  public:
@@ -125,11 +125,6 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
   }
 
  private:
-  CUTLASS_DEVICE static int opaque(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
-  }
-
   /// The thread's first row of a tile; its other one is 8 rows on.
   template <class Params>
   CUTLASS_DEVICE static int first_row(Params const& params, typename Params::Tile const& coord,
@@ -216,7 +211,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     // Where the elements of a block's scores stand.
     auto const places = places_of<Variant>(params, coord);
     auto place_in = [&](int block) {
-      int const lane = opaque(thread);
+      int const lane = sm90::opaque(thread);
       int const query = own_query + lane / 32 * kWarpM + lane % 32 / 4;
       int const key = block * kTileN + lane % 4 * 2;
       return [=, &places](int row, int col) {
@@ -224,10 +219,10 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       };
     };
     // Scores -> P in place. Q and K must still be there.
-    auto softmax_block = [&](int block, bool seek, bool is_full, auto const& on_move) {
+    auto softmax_block = [&](int block, bool seek, auto const& shown, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       auto mask = [&] {
-        int const lane = opaque(thread);  // not kept from step to step
+        int const lane = sm90::opaque(thread);  // not kept from step to step
         auto const again = params.forgotten(coord);
         auto const& mask = params.mask_of(again);
         int const row = params.first_query(again) + warpgroup * Traits::kWarpgroupM +
@@ -239,13 +234,10 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       auto overflow = [&] {
         // No mask: the block would have been sought.
         auto own_q = local_tile(shared_q, Shape<Int<kWarpM>, Int<Traits::kHeadDim>>{},
-                                make_coord(opaque(thread) / 32, _0{}));
-        sm90::warp_gemm(own_q, shared_k(_, _, opaque(read_k.index())), scores);
-        if constexpr (kHasBlockMask) {
-          Variant::change_listed(params, rows, place_in(block), is_full);
-        } else if constexpr (kChangesScores) {
-          Variant::change_again(params, rows, place_in(block));
-        }
+                                make_coord(sm90::opaque(thread) / 32, _0{}));
+        sm90::warp_gemm(own_q, shared_k(_, _, sm90::opaque(read_k.index())), scores);
+        if constexpr (Variant::kScores) Variant::change_again(params, rows, place_in(block));
+        shown.hide_others(rows, -INFINITY);
         // Every second time as many blocks more as it took to come here: a tile starts few blocks
         // again, and where it does so once, its origins' margin is likely to be enough.
         if (Softmax::kHasMargin && seek_from < kSeekNoMore) {
@@ -254,7 +246,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
           auto const again = params.forgotten(coord);
           auto const walk =
               key_walk<Traits>(params, again, params.mask_of(again), params.first_query(again));
-          seek_from = 2 * opaque(block) - walk.block(walk.places.end - 1) - 1;
+          seek_from = 2 * sm90::opaque(block) - walk.block(walk.places.end - 1) - 1;
         }
       };
       // Whether the margin replaces a second look at more keys.
@@ -266,11 +258,10 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       if constexpr (Variant::kHasExponents) {
         straight = !seek && Variant::gives_exponents(params, rows);
       }
-      if constexpr (kHasBlockMask) {
-        Variant::change_listed(params, rows, place_in(block), is_full);
-      } else if constexpr (kChangesScores) {
+      if constexpr (Variant::kScores) {
         if (!straight) Variant::change(params, rows, place_in(block));
       }
+      shown.hide_others(rows, -INFINITY);
       auto exponents = [&](auto const& exponentiate) {
         if constexpr (Variant::kHasExponents) {
           if (straight) return exponentiate(Variant::exponent(params));
@@ -280,15 +271,30 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       softmax.update(rows, seek, few, mask, exponents, overflow, on_move);
       if constexpr (Variant::kWeighs) Variant::weigh(params, rows, place_in(block));
     };
-    // Of the block at a place. Rows may see the first of their keys in any block that is not full.
-    auto softmax_at = [&](int place, bool seek, auto const& on_move) {
+    // What there is to say of the block at a place before its scores are there: with hooks its
+    // number, whether rows may see the first of their keys there, and what hooks show of it.
+    auto ask = [&](int place) {
+      auto shown = [&](int block, bool is_full) {
+        auto const rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
+        return shown_elements<Variant>(params, rows, [&] { return place_in(block); }, is_full);
+      };
       if constexpr (kHasBlockMask) {
         BlockEntry const entry{sm90::uniform(walk.entry(place).packed)};
         int const block = walk.block(entry, place);
-        bool const is_full = entry.is_full();
-        softmax_block(block, seek || !is_full || seeks(block), is_full, on_move);
+        return cute::make_tuple(block, !entry.is_full(), shown(block, entry.is_full()));
+      } else if constexpr (Variant::kHides) {
+        return cute::make_tuple(place, false, shown(place, false));
       } else {
-        softmax_block(place, seek || seeks(place), false, on_move);
+        return place;
+      }
+    };
+    auto softmax_of = [&](auto const& asked, bool seek, auto const& on_move) {
+      if constexpr (kHasBlockMask || Variant::kHides) {
+        auto const& [block, begins, shown] = asked;
+        bool const seeks_first = begins && softmax.begins();
+        softmax_block(block, seek || seeks_first || seeks(block), shown, on_move);
+      } else {
+        softmax_block(asked, seek || seeks(asked), AllShown{}, on_move);
       }
     };
     auto round_probabilities = [&] {
@@ -309,9 +315,10 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     pipeline_k.consumer_wait(read_k);
     sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, operand_q, operand_k(_, _, _, read_k.index()),
                                             scores);
+    auto const asked_first = ask(place);
     warpgroup_wait<0>();
     release(pipeline_k, read_k);  // the first block's scores are never needed again
-    softmax_at(place, true, [](auto const&) {});
+    softmax_of(asked_first, true, [](auto const&) {});
 
     // Steady state: this step's Q K^T and the last step's P V are issued back to back; the softmax
     // of the new scores runs while P V is in flight.
@@ -327,8 +334,9 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
                                                operand_v(_, _, _, read_v.index()), out);
       pass_turn(warpgroup);
+      auto const asked = ask(place);
       warpgroup_wait<Traits::kOverlap ? 1 : 0>();
-      softmax_at(place, false, [&](auto const& factors) {
+      softmax_of(asked, false, [&](auto const& factors) {
         warpgroup_wait<0>();
         Softmax::scale_rows(out_rows, factors);
       });

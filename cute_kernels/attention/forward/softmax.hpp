@@ -76,6 +76,14 @@ class OnlineSoftmax {
     add(block_sum);
   }
 
+  /// Whether a row of the warp has seen no key yet.
+  CUTLASS_DEVICE bool begins() const {
+    bool begins = false;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) begins |= origin_[row] == kMinusInf;
+    return __any_sync(0xffffffff, begins);
+  }
+
   /// Multiplies the rows of O.
   template <class Output>
   CUTLASS_DEVICE static void scale_rows(Output& out, float const (&factor)[kRows]) {

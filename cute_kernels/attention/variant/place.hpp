@@ -49,6 +49,12 @@ struct SequencePlace {
         last_query(lesser(sequence.seqlen_q, call.most_queries) - 1),
         last_key(lesser(sequence.seqlen_k, call.most_keys) - 1) {}
 
+  CUTLASS_DEVICE SequencePlace of_head(int other) const {
+    SequencePlace place = *this;
+    place.head = other;
+    return place;
+  }
+
   /// Blocks reach beyond the sequence: there, hooks that index tensors by a coordinate are told the
   /// nearest place inside. What they say of it is not used.
   template <class Variant>
@@ -69,6 +75,7 @@ struct SequencePlace {
 
 /// Where nobody asks.
 struct NoPlaces {
+  CUTLASS_DEVICE NoPlaces of_head(int) const { return {}; }
   template <class Variant>
   CUTLASS_DEVICE NoPlaces at(int, int) const {
     return {};

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/call.hpp"
@@ -15,12 +17,75 @@
 // - Arguments, which the kernel's parameters end with, and arguments_of(problem);
 // - unit(call): what the scores are in units of, after change();
 // - change(params, scores, place): of a block, in place, forward. place(row, column) is where an
-//   element stands. change_again() the same, where the scores are anything.
+//   element stands. change_again() the same, where the scores are anything. What hides keys is
+//   asked before, by shown_elements().
 // - gives_exponents(params, scores): whether P of a block of a warp can do without change(). Then
 //   exponent(params)(score, offset) is what change(), scale and offset make of a score.
 // - prepare(params, scores): of a block, in place, backward; then of each of its scores, or of
-//   kHidden instead of it, element(params, score, place).
+//   kHidden instead of it, element(params, score, hidden, place).
 namespace cute_kernels::attention {
+
+/// Which elements of a block a mask hook shows, a bit for each. It is asked before the scores are
+/// there, so that the answers' instructions and loads hide under the products; there are not enough
+/// predicates to keep them.
+template <int kRows, int kColumns>
+class ShownElements {
+ public:
+  /// shows(row, column), which is not asked of a full block.
+  template <class Shows>
+  CUTLASS_DEVICE ShownElements(bool is_full, Shows const& shows) : is_full_(is_full), words_{} {
+    if (is_full) return;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < kColumns; ++col) {
+        int const i = row * kColumns + col;
+        if (shows(row, col)) words_[i / 32] |= uint32_t{1} << i % 32;
+      }
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (uint32_t& word : words_) asm volatile("" : "+r"(word));  // not asked again later
+  }
+
+  template <class Scores>
+  CUTLASS_DEVICE void hide_others(Scores& scores, float hidden) const {
+    if (is_full_) return;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < kColumns; ++col) {
+        int const i = row * kColumns + col;
+        if ((words_[i / 32] & uint32_t{1} << i % 32) == 0) scores(row, col) = hidden;
+      }
+    }
+  }
+
+ private:
+  bool is_full_;
+  uint32_t words_[(kRows * kColumns + 31) / 32];
+};
+
+/// All, where no hook hides any.
+struct AllShown {
+  template <class Scores>
+  CUTLASS_DEVICE void hide_others(Scores&, float) const {}
+};
+
+/// Of a block of (row, column) scores, which need not be there yet. places() is a function that
+/// tells where an element stands.
+template <class Variant, class Params, class Scores, class Places>
+CUTLASS_DEVICE auto shown_elements(Params const& params, Scores const& scores, Places const& places,
+                                   bool is_full) {
+  if constexpr (Variant::kHides) {
+    using cute::size;
+    auto const place = places();
+    return ShownElements<decltype(size<0>(scores))::value, decltype(size<1>(scores))::value>(
+        is_full,
+        [&](int row, int col) { return Variant::Hooks::mask(place(row, col), params.variant); });
+  } else {
+    return AllShown{};
+  }
+}
 
 /// The attention that everybody means.
 struct NoVariant {
@@ -68,12 +133,6 @@ struct HookedVariant {
   static constexpr float kHidden = -INFINITY;
   using Arguments = VariantArguments;
 
-  /// The same of a full block.
-  struct UnmaskedHooks : Hooks {
-    static constexpr bool kMask = false;
-  };
-  using Unmasked = HookedVariant<UnmaskedHooks>;
-
   template <class Problem>
   static Arguments arguments_of(Problem const& problem) {
     return *problem.variant;
@@ -82,15 +141,14 @@ struct HookedVariant {
 
   template <class Params, class Scores, class PlaceOf>
   CUTLASS_DEVICE static void change(Params const& params, Scores& scores, PlaceOf const& place) {
-    change_each<kScores, kHides>(params, scores, place);
-  }
-
-  /// The same with a block mask, of a block that is full or not.
-  template <class Params, class Scores, class PlaceOf>
-  CUTLASS_DEVICE static void change_listed(Params const& params, Scores& scores,
-                                           PlaceOf const& place, bool is_full) {
-    change_each<kScores, false>(params, scores, place);
-    if (kHides && !is_full) change_each<false, kHides>(params, scores, place);
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < cute::size<0>(scores); ++row) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < cute::size<1>(scores); ++col) {
+        float& score = scores(row, col);
+        score = Hooks::score(score * params.variant.scale, place(row, col), params.variant);
+      }
+    }
   }
 
   template <class Params, class Scores, class PlaceOf>
@@ -115,12 +173,11 @@ struct HookedVariant {
   template <class Params, class Scores>
   CUTLASS_DEVICE static void prepare(Params const&, Scores&) {}
 
-  /// A score of -inf is hidden already: hooks are asked about 0 instead.
+  /// Where the score is hidden, hooks are asked about 0 instead.
   template <class Params>
   CUTLASS_DEVICE static ChangedScore<kGradients> element(Params const& params, float score,
-                                                         Place const& here) {
-    ChangedScore<kGradients> changed{score, score == -INFINITY, 1.f, 1.f, {}};
-    if constexpr (kHides) changed.hidden |= !Hooks::mask(here, params.variant);
+                                                         bool hidden, Place const& here) {
+    ChangedScore<kGradients> changed{score, hidden, 1.f, 1.f, {}};
     if constexpr (kScores) {
       using Number = Dual<1 + kGradients>;
       float const scaled = changed.hidden ? 0.f : score * params.variant.scale;
@@ -138,28 +195,6 @@ struct HookedVariant {
     }
     if constexpr (kWeighs) changed.weight = Hooks::weight(here, params.variant);
     return changed;
-  }
-
- private:
-  template <bool kChangesScore, bool kHidesKey, class Params, class Scores, class PlaceOf>
-  CUTLASS_DEVICE static void change_each(Params const& params, Scores& scores,
-                                         PlaceOf const& place) {
-    if constexpr (kChangesScore || kHidesKey) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < cute::size<0>(scores); ++row) {
-        CUTLASS_PRAGMA_UNROLL
-        for (int col = 0; col < cute::size<1>(scores); ++col) {
-          Place const here = place(row, col);
-          float& score = scores(row, col);
-          if constexpr (kChangesScore) {
-            score = Hooks::score(score * params.variant.scale, here, params.variant);
-          }
-          if constexpr (kHidesKey) {
-            if (!Hooks::mask(here, params.variant)) score = -INFINITY;
-          }
-        }
-      }
-    }
   }
 };
 

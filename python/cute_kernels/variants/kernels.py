@@ -29,7 +29,7 @@ _FORWARD_OF_BLOCKS: dict[int, dict[str, Any]] = {
 }
 _BACKWARD: dict[int, dict[str, Any]] = {
     64: {"tile_m": 64, "tile_n": 128, "key_blocks_in_registers": 2},
-    128: {"tile_m": 64, "tile_n": 128},
+    128: {"tile_m": 64, "tile_n": 128, "key_blocks_in_registers": 2},
     256: {
         "tile_m": 64,
         "tile_n": 64,
@@ -40,6 +40,8 @@ _BACKWARD: dict[int, dict[str, Any]] = {
 }
 # What leaves no registers for keys, and no second way from one warpgroup to the other
 _LARGEST_WITH_MORE = 128
+# Hooks that read captured tensors for each query or key need registers for addresses.
+_BESIDE_READS = {128: {"key_blocks_in_registers": 1}}
 
 
 class Names(NamedTuple):
@@ -142,6 +144,8 @@ def _row(
         columns |= {"statistics_by_product": True}
         if gradients or KNOWN[key].weight is not None:
             columns["key_blocks_in_registers"] = 0
+        elif not all(tensor.is_of_rows for tensor in KNOWN[key].tensors):
+            columns |= _BESIDE_READS.get(fitting, {})
     config = TileConfig(
         of_pass,
         name=name.lower(),

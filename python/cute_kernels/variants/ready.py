@@ -70,7 +70,7 @@ _DOCUMENT = Variant(
 )
 _PREFIX_LM = Variant(
     "prefix_lm",
-    mask="return key <= position || key < prefix[batch];",
+    mask="return key < max(position + 1, prefix[batch]);",
     mask_python=_prefix_or_causal,
     tensors={"prefix": ("int32", "batch")},
 )
