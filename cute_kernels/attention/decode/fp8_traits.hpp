@@ -21,8 +21,8 @@ struct Fp8DecodeTraits : DecodeTraits<Tile_> {
   static_assert(Base::kConsumers == 2 && Base::kCtas == 1);
 
   // A producer thread has more to do here.
-  static constexpr int kProducerRegisters = 72;
-  static constexpr int kConsumerRegisters = 216;
+  static constexpr int kProducerRegisters = 88;
+  static constexpr int kConsumerRegisters = 208;
 
   static constexpr int kLookAhead = 1;           // code that converts, too, would be repeated
   static constexpr int kStaged = Tile::kStaged;  // blocks of 8 bits on their way
