@@ -32,7 +32,7 @@ CUTLASS_DEVICE auto places_of(Params const& params, typename Traits::KeyBlock co
 /// `query`.
 template <class Traits, class Places>
 CUTLASS_DEVICE auto transposed_places(Places const& places, int key, int query) {
-  int const here = sm90::opaque(key);
+  int const here = Traits::Variant::kHasHooks ? sm90::opaque(key) : key;
   return [=, &places](int row, int col) {
     return places.template at<typename Traits::Variant>(query + 8 * (col / 2) + col % 2,
                                                         here + 8 * row);
