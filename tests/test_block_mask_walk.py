@@ -13,21 +13,55 @@ from cute_kernels.variants.block_mask import block_lists
 
 pytestmark = needs_cxx
 
+LANES = 4  # of a warp, fewer than there are so that lists are longer than it
 # What the headers have of CUDA
 STUB = """
 #pragma once
+#include <condition_variable>
 #include <cstdint>
+#include <mutex>
 #include <type_traits>
 #define CUTLASS_DEVICE inline
 #define CUTLASS_HOST_DEVICE inline
-namespace cutlass { constexpr int NumThreadsPerWarp = 1; }
-struct { int x = 0; } const threadIdx;
+namespace cutlass { constexpr int NumThreadsPerWarp = %(lanes)d; }
+inline thread_local struct { int x = 0; } threadIdx;
 template <class T> T __ldg(T const* p) { return *p; }
-inline int __shfl_sync(unsigned, int value, int) { return value; }
+
+// A warp's lanes are threads here, which wait for each other.
+class Warp {
+ public:
+  int exchange(int value, int lane) {
+    values_[threadIdx.x] = value;
+    meet();
+    int const result = values_[lane];
+    meet();
+    return result;
+  }
+
+ private:
+  void meet() {
+    std::unique_lock lock(mutex_);
+    int const round = round_;
+    if (++arrived_ == cutlass::NumThreadsPerWarp) {
+      arrived_ = 0;
+      ++round_;
+      all_there_.notify_all();
+    }
+    all_there_.wait(lock, [&] { return round_ != round; });
+  }
+
+  std::mutex mutex_;
+  std::condition_variable all_there_;
+  int arrived_ = 0, round_ = 0, values_[cutlass::NumThreadsPerWarp];
+};
+inline Warp warp;
+inline int __shfl_sync(unsigned, int value, int lane) { return warp.exchange(value, lane); }
 """
 STEPS = "cute_kernels/attention/backward/steps.hpp"
 MAIN = """
 #include <iostream>
+#include <sstream>
+#include <thread>
 #include <vector>
 #include "cutlass/cutlass.h"
 #include "cute_kernels/attention/forward/key_walk.hpp"
@@ -63,19 +97,29 @@ struct Params {
 
 template <int kTileN>
 void print_steps(Params const& params, KeyBlock const& keys) {
-  auto print = [](auto step, auto const& turn_of) {
+  auto print = [](std::ostream& to, auto step, auto const& turn_of) {
     for (; step.valid(); step.advance()) {
-      for (int64_t value : {int64_t{step.head()}, int64_t{step.block()}, int64_t{step.is_full()},
+      for (int64_t value : {int64_t{step.head()}, int64_t{step.block()}, int64_t{step.masked()},
+                            int64_t{step.is_full()}, int64_t{step.hides_some()},
                             int64_t{turn_of(step)}, step.block_index()}) {
-        std::cout << value << ' ';
+        to << value << ' ';
       }
     }
-    std::cout << '\\n';
+    to << '\\n';
   };
-  print(QuerySteps<Traits<kTileN>, Params, Caller::kThread>(params, keys),
+  print(std::cout, QuerySteps<Traits<kTileN>, Params, Caller::kThread>(params, keys),
         [](auto const& step) { return step.turn(); });
-  print(QuerySteps<Traits<kTileN>, Params, Caller::kWarp>(params, keys),
-        [](auto const&) { return -1; });
+  std::ostringstream of_lanes[cutlass::NumThreadsPerWarp];
+  std::vector<std::thread> lanes;
+  for (int lane = 0; lane < cutlass::NumThreadsPerWarp; ++lane) {
+    lanes.emplace_back([&, lane] {
+      threadIdx.x = lane;
+      print(of_lanes[lane], QuerySteps<Traits<kTileN>, Params, Caller::kWarp>(params, keys),
+            [](auto const&) { return -1; });
+    });
+  }
+  for (std::thread& lane : lanes) lane.join();
+  for (auto const& lane : of_lanes) std::cout << lane.str();
 }
 
 template <int kTileN>
@@ -88,9 +132,10 @@ void print_walk(BlockRow const& row) {
 }
 
 int main() {
-  int batch, heads, group, batches, of_heads, queries, keys, m_blocks;
+  int batch, heads, group, batches, of_heads, queries, keys, m_blocks, full_begin, full_end;
   while (std::cin >> batch >> heads >> group >> batches >> of_heads >> queries >> keys >>
-         m_blocks) {
+         m_blocks >> full_begin >> full_end) {
+    BlockRange const seen{0, m_blocks, full_begin, full_end};
     auto read = [&](int count) {
       std::vector<int> values(batches * of_heads * count);
       for (int& value : values) std::cin >> value;
@@ -119,9 +164,9 @@ int main() {
     for (int entry = 0; entry < batch; ++entry) {
       for (int kv_head = 0; kv_head < heads / group; ++kv_head) {
         for (int unit = 0; unit < keys; ++unit) {
-          print_steps<128>(params, {unit, kv_head, {}, {entry}});
-          print_steps<64>(params, {2 * unit, kv_head, {}, {entry}});
-          print_steps<64>(params, {2 * unit + 1, kv_head, {}, {entry}});
+          print_steps<128>(params, {unit, kv_head, seen, {entry}});
+          print_steps<64>(params, {2 * unit, kv_head, seen, {entry}});
+          print_steps<64>(params, {2 * unit + 1, kv_head, seen, {entry}});
         }
       }
     }
@@ -134,11 +179,11 @@ int main() {
 def program(tmp_path_factory):
     folder = tmp_path_factory.mktemp("walk")
     (folder / "cutlass").mkdir()
-    (folder / "cutlass" / "cutlass.h").write_text(STUB)
+    (folder / "cutlass" / "cutlass.h").write_text(STUB % {"lanes": LANES})
     lines = (ROOT / STEPS).read_text().splitlines()
     without_includes = [line for line in lines if not line.startswith("#include")]
     (folder / "steps.hpp").write_text("\n".join(without_includes))
-    return host_program(folder, MAIN, "-I", folder, *CHECKED)
+    return host_program(folder, MAIN, "-I", folder, "-pthread", *CHECKED)
 
 
 def test_every_listed_block_is_walked_once(program):
@@ -153,7 +198,9 @@ def test_every_listed_block_is_walked_once(program):
             kinds[:, :, -2:] = kinds[:, :, -1:]
         m_blocks = max(1, 2 * queries - beyond)
         lists = [n for x in block_lists(kinds) for n in x.flatten().tolist()]
-        lines = iter(program([[batch, heads, group, *shape, m_blocks, *lists]]))
+        full = range(chance.randrange(3), m_blocks + 1 - chance.randrange(3))  # to the call's mask
+        case = [batch, heads, group, *shape, m_blocks, full.start, full.stop, *lists]
+        lines = iter(program([case]))
         kinds = kinds.expand(batch, heads, -1, -1)
         for entry, head, i in torch.cartesian_prod(*map(torch.arange, kinds.shape[:3])).tolist():
             row = kinds[entry, head, i].tolist()
@@ -174,9 +221,12 @@ def test_every_listed_block_is_walked_once(program):
                             if kind:
                                 turn = int((of_head[block // 2, :j] > 0).sum())
                                 index = (entry * heads + head) * m_blocks + block
-                                expected.append([head, block, int(kind == 2), turn, index])
-                    by_warp = [[*step[:3], -1, step[4]] for step in expected]
+                                masked, is_full = block not in full, kind == 2
+                                hides = masked or not is_full
+                                expected.append([head, block, masked, is_full, hides, turn, index])
+                    by_lane = [[*step[:5], -1, step[6]] for step in expected]
                     for _ in range(3):
                         assert next(lines) == [n for step in expected for n in step]
-                        assert next(lines) == [n for step in by_warp for n in step]
+                        for _ in range(LANES):
+                            assert next(lines) == [n for step in by_lane for n in step]
         assert next(lines, None) is None

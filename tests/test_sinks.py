@@ -190,6 +190,19 @@ def test_huge_and_odd_sinks(device):
     assert_gradients_right(parts, *of_heads, *qkv, scale, False, sinks=sinks[2:])
 
 
+def test_queries_without_keys_are_nobodys_nan(device):
+    """Their LSE is the sink, which tells nothing of what is in the query."""
+    dtype = dtype_on(device)
+    skip_unless_answered(device, dtype, 64)
+    q, k, v = random_qkv(device, dtype, 1, 150, 90, 4)
+    sinks, grads = some_sinks(4, device), grads_of(q, v)
+    clean = run(q, k, v, sinks, grads, causal=True)
+    q[:, :60] = math.nan  # all before the first key
+    spoilt = run(q, k, v, sinks, grads, causal=True)
+    for result, expected in zip(spoilt, clean, strict=True):
+        torch.testing.assert_close(result, expected)
+
+
 def test_gradients_are_the_same_bits(device):
     dtype = dtype_on(device)
     skip_unless_answered(device, dtype, 64)

@@ -67,9 +67,11 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   auto* const statistics =
       static_cast<typename Traits::Statistics*>(params.workspace.statistics) + block_index;
   bool alarming = false;
-  bool sees_nothing = false;  // one of the thread's rows
+  bool sees_nothing = false;  // perhaps, one of the thread's rows
   float const sink = params.sinks == nullptr ? -INFINITY : params.sinks[head];
   float sink_gradient = 0.f;  // of the thread's rows
+  // A row without keys has the sink's lse; so may one whose keys are nothing beside the sink.
+  auto may_see_nothing = [&](float lse) { return lse == -INFINITY || lse == sink; };
 
   int const lane = threadIdx.x % kLanes;
   int const column = lane * kVector;
@@ -106,7 +108,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
         lse = params.lse[at];
         minus_delta = (params.grad_lse == nullptr ? 0.f : params.grad_lse[at]) - sum;
         alarming |= is_alarming(lse, minus_delta);
-        sees_nothing |= lse == -INFINITY;
+        sees_nothing |= may_see_nothing(lse);
         sink_gradient += gradient_of_sink(sink, lse, minus_delta);
       }
       statistics->set(row, lse, minus_delta, params.unit_of_lse);
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     CUTLASS_PRAGMA_NO_UNROLL
     for (int row = threadIdx.x / kLanes; row < Traits::kTileM; row += kRows) {
       int const query = block * Traits::kTileM + row;
-      if (query >= slot.used || params.lse[of_row(query)] != -INFINITY) continue;
+      if (query >= slot.used || !may_see_nothing(params.lse[of_row(query)])) continue;
       auto has_wild = [&](TensorView const& view, int columns) {
         bool wild = false;
         CUTLASS_PRAGMA_NO_UNROLL

@@ -138,6 +138,7 @@ struct BackwardTraits {
   // Split by products: S^T and dP^T of the next step are issued before this step's dQ.
   static constexpr bool kScoresAhead = Tile::kScoresAhead;
   static_assert(!kScoresAhead || (kSplitProducts && !kChanges), "registers are left there alone");
+  static_assert(!kScoresAhead || !Variant::kHides, "its mainloop asks no hooks");
   // S^T is issued while the last step's dK is in flight.
   static constexpr bool kScoresBehindDk = Tile::kScoresBehindDk;
   static_assert(!kScoresBehindDk || !kSplitProducts, "no warpgroup has both S^T and dK");
