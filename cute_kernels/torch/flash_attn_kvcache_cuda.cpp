@@ -48,6 +48,8 @@ void check_sizes(Argument const& a, size_t rank) {
   }
 }
 
+int bytes_of_element(Argument const& a) { return is_8_bits(a.dtype) ? 1 : kElementBytes; }
+
 /// Kernels count the vectors of 16 bytes before a row in 32 bits (decode/cache_rows.hpp).
 void check_span(Argument const& a) {
   constexpr int64_t kMostBytes = (int64_t{1} << 36) - 16;
@@ -55,13 +57,12 @@ void check_span(Argument const& a) {
   for (size_t dim = 0; dim < a.sizes.size(); ++dim) {
     last += std::max<int64_t>(0, a.sizes[dim] - 1) * a.strides[dim];
   }
-  require(last < kMostBytes / (is_8_bits(a.dtype) ? 1 : kElementBytes), a.name,
-          " spans 64 GiB or more");
+  require(last < kMostBytes / bytes_of_element(a), a.name, " spans 64 GiB or more");
 }
 
 /// `most`: of the head_dim.
 void check_cache(Argument const& a, Argument const& q, int most = kMaxHeadDim) {
-  int const bytes = is_8_bits(a.dtype) ? 1 : kElementBytes;
+  int const bytes = bytes_of_element(a);
   check_device(a, q);
   check_sizes(a, 4);
   check_head_dim(a.name, a.size(3), most);
@@ -321,7 +322,7 @@ Tensor flash_attn_kvcache_forward_out(
   Tensor lse = empty({sizes.heads_q, q.size(0)}, ScalarType::Float, q.device);
   if (lse.numel() == 0) return lse;
   // The copy, if any, lives until the launches are enqueued.
-  Tensor const q_readable = tma_readable(q, is_8_bits(q.dtype) ? 1 : kElementBytes);
+  Tensor const q_readable = tma_readable(q, bytes_of_element(q));
   problem.q = view(q_readable);
   problem.out = out_tensor.data_ptr();
   problem.lse = static_cast<float*>(lse.data_ptr());

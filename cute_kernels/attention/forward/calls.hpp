@@ -5,6 +5,7 @@
 #include "cute_kernels/attention/mask.hpp"
 #include "cute_kernels/attention/schedule/list_scheduler.hpp"
 #include "cute_kernels/attention/tile_scheduler.hpp"
+#include "cute_kernels/sm90/opaque.hpp"
 
 // What a forward kernel is told of its calls: which tiles there are, where their rows lie, and what
 // they see. One of these is a part of its parameters.
@@ -32,7 +33,7 @@ struct DenseCalls {
   /// The same tile, of which the compiler knows nothing any more: what is computed from it is
   /// computed again.
   CUTLASS_DEVICE static Tile forgotten(Tile tile) {
-    asm volatile("" : "+r"(tile.m_block));
+    tile.m_block = sm90::opaque(tile.m_block);
     return tile;
   }
 };
@@ -62,7 +63,7 @@ struct AnyCalls {
   CUTLASS_DEVICE int row_k(Tile const& tile) const { return work(tile).sequence.row_k; }
 
   CUTLASS_DEVICE static Tile forgotten(Tile tile) {
-    asm volatile("" : "+r"(tile.entry));
+    tile.entry = sm90::opaque(tile.entry);
     return tile;
   }
 

@@ -5,6 +5,7 @@
 
 #include "cute_kernels/attention/forward/fp8_traits.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/opaque.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
@@ -146,9 +147,7 @@ class Fp8Result {
   /// The thread's number in its warpgroup. What is computed from it once a tile shall not stay in
   /// registers from tile to tile.
   CUTLASS_DEVICE static int opaque_thread() {
-    int thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
-    asm volatile("" : "+r"(thread));
-    return thread;
+    return sm90::opaque(threadIdx.x % cutlass::NumThreadsPerWarpGroup);
   }
 };
 

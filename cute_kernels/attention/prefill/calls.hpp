@@ -6,6 +6,7 @@
 #include "cute_kernels/attention/decode/problem.hpp"
 #include "cute_kernels/attention/mask.hpp"
 #include "cute_kernels/attention/schedule/list_scheduler.hpp"
+#include "cute_kernels/sm90/opaque.hpp"
 
 namespace cute_kernels::attention {
 
@@ -46,7 +47,7 @@ struct CacheCalls {
   }
 
   CUTLASS_DEVICE static Tile forgotten(Tile tile) {
-    asm volatile("" : "+r"(tile.entry));
+    tile.entry = sm90::opaque(tile.entry);
     return tile;
   }
 
