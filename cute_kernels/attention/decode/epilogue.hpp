@@ -14,18 +14,19 @@ namespace cute_kernels::attention {
 /// Where results go. Part of an item: rows of O as they are, and their statistics, in the place of
 /// the CTA for the part that it begins with, or for the one that it ends with.
 ///
-/// A part is there when its flag is the call's ticket. Flags need no clearing beforehand: memory
-/// that was never a flag is not a ticket but by chance, once in 2^64. Where the same call comes
-/// again (a graph's replay), the last to need the flags has cleared them.
+/// An item's parts are counted as they come, behind the call's ticket: each of them makes the
+/// counter the call's if it is not yet, before its own products. So counters need no clearing
+/// beforehand: memory that was never a counter has not the ticket but by chance, once in 2^48.
+/// Where the same call comes again (a graph's replay), the last part has cleared the counter.
 struct DecodeResults {
   float const* sinks;
   void* out;                  // (total_q, heads_q, head_dim_v)
   float* lse;                 // (heads_q, total_q)
   float* partial_out;         // (2, ctas, kTileRows, kHeadDim)
   RowStatistics* statistics;  // (2, ctas, kTileRows)
-  uint64_t* flags;            // (2, ctas)
-  uint64_t ticket;
-  bool is_bfloat16;  // what `out` is where the kernel does not say it, or float16
+  uint64_t* counters;         // (ctas), of the item of which the CTA has the first part
+  uint64_t ticket;            // of which a counter has the lower 48 bits
+  bool is_bfloat16;           // what `out` is where the kernel does not say it, or float16
 };
 
 /// Writes one part: the result, or what the last of the item's parts makes the result of.
@@ -43,12 +44,24 @@ class DecodeEpilogue {
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kVector = 4;  // floats of 16 bytes
   static constexpr int kRowsAtOnce = 2;
+  static constexpr int kCountBits = 16;  // of a counter
 
  public:
   CUTLASS_DEVICE DecodeEpilogue(CachedCall const& call, DecodeResults const& results,
                                 cutlass::FastDivmod const& group, float scale_log2,
                                 SharedStorage& shared)
       : call_(call), results_(results), group_(group), scale_log2_(scale_log2), shared_(shared) {}
+
+  /// Before a part's products: what it asks of memory is there when they are.
+  CUTLASS_DEVICE void begin(Walk const& walk) const {
+    if (consumer_thread() != 0) return;
+    WorkParts const parts = walk.parts();
+    if (parts.count == 1) return;
+    uint64_t* const counter = results_.counters + parts.first;
+    uint64_t const found = load_relaxed(counter);
+    // If another part has been faster, the counter is the call's, and stays as it is.
+    if ((found ^ no_parts()) >> kCountBits != 0) exchange_if_equal(counter, found, no_parts());
+  }
 
   /// Stores what a warpgroup has of O.
   template <class Softmax, class Output>
@@ -65,7 +78,7 @@ class DecodeEpilogue {
   /// Behind the stores.
   CUTLASS_DEVICE void finish(Walk const& walk) const {
     WorkParts const parts = walk.parts();
-    if (parts.count > 1 && is_last(walk, parts)) combine(walk, parts);
+    if (parts.count > 1 && is_last(parts)) combine(walk, parts);
   }
 
  private:
@@ -157,49 +170,50 @@ class DecodeEpilogue {
     }
   }
 
-  /// Tells that this part is there, and asks whether all are: the last one to tell finds them all,
-  /// or several that tell at once do. They then write the same result.
-  CUTLASS_DEVICE bool is_last(Walk const& walk, WorkParts const& parts) const {
-    sm90::barrier_sync(sm90::NamedBarrier::kPartStored, 0, kThreads);
-    if (consumer_thread() < kLanes) {
-      int const lane = threadIdx.x % kLanes;
-      if (lane == 0) {
-        __threadfence();  // of all consumers' stores, which the barrier has put before it
-        store_flag(own_slot(walk), results_.ticket);
-      }
-      // Each of two parts' stores before its own loads, in one order for all: one sees the other.
-      __syncwarp();
-      __threadfence();
-      bool all = true;
-      for (int part = lane; part < parts.count; part += kLanes) {
-        all &= load_flag(slot(parts, part)) == results_.ticket;
-      }
-      all = __all_sync(0xffffffff, all);
-      if (lane == 0) shared_.is_last = all;
-      __threadfence();
+  /// Counts this part, and whether it is the last one.
+  CUTLASS_DEVICE bool is_last(WorkParts const& parts) const {
+    sm90::barrier_sync_memory(sm90::NamedBarrier::kPartStored, 0, kThreads);
+    if (consumer_thread() == 0) {
+      // All consumers' stores, which the barrier has put before it, are before the count; and all
+      // parts' are before what the last one reads behind the next barrier.
+      uint64_t* const counter = results_.counters + parts.first;
+      uint64_t const others = count_part(counter) - no_parts();
+      bool const all = others == static_cast<uint64_t>(parts.count) - 1;
+      if (all) store_relaxed(counter, ~no_parts());
+      shared_.is_last = all;
     }
-    sm90::barrier_sync(sm90::NamedBarrier::kPartStored, 0, kThreads);
+    sm90::barrier_sync_memory(sm90::NamedBarrier::kPartStored, 0, kThreads);
     return shared_.is_last;
   }
-  CUTLASS_DEVICE void store_flag(int64_t slot, uint64_t value) const {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(results_.flags + slot), "l"(value)
+  /// A counter of the call that has counted nothing.
+  CUTLASS_DEVICE uint64_t no_parts() const { return results_.ticket << kCountBits; }
+  CUTLASS_DEVICE static uint64_t count_part(uint64_t* counter) {
+    uint64_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;"
+                 : "=l"(before)
+                 : "l"(counter)
+                 : "memory");
+    return before;
+  }
+  CUTLASS_DEVICE static void exchange_if_equal(uint64_t* counter, uint64_t found, uint64_t value) {
+    [[maybe_unused]] uint64_t before;
+    asm volatile("atom.relaxed.gpu.global.cas.b64 %0, [%1], %2, %3;"
+                 : "=l"(before)
+                 : "l"(counter), "l"(found), "l"(value)
                  : "memory");
   }
-  CUTLASS_DEVICE uint64_t load_flag(int64_t slot) const {
+  CUTLASS_DEVICE static void store_relaxed(uint64_t* counter, uint64_t value) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(counter), "l"(value) : "memory");
+  }
+  CUTLASS_DEVICE static uint64_t load_relaxed(uint64_t const* counter) {
     uint64_t value;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
-                 : "=l"(value)
-                 : "l"(results_.flags + slot)
-                 : "memory");
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(counter) : "memory");
     return value;
   }
 
   /// The result of all parts, always in the same order. A warp has kRowsAtOnce rows at a time; its
   /// lanes know the statistics of a part each, and add up some columns each.
   CUTLASS_DEVICE void combine(Walk const& walk, WorkParts const& parts) const {
-    for (int part = consumer_thread(); part < parts.count; part += kThreads) {
-      store_flag(slot(parts, part), ~results_.ticket);
-    }
     CUTLASS_PRAGMA_NO_UNROLL
     for (int row = consumer_thread() / kLanes; row < walk.tile().rows;
          row += kWarps * kRowsAtOnce) {
