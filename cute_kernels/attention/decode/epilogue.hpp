@@ -43,7 +43,14 @@ class DecodeEpilogue {
   static constexpr int kTileRows = Traits::kTileRows;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kVector = 4;  // floats of 16 bytes
-  static constexpr int kRowsAtOnce = 2;
+  // Combining, of a lane: vectors of a row, and vectors of all rows and parts that it reads at
+  // once.
+  static constexpr int kLanesOfRow = kHeadDim / kVector < kLanes ? kHeadDim / kVector : kLanes;
+  static constexpr int kLanesOfParts = kLanes / kLanesOfRow;
+  static constexpr int kVectorsOfLane = kHeadDim / kVector / kLanesOfRow;
+  static constexpr int64_t kVectorsOfPart = int64_t{kTileRows} * kHeadDim / kVector;
+  static constexpr int kVectorsAtOnce = 16;
+  static constexpr int kFewParts = kVectorsOfLane > 2 ? 2 : 4;
   static constexpr int kCountBits = 16;  // of a counter
 
  public:
@@ -211,89 +218,143 @@ class DecodeEpilogue {
     return value;
   }
 
-  /// The result of all parts, always in the same order. A warp has kRowsAtOnce rows at a time; its
-  /// lanes know the statistics of a part each, and add up some columns each.
+  /// The result of all parts, always in the same order.
   CUTLASS_DEVICE void combine(Walk const& walk, WorkParts const& parts) const {
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int row = consumer_thread() / kLanes; row < walk.tile().rows;
-         row += kWarps * kRowsAtOnce) {
-      combine_rows(walk, parts, row);
+    int const warp = consumer_thread() / kLanes;
+    if (walk.tile().rows > kWarps && parts.count <= kFewParts) {
+      combine_rows<kVectorsAtOnce / kVectorsOfLane / kFewParts>(walk, parts, warp);
+    } else {
+      combine_rows<1>(walk, parts, warp);
     }
   }
 
-  CUTLASS_DEVICE void combine_rows(Walk const& walk, WorkParts const& parts, int first_row) const {
-    constexpr int kVectors = kHeadDim / kVector;
-    constexpr int kVectorsOfLane = (kVectors + kLanes - 1) / kLanes;
+  /// A warp's rows, kRows at a time. Its lanes know the statistics of a part each, and add up some
+  /// columns each; of short rows one half of them of every other part. Whatever may be is read at a
+  /// time: latency binds.
+  template <int kRows>
+  CUTLASS_DEVICE void combine_rows(Walk const& walk, WorkParts const& parts, int warp) const {
+    constexpr int kPartsAtOnce = kVectorsAtOnce / kVectorsOfLane / kRows;  // of a lane
+    constexpr int kGroup = kPartsAtOnce * kLanesOfParts;                   // of the warp
+    static_assert(kRows > 0 && kPartsAtOnce > 0 && kLanes % kGroup == 0);
     int const lane = threadIdx.x % kLanes;
-    // Rows behind the tile's last one are read as that one.
-    auto row_of = [&](int i) { return min(first_row + i * kWarps, walk.tile().rows - 1); };
-    auto statistics_of = [&](int part, int i) {
-      float2 const pair = __ldcg(reinterpret_cast<float2 const*>(
-          results_.statistics + slot(parts, part) * kTileRows + row_of(i)));
-      return RowStatistics{pair.x, pair.y};
-    };
-    // A lane knows a part of each group of kLanes.
-    RowStatistics own[kRowsAtOnce];
-    float most[kRowsAtOnce], sum[kRowsAtOnce], weight[kRowsAtOnce];
-    float4 out[kRowsAtOnce][kVectorsOfLane] = {};
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kRowsAtOnce; ++i) most[i] = -INFINITY, sum[i] = 0.f;
-    for (int first = (parts.count - 1) / kLanes * kLanes; first >= 0; first -= kLanes) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-        own[i] = first + lane < parts.count ? statistics_of(first + lane, i)
-                                            : RowStatistics{-INFINITY, 0.f};
-        most[i] = fmaxf(most[i], own[i].most);
-      }
-    }
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kRowsAtOnce; ++i) {
-      most[i] = of_warp(most[i], [](float a, float b) { return fmaxf(a, b); });
-    }
+    int const own_part = lane / kLanesOfRow;
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int first = 0; first < parts.count; first += kLanes) {
-      int const count = min(kLanes, parts.count - first);
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-        float const origin = most[i] == -INFINITY ? 0.f : most[i];
-        if (first > 0 && lane < count) own[i] = statistics_of(first + lane, i);
-        weight[i] = sm90::exp2_mufu((own[i].most - origin) * scale_log2_);
-        if (lane < count) sum[i] += own[i].sum * weight[i];
-      }
-#pragma unroll 4
-      for (int j = 0; j < count; ++j) {
+    for (int first_row = warp; first_row < walk.tile().rows; first_row += kWarps * kRows) {
+      // Rows behind the tile's last one are read as that one.
+      auto row_of = [&](int i) { return min(first_row + i * kWarps, walk.tile().rows - 1); };
+      RowStatistics own[kRows];
+      auto read_statistics = [&](int first) {
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kRowsAtOnce; ++i) {
-          float const weight_of_part = __shfl_sync(0xffffffff, weight[i], j);
+        for (int i = 0; i < kRows; ++i) {
+          own[i] = {-INFINITY, 0.f};
+          if (first + lane >= parts.count) continue;
+          float2 const pair = __ldcg(reinterpret_cast<float2 const*>(
+              results_.statistics + slot(parts, first + lane) * kTileRows + row_of(i)));
+          own[i] = {pair.x, pair.y};
+        }
+      };
+      float4 read[kPartsAtOnce][kRows][kVectorsOfLane];
+      auto read_parts = [&](int first) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          // Places follow one another, but for that of part 0: an address is an instruction or
+          // none.
+          int64_t const place = parts.first + first + own_part;
           auto const* const from = reinterpret_cast<float4 const*>(
-              results_.partial_out + (slot(parts, first + j) * kTileRows + row_of(i)) * kHeadDim);
+              results_.partial_out + (place * kTileRows + row_of(i)) * kHeadDim);
+          int64_t const before = first + own_part == 0 ? gridDim.x * kVectorsOfPart : 0;
           CUTLASS_PRAGMA_UNROLL
-          for (int k = 0; k < kVectorsOfLane; ++k) {
-            float4 const x = __ldcg(from + (lane + k * kLanes) % kVectors);
-            out[i][k].x += weight_of_part * x.x;
-            out[i][k].y += weight_of_part * x.y;
-            out[i][k].z += weight_of_part * x.z;
-            out[i][k].w += weight_of_part * x.w;
+          for (int j = 0; j < kPartsAtOnce; ++j) {
+            auto const* const of_part =
+                from + (j == 0 ? before : j * kLanesOfParts * kVectorsOfPart);
+            bool const is_there = first + j * kLanesOfParts + own_part < parts.count;
+            CUTLASS_PRAGMA_UNROLL
+            for (int k = 0; k < kVectorsOfLane; ++k) {
+              read[j][i][k] = is_there ? __ldcg(of_part + lane % kLanesOfRow + k * kLanes)
+                                       : float4{0.f, 0.f, 0.f, 0.f};
+            }
           }
         }
+      };
+      int const last_lanes = (parts.count - 1) / kLanes * kLanes;
+      read_statistics(last_lanes);
+      read_parts(0);
+      float most[kRows], sum[kRows], weight[kRows];
+      float4 out[kRows][kVectorsOfLane] = {};
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kRows; ++i) most[i] = own[i].most, sum[i] = 0.f;
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int first = last_lanes - kLanes; first >= 0; first -= kLanes) {
+        read_statistics(first);
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kRows; ++i) most[i] = fmaxf(most[i], own[i].most);
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        most[i] = of_warp(most[i], [](float a, float b) { return fmaxf(a, b); });
+      }
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int first = 0;;) {
+        if (first % kLanes == 0) {
+          if (first > 0) read_statistics(first);
+          CUTLASS_PRAGMA_UNROLL
+          for (int i = 0; i < kRows; ++i) {
+            float const origin = most[i] == -INFINITY ? 0.f : most[i];
+            weight[i] = sm90::exp2_mufu((own[i].most - origin) * scale_log2_);
+            sum[i] += own[i].sum * weight[i];
+          }
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int j = 0; j < kPartsAtOnce; ++j) {
+          CUTLASS_PRAGMA_UNROLL
+          for (int i = 0; i < kRows; ++i) {
+            float const of_part =
+                __shfl_sync(0xffffffff, weight[i], first % kLanes + j * kLanesOfParts + own_part);
+            CUTLASS_PRAGMA_UNROLL
+            for (int k = 0; k < kVectorsOfLane; ++k) {
+              float4 const& x = read[j][i][k];
+              out[i][k].x += of_part * x.x;
+              out[i][k].y += of_part * x.y;
+              out[i][k].z += of_part * x.z;
+              out[i][k].w += of_part * x.w;
+            }
+          }
+        }
+        first += kGroup;
+        if (first >= parts.count) break;
+        read_parts(first);
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        sum[i] = of_warp(sum[i], [](float a, float b) { return a + b; });
+        store_combined(walk, first_row + i * kWarps, {most[i], sum[i]}, out[i]);
       }
     }
+  }
+
+  /// A row of all parts, of which each lane has some columns.
+  CUTLASS_DEVICE void store_combined(Walk const& walk, int row, RowStatistics const& statistics,
+                                     float4 (&out)[kVectorsOfLane]) const {
+    int const lane = threadIdx.x % kLanes;
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kRowsAtOnce; ++i) {
-      sum[i] = of_warp(sum[i], [](float a, float b) { return a + b; });
-      if (first_row + i * kWarps >= walk.tile().rows) continue;
-      Place const place = place_of_row(walk, row_of(i));
-      RowResult const result = result_of(place, {most[i], sum[i]});
-      if (lane == 0) store_lse(place, result.lse);
-      CUTLASS_PRAGMA_UNROLL
-      for (int k = 0; k < kVectorsOfLane; ++k) {
-        int const column = (lane + k * kLanes) * kVector;
-        if (column >= call_.head_dim_v) continue;
-        float4 const& x = out[i][k];
-        cutlass::Array<float, kVector> const scaled{x.x * result.factor, x.y * result.factor,
-                                                    x.z * result.factor, x.w * result.factor};
-        store_rounded(scaled, out_row(place) + column);
-      }
+    for (int lanes = kLanesOfRow; lanes < kLanes; lanes *= 2) {
+      out[0].x += __shfl_xor_sync(0xffffffff, out[0].x, lanes);
+      out[0].y += __shfl_xor_sync(0xffffffff, out[0].y, lanes);
+      out[0].z += __shfl_xor_sync(0xffffffff, out[0].z, lanes);
+      out[0].w += __shfl_xor_sync(0xffffffff, out[0].w, lanes);
+    }
+    if (row >= walk.tile().rows) return;
+    Place const place = place_of_row(walk, row);
+    RowResult const result = result_of(place, statistics);
+    if (lane == 0) store_lse(place, result.lse);
+    CUTLASS_PRAGMA_UNROLL
+    for (int k = 0; k < kVectorsOfLane; ++k) {
+      int const column = (lane + k * kLanes) * kVector;
+      if (column >= call_.head_dim_v) continue;
+      float4 const& x = out[k];
+      cutlass::Array<float, kVector> const scaled{x.x * result.factor, x.y * result.factor,
+                                                  x.z * result.factor, x.w * result.factor};
+      store_rounded(scaled, out_row(place) + column);
     }
   }
 
