@@ -14,18 +14,19 @@ namespace cute_kernels::attention {
 /// Where results go. Part of an item: rows of O as they are, and their statistics, in the place of
 /// the CTA for the part that it begins with, or for the one that it ends with.
 ///
-/// A part is there when its flag is the call's ticket. Flags need no clearing beforehand: memory
-/// that was never a flag is not a ticket but by chance, once in 2^64. Where the same call comes
-/// again (a graph's replay), the last to need the flags has cleared them.
+/// An item's parts are counted as they come, behind the call's ticket: each of them makes the
+/// counter the call's if it is not yet, before its own products. So counters need no clearing
+/// beforehand: memory that was never a counter has not the ticket but by chance, once in 2^48.
+/// Where the same call comes again (a graph's replay), the last part has cleared the counter.
 struct DecodeResults {
   float const* sinks;
   void* out;                  // (total_q, heads_q, head_dim_v)
   float* lse;                 // (heads_q, total_q)
   float* partial_out;         // (2, ctas, kTileRows, kHeadDim)
   RowStatistics* statistics;  // (2, ctas, kTileRows)
-  uint64_t* flags;            // (2, ctas)
-  uint64_t ticket;
-  bool is_bfloat16;  // what `out` is where the kernel does not say it, or float16
+  uint64_t* counters;         // (ctas), of the item of which the CTA has the first part
+  uint64_t ticket;            // of which a counter has the lower 48 bits
+  bool is_bfloat16;           // what `out` is where the kernel does not say it, or float16
 };
 
 /// Writes one part: the result, or what the last of the item's parts makes the result of.
@@ -42,13 +43,32 @@ class DecodeEpilogue {
   static constexpr int kTileRows = Traits::kTileRows;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kVector = 4;  // floats of 16 bytes
-  static constexpr int kRowsAtOnce = 2;
+  // Combining, of a lane: vectors of a row, and vectors of all rows and parts that it reads at
+  // once.
+  static constexpr int kLanesOfRow = kHeadDim / kVector < kLanes ? kHeadDim / kVector : kLanes;
+  static constexpr int kLanesOfParts = kLanes / kLanesOfRow;
+  static constexpr int kVectorsOfLane = kHeadDim / kVector / kLanesOfRow;
+  static constexpr int64_t kVectorsOfPart = int64_t{kTileRows} * kHeadDim / kVector;
+  static constexpr int kVectorsAtOnce = 16;
+  static constexpr int kFewParts = kVectorsOfLane > 2 ? 2 : 4;
+  static constexpr int kCountBits = 16;  // of a counter
 
  public:
   CUTLASS_DEVICE DecodeEpilogue(CachedCall const& call, DecodeResults const& results,
                                 cutlass::FastDivmod const& group, float scale_log2,
                                 SharedStorage& shared)
       : call_(call), results_(results), group_(group), scale_log2_(scale_log2), shared_(shared) {}
+
+  /// Before a part's products: what it asks of memory is there when they are.
+  CUTLASS_DEVICE void begin(Walk const& walk) const {
+    if (consumer_thread() != 0) return;
+    WorkParts const parts = walk.parts();
+    if (parts.count == 1) return;
+    uint64_t* const counter = results_.counters + parts.first;
+    uint64_t const found = load_relaxed(counter);
+    // If another part has been faster, the counter is the call's, and stays as it is.
+    if ((found ^ no_parts()) >> kCountBits != 0) exchange_if_equal(counter, found, no_parts());
+  }
 
   /// Stores what a warpgroup has of O.
   template <class Softmax, class Output>
@@ -65,7 +85,7 @@ class DecodeEpilogue {
   /// Behind the stores.
   CUTLASS_DEVICE void finish(Walk const& walk) const {
     WorkParts const parts = walk.parts();
-    if (parts.count > 1 && is_last(walk, parts)) combine(walk, parts);
+    if (parts.count > 1 && is_last(parts)) combine(walk, parts);
   }
 
  private:
@@ -157,129 +177,184 @@ class DecodeEpilogue {
     }
   }
 
-  /// Tells that this part is there, and asks whether all are: the last one to tell finds them all,
-  /// or several that tell at once do. They then write the same result.
-  CUTLASS_DEVICE bool is_last(Walk const& walk, WorkParts const& parts) const {
-    sm90::barrier_sync(sm90::NamedBarrier::kPartStored, 0, kThreads);
-    if (consumer_thread() < kLanes) {
-      int const lane = threadIdx.x % kLanes;
-      if (lane == 0) {
-        __threadfence();  // of all consumers' stores, which the barrier has put before it
-        store_flag(own_slot(walk), results_.ticket);
-      }
-      // Each of two parts' stores before its own loads, in one order for all: one sees the other.
-      __syncwarp();
-      __threadfence();
-      bool all = true;
-      for (int part = lane; part < parts.count; part += kLanes) {
-        all &= load_flag(slot(parts, part)) == results_.ticket;
-      }
-      all = __all_sync(0xffffffff, all);
-      if (lane == 0) shared_.is_last = all;
-      __threadfence();
+  /// Counts this part, and whether it is the last one.
+  CUTLASS_DEVICE bool is_last(WorkParts const& parts) const {
+    sm90::barrier_sync_memory(sm90::NamedBarrier::kPartStored, 0, kThreads);
+    if (consumer_thread() == 0) {
+      // All consumers' stores, which the barrier has put before it, are before the count; and all
+      // parts' are before what the last one reads behind the next barrier.
+      uint64_t* const counter = results_.counters + parts.first;
+      uint64_t const others = count_part(counter) - no_parts();
+      bool const all = others == static_cast<uint64_t>(parts.count) - 1;
+      if (all) store_relaxed(counter, ~no_parts());
+      shared_.is_last = all;
     }
-    sm90::barrier_sync(sm90::NamedBarrier::kPartStored, 0, kThreads);
+    sm90::barrier_sync_memory(sm90::NamedBarrier::kPartStored, 0, kThreads);
     return shared_.is_last;
   }
-  CUTLASS_DEVICE void store_flag(int64_t slot, uint64_t value) const {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(results_.flags + slot), "l"(value)
+  /// A counter of the call that has counted nothing.
+  CUTLASS_DEVICE uint64_t no_parts() const { return results_.ticket << kCountBits; }
+  CUTLASS_DEVICE static uint64_t count_part(uint64_t* counter) {
+    uint64_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;"
+                 : "=l"(before)
+                 : "l"(counter)
+                 : "memory");
+    return before;
+  }
+  CUTLASS_DEVICE static void exchange_if_equal(uint64_t* counter, uint64_t found, uint64_t value) {
+    [[maybe_unused]] uint64_t before;
+    asm volatile("atom.relaxed.gpu.global.cas.b64 %0, [%1], %2, %3;"
+                 : "=l"(before)
+                 : "l"(counter), "l"(found), "l"(value)
                  : "memory");
   }
-  CUTLASS_DEVICE uint64_t load_flag(int64_t slot) const {
+  CUTLASS_DEVICE static void store_relaxed(uint64_t* counter, uint64_t value) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(counter), "l"(value) : "memory");
+  }
+  CUTLASS_DEVICE static uint64_t load_relaxed(uint64_t const* counter) {
     uint64_t value;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
-                 : "=l"(value)
-                 : "l"(results_.flags + slot)
-                 : "memory");
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(counter) : "memory");
     return value;
   }
 
-  /// The result of all parts, always in the same order. A warp has kRowsAtOnce rows at a time; its
-  /// lanes know the statistics of a part each, and add up some columns each.
+  /// The result of all parts, always in the same order.
   CUTLASS_DEVICE void combine(Walk const& walk, WorkParts const& parts) const {
-    for (int part = consumer_thread(); part < parts.count; part += kThreads) {
-      store_flag(slot(parts, part), ~results_.ticket);
-    }
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int row = consumer_thread() / kLanes; row < walk.tile().rows;
-         row += kWarps * kRowsAtOnce) {
-      combine_rows(walk, parts, row);
+    int const warp = consumer_thread() / kLanes;
+    if (walk.tile().rows > kWarps && parts.count <= kFewParts) {
+      combine_rows<kVectorsAtOnce / kVectorsOfLane / kFewParts>(walk, parts, warp);
+    } else {
+      combine_rows<1>(walk, parts, warp);
     }
   }
 
-  CUTLASS_DEVICE void combine_rows(Walk const& walk, WorkParts const& parts, int first_row) const {
-    constexpr int kVectors = kHeadDim / kVector;
-    constexpr int kVectorsOfLane = (kVectors + kLanes - 1) / kLanes;
+  /// A warp's rows, kRows at a time. Its lanes know the statistics of a part each, and add up some
+  /// columns each; of short rows one half of them of every other part. Whatever may be is read at a
+  /// time: latency binds.
+  template <int kRows>
+  CUTLASS_DEVICE void combine_rows(Walk const& walk, WorkParts const& parts, int warp) const {
+    constexpr int kPartsAtOnce = kVectorsAtOnce / kVectorsOfLane / kRows;  // of a lane
+    constexpr int kGroup = kPartsAtOnce * kLanesOfParts;                   // of the warp
+    static_assert(kRows > 0 && kPartsAtOnce > 0 && kLanes % kGroup == 0);
     int const lane = threadIdx.x % kLanes;
-    // Rows behind the tile's last one are read as that one.
-    auto row_of = [&](int i) { return min(first_row + i * kWarps, walk.tile().rows - 1); };
-    auto statistics_of = [&](int part, int i) {
-      float2 const pair = __ldcg(reinterpret_cast<float2 const*>(
-          results_.statistics + slot(parts, part) * kTileRows + row_of(i)));
-      return RowStatistics{pair.x, pair.y};
-    };
-    // A lane knows a part of each group of kLanes.
-    RowStatistics own[kRowsAtOnce];
-    float most[kRowsAtOnce], sum[kRowsAtOnce], weight[kRowsAtOnce];
-    float4 out[kRowsAtOnce][kVectorsOfLane] = {};
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kRowsAtOnce; ++i) most[i] = -INFINITY, sum[i] = 0.f;
-    for (int first = (parts.count - 1) / kLanes * kLanes; first >= 0; first -= kLanes) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-        own[i] = first + lane < parts.count ? statistics_of(first + lane, i)
-                                            : RowStatistics{-INFINITY, 0.f};
-        most[i] = fmaxf(most[i], own[i].most);
-      }
-    }
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kRowsAtOnce; ++i) {
-      most[i] = of_warp(most[i], [](float a, float b) { return fmaxf(a, b); });
-    }
+    int const own_part = lane / kLanesOfRow;
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int first = 0; first < parts.count; first += kLanes) {
-      int const count = min(kLanes, parts.count - first);
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-        float const origin = most[i] == -INFINITY ? 0.f : most[i];
-        if (first > 0 && lane < count) own[i] = statistics_of(first + lane, i);
-        weight[i] = sm90::exp2_mufu((own[i].most - origin) * scale_log2_);
-        if (lane < count) sum[i] += own[i].sum * weight[i];
-      }
-#pragma unroll 4
-      for (int j = 0; j < count; ++j) {
+    for (int first_row = warp; first_row < walk.tile().rows; first_row += kWarps * kRows) {
+      // Rows behind the tile's last one are read as that one.
+      auto row_of = [&](int i) { return min(first_row + i * kWarps, walk.tile().rows - 1); };
+      RowStatistics own[kRows];
+      auto read_statistics = [&](int first) {
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kRowsAtOnce; ++i) {
-          float const weight_of_part = __shfl_sync(0xffffffff, weight[i], j);
+        for (int i = 0; i < kRows; ++i) {
+          own[i] = {-INFINITY, 0.f};
+          if (first + lane >= parts.count) continue;
+          float2 const pair = __ldcg(reinterpret_cast<float2 const*>(
+              results_.statistics + slot(parts, first + lane) * kTileRows + row_of(i)));
+          own[i] = {pair.x, pair.y};
+        }
+      };
+      float4 read[kPartsAtOnce][kRows][kVectorsOfLane];
+      auto read_parts = [&](int first) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          // Places follow one another, but for that of part 0: an address is an instruction or
+          // none.
+          int64_t const place = parts.first + first + own_part;
           auto const* const from = reinterpret_cast<float4 const*>(
-              results_.partial_out + (slot(parts, first + j) * kTileRows + row_of(i)) * kHeadDim);
+              results_.partial_out + (place * kTileRows + row_of(i)) * kHeadDim);
+          int64_t const before = first + own_part == 0 ? gridDim.x * kVectorsOfPart : 0;
           CUTLASS_PRAGMA_UNROLL
-          for (int k = 0; k < kVectorsOfLane; ++k) {
-            float4 const x = __ldcg(from + (lane + k * kLanes) % kVectors);
-            out[i][k].x += weight_of_part * x.x;
-            out[i][k].y += weight_of_part * x.y;
-            out[i][k].z += weight_of_part * x.z;
-            out[i][k].w += weight_of_part * x.w;
+          for (int j = 0; j < kPartsAtOnce; ++j) {
+            auto const* const of_part =
+                from + (j == 0 ? before : j * kLanesOfParts * kVectorsOfPart);
+            bool const is_there = first + j * kLanesOfParts + own_part < parts.count;
+            CUTLASS_PRAGMA_UNROLL
+            for (int k = 0; k < kVectorsOfLane; ++k) {
+              read[j][i][k] = is_there ? __ldcg(of_part + lane % kLanesOfRow + k * kLanes)
+                                       : float4{0.f, 0.f, 0.f, 0.f};
+            }
           }
         }
+      };
+      int const last_lanes = (parts.count - 1) / kLanes * kLanes;
+      read_statistics(last_lanes);
+      read_parts(0);
+      float most[kRows], sum[kRows], weight[kRows];
+      float4 out[kRows][kVectorsOfLane] = {};
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kRows; ++i) most[i] = own[i].most, sum[i] = 0.f;
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int first = last_lanes - kLanes; first >= 0; first -= kLanes) {
+        read_statistics(first);
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kRows; ++i) most[i] = fmaxf(most[i], own[i].most);
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        most[i] = of_warp(most[i], [](float a, float b) { return fmaxf(a, b); });
+      }
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int first = 0;;) {
+        if (first % kLanes == 0) {
+          if (first > 0) read_statistics(first);
+          CUTLASS_PRAGMA_UNROLL
+          for (int i = 0; i < kRows; ++i) {
+            float const origin = most[i] == -INFINITY ? 0.f : most[i];
+            weight[i] = sm90::exp2_mufu((own[i].most - origin) * scale_log2_);
+            sum[i] += own[i].sum * weight[i];
+          }
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int j = 0; j < kPartsAtOnce; ++j) {
+          CUTLASS_PRAGMA_UNROLL
+          for (int i = 0; i < kRows; ++i) {
+            float const of_part =
+                __shfl_sync(0xffffffff, weight[i], first % kLanes + j * kLanesOfParts + own_part);
+            CUTLASS_PRAGMA_UNROLL
+            for (int k = 0; k < kVectorsOfLane; ++k) {
+              float4 const& x = read[j][i][k];
+              out[i][k].x += of_part * x.x;
+              out[i][k].y += of_part * x.y;
+              out[i][k].z += of_part * x.z;
+              out[i][k].w += of_part * x.w;
+            }
+          }
+        }
+        first += kGroup;
+        if (first >= parts.count) break;
+        read_parts(first);
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        sum[i] = of_warp(sum[i], [](float a, float b) { return a + b; });
+        store_combined(walk, first_row + i * kWarps, {most[i], sum[i]}, out[i]);
       }
     }
+  }
+
+  /// A row of all parts, of which each lane has some columns.
+  CUTLASS_DEVICE void store_combined(Walk const& walk, int row, RowStatistics const& statistics,
+                                     float4 (&out)[kVectorsOfLane]) const {
+    int const lane = threadIdx.x % kLanes;
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kRowsAtOnce; ++i) {
-      sum[i] = of_warp(sum[i], [](float a, float b) { return a + b; });
-      if (first_row + i * kWarps >= walk.tile().rows) continue;
-      Place const place = place_of_row(walk, row_of(i));
-      RowResult const result = result_of(place, {most[i], sum[i]});
-      if (lane == 0) store_lse(place, result.lse);
-      CUTLASS_PRAGMA_UNROLL
-      for (int k = 0; k < kVectorsOfLane; ++k) {
-        int const column = (lane + k * kLanes) * kVector;
-        if (column >= call_.head_dim_v) continue;
-        float4 const& x = out[i][k];
-        cutlass::Array<float, kVector> const scaled{x.x * result.factor, x.y * result.factor,
-                                                    x.z * result.factor, x.w * result.factor};
-        store_rounded(scaled, out_row(place) + column);
-      }
+    for (int lanes = kLanesOfRow; lanes < kLanes; lanes *= 2) {
+      out[0].x += __shfl_xor_sync(0xffffffff, out[0].x, lanes);
+      out[0].y += __shfl_xor_sync(0xffffffff, out[0].y, lanes);
+      out[0].z += __shfl_xor_sync(0xffffffff, out[0].z, lanes);
+      out[0].w += __shfl_xor_sync(0xffffffff, out[0].w, lanes);
+    }
+    if (row >= walk.tile().rows) return;
+    Place const place = place_of_row(walk, row);
+    RowResult const result = result_of(place, statistics);
+    if (lane == 0) store_lse(place, result.lse);
+    CUTLASS_PRAGMA_UNROLL
+    for (int k = 0; k < kVectorsOfLane; ++k) {
+      int const column = (lane + k * kLanes) * kVector;
+      if (column >= call_.head_dim_v) continue;
+      float4 const& x = out[k];
+      cutlass::Array<float, kVector> const scaled{x.x * result.factor, x.y * result.factor,
+                                                  x.z * result.factor, x.w * result.factor};
+      store_rounded(scaled, out_row(place) + column);
     }
   }
 

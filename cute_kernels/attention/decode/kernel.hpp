@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     for (auto walk = first_part(); walk.valid(); walk.advance()) {
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();
+      epilogue.begin(walk);
       mainloop.compute(walk, softmax, out);
       mainloop.finish(walk, softmax, out, [&](auto& columns, AccumulatorPlace const& place) {
         epilogue.store(walk, softmax, columns, place);

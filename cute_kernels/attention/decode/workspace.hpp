@@ -32,14 +32,14 @@ sm90::Launch decode_launch(Device const& device, int ctas, cudaStream_t stream) 
 template <class Traits>
 struct DecodeWorkspace {
   int64_t statistics;
-  int64_t flags;
+  int64_t counters;
   int64_t end;
 
   explicit DecodeWorkspace(int ctas) {
     int64_t const slots = 2 * int64_t{ctas};
     statistics = slots * Traits::kTileRows * Traits::kHeadDim * int64_t{sizeof(float)};
-    flags = statistics + slots * Traits::kTileRows * int64_t{sizeof(RowStatistics)};
-    end = flags + slots * int64_t{sizeof(uint64_t)};
+    counters = statistics + slots * Traits::kTileRows * int64_t{sizeof(RowStatistics)};
+    end = counters + ctas * int64_t{sizeof(uint64_t)};
   }
 };
 
@@ -67,7 +67,7 @@ DecodeResults decode_results(DecodeProblem const& problem, int ctas, bool out_is
           problem.lse,
           reinterpret_cast<float*>(memory),
           reinterpret_cast<RowStatistics*>(memory + workspace.statistics),
-          reinterpret_cast<uint64_t*>(memory + workspace.flags),
+          reinterpret_cast<uint64_t*>(memory + workspace.counters),
           problem.ticket,
           out_is_bfloat16};
 }
