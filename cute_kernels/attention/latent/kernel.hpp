@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();
       mainloop.compute(walk, softmax, out);
-      epilogue.store(walk, softmax, out, Mainloop::place());
+      epilogue.store(walk, softmax, sm90::rows_cols(out), Mainloop::place());
       epilogue.finish(walk);
     }
   }
