@@ -9,6 +9,7 @@
 #include "cute_kernels/attention/decode/seen_keys.hpp"
 #include "cute_kernels/attention/decode/softmax.hpp"
 #include "cute_kernels/sm90/mbarrier.hpp"
+#include "cute_kernels/sm90/uniform.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
@@ -42,6 +43,11 @@ class Fp8DecodeMainloop {
         scales_(call, source, format),
         shared_(shared) {}
 
+  /// Of the consumers.
+  CUTLASS_DEVICE static int warp() {
+    return cutlass::canonical_warp_idx_sync() - cutlass::NumWarpsPerWarpGroup;
+  }
+
   /// O of a part without keys.
   CUTLASS_DEVICE static auto empty_output() {
     auto out = cute::make_tensor<float>(typename Operands::LayoutOutput{});
@@ -51,8 +57,8 @@ class Fp8DecodeMainloop {
 
   template <class Output>
   CUTLASS_DEVICE void compute(Walk const& walk, Softmax& softmax, Output& out) {
-    int const blocks = walk.end_block() - walk.begin_block();
-    Part const part(walk.tile().rows, warp());
+    int const blocks = sm90::uniform(walk.end_block() - walk.begin_block());
+    Part const part = part_of(walk);
     if (Part::block(part.slice) < blocks) {
       scales_.begin(walk, warp(), part.first_row, row_of_warp(), shared_);
       if (format_.is_int8) {
@@ -69,14 +75,14 @@ class Fp8DecodeMainloop {
   template <class Output, class Results>
   CUTLASS_DEVICE void finish(Walk const& walk, Softmax& softmax, Output& out,
                              Results const& results) const {
-    Part const part(walk.tile().rows, warp());
+    Part const part = part_of(walk);
     AccumulatorPlace const place{part.first_row + row_of_warp(), Operands::first_output_column()};
     Fp8Join<Traits>(part, warp(), walk.tile().rows, shared_).join(softmax, out, place, results);
   }
 
  private:
-  CUTLASS_DEVICE static int warp() {
-    return cutlass::canonical_warp_idx_sync() - cutlass::NumWarpsPerWarpGroup;
+  CUTLASS_DEVICE static Part part_of(Walk const& walk) {
+    return Part(sm90::uniform(walk.tile().rows), warp());
   }
   CUTLASS_DEVICE static int row_of_warp() { return threadIdx.x % Traits::kLanes / 4; }
 
@@ -88,7 +94,7 @@ class Fp8DecodeMainloop {
     auto score_rows = sm90::rows_cols(scores);
     auto out_rows = Operands::rows_cols(out);
     SeenKeys<Traits, kKeys> const seen(call_, source_.group, walk, part.first_row + row_of_warp());
-    int const first_slice = walk.begin_block() * Part::kSlices;
+    int const first_slice = sm90::uniform(walk.begin_block()) * Part::kSlices;
     typename Operands::Queries const queries(shared_.q[warp()]);
     Stage stage = Stage::of(passed_ + Part::block(part.slice));
 

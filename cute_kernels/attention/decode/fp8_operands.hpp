@@ -78,6 +78,7 @@ class Fp8Operands {
     CUTLASS_PRAGMA_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       uint32_t bytes[kMatrices];
+      begin_chunk(chunk);
       sm90::load_matrices(bytes, place_of_chunk(lanes_row, chunk));
       uint4 const a = queries(chunk);
       CUTLASS_PRAGMA_UNROLL
@@ -107,6 +108,7 @@ class Fp8Operands {
     CUTLASS_PRAGMA_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       uint32_t bytes[kMatrices];
+      begin_chunk(chunk);
       sm90::load_matrices_transposed(bytes, place_of_chunk(lanes_row, chunk));
       uint2 halves[kMatrices];
       CUTLASS_PRAGMA_UNROLL
@@ -139,6 +141,12 @@ class Fp8Operands {
 
  private:
   CUTLASS_DEVICE static int lane() { return threadIdx.x % kLanes; }
+
+  /// The compiler moves no load across: where O takes most registers it would have spilled for
+  /// having all of them at once.
+  CUTLASS_DEVICE static void begin_chunk(int chunk) {
+    if (!Traits::kQueriesInRegisters && chunk % 4 == 0) __syncwarp();
+  }
 
   CUTLASS_DEVICE static int offset(int row, int column) {
     return cute::as_position_independent_swizzle_layout(typename Traits::LayoutRows{})(row, column);

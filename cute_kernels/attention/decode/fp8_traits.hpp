@@ -53,7 +53,8 @@ struct Fp8DecodeTraits : DecodeTraits<Tile_> {
     // Of the rows of K and of V in a stage, filled and freed with it.
     float key_factors[kStages][kTileN];
     float value_factors[kStages][kTileN];
-    float query_unit[kWarps][Part::kRows];  // what queries are multiples of
+    alignas(8) char walks[kWarps][sizeof(WorkWalk<Base>)];  // of each warp over the CTA's parts
+    float query_unit[kWarps][Part::kRows];                  // what queries are multiples of
 
     // As of DecodeTraits.
     Barrier k_full[kStages];

@@ -4,6 +4,7 @@
 
 #include "cute_kernels/attention/decode/epilogue.hpp"
 #include "cute_kernels/attention/decode/fp8_mainloop.hpp"
+#include "cute_kernels/attention/decode/fp8_walk.hpp"
 #include "cute_kernels/attention/decode/load.hpp"
 #include "cute_kernels/attention/decode/mainloop.hpp"
 #include "cute_kernels/attention/decode/unused_rows.hpp"
@@ -70,7 +71,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     Mainloop mainloop(params.call, params.source, params.units, params.format, shared);
     DecodeEpilogue<Traits> epilogue(params.call, params.results, params.source.group,
                                     params.units.log2_of_unit, shared);
-    for (auto walk = first_part(); walk.valid(); walk.advance()) {
+    auto walk = [&] {
+      if constexpr (Traits::kEightBits) {
+        return WarpWalk<Traits>(first_part, shared.walks[Mainloop::warp()]);
+      } else {
+        return first_part();
+      }
+    }();
+    for (; walk.valid(); walk.advance()) {
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();
       mainloop.compute(walk, softmax, out);

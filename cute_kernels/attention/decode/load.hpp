@@ -129,10 +129,14 @@ class CacheLoader {
   CUTLASS_DEVICE static void copy_factors(Factors& factors, View const& view, int head,
                                           FoundRow const& found) {
     if (view.data == nullptr || found_row() >= Traits::kTileN) return;
-    bool const there = found.major >= 0;
-    int64_t const offset = found.major * view.page_stride + found.minor * view.slot_stride;
-    sm90::gather_or_clear_float(&factors[found_row()],
-                                view.data + (there ? offset + head * view.head_stride : 0), there);
+    // Strides have 32 bits, which the host has checked; of a row that is nowhere nothing is read.
+    auto const times = [](int index, int64_t stride, uint64_t behind) {
+      return sm90::multiply_add(index, static_cast<uint32_t>(stride), behind);
+    };
+    uint64_t const of_head = times(head, view.head_stride, 0);
+    uint64_t const offset =
+        times(found.major, view.page_stride, times(found.minor, view.slot_stride, of_head));
+    sm90::gather_or_clear_float(&factors[found_row()], view.data + offset, found.major >= 0);
   }
 
   /// Copies the rows of a tile. Columns from `columns` on are 0.
