@@ -123,8 +123,10 @@ def fp8_decode_shared_memory(row: Row) -> dict[str, int]:
             "K": row["stages"] * stage,
             "V": row["stages"] * stage,
             "Q": warp_rows * row["head_dim"] * ELEMENT_BYTES,
-            # of rows of K, of V and of Q; full and empty, of every stage of K and of V; as of decode
+            # of rows of K, of V and of Q; every warp's walk; full and empty, of every stage of K and
+            # of V; as of decode
             "factors, barriers and place": 4 * (2 * of_keys + warp_rows)
+            + FP8_DECODE_WARPS * 96
             + 2 * 8 * 2 * row["stages"]
             + 3 * 4 * 8
             + 12
