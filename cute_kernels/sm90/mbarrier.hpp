@@ -11,4 +11,10 @@ CUTLASS_DEVICE void arrive(cutlass::arch::ClusterBarrier const& barrier, int cou
                : "memory");
 }
 
+/// The compiler moves no access to memory across.
+CUTLASS_DEVICE void wait_memory(cutlass::arch::ClusterBarrier const& barrier, uint32_t phase) {
+  barrier.wait(phase);
+  asm volatile("" ::: "memory");
+}
+
 }  // namespace cute_kernels::sm90

@@ -71,6 +71,11 @@ CUTLASS_DEVICE constexpr auto accumulator_rows_cols(Layout const& layout) {
                      make_layout(get<0, 0>(layout), get<0, 2>(layout), get<2>(layout)));
 }
 
+template <class Fragment>
+CUTLASS_DEVICE auto rows_cols(Fragment& fragment) {
+  return cute::make_tensor(fragment.data(), accumulator_rows_cols(fragment.layout()));
+}
+
 /// Views a 64 x N accumulator fragment as the A operand of a 16-bit WGMMA whose k is that N: 16
 /// columns, which are two runs of 8 in the accumulator, make one k-block.
 template <class Layout>

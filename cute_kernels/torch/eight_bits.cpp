@@ -1,5 +1,8 @@
 #include "cute_kernels/torch/eight_bits.hpp"
 
+#include <cstdint>
+#include <limits>
+
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/require.hpp"
 
@@ -30,6 +33,10 @@ void read_scales(char const* name, std::optional<Tensor> const& tensor, Argument
   }
   require(a.size(0) == k_cache.size(0) && (a.size(1) == k_cache.size(1) || a.size(1) == 1), name,
           " does not have k_cache's pages and rows");
+  for (int dim = 0; dim < 3; ++dim) {  // a kernel reads 32 bits of it (decode/load.hpp)
+    require(a.size(dim) <= 1 || a.stride(dim) <= std::numeric_limits<uint32_t>::max(), name,
+            " has a stride of 2^32 or more");
+  }
   *rows = {data, a.stride(0), a.size(1) == 1 ? 0 : a.stride(1), a.stride(2)};
 }
 

@@ -52,6 +52,8 @@ class DecodeEpilogue {
   static constexpr int kVectorsAtOnce = 16;
   static constexpr int kFewParts = kVectorsOfLane > 2 ? 2 : 4;
   static constexpr int kCountBits = 16;  // of a counter
+  // A thread's columns are so many next to one another, and as many again four times as far on.
+  static constexpr int kRun = Traits::kEightBits ? 4 : 2;
 
  public:
   CUTLASS_DEVICE DecodeEpilogue(CachedCall const& call, DecodeResults const& results,
@@ -70,11 +72,10 @@ class DecodeEpilogue {
     if ((found ^ no_parts()) >> kCountBits != 0) exchange_if_equal(counter, found, no_parts());
   }
 
-  /// Stores what a warpgroup has of O.
-  template <class Softmax, class Output>
-  CUTLASS_DEVICE void store(Walk const& walk, Softmax const& softmax, Output& out,
+  /// Stores what consumers have of O, as (row, column).
+  template <class Softmax, class Rows>
+  CUTLASS_DEVICE void store(Walk const& walk, Softmax const& softmax, Rows const& rows,
                             AccumulatorPlace const& place) const {
-    auto rows = cute::make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
     if (walk.parts().count == 1) {
       store_result(walk, softmax, rows, place);
     } else {
@@ -142,11 +143,12 @@ class DecodeEpilogue {
       if (first.column == 0) store_lse(place, result.lse);
       Element* const out = out_row(place) + first.column;
       CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(rows); col += 2) {
+      for (int col = 0; col < size<1>(rows); col += kRun) {
         if (first.column + 4 * col >= call_.head_dim_v) break;
-        cutlass::Array<float, 2> const pair{rows(i, col) * result.factor,
-                                            rows(i, col + 1) * result.factor};
-        store_rounded(pair, out + 4 * col);
+        cutlass::Array<float, kRun> run;
+        CUTLASS_PRAGMA_UNROLL
+        for (int j = 0; j < kRun; ++j) run[j] = rows(i, col + j) * result.factor;
+        store_rounded(run, out + 4 * col);
       }
     }
   }
@@ -171,8 +173,11 @@ class DecodeEpilogue {
       if (first.column == 0) results_.statistics[slot * kTileRows + row] = softmax.statistics(i);
       float* const out = results_.partial_out + (slot * kTileRows + row) * kHeadDim + first.column;
       CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(rows); col += 2) {
-        *reinterpret_cast<float2*>(out + 4 * col) = {rows(i, col), rows(i, col + 1)};
+      for (int col = 0; col < size<1>(rows); col += kRun) {
+        cutlass::AlignedArray<float, kRun> run;
+        CUTLASS_PRAGMA_UNROLL
+        for (int j = 0; j < kRun; ++j) run[j] = rows(i, col + j);
+        *reinterpret_cast<cutlass::AlignedArray<float, kRun>*>(out + 4 * col) = run;
       }
     }
   }

@@ -17,7 +17,13 @@ CUTLASS_DEVICE uint2 halves_of_e4m3(uint32_t bytes) {
   return reinterpret_cast<uint2 const&>(halves);
 }
 
+/// Bit 0 of a byte: whether it is NaN, all of whose bits but the sign are ones.
+CUTLASS_DEVICE uint32_t nan_of_e4m3(uint32_t bytes) {
+  return ((bytes & 0x7f7f7f7fu) + 0x01010101u) >> 7 & 0x01010101u;
+}
+
 /// Four int8 numbers: x + 128 in the last bits of 1024, whose next numbers are 1 apart.
+template <bool kCrossed>
 CUTLASS_DEVICE uint2 halves_of_int8(uint32_t bytes) {
   uint32_t const shifted = bytes ^ 0x80808080u;
   __half2 const origin = __float2half2_rn(1024.f + 128.f);
@@ -26,15 +32,19 @@ CUTLASS_DEVICE uint2 halves_of_int8(uint32_t bytes) {
     __half2 const x = __hsub2(reinterpret_cast<__half2 const&>(raised), origin);
     return reinterpret_cast<uint32_t const&>(x);
   };
-  return {pair(0x4140), pair(0x4342)};
+  return kCrossed ? uint2{pair(0x4240), pair(0x4341)} : uint2{pair(0x4140), pair(0x4342)};
 }
 
-/// Eight of either.
-template <bool kInt8>
-CUTLASS_DEVICE uint4 halves_of(uint2 bytes) {
-  uint2 const a = kInt8 ? halves_of_int8(bytes.x) : halves_of_e4m3(bytes.x);
-  uint2 const b = kInt8 ? halves_of_int8(bytes.y) : halves_of_e4m3(bytes.y);
-  return {a.x, a.y, b.x, b.y};
+/// Four of either. With kCrossed bytes 0 and 2 are the first pair, 1 and 3 the second.
+template <bool kInt8, bool kCrossed = false>
+CUTLASS_DEVICE uint2 halves_of(uint32_t bytes) {
+  if constexpr (kInt8) return halves_of_int8<kCrossed>(bytes);
+  return halves_of_e4m3(kCrossed ? __byte_perm(bytes, 0, 0x3120) : bytes);
+}
+
+/// Four e4m3 numbers, 0 in place of NaN.
+CUTLASS_DEVICE uint32_t without_nan(uint32_t bytes) {
+  return bytes & ~(nan_of_e4m3(bytes) * 0xffu);
 }
 
 }  // namespace cute_kernels::attention

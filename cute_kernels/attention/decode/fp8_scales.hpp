@@ -4,18 +4,16 @@
 
 namespace cute_kernels::attention {
 
-/// Of a cache that holds what its type says: nothing to do.
-struct NoScales {};
-
-/// What numbers of 8 bits are multiplied by, of a consumer thread's kRows rows of scores: products
+/// What numbers of 8 bits are multiplied by, of a consumer thread's rows of scores: products
 /// of queries and keys behind S, the factors of V's rows before P V. P V is of float16 numbers, and
 /// such factors may be any: it is kept as a multiple of the largest one so far, up to a power of 2,
 /// as P is of the largest score's.
-template <class Traits, int kRows>
+template <class Traits>
 class Fp8Scales {
   using SharedStorage = typename Traits::SharedStorage;
   using Walk = WorkWalk<Traits>;
-  static constexpr int kColumns = Traits::kTileN / 4;
+  static constexpr int kRows = 2;
+  static constexpr int kColumns = Traits::Part::kKeys / 4;
   // Exponents, biased, between which a power of 2 and its inverse are normal.
   static constexpr uint32_t kLeast = 1u << 23;
   static constexpr uint32_t kMost = 253u << 23;
@@ -25,21 +23,21 @@ class Fp8Scales {
                            EightBits const& format)
       : queries_(call, source, format), format_(format) {}
 
-  /// Begins a part: its queries go to shared memory. `first_row` is the warpgroup's, of the tile,
-  /// and `row_of_warpgroup` the thread's, seen from it.
-  CUTLASS_DEVICE void begin(Walk const& walk, int warpgroup, int first_row, int row_of_warpgroup,
+  /// Begins a part: the warp's queries go to shared memory. `first_row` is the warp's, of the tile,
+  /// and `row_of_warp` the thread's, seen from it.
+  CUTLASS_DEVICE void begin(Walk const& walk, int warp, int first_row, int row_of_warp,
                             SharedStorage& shared) {
     float const unit =
         of_sequence(format_.q_of_sequence, walk) * of_sequence(format_.k_of_sequence, walk);
-    queries_.load(walk, warpgroup, first_row, unit, shared);
+    queries_.load(walk, warp, first_row, unit, shared);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      unit_[row] = shared.query_unit[warpgroup][row_of_warpgroup + 8 * row];
+      unit_[row] = shared.query_unit[warp][row_of_warp + 8 * row];
     }
     value_top_ = __uint_as_float(kLeast);
   }
 
-  /// Products become scores. `column` is the thread's first.
+  /// Products become scores. `column` is the thread's first, of the block in the stage.
   template <class Scores>
   CUTLASS_DEVICE void apply_to_scores(Scores& scores, int column, int stage,
                                       SharedStorage const& shared) const {

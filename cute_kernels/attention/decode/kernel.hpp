@@ -3,7 +3,8 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "cute_kernels/attention/decode/epilogue.hpp"
-#include "cute_kernels/attention/decode/fp8_load.hpp"
+#include "cute_kernels/attention/decode/fp8_mainloop.hpp"
+#include "cute_kernels/attention/decode/fp8_walk.hpp"
 #include "cute_kernels/attention/decode/load.hpp"
 #include "cute_kernels/attention/decode/mainloop.hpp"
 #include "cute_kernels/attention/decode/unused_rows.hpp"
@@ -40,8 +41,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
       shared.k_empty[stage].init(kConsumerWarps);
       shared.v_empty[stage].init(kConsumerWarps);
     }
-    shared.q_full.init(cutlass::NumThreadsPerWarpGroup);
-    shared.q_empty.init(kConsumerWarps);
+    if constexpr (!Traits::kEightBits) {
+      shared.q_full.init(cutlass::NumThreadsPerWarpGroup);
+      shared.q_empty.init(kConsumerWarps);
+    }
     cutlass::arch::fence_barrier_init();
   }
   sm90::wait_for_previous_kernel();  // whatever it is: from here on memory is read
@@ -54,40 +57,34 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     }
-    auto loader = [&] {
-      if constexpr (Traits::kEightBits) {
-        return Fp8CacheLoader<Traits>(params.call, params.source, params.format, shared);
-      } else {
-        return CacheLoader<Traits>(params.call, params.source, shared);
-      }
-    }();
+    CacheLoader<Traits> loader(params.call, params.source, params.format, shared);
     for (auto walk = first_part(); walk.valid(); walk.advance()) loader.load(walk);
-    if constexpr (Traits::kEightBits) loader.finish();
     sm90::let_next_kernel_start();
     clear_unused_rows<typename Traits::Element>(params.call, params.results);
-    if constexpr (!Traits::kEightBits) loader.drain();
+    loader.drain();
   } else {
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     }
-    using Mainloop = DecodeMainloop<Traits>;
-    auto const scales = [&] {
-      if constexpr (Traits::kEightBits) {
-        return typename Mainloop::Scales(params.call, params.source, params.format);
-      } else {
-        return typename Mainloop::Scales{};
-      }
-    }();
-    Mainloop mainloop(params.units, params.source.group, params.call, scales, shared);
+    using Mainloop =
+        std::conditional_t<Traits::kEightBits, Fp8DecodeMainloop<Traits>, DecodeMainloop<Traits>>;
+    Mainloop mainloop(params.call, params.source, params.units, params.format, shared);
     DecodeEpilogue<Traits> epilogue(params.call, params.results, params.source.group,
                                     params.units.log2_of_unit, shared);
-    for (auto walk = first_part(); walk.valid(); walk.advance()) {
+    auto walk = [&] {
+      if constexpr (Traits::kEightBits) {
+        return WarpWalk<Traits>(first_part, shared.walks[Mainloop::warp()]);
+      } else {
+        return first_part();
+      }
+    }();
+    for (; walk.valid(); walk.advance()) {
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();
       epilogue.begin(walk);
       mainloop.compute(walk, softmax, out);
-      mainloop.finish(walk, softmax, out, [&](auto& columns, AccumulatorPlace const& place) {
-        epilogue.store(walk, softmax, columns, place);
+      mainloop.finish(walk, softmax, out, [&](auto const& rows, AccumulatorPlace const& place) {
+        epilogue.store(walk, softmax, rows, place);
       });
       epilogue.finish(walk);
     }

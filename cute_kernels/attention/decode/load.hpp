@@ -8,11 +8,12 @@
 
 namespace cute_kernels::attention {
 
-/// The producer warpgroup: brings a part's Q, K and V to shared memory, row by row. Rows that are
-/// no keys of the tile's become 0 in K and in V, whatever the cache holds there.
+/// The producer warpgroup: brings a part's Q, K and V to shared memory, row by row; of a cache of 8
+/// bits K and V with their rows' factors. Rows that are no keys of the tile's become 0 in K and in
+/// V, whatever the cache holds there, and so do their factors.
 template <class Traits>
 class CacheLoader {
-  using Element = typename Traits::Element;
+  using Element = typename Traits::CacheElement;
   using SharedStorage = typename Traits::SharedStorage;
   using Walk = WorkWalk<Traits>;
 
@@ -24,8 +25,8 @@ class CacheLoader {
 
  public:
   CUTLASS_DEVICE CacheLoader(CachedCall const& call, CacheSource const& source,
-                             SharedStorage& shared)
-      : call_(call), source_(source), shared_(shared) {}
+                             typename Traits::Format const& format, SharedStorage& shared)
+      : call_(call), source_(source), format_(format), shared_(shared) {}
 
   /// Issues every load of one part.
   CUTLASS_DEVICE void load(Walk const& walk) {
@@ -36,18 +37,26 @@ class CacheLoader {
       auto places = places_of<Traits::kTileN>(row_place<kVector>(row, source_.k, walk.head()));
       shared_.k_empty[stage_.index].wait(stage_.phase ^ 1);
       copy_keys(shared_.k, source_.k, call_.head_dim, places);
+      if constexpr (Traits::kEightBits) {
+        copy_factors(shared_.key_factors[stage_.index], format_.k_of_row, walk.head(), row);
+      }
       sm90::arrive_when_gathered(shared_.k_full[stage_.index]);
       if (!alike) {
         places = places_of<Traits::kTileN>(row_place<kVector>(row, source_.v, walk.head()));
       }
       shared_.v_empty[stage_.index].wait(stage_.phase ^ 1);
       copy_keys(shared_.v, source_.v, call_.head_dim_v, places);
+      if constexpr (Traits::kEightBits) {
+        copy_factors(shared_.value_factors[stage_.index], format_.v_of_row, walk.head(), row);
+      }
       sm90::arrive_when_gathered(shared_.v_full[stage_.index]);
       stage_.advance();
     };
-    copy_blocks<Traits::kLookAhead>(
-        walk.begin_block(), walk.end_block(), source_.pages.pages, find,
-        [&] { load_queries(walk); }, copy);
+    auto const prepare = [&] {
+      if constexpr (!Traits::kEightBits) load_queries(walk);
+    };
+    copy_blocks<Traits::kLookAhead>(walk.begin_block(), walk.end_block(), source_.pages.pages, find,
+                                    prepare, copy);
   }
 
   /// Shared memory must outlive all copies.
@@ -115,6 +124,21 @@ class CacheLoader {
                               typename Traits::LayoutRows{}, view.data, columns, places);
   }
 
+  /// Of the rows that the lanes have found.
+  template <class Factors, class View>
+  CUTLASS_DEVICE static void copy_factors(Factors& factors, View const& view, int head,
+                                          FoundRow const& found) {
+    if (view.data == nullptr || found_row() >= Traits::kTileN) return;
+    // Strides have 32 bits, which the host has checked; of a row that is nowhere nothing is read.
+    auto const times = [](int index, int64_t stride, uint64_t behind) {
+      return sm90::multiply_add(index, static_cast<uint32_t>(stride), behind);
+    };
+    uint64_t const of_head = times(head, view.head_stride, 0);
+    uint64_t const offset =
+        times(found.major, view.page_stride, times(found.minor, view.slot_stride, of_head));
+    sm90::gather_or_clear_float(&factors[found_row()], view.data + offset, found.major >= 0);
+  }
+
   /// Copies the rows of a tile. Columns from `columns` on are 0.
   template <int kRows, class SwizzledLayout>
   CUTLASS_DEVICE static void copy_rows(Element* shared, SwizzledLayout const& swizzled,
@@ -143,6 +167,7 @@ class CacheLoader {
 
   CachedCall const& call_;
   CacheSource const& source_;
+  typename Traits::Format const& format_;
   SharedStorage& shared_;
   RingStage<Traits::kStages> stage_;
   uint32_t q_phase_ = 0;

@@ -58,13 +58,12 @@ CUTLASS_DEVICE void mask_row(Scores& scores, int row, KeySpan const& seen, int k
 }
 
 /// Which keys of a part a consumer thread's rows of the tile see, and what is done about those that
-/// they do not. Of an accumulator a thread has two rows, 8 apart. What only few blocks need is
-/// worked out there: registers are scarce.
-template <class Traits>
+/// they do not, by blocks of kTileN keys. Of an accumulator a thread has two rows, 8 apart. What
+/// only few blocks need is worked out there: registers are scarce.
+template <class Traits, int kTileN = Traits::kTileN>
 class SeenKeys {
   using Element = typename Traits::Element;
   using Walk = WorkWalk<Traits>;
-  static constexpr int kTileN = Traits::kTileN;
   static constexpr int kNoKey = 0x7fffffff;
 
  public:

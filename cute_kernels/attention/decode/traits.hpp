@@ -15,8 +15,9 @@ namespace cute_kernels::attention {
 template <class Tile>
 struct DecodeTraits {
   using Element = typename Tile::Element;
-  static constexpr bool kEightBits = false;        // what the cache holds
-  struct Format {};                                // that the type does not say
+  using CacheElement = Element;
+  static constexpr bool kEightBits = false;        // of a number of the cache
+  struct Format {};                                // what its type does not say
   static constexpr int kHeadDim = Tile::kHeadDim;  // of K and of V
   static constexpr int kConsumers = Tile::kConsumerWarpgroups;
   static constexpr int kWarpgroupM = 64;

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
       auto out = Mainloop::empty_output();
       epilogue.begin(walk);
       mainloop.compute(walk, softmax, out);
-      epilogue.store(walk, softmax, out, Mainloop::place());
+      epilogue.store(walk, softmax, sm90::rows_cols(out), Mainloop::place());
       epilogue.finish(walk);
     }
   }

@@ -21,7 +21,6 @@ from .rows import (
 # What setmaxnreg leaves a consumer thread (decode/traits.hpp), by the numbers of a CTA's consumer
 # warpgroups and of CTAs
 DECODE_CONSUMER_REGISTERS = {(1, 1): 255, (1, 2): 184, (2, 1): 216}
-FP8_DECODE_CONSUMER_REGISTERS = 208  # likewise (decode/fp8_traits.hpp)
 
 DECODE_FIELDS = (
     *HEAD,
@@ -62,7 +61,8 @@ def decode_registers(row: Row) -> dict[str, int]:
     }
 
 
-def decode_problems(row: Row) -> list[str]:
+def decode_rows_problems(row: Row) -> list[str]:
+    """Of how rows of a cache are gathered."""
     found = []
     if row["head_dim"] not in (64, 128, 256):
         found.append(
@@ -74,59 +74,97 @@ def decode_problems(row: Row) -> list[str]:
             f"tile_n = {row['tile_n']} must be a multiple of 32 up to 128: each of 128 threads "
             f"finds one row at most"
         )
+    return found
+
+
+def decode_room_problems(row: Row, parts: dict[str, int], registers: dict[str, int]) -> list[str]:
+    found = []
+    room = SHARED_BYTES_OF_ALL // row["ctas"] - SHARED_BYTES_RESERVED
+    if sum(parts.values()) > room:
+        found.append(
+            f"shared memory of one of {row['ctas']} CTAs: {sum(parts.values())} > {room} bytes"
+        )
+    needed = sum(registers.values())
+    budget = DECODE_CONSUMER_REGISTERS[row["tile_m"] / WARPGROUP_M, row["ctas"]]
+    if needed > budget:
+        found.append(f"registers of a consumer thread: {needed} > {budget}")
+    return found
+
+
+def decode_problems(row: Row) -> list[str]:
+    found = decode_rows_problems(row)
     if row["stages"] * WARPGROUP_M < row["tile_m"]:
         found.append(
             f"stages = {row['stages']} must be at least {row['tile_m'] // WARPGROUP_M}: consumer "
             f"warpgroups take turns with them"
         )
-    warpgroups = row["tile_m"] / WARPGROUP_M, row["ctas"]
-    if warpgroups not in DECODE_CONSUMER_REGISTERS:
+    if (row["tile_m"] / WARPGROUP_M, row["ctas"]) not in DECODE_CONSUMER_REGISTERS:
         found.append(
             f"tile_m = {row['tile_m']} must be {WARPGROUP_M} with one or two ctas, or "
             f"{2 * WARPGROUP_M} with one, which has two consumer warpgroups then"
         )
         return found
-    room = SHARED_BYTES_OF_ALL // row["ctas"] - SHARED_BYTES_RESERVED
-    parts = decode_shared_memory(row)
-    if sum(parts.values()) > room:
-        found.append(
-            f"shared memory of one of {row['ctas']} CTAs: {sum(parts.values())} > {room} bytes"
-        )
-    registers, budget = sum(decode_registers(row).values()), DECODE_CONSUMER_REGISTERS[warpgroups]
-    if registers > budget:
-        found.append(f"registers of a consumer thread: {registers} > {budget}")
-    return found
+    return found + decode_room_problems(row, decode_shared_memory(row), decode_registers(row))
 
 
 # One kernel takes caches of e4m3 and of int8, and queries of any type.
 FP8_CACHE = "fp8"
-FP8_DECODE_FIELDS = (*DECODE_FIELDS[:-1], Field("staged", int, 4, "kStaged"), DECODE_FIELDS[-1])
+FP8_DECODE_WARPS = 8  # that consume
+FP8_DECODE_ROWS, FP8_DECODE_KEYS = 16, 32  # of a warp at a time (decode/fp8_part.hpp)
 
 
 def fp8_decode_shared_memory(row: Row) -> dict[str, int]:
-    """As decode_shared_memory, and what a cache of 8 bits needs on its way."""
-    staged = {
-        "K and V of 8 bits": row["staged"] * 2 * row["tile_n"] * row["head_dim"],
-        # of rows of K and V, staged and in stages, and of queries
-        "factors": 4 * 2 * (row["staged"] + row["stages"]) * row["tile_n"] + 4 * row["tile_m"],
+    """K and V as they are in the cache; Q is every warp's own."""
+    stage = row["tile_n"] * row["head_dim"]
+    warp_rows = FP8_DECODE_WARPS * FP8_DECODE_ROWS
+    of_keys = row["stages"] * row["tile_n"]
+    return aligned(
+        {
+            "K": row["stages"] * stage,
+            "V": row["stages"] * stage,
+            "Q": warp_rows * row["head_dim"] * ELEMENT_BYTES,
+            # of rows of K, of V and of Q; every warp's walk; full and empty, of every stage of K and
+            # of V; as of decode
+            "factors, barriers and place": 4 * (2 * of_keys + warp_rows)
+            + FP8_DECODE_WARPS * 96
+            + 2 * 8 * 2 * row["stages"]
+            + 3 * 4 * 8
+            + 12
+            + 48
+            + 4
+            + 2 * 4 * warp_rows,
+        }
+    )
+
+
+def fp8_decode_registers(row: Row) -> dict[str, int]:
+    scores = FP8_DECODE_ROWS * FP8_DECODE_KEYS // 32
+    output = FP8_DECODE_ROWS * row["head_dim"] // 32
+    return {
+        "scores": scores,
+        "output": output,
+        "Q": output * ELEMENT_BYTES // 4 if row["head_dim"] <= 128 else 0,
+        "packed P": scores * ELEMENT_BYTES // 4,
+        "working": WORKING_REGISTERS,
     }
-    return {**decode_shared_memory(row), **aligned({"staged and factors": sum(staged.values())})}
 
 
 def fp8_decode_problems(row: Row) -> list[str]:
-    found = decode_problems(row)
+    found = decode_rows_problems(row)
     if (row["tile_m"], row["ctas"]) != (2 * WARPGROUP_M, 1):
         found.append(
             f"tile_m = {row['tile_m']} and ctas = {row['ctas']} must be {2 * WARPGROUP_M} and 1"
         )
-    registers = sum(decode_registers(row).values())
-    if registers > FP8_DECODE_CONSUMER_REGISTERS:
+        return found
+    turns = FP8_DECODE_WARPS * FP8_DECODE_KEYS // row["tile_n"]
+    if row["stages"] < turns:
         found.append(
-            f"registers of a consumer thread: {registers} > {FP8_DECODE_CONSUMER_REGISTERS}"
+            f"stages = {row['stages']} must be at least {turns}: consumer warps take turns with "
+            f"them, {FP8_DECODE_KEYS} keys each"
         )
-    if row["staged"] < 1:
-        found.append(f"staged = {row['staged']} must be at least 1")
-    return found
+    return found + decode_room_problems(
+        row, fp8_decode_shared_memory(row), fp8_decode_registers(row)
+    )
 
 
 # A key is [latent | rope], of which the latent is the value, too. The keys of a stage lie in two
@@ -213,12 +251,12 @@ FP8_DECODE = Pass(
     cpp="Fp8Decode",
     launch_header="decode/fp8_launch.hpp",
     table_header="decode/fp8_tile_config.hpp",
-    fields=FP8_DECODE_FIELDS,
+    fields=DECODE_FIELDS,
     dtypes={FP8_CACHE: ("cutlass::half_t", "CacheType::kEightBits")},
     element="Element",
     config=("tile_m", "tile_n"),
     shared_memory=fp8_decode_shared_memory,
-    registers=decode_registers,
+    registers=fp8_decode_registers,
     problems=fp8_decode_problems,
     workspace=True,
 )

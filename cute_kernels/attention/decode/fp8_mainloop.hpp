@@ -1,0 +1,178 @@
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/decode/fp8_join.hpp"
+#include "cute_kernels/attention/decode/fp8_operands.hpp"
+#include "cute_kernels/attention/decode/fp8_scales.hpp"
+#include "cute_kernels/attention/decode/ring_stage.hpp"
+#include "cute_kernels/attention/decode/seen_keys.hpp"
+#include "cute_kernels/attention/decode/softmax.hpp"
+#include "cute_kernels/sm90/mbarrier.hpp"
+#include "cute_kernels/sm90/uniform.hpp"
+#include "cute_kernels/sm90/warpgroup_gemm.hpp"
+
+namespace cute_kernels::attention {
+
+/// The consumers of a cache of 8 bits: each warp for itself computes softmax(scale Q K^T) V of 16
+/// rows of a part, of its slices of their keys, not divided by the row sums. No warp waits for
+/// another one but at a part's end. That no phase of a full barrier is taken for the one before
+/// holds as copies land in order: when a block's turn comes, its warp knows of a later one than was
+/// in its stage before, of its own or where warps have met at the end of the part before.
+template <class Traits>
+class Fp8DecodeMainloop {
+  using SharedStorage = typename Traits::SharedStorage;
+  using Stage = RingStage<Traits::kStages>;
+  using Walk = WorkWalk<Traits>;
+  using Part = typename Traits::Part;
+  using Operands = Fp8Operands<Traits>;
+
+  static constexpr int kRows = 2;  // of a thread, 8 apart
+  static constexpr int kKeys = Part::kKeys;
+
+ public:
+  using Softmax = RunningSoftmax<kRows>;
+
+  CUTLASS_DEVICE Fp8DecodeMainloop(CachedCall const& call, CacheSource const& source,
+                                   ScoreUnits const& units, EightBits const& format,
+                                   SharedStorage& shared)
+      : call_(call),
+        source_(source),
+        units_(units),
+        format_(format),
+        scales_(call, source, format),
+        shared_(shared) {}
+
+  /// Of the consumers.
+  CUTLASS_DEVICE static int warp() {
+    return cutlass::canonical_warp_idx_sync() - cutlass::NumWarpsPerWarpGroup;
+  }
+
+  /// O of a part without keys.
+  CUTLASS_DEVICE static auto empty_output() {
+    auto out = cute::make_tensor<float>(typename Operands::LayoutOutput{});
+    cute::clear(out);
+    return out;
+  }
+
+  template <class Output>
+  CUTLASS_DEVICE void compute(Walk const& walk, Softmax& softmax, Output& out) {
+    int const blocks = sm90::uniform(walk.end_block() - walk.begin_block());
+    Part const part = part_of(walk);
+    if (Part::block(part.slice) < blocks) {
+      scales_.begin(walk, warp(), part.first_row, row_of_warp(), shared_);
+      if (format_.is_int8) {
+        compute_rows<true>(walk, part, blocks * Part::kSlices, softmax, out);
+      } else {
+        compute_rows<false>(walk, part, blocks * Part::kSlices, softmax, out);
+      }
+    }
+    passed_ += blocks;
+  }
+
+  /// Hands over what compute() has made of a part: results(rows, place) of columns of O of which
+  /// this warp then has all keys, and of their place in the tile.
+  template <class Output, class Results>
+  CUTLASS_DEVICE void finish(Walk const& walk, Softmax& softmax, Output& out,
+                             Results const& results) const {
+    Part const part = part_of(walk);
+    AccumulatorPlace const place{part.first_row + row_of_warp(), Operands::first_output_column()};
+    Fp8Join<Traits>(part, warp(), walk.tile().rows, shared_).join(softmax, out, place, results);
+  }
+
+ private:
+  CUTLASS_DEVICE static Part part_of(Walk const& walk) {
+    return Part(sm90::uniform(walk.tile().rows), warp());
+  }
+  CUTLASS_DEVICE static int row_of_warp() { return threadIdx.x % Traits::kLanes / 4; }
+
+  template <bool kInt8, class Output>
+  CUTLASS_DEVICE void compute_rows(Walk const& walk, Part const& part, int slices, Softmax& softmax,
+                                   Output& out) {
+    using namespace cute;
+    auto scores = make_tensor<float>(typename Operands::LayoutScores{});
+    auto score_rows = sm90::rows_cols(scores);
+    auto out_rows = Operands::rows_cols(out);
+    SeenKeys<Traits, kKeys> const seen(call_, source_.group, walk, part.first_row + row_of_warp());
+    int const first_slice = sm90::uniform(walk.begin_block()) * Part::kSlices;
+    typename Operands::Queries const queries(shared_.q[warp()]);
+    Stage stage = Stage::of(passed_ + Part::block(part.slice));
+
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int slice = part.slice; slice < slices; slice += part.step) {
+      int const number = first_slice + slice;  // of the item
+      int const row = slice % Part::kSlices * kKeys;
+      int const column = row + first_accumulator_column();
+      Operands const keys(shared_.k.data(), stage.index, row);
+      Operands const values(shared_.v.data(), stage.index, row);
+      bool const ends_block = part.ends_block(slice);
+
+      sm90::wait_memory(shared_.k_full[stage.index], stage.phase);
+      keys.template multiply_queries<kInt8>(queries, scores);
+      scales_.apply_to_scores(score_rows, column, stage.index, shared_);
+      if (ends_block) release(shared_.k_empty[stage.index], part.arrivals);
+      if (units_.softcap > 0) cap_scores(units_, scores);
+      seen.mask(score_rows, number);
+      float factor[kRows];
+      bool moves = softmax.update(score_rows, factor);
+
+      sm90::wait_memory(shared_.v_full[stage.index], stage.phase);
+      if (scales_.are_values_scaled()) {
+        moves |= scales_.apply_to_probabilities(score_rows, column, stage.index, shared_, factor);
+      }
+      if (moves) Softmax::scale_rows(out_rows, factor);
+      if (!kInt8 && !seen.are_alike(number) && values.has_nan()) {
+        add_nan(seen, values, walk.tile().keys.begin + number * kKeys, out_rows);
+        values.template add_values<kInt8, true>(scores, out);
+      } else {
+        values.template add_values<kInt8, false>(scores, out);
+      }
+      if (ends_block) {
+        release(shared_.v_empty[stage.index], part.arrivals);
+        stage.advance(Part::block(slice + part.step) - Part::block(slice));
+      }
+    }
+    scales_.apply_to_output(out, walk);
+    softmax.reduce_sums();
+  }
+
+  /// The arrivals of a warp, behind the reads of all its lanes.
+  CUTLASS_DEVICE static void release(cutlass::arch::ClusterBarrier const& barrier, int count) {
+    __syncwarp();
+    if (cute::elect_one_sync()) sm90::arrive(barrier, count);
+  }
+
+  /// Keeps NaN of V out of rows that do not see it: where P is 0, P V would still be NaN. It is
+  /// left out there, and here added to the rows that do see it. `key`: the slice's first.
+  template <class Seen, class Rows>
+  CUTLASS_DEVICE static void add_nan(Seen const& seen, Operands const& values, int key, Rows& out) {
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int i = 0; i < kKeys; ++i) {
+      bool sees[kRows];
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRows; ++row) sees[row] = seen.is_seen(row, key + i);
+      CUTLASS_PRAGMA_UNROLL
+      for (int chunk = 0; chunk < Traits::kChunks; ++chunk) {
+        uint32_t const nan = values.nan_of(i, chunk);
+        if (nan == 0) continue;
+        CUTLASS_PRAGMA_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          CUTLASS_PRAGMA_UNROLL
+          for (int row = 0; row < kRows; ++row) {
+            if (sees[row] && (nan >> 8 * j & 1) != 0) out(row, 4 * chunk + j) = NAN;
+          }
+        }
+      }
+    }
+  }
+
+  CachedCall const& call_;
+  CacheSource const& source_;
+  ScoreUnits units_;
+  EightBits const& format_;
+  Fp8Scales<Traits> scales_;
+  SharedStorage& shared_;
+  uint32_t passed_ = 0;  // blocks of the parts so far
+};
+
+}  // namespace cute_kernels::attention

@@ -1,0 +1,171 @@
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/decode/fp8_convert.hpp"
+#include "cute_kernels/attention/decode/fp8_traits.hpp"
+#include "cute_kernels/sm90/warp_mma.hpp"
+#include "cute_kernels/sm90/warpgroup_gemm.hpp"
+
+namespace cute_kernels::attention {
+
+/// A slice of keys or values in shared memory, as a warp multiplies it: 16 rows of queries or of P
+/// by 32 keys. ldmatrix brings numbers of 8 bits to where mma.sync wants pairs of 16: of a row of K
+/// a lane gets four columns that follow one another, of V, transposed, two columns of two keys. So
+/// columns of a chunk are in an order of their own, of Q and of K the same, and a lane has four
+/// neighbours of O.
+template <class Traits>
+class Fp8Operands {
+  using SharedStorage = typename Traits::SharedStorage;
+  static constexpr int kLanes = Traits::kLanes;
+  static constexpr int kKeys = Traits::Part::kKeys;
+  static constexpr int kChunk = Traits::kChunk;
+  static constexpr int kChunks = Traits::kChunks;
+  static constexpr int kMatrices = 4;  // of 8 keys
+  static_assert(kKeys == kLanes && kKeys == 8 * kMatrices, "a lane knows where one row is");
+
+ public:
+  /// As of WGMMA: pairs of keys, of either row, every 8.
+  using LayoutScores = cute::Layout<
+      cute::Shape<cute::Shape<cute::_2, cute::_2, cute::Int<kMatrices>>, cute::_1, cute::_1>>;
+  /// Columns of a chunk: even and odd ones are products of their own.
+  using LayoutOutput =
+      cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::_2, cute::Int<kChunks>>>;
+
+  /// (row, column) of O: four columns that follow one another, of every chunk.
+  template <class Output>
+  CUTLASS_DEVICE static auto rows_cols(Output& out) {
+    return columns_of<kChunks>(out.data());
+  }
+  /// The same of kCount chunks.
+  template <int kCount, class Data>
+  CUTLASS_DEVICE static auto columns_of(Data data) {
+    using namespace cute;
+    return make_tensor(
+        data, Layout<Shape<_2, Shape<_2, _2, Int<kCount>>>, Stride<_2, Stride<_4, _1, _8>>>{});
+  }
+  CUTLASS_DEVICE static int first_output_column() { return threadIdx.x % 4 * 4; }
+
+  /// A warp's queries: A operands of all chunks.
+  class Queries {
+   public:
+    CUTLASS_DEVICE explicit Queries(uint4 const (&shared)[kChunks][kLanes])
+        : from_(&shared[0][threadIdx.x % kLanes]) {
+      if constexpr (Traits::kQueriesInRegisters) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int chunk = 0; chunk < kChunks; ++chunk) kept_[chunk] = from_[chunk * kLanes];
+      }
+    }
+    CUTLASS_DEVICE uint4 operator()(int chunk) const {
+      if constexpr (Traits::kQueriesInRegisters) return kept_[chunk];
+      return from_[chunk * kLanes];
+    }
+
+   private:
+    uint4 const* from_;
+    uint4 kept_[Traits::kQueriesInRegisters ? kChunks : 1];
+  };
+
+  /// The rows from `row` on of a stage.
+  CUTLASS_DEVICE Fp8Operands(uint8_t const* stages, int stage, int row)
+      : block_(stages + stage * Traits::kStageElements), row_(row) {}
+
+  /// S = Q K^T.
+  template <bool kInt8, class Scores>
+  CUTLASS_DEVICE void multiply_queries(Queries const& queries, Scores& scores) const {
+    float sums[kMatrices][4] = {};
+    uint32_t const lanes_row = place(row_ + lane(), 0);
+    CUTLASS_PRAGMA_UNROLL
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      uint32_t bytes[kMatrices];
+      begin_chunk(chunk);
+      sm90::load_matrices(bytes, place_of_chunk(lanes_row, chunk));
+      uint4 const a = queries(chunk);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kMatrices; ++i) {
+        uint2 const b = halves_of<kInt8>(bytes[i]);
+        sm90::multiply_add(sums[i], a, b.x, b.y);
+      }
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < cute::size(scores); ++i) scores(i) = sums[i / 4][i % 4];
+  }
+
+  /// O += P V, with 0 in place of NaN.
+  template <bool kInt8, bool kWithoutNan, class Scores, class Output>
+  CUTLASS_DEVICE void add_values(Scores const& p, Output& out) const {
+    constexpr int kProducts = kMatrices / 2;  // of 16 keys
+    uint4 a[kProducts];
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kProducts; ++i) {
+      auto pair = [&](int j) {
+        __half2 const x = __floats2half2_rn(p(8 * i + j), p(8 * i + j + 1));
+        return reinterpret_cast<uint32_t const&>(x);
+      };
+      a[i] = {pair(0), pair(2), pair(4), pair(6)};
+    }
+    uint32_t const lanes_row = place(row_ + lane(), 0);
+    CUTLASS_PRAGMA_UNROLL
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      uint32_t bytes[kMatrices];
+      begin_chunk(chunk);
+      sm90::load_matrices_transposed(bytes, place_of_chunk(lanes_row, chunk));
+      uint2 halves[kMatrices];
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kMatrices; ++i) {
+        if constexpr (kWithoutNan) bytes[i] = without_nan(bytes[i]);
+        halves[i] = halves_of<kInt8, true>(bytes[i]);
+      }
+      float (&even)[4] = *reinterpret_cast<float (*)[4]>(&out(8 * chunk));
+      float (&odd)[4] = *reinterpret_cast<float (*)[4]>(&out(8 * chunk + 4));
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kProducts; ++i) {
+        sm90::multiply_add(even, a[i], halves[2 * i].x, halves[2 * i + 1].x);
+        sm90::multiply_add(odd, a[i], halves[2 * i].y, halves[2 * i + 1].y);
+      }
+    }
+  }
+
+  /// Whether there is a NaN among values. By a whole warp.
+  CUTLASS_DEVICE bool has_nan() const {
+    uint32_t nan = 0;
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int i = 0; i < kChunks * kChunk / 4; ++i) nan |= nan_at(row_ + lane(), 4 * i);
+    return __any_sync(0xffffffff, nan != 0);
+  }
+  /// Bit 8 j: whether the j-th of the thread's columns of a chunk of O is NaN in a row of the
+  /// slice.
+  CUTLASS_DEVICE uint32_t nan_of(int row, int chunk) const {
+    return nan_at(row_ + row, chunk * kChunk + first_output_column());
+  }
+
+ private:
+  CUTLASS_DEVICE static int lane() { return threadIdx.x % kLanes; }
+
+  /// The compiler moves no load across: where O takes most registers it would have spilled for
+  /// having all of them at once.
+  CUTLASS_DEVICE static void begin_chunk(int chunk) {
+    if (!Traits::kQueriesInRegisters && chunk % 4 == 0) __syncwarp();
+  }
+
+  CUTLASS_DEVICE static int offset(int row, int column) {
+    return cute::as_position_independent_swizzle_layout(typename Traits::LayoutRows{})(row, column);
+  }
+  CUTLASS_DEVICE uint32_t place(int row, int column) const {
+    return cute::cast_smem_ptr_to_uint(block_) + offset(row, column);
+  }
+  /// The swizzle exchanges chunks: what stands in the first one's place, with all that it changes.
+  CUTLASS_DEVICE static uint32_t place_of_chunk(uint32_t first, int chunk) {
+    constexpr int kTogether = Traits::kSwizzleBytes / kChunk;
+    constexpr int kFurther = Traits::kTileN * Traits::kSwizzleBytes;
+    return (first ^ (chunk % kTogether * kChunk)) + chunk / kTogether * kFurther;
+  }
+  CUTLASS_DEVICE uint32_t nan_at(int row, int column) const {
+    return nan_of_e4m3(*reinterpret_cast<uint32_t const*>(block_ + offset(row, column)));
+  }
+
+  uint8_t const* block_;
+  int row_;
+};
+
+}  // namespace cute_kernels::attention
