@@ -248,9 +248,10 @@ def fp8_section(data: dict[str, Any]) -> str:
 
 
 def variants_section(data: dict[str, Any]) -> str:
+    of_hooks = "flex-attention" in data["providers"]
     return section(
         data,
-        "Variants, block masks, softcap, sinks",
+        "Variants and block masks" if of_hooks else "Calls with softcap or sinks",
         "TFLOP/s of the pairs that are seen; then the speed of ours over the peer's, and over "
         "others of ours: packed sequences (packed), without softcap, sinks or hook (without), no "
         "hook but the same attention (library), hooks with a block mask where the call needs none "
