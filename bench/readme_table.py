@@ -248,10 +248,12 @@ def fp8_section(data: dict[str, Any]) -> str:
 
 
 def variants_section(data: dict[str, Any]) -> str:
-    of_hooks = "flex-attention" in data["providers"]
+    arguments = [cell["mask"].startswith(("softcap", "sinks")) for cell in data["cells"]]
+    subjects = ["variants", "block masks"] if not all(arguments) else []
+    subjects += ["softcap", "sinks"] if any(arguments) else []
     return section(
         data,
-        "Variants and block masks" if of_hooks else "Calls with softcap or sinks",
+        ", ".join(subjects).capitalize(),
         "TFLOP/s of the pairs that are seen; then the speed of ours over the peer's, and over "
         "others of ours: packed sequences (packed), without softcap, sinks or hook (without), no "
         "hook but the same attention (library), hooks with a block mask where the call needs none "
