@@ -33,6 +33,17 @@ def hopper() -> str:
     return "cuda"
 
 
+@pytest.fixture
+def gpus() -> int:
+    """How many Hopper GPUs a test of several uses: all, but no more than 4."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        pytest.skip(f"needs 2 Hopper GPUs or more: PyTorch sees {count} here")
+    if (reason := no_hopper()) is not None:
+        pytest.skip(reason)
+    return 4 if count >= 4 else 2
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request) -> str:
     """Both devices that the operator runs on."""
