@@ -1,3 +1,6 @@
+import fcntl
+import os
+
 import pytest
 import torch
 
@@ -31,6 +34,38 @@ def hopper() -> str:
     if reason is not None:
         pytest.skip(reason)
     return "cuda"
+
+
+@pytest.fixture
+def gpus() -> int:
+    """How many Hopper GPUs a test of several uses: all, but no more than 4."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        pytest.skip(f"needs 2 Hopper GPUs or more: PyTorch sees {count} here")
+    if (reason := no_hopper()) is not None:
+        pytest.skip(reason)
+    return 4 if count >= 4 else 2
+
+
+@pytest.fixture
+def much_memory(hopper, tmp_path_factory):
+    """For tests that take tens of GB of the GPU, called with how many; the test is skipped where
+    they are not free. Of all processes of a run one such test runs at a time, and what the
+    allocator holds back is given back before and after."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the one that all processes share
+
+    def need(gigabytes):
+        free = torch.cuda.mem_get_info()[0] / 2**30
+        if free < gigabytes:
+            pytest.skip(f"needs {gigabytes} GB of GPU memory, {free:.0f} are free")
+
+    with open(folder / "much_memory.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        torch.cuda.empty_cache()
+        yield need
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(params=["cpu", "cuda"])

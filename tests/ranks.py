@@ -18,8 +18,9 @@ TIMEOUT = 240
 
 def run(ranks, function, *arguments, backend="gloo", results=True, environment=None, seconds=60):
     """What ``function(rank, *arguments)``, of a module of the tests, returns on each rank, unless
-    there are to be no results. `environment`: variables beside those of this process; `seconds`:
-    until a message that does not come is an error.
+    there are to be no results. `backend`: "" names none, as where a DeviceMesh begins the group.
+    `environment`: variables beside those of this process; `seconds`: until a message that does not
+    come is an error.
 
     A process of its own imports everything once, and forks: the one that runs the tests may hold
     what does not survive a fork.
@@ -39,10 +40,10 @@ def run(ranks, function, *arguments, backend="gloo", results=True, environment=N
 
 
 def start(folder, ranks, rank, backend="gloo", *, seconds):
-    if backend == "nccl":
+    if backend == "nccl" or (not backend and torch.cuda.is_available()):
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        backend,
+        backend or None,
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=ranks,

@@ -121,10 +121,9 @@ def test_positions_beyond_the_tables_become_nan(hopper):
     assert (out[..., 32:] == 1).all()
 
 
-def test_beyond_2_to_the_31_elements(hopper):
+def test_beyond_2_to_the_31_elements(hopper, much_memory):
     """Offsets of 64 bits, in the cache and in its strides."""
-    if torch.cuda.mem_get_info()[0] < 20e9:
-        pytest.skip("needs 20 GB of GPU memory")
+    much_memory(20)
     pages = 2**31 // (64 * 2 * 256) + 40
     whole = torch.zeros(pages, 64, 2, 512, dtype=torch.bfloat16, device=hopper)
     k_cache, v_cache = whole.split(256, -1)

@@ -174,12 +174,10 @@ def test_runs_on_the_current_stream_without_waiting(hopper):
 
 
 @pytest.mark.parametrize("long", ["queries", "keys"])
-def test_more_than_2_31_elements(hopper, long):
+def test_more_than_2_31_elements(hopper, much_memory, long):
     """The first and the last of more than 2^31 elements have the gradients of a short problem."""
     need_kernels(hopper, torch.bfloat16, 128, causal=False)
-    torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info()[0] < 45 * 2**30:
-        pytest.skip("needs 45 GB of GPU memory")
+    much_memory(45)
     length, short, heads = 2**20 + 200, 70, 16
     generator = torch.Generator(hopper).manual_seed(0)
 
@@ -204,5 +202,3 @@ def test_more_than_2_31_elements(hopper, long):
         else:
             part = (d1, None, q1, k1, v1, 128**-0.5, False)
             assert_gradients_right([g[:, :, heads] for g in grads[:3]], *part)
-    del q, k, v, grad_out, out, lse, grads
-    torch.cuda.empty_cache()

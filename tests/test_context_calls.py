@@ -2,6 +2,7 @@
 
 import os
 import re
+import types
 
 import pytest
 import ranks as processes
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from cute_kernels import distributed
+from cute_kernels.distributed.exchange import is_nccl
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +203,28 @@ def test_a_rank_that_is_gone_is_an_error(tmp_path):
     processes.run(2, lose_a_rank, tmp_path, results=False)
     assert torch.load(tmp_path / "told-1.pt") == "gone"
     assert "onnection" in torch.load(tmp_path / "told-0.pt")
+
+
+def describe(rank):
+    group = dist.group.WORLD
+    machine = distributed.measure(None, 256, 2, 16, torch.float32)
+    return dist.get_backend(group), is_nccl(group, torch.device("cpu")), machine.node
+
+
+def test_a_group_whose_maker_named_no_backend():
+    """As a DeviceMesh that begins it."""
+    without_gpus = {"CUDA_VISIBLE_DEVICES": ""}
+    for told in processes.run(2, describe, backend="", environment=without_gpus):
+        assert told == ("undefined", False, 2)
+
+
+@pytest.mark.parametrize("named", ["nccl", "cpu:gloo,cuda:nccl", "undefined", "gloo"])
+def test_which_groups_are_nccls(monkeypatch, named):
+    class Group:
+        def _get_backend(self, device):
+            if named == "gloo":
+                raise RuntimeError("no backend")
+            return types.SimpleNamespace(name=lambda: "nccl")
+
+    monkeypatch.setattr(dist, "get_backend", lambda _: named)
+    assert is_nccl(Group(), torch.device("cuda")) == (named != "gloo")

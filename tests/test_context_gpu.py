@@ -17,16 +17,6 @@ COUNT = 28
 FORMS = ("ring", "ring", "all_gather", "ulysses", "2d")
 
 
-@pytest.fixture(scope="module")
-def gpus(request):
-    """How many the tests use: all, but no more than 4."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs 2 GPUs or more")
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs Hopper GPUs (compute capability 9.0)")
-    return 4 if torch.cuda.device_count() >= 4 else 2
-
-
 def random_case(chance, ranks, form):
     """Of what this build has kernels for."""
     rows = [row for row in tile_configs("backward") if row["any_call"] and not row["softcap"]]

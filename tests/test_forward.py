@@ -194,12 +194,6 @@ def test_every_row_of_the_build(hopper, row):
                 check(q, k, v, causal, tile_config=row["name"])
 
 
-def need_memory(gigabytes):
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gigabytes:
-        pytest.skip(f"needs {gigabytes} GB of GPU memory, {free:.0f} are free")
-
-
 def many_elements(device, seqlen, heads, head_dim, seed):
     """More than 2^31 random elements, without a temporary of another dtype."""
     x = torch.empty(1, seqlen, heads, head_dim, device=device, dtype=torch.bfloat16)
@@ -207,17 +201,9 @@ def many_elements(device, seqlen, heads, head_dim, seed):
     return x.normal_(generator=torch.Generator(device).manual_seed(seed))
 
 
-@pytest.fixture
-def all_memory():
-    """Gives what the cache of the allocator holds back, before and after."""
-    torch.cuda.empty_cache()
-    yield
-    torch.cuda.empty_cache()
-
-
-def test_more_than_2_31_elements_of_queries(hopper, all_memory):
+def test_more_than_2_31_elements_of_queries(hopper, much_memory):
     skip_unless_built(torch.bfloat16, 128, causal=False)
-    need_memory(24)
+    much_memory(24)
     seqlen_q = 2**20 + 200
     q = many_elements(hopper, seqlen_q, 16, 128, seed=0)
     _, k, v = random_qkv(hopper, torch.bfloat16, 1, 1, 130, 2, head_dim=128)
@@ -228,9 +214,9 @@ def test_more_than_2_31_elements_of_queries(hopper, all_memory):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_more_than_2_31_elements_of_keys(hopper, all_memory, mask):
+def test_more_than_2_31_elements_of_keys(hopper, much_memory, mask):
     skip_unless_built(torch.bfloat16, 128, MASKS[mask])
-    need_memory(24)
+    much_memory(24)
     seqlen_k = 2**20 + 200
     k = many_elements(hopper, seqlen_k, 16, 128, seed=0)
     v = many_elements(hopper, seqlen_k, 16, 128, seed=1)

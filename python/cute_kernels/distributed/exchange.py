@@ -166,13 +166,25 @@ def channel_of(group: ProcessGroup, device: torch.device) -> ProcessGroup:
     """Where messages of a group go. NCCL has a communicator for them, made by the first call: of
     few multiprocessors, on a stream of high priority, beside the group's own collectives. A graph
     of CUDA can be captured from the second call on."""
-    if device.type != "cuda" or "nccl" not in dist.get_backend(group):
+    if device.type != "cuda" or not is_nccl(group, device):
         return group
     if group not in _channels:
         _channels[group] = _new_channel(group, device)
         # Of a batch of messages, NCCL expects all ranks unless there was a collective before.
         dist.all_reduce(torch.zeros(1, device=device), group=_channels[group])
     return _channels[group]
+
+
+def is_nccl(group: ProcessGroup, device: torch.device) -> bool:
+    """Whether NCCL carries a group's messages between such devices. A group whose maker named no
+    backend (a DeviceMesh that began it) has one for each kind of device, and no name."""
+    if "nccl" in dist.get_backend(group):
+        return True
+    try:
+        own: Any = cast(Any, group)._get_backend(device)
+        return "nccl" in own.name().lower()
+    except (AttributeError, RuntimeError):  # there is none for such devices
+        return False
 
 
 def _new_channel(group: ProcessGroup, device: torch.device) -> ProcessGroup:
@@ -189,7 +201,7 @@ def _new_channel(group: ProcessGroup, device: torch.device) -> ProcessGroup:
 
 
 def _watcher_of(group: ProcessGroup, device: torch.device) -> ProcessGroup:
-    if "nccl" not in dist.get_backend(group):
+    if not is_nccl(group, device):
         return group
     if group not in _watchers:
         _watchers[group] = _new_group(group, device, [dist.get_rank()])

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from cute_kernels.distributed.checks import Group, groups_of
 from cute_kernels.distributed.cost import H100, Machine
-from cute_kernels.distributed.exchange import Delivery, Post, Ranks, exchange
+from cute_kernels.distributed.exchange import (
+    COMMUNICATION_CTAS,
+    Delivery,
+    Post,
+    Ranks,
+    copier_of,
+    exchange,
+    is_nccl,
+)
 from cute_kernels.interface import flash_attn_func
 
 _REPEATS = 5
@@ -40,7 +48,9 @@ def measure(
     """
     (of_ranks,) = groups_of(group)
     ranks = Ranks.of(of_ranks)
-    device = torch.device("cuda" if "nccl" in dist.get_backend(of_ranks) else "cpu")
+    device = torch.device("cuda")
+    if not (torch.cuda.is_available() and is_nccl(of_ranks, device)):
+        device = torch.device("cpu")
     q, k, v, grad = torch.randn(4, 1, tokens, heads, head_dim, device=device).to(dtype)
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
@@ -67,7 +77,8 @@ def measure(
     size = 2 * k.nbytes
     if node > 1:
         link = size / _seconds(lambda: _send(ranks, 1, k, v), ranks, device)
-        machine = dataclasses.replace(machine, link=link)
+        margin = COMMUNICATION_CTAS if copier_of(ranks, device) is None else 0
+        machine = dataclasses.replace(machine, link=link, messages=margin)
     if node < ranks.size:
         between = size / _seconds(lambda: _send(ranks, node, k, v), ranks, device)
         machine = dataclasses.replace(machine, between=between)
