@@ -47,10 +47,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     }
     cutlass::arch::fence_barrier_init();
   }
+  __syncthreads();
   sm90::wait_for_previous_kernel();  // whatever it is: from here on memory is read
-  Traits::Dealer::deal(params.call, params.num_splits, shared.deal);
+  auto const& share = Traits::Dealer::deal(params.call, params.num_splits, shared.deal);
   auto const first_part = [&] {
-    return WorkWalk<Traits>(params.call, shared.deal.line, shared.deal.place, blockIdx.x);
+    return WorkWalk<Traits>(params.call, share.line, share.place, blockIdx.x);
   };
 
   if (is_producer) {
