@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     Mainloop mainloop(params.call, params.source, params.units, params.format, shared);
     DecodeEpilogue<Traits> epilogue(params.call, params.results, params.source.group,
                                     params.units.log2_of_unit, shared);
+    epilogue.begin(share);
     auto walk = [&] {
       if constexpr (Traits::kEightBits) {
         return WarpWalk<Traits>(first_part, shared.walks[Mainloop::warp()]);
@@ -82,12 +83,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     for (; walk.valid(); walk.advance()) {
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();
-      epilogue.begin(walk);
       mainloop.compute(walk, softmax, out);
+      WorkParts const parts = static_cast<WorkWalk<Traits> const&>(walk).parts();
       mainloop.finish(walk, softmax, out, [&](auto const& rows, AccumulatorPlace const& place) {
-        epilogue.store(walk, softmax, rows, place);
+        epilogue.store(walk, parts, softmax, rows, place);
       });
-      epilogue.finish(walk);
+      epilogue.finish(walk, parts);
     }
   }
 }

@@ -67,13 +67,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     Mainloop mainloop(params.units, params.source, params.call, shared);
     DecodeEpilogue<Traits> epilogue(params.call, params.results, params.source.cache.group,
                                     params.units.log2_of_unit, shared);
+    epilogue.begin(share);
     for (auto walk = first_part(); walk.valid(); walk.advance()) {
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();
-      epilogue.begin(walk);
       mainloop.compute(walk, softmax, out);
-      epilogue.store(walk, softmax, sm90::rows_cols(out), Mainloop::place());
-      epilogue.finish(walk);
+      WorkParts const parts = walk.parts();
+      epilogue.store(walk, parts, softmax, sm90::rows_cols(out), Mainloop::place());
+      epilogue.finish(walk, parts);
     }
   }
 }
