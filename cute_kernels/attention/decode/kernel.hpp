@@ -9,6 +9,7 @@
 #include "cute_kernels/attention/decode/mainloop.hpp"
 #include "cute_kernels/attention/decode/unused_rows.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
+#include "cute_kernels/sm90/parameters.hpp"
 
 namespace cute_kernels::attention {
 
@@ -47,6 +48,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     }
     cutlass::arch::fence_barrier_init();
   }
+  sm90::touch_parameters(params);
   __syncthreads();
   sm90::wait_for_previous_kernel();  // whatever it is: from here on memory is read
   auto const& share = Traits::Dealer::deal(params.call, params.num_splits, shared.deal);
