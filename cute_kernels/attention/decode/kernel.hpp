@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     cutlass::arch::fence_barrier_init();
   }
   sm90::touch_parameters(params);
+  if constexpr (!Traits::kEightBits) CacheLoader<Traits>::clear_queries(shared);
   __syncthreads();
   sm90::wait_for_previous_kernel();  // whatever it is: from here on memory is read
   auto const& share = Traits::Dealer::deal(params.call, params.num_splits, shared.deal);
