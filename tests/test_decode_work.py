@@ -253,3 +253,27 @@ def test_shares_longer_than_the_line(deal):
         (0, blocks // 2),
         (blocks // 2, blocks),
     ]
+
+
+QUOTIENTS = """
+#include <iostream>
+#include "cute_kernels/attention/decode/work.hpp"
+
+int main() {
+  int a, b;
+  while (std::cin >> a >> b) std::cout << cute_kernels::attention::quotient(a, b) << '\\n';
+}
+"""
+
+
+def test_quotients_are_those_of_integers(tmp_path):
+    """Of multiples, of numbers next to them, of all sizes that a line may have."""
+    chance = random.Random(0)
+    most = 2_000_000_000
+    pairs = [(0, 1), (0, most), (most, 1), (most, most), (most - 1, most)]
+    for _ in range(3000):
+        b = min(most, int(2 ** chance.uniform(0, 31)))
+        multiple = chance.randint(0, most // b) * b
+        pairs += [(a, b) for a in (multiple - 1, multiple, multiple + b - 1) if 0 <= a <= most]
+    program = host_program(tmp_path, QUOTIENTS, "-O1", *CHECKED)
+    assert program(pairs) == [[a // b] for a, b in pairs]

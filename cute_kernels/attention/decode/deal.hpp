@@ -6,77 +6,91 @@
 
 namespace cute_kernels::attention {
 
-/// How the threads of a CTA find its share of the line: all CTAs add up the same lengths.
+/// How the threads of a CTA find its share of the line: all CTAs add up the same lengths. Of few
+/// sequences each warp does so for itself, a lane for each: no warp waits for another.
 template <class Traits>
 class WorkDealer {
   static constexpr int kLanes = 32;
   static constexpr int kWarps = Traits::kThreads / kLanes;
 
  public:
+  /// What the threads then know.
+  struct Share {
+    WorkLine line;
+    WorkPlace place;  // of the CTA
+  };
   struct Shared {
     int blocks[kWarps];
     int longest[kWarps];
-    WorkLine line;
-    WorkPlace place;
+    Share of_warp[kWarps];  // or the first one's, of all
   };
 
-  /// By all threads, which then know the line and the CTA's place.
-  CUTLASS_DEVICE static void deal(CachedCall const& call, int num_splits, Shared& shared) {
+  /// By all threads.
+  CUTLASS_DEVICE static Share const& deal(CachedCall const& call, int num_splits, Shared& shared) {
     int const lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+    bool const is_alone = call.batch <= kLanes;
     // Each thread has sequences that follow one another.
-    int const own = (call.batch + Traits::kThreads - 1) / Traits::kThreads;
-    int const first = lesser(threadIdx.x * own, call.batch);
+    int const own = is_alone ? 1 : (call.batch + Traits::kThreads - 1) / Traits::kThreads;
+    int const first = lesser(is_alone ? lane : threadIdx.x * own, call.batch);
     int const end = lesser(first + own, call.batch);
     // Mostly one, whose lengths are read at a time.
     SequenceWork work =
         first < end ? work_of<Traits>(call, first) : SequenceWork{kNoSequence, 0, 0};
     int blocks = work.blocks;
     int longest = work.longest;
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int entry = first + 1; entry < end; ++entry) {
-      SequenceWork const next = work_of<Traits>(call, entry);
-      blocks += next.blocks;
-      longest = greater(longest, next.longest);
+    if (own > 1) {
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int entry = first + 1; entry < end; ++entry) {
+        SequenceWork const next = work_of<Traits>(call, entry);
+        blocks += next.blocks;
+        longest = greater(longest, next.longest);
+      }
     }
     int start = blocks;  // the sum up to this lane
     CUTLASS_PRAGMA_UNROLL
     for (int lanes = 1; lanes < kLanes; lanes *= 2) {
       int const before = __shfl_up_sync(0xffffffff, start, lanes);
       if (lane >= lanes) start += before;
-      longest = greater(longest, __shfl_xor_sync(0xffffffff, longest, lanes));
     }
-    if (lane == kLanes - 1) {
-      shared.blocks[warp] = start;
-      shared.longest[warp] = longest;
+    longest = static_cast<int>(__reduce_max_sync(0xffffffff, static_cast<unsigned>(longest)));
+    int all = __shfl_sync(0xffffffff, start, kLanes - 1);
+    if (!is_alone) {
+      if (lane == 0) {
+        shared.blocks[warp] = all;
+        shared.longest[warp] = longest;
+      }
+      __syncthreads();
+      all = 0;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kWarps; ++i) {
+        start += i < warp ? shared.blocks[i] : 0;
+        all += shared.blocks[i];
+        longest = greater(longest, shared.longest[i]);
+      }
     }
     start -= blocks;
-    __syncthreads();
-    int all = 0;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kWarps; ++i) {
-      start += i < warp ? shared.blocks[i] : 0;
-      all += shared.blocks[i];
-      longest = greater(longest, shared.longest[i]);
-    }
-    int const cta = blockIdx.x;
     WorkLine const line(all, call.heads_kv, longest, gridDim.x, num_splits);
-    int const block = line.begin(cta);
-    int const head = all == 0 ? 0 : block / all;
+    int const block = line.begin(blockIdx.x);
+    int const head = all == 0 ? 0 : quotient(block, all);
     start += head * all;
+    Share& share = shared.of_warp[is_alone ? warp : 0];
     if (block < line.blocks && block >= start && block < start + blocks) {
       int entry = first;
-      CUTLASS_PRAGMA_NO_UNROLL
-      while (block >= start + work.blocks) {
-        start += work.blocks;
-        work = work_of<Traits>(call, ++entry);
+      if (own > 1) {
+        CUTLASS_PRAGMA_NO_UNROLL
+        while (block >= start + work.blocks) {
+          start += work.blocks;
+          work = work_of<Traits>(call, ++entry);
+        }
       }
-      shared.place = place_in_sequence<Traits>(work.sequence, entry, head, start, block);
+      share.place = place_in_sequence<Traits>(work.sequence, entry, head, start, block);
     }
-    if (threadIdx.x == 0) {
-      shared.line = line;
-      if (block >= line.blocks) shared.place = end_of_line(line);
+    if (is_alone ? lane == 0 : threadIdx.x == 0) {
+      share.line = line;
+      if (block >= line.blocks) share.place = end_of_line(line);
     }
-    __syncthreads();
+    is_alone ? __syncwarp() : __syncthreads();
+    return share;
   }
 };
 

@@ -14,10 +14,11 @@ namespace cute_kernels::attention {
 /// Where results go. Part of an item: rows of O as they are, and their statistics, in the place of
 /// the CTA for the part that it begins with, or for the one that it ends with.
 ///
-/// An item's parts are counted as they come, behind the call's ticket: each of them makes the
-/// counter the call's if it is not yet, before its own products. So counters need no clearing
-/// beforehand: memory that was never a counter has not the ticket but by chance, once in 2^48.
-/// Where the same call comes again (a graph's replay), the last part has cleared the counter.
+/// An item's parts are counted as they come, behind the call's ticket: each CTA that
+/// has one makes the counter the call's if it is not yet, before its own products. So counters need
+/// no clearing beforehand: memory that was never a counter has not the ticket but by chance, once
+/// in 2^48. Where the same call comes again (a graph's replay), the last part has cleared the
+/// counter.
 struct DecodeResults {
   float const* sinks;
   void* out;                  // (total_q, heads_q, head_dim_v)
@@ -61,22 +62,28 @@ class DecodeEpilogue {
                                 SharedStorage& shared)
       : call_(call), results_(results), group_(group), scale_log2_(scale_log2), shared_(shared) {}
 
-  /// Before a part's products: what it asks of memory is there when they are.
-  CUTLASS_DEVICE void begin(Walk const& walk) const {
-    if (consumer_thread() != 0) return;
-    WorkParts const parts = walk.parts();
-    if (parts.count == 1) return;
-    uint64_t* const counter = results_.counters + parts.first;
-    uint64_t const found = load_relaxed(counter);
-    // If another part has been faster, the counter is the call's, and stays as it is.
-    if ((found ^ no_parts()) >> kCountBits != 0) exchange_if_equal(counter, found, no_parts());
+  /// Before the first part's products: what it asks of memory is there when they are. The CTA's
+  /// parts of less than an item are of the one in which its share begins, and of the one that
+  /// begins in it last.
+  CUTLASS_DEVICE void begin(typename Traits::Dealer::Share const& share) const {
+    if (consumer_thread() != 0 || share.place.block >= share.line.blocks) return;
+    int const first = quotient(share.place.item, share.line.share);
+    uint64_t* const counters[] = {results_.counters + first, results_.counters + blockIdx.x};
+    uint64_t const found[] = {load_relaxed(counters[0]), load_relaxed(counters[1])};
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      // If another part has been faster, the counter is the call's, and stays as it is.
+      if ((found[i] ^ no_parts()) >> kCountBits != 0) {
+        exchange_if_equal(counters[i], found[i], no_parts());
+      }
+    }
   }
 
   /// Stores what consumers have of O, as (row, column).
   template <class Softmax, class Rows>
-  CUTLASS_DEVICE void store(Walk const& walk, Softmax const& softmax, Rows const& rows,
-                            AccumulatorPlace const& place) const {
-    if (walk.parts().count == 1) {
+  CUTLASS_DEVICE void store(Walk const& walk, WorkParts const& parts, Softmax const& softmax,
+                            Rows const& rows, AccumulatorPlace const& place) const {
+    if (parts.count == 1) {
       store_result(walk, softmax, rows, place);
     } else {
       store_part(walk, softmax, rows, place);
@@ -84,8 +91,7 @@ class DecodeEpilogue {
   }
 
   /// Behind the stores.
-  CUTLASS_DEVICE void finish(Walk const& walk) const {
-    WorkParts const parts = walk.parts();
+  CUTLASS_DEVICE void finish(Walk const& walk, WorkParts const& parts) const {
     if (parts.count > 1 && is_last(parts)) combine(walk, parts);
   }
 

@@ -9,6 +9,7 @@
 #include "cute_kernels/attention/decode/mainloop.hpp"
 #include "cute_kernels/attention/decode/unused_rows.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
+#include "cute_kernels/sm90/parameters.hpp"
 
 namespace cute_kernels::attention {
 
@@ -47,10 +48,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     }
     cutlass::arch::fence_barrier_init();
   }
+  sm90::touch_parameters(params);
+  if constexpr (!Traits::kEightBits) CacheLoader<Traits>::clear_queries(shared);
+  __syncthreads();
   sm90::wait_for_previous_kernel();  // whatever it is: from here on memory is read
-  Traits::Dealer::deal(params.call, params.num_splits, shared.deal);
+  auto const& share = Traits::Dealer::deal(params.call, params.num_splits, shared.deal);
   auto const first_part = [&] {
-    return WorkWalk<Traits>(params.call, shared.deal.line, shared.deal.place, blockIdx.x);
+    return WorkWalk<Traits>(params.call, share.line, share.place, blockIdx.x);
   };
 
   if (is_producer) {
@@ -71,6 +75,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     Mainloop mainloop(params.call, params.source, params.units, params.format, shared);
     DecodeEpilogue<Traits> epilogue(params.call, params.results, params.source.group,
                                     params.units.log2_of_unit, shared);
+    epilogue.begin(share);
     auto walk = [&] {
       if constexpr (Traits::kEightBits) {
         return WarpWalk<Traits>(first_part, shared.walks[Mainloop::warp()]);
@@ -81,12 +86,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     for (; walk.valid(); walk.advance()) {
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();
-      epilogue.begin(walk);
       mainloop.compute(walk, softmax, out);
+      WorkParts const parts = static_cast<WorkWalk<Traits> const&>(walk).parts();
       mainloop.finish(walk, softmax, out, [&](auto const& rows, AccumulatorPlace const& place) {
-        epilogue.store(walk, softmax, rows, place);
+        epilogue.store(walk, parts, softmax, rows, place);
       });
-      epilogue.finish(walk);
+      epilogue.finish(walk, parts);
     }
   }
 }

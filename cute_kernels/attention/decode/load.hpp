@@ -59,6 +59,17 @@ class CacheLoader {
                                     prepare, copy);
   }
 
+  /// Rows behind a tile's last one are never copied: they are 0, or of a tile before. By all
+  /// threads, before anything else.
+  CUTLASS_DEVICE static void clear_queries(SharedStorage& shared) {
+    auto* const pieces = reinterpret_cast<uint4*>(&shared.q);
+    constexpr int kPieces = sizeof(shared.q) / sizeof(uint4);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kPieces; i += Traits::kThreads) {
+      if (i + threadIdx.x < kPieces) pieces[i + threadIdx.x] = {0, 0, 0, 0};
+    }
+  }
+
   /// Shared memory must outlive all copies.
   CUTLASS_DEVICE static void drain() { sm90::wait_until_gathered(); }
 
@@ -88,7 +99,8 @@ class CacheLoader {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Traits::kConsumers; ++i) {
       int const number = i * Traits::kWarpgroupM + found_row();
-      if (i * Traits::kWarpgroupM >= walk.tile().rows) break;
+      int const rows = walk.tile().rows - i * Traits::kWarpgroupM;
+      if (rows <= 0) break;
       FoundRow row{-1, 0};
       if (found_row() < Traits::kWarpgroupM && number < walk.tile().rows) {
         source_.group(row.major, row.minor, walk.tile().first_row + number);
@@ -98,7 +110,8 @@ class CacheLoader {
       copy_rows<Traits::kWarpgroupM>(shared_.q[i].data(), typename Traits::LayoutQ{},
                                      source_.q.data, call_.head_dim,
                                      places_of<Traits::kWarpgroupM>(row_place<kVector>(
-                                         row, source_.q.seqlen_stride, source_.q.head_stride)));
+                                         row, source_.q.seqlen_stride, source_.q.head_stride)),
+                                     rows);
     }
     sm90::arrive_when_gathered(shared_.q_full);
     q_phase_ ^= 1;
@@ -139,10 +152,11 @@ class CacheLoader {
     sm90::gather_or_clear_float(&factors[found_row()], view.data + offset, found.major >= 0);
   }
 
-  /// Copies the rows of a tile. Columns from `columns` on are 0.
+  /// Copies the rows of a tile, but for passes behind row `rows`. Columns from `columns` on are 0.
   template <int kRows, class SwizzledLayout>
   CUTLASS_DEVICE static void copy_rows(Element* shared, SwizzledLayout const& swizzled,
-                                       void const* global, int columns, Places<kRows> const& from) {
+                                       void const* global, int columns, Places<kRows> const& from,
+                                       int rows = kRows) {
     int const part = lane() / kLanesOfRow;
     int const column = lane() % kLanesOfRow * kVector;
     // The swizzle's period is 8 rows: a thread's places repeat after as many passes, further on.
@@ -159,6 +173,7 @@ class CacheLoader {
     }
     CUTLASS_PRAGMA_UNROLL
     for (int pass = 0; pass < kPasses<kRows>; ++pass) {
+      if (pass * kWarps * kRowsAtOnce >= rows) break;
       bool const there = from[pass] != kNowhere && has_column;
       uint32_t const to = places[pass % kPeriod] + pass / kPeriod * kPeriodBytes;
       sm90::gather_or_clear(to, vector_at(first, from[pass]), there);

@@ -75,18 +75,23 @@ class DecodeMainloop {
     Part const part(walk, warpgroup());
     AccumulatorPlace place{part.first_row + first_accumulator_row(), first_accumulator_column()};
     if constexpr (Traits::kConsumers == 2) {
-      if (part.takes_turns()) {
+      if (part.takes_turns() && has_turns(walk)) {
         auto half = TurnsEnd<Traits>(walk, warpgroup(), passed_, shared_).join(softmax, out);
         place.column += warpgroup() * Traits::kHeadDim / 2;
         results(sm90::rows_cols(half), place);
         return;
       }
+      if (part.takes_turns() && warpgroup() > 0) return;
     }
     results(sm90::rows_cols(out), place);
   }
 
  private:
   CUTLASS_DEVICE static int warpgroup() { return cutlass::canonical_warp_group_idx() - 1; }
+  /// Whether a second warpgroup, too, has blocks of a part where they take turns.
+  CUTLASS_DEVICE static bool has_turns(Walk const& walk) {
+    return walk.end_block() - walk.begin_block() > 1;
+  }
   /// The query of a thread's row, of its kRows.
   CUTLASS_DEVICE int query_of(Walk const& walk, Part const& part, int row) const {
     return group_.div(walk.tile().first_row + part.first_row + first_accumulator_row() + 8 * row);
@@ -213,11 +218,11 @@ class DecodeMainloop {
       round_probabilities();
     }
 
-    // Tail: the last block's P V. Where there are turns its stage is needed once more.
+    // Tail: the last block's P V. Where there have been turns its stage is needed once more.
     issue_values(block);
     warpgroup_wait<0>();
     warpgroup_fence_operand(out);
-    if (!part.takes_turns()) release_values();
+    if (!part.takes_turns() || !has_turns(walk)) release_values();
     softmax.reduce_sums();
   }
 

@@ -17,6 +17,25 @@
 // and the last one are less than an item.
 namespace cute_kernels::attention {
 
+// Of a loop that mostly has one round, or none.
+#ifdef __CUDACC__
+#define CUTE_KERNELS_FEW_ROUNDS _Pragma("unroll 1")
+#else
+#define CUTE_KERNELS_FEW_ROUNDS
+#endif
+
+/// a / b, where a >= 0 and b > 0. Half of the instructions of a division, and of its time: rounding
+/// seldom leaves anything to do for the loops, and never much.
+constexpr int quotient(int a, int b) {
+  int result = static_cast<int>((static_cast<float>(a) + 0.5f) / static_cast<float>(b));
+  int rest = a - result * b;
+  CUTE_KERNELS_FEW_ROUNDS
+  for (; rest < 0; rest += b) --result;
+  CUTE_KERNELS_FEW_ROUNDS
+  for (; rest >= b; rest -= b) ++result;
+  return result;
+}
+
 /// The keys from `begin` up to before `end`.
 struct KeySpan {
   int begin;
@@ -45,6 +64,8 @@ struct CachedSequence {
   }
   /// What some query from `first` to `last` sees. Neither end of what a query sees decreases.
   constexpr KeySpan seen_by_some(int first, int last) const {
+    // One branch, not two.
+    if (chunk == 0) return {greater(first_key, ranges.first_key(first)), ranges.end_key(last)};
     return {seen_by(first).begin, seen_by(last).end};
   }
   constexpr KeySpan seen_by_all(int first, int last) const {
@@ -81,9 +102,9 @@ struct RowTile {
       : first_row(tile * Tiling::kTileRows),
         rows(lesser(Tiling::kTileRows, sequence.rows() - first_row)),
         // Without a division in the case of one tile.
-        first_query(tile == 0 ? 0 : first_row / sequence.group),
-        last_query(first_row + rows == sequence.rows() ? sequence.ranges.seqlen_q - 1
-                                                       : (first_row + rows - 1) / sequence.group),
+        first_query(is_only(sequence) ? 0 : quotient(first_row, sequence.group)),
+        last_query(is_only(sequence) ? sequence.ranges.seqlen_q - 1
+                                     : quotient(first_row + rows - 1, sequence.group)),
         keys(sequence.seen_by_some(first_query, last_query)) {}
 
   /// At least 1: rows that see nothing are written too.
@@ -91,6 +112,10 @@ struct RowTile {
     return keys.empty() ? 1 : (keys.end - keys.begin + Tiling::kTileN - 1) / Tiling::kTileN;
   }
 
+  /// Whether all rows of a sequence are in one tile.
+  static constexpr bool is_only(CachedSequence const& sequence) {
+    return sequence.rows() <= Tiling::kTileRows;
+  }
   static constexpr int count(CachedSequence const& sequence) {
     return (sequence.rows() + Tiling::kTileRows - 1) / Tiling::kTileRows;
   }
@@ -110,17 +135,17 @@ struct WorkLine {
   constexpr WorkLine(int of_head, int heads, int longest_item, int ctas, int num_splits)
       : of_head(of_head),
         blocks(of_head * heads),
-        share((blocks + ctas - 1) / ctas),
+        share(quotient(blocks + ctas - 1, ctas)),
         whole(num_splits == 1) {
     constexpr int kParts = 16;  // a little: one part of these
     if (share < 1) share = 1;
     if (num_splits > 1) {
-      share = greater(share, (longest_item + num_splits - 2) / (num_splits - 1));
+      share = greater(share, quotient(longest_item + num_splits - 2, num_splits - 1));
     } else if (share <= of_head) {
-      int const even = (of_head - 1) / (of_head / share) + 1;
+      int const even = quotient(of_head - 1, quotient(of_head, share)) + 1;
       if (even - share <= share / kParts) share = even;
     } else if (of_head > 0) {
-      int const even = (share - 1) / of_head * of_head + of_head;
+      int const even = quotient(share - 1, of_head) * of_head + of_head;
       if (even - share <= share / kParts) share = even;
     }
   }
@@ -140,8 +165,8 @@ struct WorkParts {
   int count;
 
   constexpr WorkParts(WorkLine const& line, int item, int blocks)
-      : first(item / line.share),
-        count(line.whole ? 1 : (item + blocks - 1) / line.share - first + 1) {}
+      : first(quotient(item, line.share)),
+        count(line.whole ? 1 : quotient(item + blocks - 1, line.share) - first + 1) {}
 };
 
 /// Where in the line a CTA begins.
@@ -153,13 +178,6 @@ struct WorkPlace {
   int tile;
   CachedSequence sequence;
 };
-
-// Loops over a sequence's tiles, of which there is mostly one.
-#ifdef __CUDACC__
-#define CUTE_KERNELS_FEW_ROUNDS _Pragma("unroll 1")
-#else
-#define CUTE_KERNELS_FEW_ROUNDS
-#endif
 
 /// A sequence, how many blocks it has for each head, and how many its longest item has.
 struct SequenceWork {
@@ -186,11 +204,13 @@ constexpr WorkPlace place_in_sequence(CachedSequence const& sequence, int entry,
                                       int start, int block) {
   WorkPlace place{block, block, entry, head, 0, sequence};
   int rest = block - start;
-  CUTE_KERNELS_FEW_ROUNDS
-  for (;; ++place.tile) {
-    int const of_tile = RowTile<Tiling>(place.sequence, place.tile).blocks();
-    if (rest < of_tile) break;
-    rest -= of_tile;
+  if (!RowTile<Tiling>::is_only(sequence)) {
+    CUTE_KERNELS_FEW_ROUNDS
+    for (;; ++place.tile) {
+      int const of_tile = RowTile<Tiling>(sequence, place.tile).blocks();
+      if (rest < of_tile) break;
+      rest -= of_tile;
+    }
   }
   place.item = block - rest;
   return place;

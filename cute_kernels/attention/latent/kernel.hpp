@@ -7,6 +7,7 @@
 #include "cute_kernels/attention/latent/load.hpp"
 #include "cute_kernels/attention/latent/mainloop.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
+#include "cute_kernels/sm90/parameters.hpp"
 
 namespace cute_kernels::attention {
 
@@ -47,10 +48,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     }
     cutlass::arch::fence_barrier_init();
   }
+  sm90::touch_parameters(params);
+  __syncthreads();
   sm90::wait_for_previous_kernel();  // whatever it is: from here on memory is read
-  Traits::Dealer::deal(params.call, params.num_splits, shared.deal);
+  auto const& share = Traits::Dealer::deal(params.call, params.num_splits, shared.deal);
   auto const first_part = [&] {
-    return WorkWalk<Traits>(params.call, shared.deal.line, shared.deal.place, blockIdx.x);
+    return WorkWalk<Traits>(params.call, share.line, share.place, blockIdx.x);
   };
 
   if (is_producer) {
@@ -66,13 +69,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     Mainloop mainloop(params.units, params.source, params.call, shared);
     DecodeEpilogue<Traits> epilogue(params.call, params.results, params.source.cache.group,
                                     params.units.log2_of_unit, shared);
+    epilogue.begin(share);
     for (auto walk = first_part(); walk.valid(); walk.advance()) {
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();
-      epilogue.begin(walk);
       mainloop.compute(walk, softmax, out);
-      epilogue.store(walk, softmax, sm90::rows_cols(out), Mainloop::place());
-      epilogue.finish(walk);
+      WorkParts const parts = walk.parts();
+      epilogue.store(walk, parts, softmax, sm90::rows_cols(out), Mainloop::place());
+      epilogue.finish(walk, parts);
     }
   }
 }

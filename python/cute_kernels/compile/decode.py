@@ -22,6 +22,9 @@ from .rows import (
 # warpgroups and of CTAs
 DECODE_CONSUMER_REGISTERS = {(1, 1): 255, (1, 2): 184, (2, 1): 216}
 
+# Of each of four warps: two sums, the line of all work, the CTA's place there.
+WORK_BYTES_OF_WARPGROUP = 4 * (2 * 4 + 16 + 52)
+
 DECODE_FIELDS = (
     *HEAD,
     Field("tile_m", int, WARPGROUP_M),
@@ -39,12 +42,10 @@ def decode_shared_memory(row: Row) -> dict[str, int]:
             "K": row["stages"] * stage,
             "V": row["stages"] * stage,
             "Q": row["tile_m"] * row["head_dim"] * ELEMENT_BYTES,
-            # full and empty, of every stage of K and V and of Q; sums of each warp, the line of all
-            # work, the CTA's place there, a flag; two statistics of each row
-            "barriers and place": 2 * 8 * (2 * row["stages"] + 1)
-            + (row["tile_m"] // WARPGROUP_M + 1) * 4 * 8
-            + 12
-            + 48
+            # full and empty, of every stage of K and V and of Q; what warps know of the work, a
+            # flag; two statistics of each row
+            "barriers and work": 2 * 8 * (2 * row["stages"] + 1)
+            + (row["tile_m"] // WARPGROUP_M + 1) * WORK_BYTES_OF_WARPGROUP
             + 4
             + 2 * 4 * row["tile_m"],
         }
@@ -123,14 +124,12 @@ def fp8_decode_shared_memory(row: Row) -> dict[str, int]:
             "K": row["stages"] * stage,
             "V": row["stages"] * stage,
             "Q": warp_rows * row["head_dim"] * ELEMENT_BYTES,
-            # of rows of K, of V and of Q; every warp's walk; full and empty, of every stage of K and
-            # of V; as of decode
-            "factors, barriers and place": 4 * (2 * of_keys + warp_rows)
+            # of rows of K, of V and of Q; every warp's walk; full and empty, of every stage of K
+            # and of V; as of decode
+            "factors, barriers and work": 4 * (2 * of_keys + warp_rows)
             + FP8_DECODE_WARPS * 96
             + 2 * 8 * 2 * row["stages"]
-            + 3 * 4 * 8
-            + 12
-            + 48
+            + 3 * WORK_BYTES_OF_WARPGROUP
             + 4
             + 2 * 4 * warp_rows,
         }
@@ -189,13 +188,10 @@ def latent_shared_memory(row: Row) -> dict[str, int]:
             "Q": row["tile_m"] * row_bytes,
             "P": row["tile_m"] * row["tile_n"] * ELEMENT_BYTES,
             # maxima, factors and two sums of each row; full and empty, of both parts of every stage
-            # and of Q, full of P; sums of each warp, the line of all work, the CTA's place there,
-            # flags
-            "statistics, barriers and place": 4 * 4 * row["tile_m"]
+            # and of Q, full of P; what warps know of the work; flags
+            "statistics, barriers and work": 4 * 4 * row["tile_m"]
             + 8 * (4 * stages + 2 + consumers)
-            + (consumers + 1) * 4 * 8
-            + 12
-            + 48
+            + (consumers + 1) * WORK_BYTES_OF_WARPGROUP
             + 4 * (consumers + 1),
         }
     )
