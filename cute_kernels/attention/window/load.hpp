@@ -1,0 +1,78 @@
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/tensor.hpp>
+
+#include "cute_kernels/attention/window/params.hpp"
+
+namespace cute_kernels::attention {
+
+/// The producer: one thread loads K and V of the CTA's tiles, another Q, and tells consumers of its
+/// parts.
+template <class Traits>
+class WindowLoader {
+  using SharedStorage = typename Traits::SharedStorage;
+  using Hint = cute::TMA::CacheHintSm90;
+
+  /// A stage and its phase, of a ring of kCount.
+  template <int kCount>
+  struct Ring {
+    int stage = 0;
+    uint32_t phase = 0;
+
+    CUTLASS_DEVICE void advance() {
+      stage = stage + 1 == kCount ? 0 : stage + 1;
+      phase ^= stage == 0;
+    }
+  };
+
+ public:
+  CUTLASS_DEVICE static void load_keys(WindowParams const& params, SharedStorage& shared) {
+    Ring<Traits::kStages> ring;
+    for (WindowTiles tiles(params); tiles.valid(); tiles.advance()) {
+      auto const place = tiles.place();
+      WorkTile const& tile = place.tile;
+      int const key = params.keys.first(tile.first_row >> params.group_log2, tile.right_edge);
+      int const row = tile.sequence.row_k + key;
+      auto& full = shared.kv_full[ring.stage];
+      shared.kv_empty[ring.stage].wait(ring.phase ^ 1);
+      full.arrive_and_expect_tx(params.tile_bytes);
+      auto load = [&](cute::TmaDescriptor const& tma, void* to) {
+        cute::SM90_TMA_LOAD_4D::copy(&tma, reinterpret_cast<uint64_t*>(&full),
+                                     static_cast<uint64_t>(Hint::EVICT_LAST), to, 0,
+                                     place.head_kv, row, tile.sequence.batch);
+      };
+      load(params.tma_k, shared.k[ring.stage]);
+      load(params.tma_v, shared.v[ring.stage]);
+      ring.advance();
+    }
+  }
+
+  CUTLASS_DEVICE static void load_queries(WindowParams const& params, SharedStorage& shared) {
+    Ring<Traits::kQueryStages> ring;
+    for (WindowTiles tiles(params); tiles.valid(); tiles.advance()) {
+      auto const [tile, head] = tiles.place();
+      int const parts = parts_of(tile, Traits::kTileM, Traits::kParts);
+      for (int number = 0; number < parts; ++number) {
+        WindowPart const part =
+            part_of(tile, params.group_log2, params.keys, Traits::kTileM, number, parts, head);
+        auto& full = shared.q_full[ring.stage];
+        shared.q_empty[ring.stage].wait(ring.phase ^ 1);
+        shared.parts[ring.stage] = part;
+        full.arrive_and_expect_tx(Traits::kBytesQ);
+        cute::SM90_TMA_LOAD_4D::copy(&params.tma_q, reinterpret_cast<uint64_t*>(&full),
+                                     static_cast<uint64_t>(Hint::EVICT_FIRST),
+                                     shared.q[ring.stage], 0, head * params.group, part.row,
+                                     part.batch);
+        ring.advance();
+      }
+    }
+    shared.q_empty[ring.stage].wait(ring.phase ^ 1);
+    shared.parts[ring.stage].queries = 0;  // the end
+    cutlass::arch::ClusterBarrier const& full = shared.q_full[ring.stage];
+    full.arrive();
+  }
+};
+
+}  // namespace cute_kernels::attention
