@@ -18,7 +18,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   int const warpgroup = cutlass::canonical_warp_group_idx();
-  int const warp = cutlass::canonical_warp_idx_sync();
 
   if (threadIdx.x == 0) {
     params.prefetch_descriptors();
@@ -42,6 +41,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     }
+    int const warp = cutlass::canonical_warp_idx_sync();
     if (warp == 0 && cute::elect_one_sync()) {
       WindowLoader<Traits>::load_queries(params, shared);
     } else if (warp == 1 && cute::elect_one_sync()) {
@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     sm90::barrier_sync_memory(sm90::NamedBarrier::kResultsStored, 0,
                               Traits::kThreads - cutlass::NumThreadsPerWarpGroup);
     if (shared.repairs) {
-      WindowRepair<Traits>::repair(params, warp - cutlass::NumWarpsPerWarpGroup, Traits::kWarps);
+      int const consumer = threadIdx.x - cutlass::NumThreadsPerWarpGroup;
+      WindowRepair<Traits>::repair(params, consumer / cutlass::NumThreadsPerWarp, Traits::kWarps);
     }
   }
 }

@@ -28,6 +28,12 @@ class WindowLoader {
   };
 
  public:
+  /// What a consumer is told of a part, once q_full has let it by.
+  CUTLASS_DEVICE static WindowPart told(SharedStorage const& shared, int stage) {
+    asm volatile("" ::: "memory");  // the compiler may read across CUTLASS's barriers
+    return shared.parts[stage];
+  }
+
   CUTLASS_DEVICE static void load_keys(WindowParams const& params, SharedStorage& shared) {
     Ring<Traits::kStages> ring;
     for (WindowTiles tiles(params); tiles.valid(); tiles.advance()) {
@@ -59,7 +65,7 @@ class WindowLoader {
             part_of(tile, params.group_log2, params.keys, Traits::kTileM, number, parts, head);
         auto& full = shared.q_full[ring.stage];
         shared.q_empty[ring.stage].wait(ring.phase ^ 1);
-        shared.parts[ring.stage] = part;
+        tell(shared, ring.stage, part);
         full.arrive_and_expect_tx(Traits::kBytesQ);
         cute::SM90_TMA_LOAD_4D::copy(&params.tma_q, reinterpret_cast<uint64_t*>(&full),
                                      static_cast<uint64_t>(Hint::EVICT_FIRST),
@@ -69,9 +75,17 @@ class WindowLoader {
       }
     }
     shared.q_empty[ring.stage].wait(ring.phase ^ 1);
-    shared.parts[ring.stage].queries = 0;  // the end
+    tell(shared, ring.stage, {});  // there is no other part
     cutlass::arch::ClusterBarrier const& full = shared.q_full[ring.stage];
     full.arrive();
+  }
+
+ private:
+  /// Between waiting for q_empty and arriving at q_full.
+  CUTLASS_DEVICE static void tell(SharedStorage& shared, int stage, WindowPart const& part) {
+    asm volatile("" ::: "memory");
+    shared.parts[stage] = part;
+    asm volatile("" ::: "memory");
   }
 };
 

@@ -5,9 +5,9 @@
 #include "cute_kernels/attention/forward/softmax.hpp"
 #include "cute_kernels/attention/forward/value_guard.hpp"
 #include "cute_kernels/attention/window/epilogue.hpp"
+#include "cute_kernels/attention/window/load.hpp"
 #include "cute_kernels/attention/window/mask.hpp"
 #include "cute_kernels/attention/window/params.hpp"
-#include "cute_kernels/sm90/mbarrier.hpp"
 #include "cute_kernels/sm90/tma_pipeline.hpp"
 #include "cute_kernels/sm90/uniform.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
@@ -56,7 +56,7 @@ class WindowMainloop {
     CUTLASS_PRAGMA_NO_UNROLL
     while (true) {
       shared.q_full[q_stage].wait(q_phase);
-      WindowPart const part = shared.parts[q_stage];
+      WindowPart const part = WindowLoader<Traits>::told(shared, q_stage);
       if (sm90::uniform(part.queries) == 0) break;
       int const number = Traits::kParts == 1 ? 0 : sm90::uniform(part.number);
       bool const is_last = Traits::kParts == 1 || sm90::uniform(part.is_last);
@@ -73,7 +73,7 @@ class WindowMainloop {
                                          rows.query[1], lane);
       float const sinks[] = {rows.sink(params, part, 0), rows.sink(params, part, 1)};
       warpgroup_wait<0>();
-      if (elect_one_sync()) shared.q_empty[q_stage].arrive();
+      sm90::arrive_if(elect_one_sync(), shared.q_empty[q_stage]);
 
       Softmax softmax(params.scale_log2);
       auto score_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
@@ -93,7 +93,7 @@ class WindowMainloop {
       sm90::issue_gemm<sm90::Accumulate::kNo>(mma_pv, probabilities,
                                               sm90::moved(operand_v, key_bytes), out);
       warpgroup_wait<0>();
-      if (is_last && elect_one_sync()) shared.kv_empty[kv_stage].arrive();
+      sm90::arrive_if(is_last && elect_one_sync(), shared.kv_empty[kv_stage]);
 
       auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
       softmax.finalize(out_rows, sinks);

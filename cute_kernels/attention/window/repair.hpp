@@ -8,9 +8,9 @@
 
 namespace cute_kernels::attention {
 
-/// Computes rows of O again that are not finite: NaN and infinities of V may have come from keys
-/// that the row does not see, whose P is 0. Slowly, from global memory, of keys that it does see
-/// alone; such a value of V goes into the result whatever its P is.
+/// Computes again what of O is not finite: NaN and infinities of V may have come from keys that the
+/// row does not see, whose P is 0. Slowly, from global memory, of keys that it does see alone; such
+/// a value of V goes into the result whatever its P is.
 template <class Traits>
 class WindowRepair {
   using Element = typename Traits::Element;
@@ -43,12 +43,13 @@ class WindowRepair {
     bool const has_channels = 2 * lane < params.head_dim_v;
     Element* const out =
         rows_of<Element>(params.out, sequence.batch, head, sequence.row_q + query) + 2 * lane;
-    bool const finite = !has_channels || (sm90::is_finite(out[0]) && sm90::is_finite(out[1]));
-    if (__all_sync(0xffffffff, finite)) return;
+    bool const low_is_wrong = has_channels && !sm90::is_finite(out[0]);
+    bool const high_is_wrong = has_channels && !sm90::is_finite(out[1]);
+    if (!__any_sync(0xffffffff, low_is_wrong || high_is_wrong)) return;
 
     int const first = ranges.first_key(query), end = ranges.end_key(query);
     auto const* const q = rows_of<Element>(params.q, sequence.batch, head, sequence.row_q + query);
-    auto score = [&](int key) {  // in powers of two
+    auto score = [&](int key) {
       if (key >= end) return -INFINITY;
       auto const* const k =
           rows_of<Element>(params.k, sequence.batch, head_kv, sequence.row_k + key);
@@ -86,9 +87,8 @@ class WindowRepair {
                                       : static_cast<float>(v[1]);
       }
     }
-    if (!has_channels) return;
-    out[0] = static_cast<Element>(low / sum);
-    out[1] = static_cast<Element>(high / sum);
+    if (low_is_wrong) out[0] = static_cast<Element>(low / sum);
+    if (high_is_wrong) out[1] = static_cast<Element>(high / sum);
   }
 };
 
