@@ -40,8 +40,8 @@ struct TileConfig : RowConfig<ElementType> {
   int tile_m;    // queries of one CTA
   double speed;  // throughput on long sequences, relative to the other rows of the head dim
   int overhead;  // what a tile costs beside its keys, in keys
-  // Above 0: it takes calls with a window so short that a warpgroup's keys are tile_n (fits_window),
-  // and only these.
+  // Above 0: it takes calls with a window so short that a warpgroup's keys are tile_n
+  // (fits_window), and only these.
   int grouped = 0;
   int tile_n = 0;
 };

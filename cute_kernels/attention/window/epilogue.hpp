@@ -47,7 +47,7 @@ class WindowEpilogue {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < WindowRows::kOfThread; ++i) {
       if (rows.query[i] >= part.queries) continue;
-      params.lse_of(part, first_head + rows.head[i], rows.query[i]) = softmax.lse(i, sinks[i]);
+      rows.lse(params, part, i) = softmax.lse(i, sinks[i]);
     }
   }
 
@@ -67,8 +67,7 @@ class WindowEpilogue {
     for (int i = 0; i < Traits::kHeadDimV / kVector; i += 2) {
       Element* const place = to + row * Traits::kHeadDimV + (vector ^ i) * kVector;
       cute::SM90_U32x4_STSM_N::copy(pairs[2 * i], pairs[2 * i + 1], pairs[2 * i + 2],
-                                    pairs[2 * i + 3],
-                                    *reinterpret_cast<cute::uint128_t*>(place));
+                                    pairs[2 * i + 3], *reinterpret_cast<cute::uint128_t*>(place));
     }
   }
 

@@ -72,10 +72,10 @@ WindowParams window_params(ForwardProblem const& problem) {
   int const tile_keys = params.keys.of_tile(Traits::kParts * Traits::kConsumers);
   params.tma_q = window_boxes<Element>(problem.q, sizes.head_dim, sizes.heads_q, queries, batch,
                                        group, Traits::kTileM / group);
-  params.tma_k = window_boxes<Element>(problem.k, sizes.head_dim, sizes.heads_kv, keys, batch, 1,
-                                       tile_keys);
-  params.tma_v = window_boxes<Element>(problem.v, sizes.head_dim_v, sizes.heads_kv, keys, batch, 1,
-                                       tile_keys);
+  params.tma_k =
+      window_boxes<Element>(problem.k, sizes.head_dim, sizes.heads_kv, keys, batch, 1, tile_keys);
+  params.tma_v =
+      window_boxes<Element>(problem.v, sizes.head_dim_v, sizes.heads_kv, keys, batch, 1, tile_keys);
   params.tma_o = window_boxes<Element>(problem.out, sizes.head_dim_v, sizes.heads_q, queries, batch,
                                        std::min(group, kWarpM), std::max(1, kWarpM / group));
   params.count = list.count;

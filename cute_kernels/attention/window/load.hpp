@@ -46,8 +46,8 @@ class WindowLoader {
       full.arrive_and_expect_tx(params.tile_bytes);
       auto load = [&](cute::TmaDescriptor const& tma, void* to) {
         cute::SM90_TMA_LOAD_4D::copy(&tma, reinterpret_cast<uint64_t*>(&full),
-                                     static_cast<uint64_t>(Hint::EVICT_LAST), to, 0,
-                                     place.head_kv, row, tile.sequence.batch);
+                                     static_cast<uint64_t>(Hint::EVICT_LAST), to, 0, place.head_kv,
+                                     row, tile.sequence.batch);
       };
       load(params.tma_k, shared.k[ring.stage]);
       load(params.tma_v, shared.v[ring.stage]);
@@ -68,9 +68,8 @@ class WindowLoader {
         tell(shared, ring.stage, part);
         full.arrive_and_expect_tx(Traits::kBytesQ);
         cute::SM90_TMA_LOAD_4D::copy(&params.tma_q, reinterpret_cast<uint64_t*>(&full),
-                                     static_cast<uint64_t>(Hint::EVICT_FIRST),
-                                     shared.q[ring.stage], 0, head * params.group, part.row,
-                                     part.batch);
+                                     static_cast<uint64_t>(Hint::EVICT_FIRST), shared.q[ring.stage],
+                                     0, head * params.group, part.row, part.batch);
         ring.advance();
       }
     }

@@ -14,9 +14,9 @@
 
 namespace cute_kernels::attention {
 
-/// A consumer warpgroup: 64 rows of each part of the CTA's tiles, whose keys are one block. So there
-/// is no step to overlap with: the warpgroups, which nothing holds together but the loads, hide one
-/// another's latencies.
+/// A consumer warpgroup: 64 rows of each part of the CTA's tiles, whose keys are one block. So
+/// there is no step to overlap with: the warpgroups, which nothing holds together but the loads,
+/// hide one another's latencies.
 template <class Traits>
 class WindowMainloop {
   using Element = typename Traits::Element;
@@ -39,13 +39,13 @@ class WindowMainloop {
     typename Traits::MmaPv mma_pv;
     auto slice_qk = mma_qk.get_thread_slice(thread);
     auto slice_pv = mma_pv.get_thread_slice(thread);
-    auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(make_tensor(
-        make_smem_ptr(shared.q[0] + warpgroup * kWarpgroupM * Traits::kHeadDim),
-        typename Traits::LayoutQ{})));
-    auto operand_k = slice_qk.make_fragment_B(slice_qk.partition_B(
-        make_tensor(make_smem_ptr(shared.k[0]), typename Traits::LayoutK{})));
-    auto operand_v = slice_pv.make_fragment_B(slice_pv.partition_B(
-        make_tensor(make_smem_ptr(shared.v[0]), typename Traits::LayoutVt{})));
+    auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(
+        make_tensor(make_smem_ptr(shared.q[0] + warpgroup * kWarpgroupM * Traits::kHeadDim),
+                    typename Traits::LayoutQ{})));
+    auto operand_k = slice_qk.make_fragment_B(
+        slice_qk.partition_B(make_tensor(make_smem_ptr(shared.k[0]), typename Traits::LayoutK{})));
+    auto operand_v = slice_pv.make_fragment_B(
+        slice_pv.partition_B(make_tensor(make_smem_ptr(shared.v[0]), typename Traits::LayoutVt{})));
 
     // The warp's rows in a part.
     int const first_row = warpgroup * kWarpgroupM + warp * Traits::kWarpM;
@@ -60,17 +60,17 @@ class WindowMainloop {
       if (sm90::uniform(part.queries) == 0) break;
       int const number = Traits::kParts == 1 ? 0 : sm90::uniform(part.number);
       bool const is_last = Traits::kParts == 1 || sm90::uniform(part.is_last);
-      int const shift = params.keys.shift((number * Traits::kConsumers + warpgroup) *
-                                          params.keys.queries);
+      int const shift =
+          params.keys.shift((number * Traits::kConsumers + warpgroup) * params.keys.queries);
       if (number == 0) shared.kv_full[kv_stage].wait(kv_phase);
       int const key_bytes = kv_stage * Traits::kStageBytes + shift * Traits::kRowBytes;
 
       auto scores = partition_fragment_C(mma_qk, Shape<Int<kWarpgroupM>, Int<kKeys>>{});
-      sm90::issue_gemm<sm90::Accumulate::kNo>(
-          mma_qk, sm90::moved(operand_q, q_stage * Traits::kBytesQ),
-          sm90::moved(operand_k, key_bytes), scores);
+      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk,
+                                              sm90::moved(operand_q, q_stage * Traits::kBytesQ),
+                                              sm90::moved(operand_k, key_bytes), scores);
       WindowBlockMask<kKeys> const mask(part, shift, rows.first, rows.last, rows.query[0],
-                                         rows.query[1], lane);
+                                        rows.query[1], lane);
       float const sinks[] = {rows.sink(params, part, 0), rows.sink(params, part, 1)};
       warpgroup_wait<0>();
       sm90::arrive_if(elect_one_sync(), shared.q_empty[q_stage]);
@@ -88,8 +88,7 @@ class WindowMainloop {
       CUTLASS_PRAGMA_UNROLL
       for (int i = size(scores); i < size(probabilities); ++i) probabilities.data()[i] = Element(0);
 
-      auto out =
-          partition_fragment_C(mma_pv, Shape<Int<kWarpgroupM>, Int<Traits::kHeadDimV>>{});
+      auto out = partition_fragment_C(mma_pv, Shape<Int<kWarpgroupM>, Int<Traits::kHeadDimV>>{});
       sm90::issue_gemm<sm90::Accumulate::kNo>(mma_pv, probabilities,
                                               sm90::moved(operand_v, key_bytes), out);
       warpgroup_wait<0>();

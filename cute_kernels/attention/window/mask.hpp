@@ -2,13 +2,12 @@
 
 #include <cute/tensor.hpp>
 
-#include "cute_kernels/attention/window/params.hpp"
-#include "cute_kernels/sm90/uniform.hpp"
+#include "cute_kernels/attention/window/plan.hpp"
 
 namespace cute_kernels::attention {
 
-/// Which keys of its block a thread's two rows see. Almost all columns are seen by all rows, so that
-/// a warp looks from both ends, eight columns at a time, only as far as some row has an end.
+/// Which keys of its block a thread's two rows see. Almost all columns are seen by all rows, so
+/// that a warp looks from both ends, eight columns at a time, only as far as some row has an end.
 template <int kColumns>
 class WindowBlockMask {
   static constexpr int kRows = 2;
@@ -16,17 +15,16 @@ class WindowBlockMask {
   static constexpr int kRuns = kColumns / kRun;
 
  public:
-  /// Of rows that are the warpgroup's queries `own` and `other`, the warp's being those from `first`
-  /// up to `last`, counted from the part's first. `shift` is that of the warpgroup's block.
+  /// Of rows that are the warpgroup's queries `own` and `other`, the warp's being those from
+  /// `first` up to `last`, counted from the part's first. `shift` is that of the warpgroup's block.
   CUTLASS_DEVICE WindowBlockMask(WindowPart const& part, int shift, int first, int last, int own,
                                  int other, int lane)
-      : first_end_(sm90::uniform(end(part, first) - shift)),
-        last_begin_(sm90::uniform(begin(part, last) - shift)) {
+      : first_end_(part.end_seen(first) - shift), last_begin_(part.first_seen(last) - shift) {
     int const column = lane % 4 * 2 + shift;
-    begin_[0] = begin(part, own) - column;
-    begin_[1] = begin(part, other) - column;
-    end_[0] = end(part, own) - column;
-    end_[1] = end(part, other) - column;
+    begin_[0] = part.first_seen(own) - column;
+    begin_[1] = part.first_seen(other) - column;
+    end_[0] = part.end_seen(own) - column;
+    end_[1] = part.end_seen(other) - column;
   }
 
   /// Sets the scores of unseen keys to -inf: a (row, column) view of the accumulator.
@@ -37,13 +35,6 @@ class WindowBlockMask {
   }
 
  private:
-  CUTLASS_DEVICE static int begin(WindowPart const& part, int query) {
-    return max(part.left_edge + query, part.first_key);
-  }
-  CUTLASS_DEVICE static int end(WindowPart const& part, int query) {
-    return min(part.right_edge + query, part.end_key);
-  }
-
   template <int kIndex, class Scores>
   CUTLASS_DEVICE void hide_ends(Scores& scores) const {
     if constexpr (kIndex >= 0) {

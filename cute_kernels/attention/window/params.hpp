@@ -40,10 +40,6 @@ struct WindowParams {
     cute::prefetch_tma_descriptor(&tma_v);
     cute::prefetch_tma_descriptor(&tma_o);
   }
-
-  CUTLASS_DEVICE float& lse_of(WindowPart const& part, int head, int query) const {
-    return lse[(int64_t{part.batch} * heads_q + head) * rows + part.row + query];
-  }
 };
 
 /// A CTA's tiles of one key head: entries of the list, each with all key heads in turn.

@@ -15,8 +15,8 @@ namespace cute_kernels::attention {
 
 /// Where keys of a tile lie for its warpgroups. The tile's keys are one run of rows in shared
 /// memory; each warpgroup's block is the tile_n of them that begin at a multiple of kKeyStep, which
-/// is the swizzle's period and so what WGMMA may begin at. P V takes kValueStep keys at a time: some
-/// behind a block, whose P is 0, may be among them.
+/// is the swizzle's period and so what WGMMA may begin at. P V takes kValueStep keys at a time:
+/// some behind a block, whose P is 0, may be among them.
 struct WindowKeys {
   static constexpr int kKeyStep = 8;
   static constexpr int kValueStep = 16;
@@ -57,7 +57,8 @@ struct WindowKeys {
 /// Which calls such a kernel takes, of blocks of tile_n keys.
 constexpr bool fits_window(AttentionCall const& call, int tile_n) {
   CallSizes const& sizes = call.sizes;
-  if (!call.mask.left || !call.mask.right || sizes.heads_kv <= 0 || sizes.heads_q <= 0) return false;
+  if (!call.mask.left || !call.mask.right || sizes.heads_kv <= 0 || sizes.heads_q <= 0)
+    return false;
   int const group = sizes.heads_q / sizes.heads_kv;
   constexpr int kRows = WindowKeys::kWarpgroupM;
   if (group * WindowKeys::kMostQueries < kRows || group > kRows || kRows % group != 0) return false;
@@ -88,8 +89,8 @@ constexpr WindowRanges ranges_of(GroupedCall const& grouped, Sequence sequence, 
   return ranges_of(grouped.call, sequence, entry);
 }
 
-/// Tiles of kRows rows from a sequence's first on. Each takes as long as any other: they stay in the
-/// order of the sequences.
+/// Tiles of kRows rows from a sequence's first on. Each takes as long as any other: they stay in
+/// the order of the sequences.
 template <int kRows>
 struct RowTiling {
   static constexpr bool kNumbersSequences = false;
@@ -112,24 +113,29 @@ constexpr int64_t most_tiles(GroupedCall const& grouped, int rows) {
   return grouped.call.is_packed() ? all / rows + batch : batch * ((all + rows - 1) / rows);
 }
 
-/// What a consumer knows of a part of a tile: kTileM rows, that of all its warpgroups at a time.
-/// Keys are counted from the tile's first.
+/// What a consumer knows of a part of a tile: kTileM rows, those of all its warpgroups at a time.
+/// Queries are counted from the part's first, keys from the tile's.
 struct alignas(16) WindowPart {
-  int queries;      // of the sequence from the part's first on; none: there is no other part
-  int row;          // of the part's first query, in the tensors
-  int batch;        // entry of the tensors
+  int queries;  // that the sequence has from the part's first on; none: there is no other part
+  int row;      // of the part's first query, in the tensors
+  int batch;    // entry of the tensors
   int head_kv;
-  int left_edge;    // the first key that the part's first query would see,
-  int right_edge;   // and the one behind the last, were there
-  int first_key;    // no first key
-  int end_key;      // and no last one
-  int number;       // of the part in the tile
-  int is_last;      // of the tile
+  int left_edge;   // the keys that the part's first query would see, were there no first key
+  int right_edge;  // and no last one
+  int first_key;   // the sequence's
+  int end_key;
+  int number;  // of the part in the tile
+  int is_last;
+
+  /// The keys that a query sees are those from here on,
+  constexpr int first_seen(int query) const { return greater(left_edge + query, first_key); }
+  /// up to before here; none, if that is not behind the first.
+  constexpr int end_seen(int query) const { return lesser(right_edge + query, end_key); }
 };
 
 /// The part `number` of a tile that begins at a row; its parts have tile_m rows each.
-constexpr WindowPart part_of(WorkTile const& tile, int group_log2, WindowKeys const& keys, int tile_m,
-                             int number, int parts, int head_kv) {
+constexpr WindowPart part_of(WorkTile const& tile, int group_log2, WindowKeys const& keys,
+                             int tile_m, int number, int parts, int head_kv) {
   int const first = tile.first_row >> group_log2, query = first + (number * tile_m >> group_log2);
   int const key = keys.first(first, tile.right_edge);
   return {(tile.sequence.seqlen_q >> group_log2) - query,

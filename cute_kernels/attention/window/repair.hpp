@@ -72,7 +72,8 @@ class WindowRepair {
     float sum = first < end ? exp2f(sink_above) : 1.f, low = 0.f, high = 0.f;
     CUTLASS_PRAGMA_NO_UNROLL
     for (int key = first; key < end; key += kLanes) {
-      float const p = key + lane < end ? exp2f((score(key + lane) - most) * params.scale_log2) : 0.f;
+      float const p =
+          key + lane < end ? exp2f((score(key + lane) - most) * params.scale_log2) : 0.f;
       CUTLASS_PRAGMA_NO_UNROLL
       for (int i = 0; i < min(kLanes, end - key); ++i) {
         float const p_of_key = __shfl_sync(0xffffffff, p, i);
@@ -81,10 +82,10 @@ class WindowRepair {
         auto const* const v =
             rows_of<Element>(params.v, sequence.batch, head_kv, sequence.row_k + key + i) +
             2 * lane;
-        low += sm90::is_finite(v[0]) ? p_of_key * static_cast<float>(v[0])
-                                     : static_cast<float>(v[0]);
-        high += sm90::is_finite(v[1]) ? p_of_key * static_cast<float>(v[1])
-                                      : static_cast<float>(v[1]);
+        low +=
+            sm90::is_finite(v[0]) ? p_of_key * static_cast<float>(v[0]) : static_cast<float>(v[0]);
+        high +=
+            sm90::is_finite(v[1]) ? p_of_key * static_cast<float>(v[1]) : static_cast<float>(v[1]);
       }
     }
     if (low_is_wrong) out[0] = static_cast<Element>(low / sum);

@@ -13,7 +13,7 @@ struct WindowRows {
   static constexpr int kOfThread = 2;
   static constexpr int kApart = 8;
 
-  int first;       // query of the warp
+  int first;  // query of the warp
   int last;
   int first_head;  // of the first row
   int query[kOfThread];
@@ -34,7 +34,15 @@ struct WindowRows {
   /// -inf where there is none.
   CUTLASS_DEVICE float sink(WindowParams const& params, WindowPart const& part, int i) const {
     if (params.sinks == nullptr) return -INFINITY;
-    return __ldg(params.sinks + part.head_kv * params.group + head[i]);
+    float const* const of_group = params.sinks + part.head_kv * params.group;
+    return __ldg(of_group + head[i]);
+  }
+
+  /// Of a row.
+  CUTLASS_DEVICE float& lse(WindowParams const& params, WindowPart const& part, int i) const {
+    int const first_head = part.batch * params.heads_q + part.head_kv * params.group;
+    float* const of_group = params.lse + int64_t{first_head} * params.rows + part.row;
+    return of_group[head[i] * params.rows + query[i]];  // below 2^30: fits_window
   }
 };
 

@@ -54,7 +54,7 @@ struct WindowTraits : ForwardTraits<WindowTile<Tile>> {
   using LayoutK = LayoutOf<kKeys>;
   using LayoutVt = decltype(cute::composition(
       LayoutOf<kTileN>{}, cute::make_layout(cute::Shape<cute::Int<kHeadDimV>, cute::Int<kTileN>>{},
-                                   cute::Stride<cute::Int<kTileN>, cute::_1>{})));
+                                            cute::Stride<cute::Int<kTileN>, cute::_1>{})));
 
   static constexpr int kRowBytes = kHeadDim * sizeof(Element);
   static constexpr int kBytesQ = kTileM * kRowBytes;

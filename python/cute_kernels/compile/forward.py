@@ -130,18 +130,21 @@ def window_problems(row: Row) -> list[str]:
     if row["grouped"] < 0:
         found.append(f"grouped = {row['grouped']} must be 0 or more")
     elif row["tile_n"] % 8 or row["tile_n"] <= 0:
-        found.append(f"tile_n = {row['tile_n']} must be a multiple of 8: it is N of the WGMMA Q K^T")
+        found.append(
+            f"tile_n = {row['tile_n']} must be a multiple of 8: it is N of the WGMMA Q K^T"
+        )
     elif window_keys(row) > MAX_BOX_ROWS:
         found.append(
-            f"grouped = {row['grouped']}: tile_n + {WINDOW_QUERIES} for each of a tile's warpgroups "
-            f"but one = {window_keys(row)} must be up to {MAX_BOX_ROWS}, the rows of a box of TMA"
+            f"grouped = {row['grouped']}: tile_n + {WINDOW_QUERIES} for each of a tile's "
+            f"warpgroups but one = {window_keys(row)} must be up to {MAX_BOX_ROWS}, the rows of a "
+            f"box of TMA"
         )
     if (row["head_dim"], row["head_dim_v"]) != (64, 64):
         found.append("grouped needs head dims of 64: a row is one row of the swizzle")
     if row["any_call"] or row["softcap"] or row["pingpong"] or not row["separate_output"]:
         found.append(
-            "grouped needs any_call, softcap and pingpong = false, separate_output = true: it takes "
-            "calls with a short window, whose keys are one block"
+            "grouped needs any_call, softcap and pingpong = false, separate_output = true: it "
+            "takes calls with a short window, whose keys are one block"
         )
     return found
 
