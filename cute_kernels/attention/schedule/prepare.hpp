@@ -69,9 +69,8 @@ __global__ void __launch_bounds__(WorkListBuilder<Tiling, Call>::kThreads)
 /// Starts it. The next kernel may start early, and then waits for this one itself. So may this one
 /// if `early`: what the kernel before it writes is neither read nor written here.
 template <class Tiling, class Call>
-cudaError_t start_preparing(Call const& call, WorkList const& list,
-                            UnusedRows const& unused, Device const& device, cudaStream_t stream,
-                            bool early = false) {
+cudaError_t start_preparing(Call const& call, WorkList const& list, UnusedRows const& unused,
+                            Device const& device, cudaStream_t stream, bool early = false) {
   sm90::Launch how{};
   how.threads = WorkListBuilder<Tiling, Call>::kThreads;
   AttentionCall const& lengths = attention_call(call);
