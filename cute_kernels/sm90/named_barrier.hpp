@@ -15,8 +15,6 @@ enum class NamedBarrier : int {
   /// memory, before one of them starts the TMA store. In 8 bits also before sums of P V stand
   /// there.
   kOutputReady = 4,
-  /// Short windows. All consumer threads meet here when what they have stored is complete.
-  kResultsStored = 0,
   /// Backward's epilogue. All consumer threads meet here before dK and dV overwrite K and V, and
   /// again before one of them starts the TMA store.
   kGradientsReady = 0,

@@ -5,9 +5,7 @@
 
 #include "cute_kernels/attention/window/load.hpp"
 #include "cute_kernels/attention/window/mainloop.hpp"
-#include "cute_kernels/attention/window/repair.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
-#include "cute_kernels/sm90/named_barrier.hpp"
 
 namespace cute_kernels::attention {
 
@@ -30,8 +28,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int i = 0; i < Traits::kStages; ++i) {
       shared.kv_full[i].init(1);
       shared.kv_empty[i].init(Traits::kWarps);
+      shared.kv_landed[i].init(1);
     }
-    shared.repairs = false;
+    shared.passes = {};
   }
   cutlass::arch::fence_barrier_init();
   __syncthreads();
@@ -42,23 +41,23 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     }
     int const warp = cutlass::canonical_warp_idx_sync();
-    if (warp == 0 && cute::elect_one_sync()) {
-      WindowLoader<Traits>::load_queries(params, shared);
-    } else if (warp == 1 && cute::elect_one_sync()) {
-      WindowLoader<Traits>::load_keys(params, shared);
-    }
+    WindowLoader<Traits> loader;
+    do {
+      if (warp == 0 && cute::elect_one_sync()) {
+        loader.load_queries(params, shared);
+      } else if (warp == 1 && cute::elect_one_sync()) {
+        loader.load_keys(params, shared);
+      } else if (warp == 2 && shared.passes.guarded) {
+        loader.guard_values(params, shared);
+      }
+      __syncwarp();
+    } while (shared.passes.go_on());
   } else {
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     }
     WindowMainloop<Traits>::compute(params, shared, warpgroup - 1);
-    WindowEpilogue<Traits>::drain();
-    sm90::barrier_sync_memory(sm90::NamedBarrier::kResultsStored, 0,
-                              Traits::kThreads - cutlass::NumThreadsPerWarpGroup);
-    if (shared.repairs) {
-      int const consumer = threadIdx.x - cutlass::NumThreadsPerWarpGroup;
-      WindowRepair<Traits>::repair(params, consumer / cutlass::NumThreadsPerWarp, Traits::kWarps);
-    }
+    if (shared.passes.guarded) WindowMainloop<Traits>::restore(params);
   }
 }
 

@@ -63,19 +63,24 @@ WindowParams window_params(ForwardProblem const& problem) {
   GroupedCall const grouped = grouped_call(call);
   int const group = 1 << grouped.group_log2;
   int const batch = tensor_batch(call), queries = tensor_rows_q(call);
-  // A descriptor of no keys is not allowed; without any what is loaded through it is not seen.
-  int const keys = std::max(1, tensor_rows_k(call));
+  int const keys = tensor_rows_k(call);
   WorkList const list = window_work_list<Traits>(problem);
 
   WindowParams params{};
-  params.keys = {Traits::kWarpgroupM / group, Traits::kTileN};
+  params.keys = Traits::keys(Traits::kWarpgroupM / group);
   int const tile_keys = params.keys.of_tile(Traits::kParts * Traits::kConsumers);
   params.tma_q = window_boxes<Element>(problem.q, sizes.head_dim, sizes.heads_q, queries, batch,
                                        group, Traits::kTileM / group);
-  params.tma_k =
-      window_boxes<Element>(problem.k, sizes.head_dim, sizes.heads_kv, keys, batch, 1, tile_keys);
-  params.tma_v =
-      window_boxes<Element>(problem.v, sizes.head_dim_v, sizes.heads_kv, keys, batch, 1, tile_keys);
+  // A descriptor of no keys is not allowed, and blocks are loaded also where nothing of them is
+  // seen: without any keys, of a query.
+  auto boxes_of_keys = [&](TensorView const& view, int channels) {
+    return keys > 0
+               ? window_boxes<Element>(view, channels, sizes.heads_kv, keys, batch, 1, tile_keys)
+               : window_boxes<Element>(problem.q, sizes.head_dim, sizes.heads_kv, 1, batch, 1,
+                                       tile_keys);
+  };
+  params.tma_k = boxes_of_keys(problem.k, sizes.head_dim);
+  params.tma_v = boxes_of_keys(problem.v, sizes.head_dim_v);
   params.tma_o = window_boxes<Element>(problem.out, sizes.head_dim_v, sizes.heads_q, queries, batch,
                                        std::min(group, kWarpM), std::max(1, kWarpM / group));
   params.count = list.count;
@@ -86,13 +91,10 @@ WindowParams window_params(ForwardProblem const& problem) {
   params.group_log2 = grouped.group_log2;
   params.heads_q = sizes.heads_q;
   params.rows = queries;
-  params.head_dim = sizes.head_dim;
   params.head_dim_v = sizes.head_dim_v;
   params.scale_log2 = scale_of_scores(call.scale) * sm90::kLog2e;
   params.sinks = call.sinks;
   params.lse = problem.lse;
-  params.q = problem.q;
-  params.k = problem.k;
   params.v = problem.v;
   params.out = problem.out;
   return params;

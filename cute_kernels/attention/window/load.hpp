@@ -4,12 +4,13 @@
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/forward/value_guard.hpp"
 #include "cute_kernels/attention/window/params.hpp"
 
 namespace cute_kernels::attention {
 
 /// The producer: one thread loads K and V of the CTA's tiles, another Q, and tells consumers of its
-/// parts.
+/// parts. In a guarded pass a warp clears what of V is not finite before consumers see it.
 template <class Traits>
 class WindowLoader {
   using SharedStorage = typename Traits::SharedStorage;
@@ -34,14 +35,15 @@ class WindowLoader {
     return shared.parts[stage];
   }
 
-  CUTLASS_DEVICE static void load_keys(WindowParams const& params, SharedStorage& shared) {
-    Ring<Traits::kStages> ring;
+  CUTLASS_DEVICE void load_keys(WindowParams const& params, SharedStorage& shared) {
+    Ring<Traits::kStages>& ring = keys_;
     for (WindowTiles tiles(params); tiles.valid(); tiles.advance()) {
       auto const place = tiles.place();
       WorkTile const& tile = place.tile;
       int const key = params.keys.first(tile.first_row >> params.group_log2, tile.right_edge);
       int const row = tile.sequence.row_k + key;
-      auto& full = shared.kv_full[ring.stage];
+      auto& full =
+          shared.passes.guarded ? shared.kv_landed[ring.stage] : shared.kv_full[ring.stage];
       shared.kv_empty[ring.stage].wait(ring.phase ^ 1);
       full.arrive_and_expect_tx(params.tile_bytes);
       auto load = [&](cute::TmaDescriptor const& tma, void* to) {
@@ -55,8 +57,8 @@ class WindowLoader {
     }
   }
 
-  CUTLASS_DEVICE static void load_queries(WindowParams const& params, SharedStorage& shared) {
-    Ring<Traits::kQueryStages> ring;
+  CUTLASS_DEVICE void load_queries(WindowParams const& params, SharedStorage& shared) {
+    Ring<Traits::kQueryStages>& ring = queries_;
     for (WindowTiles tiles(params); tiles.valid(); tiles.advance()) {
       auto const [tile, head] = tiles.place();
       int const parts = parts_of(tile, Traits::kTileM, Traits::kParts);
@@ -77,6 +79,25 @@ class WindowLoader {
     tell(shared, ring.stage, {});  // there is no other part
     cutlass::arch::ClusterBarrier const& full = shared.q_full[ring.stage];
     full.arrive();
+    ring.advance();
+  }
+
+  /// Of a warp, in a guarded pass.
+  CUTLASS_DEVICE static void guard_values(WindowParams const& params, SharedStorage& shared) {
+    WindowTiles tiles(params);
+    int stage = tiles.count() % Traits::kStages;  // behind those of the pass before
+    uint32_t phases = 0;                          // of kv_landed, a bit for each stage
+    for (; tiles.valid(); tiles.advance()) {
+      shared.kv_landed[stage].wait(phases >> stage & 1);
+      phases ^= 1u << stage;
+      clear_values<Traits::kTileKeys * Traits::kHeadDimV>(shared.v[stage]);
+      __syncwarp();
+      if (cute::elect_one_sync()) {
+        cutlass::arch::ClusterBarrier const& full = shared.kv_full[stage];
+        full.arrive();
+      }
+      stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
+    }
   }
 
  private:
@@ -86,6 +107,9 @@ class WindowLoader {
     shared.parts[stage] = part;
     asm volatile("" ::: "memory");
   }
+
+  Ring<Traits::kStages> keys_;
+  Ring<Traits::kQueryStages> queries_;
 };
 
 }  // namespace cute_kernels::attention

@@ -8,6 +8,7 @@
 #include "cute_kernels/attention/window/load.hpp"
 #include "cute_kernels/attention/window/mask.hpp"
 #include "cute_kernels/attention/window/params.hpp"
+#include "cute_kernels/attention/window/value_guard.hpp"
 #include "cute_kernels/sm90/tma_pipeline.hpp"
 #include "cute_kernels/sm90/uniform.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
@@ -28,7 +29,8 @@ class WindowMainloop {
   static constexpr int kWarpgroupM = Traits::kWarpgroupM;
 
  public:
-  /// All of the CTA's tiles.
+  /// All of the CTA's tiles, in as many passes as there are. Returns when their stores are
+  /// complete.
   CUTLASS_DEVICE static void compute(WindowParams const& params, SharedStorage& shared,
                                      int warpgroup) {
     using namespace cute;
@@ -53,11 +55,22 @@ class WindowMainloop {
 
     int q_stage = 0, kv_stage = 0;
     uint32_t q_phase = 0, kv_phase = 0;
+    auto next_part = [&] {
+      if (++q_stage < Traits::kQueryStages) return;
+      q_stage = 0;
+      q_phase ^= 1;
+    };
     CUTLASS_PRAGMA_NO_UNROLL
     while (true) {
       shared.q_full[q_stage].wait(q_phase);
       WindowPart const part = WindowLoader<Traits>::told(shared, q_stage);
-      if (sm90::uniform(part.queries) == 0) break;
+      if (sm90::uniform(part.queries) == 0) {
+        sm90::arrive_if(elect_one_sync(), shared.q_empty[q_stage]);
+        next_part();
+        Epilogue::drain();
+        if (sm90::uniform(shared.passes.go_on())) continue;
+        break;
+      }
       int const number = Traits::kParts == 1 ? 0 : sm90::uniform(part.number);
       bool const is_last = Traits::kParts == 1 || sm90::uniform(part.is_last);
       int const shift =
@@ -98,18 +111,32 @@ class WindowMainloop {
       softmax.finalize(out_rows, sinks);
       auto rounded = make_tensor<Element>(out.layout());
       sm90::convert_fragment<Element>(out, rounded);
-      if (!ValueGuard<Traits>::all_finite(rounded)) shared.repairs = true;
+      if (!ValueGuard<Traits>::all_finite(rounded)) note(shared, part, rows);
       Epilogue::store(params, shared, part, rows, softmax, sinks, rounded);
 
-      if (++q_stage == Traits::kQueryStages) {
-        q_stage = 0;
-        q_phase ^= 1;
-      }
+      next_part();
       if (is_last && ++kv_stage == Traits::kStages) {
         kv_stage = 0;
         kv_phase ^= 1;
       }
     }
+  }
+
+  /// What guarded passes have cleared, to the rows that see it. Of all consumers.
+  CUTLASS_DEVICE static void restore(WindowParams const& params) {
+    int const thread = threadIdx.x - cutlass::NumThreadsPerWarpGroup;
+    for (WindowTiles tiles(params); tiles.valid(); tiles.advance()) {
+      auto const [tile, head_kv] = tiles.place();
+      WindowValueGuard<Element>::restore(params, tile, head_kv, Traits::kTileRows, thread,
+                                         Traits::kConsumerThreads);
+    }
+  }
+
+ private:
+  /// Some result of the thread is not finite. Rows behind the sequence's last one do not count.
+  CUTLASS_DEVICE static void note(SharedStorage& shared, WindowPart const& part,
+                                  WindowRows const& rows) {
+    if (rows.query[0] < part.queries) shared.passes.wanted = true;
   }
 };
 

@@ -24,13 +24,10 @@ struct WindowParams {
   int group_log2;
   int heads_q;
   int rows;  // of Q
-  int head_dim;
   int head_dim_v;
   float scale_log2;
   float const* sinks;  // (heads_q), or null
   float* lse;          // (batch, heads_q, rows)
-  TensorView q;
-  TensorView k;
   TensorView v;
   TensorView out;
 
@@ -49,6 +46,9 @@ class WindowTiles {
       : params_(params), place_(blockIdx.x), end_(*params.count * params.heads_kv.divisor) {}
 
   CUTLASS_DEVICE bool valid() const { return place_ < end_; }
+  CUTLASS_DEVICE int count() const {
+    return valid() ? (end_ - 1 - place_) / static_cast<int>(gridDim.x) + 1 : 0;
+  }
   CUTLASS_DEVICE void advance() { place_ += gridDim.x; }
 
   struct Place {

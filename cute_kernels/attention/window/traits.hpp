@@ -31,14 +31,17 @@ struct WindowTraits : ForwardTraits<WindowTile<Tile>> {
   static constexpr int kKeys = Tile::kTileN;
   static constexpr int kParts = Tile::kGrouped;  // of a tile, which share its keys
   static constexpr int kQueryStages = 2;
+  static constexpr int kConsumerThreads = kConsumers * cutlass::NumThreadsPerWarpGroup;
   static constexpr int kWarps = kConsumers * cutlass::NumWarpsPerWarpGroup;
   static constexpr int kWarpM = 16;
   static constexpr int kTileRows = kParts * kTileM;
   using Tiling = RowTiling<kTileRows>;
 
+  /// Of a warpgroup with so many queries.
+  static constexpr WindowKeys keys(int queries) { return {queries, kKeys}; }
+
   // What the tile's last warpgroup may be shifted by, and one box of TMA brings.
-  static constexpr int kTileKeys =
-      WindowKeys{WindowKeys::kMostQueries, kKeys}.of_tile(kParts * kConsumers);
+  static constexpr int kTileKeys = keys(WindowKeys::kMostQueries).of_tile(kParts * kConsumers);
   static_assert(kHeadDim == 64 && kHeadDimV == 64, "a row is one row of the swizzle");
   static_assert(kTileKeys <= 256, "a box of TMA has 256 rows at most");
 
@@ -72,8 +75,10 @@ struct WindowTraits : ForwardTraits<WindowTile<Tile>> {
     cutlass::arch::ClusterBarrier q_empty[kQueryStages];
     cutlass::arch::ClusterTransactionBarrier kv_full[kStages];
     cutlass::arch::ClusterBarrier kv_empty[kStages];
+    // In a guarded pass, TMA's bytes of a stage, before the guard lets consumers see them.
+    cutlass::arch::ClusterTransactionBarrier kv_landed[kStages];
     WindowPart parts[kQueryStages];
-    bool repairs;  // some result is not finite
+    CtaPasses passes;
   };
 };
 

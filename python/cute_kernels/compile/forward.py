@@ -61,9 +61,9 @@ def window_shared_memory(row: Row) -> dict[str, int]:
     stages, consumers = row["stages"], row["consumer_warpgroups"]
     keys = stages * window_keys(row) * row["head_dim"] * ELEMENT_BYTES
     rows = consumers * WARPGROUP_M * row["head_dim"] * ELEMENT_BYTES
-    # full and empty, 8 bytes each, of both stages of Q and those of keys; what is known of two
-    # parts of a tile, and a flag
-    barriers = 2 * 8 * (2 + stages) + 2 * 48 + 16
+    # full and empty, 8 bytes each, of both stages of Q and those of keys, one more for each stage
+    # that a guard looks at; what is known of two parts of a tile, and two flags
+    barriers = 2 * 8 * (2 + stages) + 8 * stages + 2 * 48 + 16
     return aligned({"K": keys, "V": keys, "Q": 2 * rows, "O": rows, "barriers": barriers})
 
 
