@@ -1,6 +1,6 @@
 #pragma once
 
-#include <cute/tensor.hpp>
+#include <cutlass/cutlass.h>
 
 #include "cute_kernels/attention/window/plan.hpp"
 
