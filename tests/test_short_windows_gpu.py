@@ -148,7 +148,7 @@ def test_infinities_of_both_signs_make_nan(hopper, row):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_values_of_nan_everywhere(hopper, row):
-    """Several tiles a CTA, none with a finite result; one finite value in each channel."""
+    """Several tiles a CTA, whose results are NaN or those of queries without keys."""
     group = groups(row)[0]
     q, k, v = random_qkv(hopper, DTYPES[row["dtype"]], 1, 5000, 4000, group * 8, 8, 64)
     options = {"window_size": (90, 0), "tile_config": row["name"], "return_lse": True}
