@@ -51,9 +51,26 @@ class Kernel:
     head_dim: int
     causal: bool
     name: str | None = None
+    window_size: tuple[int, int] = NO_WINDOW
+    heads: int = 4
+    key_heads: int = 2
+
+    @property
+    def mask(self):
+        """What the oracle is to be told of it."""
+        return {"causal": self.causal, "window_size": self.window_size}
+
+    @property
+    def hides(self):
+        return self.causal or self.window_size != NO_WINDOW
+
+    @property
+    def group(self):
+        return self.heads // self.key_heads
 
     def forward(self, q, k, v, softmax_scale=None):
-        return run(q, k, v, self.causal, softmax_scale=softmax_scale, tile_config=self.name)
+        options = {"softmax_scale": softmax_scale, "tile_config": self.name}
+        return run(q, k, v, self.causal, window_size=self.window_size, **options)
 
     def backward(self, grad_out, grad_lse, q, k, v, out, lse, softmax_scale):
         """Gradients of q, k and v, deterministic."""
@@ -66,13 +83,31 @@ def common_head_dim(row):
     return min(row["head_dim"], row.get("head_dim_v", row["head_dim"]))
 
 
+def widest_window(row, group):
+    """How many keys the queries of a call may see that a row for short windows takes."""
+    queries = 64 // group  # of a warpgroup
+    return row["tile_n"] - queries + 1 - max(0, 8 - queries)
+
+
+def short_window(row, causal):
+    """A window and heads that a row for short windows takes: the widest of the smallest group."""
+    group = min(group for group in (4, 8) if widest_window(row, group) > 127)
+    window_size = (widest_window(row, group) - 1, 0) if causal else (60, 60)
+    return {"window_size": window_size, "heads": 2 * group, "key_heads": 2}
+
+
 def _kernels(of_pass):
     for causal in (False, True):
         mask = "causal" if causal else "full"
         yield pytest.param(Kernel("cpu", torch.bfloat16, 64, causal), id=f"cpu-{mask}")
         for row in tile_configs(of_pass):
-            if row["mask"] in ("any", mask) and not row["softcap"]:
-                dtype, head_dim = DTYPES[row["dtype"]], common_head_dim(row)
+            dtype, head_dim = DTYPES[row["dtype"]], common_head_dim(row)
+            if row.get("grouped"):
+                kernel = Kernel(
+                    "cuda", dtype, head_dim, False, row["name"], **short_window(row, causal)
+                )
+                yield pytest.param(kernel, id=f"{row['name']}-{kernel.window_size}")
+            elif row["mask"] in ("any", mask) and not row["softcap"]:
                 kernel = Kernel("cuda", dtype, head_dim, causal, row["name"])
                 yield pytest.param(kernel, id=f"{row['name']}-{mask}")
 
@@ -242,7 +277,7 @@ def skip_unless_built(dtype, head_dim, causal, of_pass="forward"):
             DTYPES[row["dtype"]] == dtype
             and common_head_dim(row) >= head_dim
             and row["mask"] in ("any", mask)
-            and not row["softcap"]
+            and not (row["softcap"] or row.get("grouped"))
         ):
             return
     pytest.skip(f"this build has no {of_pass} kernel for {dtype}, head dim {head_dim}, {mask}")

@@ -43,8 +43,20 @@ def packed(q, k, v):
     return *(x.flatten(0, 1) for x in (q, k, v)), *lengths
 
 
+def forward_of_groups(q, k, v, options):
+    """With groups of eight heads, the windows that all such rows take."""
+    q, k, v = q.repeat_interleave(8, 2)[:, :, : 8 * k.shape[2]], k, v
+    options["causal"] = False
+    sinks = torch.zeros(q.shape[2], device=q.device)
+    dense = flash_attn_func(q, k, v, window_size=(90, 20), **options)
+    lengths = packed(q, k, v)
+    return [dense, flash_attn_varlen_func(*lengths, sinks=sinks, window_size=(127, 0), **options)]
+
+
 def forward(row, q, k, v, causal):
     options = {"causal": causal, "tile_config": row["name"]}
+    if row["grouped"]:
+        return forward_of_groups(q, k, v, options)
     if row["softcap"]:
         options["softcap"] = 2.0
     results = [flash_attn_func(q, k, v, **options)]

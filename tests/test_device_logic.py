@@ -179,9 +179,10 @@ for name, make in {**CASES, "rooted": rooted, "weighed": weighed, "every": every
     MADE[name] = make(random.Random(name), "cpu", *SIZES[:4]).bound
 
 
-def device_program(folder, source):
+def device_program(folder, source, *options):
     headers = str(Path(__file__).parent / "host_headers")
-    return host_program(folder, source, "-I", headers, "-fno-strict-aliasing", *CHECKED)
+    options = ("-I", headers, "-fno-strict-aliasing", *CHECKED, *options)
+    return host_program(folder, source, *options)
 
 
 @pytest.fixture(scope="module")

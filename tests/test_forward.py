@@ -11,6 +11,7 @@ from parity import (
     poison,
     random_qkv,
     run,
+    short_window,
     skip_unless_built,
 )
 
@@ -184,14 +185,21 @@ ROWS = [
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_of_the_build(hopper, row):
-    masks = MASKS.values() if row["mask"] == "any" else [MASKS[row["mask"]]]
+    masks = MASKS.values() if row["mask"] in ("any", "none") else [MASKS[row["mask"]]]
     for causal in masks:
+        mask, heads = {"causal": causal}, (4, 2)
+        if row["grouped"]:
+            short = short_window(row, causal)
+            mask, heads = (
+                {"window_size": short["window_size"]},
+                (short["heads"], short["key_heads"]),
+            )
         for head_dim in (common_head_dim(row), common_head_dim(row) - 24):
             for seqlen_q, seqlen_k in [(1, 1), (113, 203), (300, 64), (64, 1111), (1023, 1024)]:
                 q, k, v = random_qkv(
-                    hopper, DTYPES[row["dtype"]], 2, seqlen_q, seqlen_k, 4, 2, head_dim
+                    hopper, DTYPES[row["dtype"]], 2, seqlen_q, seqlen_k, *heads, head_dim
                 )
-                check(q, k, v, causal, tile_config=row["name"])
+                check(q, k, v, **mask, tile_config=row["name"])
 
 
 def many_elements(device, seqlen, heads, head_dim, seed):

@@ -1,4 +1,4 @@
-"""What a causal mask hides has no part in a result, whatever it is: NaN, infinity or a huge number
+"""What a mask hides has no part in a result, whatever it is: NaN, infinity or a huge number
 in its place gives the same bits as 0. What is seen counts as in the definition.
 
 Each entry of a batch has a spoilt place of its own, and there is one more without any.
@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from oracle import Attention, assert_rows
+from oracle import Attention, assert_rows, visible
 from parity import (
     BACKWARD_KERNELS,
     FORWARD_KERNELS,
@@ -19,8 +19,6 @@ from parity import (
     skip_unless_built,
 )
 
-HEADS, KEY_HEADS = 4, 2
-GROUP = HEADS // KEY_HEADS
 WILD = (math.nan, math.inf, -math.inf)
 HUGE = {torch.bfloat16: 3e38, torch.float16: 6e4}
 SEQLENS = [(100, 100), (300, 300), (129, 400), (260, 70), (513, 641), (1, 200), (700, 33)]
@@ -30,7 +28,7 @@ def seqlens(kernel, seed):
     """Fixed ones and random ones; fewer on the CPU, and where nothing is hidden but other heads."""
     chance = random.Random(seed)
     drawn = [(chance.randint(1, 700), chance.randint(1, 700)) for _ in range(4)]
-    if not kernel.causal:
+    if not kernel.hides:
         return [(77, 190)]
     return [*SEQLENS[:4], (1, 200)] if kernel.device == "cpu" else SEQLENS + drawn
 
@@ -42,14 +40,14 @@ class Places:
     def __init__(self, tensors, kernel, seqlen_q, seqlen_k, head_dim, seed):
         chance = random.Random(seed)
         values = [*WILD, HUGE[kernel.dtype]]
-        self.entries = []
+        self.entries, self.heads, self.key_heads = [], kernel.heads, kernel.key_heads
         for extent in ("channel", "token", "tail"):
             for name in tensors:
                 of_keys = name in "kv"
                 seqlen = seqlen_k if of_keys else seqlen_q
                 edge = chance.choice([0, seqlen - 1, seqlen * 3 // 5])
                 for token in (edge, chance.randrange(seqlen)):
-                    head = chance.randrange(KEY_HEADS if of_keys else HEADS)
+                    head = chance.randrange(kernel.key_heads if of_keys else kernel.heads)
                     channel = chance.randrange(head_dim)
                     value = chance.choice(values)
                     self.entries.append((name, head, token, channel, extent, value))
@@ -67,22 +65,20 @@ class Places:
     def touched(self, kernel, seqlen_q, seqlen_k):
         """Queries (batch, seqlen_q, heads) whose result a spoilt place has a part in, and keys
         (batch, seqlen_k, key heads) whose gradients."""
-        offset = seqlen_k - seqlen_q
-        queries = torch.zeros(self.batch, seqlen_q, HEADS, dtype=torch.bool)
-        keys = torch.zeros(self.batch, seqlen_k, KEY_HEADS, dtype=torch.bool)
+        sees = visible(seqlen_q, seqlen_k, **kernel.mask)
+        queries = torch.zeros(self.batch, seqlen_q, self.heads, dtype=torch.bool)
+        keys = torch.zeros(self.batch, seqlen_k, self.key_heads, dtype=torch.bool)
         for b, (name, head, token, _, extent, _) in enumerate(self.entries):
+            tokens = slice(token, None if extent == "tail" else token + 1)
             if name in "kv":
-                first = max(token - offset, 0) if kernel.causal else 0
-                queries[b, first:, head * GROUP : (head + 1) * GROUP] = True
-                keys[b, :, head] = True  # the last query sees every key
-                continue
-            last = seqlen_q if extent == "tail" else token + 1
-            sees = last + offset if kernel.causal else seqlen_k
-            if sees <= 0:
-                continue  # a query without keys: its result is 0
-            without_keys = max(-offset, 0) if kernel.causal else 0
-            queries[b, max(token, without_keys) : last, head] = True
-            keys[b, :sees, head // GROUP] = True
+                of_head = sees[:, tokens].any(1)
+                heads, key_head = slice(head * kernel.group, (head + 1) * kernel.group), head
+            else:
+                of_head = torch.zeros(seqlen_q, dtype=torch.bool)
+                of_head[tokens] = sees[tokens].any(1)  # without keys its result is 0
+                heads, key_head = slice(head, head + 1), head // kernel.group
+            queries[b, :, heads] = of_head[:, None]
+            keys[b, :, key_head] = sees[of_head].any(0)
         return queries.to(kernel.device), keys.to(kernel.device)
 
     def not_huge(self):
@@ -112,7 +108,7 @@ def test_rows_that_do_not_see_it_have_the_same_bits(kernel):
     for seed, (seqlen_q, seqlen_k) in enumerate(seqlens(kernel, kernel.head_dim)):
         head_dim = kernel.head_dim - (24 if seed % 3 == 2 else 0)
         places = Places("vkq", kernel, seqlen_q, seqlen_k, head_dim, seed)
-        sizes = (places.batch, seqlen_q, seqlen_k, HEADS, KEY_HEADS, head_dim, seed)
+        sizes = (places.batch, seqlen_q, seqlen_k, kernel.heads, kernel.key_heads, head_dim, seed)
         tensors = dict(zip("qkv", random_qkv(kernel.device, kernel.dtype, *sizes), strict=True))
         spoilt, clean = (places.fill(tensors, zero) for zero in (False, True))
         out, lse = kernel.forward(*(spoilt[name] for name in "qkv"))
@@ -123,7 +119,7 @@ def test_rows_that_do_not_see_it_have_the_same_bits(kernel):
 
         chosen = places.not_huge()
         q, k, v = (spoilt[name][chosen] for name in "qkv")
-        exact = Attention(q, k, v, head_dim**-0.5, kernel.causal)
+        exact = Attention(q, k, v, head_dim**-0.5, **kernel.mask)
         assert_rows("output", out[chosen], exact.out, exact.out_allowed())
         # An LSE of -inf is right where all that a row sees is -inf
         exact_lse, lse = (t.masked_fill(exact.unseen, 0.0) for t in (exact.lse, lse[chosen]))
@@ -183,9 +179,9 @@ def test_gradients_of_what_does_not_see_it_have_the_same_bits(kernel):
 
 def gradient_inputs(kernel, batch, seqlen_q, seqlen_k, head_dim, seed):
     """q, k, v, dO ("d") and the gradient of the LSE, and zeros where O ("o") will be."""
-    sizes = (batch, seqlen_q, seqlen_k, HEADS, KEY_HEADS, head_dim, seed)
+    sizes = (batch, seqlen_q, seqlen_k, kernel.heads, kernel.key_heads, head_dim, seed)
     q, k, v = random_qkv(kernel.device, kernel.dtype, *sizes)
-    sizes = (batch, seqlen_q, 0, HEADS, 1, head_dim, seed + 100)
+    sizes = (batch, seqlen_q, 0, kernel.heads, 1, head_dim, seed + 100)
     grad_out, _, _ = random_qkv(kernel.device, kernel.dtype, *sizes)
     grad_lse = grad_out[..., 0].float().transpose(1, 2).contiguous()
     return {"q": q, "k": k, "v": v, "d": grad_out, "o": torch.zeros_like(q), "grad_lse": grad_lse}

@@ -108,6 +108,25 @@ int main() {
   any("causal", call(64, true));
   any("wide v", wide);
 
+  // Of windows that are short beside its blocks, where groups of heads are rows of a tile.
+  static ForwardKernel const of_windows{
+      {"window", kBf16, 64, 64, false, false, nullptr, kAny, 128, 9.0, 0, 1, 136},
+      nullptr,
+      nullptr};
+  forward_kernels.add(of_windows);
+  AttentionCall grouped = packed;
+  grouped.sizes.heads_kv = 1;
+  any("packed without a window", grouped);
+  grouped.mask = {std::nullopt, 128, 0};
+  any("short window", grouped);
+  grouped.mask.left = 129;
+  any("a longer one", grouped);
+  window.mask.left = 20;
+  any("short, groups of one head", window);
+  grouped.mask.left = 20;
+  grouped.softcap = 1.f;
+  any("short, softcap", grouped);
+
   // Of a variant, and faster than all.
   static ForwardKernel const of_variant{
       {"mine", kBf16, 64, 128, true, false, "mine_0", kAny, 128, 99.0, 0}, nullptr, nullptr};
@@ -189,9 +208,19 @@ def test_kernels_for_any_call_take_what_those_for_dense_ones_do_not(said):
     ]
 
 
+def test_kernels_of_short_windows_take_these_alone(said):
+    assert said[19:24] == [
+        "packed without a window: any64",
+        "short window: window",
+        "a longer one: any64",
+        "short, groups of one head: any64",
+        "short, softcap: none",
+    ]
+
+
 def test_kernels_of_variants_take_calls_with_one_and_no_others(said):
-    assert said[19:21] == ["wide v beside a variant's: any128", "10"]
+    assert said[24:26] == ["wide v beside a variant's: any128", "10"]
 
 
 def test_many_threads_may_add_while_others_read(said):
-    assert said[-1] == "1000 added, 1006 there, 0 lost"
+    assert said[-1] == "1000 added, 1007 there, 0 lost"

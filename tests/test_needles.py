@@ -27,7 +27,7 @@ def shapes(kernel):
 
 def visible(kernel, seqlen_q, seqlen_k):
     """(seqlen_q, seqlen_k): whether the query sees the key."""
-    return oracle.visible(seqlen_q, seqlen_k, kernel.causal, device=kernel.device)
+    return oracle.visible(seqlen_q, seqlen_k, **kernel.mask, device=kernel.device)
 
 
 @pytest.mark.parametrize("kernel", FORWARD_KERNELS, indirect=True)
@@ -37,8 +37,8 @@ def test_every_visible_key_has_its_weight(kernel):
     wrong = []
     for seqlen_q, seqlen_k, head_dim in shapes(kernel):
         v = one_hot(seqlen_k, 0, head_dim, head_dim).to(**options)
-        v = v.expand(-1, -1, KEY_HEADS, -1).contiguous()
-        q = torch.zeros(v.shape[0], seqlen_q, HEADS, head_dim, **options)
+        v = v.expand(-1, -1, kernel.key_heads, -1).contiguous()
+        q = torch.zeros(v.shape[0], seqlen_q, kernel.heads, head_dim, **options)
         out, _ = kernel.forward(q, torch.zeros_like(v), v)
         weights = by_token(out, 0, head_dim, seqlen_k)
         seen = visible(kernel, seqlen_q, seqlen_k)
@@ -53,18 +53,18 @@ def selecting(kernel, seqlen_q, seqlen_k, head_dim, seed):
     """q, k, v where each query's score is far above all others at one key, and which key: the last
     that it sees, the first, and others."""
     batch = 4
-    seen = visible(kernel, seqlen_q, seqlen_k).sum(-1)
+    sees, key_heads = visible(kernel, seqlen_q, seqlen_k), kernel.key_heads
+    first, seen = sees.int().argmax(-1), sees.sum(-1)
     query = torch.arange(seqlen_q, device=kernel.device)
     chosen = torch.stack([seen - 1, 0 * query, 7 * query + seed, (seen - 1) // 2 + query])
-    chosen = chosen % seen.clamp(min=1)
+    chosen = first + chosen % seen.clamp(min=1)
     _, k, v = random_qkv(
-        kernel.device, kernel.dtype, batch, 0, seqlen_k, KEY_HEADS, KEY_HEADS, head_dim, seed
+        kernel.device, kernel.dtype, batch, 0, seqlen_k, key_heads, key_heads, head_dim, seed
     )
     k = torch.where(k > 0, 1.0, -1.0).to(kernel.dtype)
-    place = chosen[:, :, None, None].expand(-1, -1, KEY_HEADS, head_dim)
-    group = HEADS // KEY_HEADS
-    q = 8 * k.gather(1, place).repeat_interleave(group, dim=2)
-    return q, k, v, v.gather(1, place).repeat_interleave(group, dim=2), seen > 0
+    place = chosen[:, :, None, None].expand(-1, -1, key_heads, head_dim)
+    q = 8 * k.gather(1, place).repeat_interleave(kernel.group, dim=2)
+    return q, k, v, v.gather(1, place).repeat_interleave(kernel.group, dim=2), seen > 0
 
 
 @pytest.mark.parametrize("kernel", FORWARD_KERNELS, indirect=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import DTYPES, common_head_dim, random_qkv
+from parity import DTYPES, common_head_dim, random_qkv, short_window
 
 from cute_kernels import flash_attn_func, tile_configs
 
@@ -14,17 +14,25 @@ def bits(out, lse):
     return out.view(torch.int16), lse.view(torch.int32)
 
 
+def options_and_heads(row, causal):
+    """Of a call that the row takes; query heads of a key head."""
+    options = {"tile_config": row["name"], "softcap": 2.0 * row["softcap"]}
+    if not row["grouped"]:
+        return options | {"causal": causal}, 4
+    short = short_window(row, causal)
+    return options | {"window_size": short["window_size"]}, short["heads"] // short["key_heads"]
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("row", ROWS)
 def test_same_bits_every_time(hopper, row, causal):
     """Every row of the build, with several tiles a CTA, masked edges and uneven lengths."""
-    if row["mask"] not in ("any", "causal" if causal else "full"):
+    if row["mask"] not in ("any", "causal" if causal else "full") and not row["grouped"]:
         pytest.skip(f"the row is for {row['mask']} calls")
+    options, heads = options_and_heads(row, causal)
     inputs = random_qkv(
-        hopper, DTYPES[row["dtype"]], 2, 1500, 1700, 16, 4, head_dim=common_head_dim(row)
+        hopper, DTYPES[row["dtype"]], 2, 1500, 1700, 4 * heads, 4, head_dim=common_head_dim(row)
     )
-
-    options = {"causal": causal, "tile_config": row["name"], "softcap": 2.0 * row["softcap"]}
 
     def call():
         return bits(*flash_attn_func(*inputs, return_lse=True, **options))
@@ -40,12 +48,10 @@ def test_same_bits_every_time(hopper, row, causal):
 @pytest.mark.parametrize("row", ROWS)
 def test_same_bits_beside_other_work(hopper, row):
     """Another stream takes multiprocessors and memory bandwidth away, so that timings shift."""
-    causal = row["mask"] == "causal"
+    options, heads = options_and_heads(row, row["mask"] == "causal")
     inputs = random_qkv(
-        hopper, DTYPES[row["dtype"]], 1, 900, 1300, 8, 2, head_dim=common_head_dim(row)
+        hopper, DTYPES[row["dtype"]], 1, 900, 1300, 2 * heads, 2, head_dim=common_head_dim(row)
     )
-
-    options = {"causal": causal, "tile_config": row["name"], "softcap": 2.0 * row["softcap"]}
 
     def call():
         return bits(*flash_attn_func(*inputs, return_lse=True, **options))

@@ -29,6 +29,7 @@ def test_a_row_becomes_one_kernel_per_dtype_with_defaults_filled_in():
         "head_dim": 128,
         "head_dim_v": 128,
         "any_call": False,
+        "grouped": 0,
         "softcap": False,
         "mask": "any",
         "tile_m": 128,
@@ -119,7 +120,7 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
 @pytest.mark.parametrize(
     ("name", "headers"),
     [
-        ("forward", ["forward/tile_traits.hpp", "forward/traits.hpp"]),
+        ("forward", ["forward/tile_traits.hpp", "forward/traits.hpp", "window/traits.hpp"]),
         ("forward_fp8", ["forward/tile_traits.hpp", "forward/fp8_traits.hpp"]),
         ("backward", ["backward/traits.hpp"]),
         ("decode", ["decode/traits.hpp"]),

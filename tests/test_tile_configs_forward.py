@@ -86,6 +86,32 @@ def test_four_warpgroups_share_no_output_buffer():
     assert "65536 O" in text
 
 
+WINDOW = {"head_dim": 64, "tile_m": 256, "tile_n": 136, "grouped": 1, "pingpong": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reasons"),
+    [
+        ({"grouped": -1}, ["grouped = -1 must be 0 or more"]),
+        ({"grouped": 3}, ["of a tile's warpgroups but one = 320 must be up to 256"]),
+        ({"tile_n": 140}, ["tile_n = 140 must be a multiple of 8"]),
+        ({"head_dim": 128}, ["grouped needs head dims of 64"]),
+        ({"any_call": True}, ["grouped needs any_call, softcap and pingpong = false"]),
+        ({"separate_output": False}, ["separate_output = true"]),
+        (
+            {"stages": 4},
+            ["98304 K + 98304 V + 65536 Q + 32768 O + 1024 barriers = 295936 > 232448"],
+        ),
+    ],
+)
+def test_rows_of_short_windows(changes, reasons):
+    row = good(**WINDOW, separate_output=True)
+    assert generator.read_table(table(row))
+    message = refusal({**row, **changes})
+    for reason in reasons:
+        assert reason in message
+
+
 def test_registers_are_refused_with_their_sum():
     # 64 * 256 scores and 64 * 128 outputs over 128 threads, the scores once more as packed halves
     message = refusal(good(tile_n=256, stages=1))

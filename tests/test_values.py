@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracle import Attention, assert_rows
+from oracle import Attention, assert_rows, visible
 from parity import (
     BACKWARD_KERNELS,
     DTYPES,
@@ -30,9 +30,8 @@ def everywhere(kernel, value, seqlen, heads, head_dim=None):
 
 
 def drawn(kernel, seqlen_q, seqlen_k, seed=0):
-    return random_qkv(
-        kernel.device, kernel.dtype, 2, seqlen_q, seqlen_k, 4, 2, kernel.head_dim, seed
-    )
+    sizes = 2, seqlen_q, seqlen_k, kernel.heads, kernel.key_heads, kernel.head_dim
+    return random_qkv(kernel.device, kernel.dtype, *sizes, seed)
 
 
 @pytest.mark.parametrize("kernel", FORWARD_KERNELS, indirect=True)
@@ -41,8 +40,8 @@ def test_tokens_that_are_all_alike_have_their_value(kernel):
         if DTYPES[dtype] != kernel.dtype:
             continue
         for seqlen_q, seqlen_k in [(1, 1), (1, 2), (3, 3), (1, 200), (300, 300), (129, 513)]:
-            q = everywhere(kernel, value, seqlen_q, 4)
-            k = everywhere(kernel, value, seqlen_k, 2)
+            q = everywhere(kernel, value, seqlen_q, kernel.heads)
+            k = everywhere(kernel, value, seqlen_k, kernel.key_heads)
             out, lse = kernel.forward(q, k, k)
             assert (out == q).all(), (value, seqlen_q, seqlen_k)
             score = k[0, 0, 0, 0].double().item() ** 2 * kernel.head_dim**0.5
@@ -58,7 +57,7 @@ def test_zeros(kernel):
         zero_q, zero = torch.zeros_like(q), torch.zeros_like(k)
         for inputs in ((zero_q, k, v), (q, zero, v), (zero_q, zero, v)):
             out, lse = kernel.forward(*inputs)
-            assert_right(out, lse, *inputs, kernel.head_dim**-0.5, kernel.causal)
+            assert_right(out, lse, *inputs, kernel.head_dim**-0.5, **kernel.mask)
         assert not kernel.forward(q, k, zero)[0].any()
 
 
@@ -71,7 +70,7 @@ def test_values_of_any_size(kernel):
             q, k, v = drawn(kernel, seqlen_q, seqlen_k)
             v = (v * size).contiguous()
             out, lse = kernel.forward(q, k, v)
-            assert_right(out, lse, q, k, v, kernel.head_dim**-0.5, kernel.causal)
+            assert_right(out, lse, q, k, v, kernel.head_dim**-0.5, **kernel.mask)
 
 
 @pytest.mark.parametrize("kernel", FORWARD_KERNELS, indirect=True)
@@ -79,8 +78,9 @@ def test_huge_values_where_scores_rise_or_fall(kernel):
     """P is relative to a maximum of the row: no sum of P V is far above the output."""
     value = 1e31 if kernel.dtype == torch.bfloat16 else 3e4
     for of_last in (0.0, 20.0, 40.0):
-        q = torch.zeros(1, 1024, 4, kernel.head_dim, device=kernel.device, dtype=kernel.dtype)
-        k = q[:, :, :2].clone()
+        options = {"device": kernel.device, "dtype": kernel.dtype}
+        q = torch.zeros(1, 1024, kernel.heads, kernel.head_dim, **options)
+        k = q[:, :, : kernel.key_heads].clone()
         q[..., 0], k[..., 0] = 8.0, 20.0
         k[:, -128:, :, 0] = of_last
         out, _ = kernel.forward(q, k, torch.full_like(k, value), softmax_scale=0.125)
@@ -97,9 +97,9 @@ def test_one_huge_score_among_small_ones(kernel):
         one = k.clone()
         one[:, at, :, 0] = 1000.0
         out, lse = kernel.forward(q, one, v)
-        assert_right(out, lse, q, one, v, kernel.head_dim**-0.5, kernel.causal)
-        sees = slice(at, None) if kernel.causal else slice(None)
-        right = v[:, at : at + 1].repeat_interleave(2, dim=2).expand_as(out)
+        assert_right(out, lse, q, one, v, kernel.head_dim**-0.5, **kernel.mask)
+        sees = visible(300, 300, **kernel.mask, device=out.device)[:, at]
+        right = v[:, at : at + 1].repeat_interleave(kernel.group, dim=2).expand_as(out)
         assert torch.equal(out[:, sees], right[:, sees])
 
 
@@ -112,7 +112,7 @@ def test_keys_of_minus_infinity(kernel):
         some = k.clone()
         some[:, keys, :, 0] = -math.inf
         out, lse = kernel.forward(q, some, v)
-        assert_right(out, lse, q, some, v, kernel.head_dim**-0.5, kernel.causal)
+        assert_right(out, lse, q, some, v, kernel.head_dim**-0.5, **kernel.mask)
 
 
 def for_scale(kernel, scale, seqlen_q, seqlen_k):
@@ -131,7 +131,7 @@ def test_scales_at_the_ends_of_a_float(kernel, scale):
     for seqlen_q, seqlen_k in SEQLENS:
         q, k, v = for_scale(kernel, scale, seqlen_q, seqlen_k)
         out, lse = kernel.forward(q, k, v, softmax_scale=scale)
-        assert_right(out, lse, q, k, v, scale, kernel.causal)
+        assert_right(out, lse, q, k, v, scale, **kernel.mask)
 
 
 @pytest.mark.parametrize("kernel", FORWARD_KERNELS, indirect=True)
@@ -139,7 +139,7 @@ def test_a_scale_that_leaves_one_key(kernel):
     """Scaled scores beyond a float: the key of the largest score is all there is."""
     q, k, v = drawn(kernel, 100, 130)
     out, _ = kernel.forward(q, k, v, softmax_scale=3e38)
-    exact = Attention(q, k, v, 3e38, kernel.causal)
+    exact = Attention(q, k, v, 3e38, **kernel.mask)
     assert torch.equal(out.double(), exact.out)
 
 

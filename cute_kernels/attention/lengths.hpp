@@ -44,6 +44,9 @@ constexpr Sequence sequence_of(AttentionCall const& call, int entry) {
 
 constexpr int sequences(AttentionCall const& call) { return call.sizes.batch; }
 
+/// What a call is, for those who are told of it in other units.
+constexpr AttentionCall const& attention_call(AttentionCall const& call) { return call; }
+
 /// What the sequence's queries see of its keys.
 constexpr WindowRanges ranges_of(AttentionCall const& call, Sequence const& sequence, int entry) {
   int const bottom_right = sequence.seqlen_k - sequence.seqlen_q;

@@ -11,6 +11,7 @@
 #include "cute_kernels/attention/kernel_table.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/ranges.hpp"
+#include "cute_kernels/attention/window/plan.hpp"
 
 // What the dispatcher knows of the compiled kernels: rows of tile_configs.toml, and users' own.
 namespace cute_kernels::attention {
@@ -39,6 +40,10 @@ struct TileConfig : RowConfig<ElementType> {
   int tile_m;    // queries of one CTA
   double speed;  // throughput on long sequences, relative to the other rows of the head dim
   int overhead;  // what a tile costs beside its keys, in keys
+  // Above 0: it takes calls with a window so short that a warpgroup's keys are tile_n
+  // (fits_window), and only these.
+  int grouped = 0;
+  int tile_n = 0;
 };
 
 struct ForwardKernel {
@@ -64,18 +69,29 @@ struct BackwardKernel {
 extern KernelTable<ForwardKernel> forward_kernels;
 extern KernelTable<BackwardKernel> backward_kernels;
 
+/// Whether a row is one for the call's dtype, head dims, softcap and variant.
+template <class Dtype>
+bool is_for(RowConfig<Dtype> const& config, Dtype dtype, AttentionCall const& call) {
+  return config.dtype == dtype && config.head_dim >= call.sizes.head_dim &&
+         config.head_dim_v >= call.sizes.head_dim_v && config.softcap == (call.softcap > 0.f) &&
+         (config.variant != nullptr) == call.has_variant;
+}
+
 /// Whether the kernel of this row computes the call: every launch asks here first.
 template <class Dtype>
 bool can_take(RowConfig<Dtype> const& config, Dtype dtype, AttentionCall const& call) {
-  return config.dtype == dtype && config.head_dim >= call.sizes.head_dim &&
-         config.head_dim_v >= call.sizes.head_dim_v &&
-         (config.any_call || (call.sinks == nullptr && kernel_ranges(call).has_value())) &&
-         config.softcap == (call.softcap > 0.f) && (config.variant != nullptr) == call.has_variant;
+  return is_for(config, dtype, call) &&
+         (config.any_call || (call.sinks == nullptr && kernel_ranges(call).has_value()));
+}
+inline bool can_take(TileConfig const& config, ElementType dtype, AttentionCall const& call) {
+  if (config.grouped > 0) return is_for(config, dtype, call) && fits_window(call, config.tile_n);
+  RowConfig<ElementType> const& row = config;
+  return can_take(row, dtype, call);
 }
 
 /// Whether the automatic choice may give the call to it.
-template <class Dtype>
-bool may_take(RowConfig<Dtype> const& config, Dtype dtype, AttentionCall const& call) {
+template <class Config, class Dtype>
+bool may_take(Config const& config, Dtype dtype, AttentionCall const& call) {
   auto const ranges = kernel_ranges(call);
   MaskClass const wanted = ranges && !ranges->causal ? MaskClass::kFull : MaskClass::kCausal;
   return can_take(config, dtype, call) && (config.mask == MaskClass::kAny || config.mask == wanted);
@@ -98,7 +114,9 @@ inline double estimate_forward(TileConfig const& config, AttentionCall call, int
     sizes.seqlen_q = mean(call.packed.total_q);
     sizes.seqlen_k = mean(call.packed.total_k);
   }
-  VisitedKeys const keys = visited_keys(WindowRanges(call), config.tile_m);
+  double const block = config.tile_n;
+  VisitedKeys const keys = config.grouped > 0 ? VisitedKeys{block, block, block}
+                                              : visited_keys(WindowRanges(call), config.tile_m);
   double rounds = static_cast<double>(sizes.seqlen_q) / config.tile_m * sizes.batch *
                   sizes.heads_q / multiprocessors;
   if (keys.most > 0) rounds += (std::ceil(rounds) - rounds) * keys.least / keys.most;
@@ -108,7 +126,7 @@ inline double estimate_forward(TileConfig const& config, AttentionCall call, int
 
 /// Of the kernels with the smallest fitting head dims whose mask class allows the call, the one
 /// with the shortest estimate, the first of equals; null where there is none. Where kernels for
-/// dense calls fit, none that takes any.
+/// dense calls fit, none that takes any, or a short window.
 inline ForwardKernel const* choose_forward(ElementType dtype, AttentionCall const& call,
                                            int multiprocessors) {
   ForwardKernel const* best = nullptr;
@@ -116,7 +134,7 @@ inline ForwardKernel const* choose_forward(ElementType dtype, AttentionCall cons
   for (ForwardKernel const& kernel : forward_kernels) {
     TileConfig const& config = kernel.config;
     if (!may_take(config, dtype, call)) continue;
-    std::tuple const cost(channels(config), config.any_call,
+    std::tuple const cost(channels(config), config.any_call || config.grouped > 0,
                           estimate_forward(config, call, multiprocessors));
     if (best == nullptr || cost < best_cost) {
       best = &kernel;

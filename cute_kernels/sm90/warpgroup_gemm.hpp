@@ -39,6 +39,14 @@ CUTLASS_DEVICE auto described_here(Fragment const& fragment) {
   return cute::make_tensor(descriptor, fragment.layout());
 }
 
+/// The operand that stands so many bytes behind another one, a multiple of its swizzle's period.
+template <class Fragment>
+CUTLASS_DEVICE auto moved(Fragment const& fragment, int bytes) {
+  auto descriptor = fragment.data();
+  descriptor.desc_.reg32_[0] += bytes / 16;  // a descriptor counts 16 bytes
+  return cute::make_tensor(descriptor, fragment.layout());
+}
+
 /// Issues C (+)= A * B as one committed group of asynchronous WGMMAs over all k-blocks of the
 /// fragments. The caller waits with cute::warpgroup_wait<N>() before it touches C, or A when A
 /// lives in registers.

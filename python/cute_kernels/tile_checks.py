@@ -75,7 +75,7 @@ def _check_row(row: dict[str, Any], q: Tensor, v: Tensor, any_call: bool, softca
     if softcap != row.get("softcap", False):
         takes = "takes no softcap" if softcap else "takes calls with a softcap only"
         raise ValueError(f"tile_config {name!r} {takes}")
-    if any_call and not row.get("any_call", False):
+    if any_call and not (row.get("any_call", False) or row.get("grouped")):
         raise ValueError(
             f"tile_config {name!r} takes no window, no diagonal, no sinks and no packed sequences, "
             "must be a row with any_call"

@@ -15,6 +15,16 @@
 
 namespace cute_kernels::attention {
 
+/// Makes what of V is not finite 0, in shared memory, before WGMMA reads it. Of a warp.
+template <int kElements, class Element>
+CUTLASS_DEVICE void clear_values(Element* values) {
+  constexpr int kLanes = cutlass::NumThreadsPerWarp;
+  int const lane = threadIdx.x % kLanes;
+  if (__all_sync(0xffffffff, sm90::all_finite<kLanes, kElements>(values, lane))) return;
+  sm90::clear_nonfinite<kLanes, kElements>(values, lane);
+  cutlass::arch::fence_view_async_shared();
+}
+
 /// Keeps NaN and infinities of V out of rows that do not see them: where P is 0, P V would still be
 /// NaN.
 ///
@@ -120,16 +130,9 @@ class ValueGuard {
   }
 
  protected:
-  /// Makes what is not finite 0.
-  CUTLASS_DEVICE static void clear(Element* values) {
-    constexpr int kLanes = cutlass::NumThreadsPerWarp;
-    int const lane = threadIdx.x % kLanes;
-    if (__all_sync(0xffffffff, sm90::all_finite<kLanes, kBlockElements>(values, lane))) return;
-    sm90::clear_nonfinite<kLanes, kBlockElements>(values, lane);
-    cutlass::arch::fence_view_async_shared();
-  }
+  CUTLASS_DEVICE static void clear(Element* values) { clear_values<kBlockElements>(values); }
 
-  /// The same of a tile. values(key) and results(query) are rows of V and O, the former null where
+  /// restore() of a tile. values(key) and results(query) are rows of V and O, the former null where
   /// there is none.
   template <class Params, class Values, class Results>
   CUTLASS_DEVICE static void restore_tile(Params const& params, typename Params::Tile const& coord,

@@ -45,12 +45,11 @@ CUTLASS_DEVICE void clear_unused_slots(QuerySlots const& slots, UnusedRows const
 
 /// The first CTA builds the list, the others clear unused rows of Q's results. Its end is that of
 /// the kernel before it, too: whoever waits for it waits for both.
-template <class Tiling>
-__global__ void __launch_bounds__(WorkListBuilder<Tiling>::kThreads)
-    prepare_kernel(CUTE_GRID_CONSTANT AttentionCall const call,
-                   CUTE_GRID_CONSTANT WorkList const list,
+template <class Tiling, class Call>
+__global__ void __launch_bounds__(WorkListBuilder<Tiling, Call>::kThreads)
+    prepare_kernel(CUTE_GRID_CONSTANT Call const call, CUTE_GRID_CONSTANT WorkList const list,
                    CUTE_GRID_CONSTANT UnusedRows const unused) {
-  using Builder = WorkListBuilder<Tiling>;
+  using Builder = WorkListBuilder<Tiling, Call>;
   sm90::let_next_kernel_start();
   if (blockIdx.x == 0) {
     __shared__ typename Builder::Shared shared;
@@ -62,27 +61,27 @@ __global__ void __launch_bounds__(WorkListBuilder<Tiling>::kThreads)
     sm90::wait_for_previous_kernel();
     return;
   }
-  PackedLengths const& packed = call.packed;
-  QuerySlots const slots{packed.cu_seqlens_q, packed.seqused_q, packed.total_q, call.sizes.batch};
+  PackedLengths const& packed = attention_call(call).packed;
+  QuerySlots const slots{packed.cu_seqlens_q, packed.seqused_q, packed.total_q, sequences(call)};
   clear_unused_slots(slots, unused, blockIdx.x - 1, gridDim.x - 1, Builder::kThreads);
 }
 
 /// Starts it. The next kernel may start early, and then waits for this one itself. So may this one
 /// if `early`: what the kernel before it writes is neither read nor written here.
-template <class Tiling>
-cudaError_t start_preparing(AttentionCall const& call, WorkList const& list,
-                            UnusedRows const& unused, Device const& device, cudaStream_t stream,
-                            bool early = false) {
+template <class Tiling, class Call>
+cudaError_t start_preparing(Call const& call, WorkList const& list, UnusedRows const& unused,
+                            Device const& device, cudaStream_t stream, bool early = false) {
   sm90::Launch how{};
-  how.threads = WorkListBuilder<Tiling>::kThreads;
-  int64_t const rows = call.is_packed() ? call.packed.total_q : 0;
+  how.threads = WorkListBuilder<Tiling, Call>::kThreads;
+  AttentionCall const& lengths = attention_call(call);
+  int64_t const rows = lengths.is_packed() ? lengths.packed.total_q : 0;
   int64_t const ctas = (rows + how.threads - 1) / how.threads;
   how.grid = dim3(
       1 + static_cast<unsigned>(ctas < device.multiprocessors ? ctas : device.multiprocessors));
   how.stream = stream;
   how.device = device.index;
   how.early = early;
-  return sm90::launch_kernel<prepare_kernel<Tiling>>(how, call, list, unused);
+  return sm90::launch_kernel<prepare_kernel<Tiling, Call>>(how, call, list, unused);
 }
 
 }  // namespace cute_kernels::attention

@@ -153,7 +153,9 @@ def _check_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool)
 def tune_rows(of_pass: str, dtype: str, head_dim: int, candidates: int) -> SearchSpace:
     """The new rows that `tune` tries, and how many others cannot become a kernel. Their head dim
     is one that the build has, the least that fits."""
-    built = [row for row in tile_configs(of_pass) if row["mask"] != "none"]
+    built = [
+        row for row in tile_configs(of_pass) if row["mask"] != "none" and not row.get("grouped", 0)
+    ]
     rows, refused = search_space(of_pass, dtype, _built(of_pass, dtype, head_dim), built)
     return SearchSpace(rows[:candidates], refused)
 

@@ -16,10 +16,15 @@ from .rows import (
     aligned,
 )
 
+WINDOW_QUERIES = 16  # grouped: of a warpgroup, at most
+VALUE_STEP = 16  # keys that WGMMA takes at a time for P V
+MAX_BOX_ROWS = 256  # of TMA
+
 FORWARD_FIELDS = (
     *HEAD,
     Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
     Field("any_call", bool, False, "kAnyCall"),
+    Field("grouped", int, 0, "kGrouped"),
     Field("softcap", bool, False),
     Field("mask", str, "any"),
     Field("tile_m", int),
@@ -45,7 +50,26 @@ PREFILL_FIELDS = (
 )
 
 
+def window_keys(row: Row) -> int:
+    """Keys of a tile of a row with `grouped`: a block, and what its last warpgroup's is shifted by
+    (attention/window/plan.hpp)."""
+    values = -(-row["tile_n"] // VALUE_STEP) * VALUE_STEP
+    return int(values + (row["grouped"] * row["consumer_warpgroups"] - 1) * WINDOW_QUERIES)
+
+
+def window_shared_memory(row: Row) -> dict[str, int]:
+    stages, consumers = row["stages"], row["consumer_warpgroups"]
+    keys = stages * window_keys(row) * row["head_dim"] * ELEMENT_BYTES
+    rows = consumers * WARPGROUP_M * row["head_dim"] * ELEMENT_BYTES
+    # full and empty, 8 bytes each, of both stages of Q and those of keys, one more for each stage
+    # that a guard looks at; what is known of two parts of a tile, and two flags
+    barriers = 2 * 8 * (2 + stages) + 8 * stages + 2 * 48 + 16
+    return aligned({"K": keys, "V": keys, "Q": 2 * rows, "O": rows, "barriers": barriers})
+
+
 def forward_shared_memory(row: Row) -> dict[str, int]:
+    if row.get("grouped"):
+        return window_shared_memory(row)
     stages, consumers = row["stages"], row["consumer_warpgroups"]
     k = stages * row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
     v = stages * row["tile_n"] * row["head_dim_v"] * ELEMENT_BYTES
@@ -65,6 +89,8 @@ def forward_shared_memory(row: Row) -> dict[str, int]:
 
 def forward_registers(row: Row) -> dict[str, int]:
     scores = WARPGROUP_M * row["tile_n"] // WARPGROUP_THREADS
+    if row.get("grouped"):  # P takes the scores' place, and O what they leave
+        return {"scores": scores, "working": WORKING_REGISTERS}
     return {
         "scores": scores,
         "output": WARPGROUP_M * row["head_dim_v"] // WARPGROUP_THREADS,
@@ -85,7 +111,9 @@ def forward_problems(row: Row) -> list[str]:
             f"head_dim_v = {row['head_dim_v']} > head_dim = {row['head_dim']}: O does not fit in "
             f"Q's shared memory; set separate_output = true"
         )
-    if row["tile_n"] % 16 or not 16 <= row["tile_n"] <= 256:
+    if row["grouped"]:
+        found += window_problems(row)
+    elif row["tile_n"] % VALUE_STEP or not VALUE_STEP <= row["tile_n"] <= 256:
         found.append(
             f"tile_n = {row['tile_n']} must be a multiple of 16 up to 256: it is N of the WGMMA "
             f"Q K^T (at most 256) and K of P V (steps of 16)"
@@ -93,6 +121,30 @@ def forward_problems(row: Row) -> list[str]:
     if row["speed"] <= 0 or row["overhead"] < 0:
         found.append(
             f"speed = {row['speed']} must be above 0, overhead = {row['overhead']} at least 0"
+        )
+    return found
+
+
+def window_problems(row: Row) -> list[str]:
+    found = []
+    if row["grouped"] < 0:
+        found.append(f"grouped = {row['grouped']} must be 0 or more")
+    elif row["tile_n"] % 8 or row["tile_n"] <= 0:
+        found.append(
+            f"tile_n = {row['tile_n']} must be a multiple of 8: it is N of the WGMMA Q K^T"
+        )
+    elif window_keys(row) > MAX_BOX_ROWS:
+        found.append(
+            f"grouped = {row['grouped']}: tile_n + {WINDOW_QUERIES} for each of a tile's "
+            f"warpgroups but one = {window_keys(row)} must be up to {MAX_BOX_ROWS}, the rows of a "
+            f"box of TMA"
+        )
+    if (row["head_dim"], row["head_dim_v"]) != (64, 64):
+        found.append("grouped needs head dims of 64: a row is one row of the swizzle")
+    if row["any_call"] or row["softcap"] or row["pingpong"] or not row["separate_output"]:
+        found.append(
+            "grouped needs any_call, softcap and pingpong = false, separate_output = true: it "
+            "takes calls with a short window, whose keys are one block"
         )
     return found
 

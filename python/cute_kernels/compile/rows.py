@@ -42,10 +42,22 @@ class Pass:
     workspace: bool = False  # whether a launch needs memory of the caller's
     variants: bool = False  # whether the C++ Tile names a Variant
     output_slices: int = 1  # in which warpgroups have columns of O, each at most WGMMA's N
+    # Of rows with `grouped` above 0: launch_header, and what Traits and functions are called after.
+    of_groups: tuple[str, str] | None = None
 
     @property
     def function(self) -> str:
-        return re.sub(r"(?<=.)([A-Z])", r"_\1", self.cpp).lower()
+        return function_name(self.cpp)
+
+    def source_of(self, row: Row) -> tuple[str, str]:
+        """The launch header of a row, and what its Traits and functions are called after."""
+        if self.of_groups is not None and row["grouped"]:
+            return self.of_groups
+        return self.launch_header, self.cpp
+
+
+def function_name(cpp: str) -> str:
+    return re.sub(r"(?<=.)([A-Z])", r"_\1", cpp).lower()
 
 
 DTYPES = {

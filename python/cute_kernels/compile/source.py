@@ -10,7 +10,7 @@ from typing import Any
 from .headers import DIGEST_FILE, digest_source
 from .hooks import KNOWN, hooks_source
 from .passes import CONSUMER_WARPGROUPS, PASSES, row_config
-from .rows import Field, Pass, Row
+from .rows import Field, Pass, Row, function_name
 
 
 def literal(value: Any) -> str:
@@ -68,16 +68,17 @@ def kernel_source(row: Row, pass_: Pass) -> str:
                 KNOWN[row["variant"]], row.get("gradients", ())
             )
     lines = "\n".join(tile)
+    header, cpp = pass_.source_of(row)
     workspace = f"""
 int64_t workspace_bytes({pass_.cpp}Problem const& problem) {{
-  return {pass_.function}_workspace_bytes<Tile>(problem);
+  return {function_name(cpp)}_workspace_bytes<Tile>(problem);
 }}
 """
     return f"""\
 // Written by cute_kernels/compile/source.py from row {row["name"]}.
 #include <cutlass/numeric_types.h>
 
-#include "cute_kernels/attention/{pass_.launch_header}"
+#include "cute_kernels/attention/{header}"
 {'#include "cute_kernels/attention/variant/hooks.hpp"' if pass_.variants else ""}
 
 namespace cute_kernels::attention::tiles::{namespace(row)} {{
@@ -86,13 +87,13 @@ struct Tile {{
 {lines}
 }};
 
-static_assert(sizeof({pass_.cpp}Traits<Tile>::SharedStorage) == \
+static_assert(sizeof({cpp}Traits<Tile>::SharedStorage) == \
 {sum(pass_.shared_memory(row).values())},
               "shared_memory of {pass_.name} rows in cute_kernels/compile must count what \
 SharedStorage has");
 {workspace if pass_.workspace else ""}
 cudaError_t launch({pass_.cpp}Problem const& problem, cudaStream_t stream) {{
-  return launch_{pass_.function}<Tile>(problem, stream);
+  return launch_{function_name(cpp)}<Tile>(problem, stream);
 }}
 
 }}  // namespace cute_kernels::attention::tiles::{namespace(row)}

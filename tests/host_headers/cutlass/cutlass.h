@@ -9,12 +9,16 @@
 #define CUTLASS_DEVICE inline
 #define CUTLASS_HOST_DEVICE inline
 #define CUTLASS_PRAGMA_UNROLL
+#define CUTLASS_PRAGMA_NO_UNROLL
 
 using std::isfinite;
 using std::isinf;
 
 struct uint2 {
   uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
 };
 
 template <class T>
@@ -31,6 +35,9 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
   }
   return result;
+}
+inline uint32_t __vmaxu2(uint32_t a, uint32_t b) {
+  return std::max(a & 0xffffu, b & 0xffffu) | std::max(a & 0xffff0000u, b & 0xffff0000u);
 }
 inline float __uint_as_float(uint32_t bits) {
   float x;

@@ -1,0 +1,3 @@
+#pragma once
+
+#include <cutlass/numeric_types.h>
