@@ -171,16 +171,16 @@ BAD = {
         ValueError,
         "page_table has shape (1, 2), must be (batch, max_pages) with batch 2",
     ),
-    "leftpad with pages": (
+    "leftpad of another batch": (
         {
-            "cache_leftpad": ints(0, 0),
+            "cache_leftpad": ints(0, 0, 0),
             "k": lambda x: None,
             "v": lambda x: None,
             "rotary_cos": lambda x: None,
             "rotary_sin": lambda x: None,
         },
-        NotImplementedError,
-        "cache_leftpad is not there with page_table: let sequences begin at the first row of a ",
+        ValueError,
+        "cache_leftpad has shape (3,), must be (batch,) = (2,)",
     ),
     "batch_idx of another batch": (
         {"cache_batch_idx": ints(0, 1, 1)},

@@ -86,7 +86,7 @@ def flash_attn_with_kvcache(
         k_cache, v_cache, page_table, cache_batch_idx: as of `append_kv`, without qv with v's
             head_dim up to 256; the number of query heads is a multiple of that of key heads. Of
             the page table only what a sequence's rows need is looked at: the rest may be -1 or
-            anything. cache_leftpad is not there yet with a page table: NotImplementedError.
+            anything.
         k, v, cu_seqlens_k_new, rotary_seqlens: as of `append_kv`. If given, they are appended
             first, in place, and attended to. k and v of 8 bits go with queries of any dtype.
         rotary_cos, rotary_sin, rotary_interleaved: as of `append_kv`, only with k and v. Queries
