@@ -58,6 +58,42 @@ def test_tensors_without_a_contiguous_last_dimension(device):
         fa3.flash_attn_func(q, 3, v)
 
 
+def strided(x):
+    """The same numbers, no two of a row side by side."""
+    return torch.stack([x, x + 1], -1)[..., 0]
+
+
+@pytest.mark.parametrize("module", [fa2, fa3])
+def test_all_but_caches_may_be_strided(module):
+    q, k, v = inputs_of("cpu", batch=2, seqlen_q=1, seqlen_k=1)
+    lengths, table = (torch.tensor(x, dtype=torch.int32) for x in ([3, 18], [[1, 0], [2, 3]]))
+    rotary = torch.ones(40, 16)
+    results = []
+    for change in (lambda x: x, strided):
+        caches = torch.zeros(2, 4, 16, *k.shape[2:])
+        named = {"cache_seqlens": lengths, "page_table": table}
+        if module is fa2:
+            named["block_table"] = named.pop("page_table")
+        else:
+            named.update(rotary_cos=rotary, rotary_sin=rotary)
+        named = {name: change(x) for name, x in named.items()}
+        given = (change(q), *caches, change(k), change(v))
+        results.append((module.flash_attn_with_kvcache(*given, **named), caches))
+    for plain, apart in zip(*results, strict=True):
+        assert plain.any()
+        assert torch.equal(plain, apart)
+
+
+def test_packed_tensors_of_flash_attention_3_may_be_strided():
+    qkv = torch.stack(inputs_of("cpu", seqlen_q=47, key_heads=4), 2)
+    right = cute_kernels.flash_attn_qkvpacked_func(qkv)
+    assert torch.equal(fa3.flash_attn_qkvpacked_func(strided(qkv)), right)
+    q, k, v = qkv[0].unbind(1)
+    starts = torch.tensor([0, 9, 47], dtype=torch.int32)
+    right = cute_kernels.flash_attn_varlen_func(q, k, v, starts, starts)
+    assert torch.equal(fa3.flash_attn_varlen_func(q, k, v, *[strided(starts)] * 2, 47, 47), right)
+
+
 def test_sinks_are_never_dropped():
     """transformers passes s_aux where a signature has it."""
     q, k, v = inputs_of("cpu")

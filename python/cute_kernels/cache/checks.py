@@ -51,6 +51,7 @@ ENTRIES = ("batch_cache", "seqlen_cache", "key heads", "head_dim")
 
 _OTHER_EIGHT_BITS = (torch.float8_e5m2, torch.uint8)
 
+
 def check_attention(
     q: Tensor,
     k_cache: Tensor,
