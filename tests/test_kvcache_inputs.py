@@ -460,3 +460,29 @@ def test_inputs_but_the_caches_are_not_written():
     for name, x in tensors.items():
         same = torch.equal(x.nan_to_num(9.0), copies[name])
         assert same == (not name.endswith("_cache")), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"q": lambda x: torch.stack([x, x], -1)[..., 0]},
+            "q has strides (512, 128, 2), its last dimension (head_dim) must be contiguous",
+        ),
+        ({"softcap": lambda x: 1e39}, "softcap is 1e+39, must be at most 3.4"),
+        (
+            {"k_cache": lambda x: x[:, :0], "v_cache": lambda x: x[:, :0]},
+            "k_cache has page_size 0, must be at least 1",
+        ),
+        (
+            {"page_table": lambda x: x[:1]},
+            "page_table has shape (1, 2), must be (batch, max_pages) with batch 2",
+        ),
+    ],
+)
+def test_refused_on_each_device(device, changes, message):
+    """The CUDA implementation asks on its own."""
+    new = ("k", "v", "rotary_cos", "rotary_sin")
+    arguments = {name: x.to(device) for name, x in good_call().items() if name not in new}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        call(**changed(arguments, changes))
