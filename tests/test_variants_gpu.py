@@ -182,6 +182,18 @@ def test_nan_that_a_hook_hides(hopper, kernels):
     assert all(grad[:, :100].isfinite().all() for grad in results)
 
 
+def test_strides_of_one(hopper, kernels):
+    """Those of a bias for a batch entry of 2^31 scores."""
+    q, k, v = random_qkv(hopper, torch.bfloat16, 1, 130, 65, 2, 2, 64, 0)
+    bias = torch.randn(1, 2, 130, 65, device=hopper, requires_grad=True)
+    wide = bias.as_strided(bias.shape, (2**31, *bias.stride()[1:]))
+    outs = [flash_attn_func(q, k, v, variant=variants.bias(x)) for x in (bias, wide)]
+    assert torch.equal(*outs)
+    grad = torch.randn_like(outs[0])
+    grads = [torch.autograd.grad(out, bias, grad, retain_graph=True)[0] for out in outs]
+    assert torch.equal(*grads)
+
+
 def test_gradients_are_the_same_bits_again(hopper, kernels):
     q, k, v = random_qkv(hopper, torch.bfloat16, 2, 500, 500, 4, 2, 64)
     slopes = torch.rand(4, device=hopper, requires_grad=True)
