@@ -196,5 +196,4 @@ def _lengths(
         # Not of the chunks, as the operator would: of what the caller gave.
         rows_of_sequences("q", q, given[0], given[2], longest[0])
         rows_of_sequences("k", k, given[1], given[3], longest[1])
-    longest_k = k.shape[0] if longest[1] is None else longest[1]
-    return in_chunks(attention_chunk, longest_k, *given)
+    return in_chunks(attention_chunk, k.shape[0], longest[1], *given)
