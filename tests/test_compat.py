@@ -84,6 +84,30 @@ def test_all_but_caches_may_be_strided(module):
         assert torch.equal(plain, apart)
 
 
+@pytest.mark.parametrize("module", [fa2, fa3])
+def test_what_a_cache_has_no_gradient_of_is_told_of_in_the_backward_pass(module):
+    """FlashAttention's own tests call so, and never go back."""
+    q = torch.randn(2, 3, 4, 16, requires_grad=True)
+    cache = torch.randn(2, 8, 2, 16)
+    lengths, table, starts, of_keys = (
+        torch.tensor(x, dtype=torch.int32) for x in ([5, 8], [[0], [1]], [0, 3, 6], [0, 5, 13])
+    )
+    calls = [lambda: module.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths)]
+    if module is fa2:
+        packed = (q.flatten(0, 1), cache, cache, starts, of_keys, 3, 8)
+        calls.append(lambda: fa2.flash_attn_varlen_func(*packed, block_table=table))
+    else:
+        options = {"seqused_k": lengths, "page_table": table}
+        calls.append(lambda: fa3._flash_attn_forward(q, cache, cache, **options)[0])
+    for call in calls:
+        with torch.no_grad():
+            right = call()
+        out = call()
+        assert torch.equal(out, right)
+        with pytest.raises(NotImplementedError, match="no gradient of a call with a cache"):
+            out.sum().backward()
+
+
 def test_packed_tensors_of_flash_attention_3_may_be_strided():
     qkv = torch.stack(inputs_of("cpu", seqlen_q=47, key_heads=4), 2)
     right = cute_kernels.flash_attn_qkvpacked_func(qkv)

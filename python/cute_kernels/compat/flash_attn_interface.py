@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 import cute_kernels
-from cute_kernels.compat.operators import Sequences, backward, longest, rows_contiguous
+from cute_kernels.compat.operators import (
+    Sequences,
+    backward,
+    longest,
+    rows_contiguous,
+    without_gradient,
+)
 
 __all__ = [
     "flash_attn_combine",
@@ -35,8 +41,11 @@ _LONGEST = {"max_seqlen_q", "max_seqlen_k"}
 _WRITTEN = {"k_cache", "v_cache", "out", "k_scales", "v_scales"}
 
 
-def _with_sinks(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with `s_aux` in its signature, where transformers looks what it may pass."""
+def _with_sinks(
+    function: Callable[..., Any], run: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """The function, with `s_aux` in its signature, where transformers looks what it may pass.
+    `run`: what is called in its place."""
 
     @functools.wraps(function)
     def call(*inputs: Any, **options: Any) -> Any:
@@ -45,7 +54,7 @@ def _with_sinks(function: Callable[..., Any]) -> Callable[..., Any]:
             options["sinks"] = s_aux
         given = [taken(name, x) for name, x in zip(names, inputs, strict=False)]
         options = {name: taken(name, x) for name, x in options.items()}
-        return function(*given, *inputs[len(given) :], **options)
+        return (run or function)(*given, *inputs[len(given) :], **options)
 
     def taken(name: str, x: Any) -> Any:
         if name in _LONGEST:
@@ -62,7 +71,10 @@ def _with_sinks(function: Callable[..., Any]) -> Callable[..., Any]:
 flash_attn_func = _with_sinks(cute_kernels.flash_attn_func)
 flash_attn_varlen_func = _with_sinks(cute_kernels.flash_attn_varlen_func)
 flash_attn_qkvpacked_func = _with_sinks(cute_kernels.flash_attn_qkvpacked_func)
-flash_attn_with_kvcache = _with_sinks(cute_kernels.flash_attn_with_kvcache)
+flash_attn_with_kvcache = _with_sinks(
+    cute_kernels.flash_attn_with_kvcache,
+    functools.partial(without_gradient, cute_kernels.flash_attn_with_kvcache),
+)
 flash_attn_combine = cute_kernels.flash_attn_combine
 get_scheduler_metadata = cute_kernels.get_scheduler_metadata
 
@@ -153,7 +165,8 @@ def _flash_attn_forward(
     is_batch = cu_seqlens_q is None and cu_seqlens_k is None
     asked = [name for name, x in of_cache.items() if x is not None]
     if seqused_q is not None and asked == ["page_table"] and cu_seqlens_q is not None:
-        result, lse = flash_attn_varlen_func(
+        result, lse = without_gradient(
+            flash_attn_varlen_func,
             q,
             k,
             v,

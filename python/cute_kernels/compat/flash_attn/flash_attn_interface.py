@@ -7,6 +7,8 @@ have no gradient of their own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import cute_kernels
-from cute_kernels.compat.operators import Sequences, backward, longest, rows_contiguous
+from cute_kernels.compat.operators import (
+    Sequences,
+    backward,
+    longest,
+    rows_contiguous,
+    without_gradient,
+)
 from cute_kernels.compat.variants import variant_of
 
 Window = tuple[int, int]
@@ -96,7 +104,8 @@ def flash_attn_varlen_func(
     """
     inputs = _padded(q, k, v)
     is_paged = block_table is not None
-    out, lse = cute_kernels.flash_attn_varlen_func(
+    attend: Callable[..., Any] = cute_kernels.flash_attn_varlen_func
+    out, lse = (partial(without_gradient, attend) if is_paged else attend)(
         *inputs,
         cu_seqlens_q,
         None if is_paged else cu_seqlens_k,
@@ -167,7 +176,8 @@ def flash_attn_with_kvcache(
     caches = _wide(k_cache), _wide(v_cache)
     places = rows_contiguous(cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     cache_seqlens, cache_batch_idx, cache_leftpad, block_table = places
-    out, lse = cute_kernels.flash_attn_with_kvcache(
+    out, lse = without_gradient(
+        cute_kernels.flash_attn_with_kvcache,
         _wide(*rows_contiguous(q)),
         *caches,
         *(None if x is None else _wide(x) for x in rows_contiguous(k, v)),
@@ -187,7 +197,8 @@ def flash_attn_with_kvcache(
     )
     for cache, wide in zip((k_cache, v_cache), caches, strict=True):
         if wide is not cache and k is not None:
-            cache.copy_(wide[..., : cache.shape[-1]])
+            with torch.no_grad():
+                cache.copy_(wide[..., : cache.shape[-1]])
     out = out[..., : v_cache.shape[-1]]
     return (out, lse) if return_softmax_lse else out
 
