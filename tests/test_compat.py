@@ -169,9 +169,9 @@ def test_lengths_of_the_longest_may_be_tensors():
             "alibi_slopes is given, must be None here",
         ),
         (
-            lambda x: fa2.flash_attn_func(x, x, x, 0.1, alibi_slopes=torch.ones(4)),
-            NotImplementedError,
-            "dropout_p is 0.1, must be 0 with alibi_slopes",
+            lambda x: fa2.flash_attn_func(x, x, x, alibi_slopes=torch.ones(4), softcap=-1.0),
+            ValueError,
+            "softcap is -1.0, must be finite and at least 0",
         ),
         (
             lambda x: fa2.flash_attn_func(x, x, x, alibi_slopes=torch.ones(())),

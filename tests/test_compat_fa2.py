@@ -155,6 +155,36 @@ def test_alibi_falls_on_both_sides(by_batch, causal):
         assert torch.allclose(grad, exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+@pytest.mark.parametrize("by_alibi", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("packed", [False, True])
+def test_dropout_alibi_and_softcap_together(dropout_p, by_alibi, softcap, packed):
+    """V shows P."""
+    q, k = 2 * torch.randn(2, 2, 48, 4, 48, dtype=torch.float64)
+    shown = torch.eye(48, dtype=torch.float64)[None, :, None].expand(2, 48, 4, 48)
+    slopes = torch.rand(2, 4) if by_alibi else None
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.2
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    place = torch.arange(48)
+    if by_alibi:
+        scores = scores - slopes[..., None, None] * (place[:, None] - place).abs()
+    right = scores.masked_fill(place > place[:, None], -math.inf).softmax(-1).transpose(1, 2)
+    options = {"softcap": softcap, "alibi_slopes": slopes, "causal": True, "softmax_scale": 0.2}
+    if packed:
+        starts = torch.tensor([0, 48, 96], dtype=torch.int32)
+        rows = [x.flatten(0, 1) for x in (q, k, shown)]
+        p = fa2.flash_attn_varlen_func(*rows, starts, starts, 48, 48, dropout_p, **options)
+        p = p.view_as(right)
+    else:
+        p = fa2.flash_attn_func(q, k, shown, dropout_p, **options)
+    kept = p != 0
+    seen = right > 0
+    torch.testing.assert_close(p[kept], right[kept] / (1 - dropout_p), rtol=1e-6, atol=1e-9)
+    assert abs(kept[seen].double().mean() - (1 - dropout_p)) < 0.03 * (dropout_p > 0) + 1e-9
+
+
 def test_dropout_leaves_some_of_p():
     """Scores are all 0, and V shows P."""
     zeros = torch.zeros(2, 64, 2, 64)

@@ -46,20 +46,20 @@ def flash_attn_func(
 
     Args:
         dropout_p, alibi_slopes: (heads,) or (batch, heads), float32, without a gradient: calls with
-            one of these run on variants (docs/variants.md), which compile at first use, and have no
-            softcap and no block_table. With both NotImplementedError.
+            these run on variants (docs/variants.md), which compile at first use, and have no
+            block_table.
         return_attn_probs: also return the LSE, and an empty tensor in place of probabilities.
 
     Head dims that are no multiple of 8 are padded.
     """
-    inputs = _padded(q, k, v)
+    variant = variant_of(q, dropout_p, alibi_slopes, softcap)
     out, lse = cute_kernels.flash_attn_func(
-        *inputs,
-        variant=variant_of(q, dropout_p, alibi_slopes),
+        *_padded(q, k, v),
+        variant=variant,
         softmax_scale=_scale(q, softmax_scale),
         causal=causal,
         window_size=window_size,
-        softcap=softcap,
+        softcap=0.0 if variant else softcap,
         deterministic=deterministic,
         return_lse=True,
     )
@@ -102,11 +102,11 @@ def flash_attn_varlen_func(
     Args:
         block_table: (batch, pages), of k and v in pages, (pages, page size, key heads, head_dim).
     """
-    inputs = _padded(q, k, v)
+    variant = variant_of(q, dropout_p, alibi_slopes, softcap)
     is_paged = block_table is not None
     attend: Callable[..., Any] = cute_kernels.flash_attn_varlen_func
     out, lse = (partial(without_gradient, attend) if is_paged else attend)(
-        *inputs,
+        *_padded(q, k, v),
         cu_seqlens_q,
         None if is_paged else cu_seqlens_k,
         longest(max_seqlen_q),
@@ -114,11 +114,11 @@ def flash_attn_varlen_func(
         softmax_scale=_scale(q, softmax_scale),
         causal=causal,
         window_size=window_size,
-        softcap=softcap,
+        softcap=0.0 if variant else softcap,
         deterministic=deterministic,
         seqused_k=cu_seqlens_k.diff() if is_paged else None,
         page_table=block_table,
-        variant=variant_of(q, dropout_p, alibi_slopes),
+        variant=variant,
         return_lse=True,
     )
     return _results(out, lse, v, return_attn_probs)
