@@ -116,7 +116,8 @@ def flash_attn_with_kvcache(
             16-bit caches on CUDA; with rotary_cos only q is rotated.
         sinks: (heads,), float32, float16 or bfloat16: a score for each head, not scaled, that takes
             part in the softmax without a value; the LSE includes it.
-        out: where the output is to be: of its shape, and q's dtype.
+        out: where the output is to be: of its shape, and q's dtype, in memory that none of the
+            other tensors has.
         tree_mask: int64, of q's shape before heads: bit j of a query says whether it sees new token
             j of its sequence, the last keys, as many as there are queries, at most 64. What masks
             hide stays hidden; all keys before them are seen as without it.
