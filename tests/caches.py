@@ -96,11 +96,13 @@ def random_cache(
     batch, most = len(lengths), max(lengths, default=0) + room + 1
     k, v = ([normal(n, head_dim) for n in lengths] for head_dim in head_dims)
     pads, places = None, {}
+    if leftpad:
+        pads = [chance.randint(0, 9) for _ in lengths]
+        if page_size is not None:  # whole pages, too
+            pads = [pad + chance.choice([0, page_size]) for pad in pads]
+        places["cache_leftpad"] = torch.tensor(pads, dtype=torch.int32, device=device)
+        most += max(pads, default=0)
     if page_size is None:
-        if leftpad:
-            pads = [chance.randint(0, 9) for _ in lengths]
-            places["cache_leftpad"] = torch.tensor(pads, dtype=torch.int32, device=device)
-            most += 9
         entries = batch + (2 if batch_idx else 0)
         if batch_idx:
             chosen = chance.sample(range(entries), batch)
@@ -108,16 +110,18 @@ def random_cache(
         shape = (entries, most, key_heads)
     else:
         of_sequence = -(-most // page_size)
-        used = [-(-(n + room) // page_size) for n in lengths]
-        pages = sum(used) + 2
+        firsts = [pad // page_size for pad in pads or [0] * batch]
+        ends = [n + pad + room for n, pad in zip(lengths, pads or [0] * batch, strict=True)]
+        used = [range(a, -(-b // page_size)) for a, b in zip(firsts, ends, strict=True)]
+        pages = sum(map(len, used)) + 2
         chosen = iter(chance.sample(range(pages), pages))
         # What is not needed is wrong in every way.
         table = [
             [
-                next(chosen) if j < n else chance.choice([-1, pages, 2**31 - 1, -(2**31)])
+                next(chosen) if j in own else chance.choice([-1, pages, 2**31 - 1, -(2**31)])
                 for j in range(of_sequence)
             ]
-            for n in used
+            for own in used
         ]
         table = torch.tensor(table, dtype=torch.int32, device=device).view(batch, of_sequence)
         if chance.random() < 0.5:  # a part of a larger one

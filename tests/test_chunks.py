@@ -15,7 +15,12 @@ from parity import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cute_kernels import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from cute_kernels import (
+    flash_attn_fp8_varlen_func,
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+)
 
 CHUNKS = [1, 7, 64, 100, 2**40]
 
@@ -77,6 +82,17 @@ def test_all_functions_take_it(device):
     qkv = torch.stack(random_qkv(device, on(device), 2, 40, 40, 4), 2)
     right = flash_attn_func(*qkv.unbind(2), causal=True, attention_chunk=16)
     assert torch.equal(flash_attn_qkvpacked_func(qkv, causal=True, attention_chunk=16), right)
+
+
+@pytest.mark.parametrize("longest", [2**31 - 1, 2**31, 2**40])
+@pytest.mark.parametrize("chunk", [7, 2**29 + 1, 2**31, 2**35])
+@pytest.mark.parametrize("function", [flash_attn_varlen_func, flash_attn_fp8_varlen_func])
+def test_max_seqlen_may_be_anything_larger(function, longest, chunk):
+    q, k, v = (x[0] for x in random_qkv("cpu", torch.float32, 1, 50, 50, 4))
+    starts = torch.tensor([0, 20, 50], dtype=torch.int32)
+    right = function(q, k, v, starts, starts, attention_chunk=min(chunk, 50))
+    given = function(q, k, v, starts, starts, 50, longest, attention_chunk=chunk)
+    assert torch.equal(given, right)
 
 
 def attention(q, k, v, starts, chunk):

@@ -42,6 +42,15 @@ def random_parts(device, splits=5, dtype=torch.float32, seed=0):
     return out.masked_fill(empty[..., None], math.nan), lse.masked_fill(empty, -math.inf)
 
 
+def test_parts_without_a_weight_add_nothing(device):
+    """Their share is no number of float32."""
+    out = torch.tensor([[math.nan] * 8, [3.0] * 8, [math.inf] * 8], device=device)
+    lse = torch.tensor([-200.0, 5.0, -math.inf], device=device)
+    combined, of_all = flash_attn_combine(out.view(3, 1, 1, 1, 8), lse.view(3, 1, 1, 1))
+    assert combined.flatten().tolist() == [3.0] * 8
+    assert of_all.item() == 5.0
+
+
 def assert_combined(out, lse, out_partial, lse_partial):
     right_lse = lse_partial.double().logsumexp(0)
     weights = (lse_partial.double() - right_lse).exp().nan_to_num(0.0)

@@ -58,6 +58,66 @@ def test_tensors_without_a_contiguous_last_dimension(device):
         fa3.flash_attn_func(q, 3, v)
 
 
+def strided(x):
+    """The same numbers, no two of a row side by side."""
+    return torch.stack([x, x + 1], -1)[..., 0]
+
+
+@pytest.mark.parametrize("module", [fa2, fa3])
+def test_all_but_caches_may_be_strided(module):
+    q, k, v = inputs_of("cpu", batch=2, seqlen_q=1, seqlen_k=1)
+    lengths, table = (torch.tensor(x, dtype=torch.int32) for x in ([3, 18], [[1, 0], [2, 3]]))
+    rotary = torch.ones(40, 16)
+    results = []
+    for change in (lambda x: x, strided):
+        caches = torch.zeros(2, 4, 16, *k.shape[2:])
+        named = {"cache_seqlens": lengths, "page_table": table}
+        if module is fa2:
+            named["block_table"] = named.pop("page_table")
+        else:
+            named.update(rotary_cos=rotary, rotary_sin=rotary)
+        named = {name: change(x) for name, x in named.items()}
+        given = (change(q), *caches, change(k), change(v))
+        results.append((module.flash_attn_with_kvcache(*given, **named), caches))
+    for plain, apart in zip(*results, strict=True):
+        assert plain.any()
+        assert torch.equal(plain, apart)
+
+
+@pytest.mark.parametrize("module", [fa2, fa3])
+def test_what_a_cache_has_no_gradient_of_is_told_of_in_the_backward_pass(module):
+    """FlashAttention's own tests call so, and never go back."""
+    q = torch.randn(2, 3, 4, 16, requires_grad=True)
+    cache = torch.randn(2, 8, 2, 16)
+    lengths, table, starts, of_keys = (
+        torch.tensor(x, dtype=torch.int32) for x in ([5, 8], [[0], [1]], [0, 3, 6], [0, 5, 13])
+    )
+    calls = [lambda: module.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths)]
+    if module is fa2:
+        packed = (q.flatten(0, 1), cache, cache, starts, of_keys, 3, 8)
+        calls.append(lambda: fa2.flash_attn_varlen_func(*packed, block_table=table))
+    else:
+        options = {"seqused_k": lengths, "page_table": table}
+        calls.append(lambda: fa3._flash_attn_forward(q, cache, cache, **options)[0])
+    for call in calls:
+        with torch.no_grad():
+            right = call()
+        out = call()
+        assert torch.equal(out, right)
+        with pytest.raises(NotImplementedError, match="no gradient of a call with a cache"):
+            out.sum().backward()
+
+
+def test_packed_tensors_of_flash_attention_3_may_be_strided():
+    qkv = torch.stack(inputs_of("cpu", seqlen_q=47, key_heads=4), 2)
+    right = cute_kernels.flash_attn_qkvpacked_func(qkv)
+    assert torch.equal(fa3.flash_attn_qkvpacked_func(strided(qkv)), right)
+    q, k, v = qkv[0].unbind(1)
+    starts = torch.tensor([0, 9, 47], dtype=torch.int32)
+    right = cute_kernels.flash_attn_varlen_func(q, k, v, starts, starts)
+    assert torch.equal(fa3.flash_attn_varlen_func(q, k, v, *[strided(starts)] * 2, 47, 47), right)
+
+
 def test_sinks_are_never_dropped():
     """transformers passes s_aux where a signature has it."""
     q, k, v = inputs_of("cpu")
@@ -109,9 +169,9 @@ def test_lengths_of_the_longest_may_be_tensors():
             "alibi_slopes is given, must be None here",
         ),
         (
-            lambda x: fa2.flash_attn_func(x, x, x, 0.1, alibi_slopes=torch.ones(4)),
-            NotImplementedError,
-            "dropout_p is 0.1, must be 0 with alibi_slopes",
+            lambda x: fa2.flash_attn_func(x, x, x, alibi_slopes=torch.ones(4), softcap=-1.0),
+            ValueError,
+            "softcap is -1.0, must be finite and at least 0",
         ),
         (
             lambda x: fa2.flash_attn_func(x, x, x, alibi_slopes=torch.ones(())),

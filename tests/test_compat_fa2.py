@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from flash_attention_calls import MASKS, SCALE, inputs_of, like, packed_of
+from flash_attention_calls import MASKS, SCALE, inputs_of, like, packed_of, skip_without_rows
 from packed import assert_packed_right, random_grads
 from parity import assert_gradients_right, assert_right
 
@@ -81,13 +81,36 @@ def test_packed_rings_of_flash_attention_2(device):
     packed = packed_of(device)
     given = packed.lengths()
     lengths = (given["cu_seqlens_q"], given["cu_seqlens_k"], 31, 40)
-    out, lse, *_ = fa2_interface._flash_attn_varlen_forward(*packed.qkv, *lengths, 0.0, SCALE, True)
+    out, lse, *_ = fa2_interface._flash_attn_varlen_forward(
+        *packed.qkv, *lengths, 0.0, SCALE, True, zero_tensors=True
+    )
     grads, grad_out = like(*packed.qkv), random_grads(packed)[0]
     fa2_interface._flash_attn_varlen_backward(
         grad_out, *packed.qkv, out, lse, *grads, *lengths, 0.0, SCALE, True, -1, -1, 0.0, None, True
     )
     results = (out, lse, *grads)
     assert_packed_right(results, packed, (grad_out, None), softmax_scale=SCALE, causal=True)
+
+
+@pytest.mark.parametrize("head_dim", [20, 59])
+def test_caches_whose_head_dim_is_padded(device, head_dim):
+    skip_without_rows(device)
+    q, k, v = inputs_of(device, batch=2, seqlen_q=3, seqlen_k=3, head_dim=head_dim)
+    caches = torch.randn(2, 2, 40, 2, head_dim, device=device).to(q.dtype)
+    lengths = torch.tensor([30, 7], dtype=torch.int32, device=device)
+    right = caches.clone()
+    for i, n in enumerate(lengths.tolist()):
+        right[0, i, n : n + 3], right[1, i, n : n + 3] = k[i], v[i]
+    out, lse = fa2.flash_attn_with_kvcache(
+        q, *caches, k, v, cache_seqlens=lengths, causal=True, return_softmax_lse=True
+    )
+    assert torch.equal(caches, right)
+    for i, n in enumerate(lengths.tolist()):
+        of_one = (x[i : i + 1] for x in (out, lse, q))
+        own = (x[i : i + 1, : n + 3] for x in right)
+        assert_right(*of_one, *own, head_dim**-0.5, True)
+    again = fa2.flash_attn_with_kvcache(q, *caches, cache_seqlens=lengths + 3, causal=True)
+    assert torch.equal(again, out)
 
 
 @pytest.mark.parametrize("unused", [False, True])
@@ -130,6 +153,36 @@ def test_alibi_falls_on_both_sides(by_batch, causal):
         assert torch.allclose(out, right, rtol=1e-6, atol=1e-7)
         (grad,) = torch.autograd.grad(out.square().sum(), q, retain_graph=True)
         assert torch.allclose(grad, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+@pytest.mark.parametrize("by_alibi", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("packed", [False, True])
+def test_dropout_alibi_and_softcap_together(dropout_p, by_alibi, softcap, packed):
+    """V shows P."""
+    q, k = 2 * torch.randn(2, 2, 48, 4, 48, dtype=torch.float64)
+    shown = torch.eye(48, dtype=torch.float64)[None, :, None].expand(2, 48, 4, 48)
+    slopes = torch.rand(2, 4) if by_alibi else None
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.2
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    place = torch.arange(48)
+    if by_alibi:
+        scores = scores - slopes[..., None, None] * (place[:, None] - place).abs()
+    right = scores.masked_fill(place > place[:, None], -math.inf).softmax(-1).transpose(1, 2)
+    options = {"softcap": softcap, "alibi_slopes": slopes, "causal": True, "softmax_scale": 0.2}
+    if packed:
+        starts = torch.tensor([0, 48, 96], dtype=torch.int32)
+        rows = [x.flatten(0, 1) for x in (q, k, shown)]
+        p = fa2.flash_attn_varlen_func(*rows, starts, starts, 48, 48, dropout_p, **options)
+        p = p.view_as(right)
+    else:
+        p = fa2.flash_attn_func(q, k, shown, dropout_p, **options)
+    kept = p != 0
+    seen = right > 0
+    torch.testing.assert_close(p[kept], right[kept] / (1 - dropout_p), rtol=1e-6, atol=1e-9)
+    assert abs(kept[seen].double().mean() - (1 - dropout_p)) < 0.03 * (dropout_p > 0) + 1e-9
 
 
 def test_dropout_leaves_some_of_p():

@@ -52,6 +52,10 @@ REFUSED = {
         {"k": torch.zeros(2, 8, 4, 8), "v": torch.zeros(2, 8, 4, 8)},
     ),
     "scale": (ValueError, "softmax_scale is -1.0, must be", {"softmax_scale": -1.0}),
+    "scale's type": (TypeError, "softmax_scale is '1', must be a number", {"softmax_scale": "1"}),
+    "no tensor": (TypeError, "q is a list, must be a torch.Tensor", {"q": [1.0]}),
+    "no dimensions": (ValueError, r"q has shape \(\), must have 4 dim", {"q": torch.ones(())}),
+    "no channels": (ValueError, "q has head_dim 0, must be a", {"q": torch.ones(1, 8, 4, 0)}),
     "window": (ValueError, "window_size is", {"window_size": (-3, 0)}),
     "softcap": (ValueError, "softcap is -2.0", {"softcap": -2.0}),
     "sinks": (ValueError, "sinks has shape", {"sinks": torch.zeros(3)}),
@@ -107,6 +111,13 @@ def test_second_derivatives_are_refused(alone):
     (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_mode_is_refused(alone, form):
+    q, k, v = qkv()
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+        torch.func.jvp(lambda x: FORMS[form](x, k, v), (q,), (q,))
 
 
 def test_shards_of_one(alone):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from parity import plain_attention, random_qkv
 
-from cute_kernels import flash_attn_func
+from cute_kernels import flash_attn_func, flash_attn_varlen_func
 from cute_kernels.fp8 import GPU_BUILT, FP8Tensor, flash_attn_fp8_func, quantize_fp8
 
 E4M3 = torch.float8_e4m3fn
@@ -286,6 +286,18 @@ def quantised(q, k, v):
             ),
             ValueError,
             "v_descale is on meta",
+        ),
+        (
+            lambda q, k, v: flash_attn_varlen_func(*[q[0].to(E4M3)] * 3, [0, 100], [0, 100]),
+            TypeError,
+            "cu_seqlens_q is a list, must be a torch.Tensor",
+        ),
+        (
+            lambda q, k, v: flash_attn_varlen_func(
+                *[q[0].to(E4M3)] * 3, *[torch.zeros(0, dtype=torch.int32, device=q.device)] * 2
+            ),
+            ValueError,
+            r"cu_seqlens_q has shape \(0,\), must be \(batch \+ 1,\)",
         ),
         (
             lambda q, k, v: flash_attn_fp8_func(

@@ -126,6 +126,7 @@ def test_append_and_attend(device, seed):
             for p, n in zip(positions if shift else before, lengths, strict=True)
         ]
         moves = options["causal"] or options["window_size"] != (-1, -1)
+        moves = moves or options["attention_chunk"] > 0
         of_q = torch.cat(at if moves else [p[:1].expand(len(p)) for p in at])
         right_k = rotated(new_k, cos, sin, torch.cat(at), interleaved)
         right_q = rotated(q, cos, sin, of_q, interleaved)

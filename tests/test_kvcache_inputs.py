@@ -171,16 +171,16 @@ BAD = {
         ValueError,
         "page_table has shape (1, 2), must be (batch, max_pages) with batch 2",
     ),
-    "leftpad with pages": (
+    "leftpad of another batch": (
         {
-            "cache_leftpad": ints(0, 0),
+            "cache_leftpad": ints(0, 0, 0),
             "k": lambda x: None,
             "v": lambda x: None,
             "rotary_cos": lambda x: None,
             "rotary_sin": lambda x: None,
         },
-        NotImplementedError,
-        "cache_leftpad is not there with page_table: let sequences begin at the first row of a ",
+        ValueError,
+        "cache_leftpad has shape (3,), must be (batch,) = (2,)",
     ),
     "batch_idx of another batch": (
         {"cache_batch_idx": ints(0, 1, 1)},
@@ -460,3 +460,29 @@ def test_inputs_but_the_caches_are_not_written():
     for name, x in tensors.items():
         same = torch.equal(x.nan_to_num(9.0), copies[name])
         assert same == (not name.endswith("_cache")), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"q": lambda x: torch.stack([x, x], -1)[..., 0]},
+            "q has strides (512, 128, 2), its last dimension (head_dim) must be contiguous",
+        ),
+        ({"softcap": lambda x: 1e39}, "softcap is 1e+39, must be at most 3.4"),
+        (
+            {"k_cache": lambda x: x[:, :0], "v_cache": lambda x: x[:, :0]},
+            "k_cache has page_size 0, must be at least 1",
+        ),
+        (
+            {"page_table": lambda x: x[:1]},
+            "page_table has shape (1, 2), must be (batch, max_pages) with batch 2",
+        ),
+    ],
+)
+def test_refused_on_each_device(device, changes, message):
+    """The CUDA implementation asks on its own."""
+    new = ("k", "v", "rotary_cos", "rotary_sin")
+    arguments = {name: x.to(device) for name, x in good_call().items() if name not in new}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        call(**changed(arguments, changes))

@@ -29,7 +29,7 @@ def with_rows_elsewhere(chance, cache):
     whole = table.new_full((batch + 3, table.shape[1]), 2**31 - 1)
     whole[rows] = table
     index = torch.tensor(rows, dtype=torch.int32, device=table.device)
-    return {"page_table": whole, "cache_batch_idx": index}
+    return {**cache.places, "page_table": whole, "cache_batch_idx": index}
 
 
 @pytest.mark.parametrize("seed", range(12))

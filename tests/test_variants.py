@@ -15,7 +15,7 @@ from variant_cases import (
     assert_results,
 )
 
-from cute_kernels import Variant, flash_attn_func, flash_attn_varlen_func, variants
+from cute_kernels import BlockMask, Variant, flash_attn_func, flash_attn_varlen_func, variants
 from cute_kernels.compile.hooks import KNOWN, hooks_source
 from cute_kernels.variants.philox import uniform
 
@@ -166,6 +166,21 @@ def test_a_row_that_sees_nothing_is_0():
     assert (lse == -math.inf).all()
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert not any(grad.any() for grad in grads)
+
+
+def test_masks_of_numbers():
+    """What is not 0 shows, as in C++."""
+    ints = Variant("ints", mask_python=lambda query, key: (query ^ key) & 2)
+    bools = Variant("bools", mask_python=lambda query, key: (query ^ key) & 2 != 0)
+    q, k, v = torch.randn(3, 1, 150, 2, 16)
+    for options in ({}, {"causal": True}):
+        right = flash_attn_func(q, k, v, variant=bools, **options)
+        assert torch.equal(flash_attn_func(q, k, v, variant=ints, **options), right)
+    of_ints, of_bools = (BlockMask.from_mask(x, 1, 2, 150, 150) for x in (ints, bools))
+    assert torch.equal(of_ints.kinds, of_bools.kinds)
+    assert of_ints.kinds.any()
+    given = flash_attn_func(q, k, v, variant=ints, block_mask=of_ints)
+    assert torch.equal(given, flash_attn_func(q, k, v, variant=bools))
 
 
 def test_random_numbers_are_even_and_their_own():

@@ -15,6 +15,7 @@ from variant_cases import (
 )
 
 from cute_kernels import Variant, flash_attn_func, flash_attn_varlen_func, variants
+from cute_kernels.compat import flash_attn as fa2
 from cute_kernels.variants.checks import with_gradient
 from cute_kernels.variants.kernels import load, rows_of
 from cute_kernels.variants.philox import uniform
@@ -182,6 +183,18 @@ def test_nan_that_a_hook_hides(hopper, kernels):
     assert all(grad[:, :100].isfinite().all() for grad in results)
 
 
+def test_strides_of_one(hopper, kernels):
+    """Those of a bias for a batch entry of 2^31 scores."""
+    q, k, v = random_qkv(hopper, torch.bfloat16, 1, 130, 65, 2, 2, 64, 0)
+    bias = torch.randn(1, 2, 130, 65, device=hopper, requires_grad=True)
+    wide = bias.as_strided(bias.shape, (2**31, *bias.stride()[1:]))
+    outs = [flash_attn_func(q, k, v, variant=variants.bias(x)) for x in (bias, wide)]
+    assert torch.equal(*outs)
+    grad = torch.randn_like(outs[0])
+    grads = [torch.autograd.grad(out, bias, grad, retain_graph=True)[0] for out in outs]
+    assert torch.equal(*grads)
+
+
 def test_gradients_are_the_same_bits_again(hopper, kernels):
     q, k, v = random_qkv(hopper, torch.bfloat16, 2, 500, 500, 4, 2, 64)
     slopes = torch.rand(4, device=hopper, requires_grad=True)
@@ -228,6 +241,31 @@ def test_compiled(hopper, kernels):
     results = torch.autograd.grad(compiled(*inputs, slopes), [*inputs, slopes])
     for result, right in zip(results, expected, strict=True):
         assert torch.allclose(result.float(), right.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_dropout_alibi_and_softcap_of_flash_attention_2(hopper, rate):
+    """In one kernel, which compiles here; V shows P."""
+    torch.manual_seed(0)
+    q, k = (2 * torch.randn(2, 2, 64, 4, 64, device=hopper)).bfloat16().requires_grad_()
+    shown = torch.eye(64, device=hopper).bfloat16()[None, :, None].expand(2, 64, 4, 64)
+    slopes = torch.rand(2, 4, device=hopper)
+    p = fa2.flash_attn_func(q, k, shown, rate, 0.2, True, softcap=0.7, alibi_slopes=slopes)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * 0.2
+    place = torch.arange(64, device=hopper)
+    far = (place[:, None] - place).abs()
+    scores = 0.7 * torch.tanh(scores / 0.7) - slopes[..., None, None] * far
+    scores = scores.masked_fill(place > place[:, None], -math.inf)
+    exact = scores.softmax(-1).transpose(1, 2)
+    kept = (p != 0) if rate else exact > 0
+    if rate:
+        assert 0.72 < kept[exact > 1e-6].double().mean() < 0.78
+    right = exact * kept / (1 - rate)
+    torch.testing.assert_close(p.double(), right, rtol=0.02, atol=1e-4)
+    grad = torch.randn_like(p)
+    grads = (torch.autograd.grad(out, (q, k), grad.to(out.dtype)) for out in (p, right))
+    for given, of_right in zip(*grads, strict=True):
+        assert (given - of_right).norm() < 0.02 * of_right.norm()
 
 
 def test_what_has_no_kernels_is_refused(hopper):

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -116,6 +115,7 @@ CachePages cache_pages(Argument const& q, Argument const& k, int64_t batch,
   pages.page_size = static_cast<int>(std::max<int64_t>(1, k.size(1)));
   pages.pages_of_sequence = 1;
   if (page_table) {
+    require(k.size(1) > 0, "k_cache has pages without rows");
     pages.table_stride = page_table->sizes()[0] > 1 ? page_table->strides()[0] : 0;
     pages.pages_of_sequence = static_cast<int>(page_table->sizes()[1]);
   } else {
@@ -248,6 +248,7 @@ Tensor flash_attn_kvcache_forward_out(
           "descales or rotation_seed are given with a cache of 16 bits");
   check_sizes(q, 3);
   check_head_dim("q", q.size(2));
+  require(q.stride(2) == 1, "q's head_dim is not contiguous");
   check_span(q);
   check_cache(k, q);
   check_cache(v, q, qv ? kMaxLatentDim : kMaxHeadDim);
@@ -258,7 +259,6 @@ Tensor flash_attn_kvcache_forward_out(
   }
   CallSizes const sizes = sizes_of(q.size(1), k.size(2), q.size(2), v.size(3));
   require(q.size(0) * sizes.heads_q <= std::numeric_limits<int>::max(), "q has 2^31 rows or more");
-  require(std::isfinite(softcap) && softcap >= 0, "softcap is not finite and at least 0");
   require(num_splits >= 0, "num_splits is below 0");
   require(!max_seqlen_q || *max_seqlen_q >= 0, "max_seqlen_q is below 0");
   Argument const out("out", out_tensor);
@@ -291,7 +291,7 @@ Tensor flash_attn_kvcache_forward_out(
   call.most_keys = static_cast<int>(most_keys);
   call.mask = mask_of(causal, window_left, window_right, std::nullopt);
   call.scale = checked_scale(softmax_scale);
-  call.softcap = static_cast<float>(softcap);
+  call.softcap = checked_softcap(softcap);
   require(attention_chunk >= 0, "attention_chunk is below 0");
   call.chunk = static_cast<int>(std::min(attention_chunk, kMostKeys));
   call.lengths = {numbers<int>("cu_seqlens_q", cu_seqlens_q, q, {batch + 1}),

@@ -24,10 +24,11 @@ CapturedTensor captured_tensor(Tensor const& tensor, Argument const& q) {
           " dimensions");
   CapturedTensor captured{tensor.data_ptr(), {}, {}};
   for (size_t axis = 0; axis < a.sizes.size(); ++axis) {
-    require(a.sizes[axis] <= kMostOfInt && a.strides[axis] <= kMostOfInt, a.name,
+    int64_t const stride = a.sizes[axis] == 1 ? 0 : a.strides[axis];  // which nothing is read by
+    require(a.sizes[axis] <= kMostOfInt && stride <= kMostOfInt, a.name,
             " has a size or stride of 2^31 or more");
     captured.sizes[axis] = static_cast<int>(a.sizes[axis]);
-    captured.strides[axis] = static_cast<int>(a.strides[axis]);
+    captured.strides[axis] = static_cast<int>(stride);
   }
   return captured;
 }

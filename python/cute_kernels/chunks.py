@@ -17,7 +17,8 @@ def check_chunk(attention_chunk: int) -> None:
 
 def in_chunks(
     attention_chunk: int,
-    longest_k: int,
+    total_k: int,
+    max_seqlen_k: int | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     seqused_q: Tensor | None,
@@ -31,13 +32,15 @@ def in_chunks(
 
     Args:
         attention_chunk: at least 1.
-        longest_k: no sequence uses more keys.
+        total_k: the rows of k.
+        max_seqlen_k: no sequence uses more keys; may be more than there are.
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k: as of `flash_attn_varlen_func`.
 
     Returns:
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k and the queries' diagonal as the varlen
         operators take them, of as many sequences for each as the longest has chunks, and one.
     """
+    longest_k = total_k if max_seqlen_k is None else min(max_seqlen_k, total_k)
     size = max(1, min(attention_chunk, longest_k))  # a larger one has no edge that counts either
     count = (longest_k + size - 1) // size
     edges = torch.arange(count + 1, dtype=torch.int32, device=cu_seqlens_q.device) * size

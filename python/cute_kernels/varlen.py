@@ -216,8 +216,7 @@ def flash_attn_varlen_func(
             # Not of the chunks, as the operator would: of what the caller gave.
             rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
             rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
-        longest_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
-        lengths = in_chunks(attention_chunk, longest_k, *lengths[:4])
+        lengths = in_chunks(attention_chunk, k.shape[0], max_seqlen_k, *lengths[:4])
     try:
         forward, softmax_scale = varlen.choose(q, k, v, softmax_scale, sinks)
         if _CHECK_CONTENTS and q.is_cuda and not _is_compiling():

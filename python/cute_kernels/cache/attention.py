@@ -24,6 +24,7 @@ from cute_kernels.checks import (
     explain,
     refuse_derivatives,
 )
+from cute_kernels.chunks import check_chunk
 from cute_kernels.registration import mark_written
 from cute_kernels.varlen_checks import check_int32
 
@@ -86,12 +87,12 @@ def flash_attn_with_kvcache(
         k_cache, v_cache, page_table, cache_batch_idx: as of `append_kv`, without qv with v's
             head_dim up to 256; the number of query heads is a multiple of that of key heads. Of
             the page table only what a sequence's rows need is looked at: the rest may be -1 or
-            anything. cache_leftpad is not there yet with a page table: NotImplementedError.
+            anything.
         k, v, cu_seqlens_k_new, rotary_seqlens: as of `append_kv`. If given, they are appended
             first, in place, and attended to. k and v of 8 bits go with queries of any dtype.
         rotary_cos, rotary_sin, rotary_interleaved: as of `append_kv`, only with k and v. Queries
-            are rotated too: with `causal` or a window query i of a sequence by the angles of
-            position ``cache_seqlens + i``, otherwise all by those of ``cache_seqlens``.
+            are rotated too: with `causal`, a window or chunks query i of a sequence by the angles
+            of position ``cache_seqlens + i``, otherwise all by those of ``cache_seqlens``.
         cache_seqlens: (batch,), int32, or an int for all: how many rows the cache holds of each
             sequence before k is appended, those of cache_leftpad included. All if None, which goes
             only without k.
@@ -115,7 +116,8 @@ def flash_attn_with_kvcache(
             16-bit caches on CUDA; with rotary_cos only q is rotated.
         sinks: (heads,), float32, float16 or bfloat16: a score for each head, not scaled, that takes
             part in the softmax without a value; the LSE includes it.
-        out: where the output is to be: of its shape, and q's dtype.
+        out: where the output is to be: of its shape, and q's dtype, in memory that none of the
+            other tensors has.
         tree_mask: int64, of q's shape before heads: bit j of a query says whether it sees new token
             j of its sequence, the last keys, as many as there are queries, at most 64. What masks
             hide stays hidden; all keys before them are seen as without it.
@@ -148,6 +150,7 @@ def flash_attn_with_kvcache(
         options = (left, right)
     if hinted:
         rotation = rotation_seed(incoherent, seed)
+        check_chunk(attention_chunk)
         options = (left, right, softcap, num_splits, sm_margin, rotation, attention_chunk)
     if scheduler_metadata is not None:
         _check_metadata(scheduler_metadata)
@@ -177,7 +180,8 @@ def flash_attn_with_kvcache(
         queries: tuple[Any, ...] = (None, None, True)
         if rotary_cos is not None:
             check_flag("causal", causal)
-            queries = (q, cu_seqlens_q, causal or left is not None or right is not None)
+            moves = causal or left is not None or right is not None or attention_chunk > 0
+            queries = (q, cu_seqlens_q, moves)
         inputs = (lengths, *places, *rotary, *queries)
         factors = (k_descale, v_descale, k_scales, v_scales, rotation)
         lengths, turned = append_rows(k_cache, v_cache, k, v, *inputs, factors=factors)

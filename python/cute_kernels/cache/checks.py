@@ -50,11 +50,6 @@ PAGES = ("pages", "page_size", "key heads", "head_dim")
 ENTRIES = ("batch_cache", "seqlen_cache", "key heads", "head_dim")
 
 _OTHER_EIGHT_BITS = (torch.float8_e5m2, torch.uint8)
-# What to do instead, with a page table.
-_WITH_PAGES = {
-    "cache_batch_idx": "pass the rows of page_table that it names",
-    "cache_leftpad": "let sequences begin at the first row of a page",
-}
 
 
 def check_attention(
@@ -332,10 +327,13 @@ def _check_places(
     for name, values in of_entries:
         if values is None:
             continue
-        if page_table is not None:
-            raise NotImplementedError(f"{name} is not there with page_table: {_WITH_PAGES[name]}")
         check_int32(name, values, q, like=like)
         _check_batch(name, values, batch)
+    if page_table is not None and cache_batch_idx is not None:
+        raise NotImplementedError(
+            "cache_batch_idx is not there with page_table: pass the rows of page_table that it "
+            "names"
+        )
     if page_table is not None:
         check_int32("page_table", page_table, q, dims=2, like=like)
         if page_table.shape[0] != batch:

@@ -267,8 +267,8 @@ def _rotate(
 def combine(
     out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What attention to all keys gives, from the results of parts of them. A part whose LSE is -inf
-    has no keys, and nothing of it is looked at."""
+    """What attention to all keys gives, from the results of parts of them. A part without a weight,
+    as one without keys, whose LSE is -inf, adds nothing, even if it is NaN."""
     if out_partial.shape[0] == 0:
         out = out_partial.new_zeros(out_partial.shape[1:])
         lse = lse_partial.new_full(lse_partial.shape[1:], -math.inf)
@@ -277,7 +277,7 @@ def combine(
         origin = largest.masked_fill(largest == -math.inf, 0.0)
         weights = (lse_partial - origin).exp()
         total = weights.sum(0)
-        parts = out_partial.masked_fill((lse_partial == -math.inf)[..., None], 0.0)
+        parts = out_partial.masked_fill((weights == 0)[..., None], 0.0)
         out = (weights[..., None] * parts).sum(0) / total.masked_fill(total == 0, 1.0)[..., None]
         lse = origin + total.log()
     return out.to(out_dtype or out_partial.dtype), heads_first(lse)

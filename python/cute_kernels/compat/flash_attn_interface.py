@@ -18,8 +18,13 @@ import torch
 from torch import Tensor
 
 import cute_kernels
-from cute_kernels.compat.operators import Sequences, backward, longest, rows_contiguous
-from cute_kernels.qkvpacked import flash_attn_qkvpacked_func
+from cute_kernels.compat.operators import (
+    Sequences,
+    backward,
+    longest,
+    rows_contiguous,
+    without_gradient,
+)
 
 __all__ = [
     "flash_attn_combine",
@@ -32,33 +37,32 @@ __all__ = [
 
 
 _LONGEST = {"max_seqlen_q", "max_seqlen_k"}
+# Copies of these would take what is written to them.
+_WRITTEN = {"k_cache", "v_cache", "out", "k_scales", "v_scales"}
 
 
-def _with_sinks(function: Callable[..., Any], copies: bool = True) -> Callable[..., Any]:
+def _with_sinks(
+    function: Callable[..., Any], run: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """The function, with `s_aux` in its signature, where transformers looks what it may pass.
-
-    Args:
-        copies: whether q, k and v are copied if need be. Caches, which are written to, are not.
-    """
+    `run`: what is called in its place."""
 
     @functools.wraps(function)
     def call(*inputs: Any, **options: Any) -> Any:
         s_aux = options.pop("s_aux", None)
         if s_aux is not None:
             options["sinks"] = s_aux
-        for name in _LONGEST & options.keys():
-            options[name] = longest(options[name])
-        if longest_at and len(inputs) > longest_at[0]:
-            inputs = tuple(longest(x) if i in longest_at else x for i, x in enumerate(inputs))
-        if copies:
-            inputs = (*rows_contiguous(*inputs[:3]), *inputs[3:])
-            by_name = [name for name in ("q", "k", "v") if name in options]
-            options.update(zip(by_name, rows_contiguous(*map(options.get, by_name)), strict=True))
-        return function(*inputs, **options)
+        given = [taken(name, x) for name, x in zip(names, inputs, strict=False)]
+        options = {name: taken(name, x) for name, x in options.items()}
+        return (run or function)(*given, *inputs[len(given) :], **options)
+
+    def taken(name: str, x: Any) -> Any:
+        if name in _LONGEST:
+            return longest(x)
+        return x if name in _WRITTEN else rows_contiguous(x)[0]
 
     signature = inspect.signature(function)
-    parameters = list(signature.parameters.values())
-    longest_at = [i for i, name in enumerate(signature.parameters) if name in _LONGEST]
+    names, parameters = list(signature.parameters), list(signature.parameters.values())
     parameters.append(inspect.Parameter("s_aux", inspect.Parameter.KEYWORD_ONLY, default=None))
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return call
@@ -66,7 +70,11 @@ def _with_sinks(function: Callable[..., Any], copies: bool = True) -> Callable[.
 
 flash_attn_func = _with_sinks(cute_kernels.flash_attn_func)
 flash_attn_varlen_func = _with_sinks(cute_kernels.flash_attn_varlen_func)
-flash_attn_with_kvcache = _with_sinks(cute_kernels.flash_attn_with_kvcache, copies=False)
+flash_attn_qkvpacked_func = _with_sinks(cute_kernels.flash_attn_qkvpacked_func)
+flash_attn_with_kvcache = _with_sinks(
+    cute_kernels.flash_attn_with_kvcache,
+    functools.partial(without_gradient, cute_kernels.flash_attn_with_kvcache),
+)
 flash_attn_combine = cute_kernels.flash_attn_combine
 get_scheduler_metadata = cute_kernels.get_scheduler_metadata
 
@@ -157,7 +165,8 @@ def _flash_attn_forward(
     is_batch = cu_seqlens_q is None and cu_seqlens_k is None
     asked = [name for name, x in of_cache.items() if x is not None]
     if seqused_q is not None and asked == ["page_table"] and cu_seqlens_q is not None:
-        result, lse = flash_attn_varlen_func(
+        result, lse = without_gradient(
+            flash_attn_varlen_func,
             q,
             k,
             v,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,37 @@ def rows_contiguous(*values: Any) -> tuple[Any, ...]:
 def longest(max_seqlen: Any) -> Any:
     """FlashAttention also takes a tensor, which it waits for. It need not be known here."""
     return None if isinstance(max_seqlen, Tensor) else max_seqlen
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """A result that has none: an error when it is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, function: str, result: Tensor, *_: Tensor) -> Tensor:
+        ctx.function = function
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError(f"{ctx.function} has no gradient of a call with a cache")
+
+
+_told_of: Callable[..., Tensor] = _WithoutGradient.apply
+
+
+def without_gradient(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    """What it returns, though tensors need a gradient: FlashAttention attends to caches all the
+    same. Here what is lost is told of, in the backward pass."""
+    given = (*inputs, *options.values())
+    needing = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
+    if not needing or not torch.is_grad_enabled():
+        return function(*inputs, **options)
+    with torch.no_grad():
+        results = function(*inputs, **options)
+
+    if isinstance(results, tuple):
+        return tuple(_told_of(function.__name__, result, *needing) for result in results)
+    return _told_of(function.__name__, results, *needing)
 
 
 def backward(

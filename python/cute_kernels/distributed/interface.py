@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cute_kernels.arguments import Window, window_of
+from cute_kernels.checks import check_softmax_scale, check_tensor, refuse_tangents
 from cute_kernels.distributed.checks import Group, check_shard, documents_of, groups_of, starts_of
 from cute_kernels.distributed.exchange import Ranks
 from cute_kernels.distributed.heads import (
@@ -22,6 +23,7 @@ from cute_kernels.distributed.heads import (
 from cute_kernels.distributed.layouts import check_layout, check_tokens
 from cute_kernels.distributed.operators import context_attention
 from cute_kernels.interface import flash_attn_func
+from cute_kernels.torch_private import in_forward_mode
 from cute_kernels.varlen import flash_attn_varlen_func
 
 Documents = Sequence[int] | Tensor | None
@@ -74,6 +76,7 @@ def ring_attn_func(
     Raises:
         ValueError, TypeError: an argument is not as described, or differs between ranks.
         RuntimeError: of the process group: a rank is gone, or does not answer in the group's time.
+        NotImplementedError: a second derivative, or a forward-mode one.
     """
     return _attend(
         "ring",
@@ -169,17 +172,18 @@ def ulysses_attn_func(
     check_layout(layout)
     causal, left, right = window_of(window_size, causal)
     packed = cu_seqlens is not None
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = _scale_of(q, softmax_scale)
     if not torch.compiler.is_compiling():  # operators refuse the same then
         call = (scale, causal, left, right, softcap, deterministic, sinks, packed)
         check_shard(q, k, v, *call)
+        _refuse_forward_mode(q, k, v, sinks)
     check_heads(q, k, ranks.size)
     way = (of_heads.group_name, ranks.size, layout if ring is None else "contiguous")
     check_tokens(q.shape[-3] * ranks.size, way[2], ranks.size)
     note = f"{causal=}, {left=}, {right=}, {softcap=}, softmax_scale={scale}, {way[2]}"
     q, k, v = to_heads(q, k, v, note, *way)
     options: dict[str, Any] = {
-        "softmax_scale": softmax_scale,
+        "softmax_scale": scale,
         "causal": causal,
         "window_size": window_size,
         "softcap": softcap,
@@ -208,6 +212,23 @@ def _lengths(cu_seqlens: Documents, q: Tensor) -> tuple[Tensor, int | None]:
     return starts.to(q.device, torch.int32, non_blocking=True), longest
 
 
+def _scale_of(q: Tensor, softmax_scale: float | None) -> float:
+    """softmax_scale or its default; checked are only what that needs, and that it is a number."""
+    check_tensor("q", q)
+    if softmax_scale is None:
+        head_dim = q.shape[-1] if q.dim() else 0
+        return head_dim**-0.5 if head_dim else 1.0
+    if not isinstance(softmax_scale, Tensor):
+        check_softmax_scale(softmax_scale, torch.float64)
+    return float(softmax_scale)
+
+
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Operators would drop tangents in silence."""
+    if in_forward_mode():
+        refuse_tangents(*tensors)
+
+
 def _two_groups(group: Group) -> tuple[Any, Any]:
     groups = groups_of(group, (1, 2))
     return (None, groups[0]) if len(groups) == 1 else (groups[0], groups[1])
@@ -232,11 +253,12 @@ def _attend(
     (of_ranks,) = groups_of(group)
     check_layout(layout)
     causal, left, right = window_of(window_size, causal)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = _scale_of(q, softmax_scale)
     packed = cu_seqlens is not None
     if not torch.compiler.is_compiling():  # operators refuse the same then
         call = (scale, causal, left, right, softcap, deterministic, sinks, packed)
         check_shard(q, k, v, *call)
+        _refuse_forward_mode(q, k, v, sinks)
     ranks = Ranks.of(of_ranks)
     tokens = q.shape[-3] * ranks.size
     check_tokens(tokens, layout, ranks.size)

@@ -150,6 +150,7 @@ def flash_attn_varlen_e4m3(
     causal, left, right = mask
     if softmax_scale is None:
         softmax_scale = q.shape[2] ** -0.5 if q.shape[2] else 1.0
+    check_lengths(q, *given, None)
     lengths = _lengths(q, k, given, longest, attention_chunk)
     batch, sequences = given[0].shape[0] - 1, lengths[0].shape[0] - 1
     scales = scales_of(q.shape[1], k, batch, *descales)
@@ -168,7 +169,6 @@ def flash_attn_varlen_e4m3(
         options["sm_margin"] = sm_margin
         return varlen_attention_e4m3(q, k, v, scales, lengths, *of_call, **options)
     check_varlen_values(v, lengths[1], lengths[3])
-    check_lengths(q, *lengths)
     of_each, of_mask = packed_sequences(q, k, lengths, causal, **options)
     data, _ = packed.values_of_sequences(v, [one.keys for one in of_each])
     inputs = (q, k, data, *scales, *lengths, softmax_scale, causal, False, sinks)
@@ -196,5 +196,4 @@ def _lengths(
         # Not of the chunks, as the operator would: of what the caller gave.
         rows_of_sequences("q", q, given[0], given[2], longest[0])
         rows_of_sequences("k", k, given[1], given[3], longest[1])
-    longest_k = k.shape[0] if longest[1] is None else longest[1]
-    return in_chunks(attention_chunk, longest_k, *given)
+    return in_chunks(attention_chunk, k.shape[0], longest[1], *given)

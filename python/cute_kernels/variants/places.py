@@ -43,7 +43,8 @@ def ask(variant: BoundVariant, hook: str, names: dict[str, Any]) -> Tensor:
     function = variant.variant.python[hook]
     assert function is not None
     result = function(**{name: names[name] for name in inspect.signature(function).parameters})
-    return torch.as_tensor(result, device=names["key"].device)
+    answer = torch.as_tensor(result, device=names["key"].device)
+    return answer.bool() if hook == "mask" else answer  # any number but 0 shows, as in C++
 
 
 def seen_by(mask: Mask, position: Tensor, key: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""FlashAttention-2's package `flash_attn`: its functions, without dropout and ALiBi."""
+"""FlashAttention-2's package `flash_attn`: its functions."""
 
 from cute_kernels.compat.flash_attn.flash_attn_interface import (
     flash_attn_func,

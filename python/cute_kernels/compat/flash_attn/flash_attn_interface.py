@@ -7,6 +7,8 @@ have no gradient of their own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import cute_kernels
-from cute_kernels.compat.operators import Sequences, backward, longest, rows_contiguous
+from cute_kernels.compat.operators import (
+    Sequences,
+    backward,
+    longest,
+    rows_contiguous,
+    without_gradient,
+)
 from cute_kernels.compat.variants import variant_of
 
 Window = tuple[int, int]
@@ -38,20 +46,20 @@ def flash_attn_func(
 
     Args:
         dropout_p, alibi_slopes: (heads,) or (batch, heads), float32, without a gradient: calls with
-            one of these run on variants (docs/variants.md), which compile at first use, and have no
-            softcap and no block_table. With both NotImplementedError.
+            these run on variants (docs/variants.md), which compile at first use, and have no
+            block_table.
         return_attn_probs: also return the LSE, and an empty tensor in place of probabilities.
 
     Head dims that are no multiple of 8 are padded.
     """
-    inputs = _padded(q, k, v)
+    variant = variant_of(q, dropout_p, alibi_slopes, softcap)
     out, lse = cute_kernels.flash_attn_func(
-        *inputs,
-        variant=variant_of(q, dropout_p, alibi_slopes),
+        *_padded(q, k, v),
+        variant=variant,
         softmax_scale=_scale(q, softmax_scale),
         causal=causal,
         window_size=window_size,
-        softcap=softcap,
+        softcap=0.0 if variant else softcap,
         deterministic=deterministic,
         return_lse=True,
     )
@@ -94,10 +102,11 @@ def flash_attn_varlen_func(
     Args:
         block_table: (batch, pages), of k and v in pages, (pages, page size, key heads, head_dim).
     """
-    inputs = _padded(q, k, v)
+    variant = variant_of(q, dropout_p, alibi_slopes, softcap)
     is_paged = block_table is not None
-    out, lse = cute_kernels.flash_attn_varlen_func(
-        *inputs,
+    attend: Callable[..., Any] = cute_kernels.flash_attn_varlen_func
+    out, lse = (partial(without_gradient, attend) if is_paged else attend)(
+        *_padded(q, k, v),
         cu_seqlens_q,
         None if is_paged else cu_seqlens_k,
         longest(max_seqlen_q),
@@ -105,11 +114,11 @@ def flash_attn_varlen_func(
         softmax_scale=_scale(q, softmax_scale),
         causal=causal,
         window_size=window_size,
-        softcap=softcap,
+        softcap=0.0 if variant else softcap,
         deterministic=deterministic,
         seqused_k=cu_seqlens_k.diff() if is_paged else None,
         page_table=block_table,
-        variant=variant_of(q, dropout_p, alibi_slopes),
+        variant=variant,
         return_lse=True,
     )
     return _results(out, lse, v, return_attn_probs)
@@ -161,28 +170,37 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """`cute_kernels.flash_attn_with_kvcache` with FlashAttention-2's arguments."""
+    """`cute_kernels.flash_attn_with_kvcache` with FlashAttention-2's arguments. Caches whose head
+    dim is no multiple of 8 are copied, there and back."""
     _refuse("flash_attn_with_kvcache", 0.0, alibi_slopes)
-    return cute_kernels.flash_attn_with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
+    caches = _wide(k_cache), _wide(v_cache)
+    places = rows_contiguous(cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
+    cache_seqlens, cache_batch_idx, cache_leftpad, block_table = places
+    out, lse = without_gradient(
+        cute_kernels.flash_attn_with_kvcache,
+        _wide(*rows_contiguous(q)),
+        *caches,
+        *(None if x is None else _wide(x) for x in rows_contiguous(k, v)),
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         cache_seqlens=cache_seqlens,
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,
         page_table=block_table,
-        softmax_scale=softmax_scale,
+        softmax_scale=_scale(q, softmax_scale),
         causal=causal,
         window_size=window_size,
         softcap=softcap,
         rotary_interleaved=rotary_interleaved,
         num_splits=num_splits,
-        return_softmax_lse=return_softmax_lse,
+        return_softmax_lse=True,
     )
+    for cache, wide in zip((k_cache, v_cache), caches, strict=True):
+        if wide is not cache and k is not None:
+            with torch.no_grad():
+                cache.copy_(wide[..., : cache.shape[-1]])
+    out = out[..., : v_cache.shape[-1]]
+    return (out, lse) if return_softmax_lse else out
 
 
 def _flash_attn_forward(
@@ -233,8 +251,10 @@ def _flash_attn_varlen_forward(
     block_table: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_flash_attn_forward` of packed sequences."""
+    """`_flash_attn_forward` of packed sequences. Rows that none has are 0 without `zero_tensors`,
+    too."""
     _refuse("_flash_attn_varlen_forward", dropout_p, alibi_slopes)
     if block_table is not None or leftpad_k is not None:
         raise NotImplementedError(
@@ -313,8 +333,9 @@ def _flash_attn_varlen_backward(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     rng_state: Tensor | None = None,
+    zero_tensors: bool = False,
 ) -> Tensor:
-    """`_flash_attn_backward` of packed sequences."""
+    """`_flash_attn_backward` of packed sequences; `zero_tensors` as there."""
     _refuse("_flash_attn_varlen_backward", dropout_p, alibi_slopes)
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k, None, None, max_seqlen_q, max_seqlen_k)
     tensors = (dout, q, k, v, out, softmax_lse, (dq, dk, dv), sequences)
@@ -338,13 +359,13 @@ def _refuse(function: str, dropout_p: float, alibi_slopes: Tensor | None) -> Non
 
 def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors with head dims that the kernels take."""
-
-    def padded(x: Tensor) -> Tensor:
-        missing = -x.shape[-1] % _MULTIPLE
-        return pad(x, (0, missing)) if missing else x
-
     q, k, v = rows_contiguous(q, k, v)
-    return padded(q), padded(k), padded(v)
+    return _wide(q), _wide(k), _wide(v)
+
+
+def _wide(x: Tensor) -> Tensor:
+    missing = -x.shape[-1] % _MULTIPLE
+    return pad(x, (0, missing)) if missing else x
 
 
 def _scale(q: Tensor, softmax_scale: float | None) -> float | None:
