@@ -110,7 +110,7 @@ int main() {
 
   // Of windows that are short beside its blocks, where groups of heads are rows of a tile.
   static ForwardKernel const of_windows{
-      {"window", kBf16, 64, 64, false, false, nullptr, kAny, 128, 9.0, 0, 1, 136},
+      {"window", kBf16, 64, 64, false, false, nullptr, kAny, 128, 9.0, 0, true, 136},
       nullptr,
       nullptr};
   forward_kernels.add(of_windows);

@@ -36,7 +36,7 @@ def test_packed_calls(hopper, row, seed):
     chance = random.Random(seed)
     group = chance.choice(groups(row))
     heads_kv = chance.randint(1, 3)
-    tokens = row["grouped"] * row["tile_m"] // group
+    tokens = row["tile_m"] // group
     lengths = [0, 1, 2, tokens - 1, tokens, tokens + 1, 2 * tokens + 3, 300, chance.randint(3, 700)]
     slots_q = chance.sample(lengths, 7)
     slots_k = slots_q if chance.random() < 0.4 else [chance.choice(lengths) for _ in slots_q]

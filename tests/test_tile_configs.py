@@ -29,7 +29,7 @@ def test_a_row_becomes_one_kernel_per_dtype_with_defaults_filled_in():
         "head_dim": 128,
         "head_dim_v": 128,
         "any_call": False,
-        "grouped": 0,
+        "grouped": False,
         "softcap": False,
         "mask": "any",
         "tile_m": 128,

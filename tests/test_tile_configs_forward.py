@@ -86,14 +86,13 @@ def test_four_warpgroups_share_no_output_buffer():
     assert "65536 O" in text
 
 
-WINDOW = {"head_dim": 64, "tile_m": 256, "tile_n": 136, "grouped": 1, "pingpong": False}
+WINDOW = {"head_dim": 64, "tile_m": 256, "tile_n": 136, "grouped": True, "pingpong": False}
 
 
 @pytest.mark.parametrize(
     ("changes", "reasons"),
     [
-        ({"grouped": -1}, ["grouped = -1 must be 0 or more"]),
-        ({"grouped": 3}, ["of a tile's warpgroups but one = 320 must be up to 256"]),
+        ({"tile_n": 216}, ["16 for each warpgroup but one, = 272 must be up to 256"]),
         ({"tile_n": 140}, ["tile_n = 140 must be a multiple of 8"]),
         ({"head_dim": 128}, ["grouped needs head dims of 64"]),
         ({"any_call": True}, ["grouped needs any_call, softcap and pingpong = false"]),

@@ -14,7 +14,7 @@ from test_device_logic import device_program
 pytestmark = needs_cxx
 
 CHANNELS = 16  # of V; a row has 64
-TILES = [(64, 136, 1), (256, 136, 1), (256, 136, 2), (192, 144, 1)]  # tile_m, tile_n, grouped
+TILES = [(64, 136), (256, 136), (192, 144)]  # tile_m, tile_n
 MAIN = """
 #include <iostream>
 #include <memory>
@@ -61,13 +61,13 @@ struct Scores {
   }
 };
 
-template <int kTileM, int kTileN, int kParts>
+template <int kTileM, int kTileN>
 class Kernel {
   static constexpr int kRows = WindowKeys::kWarpgroupM, kWarpgroups = kTileM / kRows;
   static constexpr int kValues = WindowKeys::values(kTileN);
   static constexpr int kTileKeys =
-      WindowKeys{WindowKeys::kMostQueries, kTileN}.of_tile(kParts * kWarpgroups);
-  using Builder = WorkListBuilder<RowTiling<kParts * kTileM>, GroupedCall>;
+      WindowKeys{WindowKeys::kMostQueries, kTileN}.of_tile(kWarpgroups);
+  using Builder = WorkListBuilder<RowTiling<kTileM>, GroupedCall>;
 
  public:
   Kernel(AttentionCall const& call, Tensors& tensors) : tensors_(tensors), call_{call, 0} {
@@ -84,7 +84,7 @@ class Kernel {
   }
 
   void run() {
-    int64_t const most = most_tiles(call_, kParts * kTileM);
+    int64_t const most = most_tiles(call_, kTileM);
     int const batch = call_.call.sizes.batch;
     std::unique_ptr<WorkTile[]> memory(
         new WorkTile[work_list_bytes(batch, most) / sizeof(WorkTile) + 1]);
@@ -102,7 +102,7 @@ class Kernel {
     constexpr int kThreads = 128 * kWarpgroups;
     each_tile([&](WorkTile const& tile, int head) {
       for (int thread = 0; thread < kThreads; ++thread) {
-        WindowValueGuard<Element>::restore(params_, tile, head, kParts * kTileM, thread, kThreads);
+        WindowValueGuard<Element>::restore(params_, tile, head, kTileM, thread, kThreads);
       }
     });
   }
@@ -114,7 +114,7 @@ class Kernel {
     for (Element& value : values) value = Element::bitcast(0x7fc0);
     int const first_key = params_.keys.first(tile.first_row >> params_.group_log2, tile.right_edge);
     int const rows_k = static_cast<int>(tensors_.wild_keys.size());
-    for (int key = 0; key < params_.keys.of_tile(kParts * kWarpgroups); ++key) {
+    for (int key = 0; key < params_.keys.of_tile(kWarpgroups); ++key) {
       int const row = tile.sequence.row_k + first_key + key;
       for (int channel = 0; channel < kRowElements; ++channel) {
         bool const is_there = row >= 0 && row < rows_k && channel < kChannels;
@@ -131,25 +131,20 @@ class Kernel {
         sm90::clear_nonfinite<32, kTileKeys * kRowElements>(values, lane);
       }
     }
-    int const parts = parts_of(tile, kTileM, kParts);
-    for (int number = 0; number < parts; ++number) {
-      WindowPart const part =
-          part_of(tile, params_.group_log2, params_.keys, kTileM, number, parts, head_kv);
-      for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup) {
-        int const shift =
-            WindowKeys::shift((number * kWarpgroups + warpgroup) * params_.keys.queries);
-        int const row_k = tile.sequence.row_k + first_key + shift;  // of the block
-        compute_block(part, warpgroup * kRows, shift, row_k, values + shift * kRowElements);
-      }
+    SeenTile const seen = seen_tile(tile, params_.group_log2, params_.keys, head_kv);
+    for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup) {
+      int const shift = WindowKeys::shift(warpgroup * params_.keys.queries);
+      int const row_k = tile.sequence.row_k + first_key + shift;  // of the block
+      compute_block(seen, warpgroup * kRows, shift, row_k, values + shift * kRowElements);
     }
   }
 
-  void compute_block(WindowPart const& part, int first_row, int shift, int row_k,
+  void compute_block(SeenTile const& tile, int first_row, int shift, int row_k,
                      Element const* values) {
     static float scores[kRows][kTileN];
     int const group = 1 << params_.group_log2;
     for (int row = 0; row < kRows; ++row) {
-      int const query = part.row + (first_row + row) / group, head = (first_row + row) %% group;
+      int const query = tile.row + (first_row + row) / group, head = (first_row + row) %% group;
       for (int column = 0; column < kTileN; ++column) {
         int const key = row_k + column;
         bool const is_there = key >= 0 && key < static_cast<int>(tensors_.wild_keys.size());
@@ -161,7 +156,7 @@ class Kernel {
     for (int warp = 0; warp < kRows / kWarpM; ++warp) {
       for (int lane = 0; lane < 32; ++lane) {
         auto query = [&](int row) { return (first_row + warp * kWarpM + row) / group; };
-        WindowBlockMask<kTileN> const mask(part, shift, query(0), query(kWarpM - 1),
+        WindowBlockMask<kTileN> const mask(tile, shift, query(0), query(kWarpM - 1),
                                            query(lane / 4), query(lane / 4 + 8), lane);
         Scores<kTileN> of_thread{scores, warp * kWarpM, lane};
         mask.apply(of_thread);
@@ -169,9 +164,9 @@ class Kernel {
     }
     for (int row = 0; row < kRows; ++row) {
       int const query = (first_row + row) / group, head = (first_row + row) %% group;
-      if (query >= part.queries) continue;
+      if (query >= tile.queries) continue;
       Element* const out =
-          rows_of<Element>(params_.out, 0, part.head_kv * group + head, part.row + query);
+          rows_of<Element>(params_.out, 0, tile.head_kv * group + head, tile.row + query);
       for (int channel = 0; channel < kChannels; ++channel) {
         float sum = 0.f, total = 0.f;
         for (int column = 0; column < kValues; ++column) {
@@ -232,8 +227,7 @@ def kernel(tmp_path_factory):
     """Outputs (rows, heads, channels) of calls: group, key heads, window, number of the tile,
     lengths of the slots, what of them is used, rows of K that are NaN, V."""
     cases = " ".join(
-        f"case {i}: Kernel<{m}, {n}, {parts}>(call, tensors).run(); break;"
-        for i, (m, n, parts) in enumerate(TILES)
+        f"case {i}: Kernel<{m}, {n}>(call, tensors).run(); break;" for i, (m, n) in enumerate(TILES)
     )
     folder = tmp_path_factory.mktemp("window")
     program = device_program(folder, MAIN % (CHANNELS, cases), "-Wno-unknown-pragmas", "-O1")

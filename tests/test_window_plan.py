@@ -10,7 +10,7 @@ from host_program import CHECKED, host_program, needs_cxx
 pytestmark = needs_cxx
 
 NONE = -1000  # a mask's field without a value
-TILES = [(64, 136, 1), (256, 136, 1), (256, 136, 2), (192, 144, 1)]  # tile_m, tile_n, grouped
+TILES = [(64, 136), (256, 136), (192, 144)]  # tile_m, tile_n
 MAIN = f"""
 #include <iostream>
 #include <memory>
@@ -32,15 +32,15 @@ void build(Builder builder, std::integer_sequence<int, kPhases...>) {{
 // Of each row that a consumer has: the tensor's row and entry, the head of the group, the rows of
 // the tensors that hold the first key and the one behind the last, their columns in the
 // warpgroup's block, and how many rows of the tile's keys P V reads and TMA brings.
-template <int kTileM, int kTileN, int kParts>
+template <int kTileM, int kTileN>
 void list_rows(AttentionCall const& call) {{
-  using Tiling = RowTiling<kParts * kTileM>;
+  using Tiling = RowTiling<kTileM>;
   using Builder = WorkListBuilder<Tiling, GroupedCall>;
   constexpr int kRows = WindowKeys::kWarpgroupM, kWarpgroups = kTileM / kRows;
   GroupedCall grouped{{call, 0}};
   while (call.sizes.heads_kv << grouped.group_log2 < call.sizes.heads_q) ++grouped.group_log2;
   int const group = 1 << grouped.group_log2;
-  int64_t const most = most_tiles(grouped, kParts * kTileM);
+  int64_t const most = most_tiles(grouped, kTileM);
   int64_t const bytes = work_list_bytes(call.sizes.batch, most);
   std::unique_ptr<WorkTile[]> memory(new WorkTile[bytes / sizeof(WorkTile) + 1]);
   WorkList const list = work_list_at(memory.get(), call.sizes.batch, most);
@@ -49,23 +49,18 @@ void list_rows(AttentionCall const& call) {{
   WindowKeys const keys{{kRows / group, kTileN}};
   for (int i = 0; i < *list.count; ++i) {{
     WorkTile const& tile = list.tiles[i];
-    int const parts = parts_of(tile, kTileM, kParts);
     int const first_key = keys.first(tile.first_row >> grouped.group_log2, tile.right_edge);
     int const first_row = tile.sequence.row_k + first_key;  // that TMA brings
-    for (int number = 0; number < parts; ++number) {{
-      WindowPart const part = part_of(tile, grouped.group_log2, keys, kTileM, number, parts, 0);
-      for (int row = 0; row < kTileM; ++row) {{
-        int const query = row / group;
-        if (query >= part.queries) continue;
-        int const warpgroup = number * kWarpgroups + row / kRows;
-        int const shift = WindowKeys::shift(warpgroup * keys.queries);
-        int const first = part.first_seen(query), end = part.end_seen(query);
-        for (int value : {{part.row + query, part.batch, row % group, first_row + first,
-                          first_row + end, first - shift, end - shift,
-                          shift + WindowKeys::values(kTileN), keys.of_tile(kParts * kWarpgroups),
-                          number + 1 == parts ? 1 : 0, part.is_last}}) {{
-          std::cout << value << ' ';
-        }}
+    SeenTile const seen = seen_tile(tile, grouped.group_log2, keys, 0);
+    for (int row = 0; row < kTileM; ++row) {{
+      int const query = row / group;
+      if (query >= seen.queries) continue;
+      int const shift = WindowKeys::shift(row / kRows * keys.queries);
+      int const first = seen.first_seen(query), end = seen.end_seen(query);
+      for (int value : {{seen.row + query, seen.batch, row % group, first_row + first,
+                        first_row + end, first - shift, end - shift,
+                        shift + WindowKeys::values(kTileN), keys.of_tile(kWarpgroups)}}) {{
+        std::cout << value << ' ';
       }}
     }}
   }}
@@ -94,17 +89,17 @@ int main() {{
     std::vector<int> const cu_q = read(), cu_k = read();
     packed.cu_seqlens_q = cu_q.empty() ? nullptr : cu_q.data();
     packed.cu_seqlens_k = cu_k.empty() ? nullptr : cu_k.data();
-    constexpr int kKeys[] = {{{", ".join(str(n) for _, n, _ in TILES)}}};
+    constexpr int kKeys[] = {{{", ".join(str(n) for _, n in TILES)}}};
     if (!fits_window(call, kKeys[tile])) {{
       std::cout << "-1\\n";
       continue;
     }}
     switch (tile) {{
-      {" ".join(f"case {i}: list_rows<{m}, {n}, {g}>(call); break;" for i, (m, n, g) in enumerate(TILES))}
+      {" ".join(f"case {i}: list_rows<{m}, {n}>(call); break;" for i, (m, n) in enumerate(TILES))}
     }}
   }}
 }}
-"""  # noqa: E501
+"""
 
 
 @pytest.fixture(scope="module")
@@ -175,23 +170,22 @@ def test_every_row_has_its_keys_in_its_block(program, seed):
                 keys = (row_k + first, row_k + end) if first < end else None
                 for head in range(group):
                     wanted[row_q + query, 0 if packed else entry, head] = keys
-        rows = [answer[i : i + 11] for i in range(0, len(answer), 11)]
+        rows = [answer[i : i + 9] for i in range(0, len(answer), 9)]
         assert len(rows) == len(wanted), case
-        for row, entry, head, first, end, column, end_column, used, there, last, told in rows:
+        for row, entry, head, first, end, column, end_column, used, there in rows:
             keys = wanted.pop((row, entry, head))
             assert ((first, end) if first < end else None) == keys, case
             if first < end:
                 assert 0 <= column <= end_column <= tile_n, case
             assert used <= there <= 256, case
-            assert last == told
         assert not wanted
     assert taken > 20
 
 
 def test_no_key_of_a_window_of_128_needs_a_second_block(program):
     """gpt-oss's: 8 queries of 8 heads see 135 keys."""
-    for tile, (_, tile_n, _) in enumerate(TILES):
+    for tile, (_, tile_n) in enumerate(TILES):
         case = (True, [300], [300], 8, 1, NONE, 127, 0, tile)
-        assert len(program([line_of(case)])[0]) == 300 * 8 * 11
+        assert len(program([line_of(case)])[0]) == 300 * 8 * 9
         longer = (True, [300], [300], 8, 1, NONE, tile_n - 7, 0, tile)
         assert program([line_of(longer)]) == [[-1]]

@@ -40,9 +40,8 @@ struct TileConfig : RowConfig<ElementType> {
   int tile_m;    // queries of one CTA
   double speed;  // throughput on long sequences, relative to the other rows of the head dim
   int overhead;  // what a tile costs beside its keys, in keys
-  // Above 0: it takes calls with a window so short that a warpgroup's keys are tile_n
-  // (fits_window), and only these.
-  int grouped = 0;
+  // Calls with a window so short that a warpgroup's keys are tile_n (fits_window), and only these.
+  bool grouped = false;
   int tile_n = 0;
 };
 
@@ -84,7 +83,7 @@ bool can_take(RowConfig<Dtype> const& config, Dtype dtype, AttentionCall const& 
          (config.any_call || (call.sinks == nullptr && kernel_ranges(call).has_value()));
 }
 inline bool can_take(TileConfig const& config, ElementType dtype, AttentionCall const& call) {
-  if (config.grouped > 0) return is_for(config, dtype, call) && fits_window(call, config.tile_n);
+  if (config.grouped) return is_for(config, dtype, call) && fits_window(call, config.tile_n);
   RowConfig<ElementType> const& row = config;
   return can_take(row, dtype, call);
 }
@@ -115,8 +114,8 @@ inline double estimate_forward(TileConfig const& config, AttentionCall call, int
     sizes.seqlen_k = mean(call.packed.total_k);
   }
   double const block = config.tile_n;
-  VisitedKeys const keys = config.grouped > 0 ? VisitedKeys{block, block, block}
-                                              : visited_keys(WindowRanges(call), config.tile_m);
+  VisitedKeys const keys = config.grouped ? VisitedKeys{block, block, block}
+                                          : visited_keys(WindowRanges(call), config.tile_m);
   double rounds = static_cast<double>(sizes.seqlen_q) / config.tile_m * sizes.batch *
                   sizes.heads_q / multiprocessors;
   if (keys.most > 0) rounds += (std::ceil(rounds) - rounds) * keys.least / keys.most;
@@ -126,15 +125,16 @@ inline double estimate_forward(TileConfig const& config, AttentionCall call, int
 
 /// Of the kernels with the smallest fitting head dims whose mask class allows the call, the one
 /// with the shortest estimate, the first of equals; null where there is none. Where kernels for
-/// dense calls fit, none that takes any, or a short window.
+/// dense calls fit, no others; where those for short windows do, none that takes any call: its
+/// tiles have the queries of one head, which see more keys, and of a short sequence are not full.
 inline ForwardKernel const* choose_forward(ElementType dtype, AttentionCall const& call,
                                            int multiprocessors) {
   ForwardKernel const* best = nullptr;
-  std::tuple<int, bool, double> best_cost;  // the first that differs decides
+  std::tuple<int, int, double> best_cost;  // the first that differs decides
   for (ForwardKernel const& kernel : forward_kernels) {
     TileConfig const& config = kernel.config;
     if (!may_take(config, dtype, call)) continue;
-    std::tuple const cost(channels(config), config.any_call || config.grouped > 0,
+    std::tuple const cost(channels(config), config.any_call ? 2 : int{config.grouped},
                           estimate_forward(config, call, multiprocessors));
     if (best == nullptr || cost < best_cost) {
       best = &kernel;

@@ -22,32 +22,32 @@ class WindowEpilogue {
   /// `out` is normalised and rounded. Returns with the store in flight.
   template <class Softmax, class Output>
   CUTLASS_DEVICE static void store(WindowParams const& params, SharedStorage& shared,
-                                   WindowPart const& part, WindowRows const& rows,
+                                   SeenTile const& tile, WindowRows const& rows,
                                    Softmax const& softmax,
                                    float const (&sinks)[WindowRows::kOfThread], Output const& out) {
     int const lane = threadIdx.x % cutlass::NumThreadsPerWarp;
-    int const first_head = part.head_kv * params.group;
-    if (sm90::uniform(part.queries) > rows.last) {
+    int const first_head = tile.head_kv * params.group;
+    if (sm90::uniform(tile.queries) > rows.last) {
       int const warp = cutlass::canonical_warp_idx_sync() - cutlass::NumWarpsPerWarpGroup;
       Element* const to = shared.o[warp];
-      if (lane == 0) cute::tma_store_wait<0>();  // TMA has read the part before
+      if (lane == 0) cute::tma_store_wait<0>();  // TMA has read the rows before
       __syncwarp();
       to_shared(to, lane, out);
       cute::tma_store_fence();
       __syncwarp();
       if (lane == 0) {
         cute::SM90_TMA_STORE_4D::copy(&params.tma_o, to, 0, first_head + rows.first_head,
-                                      part.row + rows.first, part.batch);
+                                      tile.row + rows.first, tile.batch);
         cute::tma_store_arrive();
       }
     } else {
-      store_rows(params, part, rows, lane, out);
+      store_rows(params, tile, rows, lane, out);
     }
     if (lane % 4 != 0) return;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < WindowRows::kOfThread; ++i) {
-      if (rows.query[i] >= part.queries) continue;
-      rows.lse(params, part, i) = softmax.lse(i, sinks[i]);
+      if (rows.query[i] >= tile.queries) continue;
+      rows.lse(params, tile, i) = softmax.lse(i, sinks[i]);
     }
   }
 
@@ -73,15 +73,15 @@ class WindowEpilogue {
 
   /// Where the sequence ends between the warp's rows: TMA would write on.
   template <class Output>
-  CUTLASS_DEVICE static void store_rows(WindowParams const& params, WindowPart const& part,
+  CUTLASS_DEVICE static void store_rows(WindowParams const& params, SeenTile const& tile,
                                         WindowRows const& rows, int lane, Output const& out) {
     auto const* const pairs = reinterpret_cast<uint32_t const*>(out.data());
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < WindowRows::kOfThread; ++i) {
-      if (rows.query[i] >= part.queries) continue;
+      if (rows.query[i] >= tile.queries) continue;
       Element* const row =
-          rows_of<Element>(params.out, part.batch, part.head_kv * params.group + rows.head[i],
-                           part.row + rows.query[i]);
+          rows_of<Element>(params.out, tile.batch, tile.head_kv * params.group + rows.head[i],
+                           tile.row + rows.query[i]);
       CUTLASS_PRAGMA_UNROLL
       for (int run = 0; run < Traits::kHeadDimV / 8; ++run) {
         int const channel = run * 8 + lane % 4 * 2;

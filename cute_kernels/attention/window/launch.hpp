@@ -44,13 +44,13 @@ inline GroupedCall grouped_call(AttentionCall const& call) {
 
 template <class Traits>
 WorkList window_work_list(ForwardProblem const& problem) {
-  int64_t const most = most_tiles(grouped_call(problem.call), Traits::kTileRows);
+  int64_t const most = most_tiles(grouped_call(problem.call), Traits::kTileM);
   return work_list_at(problem.workspace, problem.call.sizes.batch, most);
 }
 
 template <class Tile>
 int64_t window_workspace_bytes(ForwardProblem const& problem) {
-  int64_t const most = most_tiles(grouped_call(problem.call), WindowTraits<Tile>::kTileRows);
+  int64_t const most = most_tiles(grouped_call(problem.call), WindowTraits<Tile>::kTileM);
   return work_list_bytes(problem.call.sizes.batch, most);
 }
 
@@ -68,7 +68,7 @@ WindowParams window_params(ForwardProblem const& problem) {
 
   WindowParams params{};
   params.keys = Traits::keys(Traits::kWarpgroupM / group);
-  int const tile_keys = params.keys.of_tile(Traits::kParts * Traits::kConsumers);
+  int const tile_keys = params.keys.of_tile(Traits::kConsumers);
   params.tma_q = window_boxes<Element>(problem.q, sizes.head_dim, sizes.heads_q, queries, batch,
                                        group, Traits::kTileM / group);
   // A descriptor of no keys is not allowed, and blocks are loaded also where nothing of them is
@@ -117,7 +117,7 @@ cudaError_t launch_window(ForwardProblem const& problem, cudaStream_t stream) {
       grouped, window_work_list<Traits>(problem), unused, problem.device, stream);
   if (status != cudaSuccess) return status;
 
-  int64_t const tiles = most_tiles(grouped, Traits::kTileRows) * sizes.heads_kv;
+  int64_t const tiles = most_tiles(grouped, Traits::kTileM) * sizes.heads_kv;
   sm90::Launch how{};
   how.grid = dim3(static_cast<unsigned>(
       std::min<int64_t>(std::max<int64_t>(1, tiles), problem.device.multiprocessors)));

@@ -9,8 +9,8 @@
 
 namespace cute_kernels::attention {
 
-/// The producer: one thread loads K and V of the CTA's tiles, another Q, and tells consumers of its
-/// parts. In a guarded pass a warp clears what of V is not finite before consumers see it.
+/// The producer: one thread loads K and V of the CTA's tiles, another Q, and tells consumers of
+/// them. In a guarded pass a warp clears what of V is not finite before consumers see it.
 template <class Traits>
 class WindowLoader {
   using SharedStorage = typename Traits::SharedStorage;
@@ -29,10 +29,10 @@ class WindowLoader {
   };
 
  public:
-  /// What a consumer is told of a part, once q_full has let it by.
-  CUTLASS_DEVICE static WindowPart told(SharedStorage const& shared, int stage) {
+  /// What a consumer is told of a tile, once q_full has let it by.
+  CUTLASS_DEVICE static SeenTile told(SharedStorage const& shared, int stage) {
     asm volatile("" ::: "memory");  // the compiler may read across CUTLASS's barriers
-    return shared.parts[stage];
+    return shared.tiles[stage];
   }
 
   CUTLASS_DEVICE void load_keys(WindowParams const& params, SharedStorage& shared) {
@@ -61,22 +61,18 @@ class WindowLoader {
     Ring<Traits::kQueryStages>& ring = queries_;
     for (WindowTiles tiles(params); tiles.valid(); tiles.advance()) {
       auto const [tile, head] = tiles.place();
-      int const parts = parts_of(tile, Traits::kTileM, Traits::kParts);
-      for (int number = 0; number < parts; ++number) {
-        WindowPart const part =
-            part_of(tile, params.group_log2, params.keys, Traits::kTileM, number, parts, head);
-        auto& full = shared.q_full[ring.stage];
-        shared.q_empty[ring.stage].wait(ring.phase ^ 1);
-        tell(shared, ring.stage, part);
-        full.arrive_and_expect_tx(Traits::kBytesQ);
-        cute::SM90_TMA_LOAD_4D::copy(&params.tma_q, reinterpret_cast<uint64_t*>(&full),
-                                     static_cast<uint64_t>(Hint::EVICT_FIRST), shared.q[ring.stage],
-                                     0, head * params.group, part.row, part.batch);
-        ring.advance();
-      }
+      SeenTile const seen = seen_tile(tile, params.group_log2, params.keys, head);
+      auto& full = shared.q_full[ring.stage];
+      shared.q_empty[ring.stage].wait(ring.phase ^ 1);
+      tell(shared, ring.stage, seen);
+      full.arrive_and_expect_tx(Traits::kBytesQ);
+      cute::SM90_TMA_LOAD_4D::copy(&params.tma_q, reinterpret_cast<uint64_t*>(&full),
+                                   static_cast<uint64_t>(Hint::EVICT_FIRST), shared.q[ring.stage],
+                                   0, head * params.group, seen.row, seen.batch);
+      ring.advance();
     }
     shared.q_empty[ring.stage].wait(ring.phase ^ 1);
-    tell(shared, ring.stage, {});  // there is no other part
+    tell(shared, ring.stage, {});  // there is no other tile
     cutlass::arch::ClusterBarrier const& full = shared.q_full[ring.stage];
     full.arrive();
     ring.advance();
@@ -102,9 +98,9 @@ class WindowLoader {
 
  private:
   /// Between waiting for q_empty and arriving at q_full.
-  CUTLASS_DEVICE static void tell(SharedStorage& shared, int stage, WindowPart const& part) {
+  CUTLASS_DEVICE static void tell(SharedStorage& shared, int stage, SeenTile const& tile) {
     asm volatile("" ::: "memory");
-    shared.parts[stage] = part;
+    shared.tiles[stage] = tile;
     asm volatile("" ::: "memory");
   }
 

@@ -15,9 +15,9 @@
 
 namespace cute_kernels::attention {
 
-/// A consumer warpgroup: 64 rows of each part of the CTA's tiles, whose keys are one block. So
-/// there is no step to overlap with: the warpgroups, which nothing holds together but the loads,
-/// hide one another's latencies.
+/// A consumer warpgroup: 64 rows of each of the CTA's tiles, whose keys are one block. So there is
+/// no step to overlap with: the warpgroups, which nothing holds together but the loads, hide one
+/// another's latencies.
 template <class Traits>
 class WindowMainloop {
   using Element = typename Traits::Element;
@@ -49,13 +49,13 @@ class WindowMainloop {
     auto operand_v = slice_pv.make_fragment_B(
         slice_pv.partition_B(make_tensor(make_smem_ptr(shared.v[0]), typename Traits::LayoutVt{})));
 
-    // The warp's rows in a part.
+    // The warp's rows in a tile.
     int const first_row = warpgroup * kWarpgroupM + warp * Traits::kWarpM;
     WindowRows const rows(params, first_row, lane);
 
     int q_stage = 0, kv_stage = 0;
     uint32_t q_phase = 0, kv_phase = 0;
-    auto next_part = [&] {
+    auto next_tile = [&] {
       if (++q_stage < Traits::kQueryStages) return;
       q_stage = 0;
       q_phase ^= 1;
@@ -63,28 +63,25 @@ class WindowMainloop {
     CUTLASS_PRAGMA_NO_UNROLL
     while (true) {
       shared.q_full[q_stage].wait(q_phase);
-      WindowPart const part = WindowLoader<Traits>::told(shared, q_stage);
-      if (sm90::uniform(part.queries) == 0) {
+      SeenTile const tile = WindowLoader<Traits>::told(shared, q_stage);
+      if (sm90::uniform(tile.queries) == 0) {
         sm90::arrive_if(elect_one_sync(), shared.q_empty[q_stage]);
-        next_part();
+        next_tile();
         Epilogue::drain();
         if (sm90::uniform(shared.passes.go_on())) continue;
         break;
       }
-      int const number = Traits::kParts == 1 ? 0 : sm90::uniform(part.number);
-      bool const is_last = Traits::kParts == 1 || sm90::uniform(part.is_last);
-      int const shift =
-          params.keys.shift((number * Traits::kConsumers + warpgroup) * params.keys.queries);
-      if (number == 0) shared.kv_full[kv_stage].wait(kv_phase);
+      int const shift = params.keys.shift(warpgroup * params.keys.queries);
+      shared.kv_full[kv_stage].wait(kv_phase);
       int const key_bytes = kv_stage * Traits::kStageBytes + shift * Traits::kRowBytes;
 
       auto scores = partition_fragment_C(mma_qk, Shape<Int<kWarpgroupM>, Int<kKeys>>{});
       sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk,
                                               sm90::moved(operand_q, q_stage * Traits::kBytesQ),
                                               sm90::moved(operand_k, key_bytes), scores);
-      WindowBlockMask<kKeys> const mask(part, shift, rows.first, rows.last, rows.query[0],
+      WindowBlockMask<kKeys> const mask(tile, shift, rows.first, rows.last, rows.query[0],
                                         rows.query[1], lane);
-      float const sinks[] = {rows.sink(params, part, 0), rows.sink(params, part, 1)};
+      float const sinks[] = {rows.sink(params, tile, 0), rows.sink(params, tile, 1)};
       warpgroup_wait<0>();
       sm90::arrive_if(elect_one_sync(), shared.q_empty[q_stage]);
 
@@ -105,17 +102,17 @@ class WindowMainloop {
       sm90::issue_gemm<sm90::Accumulate::kNo>(mma_pv, probabilities,
                                               sm90::moved(operand_v, key_bytes), out);
       warpgroup_wait<0>();
-      sm90::arrive_if(is_last && elect_one_sync(), shared.kv_empty[kv_stage]);
+      sm90::arrive_if(elect_one_sync(), shared.kv_empty[kv_stage]);
 
       auto out_rows = make_tensor(out.data(), sm90::accumulator_rows_cols(out.layout()));
       softmax.finalize(out_rows, sinks);
       auto rounded = make_tensor<Element>(out.layout());
       sm90::convert_fragment<Element>(out, rounded);
-      if (!ValueGuard<Traits>::all_finite(rounded)) note(shared, part, rows);
-      Epilogue::store(params, shared, part, rows, softmax, sinks, rounded);
+      if (!ValueGuard<Traits>::all_finite(rounded)) note(shared, tile, rows);
+      Epilogue::store(params, shared, tile, rows, softmax, sinks, rounded);
 
-      next_part();
-      if (is_last && ++kv_stage == Traits::kStages) {
+      next_tile();
+      if (++kv_stage == Traits::kStages) {
         kv_stage = 0;
         kv_phase ^= 1;
       }
@@ -127,16 +124,16 @@ class WindowMainloop {
     int const thread = threadIdx.x - cutlass::NumThreadsPerWarpGroup;
     for (WindowTiles tiles(params); tiles.valid(); tiles.advance()) {
       auto const [tile, head_kv] = tiles.place();
-      WindowValueGuard<Element>::restore(params, tile, head_kv, Traits::kTileRows, thread,
+      WindowValueGuard<Element>::restore(params, tile, head_kv, Traits::kTileM, thread,
                                          Traits::kConsumerThreads);
     }
   }
 
  private:
   /// Some result of the thread is not finite. Rows behind the sequence's last one do not count.
-  CUTLASS_DEVICE static void note(SharedStorage& shared, WindowPart const& part,
+  CUTLASS_DEVICE static void note(SharedStorage& shared, SeenTile const& tile,
                                   WindowRows const& rows) {
-    if (rows.query[0] < part.queries) shared.passes.wanted = true;
+    if (rows.query[0] < tile.queries) shared.passes.wanted = true;
   }
 };
 

@@ -16,15 +16,15 @@ class WindowBlockMask {
 
  public:
   /// Of rows that are the warpgroup's queries `own` and `other`, the warp's being those from
-  /// `first` up to `last`, counted from the part's first. `shift` is that of the warpgroup's block.
-  CUTLASS_DEVICE WindowBlockMask(WindowPart const& part, int shift, int first, int last, int own,
+  /// `first` up to `last`, counted from the tile's first. `shift` is that of the warpgroup's block.
+  CUTLASS_DEVICE WindowBlockMask(SeenTile const& tile, int shift, int first, int last, int own,
                                  int other, int lane)
-      : first_end_(part.end_seen(first) - shift), last_begin_(part.first_seen(last) - shift) {
+      : first_end_(tile.end_seen(first) - shift), last_begin_(tile.first_seen(last) - shift) {
     int const column = lane % 4 * 2 + shift;
-    begin_[0] = part.first_seen(own) - column;
-    begin_[1] = part.first_seen(other) - column;
-    end_[0] = part.end_seen(own) - column;
-    end_[1] = part.end_seen(other) - column;
+    begin_[0] = tile.first_seen(own) - column;
+    begin_[1] = tile.first_seen(other) - column;
+    end_[0] = tile.end_seen(own) - column;
+    end_[1] = tile.end_seen(other) - column;
   }
 
   /// Sets the scores of unseen keys to -inf: a (row, column) view of the accumulator.

@@ -11,7 +11,7 @@ namespace cute_kernels::attention {
 /// What a kernel for short windows is told at run time. Tensors are (channels, heads, rows, batch)
 /// to TMA.
 struct WindowParams {
-  cute::TmaDescriptor tma_q;  // boxes of a part
+  cute::TmaDescriptor tma_q;  // boxes of a tile's rows
   cute::TmaDescriptor tma_k;  // boxes of a tile's keys
   cute::TmaDescriptor tma_v;
   cute::TmaDescriptor tma_o;  // boxes of a warp's rows

@@ -113,19 +113,16 @@ constexpr int64_t most_tiles(GroupedCall const& grouped, int rows) {
   return grouped.call.is_packed() ? all / rows + batch : batch * ((all + rows - 1) / rows);
 }
 
-/// What a consumer knows of a part of a tile: kTileM rows, those of all its warpgroups at a time.
-/// Queries are counted from the part's first, keys from the tile's.
-struct alignas(16) WindowPart {
-  int queries;  // that the sequence has from the part's first on; none: there is no other part
-  int row;      // of the part's first query, in the tensors
+/// What a consumer knows of a tile. Queries and keys are counted from its first.
+struct alignas(16) SeenTile {
+  int queries;  // that the sequence has from the tile's first on; none: there is no other tile
+  int row;      // of the tile's first query, in the tensors
   int batch;    // entry of the tensors
   int head_kv;
-  int left_edge;   // the keys that the part's first query would see, were there no first key
+  int left_edge;   // the keys that the tile's first query would see, were there no first key
   int right_edge;  // and no last one
   int first_key;   // the sequence's
   int end_key;
-  int number;  // of the part in the tile
-  int is_last;
 
   /// The keys that a query sees are those from here on,
   constexpr int first_seen(int query) const { return greater(left_edge + query, first_key); }
@@ -133,11 +130,11 @@ struct alignas(16) WindowPart {
   constexpr int end_seen(int query) const { return lesser(right_edge + query, end_key); }
 };
 
-/// The part `number` of a tile that begins at a row; its parts have tile_m rows each.
-constexpr WindowPart part_of(WorkTile const& tile, int group_log2, WindowKeys const& keys,
-                             int tile_m, int number, int parts, int head_kv) {
-  int const first = tile.first_row >> group_log2, query = first + (number * tile_m >> group_log2);
-  int const key = keys.first(first, tile.right_edge);
+/// Of a key head.
+constexpr SeenTile seen_tile(WorkTile const& tile, int group_log2, WindowKeys const& keys,
+                             int head_kv) {
+  int const query = tile.first_row >> group_log2;
+  int const key = keys.first(query, tile.right_edge);
   return {(tile.sequence.seqlen_q >> group_log2) - query,
           tile.sequence.row_q + query,
           tile.sequence.batch,
@@ -145,15 +142,7 @@ constexpr WindowPart part_of(WorkTile const& tile, int group_log2, WindowKeys co
           query + tile.left_edge - key,
           query + tile.right_edge - key,
           -key,
-          tile.sequence.seqlen_k - key,
-          number,
-          number + 1 == parts};
-}
-
-/// How many parts of a tile have rows, of at most `most`.
-constexpr int parts_of(WorkTile const& tile, int tile_m, int most) {
-  int const rows = tile.sequence.seqlen_q - tile.first_row;
-  return lesser(most, (rows + tile_m - 1) / tile_m);
+          tile.sequence.seqlen_k - key};
 }
 
 }  // namespace cute_kernels::attention

@@ -6,8 +6,8 @@
 
 namespace cute_kernels::attention {
 
-/// Which rows of every part a warp has, 16 that follow one another, and of these a thread two, 8
-/// apart. Queries are counted from the part's first, heads from the group's.
+/// Which rows of every tile a warp has, 16 that follow one another, and of these a thread two, 8
+/// apart. Queries are counted from the tile's first, heads from the group's.
 struct WindowRows {
   static constexpr int kOfWarp = 16;
   static constexpr int kOfThread = 2;
@@ -32,16 +32,16 @@ struct WindowRows {
   }
 
   /// -inf where there is none.
-  CUTLASS_DEVICE float sink(WindowParams const& params, WindowPart const& part, int i) const {
+  CUTLASS_DEVICE float sink(WindowParams const& params, SeenTile const& tile, int i) const {
     if (params.sinks == nullptr) return -INFINITY;
-    float const* const of_group = params.sinks + part.head_kv * params.group;
+    float const* const of_group = params.sinks + tile.head_kv * params.group;
     return __ldg(of_group + head[i]);
   }
 
   /// Of a row.
-  CUTLASS_DEVICE float& lse(WindowParams const& params, WindowPart const& part, int i) const {
-    int const first_head = part.batch * params.heads_q + part.head_kv * params.group;
-    float* const of_group = params.lse + int64_t{first_head} * params.rows + part.row;
+  CUTLASS_DEVICE float& lse(WindowParams const& params, SeenTile const& tile, int i) const {
+    int const first_head = tile.batch * params.heads_q + tile.head_kv * params.group;
+    float* const of_group = params.lse + int64_t{first_head} * params.rows + tile.row;
     return of_group[head[i] * params.rows + query[i]];  // below 2^30: fits_window
   }
 };

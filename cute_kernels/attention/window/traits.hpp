@@ -29,19 +29,17 @@ struct WindowTraits : ForwardTraits<WindowTile<Tile>> {
   using typename Common::Element;
 
   static constexpr int kKeys = Tile::kTileN;
-  static constexpr int kParts = Tile::kGrouped;  // of a tile, which share its keys
   static constexpr int kQueryStages = 2;
   static constexpr int kConsumerThreads = kConsumers * cutlass::NumThreadsPerWarpGroup;
   static constexpr int kWarps = kConsumers * cutlass::NumWarpsPerWarpGroup;
   static constexpr int kWarpM = 16;
-  static constexpr int kTileRows = kParts * kTileM;
-  using Tiling = RowTiling<kTileRows>;
+  using Tiling = RowTiling<kTileM>;
 
   /// Of a warpgroup with so many queries.
   static constexpr WindowKeys keys(int queries) { return {queries, kKeys}; }
 
   // What the tile's last warpgroup may be shifted by, and one box of TMA brings.
-  static constexpr int kTileKeys = keys(WindowKeys::kMostQueries).of_tile(kParts * kConsumers);
+  static constexpr int kTileKeys = keys(WindowKeys::kMostQueries).of_tile(kConsumers);
   static_assert(kHeadDim == 64 && kHeadDimV == 64, "a row is one row of the swizzle");
   static_assert(kTileKeys <= 256, "a box of TMA has 256 rows at most");
 
@@ -69,7 +67,7 @@ struct WindowTraits : ForwardTraits<WindowTile<Tile>> {
     alignas(1024) Element v[kStages][kTileKeys * kHeadDimV];
     alignas(1024) Element q[kQueryStages][kTileM * kHeadDim];
     alignas(1024) Element o[kWarps][kWarpM * kHeadDimV];
-    // Full: TMA's bytes have landed, and what is known of the part stands in `parts`. Empty: every
+    // Full: TMA's bytes have landed, and what is known of the tile stands in `tiles`. Empty: every
     // consumer warp is done reading.
     cutlass::arch::ClusterTransactionBarrier q_full[kQueryStages];
     cutlass::arch::ClusterBarrier q_empty[kQueryStages];
@@ -77,7 +75,7 @@ struct WindowTraits : ForwardTraits<WindowTile<Tile>> {
     cutlass::arch::ClusterBarrier kv_empty[kStages];
     // In a guarded pass, TMA's bytes of a stage, before the guard lets consumers see them.
     cutlass::arch::ClusterTransactionBarrier kv_landed[kStages];
-    WindowPart parts[kQueryStages];
+    SeenTile tiles[kQueryStages];
     CtaPasses passes;
   };
 };

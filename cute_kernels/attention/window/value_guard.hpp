@@ -27,15 +27,15 @@ class WindowValueGuard {
   template <class Params>
   CUTLASS_DEVICE static void restore(Params const& params, WorkTile const& tile, int head_kv,
                                      int tile_rows, int thread, int threads) {
-    WindowPart const part = part_of(tile, params.group_log2, params.keys, tile_rows, 0, 1, head_kv);
-    int const queries = lesser(part.queries, tile_rows >> params.group_log2);
-    int const first_row = tile.sequence.row_k - part.first_key;
+    SeenTile const seen = seen_tile(tile, params.group_log2, params.keys, head_kv);
+    int const queries = lesser(seen.queries, tile_rows >> params.group_log2);
+    int const first_row = tile.sequence.row_k - seen.first_key;
     for (int i = thread; i < queries * kLanes; i += threads) {
       int const query = i / kLanes, channel = i % kLanes * 2;
       if (channel >= params.head_dim_v) continue;
-      int const first = part.first_seen(query), end = part.end_seen(query);
+      int const first = seen.first_seen(query), end = seen.end_seen(query);
       Element const* value =
-          rows_of<Element>(params.v, part.batch, head_kv, first_row + first) + channel;
+          rows_of<Element>(params.v, seen.batch, head_kv, first_row + first) + channel;
       float low = 0.f, high = 0.f;
 #pragma unroll 4
       for (int key = first; key < end; ++key) {
@@ -48,7 +48,7 @@ class WindowValueGuard {
       for (int head = head_kv << params.group_log2; head < (head_kv + 1) << params.group_log2;
            ++head) {
         Element* const result =
-            rows_of<Element>(params.out, part.batch, head, part.row + query) + channel;
+            rows_of<Element>(params.out, seen.batch, head, seen.row + query) + channel;
         if (low != 0.f) result[0] = static_cast<Element>(static_cast<float>(result[0]) + low);
         if (high != 0.f) result[1] = static_cast<Element>(static_cast<float>(result[1]) + high);
       }

@@ -44,7 +44,7 @@ class Trial:
             row["pass"] == self.of_pass
             and row["dtype"] == self.dtype
             and row["head_dim"] == row.get("head_dim_v", row["head_dim"]) == self.head_dim
-            and not (row.get("softcap", False) or row.get("grouped", 0))
+            and not (row.get("softcap", False) or row.get("grouped"))
             and row["mask"] in ("any", "none", "causal" if self.causal else "full")
         )
 

@@ -154,7 +154,7 @@ def tune_rows(of_pass: str, dtype: str, head_dim: int, candidates: int) -> Searc
     """The new rows that `tune` tries, and how many others cannot become a kernel. Their head dim
     is one that the build has, the least that fits."""
     built = [
-        row for row in tile_configs(of_pass) if row["mask"] != "none" and not row.get("grouped", 0)
+        row for row in tile_configs(of_pass) if row["mask"] != "none" and not row.get("grouped")
     ]
     rows, refused = search_space(of_pass, dtype, _built(of_pass, dtype, head_dim), built)
     return SearchSpace(rows[:candidates], refused)

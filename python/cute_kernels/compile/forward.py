@@ -24,7 +24,7 @@ FORWARD_FIELDS = (
     *HEAD,
     Field("head_dim_v", int, None, "kHeadDimV"),  # None: head_dim
     Field("any_call", bool, False, "kAnyCall"),
-    Field("grouped", int, 0, "kGrouped"),
+    Field("grouped", bool, False),
     Field("softcap", bool, False),
     Field("mask", str, "any"),
     Field("tile_m", int),
@@ -54,7 +54,7 @@ def window_keys(row: Row) -> int:
     """Keys of a tile of a row with `grouped`: a block, and what its last warpgroup's is shifted by
     (attention/window/plan.hpp)."""
     values = -(-row["tile_n"] // VALUE_STEP) * VALUE_STEP
-    return int(values + (row["grouped"] * row["consumer_warpgroups"] - 1) * WINDOW_QUERIES)
+    return int(values + (row["consumer_warpgroups"] - 1) * WINDOW_QUERIES)
 
 
 def window_shared_memory(row: Row) -> dict[str, int]:
@@ -62,8 +62,8 @@ def window_shared_memory(row: Row) -> dict[str, int]:
     keys = stages * window_keys(row) * row["head_dim"] * ELEMENT_BYTES
     rows = consumers * WARPGROUP_M * row["head_dim"] * ELEMENT_BYTES
     # full and empty, 8 bytes each, of both stages of Q and those of keys, one more for each stage
-    # that a guard looks at; what is known of two parts of a tile, and two flags
-    barriers = 2 * 8 * (2 + stages) + 8 * stages + 2 * 48 + 16
+    # that a guard looks at; what is known of two tiles, and two flags
+    barriers = 2 * 8 * (2 + stages) + 8 * stages + 2 * 32 + 16
     return aligned({"K": keys, "V": keys, "Q": 2 * rows, "O": rows, "barriers": barriers})
 
 
@@ -127,17 +127,15 @@ def forward_problems(row: Row) -> list[str]:
 
 def window_problems(row: Row) -> list[str]:
     found = []
-    if row["grouped"] < 0:
-        found.append(f"grouped = {row['grouped']} must be 0 or more")
-    elif row["tile_n"] % 8 or row["tile_n"] <= 0:
+    if row["tile_n"] % 8 or row["tile_n"] <= 0:
         found.append(
             f"tile_n = {row['tile_n']} must be a multiple of 8: it is N of the WGMMA Q K^T"
         )
     elif window_keys(row) > MAX_BOX_ROWS:
         found.append(
-            f"grouped = {row['grouped']}: tile_n + {WINDOW_QUERIES} for each of a tile's "
-            f"warpgroups but one = {window_keys(row)} must be up to {MAX_BOX_ROWS}, the rows of a "
-            f"box of TMA"
+            f"grouped: tile_n = {row['tile_n']} up to a multiple of {VALUE_STEP}, and "
+            f"{WINDOW_QUERIES} for each warpgroup but one, = {window_keys(row)} must be up to "
+            f"{MAX_BOX_ROWS}, the rows of a box of TMA"
         )
     if (row["head_dim"], row["head_dim_v"]) != (64, 64):
         found.append("grouped needs head dims of 64: a row is one row of the swizzle")

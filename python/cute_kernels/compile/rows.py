@@ -42,7 +42,7 @@ class Pass:
     workspace: bool = False  # whether a launch needs memory of the caller's
     variants: bool = False  # whether the C++ Tile names a Variant
     output_slices: int = 1  # in which warpgroups have columns of O, each at most WGMMA's N
-    # Of rows with `grouped` above 0: launch_header, and what Traits and functions are called after.
+    # Of rows with `grouped`: launch_header, and what Traits and functions are called after.
     of_groups: tuple[str, str] | None = None
 
     @property

@@ -304,7 +304,7 @@ def _has_row(
         and row["mask"] in masks
         and min(row["head_dim"], row.get("head_dim_v", row["head_dim"])) >= head_dim
         and (not any_call or row.get("any_call", False))
-        and not row.get("grouped", 0)  # of short windows
+        and not row.get("grouped")  # of short windows
         for row in ROWS[of_pass].values()
     )
 
