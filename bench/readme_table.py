@@ -187,9 +187,11 @@ def backward(data: dict[str, Any]) -> bool:
 
 def packed_section(data: dict[str, Any]) -> str:
     of_pass = "backward" if backward(data) else "forward"
+    only = data["settings"].get("only")
+    subject = f"Packed sequences, {only}" if only else "Packed sequences, windows, other head dims"
     return section(
         data,
-        f"Packed sequences, windows, other head dims, {of_pass}",
+        f"{subject}, {of_pass}",
         "Causal. TFLOP/s of the pairs that are seen, and speed over the best peer's; ours:dense "
         "is the dense kernel, where all lengths are equal.",
         packed.table(data),
