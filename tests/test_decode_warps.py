@@ -1,5 +1,5 @@
-"""How warps share a part of a cache of 8 bits (attention/decode/fp8_warps_part.hpp). Nothing here needs a
-GPU."""
+"""How warps share a part of a cache of 8 bits (attention/decode/fp8_warps_part.hpp). Nothing here
+needs a GPU."""
 
 from collections import Counter
 

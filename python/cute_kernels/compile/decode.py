@@ -113,8 +113,8 @@ def decode_problems(row: Row) -> list[str]:
     )
 
 
-# Of caches of 8 bits: one kernel takes e4m3 and int8, and queries of any type. Tiles of few rows are
-# warps' own (decode/fp8_warps_traits.hpp), those of many rows warpgroups' (fp8_wide_traits.hpp).
+# Of caches of 8 bits: one kernel takes e4m3 and int8, and queries of any type. Tiles of few rows
+# are warps' own (decode/fp8_warps_traits.hpp), those of many warpgroups' (fp8_wide_traits.hpp).
 FP8_CACHE = "fp8"
 FP8_CONSUMERS = 2
 FP8_FEW_ROWS, FP8_MANY_ROWS = 32, FP8_CONSUMERS * WARPGROUP_M
