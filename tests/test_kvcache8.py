@@ -45,8 +45,8 @@ def test_few_rows_and_many_have_kernels_of_their_own(hopper, tmp_path, head_dim,
     problem = problem_of(chance, hopper, cache, q, starts, (False, None, None))
     mask = {"causal": True}
     check(problem, mask, max_seqlen_q=longest)
-    expected = 8 * (tokens if longest is not None else (tokens + 2) // 2)  # alike, where unknown
-    fitting = [row["tile_m"] for row in rows if row["tile_m"] >= expected]
+    queries = -(-q.shape[0] // 2) if longest is None else longest  # alike, where it is unknown
+    fitting = [row["tile_m"] for row in rows if row["tile_m"] >= 8 * queries]
     tile_m = min(fitting, default=max(row["tile_m"] for row in rows))
     names = [row["name"] for row in rows if row["tile_m"] == tile_m]
     options = {**problem.options, **mask, "max_seqlen_q": longest}
