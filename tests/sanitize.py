@@ -147,6 +147,9 @@ def in_eight_bits(k, v, dtype):
 
 
 def decode_fp8(row, q, k, v, causal):
+    """Of few queries, in groups of 2 heads, or of more than the smallest tile has."""
+    few = min(row["tile_m"] for row in tile_configs("decode_fp8")) // 2
+    q = q[:, :few] if row["tile_m"] <= 2 * few else q.repeat(1, few // q.shape[1] + 1, 1, 1)
     return decode(row, q, k, v, causal, (torch.int8, torch.float8_e4m3fn))
 
 

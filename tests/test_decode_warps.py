@@ -1,5 +1,5 @@
-"""How warps share a part of a cache of 8 bits (attention/decode/fp8_part.hpp). Nothing here needs a
-GPU."""
+"""How warps share a part of a cache of 8 bits (attention/decode/fp8_warps_part.hpp). Nothing here
+needs a GPU."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ pytestmark = needs_cxx
 WARPS, ROWS, KEYS = 8, 16, 32
 MAIN = f"""
 #include <iostream>
-#include "cute_kernels/attention/decode/fp8_part.hpp"
+#include "cute_kernels/attention/decode/fp8_warps_part.hpp"
 using namespace cute_kernels::attention;
 
 template <int kTileN>

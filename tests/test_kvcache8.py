@@ -7,12 +7,19 @@ import pytest
 import torch
 from caches import attend, random_cache, random_queries
 from eight_bits import CACHES, E4M3, problem_of, random_problem, rotation, skip_unless_built
+from traces import launches
 
-from cute_kernels import append_kv, flash_attn_varlen_func, flash_attn_with_kvcache
+from cute_kernels import (
+    append_kv,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    tile_configs,
+)
 
 
-def check(problem, mask):
-    found = attend(problem.q, problem.starts, problem.cache, **problem.options, **mask)
+def check(problem, mask, **options):
+    options |= problem.options
+    found = attend(problem.q, problem.starts, problem.cache, **options, **mask)
     problem.assert_right(*found, **mask)
     return found
 
@@ -22,6 +29,29 @@ def test_random_calls(device, seed):
     problem, mask = random_problem(seed, device)
     skip_unless_built(device, (problem.q.shape[2], problem.cache.v_cache.shape[3]))
     check(problem, mask)
+    check(problem, mask, max_seqlen_q=problem.q.shape[0])  # by the kernel of as many rows
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("tokens", "longest"), [(1, 1), (4, 4), (5, 5), (100, 100), (5, None)])
+def test_few_rows_and_many_have_kernels_of_their_own(hopper, tmp_path, head_dim, tokens, longest):
+    """The smallest tile that holds all rows of the longest sequence, 8 for each of its tokens."""
+    rows = [row for row in tile_configs("decode_fp8") if row["head_dim"] == head_dim]
+    if len(rows) < 2:
+        pytest.skip(f"this build has not two kernels for caches of 8 bits and head dim {head_dim}")
+    chance = random.Random(0)
+    cache = random_cache(chance, hopper, E4M3, [300, 200], 16, 1, [head_dim, head_dim])
+    q, starts = random_queries(chance, hopper, torch.bfloat16, [tokens, 1], 8, head_dim)
+    problem = problem_of(chance, hopper, cache, q, starts, (False, None, None))
+    mask = {"causal": True}
+    check(problem, mask, max_seqlen_q=longest)
+    queries = -(-q.shape[0] // 2) if longest is None else longest  # alike, where it is unknown
+    fitting = [row["tile_m"] for row in rows if row["tile_m"] >= 8 * queries]
+    tile_m = min(fitting, default=max(row["tile_m"] for row in rows))
+    names = [row["name"] for row in rows if row["tile_m"] == tile_m]
+    options = {**problem.options, **mask, "max_seqlen_q": longest}
+    found = launches(lambda: attend(q, starts, cache, **options), tmp_path)
+    assert sum(any(name in kernel for name in names) for kernel, *_ in found) == 1, found
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -7,6 +7,7 @@ from compilers import compile_program
 
 MAIN = """
 #include <cstdio>
+#include "cute_kernels/attention/decode/fp8_tile_config.hpp"
 #include "cute_kernels/attention/prefill/tile_config.hpp"
 
 namespace cute_kernels::attention {
@@ -17,7 +18,15 @@ DecodeKernel const kDecode[] = {
 PrefillKernel const kPrefill[] = {
     {{"p64", kBf16, 64, 64, false, false, nullptr, MaskClass::kAny, 192, 64}, nullptr, nullptr},
     {{"p128", kBf16, 128, 128, false, false, nullptr, MaskClass::kAny, 192, 64}, nullptr, nullptr}};
+constexpr auto kFp8 = CacheType::kEightBits;
+constexpr Fp8DecodeKernel row8(char const* name, int head_dim, int tile_m) {
+  return {{name, kFp8, head_dim, head_dim, false, false, nullptr, MaskClass::kAny, tile_m, 64},
+          nullptr, nullptr};
+}
+Fp8DecodeKernel const kEightBits[] = {row8("many128", 128, 128), row8("few128", 128, 32),
+                                      row8("many64", 64, 128), row8("few256", 256, 32)};
 }  // namespace
+KernelTable<Fp8DecodeKernel> fp8_decode_kernels{kEightBits, 4};
 KernelTable<DecodeKernel> decode_kernels{kDecode, 1};
 KernelTable<PrefillKernel> prefill_kernels{kPrefill, 2};
 }  // namespace cute_kernels::attention
@@ -51,6 +60,35 @@ void show(char const* what, CachedCall const& call, int longest, int page_size =
   std::printf("%s: %s %s\\n", what, name_of(kernels.prefill), name_of(kernels.decode));
 }
 
+void show8(char const* what, CachedCall const& call, std::optional<int64_t> longest = {}) {
+  int64_t const rows = rows_of_longest(call, longest);
+  std::printf("%s: %s\\n", what, name_of(choose_fp8_decode(fp8_decode_kernels, call, rows)));
+}
+
+void show_all8() {
+  auto of_head_dim = [](int head_dim, int queries) {
+    CachedCall call = cached(1, queries, 8, 8);
+    call.head_dim = call.head_dim_v = head_dim;
+    return call;
+  };
+  show8("one token", cached(32, 32, 8, 8), 1);
+  show8("32 rows", cached(32, 32 * 4, 8, 8), 4);
+  show8("33 rows", cached(32, 32 * 33, 8, 1), 33);
+  show8("a chunk", cached(2, 513, 8, 8), 512);
+  show8("padded length", cached(1, 4, 8, 8), 512);
+  show8("unknown, alike", cached(32, 32, 8, 8));
+  show8("unknown, 5 of 32 queries", cached(32, 32 * 5 - 31, 8, 8));
+  show8("no queries", cached(0, 0, 8, 8));
+  show8("one kind, few", of_head_dim(64, 1), 1);
+  show8("one kind, many", of_head_dim(256, 100), 100);
+  show8("none", of_head_dim(320, 1), 1);
+  static Fp8DecodeKernel const mine[] = {row8("mine32", 128, 32), row8("mine64", 128, 64)};
+  for (auto const& kernel : mine) fp8_decode_kernels.add(kernel);
+  show8("added", cached(32, 32, 8, 8), 1);
+  show8("added, 64 rows", cached(32, 32 * 8, 8, 8), 8);
+  show8("added, 65 rows", cached(32, 32 * 65, 8, 1), 65);
+}
+
 int main() {
   show("decode", cached(32, 32, 8, 8), 1);
   show("chunks", cached(4, 4 * 512, 8, 8), 512);
@@ -63,6 +101,7 @@ int main() {
   show("softcap", capped, 512);
   show("pages of 528", cached(4, 4 * 512, 8, 8), 512, 528);
   show("pages of 100", cached(4, 4 * 512, 8, 8), 512, 100);
+  show_all8();
 }
 """
 
@@ -75,7 +114,7 @@ def said(tmp_path_factory):
 
 
 def test_calls_to_a_cache(said):
-    assert said == [
+    assert said[:9] == [
         "decode: none d128",
         "chunks: p128 none",
         "mixed: p128 d128",
@@ -85,4 +124,24 @@ def test_calls_to_a_cache(said):
         "softcap: none d128",
         "pages of 528: p128 none",
         "pages of 100: none d128",
+    ]
+
+
+def test_calls_to_a_cache_of_8_bits(said):
+    """The smallest tile that holds all rows of the longest sequence, or the largest."""
+    assert said[9:] == [
+        "one token: few128",
+        "32 rows: few128",
+        "33 rows: many128",
+        "a chunk: many128",
+        "padded length: few128",
+        "unknown, alike: few128",
+        "unknown, 5 of 32 queries: many128",
+        "no queries: few128",
+        "one kind, few: many64",
+        "one kind, many: few256",
+        "none: none",
+        "added: mine32",
+        "added, 64 rows: mine64",
+        "added, 65 rows: many128",
     ]

@@ -124,7 +124,10 @@ def test_the_sources_carry_every_constant_and_change_only_where_they_must(tmp_pa
         ("forward_fp8", ["forward/tile_traits.hpp", "forward/fp8_traits.hpp"]),
         ("backward", ["backward/traits.hpp"]),
         ("decode", ["decode/traits.hpp"]),
-        ("decode_fp8", ["decode/traits.hpp", "decode/fp8_traits.hpp"]),
+        (
+            "decode_fp8",
+            [f"decode/{x}traits.hpp" for x in ("", "fp8_", "fp8_warps_", "fp8_wide_")],
+        ),
         ("latent", ["latent/traits.hpp"]),
         ("prefill", ["forward/tile_traits.hpp", "forward/traits.hpp", "prefill/traits.hpp"]),
     ],

@@ -59,3 +59,45 @@ def test_fp8_rows_become_kernels(tmp_path):
 def test_fp8_rows_that_cannot_fit_are_refused(change, message):
     with pytest.raises(generator.TableError, match=message):
         generator.read_table(fp8_table(**change))
+
+
+CACHE_ROW = {
+    "name": "cache",
+    "dtypes": ["fp8"],
+    "head_dim": 128,
+    "tile_m": 32,
+    "tile_n": 64,
+    "stages": 11,
+    "why": "measured",
+}
+MANY_ROWS = {"tile_m": 128, "stages": 3, "staged": 5}
+
+
+@pytest.mark.parametrize("change", [{}, MANY_ROWS])
+def test_rows_of_caches_become_kernels(tmp_path, change):
+    rows = generator.read_table(table({**CACHE_ROW, **change}, of_pass="decode_fp8"))
+    assert [row["name"] for row in rows] == ["fp8_cache"]
+    write_sources(rows, tmp_path)
+    text = (tmp_path / "fp8_cache.cu").read_text()
+    assert f"kTileM = {rows[0]['tile_m']};" in text and "kConsumerWarpgroups = 2;" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tile_m": 64}, "tile_m = 64 must be 32 or 128"),
+        ({"ctas": 2}, "ctas = 2 and consumer_warpgroups = 2 must be 1 and 2"),
+        ({"consumer_warpgroups": 1}, "consumer_warpgroups = 1 must be"),
+        ({"stages": 3}, "stages = 3 must be at least 4: consumer warps take turns"),
+        ({"stages": 12}, "shared memory"),
+        ({"staged": 1}, "staged = 1 must be 0 with tile_m = 32"),
+        ({**MANY_ROWS, "stages": 1}, "stages = 1 must be at least 2: consumer warpgroups"),
+        ({**MANY_ROWS, "staged": 0}, "staged = 0 must be at least 1 with tile_m = 128"),
+        ({**MANY_ROWS, "staged": 9}, "shared memory"),
+        ({**MANY_ROWS, "head_dim": 256, "tile_n": 128}, "registers of a consumer thread"),
+        ({"head_dim": 192}, "head_dim = 192 must be 64, 128 or 256"),
+    ],
+)
+def test_rows_of_caches_that_cannot_fit_are_refused(change, message):
+    with pytest.raises(generator.TableError, match=message):
+        generator.read_table(table({**CACHE_ROW, **change}, of_pass="decode_fp8"))

@@ -29,6 +29,9 @@ enum class NamedBarrier : int {
   /// Attention to a cache. The threads that read a block of V meet here around its clearing: all
   /// consumer threads, or where they take turns with blocks the 128 threads of warpgroup i.
   kValuesCleared = 1,
+  /// Attention to a cache of 8 bits and many rows. The 128 threads of warpgroup i meet here around
+  /// the writing of its queries.
+  kQueriesWritten = 3,
   /// Attention to a cache. Consumers that have had a share of the keys each meet here when they
   /// have read what they are about to overwrite, and again when O stands in shared memory.
   kTurnsEnded = 5,

@@ -180,12 +180,13 @@ void launch_all(CacheKernels const& kernels, DecodeProblem& problem) {
   }
 }
 
-/// To a cache of 8 bits of this dtype.
-void launch_eight_bits(ScalarType dtype, Fp8DecodeProblem& problem) {
+/// To a cache of 8 bits of this dtype. No sequence has more than `longest` queries, if given.
+void launch_eight_bits(ScalarType dtype, Fp8DecodeProblem& problem,
+                       std::optional<int64_t> longest) {
 #ifdef CUTE_KERNELS_FP8
   auto const& kernels = attention::fp8_decode_kernels;
-  auto const* const kernel =
-      attention::choose_decode(kernels, attention::CacheType::kEightBits, problem.call);
+  int64_t const rows = attention::rows_of_longest(problem.call, longest);
+  auto const* const kernel = attention::choose_fp8_decode(kernels, problem.call, rows);
   if (kernel == nullptr) fail_without_kernel(kernels, dtype, problem.call);
   check_blocks(*kernel, problem.call);
   launch(*kernel, problem);
@@ -331,7 +332,7 @@ Tensor flash_attn_kvcache_forward_out(
     Tensor const qv_readable = tma_readable(Argument("qv", *qv), kElementBytes);
     launch_latent(q.dtype, problem, qv_readable);
   } else if (eight_bits) {
-    launch_eight_bits(k.dtype, problem);
+    launch_eight_bits(k.dtype, problem, max_seqlen_q);
   } else {
     launch_all(kernels_for(q.dtype, problem, max_seqlen_q), problem);
   }

@@ -54,7 +54,7 @@ class DecodeEpilogue {
   static constexpr int kFewParts = kVectorsOfLane > 2 ? 2 : 4;
   static constexpr int kCountBits = 16;  // of a counter
   // A thread's columns are so many next to one another, and as many again four times as far on.
-  static constexpr int kRun = Traits::kEightBits ? 4 : 2;
+  static constexpr int kRun = Traits::kByWarps ? 4 : 2;
 
  public:
   CUTLASS_DEVICE DecodeEpilogue(CachedCall const& call, DecodeResults const& results,

@@ -42,6 +42,13 @@ CUTLASS_DEVICE uint2 halves_of(uint32_t bytes) {
   return halves_of_e4m3(kCrossed ? __byte_perm(bytes, 0, 0x3120) : bytes);
 }
 
+/// Eight of either, in their order.
+template <bool kInt8>
+CUTLASS_DEVICE uint4 halves_of_run(uint2 bytes) {
+  uint2 const low = halves_of<kInt8>(bytes.x), high = halves_of<kInt8>(bytes.y);
+  return {low.x, low.y, high.x, high.y};
+}
+
 /// Four e4m3 numbers, 0 in place of NaN.
 CUTLASS_DEVICE uint32_t without_nan(uint32_t bytes) {
   return bytes & ~(nan_of_e4m3(bytes) * 0xffu);

@@ -7,7 +7,7 @@ namespace cute_kernels::attention {
 
 template <class Tile>
 int64_t fp8_decode_workspace_bytes(Fp8DecodeProblem const& problem) {
-  return decode_workspace_bytes<Tile>(problem);
+  return bytes_of_decode_workspace<Fp8DecodeTraits<Tile>>(problem);
 }
 
 /// Starts the kernel of a tile on `stream`. Asynchronous.

@@ -1,8 +1,15 @@
 #pragma once
 
-#include "cute_kernels/attention/decode/fp8_queries.hpp"
+#include "cute_kernels/attention/decode/fp8_warps_queries.hpp"
+#include "cute_kernels/attention/decode/fp8_wide_queries.hpp"
 
 namespace cute_kernels::attention {
+
+/// Of a cache that holds what its type says: nothing to do.
+struct NoScales {
+  template <class Format>
+  CUTLASS_DEVICE NoScales(CachedCall const&, CacheSource const&, Format const&) {}
+};
 
 /// What numbers of 8 bits are multiplied by, of a consumer thread's rows of scores: products
 /// of queries and keys behind S, the factors of V's rows before P V. P V is of float16 numbers, and
@@ -12,8 +19,10 @@ template <class Traits>
 class Fp8Scales {
   using SharedStorage = typename Traits::SharedStorage;
   using Walk = WorkWalk<Traits>;
+  using Queries =
+      std::conditional_t<Traits::kByWarps, Fp8WarpsQueries<Traits>, Fp8WideQueries<Traits>>;
   static constexpr int kRows = 2;
-  static constexpr int kColumns = Traits::Part::kKeys / 4;
+  static constexpr int kColumns = Traits::kKeysAtOnce / 4;
   // Exponents, biased, between which a power of 2 and its inverse are normal.
   static constexpr uint32_t kLeast = 1u << 23;
   static constexpr uint32_t kMost = 253u << 23;
@@ -23,16 +32,17 @@ class Fp8Scales {
                            EightBits const& format)
       : queries_(call, source, format), format_(format) {}
 
-  /// Begins a part: the warp's queries go to shared memory. `first_row` is the warp's, of the tile,
-  /// and `row_of_warp` the thread's, seen from it.
-  CUTLASS_DEVICE void begin(Walk const& walk, int warp, int first_row, int row_of_warp,
+  /// Begins a part: queries go to shared memory, by each `group` of threads for itself, a warp or
+  /// a warpgroup. `first_row` is the group's, of the tile, and `row_of_group` the thread's, seen
+  /// from it.
+  CUTLASS_DEVICE void begin(Walk const& walk, int group, int first_row, int row_of_group,
                             SharedStorage& shared) {
     float const unit =
         of_sequence(format_.q_of_sequence, walk) * of_sequence(format_.k_of_sequence, walk);
-    queries_.load(walk, warp, first_row, unit, shared);
+    queries_.load(walk, group, first_row, unit, shared);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      unit_[row] = shared.query_unit[warp][row_of_warp + 8 * row];
+      unit_[row] = shared.query_unit[group][row_of_group + 8 * row];
     }
     value_top_ = __uint_as_float(kLeast);
   }
@@ -120,7 +130,7 @@ class Fp8Scales {
     return __uint_as_float((254u << 23) - __float_as_uint(power));
   }
 
-  Fp8Queries<Traits> queries_;
+  Queries queries_;
   EightBits const& format_;
   float unit_[kRows];
   float value_top_;  // what O is a multiple of

@@ -1,5 +1,9 @@
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
 #include "cute_kernels/attention/decode/fp8_problem.hpp"
 #include "cute_kernels/attention/decode/tile_config.hpp"
 
@@ -22,5 +26,32 @@ struct Fp8DecodeKernel {
 };
 
 extern KernelTable<Fp8DecodeKernel> fp8_decode_kernels;
+
+/// Of the kernels with the smallest fitting head dim the last one with the smallest tile that holds
+/// `rows` rows (queries * group), or with the largest tile there is; null where there is none. Each
+/// is right for all calls: of more rows a sequence has several tiles.
+inline Fp8DecodeKernel const* choose_fp8_decode(KernelTable<Fp8DecodeKernel> const& kernels,
+                                                CachedCall const& call, int64_t rows) {
+  int const head_dim = std::max(call.head_dim, call.head_dim_v);
+  auto const is_chosen = [&](Fp8DecodeTileConfig const& config, Fp8DecodeTileConfig const& best) {
+    if (config.head_dim != best.head_dim) return config.head_dim < best.head_dim;
+    if (config.tile_m > best.tile_m) return rows > best.tile_m;
+    return config.tile_m == best.tile_m || rows <= config.tile_m;
+  };
+  Fp8DecodeKernel const* best = nullptr;
+  for (Fp8DecodeKernel const& kernel : kernels) {
+    if (kernel.config.head_dim < head_dim) continue;
+    if (best == nullptr || is_chosen(kernel.config, best->config)) best = &kernel;
+  }
+  return best;
+}
+
+/// The most rows (queries * group) of a sequence, as far as the host knows: `longest` is at least
+/// the longest one's queries, or unknown; then all are taken to be alike.
+inline int64_t rows_of_longest(CachedCall const& call, std::optional<int64_t> longest) {
+  int64_t const batch = std::max(call.batch, 1);
+  int64_t const alike = (call.total_q + batch - 1) / batch;
+  return std::min<int64_t>(longest.value_or(alike), call.total_q) * call.group;
+}
 
 }  // namespace cute_kernels::attention

@@ -3,8 +3,9 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "cute_kernels/attention/decode/epilogue.hpp"
-#include "cute_kernels/attention/decode/fp8_mainloop.hpp"
-#include "cute_kernels/attention/decode/fp8_walk.hpp"
+#include "cute_kernels/attention/decode/fp8_warps_mainloop.hpp"
+#include "cute_kernels/attention/decode/fp8_warps_walk.hpp"
+#include "cute_kernels/attention/decode/fp8_wide_load.hpp"
 #include "cute_kernels/attention/decode/load.hpp"
 #include "cute_kernels/attention/decode/mainloop.hpp"
 #include "cute_kernels/attention/decode/unused_rows.hpp"
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
       shared.k_empty[stage].init(kConsumerWarps);
       shared.v_empty[stage].init(kConsumerWarps);
     }
-    if constexpr (!Traits::kEightBits) {
+    if constexpr (!Traits::kByWarps) {
       shared.q_full.init(cutlass::NumThreadsPerWarpGroup);
       shared.q_empty.init(kConsumerWarps);
     }
@@ -61,8 +62,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     }
-    CacheLoader<Traits> loader(params.call, params.source, params.format, shared);
+    using Loader = std::conditional_t<Traits::kEightBits && !Traits::kByWarps,
+                                      Fp8WideLoader<Traits>, CacheLoader<Traits>>;
+    Loader loader(params.call, params.source, params.format, shared);
     for (auto walk = first_part(); walk.valid(); walk.advance()) loader.load(walk);
+    loader.finish();
     sm90::let_next_kernel_start();
     clear_unused_rows<typename Traits::Element>(params.call, params.results);
     loader.drain();
@@ -71,13 +75,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
       cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     }
     using Mainloop =
-        std::conditional_t<Traits::kEightBits, Fp8DecodeMainloop<Traits>, DecodeMainloop<Traits>>;
+        std::conditional_t<Traits::kByWarps, Fp8WarpsMainloop<Traits>, DecodeMainloop<Traits>>;
     Mainloop mainloop(params.call, params.source, params.units, params.format, shared);
     DecodeEpilogue<Traits> epilogue(params.call, params.results, params.source.group,
                                     params.units.log2_of_unit, shared);
     epilogue.begin(share);
     auto walk = [&] {
-      if constexpr (Traits::kEightBits) {
+      if constexpr (Traits::kByWarps) {
         return WarpWalk<Traits>(first_part, shared.walks[Mainloop::warp()]);
       } else {
         return first_part();

@@ -8,10 +8,14 @@
 
 namespace cute_kernels::attention {
 
+template <class Traits>
+int64_t bytes_of_decode_workspace(DecodeProblem const& problem) {
+  return DecodeWorkspace<Traits>(decode_ctas<Traits>(problem.device)).end;
+}
+
 template <class Tile>
 int64_t decode_workspace_bytes(DecodeProblem const& problem) {
-  using Traits = DecodeTraits<Tile>;
-  return DecodeWorkspace<Traits>(decode_ctas<Traits>(problem.device)).end;
+  return bytes_of_decode_workspace<DecodeTraits<Tile>>(problem);
 }
 
 template <class Traits>

@@ -70,6 +70,8 @@ class CacheLoader {
     }
   }
 
+  /// Every load is issued.
+  CUTLASS_DEVICE static void finish() {}
   /// Shared memory must outlive all copies.
   CUTLASS_DEVICE static void drain() { sm90::wait_until_gathered(); }
 

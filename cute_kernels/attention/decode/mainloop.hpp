@@ -4,6 +4,7 @@
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/decode/cache_rows.hpp"
+#include "cute_kernels/attention/decode/fp8_scales.hpp"
 #include "cute_kernels/attention/decode/seen_keys.hpp"
 #include "cute_kernels/attention/decode/softmax.hpp"
 #include "cute_kernels/attention/decode/traits.hpp"
@@ -27,6 +28,7 @@ class DecodeMainloop {
   using Stage = RingStage<Traits::kStages>;
   using Walk = WorkWalk<Traits>;
   using Part = WarpgroupPart<Traits>;
+  using Scales = std::conditional_t<Traits::kEightBits, Fp8Scales<Traits>, NoScales>;
 
   static constexpr int kTileN = Traits::kTileN;
   static constexpr int kWarpgroupM = Traits::kWarpgroupM;
@@ -38,9 +40,13 @@ class DecodeMainloop {
   using Softmax = RunningSoftmax<kRows>;
 
   CUTLASS_DEVICE DecodeMainloop(CachedCall const& call, CacheSource const& source,
-                                ScoreUnits const& units, typename Traits::Format const&,
+                                ScoreUnits const& units, typename Traits::Format const& format,
                                 SharedStorage& shared)
-      : units_(units), group_(source.group), call_(call), shared_(shared) {}
+      : units_(units),
+        group_(source.group),
+        call_(call),
+        scales_(call, source, format),
+        shared_(shared) {}
 
   /// O of a part without keys.
   CUTLASS_DEVICE static auto empty_output() {
@@ -54,8 +60,10 @@ class DecodeMainloop {
   template <class Output>
   CUTLASS_DEVICE void compute(Walk const& walk, Softmax& softmax, Output& out) {
     if (walk.begin_block() == walk.end_block()) return;
-    shared_.q_full.wait(q_phase_);
-    q_phase_ ^= 1;
+    if constexpr (!Traits::kEightBits) {
+      shared_.q_full.wait(q_phase_);
+      q_phase_ ^= 1;
+    }
     Part part(walk, warpgroup());
     part.begin = sm90::uniform(part.begin);
     part.turns = sm90::uniform(part.turns);
@@ -129,7 +137,9 @@ class DecodeMainloop {
     typename Traits::MmaPv mma_pv;
     auto slice_qk = mma_qk.get_thread_slice(thread);
     auto slice_pv = mma_pv.get_thread_slice(thread);
-    int const buffer = sm90::uniform(part.first_row / kWarpgroupM);
+    // Of 8 bits each warpgroup has queries of its own.
+    int const buffer =
+        sm90::uniform(Traits::kEightBits ? warpgroup() : part.first_row / kWarpgroupM);
     auto shared_q =
         make_tensor(make_smem_ptr(shared_.q[buffer].data()), typename Traits::LayoutQ{});
     auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(shared_q));
@@ -146,6 +156,9 @@ class DecodeMainloop {
     KeySpan seen_by_all = walk.sequence().seen_by_all(tile.first_query, tile.last_query);
     seen_by_all.end = min(seen_by_all.end, first_new(walk));
     auto first_key = [&](int block) { return tile.keys.begin + block * kTileN; };
+    if constexpr (Traits::kEightBits) {
+      scales_.begin(walk, warpgroup(), part.first_row, first_accumulator_row(), shared_);
+    }
     Stage k_stage = Stage::of(sm90::uniform(passed_ + (part.begin - walk.begin_block())));
     Stage v_stage = k_stage;
     int const last = sm90::uniform(walk.end_block()) - part.turns;  // at the earliest
@@ -159,6 +172,9 @@ class DecodeMainloop {
     };
     // S has been computed.
     auto release_keys = [&](int block) {
+      if constexpr (Traits::kEightBits) {
+        scales_.apply_to_scores(score_rows, first_accumulator_column(), k_stage.index, shared_);
+      }
       release(shared_.k_empty[k_stage.index], part.turns);
       k_stage.advance(part.turns);
       if (block >= last) release(shared_.q_empty);
@@ -171,6 +187,17 @@ class DecodeMainloop {
         if (key + kTileN > first_new(walk)) mask_new(score_rows, walk, part, key);
       }
       return softmax.update(score_rows, factor);
+    };
+    // What O is multiplied by before the next P V; whether it is more than the softmax says.
+    auto scale_probabilities = [&](float (&factor)[kRows]) {
+      if constexpr (Traits::kEightBits) {
+        if (scales_.are_values_scaled()) {
+          shared_.v_full[v_stage.index].wait(v_stage.phase);
+          return scales_.apply_to_probabilities(score_rows, first_accumulator_column(),
+                                                v_stage.index, shared_, factor);
+        }
+      }
+      return false;
     };
     auto round_probabilities = [&] {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
@@ -200,6 +227,7 @@ class DecodeMainloop {
     warpgroup_fence_operand(scores);
     release_keys(block);
     softmax_block(block, factor);
+    scale_probabilities(factor);
     round_probabilities();
 
     // Steady state: the softmax of a block runs while P V of the one before is in flight.
@@ -210,10 +238,11 @@ class DecodeMainloop {
       warpgroup_wait<1>();
       warpgroup_fence_operand(scores);
       release_keys(block + part.turns);
-      bool const moves = softmax_block(block + part.turns, factor);
+      bool moves = softmax_block(block + part.turns, factor);
       sm90::warpgroup_wait_all();
       warpgroup_fence_operand(out);
       release_values();
+      moves |= scale_probabilities(factor);
       if (moves) Softmax::scale_rows(out_rows, factor);
       round_probabilities();
     }
@@ -223,6 +252,7 @@ class DecodeMainloop {
     warpgroup_wait<0>();
     warpgroup_fence_operand(out);
     if (!part.takes_turns() || !has_turns(walk)) release_values();
+    if constexpr (Traits::kEightBits) scales_.apply_to_output(out, walk);
     softmax.reduce_sums();
   }
 
@@ -312,6 +342,7 @@ class DecodeMainloop {
   ScoreUnits units_;
   cutlass::FastDivmod const& group_;
   CachedCall const& call_;
+  Scales scales_;
   SharedStorage& shared_;
   uint32_t passed_ = 0;  // blocks of the parts so far
   uint32_t q_phase_ = 0;

@@ -17,6 +17,7 @@ struct DecodeTraits {
   using Element = typename Tile::Element;
   using CacheElement = Element;
   static constexpr bool kEightBits = false;        // of a number of the cache
+  static constexpr bool kByWarps = false;          // consumers that multiply, or warpgroups
   struct Format {};                                // what its type does not say
   static constexpr int kHeadDim = Tile::kHeadDim;  // of K and of V
   static constexpr int kConsumers = Tile::kConsumerWarpgroups;

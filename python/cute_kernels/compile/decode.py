@@ -78,7 +78,9 @@ def decode_rows_problems(row: Row) -> list[str]:
     return found
 
 
-def decode_room_problems(row: Row, parts: dict[str, int], registers: dict[str, int]) -> list[str]:
+def decode_room_problems(
+    row: Row, parts: dict[str, int], registers: dict[str, int], budget: int
+) -> list[str]:
     found = []
     room = SHARED_BYTES_OF_ALL // row["ctas"] - SHARED_BYTES_RESERVED
     if sum(parts.values()) > room:
@@ -86,7 +88,6 @@ def decode_room_problems(row: Row, parts: dict[str, int], registers: dict[str, i
             f"shared memory of one of {row['ctas']} CTAs: {sum(parts.values())} > {room} bytes"
         )
     needed = sum(registers.values())
-    budget = DECODE_CONSUMER_REGISTERS[row["tile_m"] / WARPGROUP_M, row["ctas"]]
     if needed > budget:
         found.append(f"registers of a consumer thread: {needed} > {budget}")
     return found
@@ -99,25 +100,52 @@ def decode_problems(row: Row) -> list[str]:
             f"stages = {row['stages']} must be at least {row['tile_m'] // WARPGROUP_M}: consumer "
             f"warpgroups take turns with them"
         )
-    if (row["tile_m"] / WARPGROUP_M, row["ctas"]) not in DECODE_CONSUMER_REGISTERS:
+    warpgroups = row["tile_m"] / WARPGROUP_M, row["ctas"]
+    if warpgroups not in DECODE_CONSUMER_REGISTERS:
         found.append(
             f"tile_m = {row['tile_m']} must be {WARPGROUP_M} with one or two ctas, or "
             f"{2 * WARPGROUP_M} with one, which has two consumer warpgroups then"
         )
         return found
-    return found + decode_room_problems(row, decode_shared_memory(row), decode_registers(row))
+    budget = DECODE_CONSUMER_REGISTERS[warpgroups]
+    return found + decode_room_problems(
+        row, decode_shared_memory(row), decode_registers(row), budget
+    )
 
 
-# One kernel takes caches of e4m3 and of int8, and queries of any type.
+# Of caches of 8 bits: one kernel takes e4m3 and int8, and queries of any type. Tiles of few rows
+# are warps' own (decode/fp8_warps_traits.hpp), those of many warpgroups' (fp8_wide_traits.hpp).
 FP8_CACHE = "fp8"
-FP8_DECODE_WARPS = 8  # that consume
-FP8_DECODE_ROWS, FP8_DECODE_KEYS = 16, 32  # of a warp at a time (decode/fp8_part.hpp)
+FP8_CONSUMERS = 2
+FP8_FEW_ROWS, FP8_MANY_ROWS = 32, FP8_CONSUMERS * WARPGROUP_M
+FP8_WARPS = 4 * FP8_CONSUMERS
+FP8_WARP_ROWS, FP8_WARP_KEYS = 16, 32  # at a time (decode/fp8_warps_part.hpp)
+FP8_WIDE_REGISTERS = 208  # of a consumer thread, after setmaxnreg
+FP8_DECODE_FIELDS = (
+    *HEAD,
+    Field("tile_m", int, REQUIRED, "kTileM"),
+    Field("tile_n", int, REQUIRED, "kTileN"),
+    Field("stages", int, 2, "kStages"),
+    Field("staged", int, 0, "kStaged"),
+    Field("ctas", int, 1, "kCtas"),
+    Field("consumer_warpgroups", int, FP8_CONSUMERS, "kConsumerWarpgroups"),
+    Field("why", str),
+)
+
+
+def has_few_rows(row: Row) -> bool:
+    """Less than a product of warpgroups has."""
+    return bool(row["tile_m"] < WARPGROUP_M)
 
 
 def fp8_decode_shared_memory(row: Row) -> dict[str, int]:
+    return fp8_warps_shared_memory(row) if has_few_rows(row) else fp8_wide_shared_memory(row)
+
+
+def fp8_warps_shared_memory(row: Row) -> dict[str, int]:
     """K and V as they are in the cache; Q is every warp's own."""
     stage = row["tile_n"] * row["head_dim"]
-    warp_rows = FP8_DECODE_WARPS * FP8_DECODE_ROWS
+    warp_rows = FP8_WARPS * FP8_WARP_ROWS
     of_keys = row["stages"] * row["tile_n"]
     return aligned(
         {
@@ -127,7 +155,7 @@ def fp8_decode_shared_memory(row: Row) -> dict[str, int]:
             # of rows of K, of V and of Q; every warp's walk; full and empty, of every stage of K
             # and of V; as of decode
             "factors, barriers and work": 4 * (2 * of_keys + warp_rows)
-            + FP8_DECODE_WARPS * 96
+            + FP8_WARPS * 96
             + 2 * 8 * 2 * row["stages"]
             + 3 * WORK_BYTES_OF_WARPGROUP
             + 4
@@ -136,9 +164,21 @@ def fp8_decode_shared_memory(row: Row) -> dict[str, int]:
     )
 
 
+def fp8_wide_shared_memory(row: Row) -> dict[str, int]:
+    """As decode_shared_memory, and what is on its way."""
+    staged = {
+        "K and V of 8 bits": row["staged"] * 2 * row["tile_n"] * row["head_dim"],
+        # of rows of K and V, staged and in stages, and of queries
+        "factors": 4 * 2 * (row["staged"] + row["stages"]) * row["tile_n"] + 4 * row["tile_m"],
+    }
+    return {**decode_shared_memory(row), **aligned({"staged and factors": sum(staged.values())})}
+
+
 def fp8_decode_registers(row: Row) -> dict[str, int]:
-    scores = FP8_DECODE_ROWS * FP8_DECODE_KEYS // 32
-    output = FP8_DECODE_ROWS * row["head_dim"] // 32
+    if not has_few_rows(row):
+        return decode_registers(row)
+    scores = FP8_WARP_ROWS * FP8_WARP_KEYS // 32
+    output = FP8_WARP_ROWS * row["head_dim"] // 32
     return {
         "scores": scores,
         "output": output,
@@ -150,20 +190,54 @@ def fp8_decode_registers(row: Row) -> dict[str, int]:
 
 def fp8_decode_problems(row: Row) -> list[str]:
     found = decode_rows_problems(row)
-    if (row["tile_m"], row["ctas"]) != (2 * WARPGROUP_M, 1):
+    if row["tile_m"] not in (FP8_FEW_ROWS, FP8_MANY_ROWS):
+        found.append(f"tile_m = {row['tile_m']} must be {FP8_FEW_ROWS} or {FP8_MANY_ROWS}")
+    if (row["ctas"], row["consumer_warpgroups"]) != (1, FP8_CONSUMERS):
         found.append(
-            f"tile_m = {row['tile_m']} and ctas = {row['ctas']} must be {2 * WARPGROUP_M} and 1"
+            f"ctas = {row['ctas']} and consumer_warpgroups = {row['consumer_warpgroups']} must be "
+            f"1 and {FP8_CONSUMERS}"
         )
+    if found:
         return found
-    turns = FP8_DECODE_WARPS * FP8_DECODE_KEYS // row["tile_n"]
+    found += fp8_warps_problems(row) if has_few_rows(row) else fp8_wide_problems(row)
+    budget = DECODE_CONSUMER_REGISTERS[FP8_CONSUMERS, 1]
+    return found + decode_room_problems(
+        row,
+        fp8_decode_shared_memory(row),
+        fp8_decode_registers(row),
+        budget if has_few_rows(row) else FP8_WIDE_REGISTERS,
+    )
+
+
+def fp8_warps_problems(row: Row) -> list[str]:
+    found = []
+    turns = FP8_WARPS * FP8_WARP_KEYS // row["tile_n"]
     if row["stages"] < turns:
         found.append(
             f"stages = {row['stages']} must be at least {turns}: consumer warps take turns with "
-            f"them, {FP8_DECODE_KEYS} keys each"
+            f"them, {FP8_WARP_KEYS} keys each"
         )
-    return found + decode_room_problems(
-        row, fp8_decode_shared_memory(row), fp8_decode_registers(row)
-    )
+    if row["staged"]:
+        found.append(
+            f"staged = {row['staged']} must be 0 with tile_m = {row['tile_m']}: K and V stay as "
+            f"they are in the cache"
+        )
+    return found
+
+
+def fp8_wide_problems(row: Row) -> list[str]:
+    found = []
+    if row["stages"] < FP8_CONSUMERS:
+        found.append(
+            f"stages = {row['stages']} must be at least {FP8_CONSUMERS}: consumer warpgroups take "
+            f"turns with them"
+        )
+    if row["staged"] < 1:
+        found.append(
+            f"staged = {row['staged']} must be at least 1 with tile_m = {row['tile_m']}: blocks of "
+            f"8 bits are on their way before they become float16"
+        )
+    return found
 
 
 # A key is [latent | rope], of which the latent is the value, too. The keys of a stage lie in two
@@ -247,7 +321,7 @@ FP8_DECODE = Pass(
     cpp="Fp8Decode",
     launch_header="decode/fp8_launch.hpp",
     table_header="decode/fp8_tile_config.hpp",
-    fields=DECODE_FIELDS,
+    fields=FP8_DECODE_FIELDS,
     dtypes={FP8_CACHE: ("cutlass::half_t", "CacheType::kEightBits")},
     element="Element",
     config=("tile_m", "tile_n"),

@@ -2,9 +2,9 @@
 
 #include <cute/tensor.hpp>
 
-#include "cute_kernels/attention/decode/fp8_join.hpp"
-#include "cute_kernels/attention/decode/fp8_operands.hpp"
 #include "cute_kernels/attention/decode/fp8_scales.hpp"
+#include "cute_kernels/attention/decode/fp8_warps_join.hpp"
+#include "cute_kernels/attention/decode/fp8_warps_operands.hpp"
 #include "cute_kernels/attention/decode/ring_stage.hpp"
 #include "cute_kernels/attention/decode/seen_keys.hpp"
 #include "cute_kernels/attention/decode/softmax.hpp"
@@ -20,12 +20,12 @@ namespace cute_kernels::attention {
 /// holds as copies land in order: when a block's turn comes, its warp knows of a later one than was
 /// in its stage before, of its own or where warps have met at the end of the part before.
 template <class Traits>
-class Fp8DecodeMainloop {
+class Fp8WarpsMainloop {
   using SharedStorage = typename Traits::SharedStorage;
   using Stage = RingStage<Traits::kStages>;
   using Walk = WorkWalk<Traits>;
   using Part = typename Traits::Part;
-  using Operands = Fp8Operands<Traits>;
+  using Operands = Fp8WarpsOperands<Traits>;
 
   static constexpr int kRows = 2;  // of a thread, 8 apart
   static constexpr int kKeys = Part::kKeys;
@@ -33,9 +33,9 @@ class Fp8DecodeMainloop {
  public:
   using Softmax = RunningSoftmax<kRows>;
 
-  CUTLASS_DEVICE Fp8DecodeMainloop(CachedCall const& call, CacheSource const& source,
-                                   ScoreUnits const& units, EightBits const& format,
-                                   SharedStorage& shared)
+  CUTLASS_DEVICE Fp8WarpsMainloop(CachedCall const& call, CacheSource const& source,
+                                  ScoreUnits const& units, EightBits const& format,
+                                  SharedStorage& shared)
       : call_(call),
         source_(source),
         units_(units),
@@ -77,7 +77,8 @@ class Fp8DecodeMainloop {
                              Results const& results) const {
     Part const part = part_of(walk);
     AccumulatorPlace const place{part.first_row + row_of_warp(), Operands::first_output_column()};
-    Fp8Join<Traits>(part, warp(), walk.tile().rows, shared_).join(softmax, out, place, results);
+    Fp8WarpsJoin<Traits>(part, warp(), walk.tile().rows, shared_)
+        .join(softmax, out, place, results);
   }
 
  private:

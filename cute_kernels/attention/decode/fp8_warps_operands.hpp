@@ -3,7 +3,7 @@
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/decode/fp8_convert.hpp"
-#include "cute_kernels/attention/decode/fp8_traits.hpp"
+#include "cute_kernels/attention/decode/fp8_warps_traits.hpp"
 #include "cute_kernels/sm90/warp_mma.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
@@ -15,7 +15,7 @@ namespace cute_kernels::attention {
 /// columns of a chunk are in an order of their own, of Q and of K the same, and a lane has four
 /// neighbours of O.
 template <class Traits>
-class Fp8Operands {
+class Fp8WarpsOperands {
   using SharedStorage = typename Traits::SharedStorage;
   static constexpr int kLanes = Traits::kLanes;
   static constexpr int kKeys = Traits::Part::kKeys;
@@ -67,7 +67,7 @@ class Fp8Operands {
   };
 
   /// The rows from `row` on of a stage.
-  CUTLASS_DEVICE Fp8Operands(uint8_t const* stages, int stage, int row)
+  CUTLASS_DEVICE Fp8WarpsOperands(uint8_t const* stages, int stage, int row)
       : block_(stages + stage * Traits::kStageElements), row_(row) {}
 
   /// S = Q K^T.

@@ -2,7 +2,7 @@
 
 #include <cute/tensor.hpp>
 
-#include "cute_kernels/attention/decode/fp8_operands.hpp"
+#include "cute_kernels/attention/decode/fp8_warps_operands.hpp"
 #include "cute_kernels/attention/decode/seen_keys.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
 
@@ -12,10 +12,10 @@ namespace cute_kernels::attention {
 /// chunks of O's columns: what it has of the others' it hands over through the memory of its
 /// queries, which no one else uses, one of a thread's two rows at a time.
 template <class Traits>
-class Fp8Join {
+class Fp8WarpsJoin {
   using SharedStorage = typename Traits::SharedStorage;
   using Part = typename Traits::Part;
-  using Operands = Fp8Operands<Traits>;
+  using Operands = Fp8WarpsOperands<Traits>;
 
   static constexpr int kRows = 2;
   static constexpr int kLanes = Traits::kLanes;
@@ -25,7 +25,7 @@ class Fp8Join {
 
  public:
   /// `rows`: the tile's.
-  CUTLASS_DEVICE Fp8Join(Part const& part, int warp, int rows, SharedStorage& shared)
+  CUTLASS_DEVICE Fp8WarpsJoin(Part const& part, int warp, int rows, SharedStorage& shared)
       : part_(part), warp_(warp), has_second_rows_(rows > 8), shared_(shared) {}
 
   /// results(columns, place) for each of the warp's chunks, in which it then has all keys, as
