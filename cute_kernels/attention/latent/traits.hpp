@@ -19,6 +19,7 @@ template <class Tile>
 struct LatentTraits {
   using Element = typename Tile::Element;
   static constexpr bool kEightBits = false;
+  static constexpr bool kByWarps = false;
   static constexpr int kHeadDim = Tile::kHeadDimV;  // of O and of V
   static constexpr int kRopeDim = Tile::kHeadDim;   // of the rest of a key
   static constexpr int kConsumers = Tile::kConsumerWarpgroups;
