@@ -89,9 +89,7 @@ def ours_int8() -> CacheProvider:
 
     def appended(cell: CacheCell, q: torch.Tensor, caches: Caches, copy: torch.Tensor):
         numbers = torch.zeros_like(copy, dtype=torch.int8)
-        # Heads first: a CTA reads one head's.
-        *outer, rows_of_page, heads, _ = copy.shape
-        scales = torch.zeros(*outer, heads, rows_of_page, device=copy.device).transpose(-1, -2)
+        scales = torch.zeros(copy.shape[:-1], device=copy.device)
         rows = [
             torch.stack([rows_of(x, caches, i, n) for i, n in enumerate(cell.lengths)]).to(q.dtype)
             for x in copy

@@ -200,7 +200,9 @@ def packed_section(data: dict[str, Any]) -> str:
 
 def caches_section(data: dict[str, Any]) -> str:
     latent = data["grid"] == "latent"
-    what = {"decode": "a few queries", "latent": "latent attention"}
+    what = {"decode": "a few queries", "latent": "latent attention"}.get(data["grid"], data["grid"])
+    if only := data["settings"].get("only"):
+        what = f"{what}, {only}"
     rows = (
         "latents of 512 beside D columns of rope"
         if latent
@@ -209,7 +211,7 @@ def caches_section(data: dict[str, Any]) -> str:
     )
     return section(
         data,
-        f"Caches, {what.get(data['grid'], data['grid'])}",
+        f"Caches, {what}",
         f"Causal; {rows}; keys and values cold. The sum is PyTorch's, of as many bytes.",
         caches.table(data),
     )
