@@ -14,23 +14,11 @@ TILE_M, TILE_N = 192, 32
 NO_LIMIT = 2**31 - 1
 MAIN = f"""
 #include <iostream>
-#include <memory>
-#include <utility>
 #include <vector>
 #include "cute_kernels/attention/prefill/cut.hpp"
 #include "cute_kernels/attention/prefill/sequences.hpp"
-#include "cute_kernels/attention/schedule/work_list.hpp"
+#include "tests/host_lists.hpp"
 using namespace cute_kernels::attention;
-
-template <class Builder, int... kPhases>
-void build(Builder builder, std::integer_sequence<int, kPhases...>) {{
-  auto phase = [&](auto number) {{
-    for (int thread = 0; thread < Builder::kThreads; ++thread) {{
-      builder.template phase<number()>(thread);
-    }}
-  }};
-  (phase(std::integral_constant<int, kPhases>{{}}), ...);
-}}
 
 /// As cut_last_tiles() does on the device.
 std::vector<WorkTile> cut_tiles(WorkList const& list, int heads, int ctas) {{
@@ -47,14 +35,9 @@ std::vector<WorkTile> cut_tiles(WorkList const& list, int heads, int ctas) {{
 
 void list_tiles(CachedCall const& call, int ctas) {{
   using Tiling = QueryTiling<{TILE_M}, {TILE_N}>;
-  using Builder = WorkListBuilder<Tiling, CachedCall>;
-  int64_t const most = most_tiles(call, {TILE_M});
-  int64_t const bytes = work_list_bytes(call.batch, most);
-  std::unique_ptr<WorkTile[]> memory(new WorkTile[bytes / sizeof(WorkTile) + 1]);
-  WorkList const list = work_list_at(memory.get(), call.batch, most);
-  typename Builder::Shared shared;
-  build(Builder(call, list, shared), std::make_integer_sequence<int, Builder::kPhases>());
-  for (WorkTile const& tile : cut_tiles(list, call.heads_kv, ctas)) {{
+  HostWorkList<WorkListBuilder<Tiling, CachedCall>> const listed(call, call.batch,
+                                                                 most_tiles(call, {TILE_M}));
+  for (WorkTile const& tile : cut_tiles(listed.list, call.heads_kv, ctas)) {{
     Sequence const& of = tile.sequence;
     GroupedRanges<PlainDivisor> const rows(of.seqlen_q, of.seqlen_k, tile.left_edge,
                                            tile.right_edge, {{call.group}});

@@ -17,25 +17,15 @@ CHANNELS = 16  # of V; a row has 64
 TILES = [(64, 136), (256, 136), (192, 144)]  # tile_m, tile_n
 MAIN = """
 #include <iostream>
-#include <memory>
 #include <vector>
 #include "cute_kernels/attention/window/mask.hpp"
 #include "cute_kernels/attention/window/value_guard.hpp"
+#include "tests/host_lists.hpp"
 using namespace cute_kernels;
 using namespace cute_kernels::attention;
 using Element = cutlass::bfloat16_t;
 
 constexpr int kChannels = %d, kRowElements = 64, kWarpM = 16;
-
-template <class Builder, int... kPhases>
-void build(Builder builder, std::integer_sequence<int, kPhases...>) {
-  auto phase = [&](auto number) {
-    for (int thread = 0; thread < Builder::kThreads; ++thread) {
-      builder.template phase<number()>(thread);
-    }
-  };
-  (phase(std::integral_constant<int, kPhases>{}), ...);
-}
 
 struct Tensors {
   std::vector<Element> v, out;  // (rows, heads, channels)
@@ -70,9 +60,9 @@ class Kernel {
   using Builder = WorkListBuilder<RowTiling<kTileM>, GroupedCall>;
 
  public:
-  Kernel(AttentionCall const& call, Tensors& tensors) : tensors_(tensors), call_{call, 0} {
+  Kernel(AttentionCall const& call, Tensors& tensors)
+      : tensors_(tensors), call_(grouped_call(call)) {
     CallSizes const& sizes = call.sizes;
-    while (sizes.heads_kv << call_.group_log2 < sizes.heads_q) ++call_.group_log2;
     auto view = [](std::vector<Element>& data, int heads) {
       return TensorView{data.data(), 0, int64_t{heads} * kChannels, kChannels};
     };
@@ -84,13 +74,8 @@ class Kernel {
   }
 
   void run() {
-    int64_t const most = most_tiles(call_, kTileM);
-    int const batch = call_.call.sizes.batch;
-    std::unique_ptr<WorkTile[]> memory(
-        new WorkTile[work_list_bytes(batch, most) / sizeof(WorkTile) + 1]);
-    WorkList const list = work_list_at(memory.get(), batch, most);
-    typename Builder::Shared shared;
-    build(Builder(call_, list, shared), std::make_integer_sequence<int, Builder::kPhases>());
+    HostWorkList<Builder> const listed(call_, call_.call.sizes.batch, most_tiles(call_, kTileM));
+    WorkList const& list = listed.list;
     auto each_tile = [&](auto visit) {
       for (int i = 0; i < *list.count; ++i) {
         for (int head = 0; head < call_.call.sizes.heads_kv; ++head) visit(list.tiles[i], head);
@@ -186,21 +171,14 @@ class Kernel {
   bool wanted_ = false;
 };
 
-std::vector<int> read() {
-  int count;
-  std::cin >> count;
-  std::vector<int> values(count);
-  for (int& value : values) std::cin >> value;
-  return values;
-}
-
 int main() {
   int left, right, tile;
   AttentionCall call{};
   CallSizes& sizes = call.sizes;
   while (std::cin >> sizes.heads_q >> sizes.heads_kv >> left >> right >> tile) {
     call.mask = {std::nullopt, left, right};
-    std::vector<int> const cu_q = read(), cu_k = read(), used_q = read(), used_k = read();
+    std::vector<int> const cu_q = read_numbers(), cu_k = read_numbers(), used_q = read_numbers(),
+                           used_k = read_numbers();
     sizes.batch = static_cast<int>(cu_q.size()) - 1;
     call.packed.cu_seqlens_q = cu_q.data();
     call.packed.cu_seqlens_k = cu_k.data();
@@ -209,8 +187,10 @@ int main() {
     call.packed.total_q = cu_q.back();
     call.packed.total_k = cu_k.back();
     Tensors tensors;
-    tensors.wild_keys = read();
-    for (int bits : read()) tensors.v.push_back(Element::bitcast(static_cast<uint16_t>(bits)));
+    tensors.wild_keys = read_numbers();
+    for (int bits : read_numbers()) {
+      tensors.v.push_back(Element::bitcast(static_cast<uint16_t>(bits)));
+    }
     tensors.out.resize(int64_t{call.packed.total_q} * sizes.heads_q * kChannels);
     switch (tile) {
       %s

@@ -13,21 +13,10 @@ NONE = -1000  # a mask's field without a value
 TILES = [(64, 136), (256, 136), (192, 144)]  # tile_m, tile_n
 MAIN = f"""
 #include <iostream>
-#include <memory>
-#include <utility>
 #include <vector>
 #include "cute_kernels/attention/window/plan.hpp"
+#include "tests/host_lists.hpp"
 using namespace cute_kernels::attention;
-
-template <class Builder, int... kPhases>
-void build(Builder builder, std::integer_sequence<int, kPhases...>) {{
-  auto phase = [&](auto number) {{
-    for (int thread = 0; thread < Builder::kThreads; ++thread) {{
-      builder.template phase<number()>(thread);
-    }}
-  }};
-  (phase(std::integral_constant<int, kPhases>{{}}), ...);
-}}
 
 // Of each row that a consumer has: the tensor's row and entry, the head of the group, the rows of
 // the tensors that hold the first key and the one behind the last, their columns in the
@@ -35,17 +24,12 @@ void build(Builder builder, std::integer_sequence<int, kPhases...>) {{
 template <int kTileM, int kTileN>
 void list_rows(AttentionCall const& call) {{
   using Tiling = RowTiling<kTileM>;
-  using Builder = WorkListBuilder<Tiling, GroupedCall>;
   constexpr int kRows = WindowKeys::kWarpgroupM, kWarpgroups = kTileM / kRows;
-  GroupedCall grouped{{call, 0}};
-  while (call.sizes.heads_kv << grouped.group_log2 < call.sizes.heads_q) ++grouped.group_log2;
+  GroupedCall const grouped = grouped_call(call);
   int const group = 1 << grouped.group_log2;
-  int64_t const most = most_tiles(grouped, kTileM);
-  int64_t const bytes = work_list_bytes(call.sizes.batch, most);
-  std::unique_ptr<WorkTile[]> memory(new WorkTile[bytes / sizeof(WorkTile) + 1]);
-  WorkList const list = work_list_at(memory.get(), call.sizes.batch, most);
-  typename Builder::Shared shared;
-  build(Builder(grouped, list, shared), std::make_integer_sequence<int, Builder::kPhases>());
+  HostWorkList<WorkListBuilder<Tiling, GroupedCall>> const listed(grouped, call.sizes.batch,
+                                                                  most_tiles(grouped, kTileM));
+  WorkList const& list = listed.list;
   WindowKeys const keys{{kRows / group, kTileN}};
   for (int i = 0; i < *list.count; ++i) {{
     WorkTile const& tile = list.tiles[i];
@@ -67,14 +51,6 @@ void list_rows(AttentionCall const& call) {{
   std::cout << '\\n';
 }}
 
-std::vector<int> read() {{
-  int count;
-  std::cin >> count;
-  std::vector<int> values(count);
-  for (int& value : values) std::cin >> value;
-  return values;
-}}
-
 int main() {{
   auto field = [](int value) {{
     return value == {NONE} ? std::nullopt : std::optional<int>(value);
@@ -86,7 +62,7 @@ int main() {{
   while (std::cin >> sizes.batch >> sizes.seqlen_q >> sizes.seqlen_k >> packed.total_q >>
          packed.total_k >> sizes.heads_q >> sizes.heads_kv >> diagonal >> left >> right >> tile) {{
     call.mask = {{field(diagonal), field(left), field(right)}};
-    std::vector<int> const cu_q = read(), cu_k = read();
+    std::vector<int> const cu_q = read_numbers(), cu_k = read_numbers();
     packed.cu_seqlens_q = cu_q.empty() ? nullptr : cu_q.data();
     packed.cu_seqlens_k = cu_k.empty() ? nullptr : cu_k.data();
     constexpr int kKeys[] = {{{", ".join(str(n) for _, n in TILES)}}};

@@ -13,34 +13,18 @@ NEIGHBOURS = {64: 4, 128: 4, 192: 2}  # by tile_m
 NONE = -1000  # a mask's field without a value
 MAIN = f"""
 #include <iostream>
-#include <memory>
-#include <utility>
 #include <vector>
-#include "cute_kernels/attention/schedule/work_list.hpp"
+#include "tests/host_lists.hpp"
 using namespace cute_kernels::attention;
 
 constexpr int kHeads = {HEADS};
 
-template <class Builder, int... kPhases>
-void build(Builder builder, std::integer_sequence<int, kPhases...>) {{
-  auto phase = [&](auto number) {{
-    for (int thread = 0; thread < Builder::kThreads; ++thread) {{
-      builder.template phase<number()>(thread);
-    }}
-  }};
-  (phase(std::integral_constant<int, kPhases>{{}}), ...);
-}}
-
 template <int kTileM, int kTileN>
 void list_tiles(AttentionCall const& call) {{
   using Tiling = QueryTiling<kTileM, kTileN>;
-  int64_t const most = most_tiles(call, kTileM);
-  int64_t const bytes = work_list_bytes(call.sizes.batch, most);
-  std::unique_ptr<WorkTile[]> memory(new WorkTile[bytes / sizeof(WorkTile) + 1]);
-  WorkList const list = work_list_at(memory.get(), call.sizes.batch, most);
-  using Builder = WorkListBuilder<Tiling>;
-  typename Builder::Shared shared;
-  build(Builder(call, list, shared), std::make_integer_sequence<int, Builder::kPhases>());
+  HostWorkList<WorkListBuilder<Tiling>> const listed(call, call.sizes.batch,
+                                                     most_tiles(call, kTileM));
+  WorkList const& list = listed.list;
   std::cout << *list.count << ' ' << list.most;
   for (int i = 0; i < *list.count; ++i) {{
     WorkTile const& tile = list.tiles[i];
@@ -58,14 +42,6 @@ void list_tiles(AttentionCall const& call) {{
   std::cout << '\\n';
 }}
 
-std::vector<int> read() {{
-  int count;
-  std::cin >> count;
-  std::vector<int> values(count);
-  for (int& value : values) std::cin >> value;
-  return values;
-}}
-
 int main() {{
   auto field = [](int value) {{
     return value == {NONE} ? std::nullopt : std::optional<int>(value);
@@ -77,8 +53,9 @@ int main() {{
   while (std::cin >> sizes.batch >> sizes.seqlen_q >> sizes.seqlen_k >> packed.total_q >>
          packed.total_k >> diagonal >> left >> right >> tile_m >> tile_n) {{
     call.mask = {{field(diagonal), field(left), field(right)}};
-    std::vector<int> const cu_q = read(), cu_k = read(), used_q = read(), used_k = read(),
-                           diagonals = read();
+    std::vector<int> const cu_q = read_numbers(), cu_k = read_numbers(),
+                           used_q = read_numbers(), used_k = read_numbers(),
+                           diagonals = read_numbers();
     auto given = [](std::vector<int> const& values) {{
       return values.empty() ? nullptr : values.data();
     }};

@@ -17,6 +17,7 @@
 #include "cute_kernels/attention/softmax_scale.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/launch.hpp"
+#include "cute_kernels/sm90/tma_boxes.hpp"
 
 namespace cute_kernels::attention {
 
@@ -84,28 +85,13 @@ int64_t prefill_workspace_bytes(DecodeProblem const& problem) {
   return work_list_bytes(problem.call.batch, most_tiles(problem.call, Traits::kTileM) + cut);
 }
 
-/// A cache to TMA: (columns, slots, heads, pages). Nothing reads the stride of a dimension of size
-/// 1, but a descriptor wants a valid one.
+/// A cache to TMA: (columns, slots, heads, pages).
 template <class Element>
 cute::TmaDescriptor boxes_of(CacheView const& view, int columns, int heads, CachePages const& pages,
                              int box_rows) {
-  cuuint64_t const sizes[] = {static_cast<cuuint64_t>(columns),
-                              static_cast<cuuint64_t>(pages.page_size),
-                              static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(pages.pages)};
-  auto bytes = [&](cuuint64_t size, int64_t stride) {
-    return sizeof(Element) * static_cast<cuuint64_t>(size > 1 ? stride : columns);
-  };
-  cuuint64_t const strides[] = {bytes(sizes[1], view.slot_stride),
-                                bytes(sizes[2], view.head_stride),
-                                bytes(sizes[3], view.page_stride)};
-  cuuint32_t const box[] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
-  cuuint32_t const steps[] = {1, 1, 1, 1};
-  cute::TmaDescriptor descriptor;
-  cuTensorMapEncodeTiled(&descriptor, cute::TMA::to_CUtensorMapDataType<Element>(), 4,
-                         const_cast<void*>(view.data), sizes, strides, box, steps,
-                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                         CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return descriptor;
+  return sm90::tma_boxes<Element>(view.data, {columns, pages.page_size, heads, pages.pages},
+                                  {view.slot_stride, view.head_stride, view.page_stride},
+                                  {box_rows, 1, 1});
 }
 
 /// Starts the kernel of a tile on `stream`, and before it the one that lists its tiles.

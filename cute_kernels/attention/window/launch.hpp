@@ -9,37 +9,17 @@
 #include "cute_kernels/attention/window/kernel.hpp"
 #include "cute_kernels/attention/window/traits.hpp"
 #include "cute_kernels/sm90/launch.hpp"
+#include "cute_kernels/sm90/tma_boxes.hpp"
 
 namespace cute_kernels::attention {
 
-/// A tensor to TMA: (channels, heads, rows, batch), in boxes of one row of the swizzle. Nothing
-/// reads the stride of a dimension of size 1, but a descriptor wants a valid one.
+/// A tensor to TMA: (channels, heads, rows, batch).
 template <class Element>
 cute::TmaDescriptor window_boxes(TensorView const& view, int channels, int heads, int rows,
                                  int batch, int box_heads, int box_rows) {
-  cuuint64_t const sizes[] = {static_cast<cuuint64_t>(channels), static_cast<cuuint64_t>(heads),
-                              static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(batch)};
-  auto bytes = [&](cuuint64_t size, int64_t stride) {
-    return sizeof(Element) * static_cast<cuuint64_t>(size > 1 ? stride : channels);
-  };
-  cuuint64_t const strides[] = {bytes(sizes[1], view.head_stride),
-                                bytes(sizes[2], view.seqlen_stride),
-                                bytes(sizes[3], view.batch_stride)};
-  cuuint32_t const box[] = {64, static_cast<cuuint32_t>(box_heads),
-                            static_cast<cuuint32_t>(box_rows), 1};
-  cuuint32_t const steps[] = {1, 1, 1, 1};
-  cute::TmaDescriptor descriptor;
-  cuTensorMapEncodeTiled(&descriptor, cute::TMA::to_CUtensorMapDataType<Element>(), 4,
-                         const_cast<void*>(view.data), sizes, strides, box, steps,
-                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                         CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return descriptor;
-}
-
-inline GroupedCall grouped_call(AttentionCall const& call) {
-  GroupedCall grouped{call, 0};
-  while (call.sizes.heads_kv << grouped.group_log2 < call.sizes.heads_q) ++grouped.group_log2;
-  return grouped;
+  return sm90::tma_boxes<Element>(view.data, {channels, heads, rows, batch},
+                                  {view.head_stride, view.seqlen_stride, view.batch_stride},
+                                  {box_heads, box_rows, 1});
 }
 
 template <class Traits>

@@ -74,6 +74,13 @@ struct GroupedCall {
   int group_log2;
 };
 
+/// Of a call that fits_window().
+constexpr GroupedCall grouped_call(AttentionCall const& call) {
+  GroupedCall grouped{call, 0};
+  while (call.sizes.heads_kv << grouped.group_log2 < call.sizes.heads_q) ++grouped.group_log2;
+  return grouped;
+}
+
 constexpr AttentionCall const& attention_call(GroupedCall const& grouped) { return grouped.call; }
 
 constexpr int sequences(GroupedCall const& grouped) { return sequences(grouped.call); }
