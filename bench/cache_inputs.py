@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from bench.cache_cells import LATENT, CacheCell
+from bench.cells import NORMAL, Cell
 from bench.check import FP8, Attention, Parts
+from bench.distributions import draw
 from bench.packed_inputs import sinks_of, starts
 from bench.timing import Call, CapturedCall
 
@@ -33,7 +35,7 @@ class Caches:
 
 def cache_inputs(cell: CacheCell, device: str = "cuda") -> tuple[torch.Tensor, Caches]:
     """Queries, (tokens, heads, head_dim), latent and rope columns of latent attention, and the
-    caches. N(0, 1); queries to e4m3 are numbers that e4m3 has, too."""
+    caches. N(0, 1) or as the cell's data says; queries to e4m3 are numbers that e4m3 has, too."""
     generator = torch.Generator(device).manual_seed(0)
     dtype, element = DTYPES[cell.dtype], DTYPES[cell.element]
 
@@ -48,13 +50,38 @@ def cache_inputs(cell: CacheCell, device: str = "cuda") -> tuple[torch.Tensor, C
     for row, own in zip(table, order.split(list(cell.pages)), strict=True):
         row[: len(own)] = own
     sinks = sinks_of(cell.heads, q.device, dtype) if cell.sinks else None
+    copies = [normal(*shape) for _ in range(cell.copies)]
+    if cell.data != NORMAL:
+        q = _change(cell, copies, table)
     return q, Caches(
-        [normal(*shape) for _ in range(cell.copies)],
+        copies,
         table.to(device),
         torch.tensor(cell.lengths, dtype=torch.int32, device=device),
         starts(cell.queries, q.device),
         sinks,
     )
+
+
+def _change(cell: CacheCell, copies: list[torch.Tensor], table: torch.Tensor) -> torch.Tensor:
+    """Gives each sequence's rows of each copy the cell's data, and returns the queries of the
+    last."""
+    element, device = DTYPES[cell.element], copies[0].device
+    names = ("dtype", "mask", "heads", "heads_kv", "head_dim", "data")
+    shared = {name: getattr(cell, name) for name in names}
+    largest = torch.finfo(element).max
+    for number, copy in enumerate(copies):
+        queries = []
+        for sequence, own in enumerate(table):
+            count, length = cell.queries[sequence], cell.lengths[sequence]
+            one = Cell(batch=1, seqlen=count, seqlen_k=length, **shared)
+            drawn = draw(one, str(device), seed=number * cell.batch + sequence)
+            q, *rows = (x[0].clamp(-largest, largest).to(element) for x in drawn)
+            queries.append(q.to(drawn[0].dtype))
+            page = own.to(device).long()[torch.arange(length, device=device) // cell.page_size]
+            place = torch.arange(length, device=device) % cell.page_size
+            for pages, new in zip(copy, rows, strict=True):
+                pages[page, place] = new
+    return torch.cat(queries)
 
 
 def rows_of(pages: torch.Tensor, caches: Caches, sequence: int, count: int) -> torch.Tensor:

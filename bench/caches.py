@@ -10,13 +10,15 @@ from typing import Any
 
 from bench import comparison, report, session, vllm_library
 from bench.cache_cells import FLASHMLA, GRIDS, SUM, VLLM, CacheCell
-from bench.cells import cell_name
+from bench.cells import NORMAL, cell_name, on_data
+from bench.distributions import chosen
 
 PEERS = (VLLM, FLASHMLA)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = session.parser(__doc__, "caches")
+    session.add_data_option(parser)
     session.add_only_option(parser)
     parser.add_argument(
         "--grid",
@@ -51,6 +53,8 @@ def run(arguments: argparse.Namespace, grid: str) -> dict[str, Any]:
     data["providers"] = comparison.describe(loaded, missing)
     data["cells"] = []
     cells = [cell for cell in GRIDS[grid](dtype=arguments.dtype) if arguments.only in cell.name]
+    # Latent attention has no keys and values to draw apart
+    cells = on_data(cells, chosen([NORMAL] if grid == "latent" else arguments.data))
     for number, cell in enumerate(cells, start=1):
         timed = measure.time_cell(cell, loaded, arguments.rounds, arguments.target_ms, task)
         entry = record.add(cell, with_bandwidth(cell, timed))

@@ -1,7 +1,9 @@
-"""Who computes attention inside packed sequences: ours, and FlashAttention-3 of two libraries."""
+"""Who computes attention inside packed sequences: ours, FlashAttention-3 of two libraries,
+FlashAttention-4, and PyTorch's own."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from bench.providers import (
     Provider,
     Unavailable,
     fa3_of_a_library,
+    fa4_module,
+    fa4_options,
     library_of,
 )
 
@@ -23,6 +27,8 @@ DENSE = f"{OURS}:dense"
 DETERMINISTIC = f"{OURS}:deterministic"
 XFORMERS = "fa3-xformers"
 VLLM = "fa3-vllm"
+FA4 = "fa4"
+VARLEN = "varlen-attn"
 
 
 def ours(name: str = OURS, deterministic: bool = False) -> Provider:
@@ -122,12 +128,62 @@ def vllm(path: Path | None) -> Provider:
     return Provider(VLLM, "FA3 (vLLM)", f"_vllm_fa3_C of {name}", function)
 
 
+def fa4() -> Provider:
+    module, version = fa4_module()
+
+    def function(cell: PackedCell):
+        options = fa4_options(causal=True, window_size=cell.window_size)
+
+        def call(q, k, v):
+            at = starts(cell.lengths, q.device)
+            sinks = _sinks(cell, q, torch.bfloat16)
+            lengths = {"cu_seqlens_q": at, "cu_seqlens_k": at}
+            longest = {"max_seqlen_q": cell.seqlen, "max_seqlen_k": cell.seqlen}
+            return module.flash_attn_varlen_func(
+                q, k, v, **lengths, **longest, learnable_sink=sinks, **options
+            )
+
+        return call
+
+    return Provider(FA4, "FA4 (CuTe DSL)", version, function)
+
+
+def varlen_attn() -> Provider:
+    """PyTorch's, which is FlashAttention-2."""
+    if not torch.cuda.is_available():
+        raise Unavailable("varlen_attn needs a GPU")
+    try:
+        from torch.nn.attention import varlen
+    except ImportError as error:
+        raise Unavailable(f"torch {torch.__version__} has no varlen_attn: {error}") from error
+
+    def function(cell: PackedCell):
+        options: dict[str, Any] = {"window_size": (cell.window, 0)}
+        if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
+            options["enable_gqa"] = cell.heads != cell.heads_kv
+
+        def call(q, k, v):
+            at = starts(cell.lengths, q.device)
+            return varlen.varlen_attn(q, k, v, at, at, cell.seqlen, cell.seqlen, **options)
+
+        return call
+
+    def takes(cell: PackedCell) -> bool:
+        return not cell.sinks and cell.head_dim == cell.head_dim_v
+
+    return Provider(VARLEN, "varlen_attn", f"torch {torch.__version__}", function, takes=takes)
+
+
 def load(
     backward: bool, fa3: Path | None, vllm_path: Path | None
 ) -> tuple[list[Provider], dict[str, str]]:
     """Ours and the peers that can run here, and why others cannot."""
     loaded = [ours(), dense()]
-    loaders: Iterable[tuple[str, Any]] = [(XFORMERS, lambda: xformers(fa3))]
+    loaders: Iterable[tuple[str, Any]] = [
+        (XFORMERS, lambda: xformers(fa3)),
+        (FA4, fa4),
+        (VARLEN, varlen_attn),
+    ]
     if backward:
         loaded.append(ours(DETERMINISTIC, deterministic=True))
         loaders = [

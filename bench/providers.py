@@ -231,6 +231,17 @@ def _flash_attn_like(
     )
 
 
+def fa4_module() -> tuple[Any, str]:
+    """FlashAttention-4, and the version to record."""
+    return _import("flash_attn.cute"), _version("flash-attn-4")
+
+
+def fa4_options(causal: bool, window_size: tuple[int, int], **more: Any) -> dict[str, Any]:
+    """Of its functions, which say None where others say -1."""
+    left, right = (None if x < 0 else x for x in window_size)
+    return {"causal": causal, "window_size": (left, right), **more}
+
+
 def _fa3_from_source() -> Provider:
     module = "flash_attn_interface"
     if module not in sys.modules and fa3_library.registered():

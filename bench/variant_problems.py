@@ -13,13 +13,13 @@ from torch import Tensor
 from bench import vllm_library
 from bench.cells import Cell
 from bench.check import Options
-from bench.providers import OURS, Provider, library_of
+from bench.providers import OURS, Provider, fa4_options, library_of
 from bench.variant_cells import FORWARD, Case
 from bench.variant_rules import Rule, packed_call, rule_of
 from cute_kernels import BlockMask, __version__, flash_attn_func
 from cute_kernels.variants.kernels import load, rows_of
 
-FLEX, FA3 = "flex-attention", "fa3-vllm"
+FLEX, FA3, FA4 = "flex-attention", "fa3-vllm", "fa4"
 LIBRARY = f"{OURS}:library"  # the same attention without hooks
 PLAIN = f"{OURS}:no-blocks"  # hooks, and no block mask
 BLOCKS = f"{OURS}:blocks"  # with one, which the call does not need
@@ -67,8 +67,11 @@ def _ours(name: str, label: str, function: Callable[..., Tensor], *parameters: T
     )
 
 
-def of_rule(case: Case, rule: Rule, seqlen: int, device: str, peers: Iterable[str]) -> Problem:
-    """Hooks with and without a block mask, FlexAttention, and the library without hooks."""
+def of_rule(
+    case: Case, rule: Rule, seqlen: int, device: str, peers: Iterable[str], fa4: Any = None
+) -> Problem:
+    """Hooks with and without a block mask, FlexAttention, FlashAttention-4 (None: without it), and
+    the library without hooks."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     batch = case.batch if rule.of_batch else None
@@ -95,12 +98,18 @@ def of_rule(case: Case, rule: Rule, seqlen: int, device: str, peers: Iterable[st
             arrange=heads_first,
         )
         candidates.append(Candidate(provider, rule.options))
+    if fa4 is not None:
+        from bench import fa4_rules
+
+        function = fa4_rules.call(case.rule, list(rule.tensors), blocks)
+        provider = Provider(FA4, "FA4 (CuTe DSL)", fa4[1], lambda cell: function)
+        candidates.append(Candidate(provider, rule.options))
     return Problem(case, rule.pairs(case.batch, seqlen, device), candidates)
 
 
-def of_arguments(case: Case, seqlen: int, device: str, fa3: Any) -> Problem:
-    """Softcap or sinks, by dense and packed calls, beside FlashAttention-3 (None: without it), and
-    what they cost."""
+def of_arguments(case: Case, seqlen: int, device: str, fa3: Any, fa4: Any = None) -> Problem:
+    """Softcap or sinks, by dense and packed calls, beside FlashAttention-3 and 4 (None: without
+    it), and what they cost."""
     starts = torch.arange(0, (case.batch + 1) * seqlen, seqlen, dtype=torch.int32, device=device)
     sinks, parameters = None, ()
     if case.sinks:  # numbers that FlashAttention-3's bfloat16 has, too
@@ -129,6 +138,22 @@ def of_arguments(case: Case, seqlen: int, device: str, fa3: Any) -> Problem:
             version="_vllm_fa3_C",
             function=lambda cell: function,
             takes=_is_forward,
+        )
+        candidates.append(Candidate(provider, options))
+    if fa4 is not None:
+        module, version = fa4
+        theirs = None if sinks is None else sinks.detach().bfloat16().requires_grad_()
+        function = partial(
+            module.flash_attn_func,
+            learnable_sink=theirs,
+            **fa4_options(**plain, softcap=case.softcap),
+        )
+        provider = Provider(
+            name=FA4,
+            label="FA4 (CuTe DSL)",
+            version=version,
+            function=lambda cell: function,
+            parameters=() if theirs is None else (theirs,),
         )
         candidates.append(Candidate(provider, options))
     return Problem(case, case.batch * _pairs(seqlen, case.window_size[0]), candidates)

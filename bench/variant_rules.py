@@ -35,6 +35,7 @@ class Rule:
     are as many.
 
     `causal`: what a call has beside the hooks, so that those need not say it.
+    `tensors`: those that the hooks read, each once.
     `library`: the same attention, or where that needs hooks nothing; `without`: the same pairs
     without the hooks, another attention.
     """
@@ -45,6 +46,7 @@ class Rule:
     of_batch: bool = False
     score: Callable[..., Tensor] | None = None
     exact_score: Callable[..., Tensor] | None = None
+    tensors: tuple[Tensor, ...] = ()
     library: Callable[..., Tensor] | None = None
     without: Callable[..., Tensor] | None = None
 
@@ -75,6 +77,7 @@ def alibi(batch: int, heads: int, seqlen: int, device: str) -> Rule:
         causal=True,
         score=lambda score, b, h, i, j: score + slopes[h] * (j - i),
         exact_score=lambda score, b, h, i, j: score + exact[h] * (j - i),
+        tensors=(slopes,),
         without=partial(flash_attn_func, causal=True),
     )
 
@@ -96,6 +99,7 @@ def document(batch: int, heads: int, seqlen: int, device: str) -> Rule:
         mask=lambda b, h, i, j: (j <= i) & (of_token[b, i] == of_token[b, j]),
         causal=True,
         of_batch=True,
+        tensors=(of_token,),
         library=packed_call(packed, int(lengths.max()), causal=True),
     )
 
@@ -106,6 +110,7 @@ def prefix_lm(batch: int, heads: int, seqlen: int, device: str) -> Rule:
         variants.prefix_lm(prefix),
         mask=lambda b, h, i, j: (j <= i) | (j < prefix[b]),
         of_batch=True,
+        tensors=(prefix,),
     )
 
 

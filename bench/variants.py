@@ -17,7 +17,7 @@ from bench import comparison, report, session, vllm_library
 from bench.cells import cell_name
 from bench.variant_cells import BACKWARD, CASES, FORWARD, SEQLEN
 
-PEER_NAMES = ("flex-attention", "fa3-vllm")
+PEER_NAMES = ("flex-attention", "fa3-vllm", "fa4")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -64,13 +64,20 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> dict[str, Any]:
     suffix = "" if len(passes(arguments)) == 2 else f"_{passes(arguments)[0]}"
     path = arguments.out / f"variants_{arguments.dtype}{suffix}.json"
     record = session.Record("variants", path, arguments)
-    data, fa3 = record.data, None
-    data["providers"], data["cells"] = {}, []
-    if variant_problems.FA3 in arguments.peers:
+    data = record.data
+    data["cells"] = []
+    loaders = {
+        variant_problems.FA3: partial(variant_problems.load_fa3, arguments.vllm_library),
+        variant_problems.FA4: providers.fa4_module,
+    }
+    loaded: dict[str, Any] = dict.fromkeys(loaders)
+    missing = {}
+    for name in loaders.keys() & set(arguments.peers):
         try:
-            fa3 = variant_problems.load_fa3(arguments.vllm_library)
+            loaded[name] = loaders[name]()
         except providers.Unavailable as error:
-            data["providers"] = comparison.describe([], {variant_problems.FA3: str(error)})
+            missing[name] = str(error)
+    data["providers"] = comparison.describe([], missing)
     cases = [CASES[name] for name in arguments.cases]
     rules = variant_problems.rules_of(cases, arguments.seqlen, device)
     data["compiled"] = compile_all(arguments, rules)
@@ -80,10 +87,12 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> dict[str, Any]:
         begin = time.perf_counter()
         if case.rule:
             rule = rules[case.name]
-            given = (arguments.seqlen, device, arguments.peers)
+            given = (arguments.seqlen, device, arguments.peers, loaded[variant_problems.FA4])
             problem = variant_problems.of_rule(case, rule, *given)
         else:
-            problem = variant_problems.of_arguments(case, arguments.seqlen, device, fa3)
+            problem = variant_problems.of_arguments(
+                case, arguments.seqlen, device, *loaded.values()
+            )
         cell = case.cell(arguments.dtype, arguments.seqlen, problem.pairs, of_pass)
         entry = record.add(cell, time_problem(problem, cell, arguments, data))
         comparison.progress(number, len(todo), entry, cell, report.peers_of(data))

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +74,25 @@ def test_grids_are_cold_and_have_names_of_their_own(monkeypatch, grid):
         assert all(q <= n for q, n in zip(cell.queries, cell.lengths, strict=True))
     if grid == "decode":
         assert (cells[0].name, cells[0].bytes, cells[0].copies) == ("1 of 1 on 1k", 2**22, 36)
+
+
+@pytest.mark.parametrize("data", ["sd6", "channels", "spike"])
+@pytest.mark.parametrize("cell", [c for c in CELLS if not c.latent], ids=str)
+def test_other_data_than_normal(cell, data):
+    cell = replace(cell, data=data)
+    q, held = cache_inputs.cache_inputs(cell, "cpu")
+    normal = cache_inputs.cache_inputs(replace(cell, data="normal"), "cpu")[1]
+    assert torch.equal(held.table, normal.table)
+    for sequence, length in enumerate(cell.lengths):
+        k = cache_inputs.rows_of(held.copies[0][0], held, sequence, length).float()
+        if data == "channels":
+            assert k[..., :4].std() > 10 * k[..., 4:].std()
+        if data == "spike":
+            assert (k[0, :, -1] > 1).all() and not k[1:, :, -1].any()
+    reference = CacheReference(cell, q, held)
+    provider = cache_providers.ours()
+    out = provider.output(provider.bind(cell, q, held)())
+    assert reference.error(out) <= reference.tolerance
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)

@@ -240,9 +240,42 @@ def test_peers_that_are_missing_say_how_to_get_them(monkeypatch):
     for variable in (fa3_library.VARIABLE, vllm_library.VARIABLE):
         monkeypatch.delenv(variable, raising=False)
     loaded, missing = packed_providers.load(False, None, Path("no/such.so"))
-    assert [provider.name for provider in loaded] == ["ours", "ours:dense"]
+    assert [provider.name for provider in loaded][:2] == ["ours", "ours:dense"]
+    assert "fa4" in missing and "flash_attn.cute cannot be imported" in missing["fa4"]
     assert "xformers==" in missing["fa3-xformers"]
     assert "no file no/such.so" in missing["fa3-vllm"] and "vllm==" in missing["fa3-vllm"]
     loaded, missing = packed_providers.load(True, None, None)
-    assert [provider.name for provider in loaded][2:] == ["ours:deterministic"]
-    assert list(missing) == ["fa3-xformers", "fa3-xformers:deterministic"]
+    assert [provider.name for provider in loaded][2] == "ours:deterministic"
+    assert {"fa3-xformers", "fa3-xformers:deterministic"} < set(missing)
+
+
+@pytest.mark.parametrize("window", [-1, 5])
+def test_fa4_is_asked_the_same(monkeypatch, window):
+    """By its names; sinks in bfloat16, None where others say -1."""
+    cell = next(c for c in packed_grid("bf16") if c.sinks and c.window > 0)
+    cell = replace(
+        cell, batch=2, seqlen=9, lengths=(9, 4), heads=4, heads_kv=2, head_dim_v=64, window=window
+    )
+
+    def theirs(q, k, v, *, learnable_sink, window_size, **options):
+        assert learnable_sink.dtype == torch.bfloat16
+        left, right = window_size
+        assert left == (None if window < 0 else window) and right in (None, 0)
+        return flash_attn_varlen_func(
+            q, k, v, sinks=learnable_sink.float(), window_size=cell.window_size, **options
+        ), None
+
+    module = SimpleNamespace(flash_attn_varlen_func=theirs)
+    monkeypatch.setattr(packed_providers, "fa4_module", lambda: (module, "a version"))
+    inputs = packed_inputs.packed_inputs(cell, "cpu")
+    peer = packed_providers.fa4()
+    reference = PackedReference(cell, *inputs)
+    assert reference.error(peer.output(peer.bind(cell, *inputs)())) <= reference.tolerance
+
+
+def test_varlen_attn_is_no_peer_of_what_it_has_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    peer = packed_providers.varlen_attn()
+    taken = {cell.name for cell in packed_grid("bf16") if peer.takes(cell)}
+    refused = {cell.name for cell in packed_grid("bf16")} - taken
+    assert refused and all("sinks" in name or "V's" in name for name in refused)

@@ -172,6 +172,28 @@ def test_what_fa3_is_given():
     assert seen["s_aux"].dtype == torch.bfloat16 and seen["window_size_left"] == 127
 
 
+@pytest.mark.parametrize("name", ["sinks-window", "softcap-64"])
+def test_fa4_is_asked_the_same(name):
+    case = replace(CASES[name], batch=1, heads=4, heads_kv=2, head_dim=16)
+    seen = {}
+
+    def flash_attn_func(q, k, v, **options):
+        seen.update(options)
+        return q * 0
+
+    module = SimpleNamespace(flash_attn_func=flash_attn_func)
+    problem = variant_problems.of_arguments(case, 8, "cpu", None, (module, "a version"))
+    (peer,) = (c.provider for c in problem.candidates if c.provider.name == "fa4")
+    q, k, v = (torch.randn(1, 8, h, 16, dtype=torch.bfloat16) for h in (4, 2, 2))
+    peer.bind(case.cell("bf16", 8, 36, BACKWARD), q, k, v)()
+    assert seen["causal"] is True and seen["softcap"] == case.softcap
+    if case.sinks:
+        assert seen["window_size"] == (127, 0) and peer.parameters[0].dtype == torch.bfloat16
+        assert peer.parameters[0] is seen["learnable_sink"]
+    else:
+        assert seen["window_size"] == (None, None) and seen["learnable_sink"] is None
+
+
 def test_what_was_not_captured_is_said():
     cell = CASES["sinks"].cell("bf16", 8, 36, BACKWARD).as_dict()
     results = {"ours": {"timed_by": "graph"}, "flex-attention": {"timed_by": "eager"}}
