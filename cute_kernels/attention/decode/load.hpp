@@ -20,7 +20,7 @@ class CacheLoader {
   static constexpr int kLanes = cutlass::NumThreadsPerWarp;
   static constexpr int kWarps = cutlass::NumWarpsPerWarpGroup;
   static constexpr int kVector = kVectorBytes / sizeof(Element);
-  static constexpr int kLanesOfRow = Traits::kHeadDim / kVector;
+  static constexpr int kLanesOfRow = Traits::kColumns / kVector;
   static constexpr int kRowsAtOnce = kLanes / kLanesOfRow;  // of a warp
 
  public:
@@ -34,20 +34,21 @@ class CacheLoader {
     auto const find = [&](int block) { return key_row(walk, block); };
     bool const alike = have_same_places(source_.k, source_.v);
     auto const copy = [&](FoundRow const& row) {
-      auto places = places_of<Traits::kTileN>(row_place<kVector>(row, source_.k, walk.head()));
+      int const head = walk.head() * Traits::kHeads;
+      auto places = places_of<Traits::kTileN>(row_place<kVector>(row, source_.k, head));
       shared_.k_empty[stage_.index].wait(stage_.phase ^ 1);
       copy_keys(shared_.k, source_.k, call_.head_dim, places);
       if constexpr (Traits::kEightBits) {
-        copy_factors(shared_.key_factors[stage_.index], format_.k_of_row, walk.head(), row);
+        copy_factors(shared_.key_factors[stage_.index], format_.k_of_row, head, row);
       }
       sm90::arrive_when_gathered(shared_.k_full[stage_.index]);
       if (!alike) {
-        places = places_of<Traits::kTileN>(row_place<kVector>(row, source_.v, walk.head()));
+        places = places_of<Traits::kTileN>(row_place<kVector>(row, source_.v, head));
       }
       shared_.v_empty[stage_.index].wait(stage_.phase ^ 1);
       copy_keys(shared_.v, source_.v, call_.head_dim_v, places);
       if constexpr (Traits::kEightBits) {
-        copy_factors(shared_.value_factors[stage_.index], format_.v_of_row, walk.head(), row);
+        copy_factors(shared_.value_factors[stage_.index], format_.v_of_row, head, row);
       }
       sm90::arrive_when_gathered(shared_.v_full[stage_.index]);
       stage_.advance();
@@ -98,8 +99,9 @@ class CacheLoader {
 
   CUTLASS_DEVICE void load_queries(Walk const& walk) {
     shared_.q_empty.wait(q_phase_ ^ 1);
+    int const group = walk.sequence().group;
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < Traits::kConsumers; ++i) {
+    for (int i = 0; i < Traits::kConsumers / Traits::kHeads; ++i) {
       int const number = i * Traits::kWarpgroupM + found_row();
       int const rows = walk.tile().rows - i * Traits::kWarpgroupM;
       if (rows <= 0) break;
@@ -107,10 +109,10 @@ class CacheLoader {
       if (found_row() < Traits::kWarpgroupM && number < walk.tile().rows) {
         source_.group(row.major, row.minor, walk.tile().first_row + number);
         row.major += walk.sequence().row_q;
-        row.minor += walk.head() * walk.sequence().group;
+        row.minor += walk.head() * Traits::kHeads * group;
       }
-      copy_rows<Traits::kWarpgroupM>(shared_.q[i].data(), typename Traits::LayoutQ{},
-                                     source_.q.data, call_.head_dim,
+      copy_rows<Traits::kWarpgroupM>(shared_.q[i].data(), typename Traits::LayoutQueries{},
+                                     source_.q.data, call_.head_dim, group * source_.q.head_stride,
                                      places_of<Traits::kWarpgroupM>(row_place<kVector>(
                                          row, source_.q.seqlen_stride, source_.q.head_stride)),
                                      rows);
@@ -136,7 +138,8 @@ class CacheLoader {
   CUTLASS_DEVICE void copy_keys(Stages& stages, CacheView const& view, int columns,
                                 Places<Traits::kTileN> const& places) const {
     copy_rows<Traits::kTileN>(stages.data() + stage_.index * Traits::kStageElements,
-                              typename Traits::LayoutRows{}, view.data, columns, places);
+                              typename Traits::LayoutStage{}, view.data, columns, view.head_stride,
+                              places);
   }
 
   /// Of the rows that the lanes have found.
@@ -154,19 +157,22 @@ class CacheLoader {
     sm90::gather_or_clear_float(&factors[found_row()], view.data + offset, found.major >= 0);
   }
 
-  /// Copies the rows of a tile, but for passes behind row `rows`. Columns from `columns` on are 0.
+  /// Copies the rows of a tile, but for passes behind row `rows`. Columns of a head from `columns`
+  /// on are 0; from one head of the tile's to the next are `head_stride` elements.
   template <int kRows, class SwizzledLayout>
   CUTLASS_DEVICE static void copy_rows(Element* shared, SwizzledLayout const& swizzled,
-                                       void const* global, int columns, Places<kRows> const& from,
-                                       int rows = kRows) {
+                                       void const* global, int columns, int64_t head_stride,
+                                       Places<kRows> const& from, int rows = kRows) {
     int const part = lane() / kLanesOfRow;
     int const column = lane() % kLanesOfRow * kVector;
+    int const of_head = column % Traits::kHeadDim;
     // The swizzle's period is 8 rows: a thread's places repeat after as many passes, further on.
     constexpr int kPeriod = kRowsAtOnce * kWarps < 8 ? 8 / (kRowsAtOnce * kWarps) : 1;
     constexpr int kPeriodBytes = kPeriod * kRowsAtOnce * kWarps * Traits::kSwizzleBytes;
     auto const layout = cute::as_position_independent_swizzle_layout(swizzled);
-    bool const has_column = column < columns;
-    auto const first = reinterpret_cast<uint64_t>(global) + column * sizeof(Element);
+    bool const has_column = of_head < columns;
+    int64_t const offset = column / Traits::kHeadDim * head_stride + of_head;
+    auto const first = reinterpret_cast<uint64_t>(global) + offset * sizeof(Element);
     uint32_t places[kPeriod];
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kPeriod; ++i) {

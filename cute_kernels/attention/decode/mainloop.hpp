@@ -66,7 +66,7 @@ class DecodeMainloop {
     }
     Part part(walk, warpgroup());
     part.begin = sm90::uniform(part.begin);
-    part.turns = sm90::uniform(part.turns);
+    if constexpr (Traits::kHeads == 1) part.turns = sm90::uniform(part.turns);
     if (part.begin < walk.end_block()) {
       compute_rows(walk, part, softmax, out);
     } else {
@@ -82,7 +82,9 @@ class DecodeMainloop {
                              Results const& results) const {
     Part const part(walk, warpgroup());
     AccumulatorPlace place{part.first_row + first_accumulator_row(), first_accumulator_column()};
-    if constexpr (Traits::kConsumers == 2) {
+    if constexpr (Traits::kHeads > 1) {
+      place.row += warpgroup() * Traits::kTileRows;
+    } else if constexpr (Traits::kConsumers == 2) {
       if (part.takes_turns() && has_turns(walk)) {
         auto half = TurnsEnd<Traits>(walk, warpgroup(), passed_, shared_).join(softmax, out);
         place.column += warpgroup() * Traits::kHeadDim / 2;
@@ -137,9 +139,10 @@ class DecodeMainloop {
     typename Traits::MmaPv mma_pv;
     auto slice_qk = mma_qk.get_thread_slice(thread);
     auto slice_pv = mma_pv.get_thread_slice(thread);
-    // Of 8 bits each warpgroup has queries of its own.
-    int const buffer =
-        sm90::uniform(Traits::kEightBits ? warpgroup() : part.first_row / kWarpgroupM);
+    // Of 8 bits, and where it has a head, each warpgroup has queries of its own.
+    int const buffer = sm90::uniform(Traits::kEightBits || Traits::kHeads > 1
+                                         ? warpgroup()
+                                         : part.first_row / kWarpgroupM);
     auto shared_q =
         make_tensor(make_smem_ptr(shared_.q[buffer].data()), typename Traits::LayoutQ{});
     auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(shared_q));
@@ -168,7 +171,7 @@ class DecodeMainloop {
       shared_.k_full[k_stage.index].wait(k_stage.phase);
       cutlass::arch::fence_view_async_shared();
       sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, sm90::described_here(operand_q),
-                                              operand_k(_, _, _, k_stage.index), scores);
+                                              operand_k(_, _, _, plane_of(k_stage)), scores);
     };
     // S has been computed.
     auto release_keys = [&](int block) {
@@ -208,11 +211,11 @@ class DecodeMainloop {
       int const key = first_key(block);
       shared_.v_full[v_stage.index].wait(v_stage.phase);
       if (key < seen_by_all.begin || min(key + kTileN, tile.keys.end) > seen_by_all.end) {
-        guard_values(walk, part, out_rows, key, v_stage.index);
+        guard_values(walk, part, out_rows, key, plane_of(v_stage));
       }
       cutlass::arch::fence_view_async_shared();
       sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
-                                               operand_v(_, _, _, v_stage.index), out);
+                                               operand_v(_, _, _, plane_of(v_stage)), out);
     };
     auto release_values = [&] {
       release(shared_.v_empty[v_stage.index], part.turns);
@@ -256,6 +259,11 @@ class DecodeMainloop {
     softmax.reduce_sums();
   }
 
+  /// Where a warpgroup's keys or values of a stage are.
+  CUTLASS_DEVICE static int plane_of(Stage const& stage) {
+    return Traits::kHeads > 1 ? stage.index * Traits::kHeads + warpgroup() : stage.index;
+  }
+
   /// The arrivals of a warp, and of those of other warpgroups that do not come here.
   CUTLASS_DEVICE static void release(cutlass::arch::ClusterBarrier const& barrier, int count = 1) {
     if (cute::elect_one_sync()) sm90::arrive(barrier, count);
@@ -288,15 +296,16 @@ class DecodeMainloop {
   /// see in part, when V has landed.
   template <class Output>
   CUTLASS_DEVICE void guard_values(Walk const& walk, Part const& part, Output& out, int key,
-                                   int stage) {
+                                   int plane) {
     using namespace cute;
     constexpr auto kCleared = sm90::NamedBarrier::kValuesCleared;
-    Element* const data = shared_.v.data() + stage * Traits::kStageElements;
+    Element* const data = shared_.v.data() + plane * Traits::kPlaneElements;
     int const thread = threadIdx.x % kThreads;
     // Each of the warpgroups that read the block looks at all of it.
-    int const all_threads = (part.takes_turns() ? 1 : Traits::kConsumers) * kThreads;
-    int const first_reader = part.takes_turns() ? warpgroup() : 0;
-    bool const own = sm90::all_finite<kThreads, Traits::kStageElements>(data, thread);
+    bool const is_alone = Traits::kHeads > 1 || part.takes_turns();
+    int const all_threads = (is_alone ? 1 : Traits::kConsumers) * kThreads;
+    int const first_reader = is_alone ? warpgroup() : 0;
+    bool const own = sm90::all_finite<kThreads, Traits::kPlaneElements>(data, thread);
     if (sm90::barrier_all(kCleared, first_reader, all_threads, own)) return;
     auto const values = make_tensor(make_smem_ptr(data), typename Traits::LayoutRows{});
     constexpr int kBits = 32;
@@ -333,7 +342,7 @@ class DecodeMainloop {
     }
     sm90::barrier_sync(kCleared, first_reader, all_threads);
     if (warpgroup() == first_reader) {
-      sm90::clear_nonfinite<kThreads, Traits::kStageElements>(data, thread);
+      sm90::clear_nonfinite<kThreads, Traits::kPlaneElements>(data, thread);
     }
     cutlass::arch::fence_view_async_shared();
     sm90::barrier_sync(kCleared, first_reader, all_threads);

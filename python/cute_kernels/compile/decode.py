@@ -31,12 +31,13 @@ DECODE_FIELDS = (
     Field("tile_n", int, REQUIRED, "kTileN"),
     Field("stages", int, 2, "kStages"),
     Field("ctas", int, 1, "kCtas"),
+    Field("heads", int, 1, "kHeads"),
     Field("why", str),
 )
 
 
 def decode_shared_memory(row: Row) -> dict[str, int]:
-    stage = row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
+    stage = row["tile_n"] * row["heads"] * row["head_dim"] * ELEMENT_BYTES
     return aligned(
         {
             "K": row["stages"] * stage,
@@ -100,6 +101,15 @@ def decode_problems(row: Row) -> list[str]:
             f"stages = {row['stages']} must be at least {row['tile_m'] // WARPGROUP_M}: consumer "
             f"warpgroups take turns with them"
         )
+    if row["heads"] != 1 and (row["heads"], row["head_dim"], row["tile_m"]) != (
+        2,
+        64,
+        2 * WARPGROUP_M,
+    ):
+        found.append(
+            f"heads = {row['heads']} must be 1, or 2 with head_dim = 64 and tile_m = "
+            f"{2 * WARPGROUP_M}: each of two consumer warpgroups has a head of 128 bytes a row"
+        )
     warpgroups = row["tile_m"] / WARPGROUP_M, row["ctas"]
     if warpgroups not in DECODE_CONSUMER_REGISTERS:
         found.append(
@@ -128,6 +138,7 @@ FP8_DECODE_FIELDS = (
     Field("stages", int, 2, "kStages"),
     Field("staged", int, 0, "kStaged"),
     Field("ctas", int, 1, "kCtas"),
+    Field("heads", int, 1, "kHeads"),
     Field("consumer_warpgroups", int, FP8_CONSUMERS, "kConsumerWarpgroups"),
     Field("why", str),
 )
@@ -192,10 +203,10 @@ def fp8_decode_problems(row: Row) -> list[str]:
     found = decode_rows_problems(row)
     if row["tile_m"] not in (FP8_FEW_ROWS, FP8_MANY_ROWS):
         found.append(f"tile_m = {row['tile_m']} must be {FP8_FEW_ROWS} or {FP8_MANY_ROWS}")
-    if (row["ctas"], row["consumer_warpgroups"]) != (1, FP8_CONSUMERS):
+    if (row["ctas"], row["heads"], row["consumer_warpgroups"]) != (1, 1, FP8_CONSUMERS):
         found.append(
-            f"ctas = {row['ctas']} and consumer_warpgroups = {row['consumer_warpgroups']} must be "
-            f"1 and {FP8_CONSUMERS}"
+            f"ctas = {row['ctas']}, heads = {row['heads']} and consumer_warpgroups = "
+            f"{row['consumer_warpgroups']} must be 1, 1 and {FP8_CONSUMERS}"
         )
     if found:
         return found
@@ -339,7 +350,7 @@ DECODE = Pass(
     fields=DECODE_FIELDS,
     dtypes=DTYPES,
     element="Element",
-    config=("tile_m", "tile_n"),
+    config=("tile_m", "tile_n", "heads"),
     shared_memory=decode_shared_memory,
     registers=decode_registers,
     problems=decode_problems,
