@@ -266,7 +266,9 @@ class DecodeEpilogue {
     CUTLASS_PRAGMA_NO_UNROLL
     for (int first_row = warp; first_row < rows; first_row += kWarps * kRows) {
       // Rows behind the tile's last one are read as that one.
-      auto row_of = [&](int i) { return row_of_number(walk, min(first_row + i * kWarps, rows - 1)); };
+      auto row_of = [&](int i) {
+        return row_of_number(walk, min(first_row + i * kWarps, rows - 1));
+      };
       RowStatistics own[kRows];
       auto read_statistics = [&](int first) {
         CUTLASS_PRAGMA_UNROLL

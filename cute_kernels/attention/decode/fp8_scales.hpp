@@ -37,7 +37,8 @@ class Fp8Scales {
   /// from it.
   CUTLASS_DEVICE void begin(Walk const& walk, int group, int first_row, int row_of_group,
                             SharedStorage& shared) {
-    float unit = of_sequence(format_.q_of_sequence, walk) * of_sequence(format_.k_of_sequence, walk);
+    float unit =
+        of_sequence(format_.q_of_sequence, walk) * of_sequence(format_.k_of_sequence, walk);
     if constexpr (Traits::kByWarps) {
       if (format_.is_int8) unit *= 1.f / kRaisedUnit;
     }

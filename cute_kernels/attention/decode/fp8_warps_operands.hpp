@@ -49,8 +49,9 @@ class Fp8WarpsOperands {
   template <int kCount, int kRows = 2, class Data>
   CUTLASS_DEVICE static auto columns_of(Data data) {
     using namespace cute;
-    return make_tensor(data, Layout<Shape<Int<kRows>, Shape<_2, _2, Int<kCount>>>,
-                                    Stride<_2, Stride<_4, _1, _8>>>{});
+    return make_tensor(
+        data,
+        Layout<Shape<Int<kRows>, Shape<_2, _2, Int<kCount>>>, Stride<_2, Stride<_4, _1, _8>>>{});
   }
   CUTLASS_DEVICE static int first_output_column() { return threadIdx.x % 4 * 4; }
 

@@ -5,6 +5,7 @@
 #include "cute_kernels/attention/decode/cache_rows.hpp"
 #include "cute_kernels/attention/decode/traits.hpp"
 #include "cute_kernels/sm90/gather.hpp"
+#include "cute_kernels/sm90/uniform.hpp"
 
 namespace cute_kernels::attention {
 
@@ -22,42 +23,64 @@ class CacheLoader {
   static constexpr int kVector = kVectorBytes / sizeof(Element);
   static constexpr int kLanesOfRow = Traits::kColumns / kVector;
   static constexpr int kRowsAtOnce = kLanes / kLanesOfRow;  // of a warp
+  static constexpr int kRowsOfWarp = Traits::kTileN / kWarps;
+  static constexpr int kBlocksAtOnce = kLanes / kRowsOfWarp;
+  static constexpr int kTurnsAhead =
+      Traits::kLookAhead > kBlocksAtOnce ? Traits::kLookAhead / kBlocksAtOnce : 1;
+  static_assert(kRowsOfWarp % kRowsAtOnce == 0 && kLanes % kRowsOfWarp == 0);
+  using Stage = RingStage<Traits::kStages>;
 
  public:
   CUTLASS_DEVICE CacheLoader(CachedCall const& call, CacheSource const& source,
                              typename Traits::Format const& format, SharedStorage& shared)
       : call_(call), source_(source), format_(format), shared_(shared) {}
 
-  /// Issues every load of one part.
+  /// Issues every load of one part. Rows are found of as many blocks at a time as have one for each
+  /// lane of a warp.
   CUTLASS_DEVICE void load(Walk const& walk) {
-    if (walk.begin_block() == walk.end_block()) return;
-    auto const find = [&](int block) { return key_row(walk, block); };
+    // The same in all threads: so barriers have their addresses in uniform registers.
+    int const begin = sm90::uniform(walk.begin_block()), end = sm90::uniform(walk.end_block());
+    if (begin == end) return;
+    Stage stage = Stage::of(sm90::uniform(passed_));
+    int block = begin;
+    int const head = walk.head() * Traits::kHeads;
     bool const alike = have_same_places(source_.k, source_.v);
+    auto const find = [&](int turn) { return key_row(walk, begin + turn * kBlocksAtOnce); };
     auto const copy = [&](FoundRow const& row) {
-      int const head = walk.head() * Traits::kHeads;
-      auto places = places_of<Traits::kTileN>(row_place<kVector>(row, source_.k, head));
-      shared_.k_empty[stage_.index].wait(stage_.phase ^ 1);
-      copy_keys(shared_.k, source_.k, call_.head_dim, places);
+      uint32_t const of_keys = row_place<kVector>(row, source_.k, head);
+      uint32_t const of_values = alike ? of_keys : row_place<kVector>(row, source_.v, head);
+      [[maybe_unused]] Factor key_factor, value_factor;
       if constexpr (Traits::kEightBits) {
-        copy_factors(shared_.key_factors[stage_.index], format_.k_of_row, head, row);
+        key_factor = factor_of(format_.k_of_row, row, head);
+        value_factor = factor_of(format_.v_of_row, row, head);
       }
-      sm90::arrive_when_gathered(shared_.k_full[stage_.index]);
-      if (!alike) {
-        places = places_of<Traits::kTileN>(row_place<kVector>(row, source_.v, head));
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kBlocksAtOnce; ++i) {
+        if (i > 0 && block == end) break;
+        auto places = places_of_keys(of_keys, i);
+        shared_.k_empty[stage.index].wait(stage.phase ^ 1);
+        copy_keys(shared_.k, stage.index, source_.k, call_.head_dim, places);
+        if constexpr (Traits::kEightBits) {
+          copy_factors(shared_.key_factors[stage.index], key_factor, i);
+        }
+        sm90::arrive_when_gathered(shared_.k_full[stage.index]);
+        if (!alike) places = places_of_keys(of_values, i);
+        shared_.v_empty[stage.index].wait(stage.phase ^ 1);
+        copy_keys(shared_.v, stage.index, source_.v, call_.head_dim_v, places);
+        if constexpr (Traits::kEightBits) {
+          copy_factors(shared_.value_factors[stage.index], value_factor, i);
+        }
+        sm90::arrive_when_gathered(shared_.v_full[stage.index]);
+        stage.advance();
+        ++block;
       }
-      shared_.v_empty[stage_.index].wait(stage_.phase ^ 1);
-      copy_keys(shared_.v, source_.v, call_.head_dim_v, places);
-      if constexpr (Traits::kEightBits) {
-        copy_factors(shared_.value_factors[stage_.index], format_.v_of_row, head, row);
-      }
-      sm90::arrive_when_gathered(shared_.v_full[stage_.index]);
-      stage_.advance();
     };
     auto const prepare = [&] {
       if constexpr (!Traits::kEightBits) load_queries(walk);
     };
-    copy_blocks<Traits::kLookAhead>(walk.begin_block(), walk.end_block(), source_.pages.pages, find,
-                                    prepare, copy);
+    int const turns = (end - begin + kBlocksAtOnce - 1) / kBlocksAtOnce;
+    copy_blocks<kTurnsAhead>(0, turns, source_.pages.pages, find, prepare, copy);
+    passed_ += end - begin;
   }
 
   /// Rows behind a tile's last one are never copied: they are 0, or of a tile before. By all
@@ -89,12 +112,17 @@ class CacheLoader {
   CUTLASS_DEVICE static int found_row() {
     return row_of(lane() / kRowsAtOnce, lane() % kRowsAtOnce);
   }
+  /// The same of keys, of one of several blocks.
+  CUTLASS_DEVICE static int found_block() { return lane() / kRowsOfWarp; }
+  CUTLASS_DEVICE static int found_key() {
+    return row_of(lane() % kRowsOfWarp / kRowsAtOnce, lane() % kRowsAtOnce);
+  }
 
+  /// Of the blocks from `block` on.
   CUTLASS_DEVICE FoundRow key_row(Walk const& walk, int block) const {
     KeySpan const keys = walk.tile().keys;
-    int const key = keys.begin + block * Traits::kTileN + found_row();
-    bool const there = found_row() < Traits::kTileN && key < keys.end;
-    return there ? row_of_key(source_, walk.entry(), key) : FoundRow{-1, 0};
+    int const key = keys.begin + (block + found_block()) * Traits::kTileN + found_key();
+    return key < keys.end ? row_of_key(source_, walk.entry(), key) : FoundRow{-1, 0};
   }
 
   CUTLASS_DEVICE void load_queries(Walk const& walk) {
@@ -128,33 +156,47 @@ class CacheLoader {
   template <int kRows>
   using Places = cutlass::Array<uint32_t, kPasses<kRows>>;
 
+  /// What the lanes from `first` on have found.
   template <int kRows>
-  CUTLASS_DEVICE static Places<kRows> places_of(uint32_t found) {
+  CUTLASS_DEVICE static Places<kRows> places_of(uint32_t found, int first = 0) {
     static_assert(kPasses<kRows> * kRowsAtOnce <= kLanes, "a lane finds one row");
-    return found_by_lanes<kPasses<kRows>>(found, lane() / kLanesOfRow, kRowsAtOnce);
+    return found_by_lanes<kPasses<kRows>>(found, first + lane() / kLanesOfRow, kRowsAtOnce);
+  }
+  CUTLASS_DEVICE static Places<Traits::kTileN> places_of_keys(uint32_t found, int block) {
+    return places_of<Traits::kTileN>(found, block * kRowsOfWarp);
   }
 
   template <class Stages>
-  CUTLASS_DEVICE void copy_keys(Stages& stages, CacheView const& view, int columns,
+  CUTLASS_DEVICE void copy_keys(Stages& stages, int stage, CacheView const& view, int columns,
                                 Places<Traits::kTileN> const& places) const {
-    copy_rows<Traits::kTileN>(stages.data() + stage_.index * Traits::kStageElements,
+    copy_rows<Traits::kTileN>(stages.data() + stage * Traits::kStageElements,
                               typename Traits::LayoutStage{}, view.data, columns, view.head_stride,
                               places);
   }
 
-  /// Of the rows that the lanes have found.
-  template <class Factors, class View>
-  CUTLASS_DEVICE static void copy_factors(Factors& factors, View const& view, int head,
-                                          FoundRow const& found) {
-    if (view.data == nullptr || found_row() >= Traits::kTileN) return;
-    // Strides have 32 bits, which the host has checked; of a row that is nowhere nothing is read.
+  /// Where the factor of the row that a lane has found is, if there is such a row; null: rows have
+  /// no factors.
+  struct Factor {
+    float const* from;
+    bool there;
+  };
+  template <class View>
+  CUTLASS_DEVICE static Factor factor_of(View const& view, FoundRow const& found, int head) {
+    // Strides have 32 bits, which the host has checked.
     auto const times = [](int index, int64_t stride, uint64_t behind) {
       return sm90::multiply_add(index, static_cast<uint32_t>(stride), behind);
     };
     uint64_t const of_head = times(head, view.head_stride, 0);
     uint64_t const offset =
         times(found.major, view.page_stride, times(found.minor, view.slot_stride, of_head));
-    sm90::gather_or_clear_float(&factors[found_row()], view.data + offset, found.major >= 0);
+    return {view.data == nullptr ? nullptr : view.data + offset, found.major >= 0};
+  }
+
+  /// Of the rows of one of the blocks.
+  template <class Factors>
+  CUTLASS_DEVICE static void copy_factors(Factors& factors, Factor const& factor, int block) {
+    bool const is_own = factor.from != nullptr && found_block() == block;
+    sm90::gather_or_clear_float_if(is_own, &factors[found_key()], factor.from, factor.there);
   }
 
   /// Copies the rows of a tile, but for passes behind row `rows`. Columns of a head from `columns`
@@ -192,7 +234,7 @@ class CacheLoader {
   CacheSource const& source_;
   typename Traits::Format const& format_;
   SharedStorage& shared_;
-  RingStage<Traits::kStages> stage_;
+  uint32_t passed_ = 0;  // blocks of the parts so far
   uint32_t q_phase_ = 0;
 };
 

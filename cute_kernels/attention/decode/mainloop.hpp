@@ -140,9 +140,8 @@ class DecodeMainloop {
     auto slice_qk = mma_qk.get_thread_slice(thread);
     auto slice_pv = mma_pv.get_thread_slice(thread);
     // Of 8 bits, and where it has a head, each warpgroup has queries of its own.
-    int const buffer = sm90::uniform(Traits::kEightBits || Traits::kHeads > 1
-                                         ? warpgroup()
-                                         : part.first_row / kWarpgroupM);
+    int const buffer = sm90::uniform(
+        Traits::kEightBits || Traits::kHeads > 1 ? warpgroup() : part.first_row / kWarpgroupM);
     auto shared_q =
         make_tensor(make_smem_ptr(shared_.q[buffer].data()), typename Traits::LayoutQ{});
     auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(shared_q));
@@ -166,12 +165,16 @@ class DecodeMainloop {
     Stage v_stage = k_stage;
     int const last = sm90::uniform(walk.end_block()) - part.turns;  // at the earliest
 
-    // S of a block, in flight.
-    auto issue_scores = [&] {
-      shared_.k_full[k_stage.index].wait(k_stage.phase);
-      cutlass::arch::fence_view_async_shared();
-      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, sm90::described_here(operand_q),
-                                              operand_k(_, _, _, plane_of(k_stage)), scores);
+    auto keys = [&] { return operand_k(_, _, _, plane_of(k_stage)); };
+    auto values = [&] { return operand_v(_, _, _, plane_of(v_stage)); };
+    auto wait_for_keys = [&] { shared_.k_full[k_stage.index].wait(k_stage.phase); };
+    // NaN that some rows do not see is cleared then.
+    auto wait_for_values = [&](int block) {
+      int const key = first_key(block);
+      shared_.v_full[v_stage.index].wait(v_stage.phase);
+      if (key < seen_by_all.begin || min(key + kTileN, tile.keys.end) > seen_by_all.end) {
+        guard_values(walk, part, out_rows, key, plane_of(v_stage));
+      }
     };
     // S has been computed.
     auto release_keys = [&](int block) {
@@ -206,17 +209,6 @@ class DecodeMainloop {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
       sm90::convert_fragment<Element>(p, probabilities);
     };
-    // O += P V of a block, in flight.
-    auto issue_values = [&](int block) {
-      int const key = first_key(block);
-      shared_.v_full[v_stage.index].wait(v_stage.phase);
-      if (key < seen_by_all.begin || min(key + kTileN, tile.keys.end) > seen_by_all.end) {
-        guard_values(walk, part, out_rows, key, plane_of(v_stage));
-      }
-      cutlass::arch::fence_view_async_shared();
-      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
-                                               operand_v(_, _, _, plane_of(v_stage)), out);
-    };
     auto release_values = [&] {
       release(shared_.v_empty[v_stage.index], part.turns);
       v_stage.advance(part.turns);
@@ -225,7 +217,10 @@ class DecodeMainloop {
     // Prologue: the first block's P, nothing to overlap with yet.
     int block = part.begin;
     float factor[kRows];
-    issue_scores();
+    wait_for_keys();
+    cutlass::arch::fence_view_async_shared();
+    sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, sm90::described_here(operand_q), keys(),
+                                            scores);
     warpgroup_wait<0>();
     warpgroup_fence_operand(scores);
     release_keys(block);
@@ -233,11 +228,15 @@ class DecodeMainloop {
     scale_probabilities(factor);
     round_probabilities();
 
-    // Steady state: the softmax of a block runs while P V of the one before is in flight.
+    // Steady state: the softmax of a block runs while P V of the one before is in flight. Values
+    // have landed before the keys that come behind them: a fence for both costs no time.
     CUTLASS_PRAGMA_NO_UNROLL
     for (; block < last; block += part.turns) {
-      issue_scores();
-      issue_values(block);
+      wait_for_values(block);
+      wait_for_keys();
+      cutlass::arch::fence_view_async_shared();
+      sm90::issue_gemms(mma_qk, sm90::described_here(operand_q), keys(), scores, mma_pv,
+                        probabilities, values(), out);
       warpgroup_wait<1>();
       warpgroup_fence_operand(scores);
       release_keys(block + part.turns);
@@ -251,7 +250,9 @@ class DecodeMainloop {
     }
 
     // Tail: the last block's P V. Where there have been turns its stage is needed once more.
-    issue_values(block);
+    wait_for_values(block);
+    cutlass::arch::fence_view_async_shared();
+    sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities, values(), out);
     warpgroup_wait<0>();
     warpgroup_fence_operand(out);
     if (!part.takes_turns() || !has_turns(walk)) release_values();

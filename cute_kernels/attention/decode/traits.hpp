@@ -72,9 +72,9 @@ struct DecodeTraits {
       SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kPlanes>>{}));
   // V seen as the B operand (head_dim, keys): the same memory, transposed by the WGMMA descriptor.
   using LayoutVt = decltype(cute::composition(
-      LayoutK{}, cute::make_layout(
-                     cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kPlanes>>{},
-                     cute::Stride<cute::Int<kTileN>, cute::_1, cute::Int<kPlaneElements>>{})));
+      LayoutK{},
+      cute::make_layout(cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kPlanes>>{},
+                        cute::Stride<cute::Int<kTileN>, cute::_1, cute::Int<kPlaneElements>>{})));
   // What the producer fills: a stage, and the queries of all heads.
   using LayoutStage = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kColumns>>{}));
