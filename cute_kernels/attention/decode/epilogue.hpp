@@ -3,6 +3,7 @@
 #include <cutlass/fast_math.h>
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/decode/part_rows.hpp"
 #include "cute_kernels/attention/decode/seen_keys.hpp"
 #include "cute_kernels/attention/decode/softmax.hpp"
 #include "cute_kernels/attention/decode/work.hpp"
@@ -23,8 +24,8 @@ struct DecodeResults {
   float const* sinks;
   void* out;                  // (total_q, heads_q, head_dim_v)
   float* lse;                 // (heads_q, total_q)
-  float* partial_out;         // (2, ctas, kHeads, kTileRows, kHeadDim)
-  RowStatistics* statistics;  // (2, ctas, kHeads, kTileRows)
+  float* partial_out;         // (2, ctas, PartRows::kCount, kHeadDim)
+  RowStatistics* statistics;  // (2, ctas, PartRows::kCount)
   uint64_t* counters;         // (ctas), of the item of which the CTA has the first part
   uint64_t ticket;            // of which a counter has the lower 48 bits
   bool is_bfloat16;           // what `out` is where the kernel does not say it, or float16
@@ -36,14 +37,12 @@ class DecodeEpilogue {
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
   using Walk = WorkWalk<Traits>;
+  using PartRows = attention::PartRows<Traits>;
 
   // All consumers combine the parts of an item.
   static constexpr int kThreads = Traits::kConsumers * cutlass::NumThreadsPerWarpGroup;
   static constexpr int kLanes = cutlass::NumThreadsPerWarp;
   static constexpr int kWarps = kThreads / kLanes;
-  static constexpr int kTileRows = Traits::kTileRows;
-  static constexpr int kHeads = Traits::kHeads;
-  static constexpr int kPartRows = kHeads * kTileRows;  // those of a head behind those of another
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kVector = 4;  // floats of 16 bytes
   // Combining, of a lane: vectors of a row, and vectors of all rows and parts that it reads at
@@ -51,7 +50,7 @@ class DecodeEpilogue {
   static constexpr int kLanesOfRow = kHeadDim / kVector < kLanes ? kHeadDim / kVector : kLanes;
   static constexpr int kLanesOfParts = kLanes / kLanesOfRow;
   static constexpr int kVectorsOfLane = kHeadDim / kVector / kLanesOfRow;
-  static constexpr int64_t kVectorsOfPart = int64_t{kPartRows} * kHeadDim / kVector;
+  static constexpr int64_t kVectorsOfPart = int64_t{PartRows::kCount} * kHeadDim / kVector;
   static constexpr int kVectorsAtOnce = 16;
   static constexpr int kFewParts = kVectorsOfLane > 2 ? 2 : 4;
   static constexpr int kCountBits = 16;  // of a counter
@@ -102,16 +101,6 @@ class DecodeEpilogue {
     return threadIdx.x - cutlass::NumThreadsPerWarpGroup;
   }
 
-  /// Whether the tile has a row, and the rows that it has.
-  CUTLASS_DEVICE static bool is_row(Walk const& walk, int row) {
-    return row % kTileRows < walk.tile().rows;
-  }
-  CUTLASS_DEVICE static int count_rows(Walk const& walk) { return kHeads * walk.tile().rows; }
-  CUTLASS_DEVICE static int row_of_number(Walk const& walk, int number) {
-    int const rows = walk.tile().rows;
-    return kHeads > 1 && number >= rows ? number - rows + kTileRows : number;
-  }
-
   /// A row of the item in the tensors.
   struct Place {
     int64_t row;  // of Q and O
@@ -119,8 +108,8 @@ class DecodeEpilogue {
   };
   CUTLASS_DEVICE Place place_of_row(Walk const& walk, int row) const {
     int query, head;
-    group_(query, head, walk.tile().first_row + row % kTileRows);
-    int const key_head = walk.head() * kHeads + row / kTileRows;
+    group_(query, head, walk.tile().first_row + PartRows::in_tile(row));
+    int const key_head = walk.head() * PartRows::kHeads + PartRows::head(row);
     return {int64_t{walk.sequence().row_q} + query, key_head * walk.sequence().group + head};
   }
 
@@ -156,7 +145,7 @@ class DecodeEpilogue {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size<0>(rows); ++i) {
       int const row = first.row + 8 * i;
-      if (!is_row(walk, row)) continue;
+      if (PartRows::in_tile(row) >= walk.tile().rows) continue;
       Place const place = place_of_row(walk, row);
       RowResult const result = result_of(place, softmax.statistics(i));
       if (first.column == 0) store_lse(place, result.lse);
@@ -188,9 +177,11 @@ class DecodeEpilogue {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size<0>(rows); ++i) {
       int const row = first.row + 8 * i;
-      if (!is_row(walk, row)) continue;
-      if (first.column == 0) results_.statistics[slot * kPartRows + row] = softmax.statistics(i);
-      float* const out = results_.partial_out + (slot * kPartRows + row) * kHeadDim + first.column;
+      if (PartRows::in_tile(row) >= walk.tile().rows) continue;
+      if (first.column == 0)
+        results_.statistics[slot * PartRows::kCount + row] = softmax.statistics(i);
+      float* const out =
+          results_.partial_out + (slot * PartRows::kCount + row) * kHeadDim + first.column;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(rows); col += kRun) {
         cutlass::AlignedArray<float, kRun> run;
@@ -245,7 +236,7 @@ class DecodeEpilogue {
   /// The result of all parts, always in the same order.
   CUTLASS_DEVICE void combine(Walk const& walk, WorkParts const& parts) const {
     int const warp = consumer_thread() / kLanes;
-    if (count_rows(walk) > kWarps && parts.count <= kFewParts) {
+    if (PartRows::kHeads * walk.tile().rows > kWarps && parts.count <= kFewParts) {
       combine_rows<kVectorsAtOnce / kVectorsOfLane / kFewParts>(walk, parts, warp);
     } else {
       combine_rows<1>(walk, parts, warp);
@@ -262,12 +253,12 @@ class DecodeEpilogue {
     static_assert(kRows > 0 && kPartsAtOnce > 0 && kLanes % kGroup == 0);
     int const lane = threadIdx.x % kLanes;
     int const own_part = lane / kLanesOfRow;
-    int const rows = count_rows(walk);
+    int const rows = PartRows::kHeads * walk.tile().rows;
     CUTLASS_PRAGMA_NO_UNROLL
     for (int first_row = warp; first_row < rows; first_row += kWarps * kRows) {
       // Rows behind the tile's last one are read as that one.
       auto row_of = [&](int i) {
-        return row_of_number(walk, min(first_row + i * kWarps, rows - 1));
+        return PartRows::row(min(first_row + i * kWarps, rows - 1), walk.tile().rows);
       };
       RowStatistics own[kRows];
       auto read_statistics = [&](int first) {
@@ -276,7 +267,7 @@ class DecodeEpilogue {
           own[i] = {-INFINITY, 0.f};
           if (first + lane >= parts.count) continue;
           float2 const pair = __ldcg(reinterpret_cast<float2 const*>(
-              results_.statistics + slot(parts, first + lane) * kPartRows + row_of(i)));
+              results_.statistics + slot(parts, first + lane) * PartRows::kCount + row_of(i)));
           own[i] = {pair.x, pair.y};
         }
       };
@@ -288,7 +279,7 @@ class DecodeEpilogue {
           // none.
           int64_t const place = parts.first + first + own_part;
           auto const* const from = reinterpret_cast<float4 const*>(
-              results_.partial_out + (place * kPartRows + row_of(i)) * kHeadDim);
+              results_.partial_out + (place * PartRows::kCount + row_of(i)) * kHeadDim);
           int64_t const before = first + own_part == 0 ? gridDim.x * kVectorsOfPart : 0;
           CUTLASS_PRAGMA_UNROLL
           for (int j = 0; j < kPartsAtOnce; ++j) {

@@ -38,10 +38,9 @@ class CacheLoader {
   /// Issues every load of one part. Rows are found of as many blocks at a time as have one for each
   /// lane of a warp.
   CUTLASS_DEVICE void load(Walk const& walk) {
-    // The same in all threads: so barriers have their addresses in uniform registers.
-    int const begin = sm90::uniform(walk.begin_block()), end = sm90::uniform(walk.end_block());
+    int const begin = walk.begin_block(), end = walk.end_block();
     if (begin == end) return;
-    Stage stage = Stage::of(sm90::uniform(passed_));
+    Stage stage = Stage::of(passed_);
     int block = begin;
     int const head = walk.head() * Traits::kHeads;
     bool const alike = have_same_places(source_.k, source_.v);
@@ -57,20 +56,22 @@ class CacheLoader {
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kBlocksAtOnce; ++i) {
         if (i > 0 && block == end) break;
+        // Known to be the same in all lanes, or each arrival would be a loop over addresses.
+        int const at = sm90::uniform(stage.index);
         auto places = places_of_keys(of_keys, i);
-        shared_.k_empty[stage.index].wait(stage.phase ^ 1);
-        copy_keys(shared_.k, stage.index, source_.k, call_.head_dim, places);
+        shared_.k_empty[at].wait(stage.phase ^ 1);
+        copy_keys(shared_.k, at, source_.k, call_.head_dim, places);
         if constexpr (Traits::kEightBits) {
-          copy_factors(shared_.key_factors[stage.index], key_factor, i);
+          copy_factors(shared_.key_factors[at], key_factor, i);
         }
-        sm90::arrive_when_gathered(shared_.k_full[stage.index]);
+        sm90::arrive_when_gathered(shared_.k_full[at]);
         if (!alike) places = places_of_keys(of_values, i);
-        shared_.v_empty[stage.index].wait(stage.phase ^ 1);
-        copy_keys(shared_.v, stage.index, source_.v, call_.head_dim_v, places);
+        shared_.v_empty[at].wait(stage.phase ^ 1);
+        copy_keys(shared_.v, at, source_.v, call_.head_dim_v, places);
         if constexpr (Traits::kEightBits) {
-          copy_factors(shared_.value_factors[stage.index], value_factor, i);
+          copy_factors(shared_.value_factors[at], value_factor, i);
         }
-        sm90::arrive_when_gathered(shared_.v_full[stage.index]);
+        sm90::arrive_when_gathered(shared_.v_full[at]);
         stage.advance();
         ++block;
       }

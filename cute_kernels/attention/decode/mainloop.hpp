@@ -5,6 +5,7 @@
 
 #include "cute_kernels/attention/decode/cache_rows.hpp"
 #include "cute_kernels/attention/decode/fp8_scales.hpp"
+#include "cute_kernels/attention/decode/part_rows.hpp"
 #include "cute_kernels/attention/decode/seen_keys.hpp"
 #include "cute_kernels/attention/decode/softmax.hpp"
 #include "cute_kernels/attention/decode/traits.hpp"
@@ -83,7 +84,7 @@ class DecodeMainloop {
     Part const part(walk, warpgroup());
     AccumulatorPlace place{part.first_row + first_accumulator_row(), first_accumulator_column()};
     if constexpr (Traits::kHeads > 1) {
-      place.row += warpgroup() * Traits::kTileRows;
+      place.row += warpgroup() * PartRows<Traits>::kOfHead;
     } else if constexpr (Traits::kConsumers == 2) {
       if (part.takes_turns() && has_turns(walk)) {
         auto half = TurnsEnd<Traits>(walk, warpgroup(), passed_, shared_).join(softmax, out);

@@ -203,11 +203,13 @@ def fp8_decode_problems(row: Row) -> list[str]:
     found = decode_rows_problems(row)
     if row["tile_m"] not in (FP8_FEW_ROWS, FP8_MANY_ROWS):
         found.append(f"tile_m = {row['tile_m']} must be {FP8_FEW_ROWS} or {FP8_MANY_ROWS}")
-    if (row["ctas"], row["heads"], row["consumer_warpgroups"]) != (1, 1, FP8_CONSUMERS):
+    if (row["ctas"], row["consumer_warpgroups"]) != (1, FP8_CONSUMERS):
         found.append(
-            f"ctas = {row['ctas']}, heads = {row['heads']} and consumer_warpgroups = "
-            f"{row['consumer_warpgroups']} must be 1, 1 and {FP8_CONSUMERS}"
+            f"ctas = {row['ctas']} and consumer_warpgroups = {row['consumer_warpgroups']} must be "
+            f"1 and {FP8_CONSUMERS}"
         )
+    if row["heads"] != 1:
+        found.append(f"heads = {row['heads']} must be 1")
     if found:
         return found
     found += fp8_warps_problems(row) if has_few_rows(row) else fp8_wide_problems(row)
