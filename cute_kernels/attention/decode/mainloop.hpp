@@ -146,10 +146,15 @@ class DecodeMainloop {
     auto shared_q =
         make_tensor(make_smem_ptr(shared_.q[buffer].data()), typename Traits::LayoutQ{});
     auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(shared_q));
-    auto shared_k = make_tensor(make_smem_ptr(shared_.k.data()), typename Traits::LayoutK{});
-    auto operand_k = slice_qk.make_fragment_B(slice_qk.partition_B(shared_k));
-    auto operand_v = slice_pv.make_fragment_B(slice_pv.partition_B(
-        make_tensor(make_smem_ptr(shared_.v.data()), typename Traits::LayoutVt{})));
+    // A warpgroup's planes, the first of which is that of its head.
+    auto planes = [&](auto& stages, auto const& layout) {
+      int const first = Traits::kHeads > 1 ? buffer * Traits::kPlaneElements : 0;
+      return make_tensor(make_smem_ptr(stages.data() + first), layout);
+    };
+    auto operand_k = slice_qk.make_fragment_B(
+        slice_qk.partition_B(planes(shared_.k, typename Traits::LayoutK{})));
+    auto operand_v = slice_pv.make_fragment_B(
+        slice_pv.partition_B(planes(shared_.v, typename Traits::LayoutVt{})));
     auto scores = partition_fragment_C(mma_qk, Shape<Int<kWarpgroupM>, Int<kTileN>>{});
     auto probabilities = make_tensor<Element>(sm90::accumulator_as_operand_a(scores.layout()));
     auto score_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
@@ -166,15 +171,15 @@ class DecodeMainloop {
     Stage v_stage = k_stage;
     int const last = sm90::uniform(walk.end_block()) - part.turns;  // at the earliest
 
-    auto keys = [&] { return operand_k(_, _, _, plane_of(k_stage)); };
-    auto values = [&] { return operand_v(_, _, _, plane_of(v_stage)); };
+    auto keys = [&] { return operand_k(_, _, _, k_stage.index * Traits::kHeads); };
+    auto values = [&] { return operand_v(_, _, _, v_stage.index * Traits::kHeads); };
     auto wait_for_keys = [&] { shared_.k_full[k_stage.index].wait(k_stage.phase); };
     // NaN that some rows do not see is cleared then.
     auto wait_for_values = [&](int block) {
       int const key = first_key(block);
       shared_.v_full[v_stage.index].wait(v_stage.phase);
       if (key < seen_by_all.begin || min(key + kTileN, tile.keys.end) > seen_by_all.end) {
-        guard_values(walk, part, out_rows, key, plane_of(v_stage));
+        guard_values(walk, part, out_rows, key, v_stage.index);
       }
     };
     // S has been computed.
@@ -261,11 +266,6 @@ class DecodeMainloop {
     softmax.reduce_sums();
   }
 
-  /// Where a warpgroup's keys or values of a stage are.
-  CUTLASS_DEVICE static int plane_of(Stage const& stage) {
-    return Traits::kHeads > 1 ? stage.index * Traits::kHeads + warpgroup() : stage.index;
-  }
-
   /// The arrivals of a warp, and of those of other warpgroups that do not come here.
   CUTLASS_DEVICE static void release(cutlass::arch::ClusterBarrier const& barrier, int count = 1) {
     if (cute::elect_one_sync()) sm90::arrive(barrier, count);
@@ -298,9 +298,10 @@ class DecodeMainloop {
   /// see in part, when V has landed.
   template <class Output>
   CUTLASS_DEVICE void guard_values(Walk const& walk, Part const& part, Output& out, int key,
-                                   int plane) {
+                                   int stage) {
     using namespace cute;
     constexpr auto kCleared = sm90::NamedBarrier::kValuesCleared;
+    int const plane = Traits::kHeads > 1 ? stage * Traits::kHeads + warpgroup() : stage;
     Element* const data = shared_.v.data() + plane * Traits::kPlaneElements;
     int const thread = threadIdx.x % kThreads;
     // Each of the warpgroups that read the block looks at all of it.
