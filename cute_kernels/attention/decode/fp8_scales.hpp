@@ -56,19 +56,21 @@ class Fp8Scales {
                                       SharedStorage const& shared) const {
     using namespace cute;
     static_assert(decltype(size<1>(scores))::value == kColumns);
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < size<0>(scores); ++row) {
+    if (format_.k_of_row.data == nullptr) {
       CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < kColumns; ++col) scores(row, col) *= unit_[row];
+      for (int row = 0; row < size<0>(scores); ++row) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int col = 0; col < kColumns; ++col) scores(row, col) *= unit_[row];
+      }
+      return;
     }
-    if (format_.k_of_row.data == nullptr) return;
     CUTLASS_PRAGMA_UNROLL
     for (int col = 0; col < kColumns; col += 2) {
       float2 const factor = pair_of(shared.key_factors[stage], column, col);
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < size<0>(scores); ++row) {
-        scores(row, col) *= factor.x;
-        scores(row, col + 1) *= factor.y;
+        scores(row, col) *= unit_[row] * factor.x;
+        scores(row, col + 1) *= unit_[row] * factor.y;
       }
     }
   }
@@ -76,8 +78,8 @@ class Fp8Scales {
   CUTLASS_DEVICE bool are_values_scaled() const { return format_.v_of_row.data != nullptr; }
 
   /// Turns P of a block into multiples of what `top` becomes, when its V has landed; P of unseen
-  /// keys stays 0, whatever their factors are: these are finite where rows are `alike`, so that all
-  /// of them see what one sees. What O so far is to be multiplied by changes, too: whether it is
+  /// keys stays 0, whatever their factors are. Where rows are `alike`, each seeing what the others
+  /// see, these are 0 themselves. What O so far is to be multiplied by changes, too: whether it is
   /// more than the softmax says.
   template <class Probabilities>
   CUTLASS_DEVICE bool apply_to_probabilities(Probabilities& p, int column, int stage,
