@@ -43,8 +43,9 @@ struct DecodeTraits {
   // Registers of a thread after setmaxnreg, of what a multiprocessor has: with two CTAs 256 for two
   // threads, with two consumer warpgroups 504 for three.
   static constexpr bool kReconfigureRegisters = kConsumers * kCtas == 2;
-  static constexpr int kProducerRegisters = 72;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 216 : 184;
+  // A producer thread knows more of two heads, and consumers have half as many scores.
+  static constexpr int kProducerRegisters = kHeads == 2 ? 104 : 72;
+  static constexpr int kConsumerRegisters = kHeads == 2 ? 200 : kConsumers == 2 ? 216 : 184;
 
   // WGMMA atoms: S = Q K^T from shared memory, O += P V with P in registers.
   using MmaQk = decltype(cute::make_tiled_mma(

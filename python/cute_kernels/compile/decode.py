@@ -19,8 +19,9 @@ from .rows import (
 )
 
 # What setmaxnreg leaves a consumer thread (decode/traits.hpp), by the numbers of a CTA's consumer
-# warpgroups and of CTAs
+# warpgroups and of CTAs, and where tiles have two heads
 DECODE_CONSUMER_REGISTERS = {(1, 1): 255, (1, 2): 184, (2, 1): 216}
+DECODE_CONSUMER_REGISTERS_OF_TWO_HEADS = 200
 
 # Of each of four warps: two sums, the line of all work, the CTA's place there.
 WORK_BYTES_OF_WARPGROUP = 4 * (2 * 4 + 16 + 52)
@@ -118,6 +119,8 @@ def decode_problems(row: Row) -> list[str]:
         )
         return found
     budget = DECODE_CONSUMER_REGISTERS[warpgroups]
+    if row["heads"] == 2:
+        budget = DECODE_CONSUMER_REGISTERS_OF_TWO_HEADS
     return found + decode_room_problems(
         row, decode_shared_memory(row), decode_registers(row), budget
     )
