@@ -146,6 +146,13 @@ def in_eight_bits(k, v, dtype):
     return caches, (None, *scales)
 
 
+def decode_16(row, q, k, v, causal):
+    """Of few queries, in groups of 2 heads, or of more than tiles with two key heads have rows."""
+    few = 32
+    q = q[:, :few] if row["heads"] > 1 else q.repeat(1, few // q.shape[1] + 1, 1, 1)
+    return decode(row, q, k, v, causal)
+
+
 def decode_fp8(row, q, k, v, causal):
     """Of few queries, in groups of 2 heads, or of more than the smallest tile has."""
     few = min(row["tile_m"] for row in tile_configs("decode_fp8")) // 2
@@ -208,7 +215,7 @@ CALLS = {
     "forward": forward,
     "backward": backward,
     "forward_fp8": forward_fp8,
-    "decode": decode,
+    "decode": decode_16,
     "decode_fp8": decode_fp8,
     "prefill": prefill,
     "latent": latent,

@@ -20,6 +20,7 @@ struct Tiling {{
   static constexpr int kTileRows = {TILE_ROWS};
   static constexpr int kTileN = {TILE_N};
   static constexpr int kConsumers = {CONSUMERS};
+  static constexpr int kHeads = 1;
   static constexpr int kWarpgroupM = {TILE_ROWS // CONSUMERS};
 }};
 

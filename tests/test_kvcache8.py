@@ -101,7 +101,8 @@ def test_every_number_is_itself(device, dtype, q_dtype):
     assert (lse[there, 0, 0].double() - right[there]).abs().max() < 1e-3
 
 
-def test_queries_of_all_magnitudes(device):
+@pytest.mark.parametrize("dtype", CACHES)
+def test_queries_of_all_magnitudes(device, dtype):
     """Rows of q from 2^-120 to 2^120, beyond float16's numbers, against keys that are as small."""
     skip_unless_built(device, (64, 64))
     exponents = torch.arange(-120, 121, 8, device=device)
@@ -109,8 +110,9 @@ def test_queries_of_all_magnitudes(device):
     generator = torch.Generator(device).manual_seed(0)
     q = torch.randn(1, rows, 1, 64, generator=generator, device=device)
     q = (q * torch.exp2(exponents.float())[:, None, None]).bfloat16()
-    k_cache = torch.randn(1, 40, 1, 64, generator=generator, device=device).to(E4M3)
-    v_cache = torch.randn(1, 40, 1, 64, generator=generator, device=device).to(E4M3)
+    k_cache, v_cache = (20 * torch.randn(2, 1, 40, 1, 64, generator=generator, device=device)).to(
+        dtype
+    )
     for exponent in (-60, 0):  # of K, where scores are finite
         chosen = exponents <= (100 if exponent == 0 else 120)
         k_descale = torch.full((1, 1), 2.0**exponent, device=device)

@@ -249,11 +249,12 @@ def test_a_long_prompt(hopper):
     assert_right(run(cache), cache)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("head_dim", "key_heads"), [(64, 1), (64, 2), (128, 1), (256, 1)])
 @pytest.mark.parametrize("num_splits", [0, 1, 3])
-def test_few_blocks(hopper, head_dim, num_splits):
+def test_few_blocks(hopper, head_dim, key_heads, num_splits):
     """Warpgroups take turns with the blocks of 64 rows or fewer (8 tokens), and share those of
-    more: parts of any few blocks come behind one another, wherever in the ring they begin."""
+    more, or have a key head each: parts of any few blocks come behind one another, wherever in the
+    ring they begin."""
     skip_unless_built(torch.bfloat16, head_dim)
     chance = random.Random(head_dim)
     block = 8192 // head_dim
@@ -264,30 +265,31 @@ def test_few_blocks(hopper, head_dim, num_splits):
         lengths,
         [chance.choice([1, 1, 1, 8, 9, 16]) for _ in lengths],
         head_dims=(head_dim, head_dim),
-        heads=(8, 1),
+        heads=(8 * key_heads, key_heads),
         page_size=16,
     )
     assert_right(run(cache, num_splits=num_splits), cache)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("head_dim", "key_heads"), [(64, 1), (64, 2), (128, 1), (256, 1)])
 @pytest.mark.parametrize("queries", [5, 9])
-def test_values_that_some_queries_do_not_see(hopper, head_dim, queries):
+def test_values_that_some_queries_do_not_see(hopper, head_dim, key_heads, queries):
     """NaN in the last keys makes NaN of the queries that see them, and of no other: where
-    warpgroups take turns with a tile's blocks, and where they share its rows."""
+    warpgroups take turns with a tile's blocks, where they share its rows, and where each has a key
+    head, of which only the last one has NaN."""
     skip_unless_built(torch.bfloat16, head_dim)
     cache = random_cache(
         random.Random(2),
         [777],
         [queries],
         head_dims=(head_dim, head_dim),
-        heads=(8, 1),
+        heads=(8 * key_heads, key_heads),
         page_size=16,
     )
     q, k, v = cache.sequences[0]
-    v[:, -4:-2] = math.nan
+    v[:, -4:-2, -1] = math.nan
     keys = torch.arange(777 - 4, 777 - 2, device="cuda")
-    cache.v_cache[cache.page_table[0, keys // 16].long(), keys % 16] = math.nan
+    cache.v_cache[cache.page_table[0, keys // 16].long(), keys % 16, -1] = math.nan
     out, _ = run(cache)
     seen = Attention(q, k, v, 0.125, True)
     assert torch.equal(out.isfinite(), seen.out[0].isfinite())

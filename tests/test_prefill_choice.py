@@ -13,8 +13,11 @@ MAIN = """
 namespace cute_kernels::attention {
 namespace {
 constexpr auto kBf16 = ElementType::kBFloat16;
-DecodeKernel const kDecode[] = {
-    {{"d128", kBf16, 128, 128, false, false, nullptr, MaskClass::kAny, 128, 64}, nullptr, nullptr}};
+constexpr DecodeKernel row(char const* name, int head_dim, int heads) {
+  return {{name, kBf16, head_dim, head_dim, false, false, nullptr, MaskClass::kAny, 128, 64, heads},
+          nullptr, nullptr};
+}
+DecodeKernel const kDecode[] = {row("d64", 64, 1), row("d64h2", 64, 2), row("d128", 128, 1)};
 PrefillKernel const kPrefill[] = {
     {{"p64", kBf16, 64, 64, false, false, nullptr, MaskClass::kAny, 192, 64}, nullptr, nullptr},
     {{"p128", kBf16, 128, 128, false, false, nullptr, MaskClass::kAny, 192, 64}, nullptr, nullptr}};
@@ -27,7 +30,7 @@ Fp8DecodeKernel const kEightBits[] = {row8("many128", 128, 128), row8("few128", 
                                       row8("many64", 64, 128), row8("few256", 256, 32)};
 }  // namespace
 KernelTable<Fp8DecodeKernel> fp8_decode_kernels{kEightBits, 4};
-KernelTable<DecodeKernel> decode_kernels{kDecode, 1};
+KernelTable<DecodeKernel> decode_kernels{kDecode, 3};
 KernelTable<PrefillKernel> prefill_kernels{kPrefill, 2};
 }  // namespace cute_kernels::attention
 using namespace cute_kernels::attention;
@@ -48,7 +51,8 @@ CachedCall cached(int batch, int total_q, int heads_kv, int group) {
   return call;
 }
 
-void show(char const* what, CachedCall const& call, int longest, int page_size = 64) {
+void show(char const* what, CachedCall const& call, std::optional<int64_t> longest,
+          int page_size = 64) {
   DecodeProblem problem{};
   problem.call = call;
   problem.call.most_keys = 1 << 20;
@@ -58,6 +62,11 @@ void show(char const* what, CachedCall const& call, int longest, int page_size =
   problem.device = {0, 132};
   CacheKernels const kernels = choose_for_cache(kBf16, problem, longest);
   std::printf("%s: %s %s\\n", what, name_of(kernels.prefill), name_of(kernels.decode));
+}
+
+void show64(char const* what, CachedCall call, std::optional<int64_t> longest = {}) {
+  call.head_dim = call.head_dim_v = 64;
+  show(what, call, longest);
 }
 
 void show8(char const* what, CachedCall const& call, std::optional<int64_t> longest = {}) {
@@ -93,7 +102,7 @@ int main() {
   show("decode", cached(32, 32, 8, 8), 1);
   show("chunks", cached(4, 4 * 512, 8, 8), 512);
   show("mixed", cached(64, 4 * 512 + 60, 8, 8), 512);
-  show("unknown", cached(64, 4 * 512 + 60, 8, 8), 4 * 512 + 60);
+  show("unknown", cached(64, 4 * 512 + 60, 8, 8), {});
   show("one short chunk", cached(1, 64, 8, 8), 64);
   show("16 tokens", cached(32, 32 * 16, 8, 8), 16);
   CachedCall capped = cached(4, 4 * 512, 8, 8);
@@ -101,6 +110,12 @@ int main() {
   show("softcap", capped, 512);
   show("pages of 528", cached(4, 4 * 512, 8, 8), 512, 528);
   show("pages of 100", cached(4, 4 * 512, 8, 8), 512, 100);
+  show64("one token", cached(32, 32, 8, 8), 1);
+  show64("8 tokens", cached(32, 32 * 8, 8, 8), 8);
+  show64("9 tokens", cached(32, 32 * 9, 8, 8), 9);
+  show64("3 key heads", cached(32, 32, 3, 8), 1);
+  show64("unknown, alike", cached(32, 32, 8, 8));
+  show64("unknown, more", cached(32, 32 * 8 + 1, 8, 8));
   show_all8();
 }
 """
@@ -114,7 +129,7 @@ def said(tmp_path_factory):
 
 
 def test_calls_to_a_cache(said):
-    assert said[:9] == [
+    assert said[:15] == [
         "decode: none d128",
         "chunks: p128 none",
         "mixed: p128 d128",
@@ -124,12 +139,18 @@ def test_calls_to_a_cache(said):
         "softcap: none d128",
         "pages of 528: p128 none",
         "pages of 100: none d128",
+        "one token: none d64h2",
+        "8 tokens: none d64h2",
+        "9 tokens: none d64",
+        "3 key heads: none d64",
+        "unknown, alike: none d64h2",
+        "unknown, more: p64 d64",
     ]
 
 
 def test_calls_to_a_cache_of_8_bits(said):
     """The smallest tile that holds all rows of the longest sequence, or the largest."""
-    assert said[9:] == [
+    assert said[15:] == [
         "one token: few128",
         "32 rows: few128",
         "33 rows: many128",

@@ -14,6 +14,7 @@ from tile_rows import GOOD, good, refusal, table, write_sources
 import cute_kernels
 from cute_kernels.compile import passes, source
 from cute_kernels.compile import table as generator
+from cute_kernels.compile.decode import decode_shared_memory
 
 PACKAGE = Path(cute_kernels.__file__).parent
 TABLE = ROOT / "cute_kernels" / "attention" / "tile_configs.toml"
@@ -141,11 +142,41 @@ def test_traits_read_the_constants_that_the_generator_writes(name, headers):
     assert set(re.findall(r"Tile::(k\w+)", traits)) - own == written - own
 
 
+TWO_HEADS = {
+    "name": "two",
+    "dtypes": ["bf16"],
+    "head_dim": 64,
+    "tile_m": 128,
+    "tile_n": 64,
+    "stages": 6,
+    "heads": 2,
+    "why": "measured",
+}
+
+
+def test_a_row_of_two_heads_becomes_a_kernel():
+    (row,) = generator.read_table(table(TWO_HEADS, of_pass="decode"))
+    (of_one,) = generator.read_table(
+        table({**TWO_HEADS, "heads": 1, "head_dim": 128}, of_pass="decode")
+    )
+    shared, of_wider = (decode_shared_memory(x) for x in (row, of_one))
+    assert (shared["K"], shared["V"]) == (of_wider["K"], of_wider["V"])  # as of rows twice as long
+
+
+@pytest.mark.parametrize("change", [{"heads": 3}, {"head_dim": 128, "stages": 2}, {"tile_m": 64}])
+def test_rows_of_several_heads_that_cannot_be_are_refused(change):
+    with pytest.raises(
+        generator.TableError, match=r"heads = \d must be 1, or 2 with head_dim = 64"
+    ):
+        generator.read_table(table({**TWO_HEADS, **change}, of_pass="decode"))
+
+
 def test_the_projects_own_table_is_right_and_serves_every_call():
     rows = generator.read_table(TABLE.read_text())
     for dtype in passes.DTYPES:
         of_caches = [r for r in rows if (r["pass"], r["dtype"]) == ("decode", dtype)]
-        assert {row["head_dim"] for row in of_caches} == {64, 128, 256}
+        of_any_call = [row for row in of_caches if row["heads"] == 1]
+        assert {row["head_dim"] for row in of_any_call} == {64, 128, 256}
         for mask in ("full", "causal"):
             fitting = [
                 row for row in rows if row["dtype"] == dtype and row.get("mask") in ("any", mask)

@@ -88,6 +88,7 @@ def test_rows_of_caches_become_kernels(tmp_path, change):
         ({"tile_m": 64}, "tile_m = 64 must be 32 or 128"),
         ({"ctas": 2}, "ctas = 2 and consumer_warpgroups = 2 must be 1 and 2"),
         ({"consumer_warpgroups": 1}, "consumer_warpgroups = 1 must be"),
+        ({"heads": 2}, "heads = 2 must be 1"),
         ({"stages": 3}, "stages = 3 must be at least 4: consumer warps take turns"),
         ({"stages": 12}, "shared memory"),
         ({"staged": 1}, "staged = 1 must be 0 with tile_m = 32"),

@@ -23,12 +23,22 @@ CUTLASS_DEVICE void gather_or_clear(uint32_t shared, void const* global, bool th
                : "memory");
 }
 
-/// The same of one number.
-CUTLASS_DEVICE void gather_or_clear_float(float* shared, float const* global, bool there) {
+/// The same of one number, if `condition`. Not behind a branch, of which each costs more than the
+/// copy.
+CUTLASS_DEVICE void gather_or_clear_float_if(bool condition, float* shared, float const* global,
+                                             bool there) {
   asm volatile(
-      "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(cute::cast_smem_ptr_to_uint(shared)),
-      "l"(global), "r"(there ? 4 : 0)
+      "{\n"
+      ".reg .pred condition;\n"
+      "setp.ne.b32 condition, %0, 0;\n"
+      "@condition cp.async.ca.shared.global [%1], [%2], 4, %3;\n"
+      "}" ::"r"(static_cast<int>(condition)),
+      "r"(cute::cast_smem_ptr_to_uint(shared)), "l"(global), "r"(there ? 4 : 0)
       : "memory");
+}
+
+CUTLASS_DEVICE void gather_or_clear_float(float* shared, float const* global, bool there) {
+  gather_or_clear_float_if(true, shared, global, there);
 }
 
 /// One of the barrier's arrivals, when all that the thread has gathered so far has landed. Whoever

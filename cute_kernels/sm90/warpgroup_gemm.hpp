@@ -63,6 +63,24 @@ CUTLASS_DEVICE void issue_gemm(TiledMma mma, FragmentA const& a, FragmentB const
   if constexpr (kAInRegisters) fence_read_operand(a);
 }
 
+/// Two of them, one behind the other, as issue_gemm twice: C = A * B with A in shared memory, then
+/// E += D * F with D in registers. What registers hold is fenced once for both.
+template <class TiledMma1, class TiledMma2, class A, class B, class C, class D, class F, class E>
+CUTLASS_DEVICE void issue_gemms(TiledMma1 first, A const& a, B const& b, C& c, TiledMma2 second,
+                                D const& d, F const& f, E& e) {
+  fence_read_operand(d);
+  cute::warpgroup_fence_operand(c);
+  cute::warpgroup_fence_operand(e);
+  cute::warpgroup_arrive();
+  add_gemm<Accumulate::kNo>(first, a, b, c);
+  cute::warpgroup_commit_batch();
+  add_gemm<Accumulate::kYes>(second, d, f, e);
+  cute::warpgroup_commit_batch();
+  cute::warpgroup_fence_operand(c);
+  cute::warpgroup_fence_operand(e);
+  fence_read_operand(d);
+}
+
 /// cute::warpgroup_wait<0>() in other words, which the compiler cannot merge with one on another
 /// path.
 CUTLASS_DEVICE void warpgroup_wait_all() {

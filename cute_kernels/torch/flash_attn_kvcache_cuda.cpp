@@ -146,9 +146,7 @@ void check_blocks(Kernel const& kernel, CachedCall const& call) {
 CacheKernels kernels_for(ScalarType dtype, DecodeProblem const& problem,
                          std::optional<int64_t> longest) {
   CachedCall const& call = problem.call;
-  auto const most =
-      static_cast<int>(std::min<int64_t>(longest.value_or(call.total_q), call.total_q));
-  CacheKernels const kernels = attention::choose_for_cache(element_type(dtype), problem, most);
+  CacheKernels const kernels = attention::choose_for_cache(element_type(dtype), problem, longest);
   if (kernels.decode == nullptr && kernels.prefill == nullptr) {
     fail_without_kernel(attention::decode_kernels, dtype, call);
   }

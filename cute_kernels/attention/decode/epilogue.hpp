@@ -3,6 +3,7 @@
 #include <cutlass/fast_math.h>
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/decode/part_rows.hpp"
 #include "cute_kernels/attention/decode/seen_keys.hpp"
 #include "cute_kernels/attention/decode/softmax.hpp"
 #include "cute_kernels/attention/decode/work.hpp"
@@ -23,8 +24,8 @@ struct DecodeResults {
   float const* sinks;
   void* out;                  // (total_q, heads_q, head_dim_v)
   float* lse;                 // (heads_q, total_q)
-  float* partial_out;         // (2, ctas, kTileRows, kHeadDim)
-  RowStatistics* statistics;  // (2, ctas, kTileRows)
+  float* partial_out;         // (2, ctas, PartRows::kCount, kHeadDim)
+  RowStatistics* statistics;  // (2, ctas, PartRows::kCount)
   uint64_t* counters;         // (ctas), of the item of which the CTA has the first part
   uint64_t ticket;            // of which a counter has the lower 48 bits
   bool is_bfloat16;           // what `out` is where the kernel does not say it, or float16
@@ -36,12 +37,12 @@ class DecodeEpilogue {
   using Element = typename Traits::Element;
   using SharedStorage = typename Traits::SharedStorage;
   using Walk = WorkWalk<Traits>;
+  using PartRows = attention::PartRows<Traits>;
 
   // All consumers combine the parts of an item.
   static constexpr int kThreads = Traits::kConsumers * cutlass::NumThreadsPerWarpGroup;
   static constexpr int kLanes = cutlass::NumThreadsPerWarp;
   static constexpr int kWarps = kThreads / kLanes;
-  static constexpr int kTileRows = Traits::kTileRows;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kVector = 4;  // floats of 16 bytes
   // Combining, of a lane: vectors of a row, and vectors of all rows and parts that it reads at
@@ -49,7 +50,7 @@ class DecodeEpilogue {
   static constexpr int kLanesOfRow = kHeadDim / kVector < kLanes ? kHeadDim / kVector : kLanes;
   static constexpr int kLanesOfParts = kLanes / kLanesOfRow;
   static constexpr int kVectorsOfLane = kHeadDim / kVector / kLanesOfRow;
-  static constexpr int64_t kVectorsOfPart = int64_t{kTileRows} * kHeadDim / kVector;
+  static constexpr int64_t kVectorsOfPart = int64_t{PartRows::kCount} * kHeadDim / kVector;
   static constexpr int kVectorsAtOnce = 16;
   static constexpr int kFewParts = kVectorsOfLane > 2 ? 2 : 4;
   static constexpr int kCountBits = 16;  // of a counter
@@ -107,8 +108,9 @@ class DecodeEpilogue {
   };
   CUTLASS_DEVICE Place place_of_row(Walk const& walk, int row) const {
     int query, head;
-    group_(query, head, walk.tile().first_row + row);
-    return {int64_t{walk.sequence().row_q} + query, walk.head() * walk.sequence().group + head};
+    group_(query, head, walk.tile().first_row + PartRows::in_tile(row));
+    int const key_head = walk.head() * PartRows::kHeads + PartRows::head(row);
+    return {int64_t{walk.sequence().row_q} + query, key_head * walk.sequence().group + head};
   }
 
   CUTLASS_DEVICE RowResult result_of(Place const& place, RowStatistics const& statistics) const {
@@ -143,7 +145,7 @@ class DecodeEpilogue {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size<0>(rows); ++i) {
       int const row = first.row + 8 * i;
-      if (row >= walk.tile().rows) continue;
+      if (PartRows::in_tile(row) >= walk.tile().rows) continue;
       Place const place = place_of_row(walk, row);
       RowResult const result = result_of(place, softmax.statistics(i));
       if (first.column == 0) store_lse(place, result.lse);
@@ -175,9 +177,11 @@ class DecodeEpilogue {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size<0>(rows); ++i) {
       int const row = first.row + 8 * i;
-      if (row >= walk.tile().rows) continue;
-      if (first.column == 0) results_.statistics[slot * kTileRows + row] = softmax.statistics(i);
-      float* const out = results_.partial_out + (slot * kTileRows + row) * kHeadDim + first.column;
+      if (PartRows::in_tile(row) >= walk.tile().rows) continue;
+      if (first.column == 0)
+        results_.statistics[slot * PartRows::kCount + row] = softmax.statistics(i);
+      float* const out =
+          results_.partial_out + (slot * PartRows::kCount + row) * kHeadDim + first.column;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(rows); col += kRun) {
         cutlass::AlignedArray<float, kRun> run;
@@ -232,7 +236,7 @@ class DecodeEpilogue {
   /// The result of all parts, always in the same order.
   CUTLASS_DEVICE void combine(Walk const& walk, WorkParts const& parts) const {
     int const warp = consumer_thread() / kLanes;
-    if (walk.tile().rows > kWarps && parts.count <= kFewParts) {
+    if (PartRows::kHeads * walk.tile().rows > kWarps && parts.count <= kFewParts) {
       combine_rows<kVectorsAtOnce / kVectorsOfLane / kFewParts>(walk, parts, warp);
     } else {
       combine_rows<1>(walk, parts, warp);
@@ -249,10 +253,13 @@ class DecodeEpilogue {
     static_assert(kRows > 0 && kPartsAtOnce > 0 && kLanes % kGroup == 0);
     int const lane = threadIdx.x % kLanes;
     int const own_part = lane / kLanesOfRow;
+    int const rows = PartRows::kHeads * walk.tile().rows;
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int first_row = warp; first_row < walk.tile().rows; first_row += kWarps * kRows) {
+    for (int first_row = warp; first_row < rows; first_row += kWarps * kRows) {
       // Rows behind the tile's last one are read as that one.
-      auto row_of = [&](int i) { return min(first_row + i * kWarps, walk.tile().rows - 1); };
+      auto row_of = [&](int i) {
+        return PartRows::row(min(first_row + i * kWarps, rows - 1), walk.tile().rows);
+      };
       RowStatistics own[kRows];
       auto read_statistics = [&](int first) {
         CUTLASS_PRAGMA_UNROLL
@@ -260,7 +267,7 @@ class DecodeEpilogue {
           own[i] = {-INFINITY, 0.f};
           if (first + lane >= parts.count) continue;
           float2 const pair = __ldcg(reinterpret_cast<float2 const*>(
-              results_.statistics + slot(parts, first + lane) * kTileRows + row_of(i)));
+              results_.statistics + slot(parts, first + lane) * PartRows::kCount + row_of(i)));
           own[i] = {pair.x, pair.y};
         }
       };
@@ -272,7 +279,7 @@ class DecodeEpilogue {
           // none.
           int64_t const place = parts.first + first + own_part;
           auto const* const from = reinterpret_cast<float4 const*>(
-              results_.partial_out + (place * kTileRows + row_of(i)) * kHeadDim);
+              results_.partial_out + (place * PartRows::kCount + row_of(i)) * kHeadDim);
           int64_t const before = first + own_part == 0 ? gridDim.x * kVectorsOfPart : 0;
           CUTLASS_PRAGMA_UNROLL
           for (int j = 0; j < kPartsAtOnce; ++j) {
@@ -338,13 +345,15 @@ class DecodeEpilogue {
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kRows; ++i) {
         sum[i] = of_warp(sum[i], [](float a, float b) { return a + b; });
-        store_combined(walk, first_row + i * kWarps, {most[i], sum[i]}, out[i]);
+        bool const is_there = first_row + i * kWarps < rows;
+        store_combined(walk, row_of(i), is_there, {most[i], sum[i]}, out[i]);
       }
     }
   }
 
   /// A row of all parts, of which each lane has some columns.
-  CUTLASS_DEVICE void store_combined(Walk const& walk, int row, RowStatistics const& statistics,
+  CUTLASS_DEVICE void store_combined(Walk const& walk, int row, bool is_there,
+                                     RowStatistics const& statistics,
                                      float4 (&out)[kVectorsOfLane]) const {
     int const lane = threadIdx.x % kLanes;
     CUTLASS_PRAGMA_UNROLL
@@ -354,7 +363,7 @@ class DecodeEpilogue {
       out[0].z += __shfl_xor_sync(0xffffffff, out[0].z, lanes);
       out[0].w += __shfl_xor_sync(0xffffffff, out[0].w, lanes);
     }
-    if (row >= walk.tile().rows) return;
+    if (!is_there) return;
     Place const place = place_of_row(walk, row);
     RowResult const result = result_of(place, statistics);
     if (lane == 0) store_lse(place, result.lse);

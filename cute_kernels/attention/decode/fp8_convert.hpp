@@ -35,6 +35,14 @@ CUTLASS_DEVICE uint2 halves_of_int8(uint32_t bytes) {
   return kCrossed ? uint2{pair(0x4240), pair(0x4341)} : uint2{pair(0x4140), pair(0x4342)};
 }
 
+inline constexpr float kRaisedUnit = 1.f / (1 << 24);  // float16's smallest number
+
+/// Four int8 numbers x as kRaisedUnit (x + 128): subnormal, with the bits of x + 128.
+CUTLASS_DEVICE uint2 raised_halves_of_int8(uint32_t bytes) {
+  uint32_t const raised = bytes ^ 0x80808080u;
+  return {__byte_perm(raised, 0, 0x4140), __byte_perm(raised, 0, 0x4342)};
+}
+
 /// Four of either. With kCrossed bytes 0 and 2 are the first pair, 1 and 3 the second.
 template <bool kInt8, bool kCrossed = false>
 CUTLASS_DEVICE uint2 halves_of(uint32_t bytes) {

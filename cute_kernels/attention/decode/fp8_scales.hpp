@@ -37,8 +37,11 @@ class Fp8Scales {
   /// from it.
   CUTLASS_DEVICE void begin(Walk const& walk, int group, int first_row, int row_of_group,
                             SharedStorage& shared) {
-    float const unit =
+    float unit =
         of_sequence(format_.q_of_sequence, walk) * of_sequence(format_.k_of_sequence, walk);
+    if constexpr (Traits::kByWarps) {
+      if (format_.is_int8) unit *= 1.f / kRaisedUnit;
+    }
     queries_.load(walk, group, first_row, unit, shared);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
@@ -53,13 +56,19 @@ class Fp8Scales {
                                       SharedStorage const& shared) const {
     using namespace cute;
     static_assert(decltype(size<1>(scores))::value == kColumns);
-    bool const of_rows = format_.k_of_row.data != nullptr;
+    if (format_.k_of_row.data == nullptr) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < size<0>(scores); ++row) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int col = 0; col < kColumns; ++col) scores(row, col) *= unit_[row];
+      }
+      return;
+    }
     CUTLASS_PRAGMA_UNROLL
     for (int col = 0; col < kColumns; col += 2) {
-      float2 const factor =
-          of_rows ? pair_of(shared.key_factors[stage], column, col) : float2{1.f, 1.f};
+      float2 const factor = pair_of(shared.key_factors[stage], column, col);
       CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < kRows; ++row) {
+      for (int row = 0; row < size<0>(scores); ++row) {
         scores(row, col) *= unit_[row] * factor.x;
         scores(row, col + 1) *= unit_[row] * factor.y;
       }
@@ -69,39 +78,44 @@ class Fp8Scales {
   CUTLASS_DEVICE bool are_values_scaled() const { return format_.v_of_row.data != nullptr; }
 
   /// Turns P of a block into multiples of what `top` becomes, when its V has landed; P of unseen
-  /// keys stays 0, whatever their factors are. What O so far is to be multiplied by changes, too:
-  /// whether it is more than the softmax says.
+  /// keys stays 0, whatever their factors are. Where rows are `alike`, each seeing what the others
+  /// see, these are 0 themselves. What O so far is to be multiplied by changes, too: whether it is
+  /// more than the softmax says.
   template <class Probabilities>
   CUTLASS_DEVICE bool apply_to_probabilities(Probabilities& p, int column, int stage,
                                              SharedStorage const& shared,
-                                             float (&factor_of_output)[kRows]) {
+                                             float (&factor_of_output)[kRows], bool alike = false) {
     float const(&factors)[Traits::kTileN] = shared.value_factors[stage];
-    float top = value_top_;
+    float most = 0.f;
     CUTLASS_PRAGMA_UNROLL
     for (int col = 0; col < kColumns; col += 2) {
       float2 const factor = pair_of(factors, column, col);
-      top = fmaxf(top, fmaxf(fabsf(factor.x), fabsf(factor.y)));  // NaN does not count
+      most = fmaxf(most, fmaxf(fabsf(factor.x), fabsf(factor.y)));  // NaN does not count
     }
-    top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
-    // The next power of 2.
-    uint32_t const raised = (__float_as_uint(top) + 0x7fffffu) & 0x7f800000u;
-    top = __uint_as_float(min(raised, kMost));
-    float const inverse_top = inverse(top);
-    float const ratio = value_top_ * inverse_top;
-    value_top_ = top;
-    CUTLASS_PRAGMA_UNROLL
-    for (int col = 0; col < kColumns; col += 2) {
-      float2 const factor = pair_of(factors, column, col);
+    bool const grows = __any_sync(0xffffffff, most > value_top_);
+    if (grows) {
+      float const ratio = raise_top(most);
       CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < kRows; ++row) {
-        scale_unless_zero(p(row, col), factor.x * inverse_top);
-        scale_unless_zero(p(row, col + 1), factor.y * inverse_top);
-      }
+      for (int row = 0; row < cute::size<0>(p); ++row) factor_of_output[row] *= ratio;
     }
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) factor_of_output[row] *= ratio;
-    return ratio != 1.f;
+    float const inverse_top = inverse(value_top_);
+    auto scale = [&](auto const& scaled) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < kColumns; col += 2) {
+        float2 const factor = pair_of(factors, column, col);
+        CUTLASS_PRAGMA_UNROLL
+        for (int row = 0; row < cute::size<0>(p); ++row) {
+          p(row, col) = scaled(p(row, col), factor.x * inverse_top);
+          p(row, col + 1) = scaled(p(row, col + 1), factor.y * inverse_top);
+        }
+      }
+    };
+    if (alike) {
+      scale([](float x, float factor) { return x * factor; });
+    } else {
+      scale([](float x, float factor) { return x == 0.f ? 0.f : x * factor; });
+    }
+    return grows;
   }
 
   template <class Output>
@@ -122,8 +136,17 @@ class Fp8Scales {
                                        int col) {
     return *reinterpret_cast<float2 const*>(&factors[column + 4 * col]);
   }
-  CUTLASS_DEVICE static void scale_unless_zero(float& p, float factor) {
-    p = p == 0.f ? 0.f : p * factor;
+  /// To the next power of 2 from `most` of all threads of a row on, which is above it; what O is to
+  /// be multiplied by then. By a whole warp.
+  CUTLASS_DEVICE float raise_top(float most) {
+    float top = fmaxf(value_top_, most);
+    top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
+    uint32_t const raised = (__float_as_uint(top) + 0x7fffffu) & 0x7f800000u;
+    top = __uint_as_float(min(raised, kMost));
+    float const ratio = value_top_ * inverse(top);
+    value_top_ = top;
+    return ratio;
   }
   /// Of a power of 2.
   CUTLASS_DEVICE static float inverse(float power) {

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 
 #include "cute_kernels/attention/decode/fp8_problem.hpp"
 #include "cute_kernels/attention/decode/tile_config.hpp"
@@ -44,14 +43,6 @@ inline Fp8DecodeKernel const* choose_fp8_decode(KernelTable<Fp8DecodeKernel> con
     if (best == nullptr || is_chosen(kernel.config, best->config)) best = &kernel;
   }
   return best;
-}
-
-/// The most rows (queries * group) of a sequence, as far as the host knows: `longest` is at least
-/// the longest one's queries, or unknown; then all are taken to be alike.
-inline int64_t rows_of_longest(CachedCall const& call, std::optional<int64_t> longest) {
-  int64_t const batch = std::max(call.batch, 1);
-  int64_t const alike = (call.total_q + batch - 1) / batch;
-  return std::min<int64_t>(longest.value_or(alike), call.total_q) * call.group;
 }
 
 }  // namespace cute_kernels::attention

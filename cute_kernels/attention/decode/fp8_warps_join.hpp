@@ -71,7 +71,7 @@ class Fp8WarpsJoin {
   /// Of row i of a thread's.
   template <class Softmax, class Output>
   CUTLASS_DEVICE void exchange(Softmax& softmax, Output& out, int i) const {
-    auto rows = Operands::rows_cols(out);
+    auto rows = Operands::template output_rows<2>(out);
     auto* const own = reinterpret_cast<float4*>(shared_.q[warp_]) + lane();
     CUTLASS_PRAGMA_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {

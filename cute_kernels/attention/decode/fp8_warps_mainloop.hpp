@@ -27,7 +27,8 @@ class Fp8WarpsMainloop {
   using Part = typename Traits::Part;
   using Operands = Fp8WarpsOperands<Traits>;
 
-  static constexpr int kRows = 2;  // of a thread, 8 apart
+  static constexpr int kRows = 2;  // of a thread
+  static constexpr int kRowsApart = 8;
   static constexpr int kKeys = Part::kKeys;
 
  public:
@@ -61,10 +62,14 @@ class Fp8WarpsMainloop {
     Part const part = part_of(walk);
     if (Part::block(part.slice) < blocks) {
       scales_.begin(walk, warp(), part.first_row, row_of_warp(), shared_);
+      int const slices = blocks * Part::kSlices;
+      bool const has_second_rows = sm90::uniform(walk.tile().rows) - part.first_row > kRowsApart;
       if (format_.is_int8) {
-        compute_rows<true>(walk, part, blocks * Part::kSlices, softmax, out);
+        has_second_rows ? compute_rows<true, 2>(walk, part, slices, softmax, out)
+                        : compute_rows<true, 1>(walk, part, slices, softmax, out);
       } else {
-        compute_rows<false>(walk, part, blocks * Part::kSlices, softmax, out);
+        has_second_rows ? compute_rows<false, 2>(walk, part, slices, softmax, out)
+                        : compute_rows<false, 1>(walk, part, slices, softmax, out);
       }
     }
     passed_ += blocks;
@@ -87,17 +92,20 @@ class Fp8WarpsMainloop {
   }
   CUTLASS_DEVICE static int row_of_warp() { return threadIdx.x % Traits::kLanes / 4; }
 
-  template <bool kInt8, class Output>
+  /// Of kOwnRows of each thread's rows; others are none of the tile's.
+  template <bool kInt8, int kOwnRows, class Output>
   CUTLASS_DEVICE void compute_rows(Walk const& walk, Part const& part, int slices, Softmax& softmax,
                                    Output& out) {
     using namespace cute;
     auto scores = make_tensor<float>(typename Operands::LayoutScores{});
-    auto score_rows = sm90::rows_cols(scores);
-    auto out_rows = Operands::rows_cols(out);
+    auto score_rows = Operands::template score_rows<kOwnRows>(scores);
+    auto out_rows = Operands::template output_rows<kOwnRows>(out);
     SeenKeys<Traits, kKeys> const seen(call_, source_.group, walk, part.first_row + row_of_warp());
     int const first_slice = sm90::uniform(walk.begin_block()) * Part::kSlices;
     typename Operands::Queries const queries(shared_.q[warp()]);
     Stage stage = Stage::of(passed_ + Part::block(part.slice));
+    float products[4] = {};  // what they begin with
+    if constexpr (kInt8) Operands::begin_products(queries, products);
 
     CUTLASS_PRAGMA_NO_UNROLL
     for (int slice = part.slice; slice < slices; slice += part.step) {
@@ -109,7 +117,7 @@ class Fp8WarpsMainloop {
       bool const ends_block = part.ends_block(slice);
 
       sm90::wait_memory(shared_.k_full[stage.index], stage.phase);
-      keys.template multiply_queries<kInt8>(queries, scores);
+      keys.template multiply_queries<kInt8>(queries, products, scores);
       scales_.apply_to_scores(score_rows, column, stage.index, shared_);
       if (ends_block) release(shared_.k_empty[stage.index], part.arrivals);
       if (units_.softcap > 0) cap_scores(units_, scores);
@@ -119,14 +127,15 @@ class Fp8WarpsMainloop {
 
       sm90::wait_memory(shared_.v_full[stage.index], stage.phase);
       if (scales_.are_values_scaled()) {
-        moves |= scales_.apply_to_probabilities(score_rows, column, stage.index, shared_, factor);
+        moves |= scales_.apply_to_probabilities(score_rows, column, stage.index, shared_, factor,
+                                                seen.are_alike(number));
       }
       if (moves) Softmax::scale_rows(out_rows, factor);
       if (!kInt8 && !seen.are_alike(number) && values.has_nan()) {
         add_nan(seen, values, walk.tile().keys.begin + number * kKeys, out_rows);
-        values.template add_values<kInt8, true>(scores, out);
+        values.template add_values<kInt8, true, kOwnRows>(scores, out);
       } else {
-        values.template add_values<kInt8, false>(scores, out);
+        values.template add_values<kInt8, false, kOwnRows>(scores, out);
       }
       if (ends_block) {
         release(shared_.v_empty[stage.index], part.arrivals);
@@ -149,9 +158,10 @@ class Fp8WarpsMainloop {
   CUTLASS_DEVICE static void add_nan(Seen const& seen, Operands const& values, int key, Rows& out) {
     CUTLASS_PRAGMA_NO_UNROLL
     for (int i = 0; i < kKeys; ++i) {
-      bool sees[kRows];
+      constexpr int kOwnRows = decltype(cute::size<0>(out))::value;
+      bool sees[kOwnRows];
       CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < kRows; ++row) sees[row] = seen.is_seen(row, key + i);
+      for (int row = 0; row < kOwnRows; ++row) sees[row] = seen.is_seen(row, key + i);
       CUTLASS_PRAGMA_UNROLL
       for (int chunk = 0; chunk < Traits::kChunks; ++chunk) {
         uint32_t const nan = values.nan_of(i, chunk);
@@ -159,7 +169,7 @@ class Fp8WarpsMainloop {
         CUTLASS_PRAGMA_UNROLL
         for (int j = 0; j < 4; ++j) {
           CUTLASS_PRAGMA_UNROLL
-          for (int row = 0; row < kRows; ++row) {
+          for (int row = 0; row < kOwnRows; ++row) {
             if (sees[row] && (nan >> 8 * j & 1) != 0) out(row, 4 * chunk + j) = NAN;
           }
         }

@@ -32,17 +32,26 @@ class Fp8WarpsOperands {
   using LayoutOutput =
       cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::_2, cute::Int<kChunks>>>;
 
-  /// (row, column) of O: four columns that follow one another, of every chunk.
-  template <class Output>
-  CUTLASS_DEVICE static auto rows_cols(Output& out) {
-    return columns_of<kChunks>(out.data());
+  /// (row, column) of the first kRows of a thread's rows of scores.
+  template <int kRows, class Scores>
+  CUTLASS_DEVICE static auto score_rows(Scores& scores) {
+    using namespace cute;
+    return make_tensor(
+        scores.data(),
+        Layout<Shape<Int<kRows>, Shape<_2, Int<kMatrices>>>, Stride<_2, Stride<_1, _4>>>{});
   }
-  /// The same of kCount chunks.
-  template <int kCount, class Data>
+  /// The same of O: four columns that follow one another, of every chunk.
+  template <int kRows, class Output>
+  CUTLASS_DEVICE static auto output_rows(Output& out) {
+    return columns_of<kChunks, kRows>(out.data());
+  }
+  /// Of kCount chunks.
+  template <int kCount, int kRows = 2, class Data>
   CUTLASS_DEVICE static auto columns_of(Data data) {
     using namespace cute;
     return make_tensor(
-        data, Layout<Shape<_2, Shape<_2, _2, Int<kCount>>>, Stride<_2, Stride<_4, _1, _8>>>{});
+        data,
+        Layout<Shape<Int<kRows>, Shape<_2, _2, Int<kCount>>>, Stride<_2, Stride<_4, _1, _8>>>{});
   }
   CUTLASS_DEVICE static int first_output_column() { return threadIdx.x % 4 * 4; }
 
@@ -70,10 +79,26 @@ class Fp8WarpsOperands {
   CUTLASS_DEVICE Fp8WarpsOperands(uint8_t const* stages, int stage, int row)
       : block_(stages + stage * Traits::kStageElements), row_(row) {}
 
-  /// S = Q K^T.
+  /// What products of queries and int8 numbers begin with, which are raised: so is what that adds
+  /// up to. Of each of a thread's four elements of a product.
+  CUTLASS_DEVICE static void begin_products(Queries const& queries, float (&begin)[4]) {
+    uint32_t const raised = raised_halves_of_int8(0).x;  // of 0
+    float sums[4] = {};
+    CUTLASS_PRAGMA_UNROLL
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      sm90::multiply_add(sums, queries(chunk), raised, raised);
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < 4; ++i) begin[i] = -sums[i];
+  }
+
+  /// S = Q K^T; products begin with `begin`, and are of int8 numbers times kRaisedUnit.
   template <bool kInt8, class Scores>
-  CUTLASS_DEVICE void multiply_queries(Queries const& queries, Scores& scores) const {
-    float sums[kMatrices][4] = {};
+  CUTLASS_DEVICE void multiply_queries(Queries const& queries, float const (&begin)[4],
+                                       Scores& scores) const {
+    float sums[kMatrices][4];
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < 4 * kMatrices; ++i) sums[i / 4][i % 4] = begin[i % 4];
     uint32_t const lanes_row = place(row_ + lane(), 0);
     CUTLASS_PRAGMA_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -83,7 +108,7 @@ class Fp8WarpsOperands {
       uint4 const a = queries(chunk);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kMatrices; ++i) {
-        uint2 const b = halves_of<kInt8>(bytes[i]);
+        uint2 const b = kInt8 ? raised_halves_of_int8(bytes[i]) : halves_of<false>(bytes[i]);
         sm90::multiply_add(sums[i], a, b.x, b.y);
       }
     }
@@ -91,8 +116,8 @@ class Fp8WarpsOperands {
     for (int i = 0; i < cute::size(scores); ++i) scores(i) = sums[i / 4][i % 4];
   }
 
-  /// O += P V, with 0 in place of NaN.
-  template <bool kInt8, bool kWithoutNan, class Scores, class Output>
+  /// O += P V, with 0 in place of NaN, of the first kRows of a thread's rows; others have no P.
+  template <bool kInt8, bool kWithoutNan, int kRows, class Scores, class Output>
   CUTLASS_DEVICE void add_values(Scores const& p, Output& out) const {
     constexpr int kProducts = kMatrices / 2;  // of 16 keys
     uint4 a[kProducts];
@@ -102,7 +127,7 @@ class Fp8WarpsOperands {
         __half2 const x = __floats2half2_rn(p(8 * i + j), p(8 * i + j + 1));
         return reinterpret_cast<uint32_t const&>(x);
       };
-      a[i] = {pair(0), pair(2), pair(4), pair(6)};
+      a[i] = {pair(0), kRows > 1 ? pair(2) : 0, pair(4), kRows > 1 ? pair(6) : 0};
     }
     uint32_t const lanes_row = place(row_ + lane(), 0);
     CUTLASS_PRAGMA_UNROLL

@@ -38,6 +38,7 @@ struct Fp8WarpsTraits : DecodeTraits<Tile_> {
       std::conditional_t<kSwizzleBytes == 64, cute::GMMA::Layout_K_SW64_Atom<CacheElement>,
                          cute::GMMA::Layout_K_SW128_Atom<CacheElement>>{},
       cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>>{}));
+  using LayoutStage = LayoutRows;
 
   // 16 columns of keys, values or queries are a chunk: 16 bytes of a row of the cache, and what one
   // product of scores takes.

@@ -23,7 +23,9 @@ cudaError_t launch_decode_kernel(DecodeProblem const& problem,
                                  typename Traits::Format const& format, bool out_is_bfloat16,
                                  cudaStream_t stream) {
   int const ctas = decode_ctas<Traits>(problem.device);
-  DecodeParams<Traits> const params{problem.call,
+  CachedCall call = problem.call;
+  call.heads_kv /= Traits::kHeads;  // so many as the line of work has
+  DecodeParams<Traits> const params{call,
                                     cache_source(problem),
                                     score_units(problem.call),
                                     decode_results<Traits>(problem, ctas, out_is_bfloat16),

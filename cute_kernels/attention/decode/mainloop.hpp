@@ -5,6 +5,7 @@
 
 #include "cute_kernels/attention/decode/cache_rows.hpp"
 #include "cute_kernels/attention/decode/fp8_scales.hpp"
+#include "cute_kernels/attention/decode/part_rows.hpp"
 #include "cute_kernels/attention/decode/seen_keys.hpp"
 #include "cute_kernels/attention/decode/softmax.hpp"
 #include "cute_kernels/attention/decode/traits.hpp"
@@ -66,7 +67,7 @@ class DecodeMainloop {
     }
     Part part(walk, warpgroup());
     part.begin = sm90::uniform(part.begin);
-    part.turns = sm90::uniform(part.turns);
+    if constexpr (Traits::kHeads == 1) part.turns = sm90::uniform(part.turns);
     if (part.begin < walk.end_block()) {
       compute_rows(walk, part, softmax, out);
     } else {
@@ -82,7 +83,9 @@ class DecodeMainloop {
                              Results const& results) const {
     Part const part(walk, warpgroup());
     AccumulatorPlace place{part.first_row + first_accumulator_row(), first_accumulator_column()};
-    if constexpr (Traits::kConsumers == 2) {
+    if constexpr (Traits::kHeads > 1) {
+      place.row += warpgroup() * PartRows<Traits>::kOfHead;
+    } else if constexpr (Traits::kConsumers == 2) {
       if (part.takes_turns() && has_turns(walk)) {
         auto half = TurnsEnd<Traits>(walk, warpgroup(), passed_, shared_).join(softmax, out);
         place.column += warpgroup() * Traits::kHeadDim / 2;
@@ -137,16 +140,21 @@ class DecodeMainloop {
     typename Traits::MmaPv mma_pv;
     auto slice_qk = mma_qk.get_thread_slice(thread);
     auto slice_pv = mma_pv.get_thread_slice(thread);
-    // Of 8 bits each warpgroup has queries of its own.
-    int const buffer =
-        sm90::uniform(Traits::kEightBits ? warpgroup() : part.first_row / kWarpgroupM);
+    // Of 8 bits, and where it has a head, each warpgroup has queries of its own.
+    int const buffer = sm90::uniform(
+        Traits::kEightBits || Traits::kHeads > 1 ? warpgroup() : part.first_row / kWarpgroupM);
     auto shared_q =
         make_tensor(make_smem_ptr(shared_.q[buffer].data()), typename Traits::LayoutQ{});
     auto operand_q = slice_qk.make_fragment_A(slice_qk.partition_A(shared_q));
-    auto shared_k = make_tensor(make_smem_ptr(shared_.k.data()), typename Traits::LayoutK{});
-    auto operand_k = slice_qk.make_fragment_B(slice_qk.partition_B(shared_k));
-    auto operand_v = slice_pv.make_fragment_B(slice_pv.partition_B(
-        make_tensor(make_smem_ptr(shared_.v.data()), typename Traits::LayoutVt{})));
+    // A warpgroup's planes, the first of which is that of its head.
+    auto planes = [&](auto& stages, auto const& layout) {
+      int const first = Traits::kHeads > 1 ? buffer * Traits::kPlaneElements : 0;
+      return make_tensor(make_smem_ptr(stages.data() + first), layout);
+    };
+    auto operand_k = slice_qk.make_fragment_B(
+        slice_qk.partition_B(planes(shared_.k, typename Traits::LayoutK{})));
+    auto operand_v = slice_pv.make_fragment_B(
+        slice_pv.partition_B(planes(shared_.v, typename Traits::LayoutVt{})));
     auto scores = partition_fragment_C(mma_qk, Shape<Int<kWarpgroupM>, Int<kTileN>>{});
     auto probabilities = make_tensor<Element>(sm90::accumulator_as_operand_a(scores.layout()));
     auto score_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
@@ -163,12 +171,16 @@ class DecodeMainloop {
     Stage v_stage = k_stage;
     int const last = sm90::uniform(walk.end_block()) - part.turns;  // at the earliest
 
-    // S of a block, in flight.
-    auto issue_scores = [&] {
-      shared_.k_full[k_stage.index].wait(k_stage.phase);
-      cutlass::arch::fence_view_async_shared();
-      sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, sm90::described_here(operand_q),
-                                              operand_k(_, _, _, k_stage.index), scores);
+    auto keys = [&] { return operand_k(_, _, _, k_stage.index * Traits::kHeads); };
+    auto values = [&] { return operand_v(_, _, _, v_stage.index * Traits::kHeads); };
+    auto wait_for_keys = [&] { shared_.k_full[k_stage.index].wait(k_stage.phase); };
+    // NaN that some rows do not see is cleared then.
+    auto wait_for_values = [&](int block) {
+      int const key = first_key(block);
+      shared_.v_full[v_stage.index].wait(v_stage.phase);
+      if (key < seen_by_all.begin || min(key + kTileN, tile.keys.end) > seen_by_all.end) {
+        guard_values(walk, part, out_rows, key, v_stage.index);
+      }
     };
     // S has been computed.
     auto release_keys = [&](int block) {
@@ -203,17 +215,6 @@ class DecodeMainloop {
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
       sm90::convert_fragment<Element>(p, probabilities);
     };
-    // O += P V of a block, in flight.
-    auto issue_values = [&](int block) {
-      int const key = first_key(block);
-      shared_.v_full[v_stage.index].wait(v_stage.phase);
-      if (key < seen_by_all.begin || min(key + kTileN, tile.keys.end) > seen_by_all.end) {
-        guard_values(walk, part, out_rows, key, v_stage.index);
-      }
-      cutlass::arch::fence_view_async_shared();
-      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities,
-                                               operand_v(_, _, _, v_stage.index), out);
-    };
     auto release_values = [&] {
       release(shared_.v_empty[v_stage.index], part.turns);
       v_stage.advance(part.turns);
@@ -222,7 +223,10 @@ class DecodeMainloop {
     // Prologue: the first block's P, nothing to overlap with yet.
     int block = part.begin;
     float factor[kRows];
-    issue_scores();
+    wait_for_keys();
+    cutlass::arch::fence_view_async_shared();
+    sm90::issue_gemm<sm90::Accumulate::kNo>(mma_qk, sm90::described_here(operand_q), keys(),
+                                            scores);
     warpgroup_wait<0>();
     warpgroup_fence_operand(scores);
     release_keys(block);
@@ -230,11 +234,15 @@ class DecodeMainloop {
     scale_probabilities(factor);
     round_probabilities();
 
-    // Steady state: the softmax of a block runs while P V of the one before is in flight.
+    // Steady state: the softmax of a block runs while P V of the one before is in flight. Values
+    // have landed before the keys that come behind them: a fence for both costs no time.
     CUTLASS_PRAGMA_NO_UNROLL
     for (; block < last; block += part.turns) {
-      issue_scores();
-      issue_values(block);
+      wait_for_values(block);
+      wait_for_keys();
+      cutlass::arch::fence_view_async_shared();
+      sm90::issue_gemms(mma_qk, sm90::described_here(operand_q), keys(), scores, mma_pv,
+                        probabilities, values(), out);
       warpgroup_wait<1>();
       warpgroup_fence_operand(scores);
       release_keys(block + part.turns);
@@ -248,7 +256,9 @@ class DecodeMainloop {
     }
 
     // Tail: the last block's P V. Where there have been turns its stage is needed once more.
-    issue_values(block);
+    wait_for_values(block);
+    cutlass::arch::fence_view_async_shared();
+    sm90::issue_gemm<sm90::Accumulate::kYes>(mma_pv, probabilities, values(), out);
     warpgroup_wait<0>();
     warpgroup_fence_operand(out);
     if (!part.takes_turns() || !has_turns(walk)) release_values();
@@ -291,12 +301,14 @@ class DecodeMainloop {
                                    int stage) {
     using namespace cute;
     constexpr auto kCleared = sm90::NamedBarrier::kValuesCleared;
-    Element* const data = shared_.v.data() + stage * Traits::kStageElements;
+    int const plane = Traits::kHeads > 1 ? stage * Traits::kHeads + warpgroup() : stage;
+    Element* const data = shared_.v.data() + plane * Traits::kPlaneElements;
     int const thread = threadIdx.x % kThreads;
     // Each of the warpgroups that read the block looks at all of it.
-    int const all_threads = (part.takes_turns() ? 1 : Traits::kConsumers) * kThreads;
-    int const first_reader = part.takes_turns() ? warpgroup() : 0;
-    bool const own = sm90::all_finite<kThreads, Traits::kStageElements>(data, thread);
+    bool const is_alone = Traits::kHeads > 1 || part.takes_turns();
+    int const all_threads = (is_alone ? 1 : Traits::kConsumers) * kThreads;
+    int const first_reader = is_alone ? warpgroup() : 0;
+    bool const own = sm90::all_finite<kThreads, Traits::kPlaneElements>(data, thread);
     if (sm90::barrier_all(kCleared, first_reader, all_threads, own)) return;
     auto const values = make_tensor(make_smem_ptr(data), typename Traits::LayoutRows{});
     constexpr int kBits = 32;
@@ -333,7 +345,7 @@ class DecodeMainloop {
     }
     sm90::barrier_sync(kCleared, first_reader, all_threads);
     if (warpgroup() == first_reader) {
-      sm90::clear_nonfinite<kThreads, Traits::kStageElements>(data, thread);
+      sm90::clear_nonfinite<kThreads, Traits::kPlaneElements>(data, thread);
     }
     cutlass::arch::fence_view_async_shared();
     sm90::barrier_sync(kCleared, first_reader, all_threads);

@@ -91,13 +91,15 @@ class SeenKeys {
            (key < first_new() || (new_keys_seen(row, key - first_new()) & 1) != 0);
   }
 
-  /// Sets the scores of a block's unseen keys to -inf.
+  /// Sets the scores of a block's unseen keys to -inf. Of all rows or of the first one.
   template <class Scores>
   CUTLASS_DEVICE void mask(Scores& scores, int block) const {
     if (block >= begin_full_ && block < end_full_) return;
     int const key = walk_.tile().keys.begin + block * kTileN;
     CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) mask_row(scores, row, seen_by(row), key);
+    for (int row = 0; row < cute::size<0>(scores); ++row) {
+      mask_row(scores, row, seen_by(row), key);
+    }
     if (key + kTileN > first_new()) mask_new(scores, key);
   }
 
@@ -148,7 +150,7 @@ class SeenKeys {
   CUTLASS_DEVICE void mask_new(Scores& scores, int key) const {
     int const first = key + first_accumulator_column() - first_new();
     CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) {
+    for (int row = 0; row < cute::size<0>(scores); ++row) {
       uint64_t const seen = new_keys_seen(row, first);
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < cute::size<1>(scores); ++col) {

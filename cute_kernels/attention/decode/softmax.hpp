@@ -31,14 +31,14 @@ class RunningSoftmax {
 
   /// Turns a block of scores into P in place. What P V of the blocks before have added up to is to
   /// be multiplied by `factor` before this block's is added; whether that changes anything, in the
-  /// thread's warp.
+  /// thread's warp. Scores may be of the first rows alone.
   template <class Scores>
   CUTLASS_DEVICE bool update(Scores& scores, float (&factor)[kRows]) {
     using namespace cute;
-    static_assert(decltype(size<0>(scores))::value == kRows);
+    static_assert(decltype(size<0>(scores))::value <= kRows);
     bool moves = false;
     CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) {
+    for (int row = 0; row < size<0>(scores); ++row) {
       float most = most_[row];
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) most = fmaxf(most, scores(row, col));
@@ -72,7 +72,7 @@ class RunningSoftmax {
   CUTLASS_DEVICE static void scale_rows(Output& out, float const (&factor)[kRows]) {
     using namespace cute;
     CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) {
+    for (int row = 0; row < size<0>(out); ++row) {
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(out); ++col) out(row, col) *= factor[row];
     }

@@ -11,7 +11,8 @@ namespace cute_kernels::attention {
 
 /// Everything about a kernel that attends to a cache that is known when it is compiled, from one
 /// row of tile_configs.toml: a producer warpgroup that gathers rows, one or two consumer warpgroups
-/// with 64 rows each, or in turn with all 64.
+/// with 64 rows each, or in turn with all 64. Where a tile has two key heads, side by side, each
+/// warpgroup has the rows of one of them.
 template <class Tile>
 struct DecodeTraits {
   using Element = typename Tile::Element;
@@ -21,8 +22,9 @@ struct DecodeTraits {
   struct Format {};                                // what its type does not say
   static constexpr int kHeadDim = Tile::kHeadDim;  // of K and of V
   static constexpr int kConsumers = Tile::kConsumerWarpgroups;
+  static constexpr int kHeads = Tile::kHeads;  // key heads of a tile
   static constexpr int kWarpgroupM = 64;
-  static constexpr int kTileRows = kWarpgroupM * kConsumers;
+  static constexpr int kTileRows = kWarpgroupM * kConsumers / kHeads;  // of each
   static constexpr int kTileN = Tile::kTileN;
   static constexpr int kStages = Tile::kStages;
   static constexpr int kCtas = Tile::kCtas;  // of a multiprocessor, at a time
@@ -33,14 +35,17 @@ struct DecodeTraits {
                 "the lanes of a warp share rows of 16-byte pieces evenly");
   static_assert(kTileN % 32 == 0 && kTileN <= 128, "a lane finds one of its warp's rows");
   static_assert(kStages >= kConsumers, "warpgroups take turns with the stages");
+  static_assert(kHeads == 1 || kHeads == kConsumers, "a head is a warpgroup's");
+  static constexpr int kColumns = kHeads * kHeadDim;  // of a row of the tile's keys
 
   static constexpr int kLookAhead = 2;  // blocks whose rows are looked up before they are copied
 
   // Registers of a thread after setmaxnreg, of what a multiprocessor has: with two CTAs 256 for two
   // threads, with two consumer warpgroups 504 for three.
   static constexpr bool kReconfigureRegisters = kConsumers * kCtas == 2;
-  static constexpr int kProducerRegisters = 72;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 216 : 184;
+  // A producer thread knows more of two heads, and consumers have half as many scores.
+  static constexpr int kProducerRegisters = kHeads == 2 ? 104 : 72;
+  static constexpr int kConsumerRegisters = kHeads == 2 ? 200 : kConsumers == 2 ? 216 : 184;
 
   // WGMMA atoms: S = Q K^T from shared memory, O += P V with P in registers.
   using MmaQk = decltype(cute::make_tiled_mma(
@@ -57,17 +62,26 @@ struct DecodeTraits {
   using SwizzleAtom = cute::GMMA::Layout_K_SW128_Atom<Element>;
   using LayoutQ = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDim>>{}));
-  // Of one stage, of K as of V.
+  // Of a plane, a head's rows of one stage, of K as of V.
   using LayoutRows = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>>{}));
+  static constexpr int kPlaneElements = kTileN * kHeadDim;
+  static constexpr int kStageElements = kHeads * kPlaneElements;
+  // The planes of a stage follow one another: two of 64 columns lie as one of 128 would.
+  static constexpr int kPlanes = kHeads * kStages;
   using LayoutK = decltype(cute::tile_to_shape(
-      SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
+      SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kPlanes>>{}));
   // V seen as the B operand (head_dim, keys): the same memory, transposed by the WGMMA descriptor.
   using LayoutVt = decltype(cute::composition(
-      LayoutK{}, cute::make_layout(
-                     cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kStages>>{},
-                     cute::Stride<cute::Int<kTileN>, cute::_1, cute::Int<kTileN * kHeadDim>>{})));
-  static constexpr int kStageElements = kTileN * kHeadDim;
+      LayoutK{},
+      cute::make_layout(cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kPlanes>>{},
+                        cute::Stride<cute::Int<kTileN>, cute::_1, cute::Int<kPlaneElements>>{})));
+  // What the producer fills: a stage, and the queries of all heads.
+  using LayoutStage = decltype(cute::tile_to_shape(
+      SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kColumns>>{}));
+  using LayoutQueries = decltype(cute::tile_to_shape(
+      SwizzleAtom{}, cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kColumns>>{}));
+  static_assert(kHeads == 1 || kHeadDim * sizeof(Element) == kSwizzleBytes);
 
   using Dealer = WorkDealer<DecodeTraits>;
 

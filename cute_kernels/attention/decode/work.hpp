@@ -289,8 +289,9 @@ class WorkWalk {
 
 #undef CUTE_KERNELS_FEW_ROUNDS
 
-/// What a consumer warpgroup computes of a part: 64 of the tile's rows, of all blocks; where the
-/// tile has no more rows than that, warpgroups take turns with the blocks.
+/// What a consumer warpgroup computes of a part: 64 of the tile's rows, or those of one of its key
+/// heads, of all blocks; where there are no more rows than 64, warpgroups take turns with the
+/// blocks.
 template <class Tiling>
 struct WarpgroupPart {
   int first_row;  // of the tile
@@ -299,6 +300,7 @@ struct WarpgroupPart {
 
   constexpr WarpgroupPart(WorkWalk<Tiling> const& walk, int warpgroup)
       : first_row(0), begin(walk.begin_block()), turns(1) {
+    if (Tiling::kHeads > 1) return;
     if (walk.tile().rows > Tiling::kWarpgroupM) {
       first_row = warpgroup * Tiling::kWarpgroupM;
     } else {

@@ -37,8 +37,9 @@ struct DecodeWorkspace {
 
   explicit DecodeWorkspace(int ctas) {
     int64_t const slots = 2 * int64_t{ctas};
-    statistics = slots * Traits::kTileRows * Traits::kHeadDim * int64_t{sizeof(float)};
-    counters = statistics + slots * Traits::kTileRows * int64_t{sizeof(RowStatistics)};
+    int64_t const rows = slots * PartRows<Traits>::kCount;
+    statistics = rows * Traits::kHeadDim * int64_t{sizeof(float)};
+    counters = statistics + rows * int64_t{sizeof(RowStatistics)};
     end = counters + ctas * int64_t{sizeof(uint64_t)};
   }
 };

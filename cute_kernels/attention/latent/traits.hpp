@@ -20,6 +20,7 @@ struct LatentTraits {
   using Element = typename Tile::Element;
   static constexpr bool kEightBits = false;
   static constexpr bool kByWarps = false;
+  static constexpr int kHeads = 1;                  // key heads of a tile
   static constexpr int kHeadDim = Tile::kHeadDimV;  // of O and of V
   static constexpr int kRopeDim = Tile::kHeadDim;   // of the rest of a key
   static constexpr int kConsumers = Tile::kConsumerWarpgroups;

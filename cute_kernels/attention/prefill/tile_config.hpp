@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 
 #include "cute_kernels/attention/decode/tile_config.hpp"
 #include "cute_kernels/attention/prefill/boxes.hpp"
@@ -52,29 +53,32 @@ struct CacheKernels {
   static constexpr int kLeastRows = 129;  // more than a decode kernel's tile has
 };
 
-/// The kernels for a call none of whose sequences has more than `longest` queries. Which of them
-/// are that long only the device knows.
+/// The kernels for a call none of whose sequences has more than `longest` queries, where that is
+/// known. Which of them are that long only the device knows.
 ///
 /// A decode kernel splits keys, so that it fills the GPU always; a prefill kernel's products are
 /// kPrefillSpeed times as fast where its tiles fill all rounds, but rows that no box holds it would
 /// have to gather, which was slower. A call is taken to be made of long sequences alone.
-inline CacheKernels choose_for_cache(ElementType dtype, DecodeProblem const& problem, int longest) {
+inline CacheKernels choose_for_cache(ElementType dtype, DecodeProblem const& problem,
+                                     std::optional<int64_t> longest) {
   CachedCall const& call = problem.call;
   int const multiprocessors = problem.device.multiprocessors;
   constexpr double kPrefillSpeed = 1.75;
-  DecodeKernel const* const decode = choose_decode(decode_kernels, dtype, call);
+  int64_t const most = std::min<int64_t>(longest.value_or(call.total_q), call.total_q);
+  DecodeKernel const* const decode =
+      choose_decode(decode_kernels, dtype, call, rows_of_longest(call, longest));
   PrefillKernel const* const prefill =
       choose_prefill(dtype, std::max(call.head_dim, call.head_dim_v));
   bool const takes = call.softcap == 0 && call.chunk == 0 && call.tree_mask == nullptr;
   if (prefill == nullptr || !takes) return {nullptr, decode};
   if (rows_of_boxes(problem, prefill->config.tile_n) == 0) return {nullptr, decode};
-  if (int64_t{longest} * call.group < CacheKernels::kLeastRows) return {nullptr, decode};
+  if (most * call.group < CacheKernels::kLeastRows) return {nullptr, decode};
   int64_t const rows = int64_t{call.total_q} * call.group;
   double const tiles = static_cast<double>(rows) / prefill->config.tile_m * call.heads_kv;
   double const rounds = std::ceil(tiles / multiprocessors);
   bool const pays = tiles * kPrefillSpeed > rounds * multiprocessors;
   if (!pays || !prefill_fits(rows, call.batch, call.heads_kv)) return {nullptr, decode};
-  bool const all_are_long = int64_t{longest} * call.batch <= call.total_q;
+  bool const all_are_long = most * call.batch <= call.total_q;
   return {prefill, all_are_long ? nullptr : decode};
 }
 

@@ -19,8 +19,9 @@ from .rows import (
 )
 
 # What setmaxnreg leaves a consumer thread (decode/traits.hpp), by the numbers of a CTA's consumer
-# warpgroups and of CTAs
+# warpgroups and of CTAs, and where tiles have two heads
 DECODE_CONSUMER_REGISTERS = {(1, 1): 255, (1, 2): 184, (2, 1): 216}
+DECODE_CONSUMER_REGISTERS_OF_TWO_HEADS = 200
 
 # Of each of four warps: two sums, the line of all work, the CTA's place there.
 WORK_BYTES_OF_WARPGROUP = 4 * (2 * 4 + 16 + 52)
@@ -31,12 +32,13 @@ DECODE_FIELDS = (
     Field("tile_n", int, REQUIRED, "kTileN"),
     Field("stages", int, 2, "kStages"),
     Field("ctas", int, 1, "kCtas"),
+    Field("heads", int, 1, "kHeads"),
     Field("why", str),
 )
 
 
 def decode_shared_memory(row: Row) -> dict[str, int]:
-    stage = row["tile_n"] * row["head_dim"] * ELEMENT_BYTES
+    stage = row["tile_n"] * row["heads"] * row["head_dim"] * ELEMENT_BYTES
     return aligned(
         {
             "K": row["stages"] * stage,
@@ -100,6 +102,15 @@ def decode_problems(row: Row) -> list[str]:
             f"stages = {row['stages']} must be at least {row['tile_m'] // WARPGROUP_M}: consumer "
             f"warpgroups take turns with them"
         )
+    if row["heads"] != 1 and (row["heads"], row["head_dim"], row["tile_m"]) != (
+        2,
+        64,
+        2 * WARPGROUP_M,
+    ):
+        found.append(
+            f"heads = {row['heads']} must be 1, or 2 with head_dim = 64 and tile_m = "
+            f"{2 * WARPGROUP_M}: each of two consumer warpgroups has a head of 128 bytes a row"
+        )
     warpgroups = row["tile_m"] / WARPGROUP_M, row["ctas"]
     if warpgroups not in DECODE_CONSUMER_REGISTERS:
         found.append(
@@ -108,6 +119,8 @@ def decode_problems(row: Row) -> list[str]:
         )
         return found
     budget = DECODE_CONSUMER_REGISTERS[warpgroups]
+    if row["heads"] == 2:
+        budget = DECODE_CONSUMER_REGISTERS_OF_TWO_HEADS
     return found + decode_room_problems(
         row, decode_shared_memory(row), decode_registers(row), budget
     )
@@ -128,6 +141,7 @@ FP8_DECODE_FIELDS = (
     Field("stages", int, 2, "kStages"),
     Field("staged", int, 0, "kStaged"),
     Field("ctas", int, 1, "kCtas"),
+    Field("heads", int, 1, "kHeads"),
     Field("consumer_warpgroups", int, FP8_CONSUMERS, "kConsumerWarpgroups"),
     Field("why", str),
 )
@@ -197,6 +211,8 @@ def fp8_decode_problems(row: Row) -> list[str]:
             f"ctas = {row['ctas']} and consumer_warpgroups = {row['consumer_warpgroups']} must be "
             f"1 and {FP8_CONSUMERS}"
         )
+    if row["heads"] != 1:
+        found.append(f"heads = {row['heads']} must be 1")
     if found:
         return found
     found += fp8_warps_problems(row) if has_few_rows(row) else fp8_wide_problems(row)
@@ -339,7 +355,7 @@ DECODE = Pass(
     fields=DECODE_FIELDS,
     dtypes=DTYPES,
     element="Element",
-    config=("tile_m", "tile_n"),
+    config=("tile_m", "tile_n", "heads"),
     shared_memory=decode_shared_memory,
     registers=decode_registers,
     problems=decode_problems,
