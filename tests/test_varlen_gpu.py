@@ -93,6 +93,45 @@ def test_lengths_may_change_under_a_captured_graph(hopper):
         assert_packed_right(results, now, causal=True)
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_the_kernel_before_writes(hopper, captured):
+    """Kernels start early, and read lengths, queries, keys and values only when these are there:
+    each call's are written just before it, over those that the last one has read."""
+    chance = random.Random(4)
+    calls = []
+    for _ in range(30):
+        ends = sorted(chance.randint(0, 4000) for _ in range(7))
+        slots = [b - a for a, b in zip([0, *ends], [*ends, 4000], strict=True)]
+        packed = packed_on(hopper, slots, head_dims=(128, 128))
+        q, k, v = (x.roll(len(calls), 0) for x in packed.qkv)
+        calls.append(dataclasses.replace(packed, q=q, k=k, v=v))
+    right = [packed.run(causal=True) for packed in calls]
+    qkv = [torch.empty_like(x) for x in calls[0].qkv]
+    lengths = [torch.tensor(starts(c.slots_q), dtype=torch.int32, device=hopper) for c in calls]
+    at = torch.empty_like(lengths[0])
+
+    def run_all():
+        results = []
+        for packed, own in zip(calls, lengths, strict=True):
+            for to, x in zip((*qkv, at), (*packed.qkv, own), strict=True):
+                torch.add(x, 0, out=to)
+            results.append(flash_attn_varlen_func(*qkv, at, at, causal=True, return_lse=True))
+        return results
+
+    run_all()
+    torch.cuda.synchronize()
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = run_all()
+        graph.replay()
+    else:
+        results = run_all()
+    for (out, lse), (right_out, right_lse) in zip(results, right, strict=True):
+        assert torch.equal(out, right_out)
+        assert torch.equal(lse, right_lse)
+
+
 def test_the_same_bits_each_time(hopper):
     packed = packed_on(hopper, [700, 3, 0, 1300, 64, 200], head_dims=(64, 64), tail=9)
     results = [packed.run(window_size=(200, 0)) for _ in range(50)]

@@ -105,12 +105,13 @@ def test_an_order_is_the_same_bits_each_time(hopper, head_dims, window):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("times", [1, 8])
 @pytest.mark.parametrize("wild", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
-def test_what_a_window_hides_has_no_part(hopper, head_dims, wild):
+def test_what_a_window_hides_has_no_part(hopper, head_dims, wild, times):
     """Keys that no query sees, and the first query's gradient for keys that it does not see, give
-    the same bits as 0 in their place."""
-    slots_q, slots_k, left = [300, 150], [900, 700], 127
+    the same bits as 0 in their place. 8 times: in more key blocks than CTAs run at a time."""
+    slots_q, slots_k, left = [300, 150] * times, [900, 700] * times, 127
     packed = packed_on(hopper, torch.bfloat16, slots_q, slots_k, head_dims)
     grad_out, grad_lse = random_grads(packed)
     first_seen = [k - q - left for q, k in zip(slots_q, slots_k, strict=True)]
@@ -148,6 +149,32 @@ def test_wrong_contents_end_and_do_no_harm(hopper, head_dims, deterministic):
             flash_attn_varlen_backward(*tensors, *inputs, deterministic=deterministic)
     again = results_of(packed, grads, causal=True, deterministic=True)
     assert all(torch.equal(a, b) for a, b in zip(right, again, strict=True))
+
+
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (256, 256)], ids=str)
+def test_what_the_kernel_before_writes(hopper, head_dims):
+    """Kernels start early, and read their inputs only when these are there: each call's are written
+    just before it, over those that the last one has read."""
+    slots = [1000, 0, 1, 399, 2000]
+    calls = []
+    for i in range(20):
+        packed = packed_on(hopper, torch.bfloat16, slots, None, head_dims)
+        q, k, v = (x.roll(i, 0) for x in packed.qkv)
+        packed = dataclasses.replace(packed, q=q, k=k, v=v)
+        grads = random_grads(packed, seed=i)
+        results = results_of(packed, grads, causal=True, deterministic=True)
+        calls.append(((*grads, q, k, v, *results[:2]), results[2:5]))
+    cu = packed.lengths()["cu_seqlens_q"]
+    inputs = (cu, cu, None, None, None, head_dims[0] ** -0.5, True)
+    own = [torch.empty_like(x) for x in calls[0][0]]
+    torch.cuda.synchronize()
+    seen = []
+    for tensors, _ in calls:
+        for to, x in zip(own, tensors, strict=True):
+            torch.add(x, 0, out=to)
+        seen.append(flash_attn_varlen_backward(*own, *inputs, deterministic=True)[:3])
+    for gradients, (_, right) in zip(seen, calls, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(gradients, right, strict=True))
 
 
 def test_lengths_that_change_under_a_graph(hopper):

@@ -36,7 +36,8 @@ void list_tiles(AttentionCall const& call) {{
   }}
   std::cout << '\\n';
   for (int place = 0; place < *list.count * kHeads; ++place) {{
-    ListedTile const tile = listed_tile<Tiling::kNeighbours>(place, *list.count, kHeads);
+    ListedTile const tile = listed_tile<Tiling::kNeighbours>(
+        place, *list.count, PlainDivisor{{kHeads * Tiling::kNeighbours}});
     std::cout << tile.entry << ' ' << tile.head << ' ';
   }}
   std::cout << '\\n';

@@ -9,6 +9,7 @@
 #include "cute_kernels/attention/forward/fp8_traits.hpp"
 #include "cute_kernels/attention/forward/protocol.hpp"
 #include "cute_kernels/attention/mask.hpp"
+#include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
@@ -116,7 +117,8 @@ class Fp8ForwardMainloop : public ForwardProtocol<Traits> {
       }
       cutlass::arch::fence_view_async_shared();
     }
-    cudaGridDependencySynchronize();
+    sm90::wait_for_previous_kernel();
+    if constexpr (Traits::kAnyCall) sm90::let_next_kernel_start();
   }
 
  private:

@@ -144,6 +144,8 @@ class ScaledSoftmax {
   template <class Output>
   CUTLASS_DEVICE void finalize(Output& out, float sink) {
     divide(out, [&](int row) {
+      // Most calls have none, and need not wait for that.
+      if (sink == kMinusInf) return sum_[row];
       return sum_[row] * (1.f + sm90::exp2_mufu(sink_above_keys(row, sink)));
     });
   }
@@ -157,8 +159,10 @@ class ScaledSoftmax {
   CUTLASS_DEVICE float lse(int row, float sink) const {
     if (sum_[row] == 0.f) return sink;
     float const of_keys = exact_keys(row);
+    float const without = of_keys * sm90::kLn2 + score_offset_[row];
+    if (sink == kMinusInf) return without;
     float const above = (sink - score_offset_[row]) * sm90::kLog2e - of_keys;
-    float const most = above > 0.f ? sink : of_keys * sm90::kLn2 + score_offset_[row];
+    float const most = above > 0.f ? sink : without;
     return most + log2f(1.f + sm90::exp2_mufu(-fabsf(above))) * sm90::kLn2;
   }
 

@@ -46,7 +46,10 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
   /// What a mainloop writes to shared memory once, before any load.
   CUTLASS_DEVICE static void prepare(SharedStorage& shared) {
     if (threadIdx.x == 0) Guard::prepare(shared);
-    if constexpr (Traits::kAnyCall) sm90::wait_for_previous_kernel();  // it lists the tiles
+    if constexpr (Traits::kAnyCall) {
+      sm90::wait_for_previous_kernel();  // it lists the tiles
+      sm90::let_next_kernel_start();     // the next call's list is begun when this one ends
+    }
   }
 
   /// The work of a warp that the producer has to spare, in a second pass.

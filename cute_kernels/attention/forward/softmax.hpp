@@ -108,17 +108,13 @@ class OnlineSoftmax {
   /// afterwards.
   template <class Output>
   CUTLASS_DEVICE void finalize(Output& out, float sink) {
-    divide(out, [&](int row) {
-      return sum_[row] * (1.f + sm90::exp2_mufu(sink_above_keys(row, sink)));
-    });
+    divide(out, [&](int row) { return with_sink(row, sink); });
   }
 
   /// With a sink for each row.
   template <class Output>
   CUTLASS_DEVICE void finalize(Output& out, float const (&sinks)[kRows]) {
-    divide(out, [&](int row) {
-      return sum_[row] * (1.f + sm90::exp2_mufu(sink_above_keys(row, sinks[row])));
-    });
+    divide(out, [&](int row) { return with_sink(row, sinks[row]); });
   }
 
   /// ln(sum_j exp(softmax_scale * s_j)); -inf for a row that saw no key.
@@ -128,6 +124,7 @@ class OnlineSoftmax {
 
   /// With the sink in the sum, which is all of it for a row that saw no key.
   CUTLASS_DEVICE float lse(int row, float sink) const {
+    if (sink == kMinusInf) return lse(row);
     if (sum_[row] == 0.f) return sink;
     float const above = sink_above_keys(row, sink);
     float const most = above > 0.f ? sink : keys(row) * sm90::kLn2;
@@ -137,6 +134,12 @@ class OnlineSoftmax {
  private:
   /// log2 of what the keys have in the denominator.
   CUTLASS_DEVICE float keys(int row) const { return offset_of(origin_[row]) + log2f(sum_[row]); }
+
+  /// The row sum, and what the sink adds to it. Most calls have none, and need not wait for that.
+  CUTLASS_DEVICE float with_sink(int row, float sink) const {
+    if (sink == kMinusInf) return sum_[row];
+    return sum_[row] * (1.f + sm90::exp2_mufu(sink_above_keys(row, sink)));
+  }
 
   /// In powers of two, of a row that saw a key. Not by keys(): where offset and sink are large, the
   /// first difference is exact.

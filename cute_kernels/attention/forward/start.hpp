@@ -32,17 +32,17 @@ int64_t work_bytes(ForwardProblem const& problem) {
   return work_list_bytes(problem.call.sizes.batch, most_work<Traits>(problem.call));
 }
 
-/// Starts the kernel that runs before one that takes any call; `early`: see start_preparing.
+/// Starts the kernel that runs before one that takes any call; `independent`: see start_preparing.
 template <class Traits>
 cudaError_t start_listing_work(ForwardProblem const& problem, cudaStream_t stream,
-                               bool early = false) {
+                               bool independent = false) {
   CallSizes const& sizes = problem.call.sizes;
   int64_t const row_bytes =
       int64_t{sizeof(typename Traits::Output)} * sizes.heads_q * sizes.head_dim_v;
   UnusedRows const unused{problem.out.data, row_bytes, problem.lse, sizes.heads_q,
                           tensor_rows_q(problem.call)};
   return start_preparing<typename Traits::Tiling>(problem.call, forward_work_list<Traits>(problem),
-                                                  unused, problem.device, stream, early);
+                                                  unused, problem.device, stream, independent);
 }
 
 /// What the kernel is told of the call.
@@ -52,8 +52,8 @@ typename Traits::Calls forward_calls(ForwardProblem const& problem) {
   CallSizes const& sizes = call.sizes;
   typename Traits::Calls calls{};
   if constexpr (Traits::kAnyCall) {
-    WorkList const list = forward_work_list<Traits>(problem);
-    calls.scheduler = {list.count, list.tiles, sizes.heads_q};
+    calls.scheduler =
+        Traits::Calls::Scheduler::make_params(forward_work_list<Traits>(problem), sizes.heads_q);
     calls.sinks = call.sinks;
   } else {
     int64_t const kv_bytes = int64_t{sizeof(typename Traits::ElementQk)} * sizes.batch *

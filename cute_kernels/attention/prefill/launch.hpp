@@ -106,7 +106,7 @@ cudaError_t launch_prefill(DecodeProblem const& problem, cudaStream_t stream) {
   WorkList const list = prefill_work_list<Traits>(problem);
 
   Params params{};
-  params.scheduler = {list.count, list.tiles, call.heads_kv};
+  params.scheduler = Params::Scheduler::make_params(list, call.heads_kv);
   params.group = cutlass::FastDivmod(call.group);
   params.sinks = problem.sinks;
   params.box_rows = rows_of_boxes(problem, Traits::kTileN);

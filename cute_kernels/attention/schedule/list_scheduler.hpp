@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cutlass/fast_math.h>
+
 #include "cute_kernels/attention/schedule/work_list.hpp"
 #include "cute_kernels/attention/tile_scheduler.hpp"
 
@@ -14,23 +16,28 @@ class ListScheduler : public CtaRounds {
     int const* count;  // of the list's tiles
     WorkTile const* tiles;
     int heads;
+    cutlass::FastDivmod group;  // tiles of all heads that stand together (listed_tile)
   };
+
+  static Params make_params(WorkList const& list, int heads) {
+    return {list.count, list.tiles, heads, cutlass::FastDivmod(kNeighbours * heads)};
+  }
 
   /// The list must be there.
   CUTLASS_DEVICE explicit ListScheduler(Params const& params)
-      : count_(*params.count), heads_(params.heads) {}
+      : params_(params), count_(*params.count) {}
 
-  CUTLASS_DEVICE bool valid() const { return number() < count_ * heads_; }
+  CUTLASS_DEVICE bool valid() const { return number() < count_ * params_.heads; }
 
   CUTLASS_DEVICE void advance() { next_round(gridDim.x / 4); }
 
   CUTLASS_DEVICE ListedTile coord() const {
-    return listed_tile<kNeighbours>(number(), count_, heads_);
+    return listed_tile<kNeighbours>(number(), count_, params_.group);
   }
 
  private:
+  Params const& params_;
   int count_;
-  int heads_;
 };
 
 }  // namespace cute_kernels::attention

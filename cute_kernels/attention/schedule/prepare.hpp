@@ -44,13 +44,15 @@ CUTLASS_DEVICE void clear_unused_slots(QuerySlots const& slots, UnusedRows const
 }
 
 /// The first CTA builds the list, the others clear unused rows of Q's results. Its end is that of
-/// the kernel before it, too: whoever waits for it waits for both.
+/// the kernel before it, too: whoever waits for it waits for both. Unless it is `independent` of
+/// what that kernel reads and writes, it begins with this.
 template <class Tiling, class Call>
 __global__ void __launch_bounds__(WorkListBuilder<Tiling, Call>::kThreads)
     prepare_kernel(CUTE_GRID_CONSTANT Call const call, CUTE_GRID_CONSTANT WorkList const list,
-                   CUTE_GRID_CONSTANT UnusedRows const unused) {
+                   CUTE_GRID_CONSTANT UnusedRows const unused, bool independent) {
   using Builder = WorkListBuilder<Tiling, Call>;
   sm90::let_next_kernel_start();
+  if (!independent) sm90::wait_for_previous_kernel();
   if (blockIdx.x == 0) {
     __shared__ typename Builder::Shared shared;
     Builder builder(call, list, shared);
@@ -66,11 +68,11 @@ __global__ void __launch_bounds__(WorkListBuilder<Tiling, Call>::kThreads)
   clear_unused_slots(slots, unused, blockIdx.x - 1, gridDim.x - 1, Builder::kThreads);
 }
 
-/// Starts it. The next kernel may start early, and then waits for this one itself. So may this one
-/// if `early`: what the kernel before it writes is neither read nor written here.
+/// Starts it, early. So may the next kernel start, and then waits for this one itself.
+/// `independent`: what the kernel before it writes is neither read nor written here.
 template <class Tiling, class Call>
 cudaError_t start_preparing(Call const& call, WorkList const& list, UnusedRows const& unused,
-                            Device const& device, cudaStream_t stream, bool early = false) {
+                            Device const& device, cudaStream_t stream, bool independent = false) {
   sm90::Launch how{};
   how.threads = WorkListBuilder<Tiling, Call>::kThreads;
   AttentionCall const& lengths = attention_call(call);
@@ -80,8 +82,8 @@ cudaError_t start_preparing(Call const& call, WorkList const& list, UnusedRows c
       1 + static_cast<unsigned>(ctas < device.multiprocessors ? ctas : device.multiprocessors));
   how.stream = stream;
   how.device = device.index;
-  how.early = early;
-  return sm90::launch_kernel<prepare_kernel<Tiling, Call>>(how, call, list, unused);
+  how.early = true;
+  return sm90::launch_kernel<prepare_kernel<Tiling, Call>>(how, call, list, unused, independent);
 }
 
 }  // namespace cute_kernels::attention

@@ -81,13 +81,19 @@ struct ListedTile {
 
 /// The one at a place in the order, of a list of `count` tiles. Some neighbours in the list take
 /// turns with the heads: they are mostly of one sequence, and share the loads of K and V in L2.
-template <int kNeighbours>
-constexpr ListedTile listed_tile(int place, int count, int heads) {
-  int const group = place / (kNeighbours * heads);
-  int const rest = place - group * kNeighbours * heads;
-  int const first = group * kNeighbours;
-  int const neighbours = lesser(kNeighbours, count - first);
-  return {first + rest % neighbours, rest / neighbours};
+/// `group` divides by kNeighbours times the heads. Every tile begins with this, so what is divided
+/// by otherwise is a constant, but for the last neighbours.
+template <int kNeighbours, class Divisor>
+constexpr ListedTile listed_tile(int place, int count, Divisor const& group) {
+  int const number = group.div(place);
+  auto const rest = static_cast<unsigned>(place - number * group.divisor);
+  int const first = number * kNeighbours;
+  auto at = [&](unsigned neighbours) {
+    return ListedTile{first + static_cast<int>(rest % neighbours),
+                      static_cast<int>(rest / neighbours)};
+  };
+  int const neighbours = count - first;
+  return neighbours >= kNeighbours ? at(kNeighbours) : at(static_cast<unsigned>(neighbours));
 }
 
 /// Where the list lies, in memory of the device's that is a multiple of 16.
@@ -122,7 +128,7 @@ template <class Tiling, class Call = AttentionCall>
 class WorkListBuilder {
  public:
   static constexpr int kThreads = 256;
-  static constexpr int kPhases = 13;
+  static constexpr int kPhases = 10;
 
  private:
   static constexpr int kGroup = 32;
@@ -132,10 +138,11 @@ class WorkListBuilder {
 
  public:
   struct Shared {
-    int of_thread[kThreads];
-    int entry[kThreads];      // the sequence of a thread's first tile
-    int starts[kNearby + 1];  // WorkList::starts, if they fit
-    int of_group[kGroups];
+    alignas(16) int of_thread[kThreads];
+    alignas(16) int of_group[kGroups];
+    int before_in_group[kThreads];  // of_thread of the threads before one, added up
+    int entry[kThreads];            // the sequence of a thread's first tile
+    int starts[kNearby + 1];        // WorkList::starts, if they fit
     int total;
     int longest;
     // By bucket and thread: how many tiles, then the place of the next one. Padded, as a thread
@@ -153,35 +160,40 @@ class WorkListBuilder {
       int tiles = 0;
       each_sequence(thread, [&](int, int count) { tiles = add(tiles, count); });
       shared_.of_thread[thread] = tiles;
-    } else if constexpr (kPhase == 1 || kPhase == 9) {
+    } else if constexpr (kPhase == 1 || kPhase == 7) {
       scan_group(thread);
-    } else if constexpr (kPhase == 2 || kPhase == 10) {
-      scan_groups(thread);
-    } else if constexpr (kPhase == 3) {
+    } else if constexpr (kPhase == 2) {
       int start = before(thread);
       each_sequence(thread, [&](int entry, int count) {
         starts()[entry] = start;
         start = add(start, count);
       });
-      if (thread == 0) starts()[sequences(call_)] = *list_.count = shared_.total;
-    } else if constexpr (kPhase == 4) {
+      if (thread == 0) {
+        shared_.total = of_groups_before(kGroups);
+        starts()[sequences(call_)] = *list_.count = shared_.total;
+      }
+    } else if constexpr (kPhase == 3) {
       int const tile = first_tile(thread);
       shared_.entry[thread] = entry_at(starts(), sequences(call_), tile);
       int longest = 0;
       each_tile(thread, [&](WorkTile const&, int length) { longest = greater(longest, length); });
       shared_.of_thread[thread] = longest;
+    } else if constexpr (kPhase == 4) {
+      if (thread % kGroup == 0) {
+        shared_.of_group[thread / kGroup] = longest_of<kGroup>(shared_.of_thread + thread);
+      }
     } else if constexpr (kPhase == 5) {
-      longest_of_group(thread);
-    } else if constexpr (kPhase == 6) {
-      longest_of_groups(thread);
-    } else if constexpr (kPhase == 7) {
       for (int bucket = 0; bucket < kBuckets; ++bucket) counter(bucket, thread) = 0;
-      each_tile(thread, [&](WorkTile const&, int length) { ++counter(bucket_of(length), thread); });
-    } else if constexpr (kPhase == 8) {
+      int const longest = longest_of<kGroups>(shared_.of_group);
+      if (thread == 0) shared_.longest = longest;
+      each_tile(thread, [&](WorkTile const&, int length) {
+        ++counter(bucket_of(length, longest), thread);
+      });
+    } else if constexpr (kPhase == 6) {
       int sum = 0;
       for (int i = 0; i < kBuckets; ++i) sum += neighbour(thread, i);
       shared_.of_thread[thread] = sum;
-    } else if constexpr (kPhase == 11) {
+    } else if constexpr (kPhase == 8) {
       int place = before(thread);
       for (int i = 0; i < kBuckets; ++i) {
         int const count = neighbour(thread, i);
@@ -190,7 +202,7 @@ class WorkListBuilder {
       }
     } else {
       each_tile(thread, [&](WorkTile const& tile, int length) {
-        list_.tiles[counter(bucket_of(length), thread)++] = tile;
+        list_.tiles[counter(bucket_of(length, shared_.longest), thread)++] = tile;
       });
     }
   }
@@ -198,6 +210,9 @@ class WorkListBuilder {
  private:
   /// No more than there is room for, whatever cu_seqlens holds.
   constexpr int add(int a, int b) const { return b > list_.most - a ? list_.most : a + b; }
+  constexpr int no_more(int64_t sum) const {
+    return sum > list_.most ? list_.most : static_cast<int>(sum);
+  }
 
   template <class Visit>
   constexpr void each_sequence(int thread, Visit const& visit) const {
@@ -236,11 +251,10 @@ class WorkListBuilder {
     }
   }
 
-  /// Behind phase 6, when the longest length is known.
-  constexpr int bucket_of(int length) const {
+  static constexpr int bucket_of(int length, int longest) {
     // Blocks have 16 keys or more: there are at most 2^27 of them.
-    auto const shorter = static_cast<uint32_t>(shared_.longest - length);
-    return static_cast<int>(shorter * kBuckets / static_cast<uint32_t>(shared_.longest + 1));
+    auto const shorter = static_cast<uint32_t>(longest - length);
+    return static_cast<int>(shorter * kBuckets / static_cast<uint32_t>(longest + 1));
   }
 
   constexpr int& counter(int bucket, int thread) {
@@ -252,44 +266,33 @@ class WorkListBuilder {
     return shared_.counters[thread * (kBuckets + 1) + i];
   }
 
-  // Sums of of_thread over the threads before one, in three phases: its own, these two.
+  // Sums of of_thread over the threads before one: those of its group in a phase, then those of the
+  // groups before. Each thread adds up for itself, in an order of no consequence, what all read.
   constexpr void scan_group(int thread) {
-    if (thread % kGroup != 0) return;
-    int own[kGroup]{};
-    for (int i = 0; i < kGroup; ++i) own[i] = shared_.of_thread[thread + i];
-    int sum = 0;
+    int const lane = thread % kGroup;
+    int64_t sum = 0;
     for (int i = 0; i < kGroup; ++i) {
-      shared_.of_thread[thread + i] = sum;
-      sum = add(sum, own[i]);
+      sum += i < lane ? shared_.of_thread[thread - lane + i] : 0;
     }
-    shared_.of_group[thread / kGroup] = sum;
+    shared_.before_in_group[thread] = no_more(sum);
+    if (lane == kGroup - 1) {
+      shared_.of_group[thread / kGroup] = no_more(sum + shared_.of_thread[thread]);
+    }
   }
-  constexpr void scan_groups(int thread) {
-    if (thread != 0) return;
-    int own[kGroups]{};
-    for (int i = 0; i < kGroups; ++i) own[i] = shared_.of_group[i];
-    int sum = 0;
-    for (int i = 0; i < kGroups; ++i) {
-      shared_.of_group[i] = sum;
-      sum = add(sum, own[i]);
-    }
-    shared_.total = sum;
+  constexpr int of_groups_before(int end) const {
+    int64_t sum = 0;
+    for (int i = 0; i < kGroups; ++i) sum += i < end ? shared_.of_group[i] : 0;
+    return no_more(sum);
   }
   constexpr int before(int thread) const {
-    return add(shared_.of_thread[thread], shared_.of_group[thread / kGroup]);
+    return add(shared_.before_in_group[thread], of_groups_before(thread / kGroup));
   }
 
-  constexpr void longest_of_group(int thread) {
-    if (thread % kGroup != 0) return;
+  template <int kCount>
+  static constexpr int longest_of(int const* lengths) {
     int longest = 0;
-    for (int i = thread; i < thread + kGroup; ++i) longest = greater(longest, shared_.of_thread[i]);
-    shared_.of_group[thread / kGroup] = longest;
-  }
-  constexpr void longest_of_groups(int thread) {
-    if (thread != 0) return;
-    int longest = 0;
-    for (int const group : shared_.of_group) longest = greater(longest, group);
-    shared_.longest = longest;
+    for (int i = 0; i < kCount; ++i) longest = greater(longest, lengths[i]);
+    return longest;
   }
 
   Call const& call_;

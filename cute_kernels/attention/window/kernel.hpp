@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   cutlass::arch::fence_barrier_init();
   __syncthreads();
   sm90::wait_for_previous_kernel();  // it lists the tiles
+  sm90::let_next_kernel_start();
 
   if (warpgroup == 0) {
     if constexpr (Traits::kReconfigureRegisters) {
