@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from parity import BACKWARD_KERNELS, DTYPES, common_head_dim, random_qkv
-from traces import CAREFUL, GRADIENTS, PLAIN, grids, launches
+from traces import CAREFUL, GRADIENTS, PLAIN, launches
 
 from cute_kernels.operators import flash_attn_backward, flash_attn_forward
 
@@ -67,28 +67,3 @@ def test_blind_queries_cost_nothing(hopper, row, tmp_path):
     assert share() < 0.2
     q[0, 3000, 2, 1] = math.nan
     assert share() > 0.3
-
-
-@pytest.mark.parametrize("row", GRADIENTS)
-def test_what_is_computed_again_takes_no_more_ctas_than_run(hopper, row, tmp_path):
-    """They take one key block after the other, with the bits of the usual kernel's, for whom there
-    is nothing to be careful about."""
-    head_dim, dtype = common_head_dim(row), DTYPES[row["dtype"]]
-    diagonal = -BLIND if row["any_call"] else None
-    q, k, v = random_qkv(hopper, dtype, 2, 2048 + BLIND, 2048, 16, 16, head_dim)
-    grad_out = torch.randn_like(q)
-    results = []
-    for inside in (0.0, math.nan):
-        q[1, BLIND - 3, 5, 3] = inside
-        out, lse = flash_attn_forward(q, k, v, 0.1, True, diagonal=diagonal)
-        inputs = (grad_out, None, q, k, v, out, lse, 0.1, True, True, row["name"])
-
-        def call(inputs=inputs):
-            return flash_attn_backward(*inputs, diagonal=diagonal)[:3]
-
-        results.append(call())
-        assert all(x.isfinite().all() for x in results[-1])
-        multiprocessors = torch.cuda.get_device_properties(hopper).multi_processor_count
-        seen = grids(call, CAREFUL, tmp_path)
-        assert len(seen) == 1 and seen[0] <= multiprocessors
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -50,7 +50,7 @@ int main() {{
       BackwardSequence const s = backward_sequence(call, entry, tile_m);
       std::cout << s.q.first << ' ' << s.q.rows << ' ' << s.q.used << ' ' << s.k.first << ' '
                 << s.k.rows << ' ' << s.k.used << ' ' << s.first_query_block << ' '
-                << s.hides_values() << ' ' << s.has_unseen_keys();
+                << s.hides_values();
       for (TmaRows const rows : {{s.tma_q, s.tma_k, s.tma_grad_k}}) {{
         std::cout << ' ' << rows.first << ' ' << rows.entry << ' ' << rows.wrap;
       }}
@@ -137,19 +137,18 @@ def test_sequences_turns_and_numbers(program):
             seen = [(i, j) for i, j in pairs if case.sees(number, i, j)]
             if pairs:
                 assert answer[7] == (len(seen) < len(pairs))
-                assert answer[8] == (len({j for _, j in seen}) < k[2])
             # TMA: row i of those that begin at `first` is at `start` + i, as its coordinates add
             # up modulo 2^64 bytes, and the tensor ends behind the last one.
             for (start, count), total, at, entry, wrap in (
-                (q[::2], case.totals[0], *answer[9:12]),
-                (k[::2], case.totals[1], *answer[12:15]),
-                (k[:2], case.totals[1], *answer[15:18]),
+                (q[::2], case.totals[0], *answer[8:11]),
+                (k[::2], case.totals[1], *answer[11:14]),
+                (k[:2], case.totals[1], *answer[14:17]),
             ):
                 assert at >= 0 and 0 <= entry <= total and 0 <= wrap <= 2**30
                 address = sum(c * s for c, s in zip((at, entry, wrap), ROW_STRIDES, strict=True))
                 assert address % 2**64 == start * ROW_BYTES
                 assert at + count == 2**30
-            turns = [tuple(answer[i : i + 3]) for i in range(18, len(answer), 3)]
+            turns = [tuple(answer[i : i + 3]) for i in range(17, len(answer), 3)]
             assert {(m, n) for m, n, _ in turns} == {(i // tile_m, j // keys) for i, j in seen}
             for m in {m for m, _, _ in turns}:
                 in_order = sorted((n, turn) for of, n, turn in turns if of == m)

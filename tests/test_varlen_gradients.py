@@ -105,13 +105,12 @@ def test_an_order_is_the_same_bits_each_time(hopper, head_dims, window):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("times", [1, 8])
 @pytest.mark.parametrize("wild", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
-def test_what_a_window_hides_has_no_part(hopper, head_dims, wild, times):
+def test_what_a_window_hides_has_no_part(hopper, head_dims, wild):
     """Keys that no query sees, and the first query's gradient for keys that it does not see, give
-    the same bits as 0 in their place. 8 times: in more key blocks than CTAs run at a time."""
-    slots_q, slots_k, left = [300, 150] * times, [900, 700] * times, 127
+    the same bits as 0 in their place."""
+    slots_q, slots_k, left = [300, 150], [900, 700], 127
     packed = packed_on(hopper, torch.bfloat16, slots_q, slots_k, head_dims)
     grad_out, grad_lse = random_grads(packed)
     first_seen = [k - q - left for q, k in zip(slots_q, slots_k, strict=True)]

@@ -95,11 +95,11 @@ CUTLASS_DEVICE void check_own_keys(Params const& params, typename Traits::KeyBlo
   }
 }
 
-/// The same of a warpgroup's V, where some keys are seen by no query: then V shows in no delta.
+/// The same of a warpgroup's V, where some keys may be seen by no query: then V shows in no delta.
 template <class Traits, class Params>
 CUTLASS_DEVICE void check_own_values(Params const& params, typename Traits::KeyBlock const& coord,
                                      typename Traits::Element* values) {
-  if (!Traits::Variant::kHides && !coord.sequence.has_unseen_keys()) return;
+  if (!hides_values<Traits>(params, coord)) return;
   WarpRows<Traits::kWarpgroupN, Traits::kHeadDimV, Traits::kValueColumns,
            typename Traits::Element> const own(values, consumer_warp(0) * 16);
   if (own.nonfinite() != 0) *params.workspace.alarm = params.call_number;

@@ -65,17 +65,25 @@ CUTLASS_DEVICE void meet() {
   }
 }
 
-/// What a CTA does from its barriers on: the key block with a number or, where it stays, those that
-/// it draws.
+/// Careful about what masks hide (hidden.hpp), it does the work of the kernel before it again, in a
+/// call that has raised the alarm, and nothing in others: one kernel would not have the registers
+/// for both loops.
 ///
 /// Warpgroup 0 moves data (warp 0 loads, warp 1 + i sends what consumer warpgroup i hands out, warp
 /// 3, where dQ is in order, lets others add to it), the others compute.
 template <class Traits, bool kCareful, class Params>
-CUTLASS_DEVICE void compute_key_blocks(Params const& params, typename Traits::SharedStorage& shared,
-                                       int own_number) {
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    backward_kernel(CUTE_GRID_CONSTANT Params const params) {
   using namespace cute;
   using Pipeline = typename Traits::Pipeline;
   using PipelineState = typename Traits::PipelineState;
+
+  if constexpr (kCareful) {
+    sm90::wait_for_previous_kernel();
+    if (*params.workspace.alarm != params.call_number) return;
+  }
+  extern __shared__ char shared_memory[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
 
   int const warpgroup = cutlass::canonical_warp_group_idx();
   int const warp_in_group = cutlass::canonical_warp_idx_sync() % cutlass::NumWarpsPerWarpGroup;
@@ -129,25 +137,13 @@ CUTLASS_DEVICE void compute_key_blocks(Params const& params, typename Traits::Sh
   Pipeline pipeline_q(shared.pipeline_q, pipeline_params);
   pipeline_params.transaction_bytes = Traits::kBytesGradOut;
   Pipeline pipeline_grad_out(shared.pipeline_grad_out, pipeline_params);
-  // The only key block of a CTA that does not stay is sought while another warp sets up barriers,
-  // unless its number is still to be drawn.
-  constexpr bool kSeeksOne = Traits::kAnyCall && !Traits::kPersistent;
-  if constexpr (kSeeksOne) {
-    if (!params.dq_in_order && threadIdx.x == cutlass::NumThreadsPerWarp) {
-      shared.key_blocks[0] = find_key_block<Traits>(params, own_number);
-    }
-  }
   cutlass::arch::fence_barrier_init();
   meet<Traits>();
 
-  if constexpr (!kCareful) sm90::let_next_kernel_start();
-  int const number = draw_key_block<Traits>(params, shared, own_number);
-  if constexpr (kSeeksOne) {
-    if (params.dq_in_order) {
-      if (threadIdx.x == 0) shared.key_blocks[0] = find_key_block<Traits>(params, number);
-      __syncthreads();
-    }
-    if (!shared.key_blocks[0].has_keys) {
+  sm90::let_next_kernel_start();
+  int const number = draw_key_block<Traits>(params, shared);
+  if constexpr (Traits::kAnyCall && !Traits::kPersistent) {
+    if (!find_only_key_block<Traits>(params, shared, number)) {
       sm90::wait_for_previous_kernel();  // so does every CTA, for the kernel behind this one
       return;
     }
@@ -203,39 +199,6 @@ CUTLASS_DEVICE void compute_key_blocks(Params const& params, typename Traits::Sh
     }
   }
   if constexpr (Traits::kCluster > 1) meet<Traits>();
-  if constexpr (kCareful && !Traits::kPersistent) {  // as the CTA began
-    if (is_producer) {
-      cutlass::arch::warpgroup_reg_alloc<Traits::kLaunchRegisters>();
-    } else {
-      cutlass::arch::warpgroup_reg_dealloc<Traits::kLaunchRegisters>();
-    }
-  }
-}
-
-/// Careful about what masks hide (hidden.hpp), it does the work of the kernel before it again, in a
-/// call that has raised the alarm, and nothing in others: one kernel would not have the registers
-/// for both loops. Most calls raise none, so that what it costs is its CTAs' coming and going: no
-/// more are launched than run at a time, and those that do not stay begin again.
-template <class Traits, bool kCareful, class Params>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
-    backward_kernel(CUTE_GRID_CONSTANT Params const params) {
-  if constexpr (kCareful) {
-    sm90::let_next_kernel_start();
-    sm90::wait_for_previous_kernel();
-    if (*params.workspace.alarm != params.call_number) return;
-  }
-  extern __shared__ char shared_memory[];
-  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
-  if constexpr (kCareful && !Traits::kPersistent) {
-    int const numbers = params.clusters * params.pairs * Traits::kCluster;
-    for (int number = blockIdx.x; number < numbers; number += gridDim.x) {
-      compute_key_blocks<Traits, kCareful>(params, shared, number);
-      if (threadIdx.x == 0) shared.invalidate_barriers();
-      __syncwarp();
-    }
-  } else {
-    compute_key_blocks<Traits, kCareful>(params, shared, params.first_number + blockIdx.x);
-  }
 }
 
 }  // namespace cute_kernels::attention

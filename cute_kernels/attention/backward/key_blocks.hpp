@@ -154,14 +154,13 @@ CUTLASS_DEVICE SequenceKeyBlock find_key_block(Params const& params, int number)
           sequence};
 }
 
-/// The number of the key block of a CTA that does not stay. Of all threads of a cluster. Its `own`;
-/// but where dQ is in order, a CTA may have to wait for those with smaller numbers: then a cluster
-/// draws its number, so that all smaller ones have been drawn by clusters that run, in whatever
-/// order the GPU starts them.
+/// The number of the only key block of a CTA that does not stay. Of all threads of a cluster. Where
+/// dQ is in order, a CTA may have to wait for those with smaller numbers: then a cluster draws its
+/// number, so that all smaller ones have been drawn by clusters that run, in whatever order the GPU
+/// starts them.
 template <class Traits, class Params>
-CUTLASS_DEVICE int draw_key_block(Params const& params, typename Traits::SharedStorage& shared,
-                                  int own) {
-  if (Traits::kPersistent || !params.dq_in_order) return own;
+CUTLASS_DEVICE int draw_key_block(Params const& params, typename Traits::SharedStorage& shared) {
+  if (Traits::kPersistent || !params.dq_in_order) return params.first_number + blockIdx.x;
   uint32_t const rank = cute::block_rank_in_cluster();
   if (rank == 0 && threadIdx.x == 0) {
     sm90::wait_for_previous_kernel();  // it clears the counter
@@ -188,6 +187,15 @@ CUTLASS_DEVICE decltype(auto) key_block(Params const& params,
   } else {
     return key_block_of<Traits>(params, number);
   }
+}
+
+/// Finds the only key block of a CTA that does not stay. Of all its threads.
+template <class Traits, class Params>
+CUTLASS_DEVICE bool find_only_key_block(Params const& params,
+                                        typename Traits::SharedStorage& shared, int number) {
+  if (threadIdx.x == 0) shared.key_blocks[0] = find_key_block<Traits>(params, number);
+  __syncthreads();
+  return shared.key_blocks[0].has_keys;
 }
 
 /// The loader's walk over the CTA's key blocks: work(coord) for each. A CTA that stays draws its

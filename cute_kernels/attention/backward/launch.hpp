@@ -42,11 +42,11 @@ int heads_at_a_time(AttentionCall const& call, BackwardWorkspace const& workspac
 }
 
 /// How many of the main kernel's CTAs are launched at a time. Those that do not stay are launched
-/// all at once, but where other work has multiprocessors of its own: then as many as may run, as of
-/// those that stay or, careful, begin again.
+/// all at once, but where other work has multiprocessors of its own: then as many as may run. The
+/// careful kernel's have nothing to do in most calls.
 template <class Traits>
 int main_grid(int ctas, Device const& device, bool careful) {
-  if (!Traits::kPersistent && !careful && !device.is_shared) return ctas;
+  if (!Traits::kPersistent && (careful || !device.is_shared)) return ctas;
   int const clusters = std::max(1, device.multiprocessors / Traits::kCluster);
   return std::min(ctas, clusters * Traits::kCluster);
 }
@@ -137,7 +137,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   how.shared_bytes = kSharedBytes;
   how.cluster = Traits::kCluster;
   how.early = true;
-  if constexpr (Traits::kPersistent || kCareful) {
+  if constexpr (Traits::kPersistent) {
     how.grid = dim3(grid);
     return sm90::launch_kernel<backward_kernel<Traits, kCareful, Params>>(how, params);
   }
@@ -166,7 +166,6 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
   of_queries.grid = dim3(workspace.m_blocks.divisor * sizes.heads_q * tensor_batch(call));
   of_queries.stream = stream;
   of_queries.device = problem.device.index;
-  of_queries.early = true;
 
   // Changed scores meet the lse in powers of two.
   float const unit_of_lse = Traits::kChanges ? sm90::kLn2 : scale_of_scores(call.scale);
@@ -191,6 +190,7 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
 
   of_queries.threads = cutlass::NumThreadsPerWarpGroup * Traits::kDqSlices;
   of_queries.shared_bytes = postprocess_shared_bytes<Traits>();
+  of_queries.early = true;
   status = sm90::launch_kernel<postprocess_kernel<Traits>>(
       of_queries, PostprocessParams<Traits>{problem.grad_q, problem.float_grads,
                                             problem.adds_to_grad_q, call.scale, tensor_rows_q(call),

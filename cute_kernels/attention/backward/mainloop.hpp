@@ -13,7 +13,6 @@
 #include "cute_kernels/attention/backward/scores.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
-#include "cute_kernels/sm90/opaque.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
@@ -48,10 +47,6 @@ class BackwardMainloop {
 
   static constexpr int kTileM = Traits::kTileM;
   static constexpr bool kStatisticsByProduct = Traits::kStatisticsByProduct;
-  // What a step's first products need is there before the wait for the last step's dK: nothing is
-  // read from a special register, and Q is released, behind a branch, only when they are issued.
-  static constexpr bool kReadiesProducts =
-      Traits::kAnyCall && kStatisticsByProduct && !Traits::kChanges && !Variant::kHasHooks;
 
  public:
   CUTLASS_DEVICE BackwardMainloop(SharedStorage& shared, Pipeline& pipeline_q,
@@ -66,8 +61,7 @@ class BackwardMainloop {
   template <bool kCareful, class Params>
   CUTLASS_DEVICE void compute(Params const& params, KeyBlock const& coord) {
     using namespace cute;
-    int const own = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
-    int const thread = kReadiesProducts ? sm90::opaque(own) : own;
+    int const thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
     typename Traits::MmaDk mma_dk;
     typename Traits::MmaDv mma_dv;
     auto slice_dk = mma_dk.get_thread_slice(thread);
@@ -111,7 +105,7 @@ class BackwardMainloop {
     // The last step's dK is complete when no more than `in_flight` products are not.
     auto finish_last_step = [&](auto in_flight) {
       warpgroup_wait<in_flight>();
-      if (!kReadiesProducts && !first_step) release(pipeline_q_, read_by_dk);
+      if (!first_step) release(pipeline_q_, read_by_dk);
     };
 
     if constexpr (Traits::kAnyCall) {
@@ -145,10 +139,7 @@ class BackwardMainloop {
       if constexpr (Traits::kScoresBehindDk) finish_last_step(_1{});
       Scores::template issue<Statistic::kDelta>(shared_, product_dp, read_q_.index(), thread,
                                                 gradients);
-      if (!first_step) {
-        if constexpr (kReadiesProducts) release(pipeline_q_, read_by_dk);
-        Dq::announce(shared_, warpgroup_, 0, thread);
-      }
+      if (!first_step) Dq::announce(shared_, warpgroup_, 0, thread);
       first_step = false;
 
       int const query = step.block() * kTileM + column;

@@ -92,7 +92,6 @@ __global__ void __launch_bounds__(128 * Traits::kDqSlices)
     }
   }();
 
-  sm90::let_next_kernel_start();
   sm90::wait_for_previous_kernel();
   bool const careful = *params.workspace.alarm == params.call_number;
   int const* const turns = careful ? params.workspace.careful_turns : params.workspace.turns;

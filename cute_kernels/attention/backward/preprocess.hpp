@@ -52,7 +52,6 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   constexpr int kRows = kPreprocessThreads / kLanes;
   using Vector = cutlass::AlignedArray<Element, kVector>;
 
-  sm90::wait_for_previous_kernel();  // first: the next one reads K before it waits for this one
   sm90::let_next_kernel_start();
   int64_t const block_index = blockIdx.x;
   int block, head, batch;

@@ -103,10 +103,6 @@ struct BackwardSequence {
   constexpr bool hides_values() const {
     return ranges.first_key(ranges.seqlen_q - 1) > 0 || ranges.end_key(0) < ranges.seqlen_k;
   }
-  /// Whether no query sees some key, of at least one query: what they see moves on key by key.
-  constexpr bool has_unseen_keys() const {
-    return ranges.first_key(0) > 0 || ranges.end_key(ranges.seqlen_q - 1) < ranges.seqlen_k;
-  }
 };
 
 constexpr BackwardSequence backward_sequence(AttentionCall const& call, int entry, int tile_m) {

@@ -273,26 +273,6 @@ struct BackwardTraits {
     int dq_added[kConsumers];
     // What the loader has found, for everyone.
     std::conditional_t<kAnyCall, cute::array<SequenceKeyBlock, 2>, Nothing> key_blocks;
-
-    /// Before a CTA sets them up once more. Of one thread, when nobody uses them.
-    CUTLASS_DEVICE void invalidate_barriers() {
-      auto invalidate = [](auto&... members) { (invalidate_all(members), ...); };
-      invalidate(pipeline_q, pipeline_grad_out, k_full, v_full, keys_empty, number_full,
-                 number_empty, ds_full, p_full, peer_k_full, peer_ds_full, ds_empty, dq_full,
-                 dq_empty, dv_full);
-    }
-
-   private:
-    /// What a member is made of.
-    template <class Barriers>
-    CUTLASS_DEVICE static void invalidate_all(Barriers& barriers) {
-      using Barrier = cutlass::arch::ClusterBarrier;
-      static_assert(sizeof(Barriers) % sizeof(Barrier) == 0);
-      auto* const first = reinterpret_cast<Barrier::ValueType*>(&barriers);
-      for (size_t i = 0; i < sizeof(Barriers) / sizeof(Barrier); ++i) {
-        Barrier::invalidate(first + i);
-      }
-    }
   };
 };
 
