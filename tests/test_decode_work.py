@@ -220,6 +220,7 @@ def test_shares_divide_all_heads_alike(deal):
         ([1000, 17, 65000, 3333], 8, 132, 136),
         ([128 * TILE_N] * 3, 130, 132, 3 * 128),
         ([128 * TILE_N], 88, 132, 86),  # 128 would be too long
+        ([64 * TILE_N] * 128, 1, 66, 125),  # one head: the mean
     ]:
         batch = len(lengths)
         found, parts = deal(

@@ -141,6 +141,8 @@ struct WorkLine {
     if (share < 1) share = 1;
     if (num_splits > 1) {
       share = greater(share, quotient(longest_item + num_splits - 2, num_splits - 1));
+    } else if (heads == 1) {
+      return;  // alike already
     } else if (share <= of_head) {
       int const even = quotient(of_head - 1, quotient(of_head, share)) + 1;
       if (even - share <= share / kParts) share = even;
