@@ -185,6 +185,7 @@ class LatentMainloop {
 
     shared_.q_full.wait(q_phase_);
     q_phase_ ^= 1;
+    cutlass::arch::fence_view_async_shared();  // threads have copied queries
     bool const owns_first = added_ % Traits::kStages == kOwn;
     if (!owns_first && added_ + 1 == end) release(shared_.q_empty);
     if constexpr (kOwn == 0) {
@@ -219,7 +220,7 @@ class LatentMainloop {
   /// The phase of a stage's barriers, and of its warpgroup's P, for block number `number`.
   CUTLASS_DEVICE static uint32_t phase_of(uint32_t number) { return number / Traits::kStages & 1; }
 
-  /// What threads have copied, not TMA, WGMMA reads behind this.
+  /// Keys that threads have copied, not TMA, WGMMA reads behind this.
   CUTLASS_DEVICE void see_gathered() const {
     if (source_.box_rows == 0) cutlass::arch::fence_view_async_shared();
   }
