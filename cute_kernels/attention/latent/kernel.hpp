@@ -38,9 +38,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     CUTLASS_PRAGMA_UNROLL
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       for (auto& piece : shared.full[stage]) piece.init(arrivals);
-      for (int half = 0; half < Traits::kConsumers; ++half) {
-        bool const is_of_both = params.source.pairs && blockIdx.y % 2 == half;
-        shared.empty[stage][half].init(is_of_both ? 2 * kWarps : kWarps);
+      for (int piece = 0; piece < Traits::kPieces; ++piece) {
+        bool const is_of_both = params.source.pairs && blockIdx.y % 2 == Traits::half_of(piece);
+        shared.empty[stage][piece].init(is_of_both ? 2 * kWarps : kWarps);
       }
     }
     shared.q_full.init(kThreads);

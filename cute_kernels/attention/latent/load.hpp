@@ -85,16 +85,19 @@ class LatentLoader {
   }
 
   /// A block by TMA. The boxes of a page that does not exist lie outside of the tensor: they are 0.
+  /// A CTA of a pair begins with what it loads for both.
   CUTLASS_DEVICE void copy_boxes(FoundRow const& found, int head) {
     bool const leader = cute::elect_one_sync();
+    int const own_half = source_.pairs ? blockIdx.y % 2 : 0;
     Rows& keys = shared_.keys[stage_.index];
-    CUTLASS_PRAGMA_UNROLL
-    for (int piece = 0; piece < Traits::kPieces; ++piece) {
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int i = 0; i < Traits::kPieces; ++i) {
+      int const piece = (own_half * Traits::kPiecesOfHalf + i) % Traits::kPieces;
       wait_for_piece(piece);
       Barrier& full = shared_.full[stage_.index][piece];
       int const columns = kPiece + (has_ropes(piece) ? Traits::kRopeDim : 0);
       if (leader) full.arrive_and_expect_tx(Traits::kTileN * columns * sizeof(Element));
-      if (source_.pairs && half_of(piece) != static_cast<int>(blockIdx.y % 2)) continue;
+      if (source_.pairs && Traits::half_of(piece) != own_half) continue;
       CUTLASS_PRAGMA_NO_UNROLL
       for (int row = 0, box = 0; row < Traits::kTileN; row += source_.box_rows, ++box) {
         int const page = __shfl_sync(0xffffffff, found.major, box);
@@ -105,8 +108,8 @@ class LatentLoader {
                    {column, slot, head, page});
         };
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kPiece; i += kChunk) {
-          copy(source_.boxes_v, piece * kPiece + i, piece * kPiece + i);
+        for (int chunk = 0; chunk < kPiece; chunk += kChunk) {
+          copy(source_.boxes_v, piece * kPiece + chunk, piece * kPiece + chunk);
         }
         if (has_ropes(piece)) copy(source_.boxes_k, Traits::kHeadDim, 0);
       }
@@ -143,15 +146,13 @@ class LatentLoader {
     }
   }
 
-  CUTLASS_DEVICE static constexpr int half_of(int piece) { return piece / Traits::kPiecesOfHalf; }
   CUTLASS_DEVICE bool has_ropes(int piece) const {
     return piece == Traits::piece_of_ropes(stage_.index);
   }
 
   /// Of the stage, when those who had its values, and P, are done with them.
   CUTLASS_DEVICE void wait_for_piece(int piece) const {
-    if (piece % Traits::kPiecesOfHalf != 0) return;
-    shared_.empty[stage_.index][half_of(piece)].wait(stage_.phase ^ 1);
+    shared_.empty[stage_.index][piece].wait(stage_.phase ^ 1);
   }
 
   CUTLASS_DEVICE void load_queries(Walk const& walk) {

@@ -87,10 +87,17 @@ class LatentMainloop {
     auto slice_qk = mma_qk.get_thread_slice(thread);
     auto slice_own_pv = mma_own_pv.get_thread_slice(thread);
     auto slice_other_pv = mma_other_pv.get_thread_slice(thread);
+    // The first piece of the half.
     auto operand_v = [&](auto& slice_pv, int stage) {
       auto const values =
           make_tensor(make_smem_ptr(values_of<kOwn>(stage)), typename Traits::LayoutVt{});
       return sm90::uniform_operand(slice_pv.make_fragment_B(slice_pv.partition_B(values)));
+    };
+    constexpr int kPieceBytes = Traits::kPiece * kTileN * sizeof(Element);
+    auto out_piece = [&](int piece) {
+      auto const layout =
+          partition_shape_C(mma_own_pv, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kPiece>>{});
+      return make_tensor(out.data() + piece * size(layout), make_layout(layout));
     };
     auto const queries = as_tensor<Traits::kKeyColumns>(shared_.queries.data());
     auto const keys = as_tensor<Traits::kKeyColumns>(shared_.keys[kOwn].data());
@@ -154,19 +161,32 @@ class LatentMainloop {
     // O += P V of the next block, in flight.
     auto issue_own_values = [&](bool moves) CUTLASS_LAMBDA_FUNC_INLINE {
       prepare_values(moves, kOwn);
-      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_own_pv, probabilities,
-                                               sm90::described_here(own_values), out);
+      auto const values = sm90::described_here(own_values);
+      CUTLASS_PRAGMA_UNROLL
+      for (int piece = 0; piece < Traits::kPiecesOfHalf; ++piece) {
+        auto sum = out_piece(piece);
+        sm90::issue_gemm<sm90::Accumulate::kYes>(mma_own_pv, probabilities,
+                                                 sm90::moved(values, piece * kPieceBytes), sum);
+      }
     };
     auto issue_other_values = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
       bool const moves = read_maxima<1 - kOwn>(softmax, factor);
       prepare_values(moves, 1 - kOwn);
-      sm90::issue_gemm<sm90::Accumulate::kYes>(mma_other_pv, sm90::described_here(operand_p),
-                                               sm90::described_here(other_values), out);
+      auto const p = sm90::described_here(operand_p);
+      auto const values = sm90::described_here(other_values);
+      CUTLASS_PRAGMA_UNROLL
+      for (int piece = 0; piece < Traits::kPiecesOfHalf; ++piece) {
+        auto sum = out_piece(piece);
+        sm90::issue_gemm<sm90::Accumulate::kYes>(mma_other_pv, p,
+                                                 sm90::moved(values, piece * kPieceBytes), sum);
+      }
     };
     auto finish_values = [&](int stage) CUTLASS_LAMBDA_FUNC_INLINE {
+      warpgroup_wait<1>();
+      release_piece<kOwn * Traits::kPiecesOfHalf>(stage);
       sm90::warpgroup_wait_all();
       warpgroup_fence_operand(out);
-      release_half(shared_.empty[stage][kOwn], kOwn);
+      release_piece<kOwn * Traits::kPiecesOfHalf + 1>(stage);
       ++added_;
     };
     // A block of one warpgroup's, nothing of which overlaps in it.
@@ -203,7 +223,7 @@ class LatentMainloop {
       while (added_ + 1 < end) {
         issue_scores(added_ + 1);
         issue_other_values();
-        warpgroup_wait<1>();
+        warpgroup_wait<Traits::kPiecesOfHalf>();
         warpgroup_fence_operand(scores);
         bool const moves = make_probabilities(added_ + 1);
         finish_values(1 - kOwn);
@@ -333,13 +353,15 @@ class LatentMainloop {
     }
   }
 
-  /// Of a stage. CTA number `half` of a pair loads it, and waits for both.
-  CUTLASS_DEVICE void release_half(cutlass::arch::ClusterBarrier const& empty, int half) const {
+  /// Of a stage. One CTA of a pair loads it, and waits for both.
+  template <int kPiece>
+  CUTLASS_DEVICE void release_piece(int stage) const {
     asm volatile("" ::: "memory");
     if (!cute::elect_one_sync()) return;
+    auto const& empty = shared_.empty[stage][kPiece];
     empty.arrive();
-    uint32_t const loader = half;
-    if (source_.pairs && blockIdx.y % 2 != loader) empty.arrive(loader);
+    constexpr uint32_t kLoader = Traits::half_of(kPiece);
+    if (source_.pairs && blockIdx.y % 2 != kLoader) empty.arrive(kLoader);
   }
 
   /// One arrival a warp. The compiler moves no access to memory across.

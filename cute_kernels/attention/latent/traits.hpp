@@ -35,10 +35,12 @@ struct LatentTraits {
   static constexpr int kChunk = 64;  // columns that lie together, a row of the swizzle each
   static_assert(kHalf == 256 && kRopeDim == kChunk, "P takes the rope columns' place");
   static_assert(kTileN == 64, "of P as many columns; a lane finds one of its warp's rows");
-  // Keys land in pieces: scores of a block are begun when its first columns are there.
+  // Keys land in pieces: scores of a block are begun when its first columns are there, and a piece
+  // is free as soon as P has been multiplied by its values.
   static constexpr int kPieces = 4;
   static constexpr int kPiecesOfHalf = kPieces / kConsumers;
   static constexpr int kPiece = kHeadDim / kPieces;
+  static constexpr int half_of(int piece) { return piece / kPiecesOfHalf; }
   /// The piece of which the rope columns are. P takes their place: it is free again when the half
   /// is of the warpgroup that reads P, not of the stage's own.
   static constexpr int piece_of_ropes(int stage) {
@@ -50,13 +52,13 @@ struct LatentTraits {
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = 224;
 
-  // WGMMA atoms: S = Q K^T, and half of O += P V with a warpgroup's own P in registers, or the
+  // WGMMA atoms: S = Q K^T, and a piece of O += P V with a warpgroup's own P in registers, or the
   // other one's in shared memory.
   using MmaQk = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<
           Element, Element, float,
           cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kTileN>, cute::Int<kPiece>>>()));
-  using ShapePv = cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHalf>, cute::Int<kTileN>>;
+  using ShapePv = cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kPiece>, cute::Int<kTileN>>;
   using MmaOwnPv = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float, ShapePv, cute::GMMA::Major::K,
                                  cute::GMMA::Major::MN>()));
@@ -70,11 +72,11 @@ struct LatentTraits {
   template <int kColumns>
   using LayoutRows = decltype(cute::tile_to_shape(
       SwizzleAtom{}, cute::Shape<cute::Int<kTileN>, cute::Int<kColumns>>{}));
-  // A half of V seen as the B operand (columns, keys): the same memory, transposed by the WGMMA
+  // A piece of V seen as the B operand (columns, keys): the same memory, transposed by the WGMMA
   // descriptor.
   using LayoutVt = decltype(cute::composition(
-      LayoutRows<kHalf>{}, cute::make_layout(cute::Shape<cute::Int<kHalf>, cute::Int<kTileN>>{},
-                                             cute::Stride<cute::Int<kTileN>, cute::_1>{})));
+      LayoutRows<kPiece>{}, cute::make_layout(cute::Shape<cute::Int<kPiece>, cute::Int<kTileN>>{},
+                                              cute::Stride<cute::Int<kTileN>, cute::_1>{})));
 
   using Dealer = WorkDealer<LatentTraits>;
 
@@ -96,10 +98,10 @@ struct LatentTraits {
     float factor[kTileRows];
     float sums[kConsumers][kTileRows];  // of each warpgroup's blocks of a part
 
-    // Full: a piece has landed. Empty: every warp of a consumer warpgroup has read the values of
-    // its half, and P, for the last time; in both CTAs of a pair, where this one loads that half.
+    // Full: a piece has landed. Empty: every warp of the warpgroup whose half it is of has read its
+    // values, and P, for the last time; in both CTAs of a pair, where this one loads that half.
     Barrier full[kStages][kPieces];
-    Barrier empty[kStages][kConsumers];
+    Barrier empty[kStages][kPieces];
     Barrier q_full;
     Barrier q_empty;
     Barrier p_full[kConsumers];  // a warpgroup's P, written by all its warps

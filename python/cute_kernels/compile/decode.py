@@ -261,10 +261,10 @@ def latent_shared_memory(row: Row) -> dict[str, int]:
         {
             "K and V": stages * row["tile_n"] * row_bytes,
             "Q": row["tile_m"] * row_bytes,
-            # maxima, factors and two sums of each row; full of every piece, empty of every half of
-            # a stage, full and empty of Q, full of P; what warps know of the work; flags
+            # maxima, factors and two sums of each row; full and empty of
+            # every piece of a stage and of Q, full of P; what warps know of the work; flags
             "statistics, barriers and work": 4 * 4 * row["tile_m"]
-            + 8 * (stages * (LATENT_PIECES + consumers) + 2 + consumers)
+            + 8 * (stages * 2 * LATENT_PIECES + 2 + consumers)
             + (consumers + 1) * WORK_BYTES_OF_WARPGROUP
             + 4 * (consumers + 1),
         }
