@@ -32,7 +32,7 @@ void deal(CachedCall const& call, int ctas, int num_splits) {{
     starts.push_back(starts.back() + work.blocks);
     longest = greater(longest, work.longest);
   }}
-  WorkLine const line(starts.back(), call.heads_kv, longest, ctas, num_splits);
+  WorkLine const line(starts.back(), call.heads_kv, longest, call.batch, ctas, num_splits, 0);
   std::cout << line.share;
   for (int cta = 0; cta < ctas; ++cta) {{
     WorkPlace place = end_of_line(line);
@@ -221,6 +221,9 @@ def test_shares_divide_all_heads_alike(deal):
         ([1000, 17, 65000, 3333], 8, 132, 136),
         ([128 * TILE_N] * 3, 130, 132, 3 * 128),
         ([128 * TILE_N], 88, 132, 86),  # 128 would be too long
+        ([64 * TILE_N] * 128, 1, 66, 128),  # of one head whole items
+        ([64 * TILE_N] * 127 + [63 * TILE_N], 1, 66, 125),  # if they are equal
+        ([128 * TILE_N] * 64, 1, 132, 64),
     ]:
         batch = len(lengths)
         found, parts = deal(

@@ -284,7 +284,7 @@ int main() {
     call.heads_kv = heads_kv;
     call.group = heads_q / heads_kv;
     divide_key_heads(problem, 64);
-    std::cout << call.heads_kv << ' ' << call.group << ' ' << problem.heads_of_key << '\\n';
+    std::cout << problem.heads_of_key << ' ' << call.group << ' ' << call.heads_kv << '\\n';
   }
 }
 """
@@ -295,11 +295,45 @@ def test_key_heads_of_tiles(tmp_path):
     """Of several tiles a token's rows are divided: each query head stays with its key head."""
     cases = [(128, 1), (128, 2), (64, 1), (192, 1), (16, 1), (40, 1), (96, 1), (256, 2), (8, 8)]
     found = host_program(tmp_path, HEADS, "-O1")(cases)
-    for (heads, key_heads), (divided, group, of_key) in zip(cases, found, strict=True):
-        assert (divided * group, divided) == (heads, key_heads * of_key)
+    for (heads, key_heads), (of_key, group, heads_kv) in zip(cases, found, strict=True):
+        assert (of_key * group * heads_kv, heads_kv) == (heads, key_heads)
         assert group == 64 or (of_key == 1 and heads // key_heads % 64 != 0)
-        for head in range(heads):
-            assert head // group // of_key == head // (heads // key_heads)
+
+
+BOXES = """
+#include <iostream>
+#include "cute_kernels/attention/latent/boxes.hpp"
+using namespace cute_kernels::attention;
+
+int main() {
+  int page_size, has_table, left, chunk, has_leftpad;
+  int const any = 0;
+  while (std::cin >> page_size >> has_table >> left >> chunk >> has_leftpad) {
+    LatentProblem problem{};
+    CachedCall& call = problem.call;
+    call.heads_kv = 1;
+    call.most_keys = 1000;
+    call.mask.right = 0;
+    if (left >= 0) call.mask.left = left;
+    call.chunk = chunk;
+    if (has_leftpad != 0) call.lengths.leftpad = &any;
+    problem.pages = {has_table != 0 ? &any : nullptr, 1, nullptr, 10, page_size, 100};
+    problem.k = problem.v = {nullptr, page_size * 576, 576, 576};
+    std::cout << rows_of_latent_boxes(problem, 64) << '\\n';
+  }
+}
+"""
+
+
+@needs_cxx
+def test_which_keys_come_in_boxes(tmp_path):
+    """Rows of a box by (page size, pages, window, chunk, left padding); 0: keys are gathered."""
+    paged = {1: 0, 16: 16, 48: 16, 64: 64, 100: 0, 256: 64}
+    cases = {(size, 1, -1, 0, 0): rows for size, rows in paged.items()}
+    cases |= {(64, 1, 90, 0, 0): 0, (64, 1, -1, 37, 0): 0, (64, 1, -1, 0, 1): 0}
+    cases |= {(500, 0, *rest): 64 for rest in [(-1, 0, 0), (90, 0, 0), (-1, 37, 0), (-1, 0, 1)]}
+    found = host_program(tmp_path, BOXES, "-O1")(list(cases))
+    assert [rows for (rows,) in found] == list(cases.values())
 
 
 def test_shapes_on_cuda():

@@ -33,6 +33,47 @@ def test_heads(hopper, heads, page_size):
         assert_latent_right(*found, q, qv, starts, cache, **options)
 
 
+@pytest.mark.parametrize("page_size", [8, 16, 48, 100, 256, 528])
+@pytest.mark.parametrize("heads", [16, 128, 256])
+def test_pages(hopper, heads, page_size):
+    """Boxes of a page and rows that are gathered, by one CTA and by pairs; with what is behind the
+    last key, NaN, in the last block and in others."""
+    skip_unless_built(hopper, torch.bfloat16)
+    lengths, queries = [1, 63, 130, 517, 1500, 0], [2, 1, 4, 1, 2, 1]
+    cache, q, qv, starts = problem(page_size, lengths, queries, heads, page_size)
+    for options in ({}, {"causal": True}, {"causal": True, "num_splits": 1}):
+        found = attend(q, starts, cache, qv=qv, **options)
+        options.pop("num_splits", None)
+        assert_latent_right(*found, q, qv, starts, cache, **options)
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_gathered_keys_are_those_of_boxes(hopper, heads):
+    """A window that hides nothing has its keys gathered."""
+    skip_unless_built(hopper, torch.bfloat16)
+    cache, q, qv, starts = problem(6, [3000, 65, 200], [1, 1, 1], heads, 64)
+    found, right = (
+        attend(q, starts, cache, qv=qv, **options) for options in ({}, {"window_size": (4000, -1)})
+    )
+    for x, y in zip(found, right, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_pairs_with_several_key_heads(hopper):
+    skip_unless_built(hopper, torch.bfloat16)
+    cache, q, qv, starts = problem(7, [700, 3, 130], [1, 2, 1], 256, 16, key_heads=2)
+    found = attend(q, starts, cache, qv=qv, causal=True)
+    assert_latent_right(*found, q, qv, starts, cache, causal=True)
+
+
+@pytest.mark.parametrize("margin", [1, 131])
+def test_few_multiprocessors(hopper, margin):
+    skip_unless_built(hopper, torch.bfloat16)
+    cache, q, qv, starts = problem(8, [700, 3, 130], [1, 2, 1], 128, 64)
+    found = attend(q, starts, cache, qv=qv, sm_margin=margin)
+    assert_latent_right(*found, q, qv, starts, cache)
+
+
 @pytest.mark.parametrize("length", [63, 64, 129, 256])
 def test_few_blocks(hopper, length):
     """Parts of one block and of several, of which either warpgroup has the first."""

@@ -11,9 +11,9 @@ struct Launch {
   dim3 grid;
   int threads;
   cudaStream_t stream;
-  int device;            // the stream's, and the current one
-  int shared_bytes = 0;  // dynamic, the same for every launch of a kernel
-  unsigned cluster = 1;  // neighbouring CTAs that run together
+  int device;             // the stream's, and the current one
+  int shared_bytes = 0;   // dynamic, the same for every launch of a kernel
+  dim3 cluster{1, 1, 1};  // neighbouring CTAs that run together
   /// The kernel may start before the one before it on the stream has ended, for which it then waits
   /// itself (dependent_launch.hpp).
   bool early = false;
@@ -47,9 +47,9 @@ cudaError_t launch_kernel(Launch const& how, Parameters const&... arguments) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (how.cluster > 1) {
+  if (how.cluster.x * how.cluster.y > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {how.cluster, 1, 1};
+    attributes[count++].val.clusterDim = {how.cluster.x, how.cluster.y, 1};
   }
   cudaLaunchConfig_t config{};
   config.gridDim = how.grid;

@@ -36,8 +36,8 @@ enum class NamedBarrier : int {
   /// have read what they are about to overwrite, and again when O stands in shared memory.
   kTurnsEnded = 5,
   /// Latent attention. The 128 threads of warpgroup i meet here when they have read what they are
-  /// about to overwrite: P of the block before.
-  kProbabilitiesRead = 3,
+  /// about to overwrite: the rope columns of a block, by P.
+  kRopesRead = 3,
   /// Latent attention. All consumer threads meet here around the writing of their row sums.
   kSumsWritten = 5,
 };

@@ -3,6 +3,8 @@
 #include <cutlass/numeric_conversion.h>
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/sm90/uniform.hpp"
+
 // Helpers around WGMMA for one warpgroup: issue without waiting, and the register layouts of its
 // fragments.
 namespace cute_kernels::sm90 {
@@ -15,15 +17,17 @@ CUTLASS_DEVICE void fence_read_operand(Fragment const& fragment) {
   cute::warpgroup_fence_operand(const_cast<Fragment&>(fragment));
 }
 
-/// C (+)= A * B over the k-blocks of the fragments from kFirstBlock on, as part of the group of
-/// WGMMAs that is being issued.
-template <Accumulate kAccumulate, int kFirstBlock = 0, class TiledMma, class FragmentA,
-          class FragmentB, class FragmentC>
+inline constexpr int kAllBlocks = 1 << 30;
+
+/// C (+)= A * B over the k-blocks of the fragments from kFirstBlock up to before kEndBlock, as part
+/// of the group of WGMMAs that is being issued.
+template <Accumulate kAccumulate, int kFirstBlock = 0, int kEndBlock = kAllBlocks, class TiledMma,
+          class FragmentA, class FragmentB, class FragmentC>
 CUTLASS_DEVICE void add_gemm(TiledMma mma, FragmentA const& a, FragmentB const& b, FragmentC& c) {
   mma.accumulate_ =
       kAccumulate == Accumulate::kYes ? cute::GMMA::ScaleOut::One : cute::GMMA::ScaleOut::Zero;
   CUTLASS_PRAGMA_UNROLL
-  for (int k = kFirstBlock; k < cute::size<2>(a); ++k) {
+  for (int k = kFirstBlock; k < cute::size<2>(a) && k < kEndBlock; ++k) {
     cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), c);
     mma.accumulate_ = cute::GMMA::ScaleOut::One;
   }
@@ -39,6 +43,15 @@ CUTLASS_DEVICE auto described_here(Fragment const& fragment) {
   return cute::make_tensor(descriptor, fragment.layout());
 }
 
+/// The same operand in shared memory, of which the compiler knows that all threads of a warp have
+/// it at the same place: it may stand in uniform registers.
+template <class Fragment>
+CUTLASS_DEVICE auto uniform_operand(Fragment const& fragment) {
+  auto descriptor = fragment.data();
+  descriptor.desc_.reg32_[0] = uniform(descriptor.desc_.reg32_[0]);
+  return cute::make_tensor(descriptor, fragment.layout());
+}
+
 /// The operand that stands so many bytes behind another one, a multiple of its swizzle's period.
 template <class Fragment>
 CUTLASS_DEVICE auto moved(Fragment const& fragment, int bytes) {
@@ -47,17 +60,18 @@ CUTLASS_DEVICE auto moved(Fragment const& fragment, int bytes) {
   return cute::make_tensor(descriptor, fragment.layout());
 }
 
-/// Issues C (+)= A * B as one committed group of asynchronous WGMMAs over all k-blocks of the
-/// fragments. The caller waits with cute::warpgroup_wait<N>() before it touches C, or A when A
-/// lives in registers.
-template <Accumulate kAccumulate, class TiledMma, class FragmentA, class FragmentB, class FragmentC>
+/// Issues C (+)= A * B as one committed group of asynchronous WGMMAs over the k-blocks of the
+/// fragments, all or those from kFirstBlock up to before kEndBlock. The caller waits with
+/// cute::warpgroup_wait<N>() before it touches C, or A when A lives in registers.
+template <Accumulate kAccumulate, int kFirstBlock = 0, int kEndBlock = kAllBlocks, class TiledMma,
+          class FragmentA, class FragmentB, class FragmentC>
 CUTLASS_DEVICE void issue_gemm(TiledMma mma, FragmentA const& a, FragmentB const& b, FragmentC& c) {
   constexpr bool kAInRegisters =
       !cute::is_base_of<cute::GMMA::DescriptorIterator, typename TiledMma::FrgTypeA>::value;
   if constexpr (kAInRegisters) fence_read_operand(a);
   cute::warpgroup_fence_operand(c);
   cute::warpgroup_arrive();
-  add_gemm<kAccumulate>(mma, a, b, c);
+  add_gemm<kAccumulate, kFirstBlock, kEndBlock>(mma, a, b, c);
   cute::warpgroup_commit_batch();
   cute::warpgroup_fence_operand(c);
   if constexpr (kAInRegisters) fence_read_operand(a);

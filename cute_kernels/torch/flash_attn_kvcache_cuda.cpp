@@ -212,6 +212,7 @@ void check_latent(Argument const& qv, Argument const& q, Argument const& v) {
   require(qv.size(0) == q.size(0) && qv.size(1) == q.size(1) && qv.size(2) == v.size(3),
           "qv does not have q's rows and heads, and v_cache's head_dim");
   require(qv.stride(2) == 1 || qv.size(2) == 1, "qv's head_dim is not contiguous");
+  check_span(qv);
 }
 
 attention::QueryType query_type(ScalarType dtype) {

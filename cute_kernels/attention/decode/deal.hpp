@@ -69,7 +69,8 @@ class WorkDealer {
       }
     }
     start -= blocks;
-    WorkLine const line(all, call.heads_kv, longest, gridDim.x, num_splits);
+    WorkLine const line(all, call.heads_kv, longest, call.batch, gridDim.x, num_splits,
+                        call.part_cost);
     int const block = line.begin(blockIdx.x);
     int const head = all == 0 ? 0 : quotient(block, all);
     start += head * all;

@@ -20,15 +20,18 @@ namespace cute_kernels::attention {
 /// no clearing beforehand: memory that was never a counter has not the ticket but by chance, once
 /// in 2^48. Where the same call comes again (a graph's replay), the last part has cleared the
 /// counter.
+///
+/// A key head's query heads may be those of gridDim.y tiles: the CTAs (x, y) have share x of the
+/// work for tile y. Elsewhere gridDim.y is 1.
 struct DecodeResults {
   float const* sinks;
   void* out;                  // (total_q, heads_q, head_dim_v)
   float* lse;                 // (heads_q, total_q)
-  float* partial_out;         // (2, ctas, PartRows::kCount, kHeadDim)
-  RowStatistics* statistics;  // (2, ctas, PartRows::kCount)
-  uint64_t* counters;         // (ctas), of the item of which the CTA has the first part
-  uint64_t ticket;            // of which a counter has the lower 48 bits
-  bool is_bfloat16;           // what `out` is where the kernel does not say it, or float16
+  float* partial_out;         // (gridDim.y, 2, gridDim.x, PartRows::kCount, kHeadDim)
+  RowStatistics* statistics;  // (gridDim.y, 2, gridDim.x, PartRows::kCount)
+  uint64_t* counters;  // (gridDim.y, gridDim.x), of the item of which the CTA has the first part
+  uint64_t ticket;     // of which a counter has the lower 48 bits
+  bool is_bfloat16;    // what `out` is where the kernel does not say it, or float16
 };
 
 /// Writes one part: the result, or what the last of the item's parts makes the result of.
@@ -69,7 +72,7 @@ class DecodeEpilogue {
   CUTLASS_DEVICE void begin(typename Traits::Dealer::Share const& share) const {
     if (consumer_thread() != 0 || share.place.block >= share.line.blocks) return;
     int const first = quotient(share.place.item, share.line.share);
-    uint64_t* const counters[] = {results_.counters + first, results_.counters + blockIdx.x};
+    uint64_t* const counters[] = {counter(first), counter(blockIdx.x)};
     uint64_t const found[] = {load_relaxed(counters[0]), load_relaxed(counters[1])};
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -109,7 +112,8 @@ class DecodeEpilogue {
   CUTLASS_DEVICE Place place_of_row(Walk const& walk, int row) const {
     int query, head;
     group_(query, head, walk.tile().first_row + PartRows::in_tile(row));
-    int const key_head = walk.head() * PartRows::kHeads + PartRows::head(row);
+    int const tile_of_heads = walk.head() * gridDim.y + blockIdx.y;
+    int const key_head = tile_of_heads * PartRows::kHeads + PartRows::head(row);
     return {int64_t{walk.sequence().row_q} + query, key_head * walk.sequence().group + head};
   }
 
@@ -161,12 +165,18 @@ class DecodeEpilogue {
     }
   }
 
+  /// The first of the places for parts of the CTAs (x, blockIdx.y).
+  CUTLASS_DEVICE static int64_t first_slot() { return int64_t{2} * gridDim.x * blockIdx.y; }
   /// The place of a part. CTA `first` of the item's ends with its part, the others begin with it.
   CUTLASS_DEVICE static int64_t slot(WorkParts const& parts, int part) {
-    return (part == 0 ? gridDim.x : 0) + parts.first + part;
+    return first_slot() + (part == 0 ? gridDim.x : 0) + parts.first + part;
   }
   CUTLASS_DEVICE static int64_t own_slot(Walk const& walk) {
-    return (walk.is_first_part() ? gridDim.x : 0) + blockIdx.x;
+    return first_slot() + (walk.is_first_part() ? gridDim.x : 0) + blockIdx.x;
+  }
+  /// Of the item of which CTA (x, blockIdx.y) has the first part.
+  CUTLASS_DEVICE uint64_t* counter(int x) const {
+    return results_.counters + gridDim.x * blockIdx.y + x;
   }
 
   template <class Softmax, class Rows>
@@ -198,10 +208,10 @@ class DecodeEpilogue {
     if (consumer_thread() == 0) {
       // All consumers' stores, which the barrier has put before it, are before the count; and all
       // parts' are before what the last one reads behind the next barrier.
-      uint64_t* const counter = results_.counters + parts.first;
-      uint64_t const others = count_part(counter) - no_parts();
+      uint64_t* const of_item = counter(parts.first);
+      uint64_t const others = count_part(of_item) - no_parts();
       bool const all = others == static_cast<uint64_t>(parts.count) - 1;
-      if (all) store_relaxed(counter, ~no_parts());
+      if (all) store_relaxed(of_item, ~no_parts());
       shared_.is_last = all;
     }
     sm90::barrier_sync_memory(sm90::NamedBarrier::kPartStored, 0, kThreads);
@@ -277,7 +287,7 @@ class DecodeEpilogue {
         for (int i = 0; i < kRows; ++i) {
           // Places follow one another, but for that of part 0: an address is an instruction or
           // none.
-          int64_t const place = parts.first + first + own_part;
+          int64_t const place = first_slot() + parts.first + first + own_part;
           auto const* const from = reinterpret_cast<float4 const*>(
               results_.partial_out + (place * PartRows::kCount + row_of(i)) * kHeadDim);
           int64_t const before = first + own_part == 0 ? gridDim.x * kVectorsOfPart : 0;

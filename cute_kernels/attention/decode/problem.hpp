@@ -62,6 +62,9 @@ struct CachedCall {
   // nothing.
   int least_rows = 0;
   int most_rows = std::numeric_limits<int>::max();
+  // What each part of an item adds to the time that the last one takes to combine them, in 1/64 of
+  // a block's; 0: nothing to speak of.
+  int part_cost = 0;
 };
 
 /// All parts of a call's work are numbered by an int, with 1/16 to spare.

@@ -122,6 +122,27 @@ class SeenKeys {
     return true;
   }
 
+  /// Rows of V behind the last key that some row sees become 0, whatever they are: P is 0 there,
+  /// and nothing says that they are finite. `data` as above.
+  template <int kColumns>
+  CUTLASS_DEVICE void clear_values_behind(int block, Element* data, int warpgroup) const {
+    constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
+    constexpr int kVectors = 128 / sizeof(uint4);  // of a row of the swizzle
+    constexpr int kChunks = kColumns * sizeof(Element) / 128;
+    int const rows = walk_.tile().keys.end - walk_.tile().keys.begin - block * kTileN;
+    if (rows >= kTileN) return;
+    auto* const vectors = reinterpret_cast<uint4*>(data);
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int i = rows * kVectors + threadIdx.x % kThreads; i < kTileN * kVectors; i += kThreads) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        vectors[chunk * kTileN * kVectors + i] = uint4{};
+      }
+    }
+    cutlass::arch::fence_view_async_shared();
+    sm90::barrier_sync(sm90::NamedBarrier::kValuesCleared, warpgroup, kThreads);
+  }
+
  private:
   CUTLASS_DEVICE int query_of(int row) const {
     return group_.div(walk_.tile().first_row + first_row_ + 8 * row);

@@ -131,22 +131,26 @@ struct WorkLine {
   /// Shares of about the same length for as many as `ctas` CTAs, but so long that no item is in
   /// more than `num_splits` parts, of which 0 is any number. Then they may be a little longer,
   /// where all heads are divided alike so: their rows of a page, which are neighbours in memory,
-  /// are read at the same time.
-  constexpr WorkLine(int of_head, int heads, int longest_item, int ctas, int num_splits)
+  /// are read at the same time. Or of one head all items, if they are equal: of `batch` sequences
+  /// those of one tile. So as few of them as can be are in parts. `part_cost`: see CachedCall.
+  constexpr WorkLine(int of_head, int heads, int longest_item, int batch, int ctas, int num_splits,
+                     int part_cost)
       : of_head(of_head),
         blocks(of_head * heads),
         share(quotient(blocks + ctas - 1, ctas)),
         whole(num_splits == 1) {
-    constexpr int kParts = 16;  // a little: one part of these
     if (share < 1) share = 1;
+    if (num_splits == 0) {
+      // The sum of a share's time and of that of longest_item / share parts is least here.
+      CUTE_KERNELS_FEW_ROUNDS
+      while (int64_t{share} * share * 64 < int64_t{longest_item} * part_cost) ++share;
+    }
     if (num_splits > 1) {
       share = greater(share, quotient(longest_item + num_splits - 2, num_splits - 1));
-    } else if (share <= of_head) {
-      int const even = quotient(of_head - 1, quotient(of_head, share)) + 1;
-      if (even - share <= share / kParts) share = even;
-    } else if (of_head > 0) {
-      int const even = quotient(share - 1, of_head) * of_head + of_head;
-      if (even - share <= share / kParts) share = even;
+    } else if (heads > 1) {
+      divide_alike(of_head);
+    } else if (of_head == int64_t{longest_item} * batch) {
+      divide_alike(longest_item);
     }
   }
 
@@ -156,6 +160,16 @@ struct WorkLine {
   }
   constexpr int end(int cta) const {
     return blocks - begin(cta) > share ? begin(cta) + share : blocks;
+  }
+
+ private:
+  /// Shares a little longer if each run of so many blocks then is divided alike.
+  constexpr void divide_alike(int run) {
+    constexpr int kParts = 16;  // a little: one part of these
+    if (run == 0) return;
+    int const even = share <= run ? quotient(run - 1, quotient(run, share)) + 1
+                                  : quotient(share - 1, run) * run + run;
+    if (even - share <= share / kParts) share = even;
   }
 };
 

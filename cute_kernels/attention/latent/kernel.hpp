@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
+#include <cute/arch/cluster_sm90.hpp>
 
 #include "cute_kernels/attention/decode/epilogue.hpp"
 #include "cute_kernels/attention/decode/unused_rows.hpp"
@@ -20,8 +21,9 @@ struct LatentParams {
   int num_splits;
 };
 
-/// Warpgroup 0 moves data, the others compute. All walk the same parts in the same order, so that
-/// the barriers' phases are all they need to share.
+/// CTA (x, y) has share x of the line, for tile y of the gridDim.y tiles that a key head's query
+/// heads are divided among. Warpgroup 0 moves data, the others compute. All walk the same parts in
+/// the same order, so that the barriers' phases are all they need to share.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     latent_kernel(CUTE_GRID_CONSTANT LatentParams const params) {
@@ -32,24 +34,26 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
   bool const is_producer = cutlass::canonical_warp_group_idx() == 0;
 
   if (threadIdx.x == 0) {
+    int const arrivals = params.source.box_rows > 0 ? 1 : kThreads;  // of one who loads a piece
     CUTLASS_PRAGMA_UNROLL
     for (int stage = 0; stage < Traits::kStages; ++stage) {
-      shared.left_full[stage].init(kThreads);
-      shared.right_full[stage].init(kThreads);
-      shared.left_empty[stage].init(kWarps);
-      shared.right_empty[stage].init(kWarps);
+      for (auto& piece : shared.full[stage]) piece.init(arrivals);
+      for (int piece = 0; piece < Traits::kPieces; ++piece) {
+        bool const is_of_both = params.source.pairs && blockIdx.y % 2 == Traits::half_of(piece);
+        shared.empty[stage][piece].init(is_of_both ? 2 * kWarps : kWarps);
+      }
     }
     shared.q_full.init(kThreads);
     shared.q_empty.init(Traits::kConsumers * kWarps);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Traits::kConsumers; ++i) {
-      shared.p_full[i].init(kThreads);
+      shared.p_full[i].init(kWarps);
       shared.cleared[i] = 0;
     }
     cutlass::arch::fence_barrier_init();
   }
   sm90::touch_parameters(params);
-  __syncthreads();
+  params.source.pairs ? cute::cluster_sync() : __syncthreads();
   sm90::wait_for_previous_kernel();  // whatever it is: from here on memory is read
   auto const& share = Traits::Dealer::deal(params.call, params.num_splits, shared.deal);
   auto const first_part = [&] {
@@ -79,6 +83,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
       epilogue.finish(walk, parts);
     }
   }
+  __syncwarp();
+  if (params.source.pairs) cute::cluster_sync();  // the other CTA's copies and arrivals have come
 }
 
 }  // namespace cute_kernels::attention

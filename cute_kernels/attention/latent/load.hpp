@@ -8,20 +8,25 @@
 
 namespace cute_kernels::attention {
 
-/// The producer warpgroup: brings a part's queries and keys to shared memory, row by row. Rows that
-/// are no keys of the tile's become 0, whatever the cache holds there.
+/// The producer warpgroup: brings a part's queries and keys to shared memory. Keys come by TMA in
+/// boxes of rows of a page where there are such, by one warp; otherwise all warps gather them, row
+/// by row. Rows that are no keys of the tile's then become 0, whatever the cache holds there; a box
+/// brings what it finds behind the last key, which consumers clear. Of a pair of CTAs, which have
+/// the same keys, each loads one half of a block for both.
 template <class Traits>
 class LatentLoader {
   using Element = typename Traits::Element;
+  using Rows = typename Traits::Rows;
   using SharedStorage = typename Traits::SharedStorage;
+  using Barrier = typename SharedStorage::Barrier;
   using Walk = WorkWalk<Traits>;
 
   static constexpr int kLanes = cutlass::NumThreadsPerWarp;
   static constexpr int kWarps = cutlass::NumWarpsPerWarpGroup;
-  static constexpr int kVector = 16 / sizeof(Element);
+  static constexpr int kVector = kVectorBytes / sizeof(Element);
   static constexpr int kRowsOfWarp = Traits::kTileN / kWarps;
-  static constexpr int kLeft = Traits::kLeft;
-  static constexpr int kRope = Traits::kRopeDim;
+  static constexpr int kPiece = Traits::kPiece;
+  static constexpr int kChunk = Traits::kChunk;
 
  public:
   CUTLASS_DEVICE LatentLoader(CachedCall const& call, LatentSource const& source,
@@ -31,39 +36,38 @@ class LatentLoader {
   /// Issues every load of one part.
   CUTLASS_DEVICE void load(Walk const& walk) {
     if (walk.begin_block() == walk.end_block()) return;
-    int const head = walk.head() / source_.heads_of_key;
-    auto const rows_of = [&](CacheView const& view, FoundRow const& found) {
-      return Rows{
-          static_cast<Element const*>(view.data) + head * view.head_stride,
-          found.major < 0 ? -1 : found.major * view.page_stride + found.minor * view.slot_stride};
-    };
-    auto const find = [&](int block) { return key_row(walk, block); };
-    auto const copy = [&](FoundRow const& row) {
-      Rows const latents = rows_of(source_.cache.v, row);
-      Rows const ropes = rows_of(source_.cache.k, row);
-      int const stage = stage_.index;
-      shared_.left_empty[stage].wait(stage_.phase ^ 1);
-      copy_left(shared_.left[stage], latents);
-      sm90::arrive_when_gathered(shared_.left_full[stage]);
-      shared_.right_empty[stage].wait(stage_.phase ^ 1);
-      copy_right(shared_.right[stage], latents, ropes);
-      sm90::arrive_when_gathered(shared_.right_full[stage]);
+    if (source_.box_rows > 0 && warp() > 0) return load_queries(walk);
+    bool has_queries = false;
+    auto const copy = [&](FoundRow const& found) {
+      source_.box_rows > 0 ? copy_boxes(found, walk.head()) : copy_rows(found, walk.head());
       stage_.advance();
+      // The first block's stage is free before the queries' place is, mostly, and the second's
+      // behind it.
+      if (!has_queries) load_queries(walk);
+      has_queries = true;
     };
     copy_blocks<Traits::kLookAhead>(
-        walk.begin_block(), walk.end_block(), source_.cache.pages.pages, find,
-        [&] { load_queries(walk); }, copy);
+        walk.begin_block(), walk.end_block(), source_.cache.pages.pages,
+        [&](int block) { return find(walk, block); }, [] {}, copy);
   }
 
   /// Shared memory must outlive all copies.
   CUTLASS_DEVICE static void drain() { sm90::wait_until_gathered(); }
 
  private:
-  /// A row that this lane has found for its warp: `offset` elements behind `data`, -1 if it is not
-  /// there.
-  struct Rows {
-    Element const* data;
-    int64_t offset;
+  /// Of the rows that the lanes have found, those whose vectors this lane copies, where a row of
+  /// kColumns columns is as many lanes'.
+  template <int kColumns>
+  struct Share {
+    static constexpr int kLanesOfRow = kColumns / kVector;
+    static constexpr int kRowsAtOnce = kLanes / kLanesOfRow;  // of a warp
+    static constexpr int kPasses = kRowsOfWarp / kRowsAtOnce;
+    static_assert(kRowsAtOnce * kWarps % 8 == 0, "a period of the swizzle: its place is the same");
+
+    CUTLASS_DEVICE explicit Share(uint32_t found)
+        : places(found_by_lanes<kPasses>(found, lane() / kLanesOfRow, kRowsAtOnce)) {}
+
+    cutlass::Array<uint32_t, kPasses> places;
   };
 
   CUTLASS_DEVICE static int lane() { return threadIdx.x % kLanes; }
@@ -71,72 +75,134 @@ class LatentLoader {
   /// Rows go round the warps: lane i of a warp finds its i-th.
   CUTLASS_DEVICE static int row_of(int lane) { return lane * kWarps + warp(); }
 
-  CUTLASS_DEVICE FoundRow key_row(Walk const& walk, int block) const {
+  /// The row that a lane finds in a block: the first one of a box, or one of its warp's.
+  CUTLASS_DEVICE FoundRow find(Walk const& walk, int block) const {
     KeySpan const keys = walk.tile().keys;
-    int const key = keys.begin + block * Traits::kTileN + row_of(lane());
-    bool const there = lane() < kRowsOfWarp && key < keys.end;
+    int const row = source_.box_rows > 0 ? lane() * source_.box_rows : row_of(lane());
+    int const key = keys.begin + block * Traits::kTileN + row;
+    bool const there = row < Traits::kTileN && key < keys.end;
     return there ? row_of_key(source_.cache, walk.entry(), key) : FoundRow{-1, 0};
+  }
+
+  /// A block by TMA. The boxes of a page that does not exist lie outside of the tensor: they are 0.
+  /// A CTA of a pair begins with what it loads for both.
+  CUTLASS_DEVICE void copy_boxes(FoundRow const& found, int head) {
+    bool const leader = cute::elect_one_sync();
+    int const own_half = source_.pairs ? blockIdx.y % 2 : 0;
+    Rows& keys = shared_.keys[stage_.index];
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int i = 0; i < Traits::kPieces; ++i) {
+      int const piece = (own_half * Traits::kPiecesOfHalf + i) % Traits::kPieces;
+      wait_for_piece(piece);
+      Barrier& full = shared_.full[stage_.index][piece];
+      int const columns = kPiece + (has_ropes(piece) ? Traits::kRopeDim : 0);
+      if (leader) full.arrive_and_expect_tx(Traits::kTileN * columns * sizeof(Element));
+      if (source_.pairs && Traits::half_of(piece) != own_half) continue;
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int row = 0, box = 0; row < Traits::kTileN; row += source_.box_rows, ++box) {
+        int const page = __shfl_sync(0xffffffff, found.major, box);
+        int const slot = __shfl_sync(0xffffffff, found.minor, box);
+        if (!leader) continue;
+        auto const copy = [&](cute::TmaDescriptor const& boxes, int to_column, int column) {
+          copy_box(boxes, full, keys.columns_from(to_column) + row * kChunk,
+                   {column, slot, head, page});
+        };
+        CUTLASS_PRAGMA_UNROLL
+        for (int chunk = 0; chunk < kPiece; chunk += kChunk) {
+          copy(source_.boxes_v, piece * kPiece + chunk, piece * kPiece + chunk);
+        }
+        if (has_ropes(piece)) copy(source_.boxes_k, Traits::kHeadDim, 0);
+      }
+    }
+  }
+
+  /// For both CTAs of a pair, and each of them is told of it.
+  CUTLASS_DEVICE void copy_box(cute::TmaDescriptor const& boxes, Barrier& full, Element* to,
+                               int const (&at)[4]) const {
+    constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+    constexpr uint16_t kBoth = 3;
+    auto* const landed = reinterpret_cast<uint64_t*>(&full);
+    if (source_.pairs) {
+      cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&boxes, landed, kBoth, kHint, to, at[0], at[1], at[2],
+                                             at[3]);
+    } else {
+      cute::SM90_TMA_LOAD_4D::copy(&boxes, landed, kHint, to, at[0], at[1], at[2], at[3]);
+    }
+  }
+
+  /// A block, gathered.
+  CUTLASS_DEVICE void copy_rows(FoundRow const& found, int head) {
+    CacheView const& v = source_.cache.v;
+    CacheView const& k = source_.cache.k;
+    Share<kPiece> const latents(row_place<kVector>(found, v, head));
+    Share<kChunk> const ropes(row_place<kVector>(found, k, head));
+    Rows& keys = shared_.keys[stage_.index];
+    CUTLASS_PRAGMA_UNROLL
+    for (int piece = 0; piece < Traits::kPieces; ++piece) {
+      wait_for_piece(piece);
+      copy_piece(keys, piece, v.data, latents);
+      if (has_ropes(piece)) copy_ropes(keys, k.data, ropes);
+      sm90::arrive_when_gathered(shared_.full[stage_.index][piece]);
+    }
+  }
+
+  CUTLASS_DEVICE bool has_ropes(int piece) const {
+    return piece == Traits::piece_of_ropes(stage_.index);
+  }
+
+  /// Of the stage, when those who had its values, and P, are done with them.
+  CUTLASS_DEVICE void wait_for_piece(int piece) const {
+    shared_.empty[stage_.index][piece].wait(stage_.phase ^ 1);
   }
 
   CUTLASS_DEVICE void load_queries(Walk const& walk) {
     shared_.q_empty.wait(q_phase_ ^ 1);
-    int query = 0, head = 0;
-    bool const there = lane() < kRowsOfWarp && row_of(lane()) < walk.tile().rows;
-    if (there) {
-      source_.cache.group(query, head, walk.tile().first_row + row_of(lane()));
-      query += walk.sequence().row_q;
-      head += walk.head() * walk.sequence().group;
+    FoundRow row{-1, 0};
+    if (lane() < kRowsOfWarp && row_of(lane()) < walk.tile().rows) {
+      source_.cache.group(row.major, row.minor, walk.tile().first_row + row_of(lane()));
+      row.major += walk.sequence().row_q;
+      row.minor += (walk.head() * gridDim.y + blockIdx.y) * walk.sequence().group;
     }
-    auto const rows_of = [&](TensorView const& view) {
-      return Rows{static_cast<Element const*>(view.data),
-                  there ? query * view.seqlen_stride + head * view.head_stride : -1};
+    auto const place_in = [&](TensorView const& view) {
+      return row_place<kVector>(row, view.seqlen_stride, view.head_stride);
     };
-    Rows const latents = rows_of(source_.qv);
-    copy_left(shared_.q_left, latents);
-    copy_right(shared_.q_right, latents, rows_of(source_.cache.q));
+    Share<kPiece> const latents(place_in(source_.qv));
+    Share<kChunk> const ropes(place_in(source_.cache.q));
+    CUTLASS_PRAGMA_UNROLL
+    for (int piece = 0; piece < Traits::kPieces; ++piece) {
+      copy_piece(shared_.queries, piece, source_.qv.data, latents);
+    }
+    copy_ropes(shared_.queries, source_.cache.q.data, ropes);
     sm90::arrive_when_gathered(shared_.q_full);
     q_phase_ ^= 1;
   }
 
-  CUTLASS_DEVICE void copy_left(typename Traits::template Rows<kLeft>& to, Rows const& latents) {
-    copy_columns<Traits::kLeft, 0, kLeft>(to.data(), latents, 0, call_.head_dim_v);
+  CUTLASS_DEVICE void copy_piece(Rows& to, int piece, void const* latents,
+                                 Share<kPiece> const& share) const {
+    copy_columns(to.columns_from(piece * kPiece), latents, piece * kPiece, call_.head_dim_v, share);
   }
-  CUTLASS_DEVICE void copy_right(typename Traits::template Rows<Traits::kRight>& to,
-                                 Rows const& latents, Rows const& ropes) {
-    copy_columns<Traits::kRight, 0, kLeft>(to.data(), latents, kLeft, call_.head_dim_v);
-    copy_columns<Traits::kRight, kLeft, kRope>(to.data(), ropes, 0, call_.head_dim);
+  CUTLASS_DEVICE void copy_ropes(Rows& to, void const* ropes, Share<kChunk> const& share) const {
+    copy_columns(to.columns_from(Traits::kHeadDim), ropes, 0, call_.head_dim, share);
   }
 
-  /// Copies kColumns columns of the rows that the lanes have found, from `from_column` on, behind
-  /// kToColumn columns of rows of kAllColumns. Columns that rows of `columns` do not have are 0.
-  template <int kAllColumns, int kToColumn, int kColumns>
-  CUTLASS_DEVICE static void copy_columns(Element* shared, Rows const& rows, int from_column,
-                                          int columns) {
-    constexpr int kLanesOfRow = kColumns / kVector;
-    constexpr int kRowsAtOnce = kLanes / kLanesOfRow;  // of a warp
-    constexpr int kPasses = kRowsOfWarp / kRowsAtOnce;
-    // The swizzle's period is 8 rows: a thread's places repeat after as many passes, further on.
-    constexpr int kPeriod = kRowsAtOnce * kWarps < 8 ? 8 / (kRowsAtOnce * kWarps) : 1;
-    constexpr int kPeriodBytes = kPeriod * kRowsAtOnce * kWarps * Traits::kSwizzleBytes;
-    static_assert(kRowsAtOnce * kLanesOfRow == kLanes && kPasses * kRowsAtOnce == kRowsOfWarp);
-    int const part = lane() / kLanesOfRow;
-    int const column = lane() % kLanesOfRow * kVector;
+  /// Copies kColumns columns of rows, from `from` on, of which there are `columns`: others are 0.
+  template <int kColumns>
+  CUTLASS_DEVICE static void copy_columns(Element* shared, void const* global, int from,
+                                          int columns, Share<kColumns> const& share) {
+    using Of = Share<kColumns>;
+    int const column = lane() % Of::kLanesOfRow * kVector;
     auto const layout = cute::as_position_independent_swizzle_layout(
-        typename Traits::template LayoutRows<kAllColumns>{});
-    uint32_t places[kPeriod];
+        typename Traits::template LayoutRows<kColumns>{});
+    uint32_t const to =
+        cute::cast_smem_ptr_to_uint(shared) +
+        layout(row_of(lane() / Of::kLanesOfRow), column) * static_cast<int>(sizeof(Element));
+    auto const first = reinterpret_cast<uint64_t>(global) + (from + column) * sizeof(Element);
+    bool const has_column = from + column < columns;
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kPeriod; ++i) {
-      places[i] = cute::cast_smem_ptr_to_uint(shared) +
-                  layout(row_of(i * kRowsAtOnce + part), kToColumn + column) *
-                      static_cast<int>(sizeof(Element));
-    }
-    bool const has_column = from_column + column < columns;
-    CUTLASS_PRAGMA_UNROLL
-    for (int pass = 0; pass < kPasses; ++pass) {
-      int64_t const row = __shfl_sync(0xffffffff, rows.offset, pass * kRowsAtOnce + part);
-      bool const there = row >= 0 && has_column;
-      uint32_t const to = places[pass % kPeriod] + pass / kPeriod * kPeriodBytes;
-      sm90::gather_or_clear(to, rows.data + (there ? row + from_column + column : 0), there);
+    for (int pass = 0; pass < Of::kPasses; ++pass) {
+      bool const there = share.places[pass] != kNowhere && has_column;
+      sm90::gather_or_clear(to + pass * Of::kRowsAtOnce * kWarps * Traits::kSwizzleBytes,
+                            vector_at(first, share.places[pass]), there);
     }
   }
 

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cute_kernels/attention/decode/cache_boxes.hpp"
 #include "cute_kernels/attention/forward/kernel.hpp"
 #include "cute_kernels/attention/forward/mainloop.hpp"
 #include "cute_kernels/attention/prefill/boxes.hpp"
@@ -17,7 +18,6 @@
 #include "cute_kernels/attention/softmax_scale.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/launch.hpp"
-#include "cute_kernels/sm90/tma_boxes.hpp"
 
 namespace cute_kernels::attention {
 
@@ -83,15 +83,6 @@ int64_t prefill_workspace_bytes(DecodeProblem const& problem) {
   int const cut =
       most_cut(problem.call.heads_kv, prefill_ctas<Traits>(problem), Traits::kConsumers);
   return work_list_bytes(problem.call.batch, most_tiles(problem.call, Traits::kTileM) + cut);
-}
-
-/// A cache to TMA: (columns, slots, heads, pages).
-template <class Element>
-cute::TmaDescriptor boxes_of(CacheView const& view, int columns, int heads, CachePages const& pages,
-                             int box_rows) {
-  return sm90::tma_boxes<Element>(view.data, {columns, pages.page_size, heads, pages.pages},
-                                  {view.slot_stride, view.head_stride, view.page_stride},
-                                  {box_rows, 1, 1});
 }
 
 /// Starts the kernel of a tile on `stream`, and before it the one that lists its tiles.

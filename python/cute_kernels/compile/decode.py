@@ -256,8 +256,9 @@ def fp8_wide_problems(row: Row) -> list[str]:
     return found
 
 
-# A key is [latent | rope], of which the latent is the value, too. The keys of a stage lie in two
-# parts, as queries do, with half of the latent each.
+# A key is [latent | rope], of which the latent is the value, too. It lands in pieces
+# (latent/traits.hpp).
+LATENT_PIECES = 4
 LATENT_FIELDS = (
     *HEAD,
     Field("head_dim_v", int, REQUIRED, "kHeadDimV"),
@@ -276,11 +277,10 @@ def latent_shared_memory(row: Row) -> dict[str, int]:
         {
             "K and V": stages * row["tile_n"] * row_bytes,
             "Q": row["tile_m"] * row_bytes,
-            "P": row["tile_m"] * row["tile_n"] * ELEMENT_BYTES,
-            # maxima, factors and two sums of each row; full and empty, of both parts of every stage
-            # and of Q, full of P; what warps know of the work; flags
+            # maxima, factors and two sums of each row; full and empty of
+            # every piece of a stage and of Q, full of P; what warps know of the work; flags
             "statistics, barriers and work": 4 * 4 * row["tile_m"]
-            + 8 * (4 * stages + 2 + consumers)
+            + 8 * (stages * 2 * LATENT_PIECES + 2 + consumers)
             + (consumers + 1) * WORK_BYTES_OF_WARPGROUP
             + 4 * (consumers + 1),
         }
