@@ -155,6 +155,34 @@ def test_alibi_falls_on_both_sides(by_batch, causal):
         assert torch.allclose(grad, exact, rtol=1e-5, atol=1e-6)
 
 
+REFUSED = {
+    "slopes of 16 bits": (
+        TypeError,
+        "^alibi_slopes has dtype",
+        {"alibi_slopes": torch.ones(4).half()},
+    ),
+    "slopes of other heads": (
+        ValueError,
+        "^alibi_slopes has shape",
+        {"alibi_slopes": torch.ones(3)},
+    ),
+    "a list of slopes": (TypeError, "^alibi_slopes is a list", {"alibi_slopes": [1.0] * 4}),
+    "all dropped": (ValueError, "^dropout_p is 1.0, must be", {"dropout_p": 1.0}),
+    "no rate": (TypeError, "^dropout_p is None, must be a number", {"dropout_p": None}),
+    "k is none": (TypeError, "^k is a list, must be", {"k": [1.0]}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_errors_have_its_names(case):
+    error, message, options = REFUSED[case]
+    x = torch.randn(2, 5, 4, 16)
+    with pytest.raises(error, match=message):
+        fa2.flash_attn_func(**{"q": x, "k": x, "v": x, **options})
+    with pytest.raises(TypeError, match=r"^kv is a list, must be"):
+        fa2.flash_attn_kvpacked_func(x, [x, x])
+
+
 @pytest.mark.parametrize("softcap", [0.0, 0.7])
 @pytest.mark.parametrize("by_alibi", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])

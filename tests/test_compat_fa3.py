@@ -232,3 +232,30 @@ def test_used_queries_of_pages():
     right = cute_kernels.flash_attn_varlen_func(q, *caches, starts, **given, return_lse=True)
     assert torch.equal(out, right[0]) and torch.equal(lse, right[1])
     assert not out[2:4].any() and out[[0, 1, 4, 5, 6]].any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("out", "error"),
+    [
+        (torch.empty(2, 5, 4, 16), ValueError),  # what one batch entry would be repeated in
+        (torch.empty(1, 5, 4, 8), ValueError),
+        (torch.empty(1, 5, 4, 16, dtype=torch.half), TypeError),
+        ([1.0], TypeError),
+    ],
+)
+def test_an_output_of_another_kind_is_refused(out, error):
+    x = torch.randn(1, 5, 4, 16)
+    with pytest.raises(error, match=r"^out (has|is) "):
+        fa3._flash_attn_forward(x, x, x, out_=out)
+
+
+def test_used_lengths_are_of_batches():
+    x, used = torch.randn(10, 4, 16), torch.tensor([3, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^q has shape \(10, 4, 16\), must have 4 dimensions"):
+        fa3._flash_attn_forward(x, x, x, seqused_k=used)
+
+
+def test_sinks_have_one_name_at_a_time():
+    x, sinks = torch.randn(1, 5, 4, 16), torch.zeros(4)
+    with pytest.raises(ValueError, match=r"^s_aux is given, must be None with sinks"):
+        fa3.flash_attn_func(x, x, x, s_aux=sinks, sinks=sinks)

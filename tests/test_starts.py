@@ -35,6 +35,19 @@ def test_few_are_made_and_none_is_freed():
     assert list(starts._kept) == [(like.device, 2)]
 
 
+def test_another_thread_may_keep_fewer_meanwhile():
+    like = torch.empty(1)
+
+    class Kept(list):
+        def append(self, made):
+            super().append(made)
+            super().append(made[:2])
+
+    starts._kept[like.device, 2] = Kept()
+    assert starts.starts_of(9, 2, like).tolist() == right(9, 2)
+    assert starts.starts_of(9, 2, like).tolist() == right(9, 2)
+
+
 def test_what_traces_leaves_nothing_behind():
     like = torch.empty(1)
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -263,7 +263,9 @@ def test_another_process_knows_the_hooks_of_a_variant_that_it_is_sent():
         "import pickle, sys\n"
         "from cute_kernels.compile.hooks import KNOWN\n"
         "variant = pickle.loads(sys.stdin.buffer.read())\n"
-        "assert KNOWN[variant.hooks.key].score == 'return 0.5f * score;'\n"
+        "for block_mask in (False, True):\n"
+        "    hooks = KNOWN[variant.hooks_of(block_mask).key]\n"
+        "    assert hooks.score == 'return 0.5f * score;' and hooks.block_mask == block_mask\n"
     )
     subprocess.run([sys.executable, "-c", code], input=sent, check=True, cwd="tests")
 

@@ -85,6 +85,25 @@ def test_unknown_parts_become_explicit_masks():
     assert found.dtype == torch.bool and found.all()
 
 
+def test_another_thread_may_ask_about_other_positions_meanwhile(monkeypatch):
+    """DataParallel's replicas are threads."""
+    query = torch.empty(1, 1, SEQLEN, 8)
+    ours, theirs = (torch.cat([torch.arange(n), torch.arange(SEQLEN - n)])[None] for n in (5, 9))
+    reference = masks.weakref.ref
+
+    def after_the_other(position_ids):
+        monkeypatch.setattr(masks.weakref, "ref", reference)
+        assert starts(theirs) == [0, 9, SEQLEN]
+        return reference(position_ids)
+
+    def starts(position_ids):
+        return masks.packed_by_positions(position_ids, query, SEQLEN).cu_seqlens_q.tolist()
+
+    monkeypatch.setattr(masks.weakref, "ref", after_the_other)
+    for _ in range(2):
+        assert starts(ours) == [0, 5, SEQLEN]
+
+
 def test_positions_are_looked_at_again_after_a_change():
     query = torch.empty(1, 2, SEQLEN, 8)
     position_ids = torch.cat([torch.arange(n) for n in (9, 3, 11)])[None]

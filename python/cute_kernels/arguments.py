@@ -1,8 +1,9 @@
-"""FlashAttention-3's arguments that the operators do not have: windows in its notation, hints, and
-combinations that are not there yet."""
+"""Arguments of functions that operators do not have, or not so: FlashAttention-3's windows and
+hints, flags, combinations that are not there yet, names."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -40,6 +41,13 @@ def check_hints(num_splits: int, pack_gqa: bool | None, sm_margin: int) -> None:
     check_sm_margin(sm_margin)
 
 
+def check_flags(**flags: object) -> None:
+    """Those of a function: operators take whatever is true or false, and wait for a tensor's
+    value."""
+    for name, flag in flags.items():
+        check_flag(name, flag)
+
+
 def window_of(window_size: Window, causal: bool) -> tuple[bool, int | None, int | None]:
     """causal, window_left and window_right as the operators take them.
 
@@ -73,3 +81,9 @@ def _refuse_window(error: type[Exception], window_size: Any) -> NoReturn:
         f"window_size is {window_size!r}, must be two ints (left, right) of at least 0, or -1 for "
         "no limit"
     )
+
+
+def renamed(error: Exception, names: dict[str, str]) -> Exception:
+    """The error of a function that was called, with the caller's names of its arguments."""
+    pattern = rf"\b({'|'.join(names)})\b"
+    return type(error)(re.sub(pattern, lambda name: names[name[0]], str(error)))

@@ -14,7 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import NO_FORWARD_MODE, explain, outside_compilers, refuse_tangents
+from cute_kernels.checks import (
+    NO_FORWARD_MODE,
+    check_softmax_scale,
+    explain,
+    outside_compilers,
+    refuse_tangents,
+)
 from cute_kernels.operators import (
     DENSE,
     VARLEN,
@@ -66,8 +72,8 @@ class Calls(NamedTuple):
         """
         if softmax_scale is None:
             softmax_scale = q.shape[-1] ** -0.5
-        elif isinstance(softmax_scale, Tensor) and softmax_scale.requires_grad:
-            raise TypeError("softmax_scale is a tensor that requires a gradient, must be a number")
+        elif isinstance(softmax_scale, Tensor):  # the operator would read it, and wait for a GPU
+            check_softmax_scale(softmax_scale)
         needs_grad = _is_grad_enabled() and (
             q.requires_grad
             or k.requires_grad

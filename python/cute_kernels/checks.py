@@ -241,7 +241,8 @@ def check_sm_margin(sm_margin: int) -> None:
 
 
 def check_flag(name: str, flag: object) -> None:
-    if not isinstance(flag, (bool, int)):
+    is_numpy = type(flag).__module__ == "numpy" and type(flag).__name__ in ("bool", "bool_")
+    if not isinstance(flag, (bool, int, torch.SymBool)) and not is_numpy:
         raise TypeError(f"{name} is {flag!r}, must be True or False")
 
 

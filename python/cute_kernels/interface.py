@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cute_kernels.arguments import (
     Window,
+    check_flags,
     check_hints,
     refuse_for_fp8,
     refuse_with_variant,
@@ -119,6 +120,8 @@ def flash_attn_func(
         NotImplementedError: an argument whose feature is not there yet, a second derivative, or a
             forward-mode one (``torch.func.jvp``, dual tensors).
     """
+    if type(causal) is not bool or type(deterministic) is not bool:
+        check_flags(causal=causal, deterministic=deterministic)
     # By identity: a tensor takes twenty microseconds to say that it does not equal None.
     plain = qv is q_descale is k_descale is v_descale is sinks is None
     plain = plain and variant is None and block_mask is None

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cute_kernels.arguments import Window
+from cute_kernels.arguments import Window, renamed
 from cute_kernels.checks import check_int, check_tensor
 from cute_kernels.interface import flash_attn_func
 from cute_kernels.varlen import flash_attn_varlen_func
+
+# Of the arguments of `flash_attn_varlen_qkvpacked_func`, by those of `flash_attn_varlen_func`.
+_NAMES = {
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "cu_seqlens"),
+    **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), "max_seqlen"),
+}
 
 
 def flash_attn_qkvpacked_func(
@@ -94,28 +100,31 @@ def flash_attn_varlen_qkvpacked_func(
     The other arguments, results and errors are those of `flash_attn_varlen_func`.
     """
     q, k, v = _apart(qkv, num_heads_q, ("total",))
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        window_size=window_size,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        deterministic=deterministic,
-        sm_margin=sm_margin,
-        sinks=sinks,
-        return_lse=return_lse or return_attn_probs,
-        tile_config=tile_config,
-    )
+    try:
+        return flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            window_size=window_size,
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            deterministic=deterministic,
+            sm_margin=sm_margin,
+            sinks=sinks,
+            return_lse=return_lse or return_attn_probs,
+            tile_config=tile_config,
+        )
+    except (TypeError, ValueError) as error:
+        raise renamed(error, _NAMES) from None
 
 
 def _apart(qkv: Tensor, num_heads_q: int | None, rows: tuple[str, ...]) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cute_kernels.arguments import (
     Window,
+    check_flags,
     check_hints,
     refuse_for_fp8,
     refuse_with_variant,
@@ -118,6 +119,8 @@ def flash_attn_varlen_func(
         NotImplementedError: an argument whose feature is not there yet, ``torch.func.vmap``, a
             second derivative, or a forward-mode one.
     """
+    if type(causal) is not bool or type(deterministic) is not bool:
+        check_flags(causal=causal, deterministic=deterministic)
     window: list[int | None] = [None, None]
     # By identity: a tensor takes twenty microseconds to say that it does not equal None.
     plain = variant is None and qv is sinks is page_table is tree_mask is None

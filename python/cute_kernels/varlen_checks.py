@@ -138,7 +138,7 @@ def rows_of_sequences(
     have shapes only, for which it does not matter that the first sequence uses all rows.
 
     Args:
-        which: "q" or "k", for messages.
+        which: "q", "k" or "k_new", for messages.
         x: that tensor.
         cu_seqlens, seqused, longest: its cu_seqlens, seqused and max_seqlen.
 
@@ -157,7 +157,7 @@ def rows_of_sequences(
     if starts[-1] > x.shape[0]:
         raise ValueError(
             f"{name}[{len(slots)}] is {starts[-1]}, must be at most {x.shape[0]}, the rows of "
-            f"{which}"
+            f"{which.removesuffix('_new')}"
         )
     rows = []
     counts = [stop - start for start, stop in slots] if seqused is None else seqused.tolist()

@@ -83,9 +83,11 @@ def append_kv(
         ValueError, TypeError: an argument is not as described. What tensors hold is looked at on
             the CPU only. On CUDA a row for which the cache has no place is not written, and a
             position that the tables do not have makes NaN.
-        NotImplementedError: k or v needs a gradient; a cache of another type of 8 bits.
+        NotImplementedError: a tensor needs a gradient; a cache of another type of 8 bits.
     """
-    refuse_derivatives("append_kv", k, v, k_cache, v_cache)
+    factors = (k_descale, v_descale, k_scales, v_scales)
+    refuse_derivatives("append_kv", k, v, k_cache, v_cache, rotary_cos, rotary_sin, *factors)
+    check_flag("rotary_interleaved", rotary_interleaved)
     if cache_batch_idx is not None and page_table is not None:
         page_table = table_of_batch(page_table, cache_batch_idx, k_cache)
         cache_batch_idx = None
@@ -93,8 +95,8 @@ def append_kv(
     rotary = (rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
     queries = (None, None, True)
     inputs = (cache_seqlens, *places, *rotary, *queries)
-    factors = (k_descale, v_descale, k_scales, v_scales, rotation_seed(incoherent, seed))
-    return append_rows(k_cache, v_cache, k, v, *inputs, factors=factors)[0]
+    of_eight_bits = (*factors, rotation_seed(incoherent, seed))
+    return append_rows(k_cache, v_cache, k, v, *inputs, factors=of_eight_bits)[0]
 
 
 def rotation_seed(incoherent: bool, seed: int) -> int | None:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cute_kernels.arguments import Window, check_hints, window_of
+from cute_kernels.arguments import Window, check_flags, check_hints, window_of
 from cute_kernels.cache import operators
 from cute_kernels.cache.append import append_rows, rotation_seed
 from cute_kernels.cache.checks import ENTRIES, PAGES, check_attention, check_output
+from cute_kernels.cache.eight_bits import check_scales
+from cute_kernels.cache.metadata import check_metadata
 from cute_kernels.cache.starts import starts_of
 from cute_kernels.cache.tables import table_of_batch
 from cute_kernels.checks import (
@@ -18,8 +20,9 @@ from cute_kernels.checks import (
     INTS,
     PACKED,
     check_alone,
-    check_flag,
     check_layout,
+    check_softcap,
+    check_softmax_scale,
     check_tensor,
     explain,
     refuse_derivatives,
@@ -135,7 +138,13 @@ def flash_attn_with_kvcache(
         NotImplementedError: an argument whose feature is not there yet, or a tensor that needs a
             gradient.
     """
-    refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, qv, sinks)
+    refuse_derivatives(
+        "flash_attn_with_kvcache",
+        *(q, k_cache, v_cache, k, v, qv, sinks, out, rotary_cos, rotary_sin),
+        *(q_descale, k_descale, v_descale, k_scales, v_scales),
+    )
+    if type(causal) is not bool or type(rotary_interleaved) is not bool:
+        check_flags(causal=causal, rotary_interleaved=rotary_interleaved)
     rotation = left = right = None
     options: tuple[Any, ...] = ()  # each that is passed costs time
     hints = (softcap, num_splits, sm_margin, attention_chunk, incoherent, seed)
@@ -150,10 +159,12 @@ def flash_attn_with_kvcache(
         options = (left, right)
     if hinted:
         rotation = rotation_seed(incoherent, seed)
+        if not isinstance(softcap, (int, float)):  # as softmax_scale
+            check_softcap(softcap)
         check_chunk(attention_chunk)
         options = (left, right, softcap, num_splits, sm_margin, rotation, attention_chunk)
     if scheduler_metadata is not None:
-        _check_metadata(scheduler_metadata)
+        check_metadata(scheduler_metadata)
     check_tensor("q", q)
     dense = cu_seqlens_q is None
     if q.dim() != (4 if dense else 3):
@@ -179,7 +190,6 @@ def flash_attn_with_kvcache(
         places = (cu_seqlens_k_new, page_table, cache_batch_idx)
         queries: tuple[Any, ...] = (None, None, True)
         if rotary_cos is not None:
-            check_flag("causal", causal)
             moves = causal or left is not None or right is not None or attention_chunk > 0
             queries = (q, cu_seqlens_q, moves)
         inputs = (lengths, *places, *rotary, *queries)
@@ -205,10 +215,10 @@ def flash_attn_with_kvcache(
     into = None
     if out is not None:
         check_tensor("out", out)
-        if dense and out.shape[:-1] != q.shape[:-1]:  # flat, they may be the same
-            raise ValueError(
-                f"out has shape {tuple(out.shape)}, must be {(*q.shape[:-1], v_cache.shape[-1])}"
-            )
+        check_tensor("v_cache", v_cache)
+        expected = (*q.shape[:-1], v_cache.shape[-1])
+        if out.shape != expected:  # flat, they may be the same
+            raise ValueError(f"out has shape {tuple(out.shape)}, must be {expected}")
         if out.is_contiguous():
             into = out.flatten(0, 1) if dense else out
     result, lse = attend(
@@ -225,10 +235,10 @@ def flash_attn_with_kvcache(
         softmax_scale,
         causal,
         q_descale,
-        _one_of("k", k_descale, k_scales),
-        _one_of("v", v_descale, v_scales),
+        _one_of("k", k_descale, k_scales, k_cache),
+        _one_of("v", v_descale, v_scales, v_cache),
         None if tree_mask is None else _of_queries(tree_mask, q),
-        None if qv is None else _packed_like(qv, q),
+        None if qv is None else _packed_like(qv, q, v_cache),
         max_seqlen_q,
         *options,
     )
@@ -269,6 +279,8 @@ def attend(
     if qv is not None:
         check_tensor("qv", qv)
         check_layout("qv", qv, PACKED)
+    if isinstance(softmax_scale, Tensor):  # the operator would read it, and wait for a GPU
+        check_softmax_scale(softmax_scale)
     if softmax_scale is None:
         check_tensor("q", q)
         head_dim = (q.shape[-1] if q.dim() else 0) + (0 if qv is None else qv.shape[-1])
@@ -292,11 +304,15 @@ def attend(
     return into, lse
 
 
-def _one_of(which: str, descale: Tensor | None, scales: Tensor | None) -> Tensor | None:
-    """The factors of K or V."""
-    if descale is None or scales is None:
-        return scales if descale is None else descale
-    raise ValueError(f"{which}_scales is given, must be None with {which}_descale")
+def _one_of(
+    which: str, descale: Tensor | None, scales: Tensor | None, cache: Tensor
+) -> Tensor | None:
+    """The factors of K or V. The operator calls both descales."""
+    if scales is None:
+        return descale
+    check_tensor(f"{which}_cache", cache)
+    check_scales(f"{which}_scales", scales, cache, descale)
+    return scales
 
 
 def _of_queries(tree_mask: Tensor, q: Tensor) -> Tensor:
@@ -310,62 +326,16 @@ def _of_queries(tree_mask: Tensor, q: Tensor) -> Tensor:
     return tree_mask.flatten()
 
 
-def _packed_like(qv: Tensor, q: Tensor) -> Tensor:
+def _packed_like(qv: Tensor, q: Tensor, v_cache: Tensor) -> Tensor:
     """The operator's (total_q, heads, v_cache's head_dim)."""
     check_tensor("qv", qv)
-    if qv.shape[:-1] != q.shape[:-1]:
+    check_tensor("v_cache", v_cache)
+    expected = (*q.shape[:-1], v_cache.shape[-1])
+    if qv.shape != expected:
         raise ValueError(
-            f"qv has shape {tuple(qv.shape)}, must be {tuple(q.shape)} like q but for head_dim"
+            f"qv has shape {tuple(qv.shape)}, must be {expected}: q's, with v_cache's head_dim"
         )
     return qv.flatten(0, -3)
-
-
-def get_scheduler_metadata(
-    batch_size: int,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    num_heads_q: int,
-    num_heads_kv: int,
-    headdim: int,
-    cache_seqlens: Tensor,
-    qkv_dtype: torch.dtype = torch.bfloat16,
-    headdim_v: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k_new: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    page_size: int | None = None,
-    max_seqlen_k_new: int = 0,
-    causal: bool = False,
-    window_size: Window = (-1, -1),
-    attention_chunk: int = 0,
-    has_softcap: bool = False,
-    num_splits: int = 0,
-    pack_gqa: bool | None = None,
-    sm_margin: int = 0,
-) -> Tensor:
-    """What FlashAttention-3's callers make once a step for all layers.
-
-    Here the work is shared out by each call on the device, from the lengths of that call: nothing
-    has to be known before, and the same metadata does for every call.
-
-    Args:
-        cache_seqlens: any tensor on the device of the calls. Names and order of the arguments are
-            FlashAttention-3's; the others are not looked at.
-
-    Returns:
-        (0,), int32, on cache_seqlens' device, for `scheduler_metadata`.
-    """
-    check_tensor("cache_seqlens", cache_seqlens)
-    return cache_seqlens.new_empty(0, dtype=torch.int32)
-
-
-def _check_metadata(scheduler_metadata: Tensor) -> None:
-    check_tensor("scheduler_metadata", scheduler_metadata)
-    if scheduler_metadata.dtype != torch.int32:
-        raise TypeError(
-            f"scheduler_metadata has dtype {scheduler_metadata.dtype}, must be torch.int32, as of "
-            "get_scheduler_metadata"
-        )
 
 
 def _lengths(

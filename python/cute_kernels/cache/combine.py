@@ -34,9 +34,9 @@ def flash_attn_combine(
 
     Raises:
         ValueError, TypeError: an argument is not as described.
-        NotImplementedError: out_partial or lse_partial needs a gradient.
+        NotImplementedError: a tensor needs a gradient.
     """
-    refuse_derivatives("flash_attn_combine", out_partial, lse_partial)
+    refuse_derivatives("flash_attn_combine", out_partial, lse_partial, out)
     if out is not None and out_dtype is None:
         out_dtype = getattr(out, "dtype", None)
     try:

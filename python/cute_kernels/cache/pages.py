@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cute_kernels.arguments import renamed
 from cute_kernels.cache.attention import attend
 from cute_kernels.checks import check_tensor, refuse_derivatives
 from cute_kernels.varlen_checks import check_int32, rows_of_sequences
 
 _NAME = "flash_attn_varlen_func"
+# Of its arguments, by the operator's.
+_NAMES = {"k_cache": "k", "v_cache": "v", "cache_seqlens": "seqused_k"}
 
 # What the operator has as its defaults: what is not passed costs no time.
 _USUAL_HINTS = (None, None, 0.0, 0, 0, None, 0)
@@ -45,7 +49,8 @@ def attend_pages(
     qv: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of sequences whose keys are in pages of k and v."""
-    refuse_derivatives(_NAME, q, k, v, qv, sinks, where=" with page_table")
+    descales = (q_descale, k_descale, v_descale)
+    refuse_derivatives(_NAME, q, k, v, qv, sinks, *descales, where=" with page_table")
     for name, given in (("cu_seqlens_k", cu_seqlens_k), ("tile_config", tile_config)):
         if given is not None:
             raise ValueError(f"{name} is given, must be None with page_table")
@@ -88,13 +93,21 @@ def attend_pages(
             max_seqlen_q,
             *(() if hints == _USUAL_HINTS else hints),
         )
-    except (TypeError, ValueError):
-        if seqused_q is None:  # the operator calls seqused_k cache_seqlens
-            _check_lengths(q, cu_seqlens_q, seqused_k=seqused_k)
-        raise
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise _in_own_words(error, unused is not None) from None
     if unused is not None and sinks is not None:  # which all other rows without keys have as LSE
         lse = lse.masked_fill(unused, -math.inf)
     return out, lse
+
+
+def _in_own_words(error: Exception, is_halved: bool) -> Exception:
+    """`is_halved`: sequences were two of the operator's."""
+    error = renamed(error, _NAMES)
+    if not is_halved:
+        return error
+    entry = r"\b(seqused_k|page_table)\[(\d+)"
+    own = re.sub(entry, lambda match: f"{match[1]}[{int(match[2]) // 2}", str(error))
+    return type(error)(own)
 
 
 def _check_used(

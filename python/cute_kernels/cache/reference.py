@@ -183,7 +183,7 @@ def append(
     """Writes k, rotated, and v behind what the caches hold; returns the lengths afterwards, and q
     rotated, or without q nothing."""
     places = places_of(k_cache, page_table, cache_batch_idx)
-    sequences = _sequences("k", k, cu_seqlens_k_new)
+    sequences = _sequences("k_new", k, cu_seqlens_k_new)
     k, v = (x.flatten(0, -3) for x in (k, v))
     lengths, targets = [], []
     for i, new in enumerate(sequences):

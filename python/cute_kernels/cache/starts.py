@@ -34,6 +34,7 @@ def starts_of(batch: int, seqlen: int, like: Tensor) -> Tensor:
         if type(made) is not Tensor:  # somebody traces
             return made[: batch + 1]
         kept.append(made)
+        return made[: batch + 1]
     return kept[-1][: batch + 1]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import cute_kernels
+from cute_kernels.cache.checks import check_output
 from cute_kernels.compat.operators import (
     Sequences,
     backward,
@@ -51,6 +52,8 @@ def _with_sinks(
     def call(*inputs: Any, **options: Any) -> Any:
         s_aux = options.pop("s_aux", None)
         if s_aux is not None:
+            if options.get("sinks") is not None:
+                raise ValueError("s_aux is given, must be None with sinks, which it is a name of")
             options["sinks"] = s_aux
         given = [taken(name, x) for name, x in zip(names, inputs, strict=False)]
         options = {name: taken(name, x) for name, x in options.items()}
@@ -212,7 +215,10 @@ def _flash_attn_forward(
             lse.unflatten(1, q.shape[:2]).transpose(0, 1),
         )
     nothing = torch.empty(0, dtype=torch.float32, device=q.device)
-    return result if out_ is None else out_.copy_(result), lse, nothing, nothing
+    if out_ is not None:
+        check_output(out_, result.shape, result)
+        result = out_.copy_(result)
+    return result, lse, nothing, nothing
 
 
 def _flash_attn_backward(

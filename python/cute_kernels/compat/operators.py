@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cute_kernels.arguments import window_of
+from cute_kernels.fp8.checks import DENSE_ORDER, check_rank
 from cute_kernels.operators import flash_attn_backward, flash_attn_varlen_backward
 
 
@@ -27,6 +28,8 @@ class Sequences(NamedTuple):
         cls, q: Tensor, k: Tensor, seqused_q: Tensor | None, seqused_k: Tensor | None
     ) -> Sequences:
         """Of tensors (batch, seqlen, heads, head_dim), once they are flattened."""
+        for name, x in (("q", q), ("k", k)):
+            check_rank(name, x, 4, DENSE_ORDER)
         starts_q, starts_k = (
             torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]
             for x in (q, k)

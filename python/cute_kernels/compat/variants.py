@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_softcap
+from cute_kernels.arguments import renamed
+from cute_kernels.checks import check_device, check_softcap
 from cute_kernels.variants import dropout
 from cute_kernels.variants.variant import BoundVariant, Variant
 
@@ -82,13 +83,20 @@ def variant_of(
     weights = None
     if dropout_p != 0:
         state = torch.randint(2**62, (2,), dtype=torch.int64, device=q.device)
-        weights = dropout(dropout_p, state)
+        try:
+            weights = dropout(dropout_p, state)
+        except (TypeError, ValueError) as error:
+            raise renamed(error, {"rate": "dropout_p"}) from None
         captured |= weights.captured()
     if alibi_slopes is not None:
-        if alibi_slopes.dim() not in (1, 2):
+        check_device("alibi_slopes", alibi_slopes, q)
+        if alibi_slopes.dtype != torch.float32:
+            raise TypeError(f"alibi_slopes has dtype {alibi_slopes.dtype}, must be torch.float32")
+        heads = q.shape[-2]
+        if alibi_slopes.dim() not in (1, 2) or alibi_slopes.shape[-1] != heads:
             raise ValueError(
                 f"alibi_slopes has shape {tuple(alibi_slopes.shape)}, must be (heads,) or "
-                "(batch, heads)"
+                f"(batch, heads), of {heads} heads"
             )
         captured["slopes"] = alibi_slopes.detach().view(-1, alibi_slopes.shape[-1])
     if softcap > 0:

@@ -218,8 +218,7 @@ def _scale_of(q: Tensor, softmax_scale: float | None) -> float:
     if softmax_scale is None:
         head_dim = q.shape[-1] if q.dim() else 0
         return head_dim**-0.5 if head_dim else 1.0
-    if not isinstance(softmax_scale, Tensor):
-        check_softmax_scale(softmax_scale, torch.float64)
+    check_softmax_scale(softmax_scale, torch.float64)
     return float(softmax_scale)
 
 

@@ -16,10 +16,13 @@ from cute_kernels.checks import (
 )
 from cute_kernels.fp8 import reference
 from cute_kernels.fp8.checks import (
+    DENSE_ORDER,
     check_device,
     check_input,
     check_quantisation,
     check_quantised,
+    check_rank,
+    check_shapes,
     check_tensor,
 )
 from cute_kernels.fp8.kernels import GPU_BUILT, attention_cuda, whole_attention_cuda
@@ -146,8 +149,11 @@ def _quantised(
 ) -> tuple[FP8Tensor, FP8Tensor, FP8Tensor]:
     """What is not quantised yet, too; k as q is."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, FP8Tensor):
+        if isinstance(x, FP8Tensor):
+            check_rank(name, x.data, 4, DENSE_ORDER)
+        else:
             check_input(name, x)
+    check_shapes(q, k, v)
     if not isinstance(q, FP8Tensor):
         q = quantize_fp8(q, incoherent=incoherent, seed=seed, dtype=qk_dtype)
     if not isinstance(k, FP8Tensor):
@@ -177,8 +183,9 @@ def e4m3_operands(
 ) -> Operands:
     """e4m3 tensors with a number for each key head, as FlashAttention-3's function has them;
     checked, with the call's sinks."""
-    check_e4m3("flash_attn_func", q, k, v, 4, sinks)
-    scales = scales_of(q.shape[2], k, k.shape[0], q_descale, k_descale, v_descale)
+    descales = (q_descale, k_descale, v_descale)
+    check_e4m3("flash_attn_func", q, k, v, 4, sinks, descales)
+    scales = scales_of(q.shape[2], k, k.shape[0], *descales)
     of_q, of_k, of_v = (
         FP8Tensor(x, scale[:, :, : x.shape[1]], max(1, x.shape[1]))
         for x, scale in zip((q, k, v), scales, strict=True)
@@ -204,7 +211,13 @@ def flash_attn_e4m3(
 
 
 def check_e4m3(
-    function: str, q: Tensor, k: Tensor, v: Tensor, rank: int, sinks: Tensor | None
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rank: int,
+    sinks: Tensor | None,
+    descales: tuple[Tensor | None, ...],
 ) -> None:
     """What calls of e4m3 tensors of every layout have in common."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -217,7 +230,7 @@ def check_e4m3(
             raise ValueError(f"{name} has shape {tuple(x.shape)}, must have {rank} dimensions")
     if q.device.type == "cuda":
         _check_built(q.device)
-    refuse_derivatives(function, q, k, v, sinks, where=" in FP8")
+    refuse_derivatives(function, q, k, v, sinks, *descales, where=" in FP8")
     if sinks is not None:
         check_sinks(sinks, q)
 
@@ -232,6 +245,7 @@ def scales_of(
     def scale_of(name: str, descale: Tensor | None) -> Tensor:
         if descale is None:
             return torch.ones((1, 1, 1), dtype=torch.float32, device=k.device).expand(*pairs, 1)
+        check_tensor(name, descale)
         if tuple(descale.shape) != pairs:
             raise ValueError(
                 f"{name} has shape {tuple(descale.shape)}, must be (batch, key heads) = {pairs}"

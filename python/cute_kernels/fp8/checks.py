@@ -20,6 +20,7 @@ from cute_kernels.checks import (
     check_softmax_scale,
     check_window,
 )
+from cute_kernels.checks import check_tensor as check_strided
 from cute_kernels.fp8.tensor import E4M3, KEY_PADDING, ROW_BLOCK, FP8Tensor
 from cute_kernels.tile_checks import check_tile_config, is_own_mask
 
@@ -34,10 +35,11 @@ _LIMIT = 2**30  # of each size, and of the tiles of a call
 
 
 def check_tensor(name: str, x: object, allows_quantised: bool = False) -> None:
-    if isinstance(x, Tensor) or (allows_quantised and isinstance(x, FP8Tensor)):
+    if allows_quantised and isinstance(x, FP8Tensor):
         return
-    wanted = "a torch.Tensor or an FP8Tensor" if allows_quantised else "a torch.Tensor"
-    raise TypeError(f"{name} is a {type(x).__name__}, must be {wanted}")
+    if allows_quantised and not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}, must be a torch.Tensor or an FP8Tensor")
+    check_strided(name, x)
 
 
 def check_device(name: str, x: Tensor, q: Tensor) -> None:
@@ -82,7 +84,7 @@ def check_quantised(q: FP8Tensor, k: FP8Tensor, v: FP8Tensor) -> None:
     if v.seed is not None:
         raise ValueError(f"v has seed {v.seed}, must be quantised without incoherent processing")
     check_elements(q.data, k.data, v.data)
-    _check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
+    check_shapes(q, k, v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         batch, seqlen, heads, head_dim = x.shape
         expected: tuple[int, ...] = (batch, heads, 1, head_dim)
@@ -128,6 +130,11 @@ def check_scale(name: str, scale: Tensor, q: Tensor) -> None:
     if scale.dtype != torch.float32:
         raise TypeError(f"{name} has dtype {scale.dtype}, must be torch.float32")
     check_device(name, scale, q)
+
+
+def check_shapes(q: FP8Tensor | Tensor, k: FP8Tensor | Tensor, v: FP8Tensor | Tensor) -> None:
+    """Whether these, of four dimensions, go together."""
+    _check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
 
 
 def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
@@ -178,7 +185,7 @@ def check_whole(
     check_values(v, also=())
     for name, x in (("k", k), ("v", v)):
         check_device(name, x, q)
-    _check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
+    check_shapes(q, k, v)
     check_softmax_scale(softmax_scale)
     check_variant(q, sinks, window_left, window_right)
     check_tiles(q)

@@ -58,6 +58,7 @@ def quantize_fp8(
     check_input("x", x)
     check_quantisation(block, seed, dtype, incoherent=incoherent, smooth=smooth)
     refuse_derivatives("quantize_fp8", x, where=" in FP8")
+    block = None if block is None else int(block)
     fused = quantize_cuda(x, incoherent, seed, block, dtype, smooth)
     if fused is not None:
         return fused

@@ -19,6 +19,7 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 def signed(number: int) -> int:
     """A number below 2^64 as the int64 of the same bits: operators have no unsigned numbers."""
+    number = int(number)  # NumPy's would overflow
     return number - 2**64 if number >= 2**63 else number
 
 

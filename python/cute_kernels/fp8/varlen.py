@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from cute_kernels.arguments import Window, window_of
-from cute_kernels.checks import refuse_derivatives
+from cute_kernels.checks import check_softmax_scale, refuse_derivatives
 from cute_kernels.chunks import Lengths, check_chunk, in_chunks
 from cute_kernels.fp8 import packed
 from cute_kernels.fp8.attention import QK_DTYPE, Mask, check_e4m3, output_dtype, scales_of
-from cute_kernels.fp8.checks import check_device, check_quantisation, check_tensor
+from cute_kernels.fp8.checks import (
+    PACKED_ORDER,
+    check_device,
+    check_quantisation,
+    check_rank,
+    check_tensor,
+)
 from cute_kernels.fp8.kernels import GPU_BUILT, varlen_attention, varlen_attention_e4m3
 from cute_kernels.fp8.tensor import Quantisation
 from cute_kernels.fp8.varlen_checks import (
@@ -79,6 +85,7 @@ def flash_attn_fp8_varlen_func(
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
+        check_rank(name, x, 3, PACKED_ORDER)
         check_device(name, x, q)
     causal, left, right = window_of(window_size, causal)
     out_dtype = output_dtype(q, out_dtype)
@@ -86,7 +93,8 @@ def flash_attn_fp8_varlen_func(
     flags = {"incoherent": incoherent, "smooth_k": smooth_k}
     check_quantisation(None, seed, qk_dtype, of_dtype="qk_dtype", **flags)
     if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
+        softmax_scale = q.shape[2] ** -0.5 if q.shape[2] else 1.0
+    check_softmax_scale(softmax_scale)
     given = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     lengths = _lengths(q, k, given, (max_seqlen_q, max_seqlen_k), attention_chunk)
     how = Quantisation(incoherent, seed, smooth_k, qk_dtype)
@@ -146,10 +154,11 @@ def flash_attn_varlen_e4m3(
     """Output, in bfloat16, and LSE, exact only `with_lse`, of e4m3 tensors with a number for each
     sequence and key head, as FlashAttention-3's function of the same arguments. `given`: its
     cu_seqlens and seqused."""
-    check_e4m3("flash_attn_varlen_func", q, k, v, 3, sinks)
+    check_e4m3("flash_attn_varlen_func", q, k, v, 3, sinks, descales)
     causal, left, right = mask
     if softmax_scale is None:
         softmax_scale = q.shape[2] ** -0.5 if q.shape[2] else 1.0
+    check_softmax_scale(softmax_scale)
     check_lengths(q, *given, None)
     lengths = _lengths(q, k, given, longest, attention_chunk)
     batch, sequences = given[0].shape[0] - 1, lengths[0].shape[0] - 1

@@ -102,6 +102,9 @@ class Variant:
                 raise ValueError(f"{captured!r} cannot name a captured value: it is taken")
         for hook, function in self.python.items():
             _check_function(f"{hook}_python", function, names, hook == "score")
+        self._make_known()
+
+    def _make_known(self) -> None:
         for block_mask in (False, True):
             hooks = self.hooks_of(block_mask)
             KNOWN.setdefault(hooks.key, hooks)
@@ -163,7 +166,7 @@ class Variant:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, or of pickle: another process has to know the hooks, too."""
         self.__dict__.update(state)
-        KNOWN.setdefault(self.hooks.key, self.hooks)
+        self._make_known()
 
     def __repr__(self) -> str:
         return f"Variant({self.name!r})"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import cute_kernels
+from cute_kernels.checks import check_tensor
 from cute_kernels.compat.operators import (
     Sequences,
     backward,
@@ -52,9 +53,10 @@ def flash_attn_func(
 
     Head dims that are no multiple of 8 are padded.
     """
+    inputs = _padded(q, k, v)
     variant = variant_of(q, dropout_p, alibi_slopes, softcap)
     out, lse = cute_kernels.flash_attn_func(
-        *_padded(q, k, v),
+        *inputs,
         variant=variant,
         softmax_scale=_scale(q, softmax_scale),
         causal=causal,
@@ -102,11 +104,12 @@ def flash_attn_varlen_func(
     Args:
         block_table: (batch, pages), of k and v in pages, (pages, page size, key heads, head_dim).
     """
+    inputs = _padded(q, k, v)
     variant = variant_of(q, dropout_p, alibi_slopes, softcap)
     is_paged = block_table is not None
     attend: Callable[..., Any] = cute_kernels.flash_attn_varlen_func
     out, lse = (partial(without_gradient, attend) if is_paged else attend)(
-        *_padded(q, k, v),
+        *inputs,
         cu_seqlens_q,
         None if is_paged else cu_seqlens_k,
         longest(max_seqlen_q),
@@ -173,6 +176,8 @@ def flash_attn_with_kvcache(
     """`cute_kernels.flash_attn_with_kvcache` with FlashAttention-2's arguments. Caches whose head
     dim is no multiple of 8 are copied, there and back."""
     _refuse("flash_attn_with_kvcache", 0.0, alibi_slopes)
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        check_tensor(name, x)
     caches = _wide(k_cache), _wide(v_cache)
     places = rows_contiguous(cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     cache_seqlens, cache_batch_idx, cache_leftpad, block_table = places
@@ -359,6 +364,8 @@ def _refuse(function: str, dropout_p: float, alibi_slopes: Tensor | None) -> Non
 
 def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors with head dims that the kernels take."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
     q, k, v = rows_contiguous(q, k, v)
     return _wide(q), _wide(k), _wide(v)
 
@@ -374,6 +381,7 @@ def _scale(q: Tensor, softmax_scale: float | None) -> float | None:
 
 
 def _apart(name: str, packed: Tensor, parts: int, dims: int) -> tuple[Tensor, ...]:
+    check_tensor(name, packed)
     if packed.dim() != dims or packed.shape[-3] != parts:
         rows = "(batch, seqlen" if dims == 5 else "(total"
         raise ValueError(

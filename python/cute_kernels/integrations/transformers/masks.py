@@ -360,17 +360,21 @@ class _Positions:
     """Remembers the last position_ids: all layers of a model are given the same."""
 
     def __init__(self) -> None:
-        self._last: Callable[[], Tensor | None] = lambda: None
-        self._version = 0
-        self._lengths: Lengths | None = None
+        # One object, as other threads may ask about others: the tensor, its version, the answer.
+        self._last: tuple[Callable[[], Tensor | None], int, Lengths | None] = (
+            lambda: None,
+            0,
+            None,
+        )
 
     def lengths(self, position_ids: Tensor) -> Lengths | None:
         if position_ids.is_inference():  # has no version, so that it may be another one by now
             return self._look(position_ids)
-        if self._last() is not position_ids or self._version != position_ids._version:
-            self._lengths = self._look(position_ids)
-            self._last, self._version = weakref.ref(position_ids), position_ids._version
-        return self._lengths
+        last, version, lengths = self._last
+        if last() is not position_ids or version != position_ids._version:
+            version, lengths = position_ids._version, self._look(position_ids)
+            self._last = weakref.ref(position_ids), version, lengths
+        return lengths
 
     def _look(self, position_ids: Tensor) -> Lengths | None:
         packed = find_packed_sequence_indices(position_ids)
