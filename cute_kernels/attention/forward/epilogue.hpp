@@ -33,9 +33,15 @@ class ForwardEpilogue {
       return;
     }
 
+    // Of any call these come from memory: while O goes to its buffer.
+    auto const row_q = params.row_q(coord);
+    int const batch = params.batch(coord), seqlen_q = params.mask_of(coord).seqlen_q;
+
     auto const shared_o = to_shared(shared, warpgroup, thread, out);
-    // TMA would write on, into the rows of the next sequence.
-    bool const is_whole = !Traits::kAnyCall || rows_are_whole(params, coord, first_query);
+    // Whether the warpgroup's 64 rows are the sequence's, or behind it the tensor ends: TMA would
+    // write on, into the rows of the next one.
+    bool const is_whole = !Traits::kAnyCall || first_query + Traits::kWarpgroupM <= seqlen_q ||
+                          row_q + seqlen_q == get<0>(params.shape_o);
     if constexpr (Traits::kAnyCall) {
       if (!is_whole) {
         store_rows(params, coord, first_query, thread, shared_o);
@@ -45,9 +51,8 @@ class ForwardEpilogue {
       }
     }
     if (is_whole && leader) {
-      auto o = domain_offset(
-          make_coord(params.row_q(coord), _0{}),
-          params.tma_o.get_tma_tensor(params.shape_o)(_, _, coord.head, params.batch(coord)));
+      auto o = domain_offset(make_coord(row_q, _0{}),
+                             params.tma_o.get_tma_tensor(params.shape_o)(_, _, coord.head, batch));
       auto block = local_tile(o, Shape<Int<Traits::kWarpgroupM>, Int<Traits::kHeadDimV>>{},
                               make_coord(first_query / Traits::kWarpgroupM, _0{}));
       auto store = params.tma_o.get_slice(_0{});
@@ -61,10 +66,9 @@ class ForwardEpilogue {
 
     int const row = first_query + thread / 32 * 16 + thread % 32 / 4;
     if (thread % 4 == 0) {
-      int64_t const base = (static_cast<int64_t>(params.batch(coord)) * params.heads + coord.head) *
-                               get<0>(params.shape_q) +
-                           params.row_q(coord);
-      int const seqlen_q = params.mask_of(coord).seqlen_q;
+      int64_t const base =
+          (static_cast<int64_t>(batch) * params.heads + coord.head) * get<0>(params.shape_q) +
+          row_q;
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < 2; ++i) {
         if (row + 8 * i >= seqlen_q) continue;
@@ -124,15 +128,6 @@ class ForwardEpilogue {
   }
 
  private:
-  /// Whether the warpgroup's 64 rows are the sequence's, or behind it the tensor ends.
-  template <class Params>
-  CUTLASS_DEVICE static bool rows_are_whole(Params const& params,
-                                            typename Params::Tile const& coord, int first_query) {
-    int const seqlen_q = params.mask_of(coord).seqlen_q;
-    return first_query + Traits::kWarpgroupM <= seqlen_q ||
-           params.row_q(coord) + seqlen_q == cute::get<0>(params.shape_o);
-  }
-
   /// The rows of the sequence, from shared memory.
   template <class Params, class SharedOutput>
   CUTLASS_DEVICE static void store_rows(Params const& params, typename Params::Tile const& coord,
