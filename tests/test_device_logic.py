@@ -505,3 +505,67 @@ int main() {
         assert hidden == 1
         assert exponent < -1000
         assert math.isfinite(slope)
+
+
+ANSWERS = """
+#include <iostream>
+#include <random>
+#include <set>
+namespace cutlass { constexpr int NumThreadsPerWarp = 32, NumWarpsPerWarpGroup = 4; }
+struct { int x; } threadIdx;
+#include "cute_kernels/attention/variant/answers.hpp"
+using namespace cute_kernels::attention;
+
+template <int kColumns>
+struct Scores {
+  float values[2][kColumns];
+  float& operator()(int row, int col) { return values[row][col]; }
+};
+
+// Elements that are told wrong, of all threads of a warpgroup.
+template <int kColumns>
+int wrong() {
+  std::mt19937 random(kColumns);
+  bool shown[64][4 * kColumns];
+  for (auto& row : shown) for (bool& one : row) one = random() % 3 == 0;
+  ShownBits<2, kColumns> answers[128];
+  for (int lane = 0; lane < 32; ++lane) {
+    threadIdx.x = 96 + lane;
+    ask_for_warpgroup<kColumns>(answers, [&](int row, int column) {
+      return shown[lane / 4 + row][lane % 4 * 2 + column];
+    });
+  }
+  int count = 0;
+  for (int thread = 0; thread < 128; ++thread) {
+    auto own = [&](int row, int col) {
+      return shown[thread / 32 * 16 + thread % 32 / 4 + 8 * row]
+                  [thread % 4 * 2 + 8 * (col / 2) + col % 2];
+    };
+    auto differ = [&](ShownElements<2, kColumns> const& elements, auto const& shows) {
+      Scores<kColumns> scores;
+      for (auto& row : scores.values) for (float& score : row) score = 1.f;
+      elements.hide_others(scores, -1.f);
+      for (int row = 0; row < 2; ++row) {
+        for (int col = 0; col < kColumns; ++col) {
+          count += scores(row, col) != (shows(row, col) ? 1.f : -1.f);
+        }
+      }
+    };
+    differ(ShownElements<2, kColumns>(false, answers[thread]), own);
+    differ(ShownElements<2, kColumns>(false, own), own);
+    differ(ShownElements<2, kColumns>(true, answers[thread]), [](int, int) { return true; });
+  }
+  return count;
+}
+
+int main() {
+  std::cout << wrong<16>() << ' ' << wrong<20>() << ' ' << wrong<24>() << ' ' << wrong<32>() << ' '
+            << wrong<44>() << '\\n';
+}
+"""
+
+
+def test_answers_reach_the_threads_that_they_are_about(tmp_path):
+    """What one warp asks for a warpgroup is what each of its threads would ask, of blocks of all
+    widths."""
+    assert device_program(tmp_path, ANSWERS)([]) == [[0] * 5]

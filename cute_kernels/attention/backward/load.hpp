@@ -29,11 +29,12 @@ class BackwardLoader {
 
   CUTLASS_DEVICE void load(KeyBlock const& coord) {
     using namespace cute;
+    KeyBlockSteps<Traits, Params, Caller::kThread> const steps(params_, coord);
     if constexpr (Traits::kPersistent) {
       shared_.keys_empty.wait(keys_phase_);
       keys_phase_ ^= 1;
     }
-    if (Traits::kAnyCall && !QuerySteps<Traits, Params>(params_, coord).valid()) {
+    if (Traits::kAnyCall && !steps.any()) {
       sm90::wait_for_previous_kernel();  // so does every CTA, for the kernel behind this one
       return;
     }
@@ -47,7 +48,7 @@ class BackwardLoader {
     }
     sm90::wait_for_previous_kernel();  // it writes the statistics
     bool v_pending = true;
-    for (QuerySteps<Traits, Params> step(params_, coord); step.valid(); step.advance()) {
+    for (auto step = steps.first(); step.valid(); step.advance()) {
       auto* full = load_queries(params_.tma_q, shared_.q.data(), typename Traits::LayoutQ{},
                                 pipeline_q_, write_q_, step, coord);
       auto const* statistics =

@@ -41,8 +41,6 @@ class BackwardMainloop {
   using Scores = BackwardScores<Traits>;
   using Variant = typename Traits::Variant;
 
-  template <class Params>
-  using Steps = QuerySteps<Traits, Params, Caller::kWarp>;
   using OperandLayout = typename Traits::ScoresAsOperand;
 
   static constexpr int kTileM = Traits::kTileM;
@@ -108,8 +106,9 @@ class BackwardMainloop {
       if (!first_step) release(pipeline_q_, read_by_dk);
     };
 
+    KeyBlockSteps<Traits, Params, Caller::kWarp> const steps(params, coord);
     if constexpr (Traits::kAnyCall) {
-      if (!Steps<Params>(params, coord).valid()) return hand_out_zeros(params, coord);
+      if (!steps.any()) return hand_out_zeros(params, coord);
     }
     shared_.k_full.wait(keys_phase_);
     if constexpr (kCareful) {
@@ -128,7 +127,7 @@ class BackwardMainloop {
         own_v, tensor(shared_.grad_out, typename Traits::LayoutGradOut{}), thread);
     await_queries();
     auto const of_sequence = places_of<Traits, Caller::kWarp>(params, coord);
-    Steps<Params> step(params, coord);
+    auto step = steps.first();
     for (bool more = step.valid(); more;) {
       // S^T and dP^T, back to back.
       auto scores = Scores::accumulator();

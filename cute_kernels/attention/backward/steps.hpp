@@ -310,4 +310,34 @@ using QuerySteps = std::conditional_t<
     std::conditional_t<kCaller == Caller::kWarp, ListedStepsOfWarp<Traits, Params>,
                        ListedSteps<Traits, Params>>>;
 
+/// The steps of a key block from its first on, for who has to know first whether there is one.
+/// Listed ones are looked up here, as early as this is made: that takes a few latencies of memory.
+template <class Traits, class Params, Caller kCaller>
+class KeyBlockSteps {
+  using Steps = QuerySteps<Traits, Params, kCaller>;
+  using KeyBlock = typename Traits::KeyBlock;
+  static constexpr bool kIsListed = Traits::Variant::kHasBlockMask;
+
+  struct Later {
+    Params const& params;
+    KeyBlock const& coord;
+  };
+
+ public:
+  CUTLASS_DEVICE KeyBlockSteps(Params const& params, KeyBlock const& coord)
+      : steps_{params, coord} {}
+
+  CUTLASS_DEVICE bool any() const { return first().valid(); }
+  CUTLASS_DEVICE Steps first() const {
+    if constexpr (kIsListed) {
+      return steps_;
+    } else {
+      return Steps(steps_.params, steps_.coord);
+    }
+  }
+
+ private:
+  std::conditional_t<kIsListed, Steps, Later> steps_;
+};
+
 }  // namespace cute_kernels::attention

@@ -9,6 +9,7 @@
 #include "cute_kernels/attention/global_tensor.hpp"
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/schedule/prepare.hpp"
+#include "cute_kernels/attention/variant/listed_call.hpp"
 #include "cute_kernels/sm90/launch.hpp"
 
 // What the launches of 16-bit and FP8 forward kernels have in common.
@@ -41,8 +42,15 @@ cudaError_t start_listing_work(ForwardProblem const& problem, cudaStream_t strea
       int64_t{sizeof(typename Traits::Output)} * sizes.heads_q * sizes.head_dim_v;
   UnusedRows const unused{problem.out.data, row_bytes, problem.lse, sizes.heads_q,
                           tensor_rows_q(problem.call)};
-  return start_preparing<typename Traits::Tiling>(problem.call, forward_work_list<Traits>(problem),
-                                                  unused, problem.device, stream, independent);
+  auto start = [&](auto const& call) {
+    return start_preparing<typename Traits::Tiling>(call, forward_work_list<Traits>(problem),
+                                                    unused, problem.device, stream, independent);
+  };
+  if constexpr (Traits::Variant::kHasBlockMask) {
+    return start(listed_call(problem.call, problem.variant->blocks));
+  } else {
+    return start(problem.call);
+  }
 }
 
 /// What the kernel is told of the call.

@@ -11,6 +11,7 @@
 #include "cute_kernels/attention/forward/tile_traits.hpp"
 #include "cute_kernels/attention/global_tensor.hpp"
 #include "cute_kernels/attention/lengths.hpp"
+#include "cute_kernels/attention/variant/listed_call.hpp"
 
 namespace cute_kernels::attention {
 
@@ -31,9 +32,8 @@ struct ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
   static constexpr int kHeadDimV = Tile::kHeadDimV;
   static constexpr bool kSeparateOutput = Tile::kSeparateOutput;
   using Variant = typename Tile::Variant;
-  using Tiling =
-      std::conditional_t<Variant::kHasBlockMask, AlignedQueryTiling<Common::kTileM, kTileN>,
-                         typename Common::Tiling>;
+  using Tiling = std::conditional_t<Variant::kHasBlockMask, ListedTiling<Common::kTileM, kTileN>,
+                                    typename Common::Tiling>;
   // A loader that walks a list needs more registers.
   static constexpr int kOfList = Variant::kHasBlockMask && kConsumers == 2 ? 8 : 0;
   static constexpr int kProducerRegisters = Common::kProducerRegisters + 2 * kOfList;

@@ -51,17 +51,6 @@ struct QueryTiling {
   }
 };
 
-/// With a block mask: tiles begin where its units do. The longest are taken to be those with the
-/// most keys before them, as masks of blocks are mostly of what is behind a query.
-template <int kTileM, int kTileN>
-struct AlignedQueryTiling : QueryTiling<kTileM, kTileN> {
-  static constexpr int first_row(Sequence const&, int tile) { return tile * kTileM; }
-  template <class Ranges>
-  static constexpr int length(Ranges const&, int first_row) {
-    return first_row / kTileM;
-  }
-};
-
 template <int kTileM, int kTileN>
 struct NumberedQueryTiling : QueryTiling<kTileM, kTileN> {
   static constexpr bool kNumbersSequences = true;
