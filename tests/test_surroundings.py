@@ -25,7 +25,8 @@ from cute_kernels import (
     quantize_fp8,
     variants,
 )
-from cute_kernels.fp8 import GPU_BUILT
+from cute_kernels.fp8 import GPU_BUILT, rotate
+from cute_kernels.fp8.rotation import norm_of
 
 BATCH, SEQLEN_Q, SEQLEN_K, HEADS, KEY_HEADS, HEAD_DIM = 2, 10, 12, 4, 2, 16
 E4M3 = torch.float8_e4m3fn
@@ -225,6 +226,17 @@ def test_compilers_may_have_symbols_for_sizes(name):
     expected = results(CALLS[name], x, gradients=False)
     for a, b in zip(results(compiled, x, gradients=False), expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_rotation_may_have_a_symbol_for_its_head_dim():
+    """Of which the norm is made: AOTAutograd turns floats made of symbols into tensors."""
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda x: rotate(x, 3), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    x = tensors()["q"]
+    torch.testing.assert_close(compiled(x), rotate(x, 3), rtol=1e-6, atol=1e-6)
+    assert [norm_of(n) for n in (16, 48, 256)] == [0.25, 0.25, 0.0625]
 
 
 READY = {

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cute_kernels.checks import MAX_HEAD_DIM
+
 U64 = 2**64 - 1
 _STEP = 0x9E3779B97F4A7C15  # of SplitMix64, and what it mixes with
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -48,8 +50,12 @@ def _logical_shift(z: Tensor, bits: int) -> Tensor:
 
 
 def norm_of(head_dim: int) -> float:
-    """What `_hadamard` lacks to be orthogonal."""
-    return float((head_dim & -head_dim) ** -0.5)
+    """What `_hadamard` lacks to be orthogonal: a number to compilers, too, which take the bits of a
+    symbol for those of a float."""
+    power = 1
+    while power < MAX_HEAD_DIM and head_dim % (2 * power) == 0:
+        power *= 2
+    return float(power**-0.5)
 
 
 def _hadamard(x: Tensor) -> Tensor:
