@@ -143,30 +143,21 @@ int main() {
     };
     auto const key_counts = read(queries), listed_keys = read(queries * keys),
                query_counts = read(keys), listed_queries = read(queries * keys),
-               turns = read(queries * keys), longest = read(keys);
+               turns = read(queries * keys);
     auto rows_of = [&](int units) {
       return std::pair(batches == 1 ? 0 : of_heads * units, of_heads == 1 ? 0 : units);
     };
     auto const [q_batch, q_head] = rows_of(queries);
     auto const [k_batch, k_head] = rows_of(keys);
-    BlockLists const forward{key_counts.data(), listed_keys.data(), nullptr, nullptr,
-                             queries, q_batch, q_head, keys};
-    BlockLists const backward{query_counts.data(), listed_queries.data(), turns.data(),
-                              longest.data(), keys, k_batch, k_head, queries};
+    BlockLists const forward{key_counts.data(), listed_keys.data(), nullptr, q_batch, q_head, keys};
+    BlockLists const backward{query_counts.data(), listed_queries.data(), turns.data(), k_batch,
+                              k_head, queries};
     for (int entry = 0; entry < batch; ++entry) {
       for (int head = 0; head < heads; ++head) {
         for (int unit = 0; unit < queries; ++unit) {
           print_walk<128>(BlockRow(forward, entry, head, unit));
           print_walk<64>(BlockRow(forward, entry, head, unit));
         }
-      }
-    }
-    for (int entry = 0; entry < batch; ++entry) {
-      for (int head = 0; head < heads; ++head) {
-        for (int unit = 0; unit < keys; ++unit) {
-          std::cout << BlockRow(backward, entry, head, unit).unit_by_length() << ' ';
-        }
-        std::cout << '\\n';
       }
     }
     Params const params{heads, group, {{m_blocks}}, {backward}};
@@ -219,9 +210,6 @@ def test_every_listed_block_is_walked_once(program):
                     (j * parts + part, full) for j, full in shown for part in range(parts)[::-1]
                 ]
                 assert next(lines) == [n for place in places for n in place]
-        for of_head in kinds.flatten(0, 1):
-            lengths = (of_head > 0).sum(0).tolist()
-            assert next(lines) == sorted(range(keys), key=lambda j: -lengths[j])
         for entry in range(batch):
             for kv_head in range(heads // group):
                 for j in range(keys):

@@ -75,9 +75,9 @@ AttentionCall check_variant_call(Argument const& q, Argument const& k, Argument 
 BlockLists block_lists_of(std::vector<Tensor> const& lists, Rows rows, AttentionCall const& call,
                           Argument const& q) {
   if (lists.empty()) return {};
-  constexpr int kTensors = 6;
+  constexpr int kTensors = 5;
   require(lists.size() == kTensors && !call.is_packed(),
-          "block_lists are six tensors, of a dense call");
+          "block_lists are five tensors, of a dense call");
   attention::CallSizes const& sizes = call.sizes;
   bool const of_queries = rows == Rows::kQueries;
   int const length = of_queries ? sizes.seqlen_q : sizes.seqlen_k;
@@ -90,9 +90,9 @@ BlockLists block_lists_of(std::vector<Tensor> const& lists, Rows rows, Attention
           " are of other heads");
   int64_t const units = counts.size(2);
   require(units * attention::kMaskUnit >= length, counts.name, " do not reach the last row");
-  auto list = [&](Tensor const& tensor, int dims) {
+  auto entries = [&](Tensor const& tensor) {
     Argument const a("a block list", tensor);
-    check_list(a, q, dims);
+    check_list(a, q, 4);
     for (int dim = 0; dim < 3; ++dim) {
       require(a.size(dim) == counts.size(dim), a.name, " has not its count's shape");
     }
@@ -103,10 +103,8 @@ BlockLists block_lists_of(std::vector<Tensor> const& lists, Rows rows, Attention
   require(counts.size(0) * rows_of_batch <= kMostOfInt / std::max<int64_t>(1, capacity),
           "block_lists have 2^31 entries or more");
   return {static_cast<int const*>(of_counts.data_ptr()),
-          list(lists[of_queries ? 1 : 3], 4),
-          of_queries ? nullptr : list(lists[4], 4),
-          of_queries ? nullptr : list(lists[5], 3),
-          static_cast<int>(units),
+          entries(lists[of_queries ? 1 : 3]),
+          of_queries ? nullptr : entries(lists[4]),
           counts.size(0) == 1 ? 0 : static_cast<int>(rows_of_batch),
           counts.size(1) == 1 ? 0 : static_cast<int>(units),
           static_cast<int>(capacity)};

@@ -9,7 +9,6 @@
 #include "cute_kernels/attention/backward/slots.hpp"
 #include "cute_kernels/attention/mask.hpp"
 #include "cute_kernels/attention/problem.hpp"
-#include "cute_kernels/attention/variant/block_lists.hpp"
 #include "cute_kernels/sm90/cluster.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/uniform.hpp"
@@ -116,19 +115,8 @@ CUTLASS_DEVICE KeyBlockCoord key_block_of(Params const& params, int number) {
   int const in_group = cluster - first_pair * params.clusters;
   int const group = min(params.group, params.pairs - first_pair);
   KeyBlockCoord coord;
-  int place = in_group / group;
+  coord.n_block = in_group / group * Traits::kCluster + number % Traits::kCluster;
   params.heads_kv(coord.batch, coord.kv_head, first_pair + in_group % group);
-  if constexpr (Traits::Variant::kHasBlockMask) {
-    // Of the last heads the longest ones first, so that all CTAs end at about the same time; but in
-    // order those with smaller numbers have to come before.
-    BlockLists const& lists = params.variant.blocks;
-    bool const is_last = first_pair + group == params.pairs;
-    if (is_last && !params.dq_in_order && lists.units == params.clusters) {
-      int const head = coord.kv_head * params.heads_per_kv;
-      place = BlockRow(lists, coord.batch, head, place).unit_by_length();
-    }
-  }
-  coord.n_block = place * Traits::kCluster + number % Traits::kCluster;
   return coord;
 }
 

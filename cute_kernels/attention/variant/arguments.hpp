@@ -34,8 +34,6 @@ struct BlockLists {
   int const* counts;   // (batch, heads, units)
   int const* entries;  // (batch, heads, units, capacity): ascending numbers times 2, + 1 if full
   int const* turns;    // backward: of an entry, how many smaller units of keys its queries see
-  int const* longest;  // backward: (batch, heads, units), the units with the most entries first
-  int units;           // there may be some behind the last row
   int rows_of_batch;   // rows of a batch entry; 0: all have the same
   int rows_of_head;
   int capacity;

@@ -32,8 +32,6 @@ class BlockRow {
   CUTLASS_DEVICE BlockEntry entry(int i) const { return {__ldg(lists_.entries + at(i))}; }
   /// Backward: how many smaller units of keys the queries of an entry see.
   CUTLASS_DEVICE int turn(int i) const { return __ldg(lists_.turns + at(i)); }
-  /// Backward: the unit that is at this one's place when the longest come first.
-  CUTLASS_DEVICE int unit_by_length() const { return __ldg(lists_.longest + row_); }
 
  private:
   CUTLASS_DEVICE int at(int i) const { return row_ * lists_.capacity + i; }

@@ -25,7 +25,6 @@ class BlockLists(NamedTuple):
             and 1 more of those that are full; what stands behind the count means nothing.
         query_counts, queries: the same of the units of queries that see a unit of keys.
         turns: of queries' shape, how many units of keys before this one those queries see.
-        longest: of query_counts' shape, the units of keys, those that the most queries see first.
     """
 
     key_counts: Tensor
@@ -33,7 +32,6 @@ class BlockLists(NamedTuple):
     query_counts: Tensor
     queries: Tensor
     turns: Tensor
-    longest: Tensor
 
 
 class BlockMask:
@@ -202,14 +200,10 @@ def block_lists(kinds: Tensor) -> BlockLists:
     """Of the kinds of units, (batch, heads, units of queries, units of keys)."""
     shown = kinds != HIDDEN
     turns = shown.cumsum(-1, dtype=torch.int32) - 1
-    query_counts, queries = _packed(shown.mT, _numbers(kinds.mT))
-    longest = query_counts.argsort(stable=True, dim=-1, descending=True)
     return BlockLists(
         *_packed(shown, _numbers(kinds)),
-        query_counts,
-        queries,
+        *_packed(shown.mT, _numbers(kinds.mT)),
         _packed(shown.mT, turns.mT)[1],
-        longest.to(torch.int32),
     )
 
 
