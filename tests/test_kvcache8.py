@@ -78,6 +78,25 @@ def test_long_calls(hopper, seed, head_dim):
     assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("tokens", [1, 5, 9])
+def test_a_cta_of_many_sequences(hopper, head_dim, tokens):
+    """Sequences of one block, of which only some warps have any, and of more blocks in turn: the
+    stages that come round are the right ones."""
+    skip_unless_built(hopper, (head_dim, head_dim))
+    chance = random.Random(head_dim + tokens)
+    lengths = [chance.choice([12, 20, 31, 65, 130, 300]) for _ in range(40)]
+    lengths[:12] = [20] * 12
+    cache = random_cache(chance, hopper, E4M3, lengths, 16, 2, [head_dim, head_dim])
+    q, starts = random_queries(
+        chance, hopper, torch.bfloat16, [tokens] * len(lengths), 16, head_dim
+    )
+    problem = problem_of(chance, hopper, cache, q, starts, (False, "row", "row"))
+    multiprocessors = torch.cuda.get_device_properties(hopper).multi_processor_count
+    for ctas in (1, 3):
+        check(problem, {"causal": True}, max_seqlen_q=tokens, sm_margin=multiprocessors - ctas)
+
+
 @pytest.mark.parametrize("dtype", CACHES)
 @pytest.mark.parametrize("q_dtype", [torch.bfloat16, torch.float16, E4M3])
 def test_every_number_is_itself(device, dtype, q_dtype):

@@ -92,6 +92,14 @@ class DecodeMainloop {
         results(sm90::rows_cols(half), place);
         return;
       }
+      if constexpr (Traits::kEightBits) {
+        // Behind a part of one block, which is one warpgroup's, the other one knows of no copy that
+        // has landed since, as of 8 bits it waits for no queries: it would fall behind the ring of
+        // stages by more than the one bit of a barrier's phase tells.
+        if (part.takes_turns() && walk.end_block() > walk.begin_block()) {
+          sm90::barrier_sync(sm90::NamedBarrier::kTurnsEnded, 0, 2 * kThreads);
+        }
+      }
       if (part.takes_turns() && warpgroup() > 0) return;
     }
     results(sm90::rows_cols(out), place);
