@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,7 +280,7 @@ def test_another_process_knows_the_hooks_of_a_variant_that_it_is_sent():
         "    hooks = KNOWN[variant.hooks_of(block_mask).key]\n"
         "    assert hooks.score == 'return 0.5f * score;' and hooks.block_mask == block_mask\n"
     )
-    subprocess.run([sys.executable, "-c", code], input=sent, check=True, cwd="tests")
+    subprocess.run([sys.executable, "-c", code], input=sent, check=True, cwd=Path(__file__).parent)
 
 
 def test_numbers_may_be_numpys():
