@@ -59,24 +59,18 @@ def call(rule: str, tensors: list[Tensor], blocks: Any) -> Callable[..., Tensor]
             score_mod_bwd=_alibi_gradient,
             aux_tensors=tensors,
         )
-    lists = BlockSparseTensorsTorch(
-        blocks.kv_num_blocks,
-        blocks.kv_indices,
-        blocks.full_kv_num_blocks,
-        blocks.full_kv_indices,
-        block_size=blocks.BLOCK_SIZE,
-    )
-    transposed = BlockSparseTensorsTorch(
-        blocks.q_num_blocks,
-        blocks.q_indices,
-        blocks.full_q_num_blocks,
-        blocks.full_q_indices,
-        block_size=blocks.BLOCK_SIZE,
-    )
+
+    def lists(of: str) -> BlockSparseTensorsTorch:
+        """Partial and full blocks of keys ("kv"), or transposed, of queries ("q")."""
+        names = (f"{of}_num_blocks", f"{of}_indices")
+        names += tuple(f"full_{name}" for name in names)
+        tensors = (getattr(blocks, name) for name in names)
+        return BlockSparseTensorsTorch(*tensors, block_size=blocks.BLOCK_SIZE)
+
     return partial(
         flash_attn_func,
         mask_mod=MASKS[rule],
         aux_tensors=tensors or None,
-        block_sparse_tensors=lists,
-        block_sparse_tensors_bwd=transposed,
+        block_sparse_tensors=lists("kv"),
+        block_sparse_tensors_bwd=lists("q"),
     )
