@@ -108,10 +108,13 @@ class OnlineSoftmax {
   /// afterwards.
   template <class Output>
   CUTLASS_DEVICE void finalize(Output& out, float sink) {
-    divide(out, [&](int row) { return with_sink(row, sink); });
+    divide(out, [&](int row) {
+      // Most calls have none, and need not wait for an exponential.
+      return sink == kMinusInf ? sum_[row] : with_sink(row, sink);
+    });
   }
 
-  /// With a sink for each row.
+  /// With a sink for each row, -inf as any other: the rows' branches would take registers.
   template <class Output>
   CUTLASS_DEVICE void finalize(Output& out, float const (&sinks)[kRows]) {
     divide(out, [&](int row) { return with_sink(row, sinks[row]); });
@@ -135,9 +138,8 @@ class OnlineSoftmax {
   /// log2 of what the keys have in the denominator.
   CUTLASS_DEVICE float keys(int row) const { return offset_of(origin_[row]) + log2f(sum_[row]); }
 
-  /// The row sum, and what the sink adds to it. Most calls have none, and need not wait for that.
+  /// The row sum, and what the sink adds to it.
   CUTLASS_DEVICE float with_sink(int row, float sink) const {
-    if (sink == kMinusInf) return sum_[row];
     return sum_[row] * (1.f + sm90::exp2_mufu(sink_above_keys(row, sink)));
   }
 
