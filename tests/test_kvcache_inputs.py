@@ -359,6 +359,12 @@ def test_refused_without_lengths(page_size):
         call(**{**arguments, "k_cache": arguments["k_cache"][0, 0]})
     with pytest.raises(TypeError, match=r"^page_table is a list, must be a torch\.Tensor"):
         call(**{**arguments, "page_table": [[0, 1], [2, 3]]})
+    long = arguments["k_cache"][:, :1].expand(-1, 2**31 // (page_size or 1), -1, -1)
+    if page_size is not None:
+        arguments["page_table"] = torch.zeros(2, page_size, dtype=torch.int32)
+    message = r"^cache_seqlens is None, must be given: the cache has room for 2147483648 rows of a "
+    with pytest.raises(ValueError, match=message):
+        call(**{**arguments, "k_cache": long, "v_cache": long})
 
 
 VARLEN_BAD = {

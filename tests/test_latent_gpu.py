@@ -74,15 +74,67 @@ def test_few_multiprocessors(hopper, margin):
     assert_latent_right(*found, q, qv, starts, cache)
 
 
+@pytest.mark.parametrize("heads", [16, 128])
 @pytest.mark.parametrize("length", [63, 64, 129, 256])
-def test_few_blocks(hopper, length):
-    """Parts of one block and of several, of which either warpgroup has the first."""
+def test_few_blocks(hopper, length, heads):
+    """Parts of no block, of one and of several, of which either warpgroup has the first: of a CTA
+    alone and of pairs."""
     skip_unless_built(hopper, torch.bfloat16)
     for batch in (1, 133, 264):
         lengths = [max(0, length - i % 3 * 64) for i in range(batch)]
-        cache, q, qv, starts = problem(length, lengths, [1] * batch, 16, 16)
+        cache, q, qv, starts = problem(length, lengths, [1] * batch, heads, 16)
         found = attend(q, starts, cache, qv=qv, num_splits=random.Random(batch).choice([0, 1]))
         assert_latent_right(*found, q, qv, starts, cache)
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_pages_that_are_not_there(hopper, heads, page_size):
+    """Keys of such pages are 0, in whole blocks and in parts of one, gathered or in boxes."""
+    skip_unless_built(hopper, torch.bfloat16)
+    cache, q, qv, starts = problem(9, [300, 70], [2, 1], heads, page_size)
+    pages = cache.k_cache.shape[0]
+    for sequence, key, wrong in ((0, 0, -1), (0, 130, pages), (1, 69, 2**31 - 1), (1, 1, -(2**31))):
+        page = key // page_size
+        cache.places["page_table"][sequence, page] = wrong
+        for rows in (cache.k, cache.v):
+            rows[sequence][page * page_size : (page + 1) * page_size] = 0
+    found = attend(q, starts, cache, qv=qv, causal=True)
+    assert_latent_right(*found, q, qv, starts, cache, causal=True)
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("page_size", [None, 1, 16])
+def test_lengths_that_lie_outside(hopper, heads, page_size):
+    """Nothing is read that is not there, and all CTAs end."""
+    skip_unless_built(hopper, torch.bfloat16)
+    cache, q, qv, starts = problem(10, [160, 70], [2, 2], heads, page_size)
+    lengths = cache.seqlens()
+
+    def run():
+        return flash_attn_with_kvcache(
+            q,
+            cache.k_cache,
+            cache.v_cache,
+            qv=qv,
+            cache_seqlens=lengths,
+            cu_seqlens_q=starts,
+            causal=True,
+            return_softmax_lse=True,
+            **cache.places,
+        )
+
+    right, good_lengths, good_starts = run(), lengths.clone(), starts.clone()
+    for wrong in (2**31 - 1, -(2**31)):
+        lengths.fill_(wrong)
+        run()
+    lengths.copy_(good_lengths)
+    starts.copy_(torch.tensor([-5, 100, 7], dtype=torch.int32))
+    run()
+    starts.copy_(good_starts)
+    for again, before in zip(run(), right, strict=True):
+        assert torch.equal(again, before)
+    assert_latent_right(*right, q, qv, starts, cache, causal=True)
 
 
 def test_one_long_sequence_is_shared_by_all_multiprocessors(hopper):

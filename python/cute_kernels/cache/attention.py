@@ -351,6 +351,11 @@ def _lengths(
         if page_table is not None:
             check_int32("page_table", page_table, k_cache, dims=2, like="k_cache")
             cache_seqlens *= page_table.shape[1]
+        if not isinstance(cache_seqlens, torch.SymInt) and cache_seqlens >= 2**31:
+            raise ValueError(
+                f"cache_seqlens is None, must be given: the cache has room for {cache_seqlens} "
+                "rows of a sequence, not below 2^31"
+            )
     elif isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, INTS):
         raise TypeError(f"cache_seqlens is {cache_seqlens!r}, must be a torch.Tensor, int or None")
     elif not isinstance(cache_seqlens, torch.SymInt) and not 0 <= cache_seqlens < 2**31:
