@@ -95,6 +95,16 @@ struct Params {
   struct { BlockLists blocks; } variant;
 };
 
+// As kernels ask, who begin with whether there is a step.
+template <int kTileN, Caller kCaller>
+auto first_step(Params const& params, KeyBlock const& keys) {
+  KeyBlockSteps<Traits<kTileN>, Params, kCaller> const steps(params, keys);
+  bool const any = steps.any();
+  auto const first = steps.first();
+  if (any != first.valid()) throw any;
+  return first;
+}
+
 template <int kTileN>
 void print_steps(Params const& params, KeyBlock const& keys) {
   auto print = [](std::ostream& to, auto step, auto const& turn_of) {
@@ -107,14 +117,14 @@ void print_steps(Params const& params, KeyBlock const& keys) {
     }
     to << '\\n';
   };
-  print(std::cout, QuerySteps<Traits<kTileN>, Params, Caller::kThread>(params, keys),
+  print(std::cout, first_step<kTileN, Caller::kThread>(params, keys),
         [](auto const& step) { return step.turn(); });
   std::ostringstream of_lanes[cutlass::NumThreadsPerWarp];
   std::vector<std::thread> lanes;
   for (int lane = 0; lane < cutlass::NumThreadsPerWarp; ++lane) {
     lanes.emplace_back([&, lane] {
       threadIdx.x = lane;
-      print(of_lanes[lane], QuerySteps<Traits<kTileN>, Params, Caller::kWarp>(params, keys),
+      print(of_lanes[lane], first_step<kTileN, Caller::kWarp>(params, keys),
             [](auto const&) { return -1; });
     });
   }

@@ -13,7 +13,8 @@ from parity import DTYPES, check, random_qkv, run, skip_unless_built
 from torch._subclasses import FakeTensorMode
 
 import cute_kernels
-from cute_kernels import flash_attn_func
+from cute_kernels import flash_attn_func, flash_attn_varlen_func
+from cute_kernels.checks import ROWS_LIMIT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -371,6 +372,27 @@ def test_shape_inference_refuses_the_same_for_cuda(bad):
         assert flash_attn_func(**good).device.type == "cuda"
         with pytest.raises(error, match=message):
             flash_attn_func(**changed)
+
+
+@pytest.mark.parametrize("queries", [1, 2**30, ROWS_LIMIT - 2])
+def test_more_rows_than_kernels_count(queries):
+    with FakeTensorMode():  # needs no GPU
+        starts = torch.empty(2, device="cuda", dtype=torch.int32)
+        for keys in (ROWS_LIMIT - queries - 1, ROWS_LIMIT - queries):
+            for layout, call in (
+                ((1,), lambda q, k: flash_attn_func(q, k, k)),
+                ((), lambda q, k: flash_attn_varlen_func(q, k, k, starts, starts)),
+            ):
+                q, k = (
+                    torch.empty(*layout, n, 1, 8, device="cuda", dtype=torch.half)
+                    for n in (queries, keys)
+                )
+                if queries + keys < ROWS_LIMIT:
+                    call(q, k)
+                    continue
+                message = rf"^q has (seqlen|total) {queries} and k {keys}, together they must be"
+                with pytest.raises(ValueError, match=message):
+                    call(q, k)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from host_program import CHECKED, host_program, needs_cxx
 
+from cute_kernels.checks import ROWS_LIMIT
 from cute_kernels.tile_checks import is_own_mask
 
 pytestmark = needs_cxx
@@ -30,7 +31,8 @@ void print_columns() {{
   }}
 }}
 
-int main(int count_of_arguments, char**) {{
+int main(int count_of_arguments, char** arguments) {{
+  bool const only_keys = count_of_arguments > 1 && arguments[1][0] == 'k';
   if (count_of_arguments > 2) return print_columns(), 0;
   AttentionCall call{{}};
   int diagonal, left, right, first, count, block;
@@ -41,6 +43,12 @@ int main(int count_of_arguments, char**) {{
          first >> count >> block) {{
     call.mask = {{field(diagonal), field(left), field(right)}};
     WindowRanges const window(call);
+    if (only_keys) {{
+      print(window.key_blocks(first, count, block));
+      if (auto const kernel = kernel_ranges(call)) print(kernel->key_blocks(first, count, block));
+      std::cout << '\\n';
+      continue;
+    }}
     if (count_of_arguments > 1) {{
       VisitedKeys const keys = visited_keys(window, block);
       std::cout << keys.mean << ' ' << keys.most << ' ' << keys.least << '\\n';
@@ -70,8 +78,8 @@ def block_ranges(program):
     """Of each case a range of key blocks, one of query blocks, and the kernels' where they read
     the mask."""
 
-    def call(cases: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-        lines = [list(map(int, line)) for line in program(cases)]
+    def call(cases: list[tuple[int, ...]], *arguments: str) -> list[list[tuple[int, ...]]]:
+        lines = [list(map(int, line)) for line in program(cases, *arguments)]
         return [[tuple(line[i : i + 4]) for i in range(0, len(line), 4)] for line in lines]
 
     return call
@@ -201,6 +209,31 @@ def visited_keys(case: tuple[int, ...], tile_m: int) -> tuple[float, int]:
         end = seqlen_k if right == NONE else min(seqlen_k, queries[-1] + at + right + 1)
         of_tiles.append((len(queries), max(0, end - begin)))
     return sum(n * keys for n, keys in of_tiles) / seqlen_q, max(keys for _, keys in of_tiles)
+
+
+def test_as_many_rows_as_a_call_may_have(block_ranges):
+    """No sum is more than an int holds, also behind the last query."""
+    cases = []
+    for seqlen_q in (1, 300, 2**30, ROWS_LIMIT - 2):
+        seqlen_k = ROWS_LIMIT - 1 - seqlen_q
+        for first in {0, max(0, seqlen_q - 100)}:
+            for left, right in itertools.product((NONE, 0, 500, 2**31 - 1), (NONE, 0, 500)):
+                for block in (64, 80, 256):
+                    cases.append((seqlen_q, seqlen_k, NONE, left, right, first, 256, block))
+    for case, answers in zip(cases, block_ranges(cases, "keys"), strict=True):
+        seqlen_q, seqlen_k, _, left, right, first, count, block = case
+        last, at = min(first + count, seqlen_q) - 1, seqlen_k - seqlen_q
+        end, full_end = (
+            max(0, seqlen_k if right == NONE else min(seqlen_k, query + at + right + 1))
+            for query in (last, first)
+        )
+        begin, full_begin = (
+            0 if left == NONE else max(0, query + at - left) for query in (first, last)
+        )
+        right_range = (begin // block, -(-full_begin // block), full_end // block, -(-end // block))
+        if begin >= end:
+            right_range = (0, 0, 0, 0)
+        assert set(answers) == {right_range}, case
 
 
 def test_sampled_tiles_stand_for_all(program):

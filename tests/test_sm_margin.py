@@ -26,7 +26,8 @@ int main() {
   long long multiprocessors, margin;
   while (std::scanf("%lld %lld", &multiprocessors, &margin) == 2) {
     Device const device = leaving({3, static_cast<int>(multiprocessors)}, margin);
-    std::printf("%d %d %d\\n", device.index, device.multiprocessors, device.is_shared);
+    std::printf("%d %d %d %d\\n", device.index, device.multiprocessors, device.is_shared,
+                may_start_early(device));
   }
 }
 """
@@ -34,10 +35,11 @@ int main() {
 
 @needs_cxx
 def test_what_is_left(tmp_path):
-    """One multiprocessor at least, whatever is asked for."""
+    """One multiprocessor at least, whatever is asked for. What waits for the call before waits
+    outside, where that may have left some alone."""
     run = host_program(tmp_path, SOURCE)
     cases = [(132, n) for n in (0, 1, 16, 131, 132, 133, 2**40, 2**63 - 1)] + [(1, 0), (1, 5)]
-    right = [[3, max(1, n - margin), int(margin > 0)] for n, margin in cases]
+    right = [[3, max(1, n - margin), int(margin > 0), int(margin == 0)] for n, margin in cases]
     assert run(cases) == right
 
 
@@ -138,3 +140,42 @@ def test_grid_of_gradients(hopper, row, tmp_path):
     if len(left) > 1:  # CTAs that do not stay are launched some at a time
         assert sum(left) == sum(whole)
     assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(0), strict=True))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_others_need_not_wait(hopper, gradient):
+    """Kernels that wait for those before them do so outside of what these leave alone: there a call
+    on another stream is answered meanwhile."""
+    skip_unless_answered(hopper, torch.bfloat16)
+    inputs = random_qkv(hopper, torch.bfloat16, 1, 32768, 32768, 16, 16)
+    inputs = [x.requires_grad_(gradient) for x in inputs]
+    hints = {"window_size": (16383, 0), "sm_margin": 32}
+    out = flash_attn_func(*inputs, **hints)
+
+    def call():
+        if gradient:
+            torch.autograd.grad(out, inputs, out.detach(), retain_graph=True)
+        else:
+            flash_attn_func(*inputs, **hints)
+
+    small = [x.detach()[:, :1024] for x in inputs]
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    other = torch.cuda.Stream()
+    start, end, answered = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+
+    def run(count):
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(count):
+            call()
+        with torch.cuda.stream(other):
+            flash_attn_func(*small, sm_margin=multiprocessors - 16)
+            answered.record()
+        end.record()
+        torch.cuda.synchronize()
+
+    run(2)
+    run(1)
+    of_one = start.elapsed_time(end)
+    run(2)
+    assert start.elapsed_time(answered) < 0.5 * of_one

@@ -40,6 +40,10 @@ constexpr Device leaving(Device device, int64_t margin) {
   return {device.index, is_most ? 1 : device.multiprocessors - static_cast<int>(margin), true};
 }
 
+/// Whether kernels that wait for what is before them may start early: they would take, and keep
+/// until then, the multiprocessors that a call before them leaves alone.
+constexpr bool may_start_early(Device const& device) { return !device.is_shared; }
+
 /// One call of exact attention, forward. Requires heads_q % heads_kv == 0, every pointer and byte
 /// stride a multiple of 16, batch, heads and seqlen_q at least 1, a row that can_take() the call;
 /// seqlen_k may be 0.

@@ -140,6 +140,8 @@ void check_inputs(Argument const& q, Argument const& k, Argument const& v, size_
     check_like(*a, q);
     check_alone(*a, rank);
   }
+  int const rows = static_cast<int>(rank) - 3;
+  require(q.size(rows) + k.size(rows) < kRowsLimit, "q and k have 2^31 - 2^10 rows or more");
 }
 
 void check_head_dim(char const* name, int64_t head_dim, int64_t most) {

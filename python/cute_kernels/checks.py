@@ -27,6 +27,7 @@ _GPU_DTYPES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (*_GPU_DTYPES, torch.float32, torch.float64)
 _SINK_DTYPES = (*_GPU_DTYPES, torch.float32)
 _SIZE_LIMIT = 2**31
+ROWS_LIMIT = 2**31 - 2**10  # of q and k together: kernels add them up, and some of a tile
 _VECTOR_BYTES = 16
 INTS = (int, torch.SymInt, numbers.Integral)  # the last are NumPy's; tensors are none
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
@@ -211,6 +212,7 @@ def check_call(
         check_like(name, tensor, q)
         check_alone(name, tensor, layout)
     _check_shapes(q, k, v, layout)
+    _check_rows(q, k, layout)
     check_softmax_scale(softmax_scale, accumulator_dtype(q.dtype))
     check_softcap(softcap, accumulator_dtype(q.dtype))
     if sinks is not None:
@@ -388,6 +390,15 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: tuple[str, ...]) -> N
         raise ValueError(f"v has {v.shape[-2]} heads, must have {k.shape[-2]} like k")
     if heads != 0 and (k.shape[-2] == 0 or heads % k.shape[-2] != 0):
         raise ValueError(f"q has {heads} heads, must be a multiple of k's {k.shape[-2]}")
+
+
+def _check_rows(q: Tensor, k: Tensor, layout: tuple[str, ...]) -> None:
+    rows = q.shape[-3] + k.shape[-3]
+    if q.device.type == "cuda" and isinstance(rows, int) and rows >= ROWS_LIMIT:
+        raise ValueError(
+            f"q has {layout[-3]} {q.shape[-3]} and k {k.shape[-3]}, together they must be below "
+            "2^31 - 2^10"
+        )
 
 
 def _check_batch(q: Tensor, k: Tensor, v: Tensor) -> None:

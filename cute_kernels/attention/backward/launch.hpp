@@ -136,7 +136,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   how.device = problem.device.index;
   how.shared_bytes = kSharedBytes;
   how.cluster = Traits::kCluster;
-  how.early = true;
+  how.early = !kCareful || may_start_early(problem.device);
   if constexpr (Traits::kPersistent) {
     how.grid = dim3(grid);
     return sm90::launch_kernel<backward_kernel<Traits, kCareful, Params>>(how, params);

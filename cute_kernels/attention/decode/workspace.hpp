@@ -15,7 +15,7 @@ int decode_ctas(Device const& device) {
   return device.multiprocessors * Traits::kCtas;
 }
 
-/// How a kernel of so many CTAs is launched: it may start early.
+/// How a kernel of so many CTAs is launched.
 template <class Traits>
 sm90::Launch decode_launch(Device const& device, int ctas, cudaStream_t stream) {
   sm90::Launch how{};
@@ -24,7 +24,7 @@ sm90::Launch decode_launch(Device const& device, int ctas, cudaStream_t stream) 
   how.stream = stream;
   how.device = device.index;
   how.shared_bytes = sizeof(typename Traits::SharedStorage);
-  how.early = true;
+  how.early = may_start_early(device);
   return how;
 }
 

@@ -120,7 +120,7 @@ cudaError_t launch_prefill(DecodeProblem const& problem, cudaStream_t stream) {
   sm90::Launch how{};
   how.stream = stream;
   how.device = problem.device.index;
-  how.early = true;
+  how.early = may_start_early(problem.device);
   how.threads = WorkListBuilder<typename Traits::Tiling, CachedCall>::kThreads;
   int const clearing = (call.total_q + how.threads - 1) / how.threads;
   how.grid = dim3(1 + std::min(clearing, problem.device.multiprocessors));
@@ -130,6 +130,7 @@ cudaError_t launch_prefill(DecodeProblem const& problem, cudaStream_t stream) {
       how, call, list, prefill_ctas<Traits>(problem), unused);
   if (status != cudaSuccess) return status;
 
+  how.early = true;
   how.grid = dim3(prefill_ctas<Traits>(problem));
   how.threads = Traits::kThreads;
   how.shared_bytes = sizeof(typename Traits::SharedStorage);

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(WorkListBuilder<Tiling, Call>::kThreads)
   clear_unused_slots(slots, unused, blockIdx.x - 1, gridDim.x - 1, Builder::kThreads);
 }
 
-/// Starts it, early. So may the next kernel start, and then waits for this one itself.
+/// Starts it, early if it may. So does the next kernel, and then waits for this one itself.
 /// `independent`: what the kernel before it writes is neither read nor written here.
 template <class Tiling, class Call>
 cudaError_t start_preparing(Call const& call, WorkList const& list, UnusedRows const& unused,
@@ -82,7 +82,7 @@ cudaError_t start_preparing(Call const& call, WorkList const& list, UnusedRows c
       1 + static_cast<unsigned>(ctas < device.multiprocessors ? ctas : device.multiprocessors));
   how.stream = stream;
   how.device = device.index;
-  how.early = true;
+  how.early = may_start_early(device);
   return sm90::launch_kernel<prepare_kernel<Tiling, Call>>(how, call, list, unused, independent);
 }
 
