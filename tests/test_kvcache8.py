@@ -164,26 +164,28 @@ def test_values_of_all_magnitudes(device, factor):
     check(problem, {"causal": True})
 
 
-def test_factors_of_unseen_rows_may_be_nan(device):
-    """Of rows that some queries of a tile see, and others do not."""
+@pytest.mark.parametrize("tokens", [5, 9])  # few rows and many
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 2.0**30])
+def test_factors_of_unseen_rows_may_be_anything(device, tokens, factor):
+    """Of rows that some queries of a tile see, and others do not, which lose no precision."""
     skip_unless_built(device, (64, 64))
     chance = random.Random(3)
     cache = random_cache(chance, device, torch.int8, [90], 16, 1, [64, 64])
-    q, starts = random_queries(chance, device, torch.bfloat16, [5], 4, 64)
+    q, starts = random_queries(chance, device, torch.bfloat16, [tokens], 4, 64)
     problem = problem_of(chance, device, cache, q, starts, (False, "row", "row"))
-    last = cache.rows(0, 88, 90)
-    for name, numbers in (("k_descale", problem.keys), ("v_descale", problem.values)):
-        problem.options[name][last] = math.nan
-        numbers[0][88:] = math.nan
-    out, _ = attend(q, starts, cache, causal=True, **problem.options)
-    assert out[:3].isfinite().all()
-    assert out[3:].isnan().all()
+    last, others = cache.rows(0, 88, 90), tokens - 2
+    problem.options["v_descale"][last] = factor
+    if math.isnan(factor):
+        problem.options["k_descale"][last] = factor
+    out, lse = attend(q, starts, cache, causal=True, **problem.options)
+    assert out[:others].isfinite().all()
+    if not math.isfinite(factor):
+        assert not out[others:].isfinite().any()
     short = problem_of(random.Random(3), device, cache, q, starts, (False, None, None))
     short.keys, short.values = ([x[0][:88]] for x in (problem.keys, problem.values))
-    short.q, short.wide_q = q[:3], problem.wide_q[:3]
-    short.starts = torch.tensor([0, 3])
-    found = attend(q, starts, cache, causal=True, **problem.options)
-    short.assert_right(found[0][:3], found[1][:, :3], causal=True)
+    short.q, short.wide_q = q[:others], problem.wide_q[:others]
+    short.starts = torch.tensor([0, others])
+    short.assert_right(out[:others], lse[:, :others], causal=True)
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])

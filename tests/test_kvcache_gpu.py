@@ -271,6 +271,13 @@ def test_few_blocks(hopper, head_dim, key_heads, num_splits):
     assert_right(run(cache, num_splits=num_splits), cache)
 
 
+def spoil(cache, sequence, keys, head):
+    """NaN in values, which are in pages of 16."""
+    cache.sequences[sequence][2][:, keys, head] = math.nan
+    pages = cache.page_table[sequence, keys // 16].long()
+    cache.v_cache[pages, keys % 16, head] = math.nan
+
+
 @pytest.mark.parametrize(("head_dim", "key_heads"), [(64, 1), (64, 2), (128, 1), (256, 1)])
 @pytest.mark.parametrize("queries", [5, 9])
 def test_values_that_some_queries_do_not_see(hopper, head_dim, key_heads, queries):
@@ -286,14 +293,31 @@ def test_values_that_some_queries_do_not_see(hopper, head_dim, key_heads, querie
         heads=(8 * key_heads, key_heads),
         page_size=16,
     )
-    q, k, v = cache.sequences[0]
-    v[:, -4:-2, -1] = math.nan
-    keys = torch.arange(777 - 4, 777 - 2, device="cuda")
-    cache.v_cache[cache.page_table[0, keys // 16].long(), keys % 16, -1] = math.nan
+    spoil(cache, 0, torch.arange(777 - 4, 777 - 2, device="cuda"), -1)
     out, _ = run(cache)
-    seen = Attention(q, k, v, 0.125, True)
+    seen = Attention(*cache.sequences[0], 0.125, True)
     assert torch.equal(out.isfinite(), seen.out[0].isfinite())
     assert_right((out, _), cache)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_values_that_some_queries_do_not_see_in_turn(hopper, head_dim):
+    """A CTA has sequences of one block, which one warpgroup looks at alone for NaN, and behind each
+    of them one whose rows both share: the other one comes there meanwhile."""
+    skip_unless_built(torch.bfloat16, head_dim)
+    chance = random.Random(head_dim)
+    lengths = [chance.randint(9, 32) for _ in range(24)]
+    cache = random_cache(
+        chance,
+        lengths,
+        [(8, 9)[i % 2] for i in range(len(lengths))],
+        head_dims=(head_dim, head_dim),
+        page_size=16,
+    )
+    for i, n in enumerate(lengths):
+        spoil(cache, i, torch.arange(n - chance.randint(1, 8), n, device="cuda"), 0)
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    assert_right(run(cache, max_seqlen_q=9, sm_margin=multiprocessors - 1), cache)
 
 
 def test_rows_that_no_sequence_uses(hopper):

@@ -26,8 +26,8 @@ enum class NamedBarrier : int {
   /// Attention to a cache. All consumer threads meet here around what one warp does for all: it
   /// tells that a part is there.
   kPartStored = 0,
-  /// Attention to a cache. The threads that read a block of V meet here around its clearing: all
-  /// consumer threads, or where they take turns with blocks the 128 threads of warpgroup i.
+  /// Attention to a cache. The 128 threads of warpgroup i meet here around the clearing of a block
+  /// of V that no other one reads: where they take turns with blocks, or have a key head each.
   kValuesCleared = 1,
   /// Attention to a cache of 8 bits and many rows. The 128 threads of warpgroup i meet here around
   /// the writing of its queries.
@@ -35,6 +35,10 @@ enum class NamedBarrier : int {
   /// Attention to a cache. Consumers that have had a share of the keys each meet here when they
   /// have read what they are about to overwrite, and again when O stands in shared memory.
   kTurnsEnded = 5,
+  /// Attention to a cache. All consumer threads meet here around the clearing of a block of V that
+  /// all of them read. One warpgroup may be here while another one is still in the part before, at
+  /// a barrier of its own.
+  kSharedValuesCleared = 6,
   /// Latent attention. The 128 threads of warpgroup i meet here when they have read what they are
   /// about to overwrite: the rope columns of a block, by P.
   kRopesRead = 3,

@@ -13,8 +13,8 @@ struct NoScales {
 
 /// What numbers of 8 bits are multiplied by, of a consumer thread's rows of scores: products
 /// of queries and keys behind S, the factors of V's rows before P V. P V is of float16 numbers, and
-/// such factors may be any: it is kept as a multiple of the largest one so far, up to a power of 2,
-/// as P is of the largest score's.
+/// such factors may be any: a row of it is kept as a multiple of the largest one of a key that it
+/// has seen so far, up to a power of 2, as P is of the largest score's.
 template <class Traits>
 class Fp8Scales {
   using SharedStorage = typename Traits::SharedStorage;
@@ -47,7 +47,8 @@ class Fp8Scales {
     for (int row = 0; row < kRows; ++row) {
       unit_[row] = shared.query_unit[group][row_of_group + 8 * row];
     }
-    value_top_ = __uint_as_float(kLeast);
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) value_top_[row] = __uint_as_float(kLeast);
   }
 
   /// Products become scores. `column` is the thread's first, of the block in the stage.
@@ -77,53 +78,27 @@ class Fp8Scales {
 
   CUTLASS_DEVICE bool are_values_scaled() const { return format_.v_of_row.data != nullptr; }
 
-  /// Turns P of a block into multiples of what `top` becomes, when its V has landed; P of unseen
-  /// keys stays 0, whatever their factors are. Where rows are `alike`, each seeing what the others
-  /// see, these are 0 themselves. What O so far is to be multiplied by changes, too: whether it is
-  /// more than the softmax says.
+  /// Turns P of a block into multiples of what a row's top becomes, when its V has landed. Keys
+  /// that a row does not see count nothing, whatever their factors are: their P stays 0. Where rows
+  /// are `alike`, each seeing what the others see, factors of unseen keys are 0 themselves. What O
+  /// so far is to be multiplied by changes, too: whether it is more than the softmax says.
   template <class Probabilities>
   CUTLASS_DEVICE bool apply_to_probabilities(Probabilities& p, int column, int stage,
                                              SharedStorage const& shared,
                                              float (&factor_of_output)[kRows], bool alike = false) {
     float const(&factors)[Traits::kTileN] = shared.value_factors[stage];
-    float most = 0.f;
-    CUTLASS_PRAGMA_UNROLL
-    for (int col = 0; col < kColumns; col += 2) {
-      float2 const factor = pair_of(factors, column, col);
-      most = fmaxf(most, fmaxf(fabsf(factor.x), fabsf(factor.y)));  // NaN does not count
-    }
-    bool const grows = __any_sync(0xffffffff, most > value_top_);
-    if (grows) {
-      float const ratio = raise_top(most);
-      CUTLASS_PRAGMA_UNROLL
-      for (int row = 0; row < cute::size<0>(p); ++row) factor_of_output[row] *= ratio;
-    }
-    float const inverse_top = inverse(value_top_);
-    auto scale = [&](auto const& scaled) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < kColumns; col += 2) {
-        float2 const factor = pair_of(factors, column, col);
-        CUTLASS_PRAGMA_UNROLL
-        for (int row = 0; row < cute::size<0>(p); ++row) {
-          p(row, col) = scaled(p(row, col), factor.x * inverse_top);
-          p(row, col + 1) = scaled(p(row, col + 1), factor.y * inverse_top);
-        }
-      }
-    };
-    if (alike) {
-      scale([](float x, float factor) { return x * factor; });
-    } else {
-      scale([](float x, float factor) { return x == 0.f ? 0.f : x * factor; });
-    }
-    return grows;
+    return alike ? apply_factors<true>(p, column, factors, factor_of_output)
+                 : apply_factors<false>(p, column, factors, factor_of_output);
   }
 
   template <class Output>
   CUTLASS_DEVICE void apply_to_output(Output& out, Walk const& walk) const {
-    float factor = of_sequence(format_.v_of_sequence, walk);
-    if (are_values_scaled()) factor *= value_top_;
+    float const factor = of_sequence(format_.v_of_sequence, walk);
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < cute::size(out); ++i) out(i) *= factor;
+    for (int i = 0; i < cute::size(out); ++i) {
+      int const row = i / 2 % kRows;  // pairs of columns
+      out(i) *= are_values_scaled() ? factor * value_top_[row] : factor;
+    }
   }
 
  private:
@@ -136,17 +111,61 @@ class Fp8Scales {
                                        int col) {
     return *reinterpret_cast<float2 const*>(&factors[column + 4 * col]);
   }
-  /// To the next power of 2 from `most` of all threads of a row on, which is above it; what O is to
-  /// be multiplied by then. By a whole warp.
-  CUTLASS_DEVICE float raise_top(float most) {
-    float top = fmaxf(value_top_, most);
-    top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
-    uint32_t const raised = (__float_as_uint(top) + 0x7fffffu) & 0x7f800000u;
-    top = __uint_as_float(min(raised, kMost));
-    float const ratio = value_top_ * inverse(top);
-    value_top_ = top;
-    return ratio;
+  /// The same, of rows that are alike or not.
+  template <bool kAlike, class Probabilities>
+  CUTLASS_DEVICE bool apply_factors(Probabilities& p, int column,
+                                    float const (&factors)[Traits::kTileN],
+                                    float (&factor_of_output)[kRows]) {
+    constexpr int kOwnRows = decltype(cute::size<0>(p))::value;
+    float most[kOwnRows] = {};
+    CUTLASS_PRAGMA_UNROLL
+    for (int col = 0; col < kColumns; col += 2) {
+      float2 const factor = pair_of(factors, column, col);
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kOwnRows; ++row) {
+        // Not != 0, or what is asked of P again below would be kept in registers that are scarce.
+        float const x = kAlike || p(row, col) > 0.f ? fabsf(factor.x) : 0.f;
+        float const y = kAlike || p(row, col + 1) > 0.f ? fabsf(factor.y) : 0.f;
+        most[row] = fmaxf(most[row], fmaxf(x, y));  // NaN does not count
+      }
+    }
+    bool grows = false;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kOwnRows; ++row) grows |= most[row] > value_top_[row];
+    grows = __any_sync(0xffffffff, grows);
+    if (grows) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kOwnRows; ++row) {
+        float const before = value_top_[row];
+        float const top = raised_top(fmaxf(before, most[row]));
+        factor_of_output[row] *= before * inverse(top);
+        value_top_[row] = top;
+      }
+    }
+    float inverse_top[kOwnRows];
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kOwnRows; ++row) inverse_top[row] = inverse(value_top_[row]);
+    CUTLASS_PRAGMA_UNROLL
+    for (int col = 0; col < kColumns; col += 2) {
+      float2 const factor = pair_of(factors, column, col);
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kOwnRows; ++row) {
+        auto const scale = [&](float& x, float factor) {
+          x = kAlike || x != 0.f ? x * (factor * inverse_top[row]) : 0.f;
+        };
+        scale(p(row, col), factor.x);
+        scale(p(row, col + 1), factor.y);
+      }
+    }
+    return grows;
+  }
+
+  /// The next power of 2 from `most` of all threads of a row on. By a whole warp.
+  CUTLASS_DEVICE static float raised_top(float most) {
+    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+    uint32_t const raised = (__float_as_uint(most) + 0x7fffffu) & 0x7f800000u;
+    return __uint_as_float(min(raised, kMost));
   }
   /// Of a power of 2.
   CUTLASS_DEVICE static float inverse(float power) {
@@ -156,7 +175,7 @@ class Fp8Scales {
   Queries queries_;
   EightBits const& format_;
   float unit_[kRows];
-  float value_top_;  // what O is a multiple of
+  float value_top_[kRows];  // what rows of O are multiples of
 };
 
 }  // namespace cute_kernels::attention

@@ -308,7 +308,6 @@ class DecodeMainloop {
   CUTLASS_DEVICE void guard_values(Walk const& walk, Part const& part, Output& out, int key,
                                    int stage) {
     using namespace cute;
-    constexpr auto kCleared = sm90::NamedBarrier::kValuesCleared;
     int const plane = Traits::kHeads > 1 ? stage * Traits::kHeads + warpgroup() : stage;
     Element* const data = shared_.v.data() + plane * Traits::kPlaneElements;
     int const thread = threadIdx.x % kThreads;
@@ -316,8 +315,10 @@ class DecodeMainloop {
     bool const is_alone = Traits::kHeads > 1 || part.takes_turns();
     int const all_threads = (is_alone ? 1 : Traits::kConsumers) * kThreads;
     int const first_reader = is_alone ? warpgroup() : 0;
+    auto const cleared =
+        is_alone ? sm90::NamedBarrier::kValuesCleared : sm90::NamedBarrier::kSharedValuesCleared;
     bool const own = sm90::all_finite<kThreads, Traits::kPlaneElements>(data, thread);
-    if (sm90::barrier_all(kCleared, first_reader, all_threads, own)) return;
+    if (sm90::barrier_all(cleared, first_reader, all_threads, own)) return;
     auto const values = make_tensor(make_smem_ptr(data), typename Traits::LayoutRows{});
     constexpr int kBits = 32;
     CUTLASS_PRAGMA_UNROLL
@@ -351,12 +352,12 @@ class DecodeMainloop {
         }
       }
     }
-    sm90::barrier_sync(kCleared, first_reader, all_threads);
+    sm90::barrier_sync(cleared, first_reader, all_threads);
     if (warpgroup() == first_reader) {
       sm90::clear_nonfinite<kThreads, Traits::kPlaneElements>(data, thread);
     }
     cutlass::arch::fence_view_async_shared();
-    sm90::barrier_sync(kCleared, first_reader, all_threads);
+    sm90::barrier_sync(cleared, first_reader, all_threads);
   }
 
   ScoreUnits units_;
