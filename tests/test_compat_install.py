@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -61,6 +62,32 @@ def test_uninstall_leaves_nothing_behind(installed):
         assert name not in sys.modules
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("flash-attn-3")
+
+
+def test_names_that_other_libraries_import(installed, monkeypatch):
+    """diffusers falls back to PyTorch's attention, with a warning, where it does not find one of
+    the first; verl does not start without the last."""
+    from flash_attn.flash_attn_interface import (
+        _wrapped_flash_attn_backward,
+        _wrapped_flash_attn_forward,
+        _wrapped_flash_attn_varlen_backward,
+        _wrapped_flash_attn_varlen_forward,
+    )
+
+    assert _wrapped_flash_attn_forward is fa2_interface._flash_attn_forward
+    assert _wrapped_flash_attn_backward is fa2_interface._flash_attn_backward
+    assert _wrapped_flash_attn_varlen_forward is fa2_interface._flash_attn_varlen_forward
+    assert _wrapped_flash_attn_varlen_backward is fa2_interface._flash_attn_varlen_backward
+    einops = types.ModuleType("einops")
+    einops.rearrange, einops.repeat = object(), object()
+    monkeypatch.setitem(sys.modules, "einops", einops)
+    from flash_attn.bert_padding import rearrange, repeat
+
+    assert rearrange is einops.rearrange and repeat is einops.repeat
+    monkeypatch.setitem(sys.modules, "einops", None)
+    with pytest.raises(ImportError, match="einops"):
+        getattr(bert_padding, "repeat")  # noqa: B009
+    assert not hasattr(bert_padding, "reduce")
 
 
 TRANSFORMERS = """

@@ -1,8 +1,8 @@
 """FlashAttention-2's module `flash_attn.flash_attn_interface`.
 
 Its functions with their names, order and results, on those of this package. The four whose names
-begin with an underscore are what context parallelism calls (ring-flash-attention, for one): they
-have no gradient of their own.
+begin with an underscore are what context parallelism calls (ring-flash-attention and diffusers, for
+two): they have no gradient of their own.
 """
 
 from __future__ import annotations
@@ -348,6 +348,13 @@ def _flash_attn_varlen_backward(
     options = (softmax_scale, causal, window, softcap, deterministic)
     backward(*tensors, *options)
     return torch.empty(0, dtype=torch.float32, device=q.device)
+
+
+# FlashAttention-2's names of the same as torch operators, which diffusers imports.
+_wrapped_flash_attn_forward = _flash_attn_forward
+_wrapped_flash_attn_backward = _flash_attn_backward
+_wrapped_flash_attn_varlen_forward = _flash_attn_varlen_forward
+_wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
 
 
 def _refuse(function: str, dropout_p: float, alibi_slopes: Tensor | None) -> None:
