@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 
+_E4M3 = torch.float8_e4m3fn
 _LONGEST = {"max_seqlen_q", "max_seqlen_k"}
 # Copies of these would take what is written to them.
 _WRITTEN = {"k_cache", "v_cache", "out", "k_scales", "v_scales"}
@@ -58,7 +59,11 @@ def _with_sinks(
             options["sinks"] = s_aux
         given = [taken(name, x) for name, x in zip(names, inputs, strict=False)]
         options = {name: taken(name, x) for name, x in options.items()}
-        return (run or function)(*given, *inputs[len(given) :], **options)
+        attend = run or function
+        q = given[0] if given else options.get(names[0])
+        if run is None and getattr(q, "dtype", None) is _E4M3:
+            attend = functools.partial(without_gradient, function)
+        return attend(*given, *inputs[len(given) :], **options)
 
     def taken(name: str, x: Any) -> Any:
         if name in _LONGEST:
