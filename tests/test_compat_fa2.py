@@ -131,6 +131,20 @@ def test_padding(device, unused):
     assert torch.equal(grad, kept[..., None, None].expand_as(x).to(grad))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_padding_by_indices_of_either_dtype(device, dtype):
+    x = torch.randn(4, 2, 8, device=device, requires_grad=True)
+    indices = torch.tensor([3, 0], dtype=dtype, device=device)
+    rows = bert_padding.index_first_axis(x, indices)
+    assert torch.equal(rows, x[[3, 0]])
+    padded = bert_padding.pad_input(rows, indices, 2, 2)
+    right = torch.zeros_like(x)
+    right[[3, 0]] = rows.detach()
+    assert torch.equal(padded, right.view(2, 2, 2, 8))
+    (grad,) = torch.autograd.grad(padded.sum(), x)
+    assert torch.equal(grad, (right != 0).to(grad))
+
+
 def test_padding_of_rows_that_hold_several_sequences(device):
     """Two of 3 and 2 rows; none; one of 6, which are all."""
     lengths = torch.tensor([[3, 2, 0, 0, 0, 0], [0] * 6, [6, 0, 0, 0, 0, 0]], device=device)

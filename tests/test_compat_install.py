@@ -108,6 +108,11 @@ found = utils._flash_attention_forward(
 right = dense(q[:1, 4:], q[:1, 4:], q[:1, 4:], causal=True, window_size=(2, 0))
 torch.testing.assert_close(found[:1, 4:], right)
 assert process(query_length=9, key_length=9, is_causal=True, s_aux=q)["s_aux"] is q
+step = torch.randn(2, 1, 4, 16)
+right = dense(step[:1], q[:1, 4:], q[:1, 4:], causal=True)
+for name in ("flash_attention_2", "flash_attention_3"):
+    found = utils._flash_attention_forward(step, q, q, mask, 1, True, attn_implementation=name)
+    torch.testing.assert_close(found[:1], right)
 print("right")
 """
 

@@ -32,8 +32,10 @@ def index_first_axis_residual(x: Tensor, indices: Tensor) -> tuple[Tensor, Tenso
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-    """(first_axis_dim, ...): the values in those rows, 0 in the others."""
-    return values.new_zeros((first_axis_dim, *values.shape[1:])).index_copy(0, indices, values)
+    """(first_axis_dim, ...): the values in those rows, 0 in the others. Indices of int32, as
+    transformers has them of a step of generation, are taken, too."""
+    rows = values.new_zeros((first_axis_dim, *values.shape[1:]))
+    return rows.index_copy(0, indices.long(), values)
 
 
 def unpad_input(
