@@ -46,7 +46,7 @@ def install(versions: Iterable[int] = (2, 3)) -> None:
     Args:
         versions: of FlashAttention, 2 (`flash_attn`, flash-attn) and 3 (`flash_attn_interface` and
             `flash_attn_3.flash_attn_interface`, flash-attn-3). Transformer Engine takes only 3: of
-            2 it wants the compiled module, too.
+            2 it wants the compiled module (`flash_attn_2_cuda`), too.
 
     Raises:
         ValueError: a version is neither 2 nor 3.
