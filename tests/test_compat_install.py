@@ -123,3 +123,29 @@ def test_transformers_finds_it():
         [sys.executable, "-c", TRANSFORMERS], capture_output=True, text=True, check=False
     )
     assert done.stdout == "right\n", done.stderr
+
+
+DIFFUSERS = """
+from cute_kernels import compat
+compat.install()
+import torch
+from diffusers.models import attention_dispatch
+q, k, v = torch.randn(3, 2, 9, 4, 16)
+heads_first = (x.transpose(1, 2) for x in (q, k, v))
+right = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+for name in ("flash", "flash_varlen", "_flash_varlen_3"):
+    found = attention_dispatch.dispatch_attention_fn(q, k, v, backend=name)
+    torch.testing.assert_close(found, right)
+    attention_dispatch._check_attention_backend_requirements(name)
+attention_dispatch._check_attention_backend_requirements("_flash_3")
+print("right")
+"""
+
+
+def test_diffusers_finds_it():
+    """Its own backends for FlashAttention; those of ours are of test_integrations_diffusers.py."""
+    pytest.importorskip("diffusers", "0.38", reason="needs diffusers")
+    done = subprocess.run(
+        [sys.executable, "-c", DIFFUSERS], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "right\n", done.stderr
