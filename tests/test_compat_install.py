@@ -15,7 +15,7 @@ from cute_kernels.compat import flash_attn_interface as fa3
 from cute_kernels.compat.flash_attn import bert_padding
 from cute_kernels.compat.flash_attn import flash_attn_interface as fa2_interface
 
-NAMES = ("flash_attn", "flash_attn.bert_padding", "flash_attn_interface")
+NAMES = ("flash_attn", "flash_attn.bert_padding", "flash_attn_2_cuda", "flash_attn_interface")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_install(installed):
     assert importlib.metadata.version("flash_attn") == fa2.__version__
     owners = importlib.metadata.packages_distributions()
     assert owners["flash_attn_interface"] == ["flash-attn-3"] == owners["flash_attn_3"]
-    assert owners["flash_attn"] == ["flash-attn"]
+    assert owners["flash_attn"] == ["flash-attn"] == owners["flash_attn_2_cuda"]
     assert importlib.metadata.version("cute-kernels") == cute_kernels.__version__
 
 
@@ -65,8 +65,10 @@ def test_uninstall_leaves_nothing_behind(installed):
 
 
 def test_names_that_other_libraries_import(installed, monkeypatch):
-    """diffusers falls back to PyTorch's attention, with a warning, where it does not find one of
-    the first; verl does not start without the last."""
+    """Transformer Engine and xformers are not imported without the compiled module, diffusers falls
+    back to PyTorch's attention without the operators' names, verl does not start without
+    einops'."""
+    import flash_attn_2_cuda
     from flash_attn.flash_attn_interface import (
         _wrapped_flash_attn_backward,
         _wrapped_flash_attn_forward,
@@ -74,6 +76,10 @@ def test_names_that_other_libraries_import(installed, monkeypatch):
         _wrapped_flash_attn_varlen_forward,
     )
 
+    assert flash_attn_2_cuda is fa2_interface.flash_attn_gpu
+    assert (
+        flash_attn_2_cuda.varlen_bwd.__module__ == "cute_kernels.compat.flash_attn.flash_attn_gpu"
+    )
     assert _wrapped_flash_attn_forward is fa2_interface._flash_attn_forward
     assert _wrapped_flash_attn_backward is fa2_interface._flash_attn_backward
     assert _wrapped_flash_attn_varlen_forward is fa2_interface._flash_attn_varlen_forward
