@@ -108,6 +108,30 @@ def test_what_a_cache_has_no_gradient_of_is_told_of_in_the_backward_pass(module)
             out.sum().backward()
 
 
+@pytest.mark.parametrize("form", ["apart", "by name", "packed", "qkv"])
+def test_a_gradient_in_fp8_is_told_of_in_the_backward_pass(form):
+    """As of a projection's output that is rounded: FlashAttention's own tests call so, too."""
+    qkv = torch.randn(2, 5, 3, 4, 16).to(torch.float8_e4m3fn)
+    ends = torch.tensor([0, 5, 10], dtype=torch.int32)
+    calls = {
+        "apart": lambda x: fa3.flash_attn_func(*x.unbind(2), causal=True),
+        "by name": lambda x: fa3.flash_attn_func(**dict(zip("qkv", x.unbind(2), strict=True))),
+        "packed": lambda x: fa3.flash_attn_varlen_func(
+            *x.flatten(0, 1).unbind(1), ends, ends, 5, 5, softmax_scale=0.3
+        ),
+        "qkv": lambda x: fa3.flash_attn_qkvpacked_func(x, causal=True),
+    }
+    call = calls[form]
+    right = call(qkv)
+    assert right.dtype == torch.bfloat16 and right.any()
+    out = call(qkv.requires_grad_())
+    assert torch.equal(out, right)
+    with pytest.raises(NotImplementedError, match=r"has no gradient of a call .* in FP8"):
+        out.sum().backward()
+    with torch.no_grad():
+        assert not call(qkv).requires_grad
+
+
 def test_packed_tensors_of_flash_attention_3_may_be_strided():
     qkv = torch.stack(inputs_of("cpu", seqlen_q=47, key_heads=4), 2)
     right = cute_kernels.flash_attn_qkvpacked_func(qkv)

@@ -131,6 +131,41 @@ def test_padding(device, unused):
     assert torch.equal(grad, kept[..., None, None].expand_as(x).to(grad))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_padding_by_indices_of_either_dtype(device, dtype):
+    x = torch.randn(4, 2, 8, device=device, requires_grad=True)
+    indices = torch.tensor([3, 0], dtype=dtype, device=device)
+    rows = bert_padding.index_first_axis(x, indices)
+    assert torch.equal(rows, x[[3, 0]])
+    padded = bert_padding.pad_input(rows, indices, 2, 2)
+    right = torch.zeros_like(x)
+    right[[3, 0]] = rows.detach()
+    assert torch.equal(padded, right.view(2, 2, 2, 8))
+    (grad,) = torch.autograd.grad(padded.sum(), x)
+    assert torch.equal(grad, (right != 0).to(grad))
+
+
+def test_padding_of_rows_that_hold_several_sequences(device):
+    """Two of 3 and 2 rows; none; one of 6, which are all."""
+    lengths = torch.tensor([[3, 2, 0, 0, 0, 0], [0] * 6, [6, 0, 0, 0, 0, 0]], device=device)
+    x = torch.randn(3, 6, 2, 8, device=device, requires_grad=True)
+    unpad = bert_padding.unpad_input_for_concatenated_sequences
+    rows, indices, cu_seqlens, longest = unpad(x, lengths)
+    assert torch.equal(rows, torch.cat([x[0, :5], x[2]]))
+    assert cu_seqlens.tolist() == [0, 3, 5, 11] and cu_seqlens.dtype == torch.int32
+    assert longest == 6
+    padded = bert_padding.pad_input(rows, indices, 3, 6)
+    assert torch.equal(padded[0, :5], x[0, :5]) and not padded[1].any() and not padded[0, 5].any()
+    assert unpad(x, torch.zeros_like(lengths))[2].tolist() == [0]
+
+
+def test_rows_with_a_residual():
+    x = torch.randn(6, 3, requires_grad=True)
+    rows, residual = bert_padding.index_first_axis_residual(x, torch.tensor([4, 1]))
+    assert torch.equal(rows, x[[4, 1]]) and rows.requires_grad
+    assert torch.equal(residual, x) and not residual.requires_grad
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("by_batch", [False, True])
 def test_alibi_falls_on_both_sides(by_batch, causal):

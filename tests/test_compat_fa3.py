@@ -255,6 +255,20 @@ def test_used_lengths_are_of_batches():
         fa3._flash_attn_forward(x, x, x, seqused_k=used)
 
 
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_a_cache_gives_as_many_results_as_there(needs_gradient):
+    """Its callers may unpack four."""
+    q = torch.randn(2, 3, 4, 16, requires_grad=needs_gradient)
+    caches = torch.randn(2, 2, 8, 2, 16)
+    options = {"cache_seqlens": torch.tensor([5, 8], dtype=torch.int32), "causal": True}
+    with torch.no_grad():
+        right = cute_kernels.flash_attn_with_kvcache(q, *caches, **options, return_softmax_lse=True)
+    out, lse, *parts = fa3.flash_attn_with_kvcache(q, *caches, **options, return_softmax_lse=True)
+    assert torch.equal(out, right[0]) and torch.equal(lse, right[1])
+    assert [(x.shape, x.dtype) for x in parts] == [((0,), torch.float32)] * 2
+    assert torch.equal(fa3.flash_attn_with_kvcache(q, *caches, **options), out)
+
+
 def test_sinks_have_one_name_at_a_time():
     x, sinks = torch.randn(1, 5, 4, 16), torch.zeros(4)
     with pytest.raises(ValueError, match=r"^s_aux is given, must be None with sinks"):

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -14,7 +15,7 @@ from cute_kernels.compat import flash_attn_interface as fa3
 from cute_kernels.compat.flash_attn import bert_padding
 from cute_kernels.compat.flash_attn import flash_attn_interface as fa2_interface
 
-NAMES = ("flash_attn", "flash_attn.bert_padding", "flash_attn_interface")
+NAMES = ("flash_attn", "flash_attn.bert_padding", "flash_attn_2_cuda", "flash_attn_interface")
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_install(installed):
     assert importlib.metadata.version("flash_attn") == fa2.__version__
     owners = importlib.metadata.packages_distributions()
     assert owners["flash_attn_interface"] == ["flash-attn-3"] == owners["flash_attn_3"]
-    assert owners["flash_attn"] == ["flash-attn"]
+    assert owners["flash_attn"] == ["flash-attn"] == owners["flash_attn_2_cuda"]
     assert importlib.metadata.version("cute-kernels") == cute_kernels.__version__
 
 
@@ -61,6 +62,38 @@ def test_uninstall_leaves_nothing_behind(installed):
         assert name not in sys.modules
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("flash-attn-3")
+
+
+def test_names_that_other_libraries_import(installed, monkeypatch):
+    """Transformer Engine and xformers are not imported without the compiled module, diffusers falls
+    back to PyTorch's attention without the operators' names, verl does not start without
+    einops'."""
+    import flash_attn_2_cuda
+    from flash_attn.flash_attn_interface import (
+        _wrapped_flash_attn_backward,
+        _wrapped_flash_attn_forward,
+        _wrapped_flash_attn_varlen_backward,
+        _wrapped_flash_attn_varlen_forward,
+    )
+
+    assert flash_attn_2_cuda is fa2_interface.flash_attn_gpu
+    assert (
+        flash_attn_2_cuda.varlen_bwd.__module__ == "cute_kernels.compat.flash_attn.flash_attn_gpu"
+    )
+    assert _wrapped_flash_attn_forward is fa2_interface._flash_attn_forward
+    assert _wrapped_flash_attn_backward is fa2_interface._flash_attn_backward
+    assert _wrapped_flash_attn_varlen_forward is fa2_interface._flash_attn_varlen_forward
+    assert _wrapped_flash_attn_varlen_backward is fa2_interface._flash_attn_varlen_backward
+    einops = types.ModuleType("einops")
+    einops.rearrange, einops.repeat = object(), object()
+    monkeypatch.setitem(sys.modules, "einops", einops)
+    from flash_attn.bert_padding import rearrange, repeat
+
+    assert rearrange is einops.rearrange and repeat is einops.repeat
+    monkeypatch.setitem(sys.modules, "einops", None)
+    with pytest.raises(ImportError, match="einops"):
+        getattr(bert_padding, "repeat")  # noqa: B009
+    assert not hasattr(bert_padding, "reduce")
 
 
 TRANSFORMERS = """
@@ -81,6 +114,11 @@ found = utils._flash_attention_forward(
 right = dense(q[:1, 4:], q[:1, 4:], q[:1, 4:], causal=True, window_size=(2, 0))
 torch.testing.assert_close(found[:1, 4:], right)
 assert process(query_length=9, key_length=9, is_causal=True, s_aux=q)["s_aux"] is q
+step = torch.randn(2, 1, 4, 16)
+right = dense(step[:1], q[:1, 4:], q[:1, 4:], causal=True)
+for name in ("flash_attention_2", "flash_attention_3"):
+    found = utils._flash_attention_forward(step, q, q, mask, 1, True, attn_implementation=name)
+    torch.testing.assert_close(found[:1], right)
 print("right")
 """
 
@@ -89,5 +127,31 @@ def test_transformers_finds_it():
     pytest.importorskip("transformers", reason="needs transformers")
     done = subprocess.run(
         [sys.executable, "-c", TRANSFORMERS], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "right\n", done.stderr
+
+
+DIFFUSERS = """
+from cute_kernels import compat
+compat.install()
+import torch
+from diffusers.models import attention_dispatch
+q, k, v = torch.randn(3, 2, 9, 4, 16)
+heads_first = (x.transpose(1, 2) for x in (q, k, v))
+right = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+for name in ("flash", "flash_varlen", "_flash_varlen_3"):
+    found = attention_dispatch.dispatch_attention_fn(q, k, v, backend=name)
+    torch.testing.assert_close(found, right)
+    attention_dispatch._check_attention_backend_requirements(name)
+attention_dispatch._check_attention_backend_requirements("_flash_3")
+print("right")
+"""
+
+
+def test_diffusers_finds_it():
+    """Its own backends for FlashAttention; those of ours are of test_integrations_diffusers.py."""
+    pytest.importorskip("diffusers", "0.38", reason="needs diffusers")
+    done = subprocess.run(
+        [sys.executable, "-c", DIFFUSERS], capture_output=True, text=True, check=False
     )
     assert done.stdout == "right\n", done.stderr

@@ -91,7 +91,9 @@ def test_inference(device, paged, softcap):
         k, v = k_cache, v_cache
     options = given(True, softcap, cu_seqlens_q=starts, max_seqlen_q=4, **places)
     options["cache_seqlens"] = ends[1:] - ends[:-1]
-    out, lse = fa3.flash_attn_with_kvcache(q, k_cache, v_cache, **options, return_softmax_lse=True)
+    out, lse, *_ = fa3.flash_attn_with_kvcache(
+        q, k_cache, v_cache, **options, return_softmax_lse=True
+    )
     assert torch.equal(fa3.flash_attn_with_kvcache(q, k_cache, v_cache, **options), out)
     used = [[x[i, :n] for i, n in enumerate(lengths)] for x in (k, v)]
     assert_attention_right(out, lse, q, starts, *used, SCALE, True, softcap=softcap)

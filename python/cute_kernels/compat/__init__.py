@@ -27,6 +27,7 @@ _MODULES = {
         "flash_attn": "flash_attn",
         "flash_attn.flash_attn_interface": "flash_attn.flash_attn_interface",
         "flash_attn.bert_padding": "flash_attn.bert_padding",
+        "flash_attn_2_cuda": "flash_attn.flash_attn_gpu",
     },
     3: {
         "flash_attn_interface": "flash_attn_interface",
@@ -44,9 +45,8 @@ def install(versions: Iterable[int] = (2, 3)) -> None:
     imported: what has been imported already stays what it is.
 
     Args:
-        versions: of FlashAttention, 2 (`flash_attn`, flash-attn) and 3 (`flash_attn_interface` and
-            `flash_attn_3.flash_attn_interface`, flash-attn-3). Transformer Engine takes only 3: of
-            2 it wants the compiled module, too.
+        versions: of FlashAttention, 2 (`flash_attn`, `flash_attn_2_cuda`, flash-attn) and 3
+            (`flash_attn_interface`, `flash_attn_3.flash_attn_interface`, flash-attn-3).
 
     Raises:
         ValueError: a version is neither 2 nor 3.

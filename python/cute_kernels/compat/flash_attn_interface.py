@@ -1,9 +1,10 @@
 """FlashAttention-3's module `flash_attn_interface`.
 
-The public functions are the package's, which have the same names and order, with three additions:
+The public functions are the package's, which have the same names and order, with four differences:
 tensors whose last dimension is not contiguous are copied, max_seqlen may be a tensor, which is not
-looked at, and sinks are also taken as `s_aux`, as vLLM's fork has them and transformers passes
-them: it looks at the signatures. The functions below are FlashAttention-3's torch operators, as
+looked at, sinks are also taken as `s_aux`, as vLLM's fork has them and transformers passes
+them: it looks at the signatures, and `flash_attn_with_kvcache` returns four tensors where it is
+asked for the LSE, as there. The functions below are FlashAttention-3's torch operators, as
 Transformer Engine's context parallelism and Megatron's inference call them.
 """
 
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 
+_E4M3 = torch.float8_e4m3fn
 _LONGEST = {"max_seqlen_q", "max_seqlen_k"}
 # Copies of these would take what is written to them.
 _WRITTEN = {"k_cache", "v_cache", "out", "k_scales", "v_scales"}
@@ -57,7 +59,11 @@ def _with_sinks(
             options["sinks"] = s_aux
         given = [taken(name, x) for name, x in zip(names, inputs, strict=False)]
         options = {name: taken(name, x) for name, x in options.items()}
-        return (run or function)(*given, *inputs[len(given) :], **options)
+        attend = run or function
+        q = given[0] if given else options.get(names[0])
+        if run is None and getattr(q, "dtype", None) is _E4M3:
+            attend = functools.partial(without_gradient, function)
+        return attend(*given, *inputs[len(given) :], **options)
 
     def taken(name: str, x: Any) -> Any:
         if name in _LONGEST:
@@ -71,13 +77,21 @@ def _with_sinks(
     return call
 
 
+def _with_kvcache(*inputs: Any, **options: Any) -> Any:
+    """With two empty tensors behind the LSE, in place of the parts of a split."""
+    results = without_gradient(cute_kernels.flash_attn_with_kvcache, *inputs, **options)
+    return (*results, *_no_parts(results[0])) if isinstance(results, tuple) else results
+
+
+def _no_parts(out: Tensor) -> tuple[Tensor, Tensor]:
+    nothing = torch.empty(0, dtype=torch.float32, device=out.device)
+    return nothing, nothing
+
+
 flash_attn_func = _with_sinks(cute_kernels.flash_attn_func)
 flash_attn_varlen_func = _with_sinks(cute_kernels.flash_attn_varlen_func)
 flash_attn_qkvpacked_func = _with_sinks(cute_kernels.flash_attn_qkvpacked_func)
-flash_attn_with_kvcache = _with_sinks(
-    cute_kernels.flash_attn_with_kvcache,
-    functools.partial(without_gradient, cute_kernels.flash_attn_with_kvcache),
-)
+flash_attn_with_kvcache = _with_sinks(cute_kernels.flash_attn_with_kvcache, _with_kvcache)
 flash_attn_combine = cute_kernels.flash_attn_combine
 get_scheduler_metadata = cute_kernels.get_scheduler_metadata
 
@@ -187,7 +201,7 @@ def _flash_attn_forward(
                 "seqused_q is given, must be None with a cache but for packed queries of pages, "
                 "without new keys"
             )
-        result, lse = flash_attn_with_kvcache(
+        result, lse, *_ = flash_attn_with_kvcache(
             q,
             k,
             v,
@@ -214,11 +228,10 @@ def _flash_attn_forward(
             result.unflatten(0, q.shape[:2]),
             lse.unflatten(1, q.shape[:2]).transpose(0, 1),
         )
-    nothing = torch.empty(0, dtype=torch.float32, device=q.device)
     if out_ is not None:
         check_output(out_, result.shape, result)
         result = out_.copy_(result)
-    return result, lse, nothing, nothing
+    return result, lse, *_no_parts(q)
 
 
 def _flash_attn_backward(

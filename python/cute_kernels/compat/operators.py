@@ -56,31 +56,31 @@ class _WithoutGradient(torch.autograd.Function):
     """A result that has none: an error when it is asked for."""
 
     @staticmethod
-    def forward(ctx: Any, function: str, result: Tensor, *_: Tensor) -> Tensor:
-        ctx.function = function
+    def forward(ctx: Any, reason: str, result: Tensor, *_: Tensor) -> Tensor:
+        ctx.reason = reason
         return result.view_as(result)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise NotImplementedError(f"{ctx.function} has no gradient of a call with a cache")
+        raise NotImplementedError(ctx.reason)
 
 
 _told_of: Callable[..., Tensor] = _WithoutGradient.apply
 
 
 def without_gradient(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-    """What it returns, though tensors need a gradient: FlashAttention attends to caches all the
-    same. Here what is lost is told of, in the backward pass."""
+    """What it returns, though tensors need a gradient: FlashAttention attends to caches, and in
+    FP8, all the same. Here what is lost is told of, in the backward pass."""
     given = (*inputs, *options.values())
     needing = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
     if not needing or not torch.is_grad_enabled():
         return function(*inputs, **options)
     with torch.no_grad():
         results = function(*inputs, **options)
-
+    reason = f"{function.__name__} has no gradient of a call with a cache or in FP8"
     if isinstance(results, tuple):
-        return tuple(_told_of(function.__name__, result, *needing) for result in results)
-    return _told_of(function.__name__, results, *needing)
+        return tuple(_told_of(reason, result, *needing) for result in results)
+    return _told_of(reason, results, *needing)
 
 
 def backward(

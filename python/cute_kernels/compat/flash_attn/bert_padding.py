@@ -3,9 +3,22 @@ lie one behind the other."""
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+_OF_EINOPS = ("rearrange", "repeat")
+
+
+def __getattr__(name: str) -> Any:
+    """Functions of einops, which FlashAttention-2's module has imported, and libraries (verl, for
+    one) import from there."""
+    if name in _OF_EINOPS:
+        return getattr(importlib.import_module("einops"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
@@ -13,9 +26,16 @@ def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
     return x.index_select(0, indices)
 
 
+def index_first_axis_residual(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Those rows of x, and x, without a gradient through the latter."""
+    return index_first_axis(x, indices), x.detach()
+
+
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-    """(first_axis_dim, ...): the values in those rows, 0 in the others."""
-    return values.new_zeros((first_axis_dim, *values.shape[1:])).index_copy(0, indices, values)
+    """(first_axis_dim, ...): the values in those rows, 0 in the others. Indices of int32, as
+    transformers has them of a step of generation, are taken, too."""
+    rows = values.new_zeros((first_axis_dim, *values.shape[1:]))
+    return rows.index_copy(0, indices.long(), values)
 
 
 def unpad_input(
@@ -42,6 +62,30 @@ def unpad_input(
     cu_seqlens = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     longest = int(lengths.amax()) if lengths.numel() else 0
     return rows, indices, cu_seqlens, longest, used.sum(-1, dtype=torch.int32)
+
+
+def unpad_input_for_concatenated_sequences(
+    hidden_states: Tensor, attention_mask_in_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """`unpad_input` of rows of a batch that hold several sequences one behind the other.
+
+    Args:
+        hidden_states: (batch, seqlen, ...).
+        attention_mask_in_length: (batch, seqlen), of each row of the batch the lengths of its
+            sequences, in their order, and 0 behind the last one. What they leave over is padding.
+
+    Returns:
+        The first four of `unpad_input`.
+    """
+    total = attention_mask_in_length.sum(-1, keepdim=True)
+    position = torch.arange(attention_mask_in_length.shape[-1], device=total.device)
+    lengths = attention_mask_in_length.flatten()
+    lengths = lengths[lengths != 0].int()
+    indices = (position < total).flatten().nonzero().flatten()
+    rows = index_first_axis(hidden_states.flatten(0, 1), indices)
+    cu_seqlens = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = int(lengths.amax()) if lengths.numel() else 0
+    return rows, indices, cu_seqlens, longest
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:

@@ -1,8 +1,8 @@
 """FlashAttention-2's module `flash_attn.flash_attn_interface`.
 
 Its functions with their names, order and results, on those of this package. The four whose names
-begin with an underscore are what context parallelism calls (ring-flash-attention, for one): they
-have no gradient of their own.
+begin with an underscore are what context parallelism calls (ring-flash-attention and diffusers, for
+two): they have no gradient of their own.
 """
 
 from __future__ import annotations
@@ -223,17 +223,10 @@ def _flash_attn_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, LSE, and empty tensors in place of probabilities and the generator's state."""
     _refuse("_flash_attn_forward", dropout_p, alibi_slopes)
+    window = (window_size_left, window_size_right)
+    options: dict[str, Any] = {"window_size": window, "softcap": softcap, "return_attn_probs": True}
     with torch.no_grad():
-        out, lse, nothing = flash_attn_func(
-            q,
-            k,
-            v,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=(window_size_left, window_size_right),
-            softcap=softcap,
-            return_attn_probs=True,
-        )
+        out, lse, nothing = flash_attn_func(q, k, v, 0.0, softmax_scale, causal, **options)
     return out, lse, nothing, torch.empty(0, dtype=torch.int64, device=q.device)
 
 
@@ -258,23 +251,26 @@ def _flash_attn_varlen_forward(
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_flash_attn_forward` of packed sequences. Rows that none has are 0 without `zero_tensors`,
-    too."""
+    """`_flash_attn_forward` of packed sequences, and of pages as `flash_attn_varlen_func`. Rows
+    that none has are 0 without `zero_tensors`, too."""
     _refuse("_flash_attn_varlen_forward", dropout_p, alibi_slopes)
-    if block_table is not None or leftpad_k is not None:
+    if leftpad_k is not None:
         raise NotImplementedError(
-            "_flash_attn_varlen_forward: block_table and leftpad_k are not there; "
-            "flash_attn_with_kvcache takes them"
+            "_flash_attn_varlen_forward: leftpad_k is not there; flash_attn_with_kvcache takes it"
         )
     inputs = _padded(q, k, v)
+    is_paged = block_table is not None
+    if is_paged and seqused_k is None:
+        seqused_k = cu_seqlens_k.diff()
     with torch.no_grad():
         out, lse = cute_kernels.flash_attn_varlen_func(
             *inputs,
             cu_seqlens_q,
-            cu_seqlens_k,
+            None if is_paged else cu_seqlens_k,
             longest(max_seqlen_q),
             longest(max_seqlen_k),
             seqused_k=seqused_k,
+            page_table=block_table,
             softmax_scale=_scale(q, softmax_scale),
             causal=causal,
             window_size=(window_size_left, window_size_right),
@@ -348,6 +344,13 @@ def _flash_attn_varlen_backward(
     options = (softmax_scale, causal, window, softcap, deterministic)
     backward(*tensors, *options)
     return torch.empty(0, dtype=torch.float32, device=q.device)
+
+
+# FlashAttention-2's names of the same as torch operators, which diffusers imports.
+_wrapped_flash_attn_forward = _flash_attn_forward
+_wrapped_flash_attn_backward = _flash_attn_backward
+_wrapped_flash_attn_varlen_forward = _flash_attn_varlen_forward
+_wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
 
 
 def _refuse(function: str, dropout_p: float, alibi_slopes: Tensor | None) -> None:
