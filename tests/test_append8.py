@@ -194,6 +194,67 @@ def test_rows_of_8_bits_are_stored_as_they_are(device, seed):
         assert torch.equal(found.cpu().view(torch.uint8), x.view(torch.uint8))
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_rotary_rounds_rows_of_8_bits_again(device, seed):
+    """Keys, whatever descales say; values stay as they are."""
+    skip_unless_built(device)
+    cache, k, v, added, options = random_stored(seed)
+    k = (30 * torch.randn(k.shape)).round().clamp(-128, 127).to(k.dtype)
+    chance = random.Random(seed)
+    dtype = chance.choice([torch.float32, torch.float16] + [E4M3] * (k.dtype == E4M3))
+    cos, sin = tables(chance, 8 * chance.randint(1, k.shape[-1] // 16), torch.float32, 500)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    interleaved = chance.random() < 0.5
+    given = {name: like(x, device) for name, x in options.items()}
+    given |= {"rotary_cos": cos.to(device), "rotary_sin": sin.to(device)}
+    caches = [like(x, device) for x in (cache.k_cache, cache.v_cache)]
+    new = [like(x, device) for x in (k, v, cache.seqlens())]
+    after = append_kv(*caches, *new, rotary_interleaved=interleaved, **given)
+    assert after.tolist() == [n + m for n, m in zip(cache.lengths, added, strict=True)]
+    ends = starts(added)
+    for i, (first, n) in enumerate(zip(cache.lengths, added, strict=True)):
+        rows = cache.rows(i, first, first + n)
+        own = [x.reshape(-1, *x.shape[-2:])[ends[i] : ends[i] + n] for x in (k, v)]
+        at = first + torch.arange(n)
+        right = rotated(own[0].double(), cos.double(), sin.double(), at, interleaved)
+        most, least = LARGEST[k.dtype], LARGEST[k.dtype] + (k.dtype == torch.int8)
+        right = right.clamp(-least, most)
+        step = 0.5 if k.dtype == torch.int8 else right.abs() / 16 + 2.0**-10
+        step = step + right.abs() * 2.0**-11  # float16 in between
+        assert ((caches[0].cpu()[rows].double() - right).abs() <= 1.001 * step).all()
+        found = caches[1].cpu()[rows].float()
+        assert torch.equal(found.nan_to_num(nan=999), own[1].float().nan_to_num(nan=999))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_rotates_queries_of_8_bits(device, causal):
+    """As FlashAttention-3 takes them: rounded again, with tables of 8 bits, and at the positions of
+    their keys if they are not all at one."""
+    skip_unless_built(device)
+    chance = random.Random(2)
+    cache = random_cache(chance, device, E4M3, [40, 0, 17], 16, 2, [64, 64], 3)
+    k, v = torch.randn(2, 3, 3, 2, 64, device=device).to(E4M3)
+    q = torch.randn(3, 3, 4, 64, device=device).to(E4M3)
+    cos, sin = (x.to(device) for x in tables(chance, 16, E4M3, 64))
+    descale = 0.5 + torch.rand(3, 2, device=device)
+    given = {"causal": causal, "k_descale": descale, "v_descale": descale, **cache.places}
+    caches = (cache.k_cache, cache.v_cache)
+    turned = {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": False}
+    lengths = cache.seqlens()
+    out = flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths, **turned, **given)
+    wide = [x.double() for x in (cos.cpu().float(), sin.cpu().float())]
+    for i, first in enumerate(cache.lengths):
+        at = first + torch.arange(3) * causal
+        q[i] = rotated(q[i].cpu().double(), *wide, at, False).to(q.dtype).to(device)
+        at = first + torch.arange(3)
+        right = rotated(k[i].cpu().double(), *wide, at, False)
+        found = cache.k_cache.cpu()[tuple(x.cpu() for x in cache.rows(i, first, first + 3))]
+        assert ((found.double() - right).abs() <= right.abs() / 15 + 2.0**-10).all()
+    right = flash_attn_with_kvcache(q, *caches, cache_seqlens=lengths + 3, **given)
+    assert out.dtype == torch.bfloat16 and out.any()
+    assert ((out - right).abs() <= 0.02 * right.abs() + 0.02).all()  # a query at a tie's other side
+
+
 @pytest.mark.parametrize("q_dtype", [torch.bfloat16, E4M3])
 @pytest.mark.parametrize("dtype", CACHES)
 def test_attention_to_rows_that_are_stored(device, dtype, q_dtype):
@@ -230,10 +291,24 @@ def test_stored_rows_in_a_graph():
 
 
 REFUSED = {
-    "rotary": (
-        {"rotary_cos": torch.ones(64, 16), "rotary_sin": torch.ones(64, 16)},
+    "rotary and scales": (
+        dict(zip(("rotary_cos", "rotary_sin", "k_scales"), torch.ones(3, 5, 16, 2), strict=True)),
         ValueError,
         "rotary_cos is given, must be left out for k of torch.float8_e4m3fn, which is stored as",
+    ),
+    "rotary and a descale of another shape": (
+        {
+            "rotary_cos": torch.ones(64, 16),
+            "rotary_sin": torch.ones(64, 16),
+            "k_descale": torch.ones(3, 3),
+        },
+        ValueError,
+        "k_descale has shape (3, 3), must be (batch, key heads) = (2, 2)",
+    ),
+    "one rotary table": (
+        {"rotary_cos": torch.ones(64, 16)},
+        ValueError,
+        "rotary_cos and rotary_sin must both be given, or neither",
     ),
     "scales": ({"v_scales": torch.ones(5, 16, 2)}, ValueError, "v_scales is given, must be left "),
     "rotation": ({"incoherent": True}, ValueError, "incoherent is given, must be left out for k "),

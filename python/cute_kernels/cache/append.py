@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cute_kernels.cache import operators
 from cute_kernels.cache.checks import check_append
+from cute_kernels.cache.eight_bits import DTYPES, E4M3
 from cute_kernels.cache.tables import table_of_batch
 from cute_kernels.checks import check_flag, check_seed, explain, refuse_derivatives
 from cute_kernels.fp8.rotation import signed
@@ -47,8 +49,8 @@ def append_kv(
         v_cache: the same with a head_dim of its own. Both may be parts of one tensor.
         k: (batch, seqlen_new, key heads, head_dim), or with cu_seqlens_k_new packed, (total, key
             heads, head_dim); device of the cache and its dtype. For 8 bits also one of the others;
-            numbers of 8 bits are stored as they are, without rotary, scales and `incoherent`, and
-            strides of all four tensors are multiples of 2 then.
+            numbers of 8 bits are stored as they are, without scales and `incoherent`, and strides
+            of all four tensors are multiples of 2 then. Rotary rounds them again.
         v: likewise, with v_cache's head_dim.
         cache_seqlens: (batch,), int32: how many rows the cache holds of each sequence.
         page_table: (batch, max_pages), int32, last dimension contiguous: row j of a sequence is row
@@ -58,9 +60,10 @@ def append_kv(
             which row of page_table is its own, whose batch may be another then; its own number if
             None.
         cu_seqlens_k_new: (batch + 1,), int32: 0, and where each sequence's part of k and v ends.
-        rotary_cos, rotary_sin: (positions, rotary_dim / 2), float32 or k's dtype; rotary_dim is a
-            multiple of 16 up to head_dim. The first rotary_dim channels of k are rotated in pairs,
-            in fp32, by the angles of the position ``cache_seqlens[b] + i``.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2), float32 or k's dtype, for one of 8 bits
+            also float16; rotary_dim is a multiple of 16 up to head_dim. The first rotary_dim
+            channels of k are rotated in pairs, in fp32, by the angles of the position
+            ``cache_seqlens[b] + i``.
         rotary_seqlens: (batch,), int32: positions start here rather than at cache_seqlens.
         rotary_interleaved: pairs are channels 2i and 2i + 1; if False i and i + rotary_dim / 2.
         k_descale, v_descale: float32, of caches of 8 bits: what their numbers are multiplied by to
@@ -110,9 +113,22 @@ NO_FACTORS = (None,) * 5
 
 
 def append_rows(
-    k_cache: Tensor, v_cache: Tensor, *inputs: Any, factors: tuple[Any, ...] = NO_FACTORS
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *inputs: Any,
+    factors: tuple[Any, ...] = NO_FACTORS,
 ) -> tuple[Tensor, Tensor]:
     """The append operator, whose inputs these are; `factors` are those of caches of 8 bits."""
+    if inputs[4] is not None and getattr(k, "dtype", None) in DTYPES:
+        return _append_turned(k_cache, v_cache, k, v, *inputs, factors=factors)
+    return _append(k_cache, v_cache, k, v, *inputs, factors=factors)
+
+
+def _append(
+    k_cache: Tensor, v_cache: Tensor, *inputs: Any, factors: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
     if any(x is not None for x in factors):
         inputs = (*inputs, *factors)
     try:
@@ -121,3 +137,35 @@ def append_rows(
         explain(error, check_append, k_cache, v_cache, *inputs)
     mark_written(k_cache, v_cache, *factors[2:4])
     return results
+
+
+def _append_turned(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    *inputs: Any,
+    factors: tuple[Any, ...],
+) -> tuple[Tensor, Tensor]:
+    """The same where rotary turns numbers of 8 bits: as float16, which holds them all, rounded to 8
+    bits again behind it. Factors say what they mean, and change nothing."""
+    *places, cos, sin, seqlens, interleaved, q, starts, moves = inputs
+    *descales, k_scales, v_scales, rotation = factors
+    dtype = k.dtype
+    alike = all(
+        getattr(x, "dtype", None) == dtype for x in (k_cache, v_cache, v, k if q is None else q)
+    )
+    if not alike or any(x is not None for x in (k_scales, v_scales, rotation)):  # refused
+        return _append(k_cache, v_cache, k, v, lengths, *inputs, factors=factors)
+
+    def wide(x: Any) -> Any:
+        return x.half() if getattr(x, "dtype", None) == dtype else x
+
+    rotary = (wide(cos), wide(sin), seqlens, interleaved)
+    queries = (wide(q), starts, moves)
+    inputs = (wide(k), wide(v), lengths, *places, *rotary, *queries)
+    check_append(k_cache, v_cache, *inputs, *descales)
+    lengths, turned = _append(k_cache, v_cache, *inputs, factors=NO_FACTORS)
+    most = torch.finfo(E4M3).max
+    return lengths, turned if q is None else turned.clamp(-most, most).to(dtype)
