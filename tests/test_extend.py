@@ -321,6 +321,37 @@ def test_the_kernel_runs(hopper, compiled):
     assert ran.out == "right\n"
 
 
+SHORT = f"""
+import torch
+import cute_kernels
+from cute_kernels import flash_attn_func
+from parity import check
+
+row = {ROW!r} | {{"name": "bf16_short", "tile_m": 256}}
+assert not cute_kernels.TileConfig("forward", **row).as_dict()["separate_output"]
+cute_kernels.add_tile_config(cute_kernels.TileConfig("forward", **row))
+for seqlen_q, seqlen_k in [(64, 64), (64, 1), (130, 64), (300, 7)]:
+    q, k, v = (
+        torch.randn(64, n, 32, 64, device="cuda", dtype=torch.bfloat16)
+        for n in (seqlen_q, seqlen_k, seqlen_k)
+    )
+    for causal in (False, True):
+        options = {{"causal": causal, "tile_config": "bf16_short"}}
+        right = flash_attn_func(q, k, v, **options)
+        for _ in range(50):
+            assert torch.equal(flash_attn_func(q, k, v, **options), right)
+        check(q[:1], k[:1], v[:1], causal, tile_config="bf16_short")
+print("right")
+"""
+
+
+def test_warpgroups_without_rows_where_o_shares_memory_with_q(hopper, cache):
+    """Tiles of many short heads, whose warps hardly anything but Q's barriers holds together."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    ran = python(cache, SHORT, PYTHONPATH=path)
+    assert ran.out == "right\n"
+
+
 def test_the_snippets_of_a_tuned_set_run(hopper, tmp_path):
     """With the rows of the build alone: a candidate is a minute of nvcc."""
     code = block("snippet: tune")

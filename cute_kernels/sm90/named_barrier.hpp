@@ -12,8 +12,8 @@ enum class NamedBarrier : int {
   /// arrives once its own are issued. 256 threads.
   kTurn = 0,
   /// Epilogue. The 128 threads of warpgroup i meet here when their part of O stands in shared
-  /// memory, before one of them starts the TMA store. In 8 bits also before sums of P V stand
-  /// there.
+  /// memory, before one of them starts the TMA store; where O shares Q's memory, also in a tile of
+  /// which they have no rows. In 8 bits also before sums of P V stand there.
   kOutputReady = 4,
   /// Backward's epilogue. All consumer threads meet here before dK and dV overwrite K and V, and
   /// again before one of them starts the TMA store.

@@ -115,6 +115,12 @@ class ForwardEpilogue {
   /// Of a warpgroup that has no rows in a tile.
   CUTLASS_DEVICE static void skip(SharedStorage& shared, int warpgroup, bool leader) {
     if constexpr (Traits::kSharedOutput) wait_for_buffer(shared, warpgroup);
+    if constexpr (!Traits::kSeparateOutput) {
+      // One thread tells for all four warps that the tile is done: a warp that has not yet seen its
+      // q_full would wait for a phase that is over.
+      sm90::barrier_sync(sm90::NamedBarrier::kOutputReady, warpgroup,
+                         cutlass::NumThreadsPerWarpGroup);
+    }
     if (leader) free_buffer(shared, warpgroup);
   }
 
