@@ -67,3 +67,33 @@ def test_blind_queries_cost_nothing(hopper, row, tmp_path):
     assert share() < 0.2
     q[0, 3000, 2, 1] = math.nan
     assert share() > 0.3
+
+
+@pytest.mark.parametrize("kernel", BACKWARD_KERNELS, indirect=True)
+@pytest.mark.parametrize("name", ["v", "d"])
+def test_what_is_huge_and_hidden_has_no_part(kernel, name):
+    """The same bits as with 0 in its place, of V and of dO. Alone in its call: all is finite, LSE
+    and delta too, and only where the mask hides it are products of both beyond a float."""
+    if not kernel.causal or kernel.dtype == torch.float16:
+        pytest.skip("nothing is hidden, or no product is beyond a float")
+    q, k, v = random_qkv(kernel.device, kernel.dtype, 1, 200, 200, 4, 2, kernel.head_dim)
+    grad_out = torch.randn_like(q)
+    if name == "v":  # of the last key; its query has a small dO, so that delta is finite
+        spoilt, seen_by, sees = (slice(None), -1, 1), (slice(-1, None), slice(2, 4)), slice(None)
+        grad_out[:, -1] *= 2.0**-10
+    else:  # of the first query, and small what it sees
+        spoilt, seen_by, sees = (slice(None), 0, 2), (slice(1), slice(2, 3)), slice(1)
+        v[:, 0] *= 2.0**-20
+    results = []
+    for inside in (0.0, 3e38):
+        tensors = {"v": v.clone(), "d": grad_out.clone()}
+        tensors[name][spoilt] = inside
+        out, lse = flash_attn_forward(q, k, tensors["v"], 0.1, True)
+        delta = (out.double() * tensors["d"].double()).sum(-1)
+        assert lse.isfinite().all() and out.isfinite().all() and delta.abs().max() < 3e38
+        results.append(kernel.backward(tensors["d"], None, q, k, tensors["v"], out, lse, 0.1))
+    for of, right, grad in zip("qkv", *results, strict=True):
+        heads, rows = (seen_by[1], seen_by[0]) if of == "q" else (slice(1, 2), sees)
+        same = grad == right
+        same[:, rows, heads] = True
+        assert same.all(), f"gradient of {of}: {(~same).nonzero()[:5].tolist()} differ"

@@ -11,13 +11,14 @@
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/sm90/finite.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 // Keeps NaN and infinities out of gradients of what a mask hides them from. P and dS are 0 there,
 // but 0 times NaN is NaN: so the other factor, K of dQ, Q of dK, dO of dV, is cleared where it is
 // not finite. Who does see it has NaN in P or dS by then, from lse or delta; but for dV, to which
 // dO is restored in the end. All of it only in calls in which an lse, a delta or a key is not
 // finite, or an lse too large (is_alarming()): a NaN that a query sees shows in its lse or delta,
-// and the last query sees every key.
+// and the last query sees every key. What shows nowhere before shows in dK (check_gradient()).
 namespace cute_kernels::attention {
 
 /// A warp's 16 rows of a (rows, channels) tile of swizzled columns of kColumn channels, in vectors
@@ -103,6 +104,25 @@ CUTLASS_DEVICE void check_own_values(Params const& params, typename Traits::KeyB
   WarpRows<Traits::kWarpgroupN, Traits::kHeadDimV, Traits::kValueColumns,
            typename Traits::Element> const own(values, consumer_warp(0) * 16);
   if (own.nonfinite() != 0) *params.workspace.alarm = params.call_number;
+}
+
+/// Raises the alarm if dK of the thread's keys is NaN. dP is infinite of huge dO and V, which are
+/// finite, also where a query does not see the key: times P, which is 0, it is NaN, and so is then
+/// all of the key's dK. Where scores are changed, an infinite query may have a finite lse, as
+/// tanh's is, and makes one channel NaN.
+template <class Traits, class Params, class Gradient>
+CUTLASS_DEVICE void check_gradient(Params const& params, Gradient const& gradient) {
+  using namespace cute;
+  auto const dk = make_tensor(gradient.data(), sm90::accumulator_rows_cols(gradient.layout()));
+  bool spoilt = false;
+  CUTLASS_PRAGMA_UNROLL
+  for (int row = 0; row < size<0>(dk); ++row) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int col = 0; col < (Traits::kChanges ? size<1>(dk) : 1); ++col) {
+      spoilt |= isnan(dk(row, col));
+    }
+  }
+  if (spoilt) *params.workspace.alarm = params.call_number;
 }
 
 /// Of a whole warp.

@@ -238,6 +238,7 @@ class BackwardMainloop {
     }
     warpgroup_wait<0>();
     release(pipeline_q_, read_by_dk);
+    if constexpr (!kCareful) check_gradient<Traits>(params, dk);
     shared_.dq_empty[warpgroup_].wait(dq_phase_ ^ 1);
     hand_out_dk(params, coord, dk);
     Dq::announce(shared_, warpgroup_, 0, thread);

@@ -6,6 +6,7 @@
 
 #include "cute_kernels/attention/backward/dq.hpp"
 #include "cute_kernels/attention/backward/epilogue.hpp"
+#include "cute_kernels/attention/backward/hidden.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
 #include "cute_kernels/sm90/cluster.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
@@ -103,6 +104,7 @@ class BackwardSplitProducts {
       if (is_seen) {
         Mainloop::template compute_dk<kCareful>(params, shared, pipeline_q, pipeline_grad_out,
                                                 coord, dk);
+        if constexpr (!kCareful) check_gradient<Traits>(params, dk);
       }
       hand_out<Traits::kHeadDim>(params.tma_dk, params, params.grad_k, params.head_dim,
                                  shared.k.data(), coord, dk, params.softmax_scale);
