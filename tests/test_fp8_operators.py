@@ -1,6 +1,7 @@
 """The FP8 operators in PyTorch's machinery: schemas, shapes, compilers, graphs; and what they
 refuse."""
 
+import math
 import subprocess
 import sys
 
@@ -116,6 +117,23 @@ def test_shape_inference_is_what_is_allocated(device, sizes):
                 *(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs)
             )
         assert [form(x) for x in fake] == [form(x) for x in real]
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_no_keys_give_zeros(device, head_dim):
+    """Whatever lies where scales of no keys would."""
+    for with_lse in (False, True):
+        for function, inputs in calls(device, head_dim, seqlen_k=0):
+            if "flash_attn" not in str(function):
+                continue
+            if function is operator("flash_attn_fp8"):
+                inputs = (*inputs, with_lse)
+            junk = [torch.full((2**n,), math.nan, device=device) for n in range(4, 16)]
+            del junk
+            out, lse, *shift = function(*inputs)
+            assert not out.any()  # NaN is
+            assert not any(x.any() for x in shift)
+            assert ((lse == -math.inf) | (lse == 0)).all()  # 0 is a sink
 
 
 def test_operators_on_the_cpu_are_the_public_functions():

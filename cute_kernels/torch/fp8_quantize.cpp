@@ -112,7 +112,10 @@ Fp8Rows prepare_rows(Argument const& x, SourceRows const& rows, bool smooth, boo
       tma_readable(x, 2),
       std::nullopt,
       std::nullopt};
-  if (sizes.is_empty()) return result;
+  if (sizes.is_empty()) {
+    torch::stable::zero_(result.shift);
+    return result;
+  }
   float* const shift = smooth ? static_cast<float*>(result.shift.data_ptr()) : nullptr;
   fp8::Source const from = source(x, rows, result.readable);
   result.problem = fp8::QuantizeRowsProblem{from,
