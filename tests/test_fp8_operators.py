@@ -136,6 +136,24 @@ def test_no_keys_give_zeros(device, head_dim):
             assert ((lse == -math.inf) | (lse == 0)).all()  # 0 is a sink
 
 
+def test_more_values_than_kernels_count():
+    with FakeTensorMode():  # needs no GPU
+        for device in ("cpu", "cuda"):
+            q, k = (torch.empty(n, 1, 16, device=device, dtype=torch.half) for n in (5, 1280))
+            for batch in (2**23 - 11, 2**23 - 10):
+                starts = torch.empty(batch + 1, device=device, dtype=torch.int32)
+                whole = (q, k, k, starts, starts, None, None, None, 0.3, True, True, True, 5, True)
+                for name, inputs in (
+                    ("quantize_fp8_varlen_values", (k, starts, None)),
+                    ("flash_attn_fp8_varlen", (*whole, False)),
+                ):
+                    if batch < 2**23 - 10:
+                        operator(name)(*inputs)
+                        continue
+                    with pytest.raises(ValueError, match=rf"^v has total 1280 of {batch} sequenc"):
+                        operator(name)(*inputs)
+
+
 def test_operators_on_the_cpu_are_the_public_functions():
     q, k, v = random_qkv("cpu", torch.bfloat16, 2, 70, 90, 4, 2)
     seed = 2**64 - 3
