@@ -65,6 +65,28 @@ def test_huge_scales(device, softmax_scale, size, to):
     assert (out - v).norm() < 0.04 * v.norm()
 
 
+@pytest.mark.parametrize("window_size", [(-1, -1), (300, 300)], ids=str)
+@pytest.mark.parametrize("to", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_small_numbers_of_large_scales(device, head_dim, to, window_size):
+    """Scores are small whole numbers times factors near 1, another one for each block."""
+    q, k = (torch.randint(-1, 2, (1, 512, 2, head_dim), device=device) for _ in "qk")
+    q_scale = torch.full((1, 2, 8), math.log(2), device=device)
+    k_scale = 0.5 + torch.rand(1, 2, 8, device=device) / 2
+    v = torch.rand(1, 512, 2, head_dim, device=device).mul(2).sub(1).to(E4M3)
+    q8, k8 = (FP8Tensor(x.to(DTYPES[to]), s) for x, s in ((q, q_scale), (k, k_scale)))
+    v8 = FP8Tensor(v, torch.ones(1, 2, 1, device=device), 512)
+    out, lse = flash_attn_fp8_func(q8, k8, v8, 1.0, window_size=window_size, return_lse=True)
+    q, k, v = (x.dequantize().double().transpose(1, 2) for x in (q8, k8, v8))
+    at = torch.arange(512, device=device)
+    seen = (at[:, None] - at).abs() <= (window_size[0] if window_size[0] >= 0 else 512)
+    scores = (q @ k.mT).masked_fill(~seen, -math.inf)
+    exact = (scores.softmax(-1) @ v).transpose(1, 2)
+    assert (out.double() - exact).abs().max() < 0.05
+    assert (out.double() - exact).abs().mean() < 0.01
+    assert (lse - scores.logsumexp(-1)).abs().max() < 2e-3
+
+
 @pytest.mark.parametrize("descale", [0.0, 1e-40, 1e-30])
 def test_tiny_descales(device, descale):
     q, k, v = (x.to(E4M3) for x in random_qkv(device, torch.float32, 1, 100, 100, 2))
