@@ -1,6 +1,7 @@
 """FP8 on inputs that are not N(0, 1): zeros, tiny scales, outliers, NaN, sizes of 0. And refusals,
 which are the same on the CPU and on a GPU."""
 
+import dataclasses
 import math
 
 import pytest
@@ -85,6 +86,26 @@ def test_small_numbers_of_large_scales(device, head_dim, to, window_size):
     assert (out.double() - exact).abs().max() < 0.05
     assert (out.double() - exact).abs().mean() < 0.01
     assert (lse - scores.logsumexp(-1)).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("order", ["expanded", "blocks first"])
+def test_any_strides_of_scales(device, order):
+    q8, k8 = (
+        quantize_fp8(x, dtype=torch.int8)
+        for x in random_qkv(device, torch.bfloat16, 2, 200, 300, 2)[:2]
+    )
+    v8 = quantize_fp8(random_qkv(device, torch.bfloat16, 2, 1, 300, 2)[2], block=None)
+
+    def other(x):
+        scale = x.scale.transpose(0, -1).contiguous().transpose(0, -1)
+        if order == "expanded":
+            scale = x.scale[..., :1].expand(x.scale.shape)
+        return dataclasses.replace(x, scale=scale)
+
+    others = [other(x) for x in (q8, k8, v8)]
+    dense = [dataclasses.replace(x, scale=x.scale.contiguous()) for x in others]
+    assert not any(x.scale.is_contiguous() for x in others)
+    assert torch.equal(flash_attn_fp8_func(*others), flash_attn_fp8_func(*dense))
 
 
 @pytest.mark.parametrize("descale", [0.0, 1e-40, 1e-30])
