@@ -147,6 +147,27 @@ def test_rows_that_are_zero_tiny_or_not_finite(device, dtype):
     assert found[3, 4].isnan() if dtype == E4M3 else found[3, 4] == 0
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *CACHES])
+def test_no_heads(device, dtype, packed):
+    """Nothing is written, and lengths grow all the same."""
+    skip_unless_built(device)
+    caches = torch.zeros(2, 3, 16, 0, 64, device=device).to(dtype)
+    k = torch.zeros(3, 4, 0, 64, device=device, dtype=torch.bfloat16)
+    lengths = torch.tensor([0, 5, 14], dtype=torch.int32, device=device)
+    given, added = {}, [4, 4, 2]
+    if packed:
+        k, added = k.flatten(0, 1)[:9], [4, 3, 2]
+        given["cu_seqlens_k_new"] = torch.tensor(starts(added), dtype=torch.int32, device=device)
+    if dtype != torch.bfloat16:
+        given["incoherent"] = True
+    if not packed and device == "cpu":
+        lengths[2] = 12  # the CPU refuses what has no room
+        added[2] = 4
+    after = append_kv(*caches, k, k, lengths, **given)
+    assert after.tolist() == [n + m for n, m in zip(lengths.tolist(), added, strict=True)]
+
+
 def random_stored(seed):
     """As random_append, of rows that have the cache's dtype already."""
     chance = random.Random(seed)

@@ -1,6 +1,7 @@
 """FP8 on inputs that are not N(0, 1): zeros, tiny scales, outliers, NaN, sizes of 0. And refusals,
 which are the same on the CPU and on a GPU."""
 
+import dataclasses
 import math
 
 import pytest
@@ -63,6 +64,48 @@ def test_huge_scales(device, softmax_scale, size, to):
     options = {"incoherent": False, "smooth_k": False, "qk_dtype": DTYPES[to]}
     out = flash_attn_fp8_func(q, q, v, softmax_scale, **options)
     assert (out - v).norm() < 0.04 * v.norm()
+
+
+@pytest.mark.parametrize("window_size", [(-1, -1), (300, 300)], ids=str)
+@pytest.mark.parametrize("to", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_small_numbers_of_large_scales(device, head_dim, to, window_size):
+    """Scores are small whole numbers times factors near 1, another one for each block."""
+    q, k = (torch.randint(-1, 2, (1, 512, 2, head_dim), device=device) for _ in "qk")
+    q_scale = torch.full((1, 2, 8), math.log(2), device=device)
+    k_scale = 0.5 + torch.rand(1, 2, 8, device=device) / 2
+    v = torch.rand(1, 512, 2, head_dim, device=device).mul(2).sub(1).to(E4M3)
+    q8, k8 = (FP8Tensor(x.to(DTYPES[to]), s) for x, s in ((q, q_scale), (k, k_scale)))
+    v8 = FP8Tensor(v, torch.ones(1, 2, 1, device=device), 512)
+    out, lse = flash_attn_fp8_func(q8, k8, v8, 1.0, window_size=window_size, return_lse=True)
+    q, k, v = (x.dequantize().double().transpose(1, 2) for x in (q8, k8, v8))
+    at = torch.arange(512, device=device)
+    seen = (at[:, None] - at).abs() <= (window_size[0] if window_size[0] >= 0 else 512)
+    scores = (q @ k.mT).masked_fill(~seen, -math.inf)
+    exact = (scores.softmax(-1) @ v).transpose(1, 2)
+    assert (out.double() - exact).abs().max() < 0.05
+    assert (out.double() - exact).abs().mean() < 0.01
+    assert (lse - scores.logsumexp(-1)).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("order", ["expanded", "blocks first"])
+def test_any_strides_of_scales(device, order):
+    q8, k8 = (
+        quantize_fp8(x, dtype=torch.int8)
+        for x in random_qkv(device, torch.bfloat16, 2, 200, 300, 2)[:2]
+    )
+    v8 = quantize_fp8(random_qkv(device, torch.bfloat16, 2, 1, 300, 2)[2], block=None)
+
+    def other(x):
+        scale = x.scale.transpose(0, -1).contiguous().transpose(0, -1)
+        if order == "expanded":
+            scale = x.scale[..., :1].expand(x.scale.shape)
+        return dataclasses.replace(x, scale=scale)
+
+    others = [other(x) for x in (q8, k8, v8)]
+    dense = [dataclasses.replace(x, scale=x.scale.contiguous()) for x in others]
+    assert not any(x.scale.is_contiguous() for x in others)
+    assert torch.equal(flash_attn_fp8_func(*others), flash_attn_fp8_func(*dense))
 
 
 @pytest.mark.parametrize("descale", [0.0, 1e-40, 1e-30])

@@ -1,6 +1,7 @@
 """The FP8 operators in PyTorch's machinery: schemas, shapes, compilers, graphs; and what they
 refuse."""
 
+import math
 import subprocess
 import sys
 
@@ -116,6 +117,41 @@ def test_shape_inference_is_what_is_allocated(device, sizes):
                 *(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs)
             )
         assert [form(x) for x in fake] == [form(x) for x in real]
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_no_keys_give_zeros(device, head_dim):
+    """Whatever lies where scales of no keys would."""
+    for with_lse in (False, True):
+        for function, inputs in calls(device, head_dim, seqlen_k=0):
+            if "flash_attn" not in str(function):
+                continue
+            if function is operator("flash_attn_fp8"):
+                inputs = (*inputs, with_lse)
+            junk = [torch.full((2**n,), math.nan, device=device) for n in range(4, 16)]
+            del junk
+            out, lse, *shift = function(*inputs)
+            assert not out.any()  # NaN is
+            assert not any(x.any() for x in shift)
+            assert ((lse == -math.inf) | (lse == 0)).all()  # 0 is a sink
+
+
+def test_more_values_than_kernels_count():
+    with FakeTensorMode():  # needs no GPU
+        for device in ("cpu", "cuda"):
+            q, k = (torch.empty(n, 1, 16, device=device, dtype=torch.half) for n in (5, 1280))
+            for batch in (2**23 - 11, 2**23 - 10):
+                starts = torch.empty(batch + 1, device=device, dtype=torch.int32)
+                whole = (q, k, k, starts, starts, None, None, None, 0.3, True, True, True, 5, True)
+                for name, inputs in (
+                    ("quantize_fp8_varlen_values", (k, starts, None)),
+                    ("flash_attn_fp8_varlen", (*whole, False)),
+                ):
+                    if batch < 2**23 - 10:
+                        operator(name)(*inputs)
+                        continue
+                    with pytest.raises(ValueError, match=rf"^v has total 1280 of {batch} sequenc"):
+                        operator(name)(*inputs)
 
 
 def test_operators_on_the_cpu_are_the_public_functions():

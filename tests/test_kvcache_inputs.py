@@ -11,6 +11,7 @@ from parity import changed
 from torch._subclasses import FakeTensorMode
 
 from cute_kernels import append_kv, flash_attn_varlen_func, flash_attn_with_kvcache
+from cute_kernels.checks import ROWS_LIMIT
 
 
 def good_call(page_size=16):
@@ -445,6 +446,22 @@ def test_refused_appends():
         append_kv(*inputs[:2], *packed, inputs[4], **table, cu_seqlens_k_new=ends)
     with pytest.raises(NotImplementedError, match=r"^append_kv has no gradient: call it under"):
         append_kv(*inputs[:3], inputs[3].clone().requires_grad_(), inputs[4], **table)
+
+
+def test_more_new_rows_than_kernels_count():
+    with FakeTensorMode():  # needs no GPU
+        caches = torch.empty(2, 1, 32, 1, 16, device="cuda", dtype=torch.half)
+        table = {"page_table": torch.empty(1, 1, device="cuda", dtype=torch.int32)}
+        lengths = torch.empty(1, device="cuda", dtype=torch.int32)
+        for rows in (ROWS_LIMIT - 1, ROWS_LIMIT):
+            k = torch.empty(1, rows, 1, 16, device="cuda", dtype=torch.half)
+            if rows < ROWS_LIMIT:
+                append_kv(*caches, k, k, lengths, **table)
+                continue
+            with pytest.raises(
+                ValueError, match=r"^k has shape .*, must have fewer rows than 2\^31"
+            ):
+                append_kv(*caches, k, k, lengths, **table)
 
 
 @pytest.mark.parametrize("key_heads", [0, 2])

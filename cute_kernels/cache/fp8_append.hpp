@@ -166,7 +166,9 @@ __global__ void __launch_bounds__(kCtaThreads)
     turn_queries<Element, 1>(problem, share_of_queries, cta - append_ctas);
     return;
   }
-  append_head<Element>(problem, lanes, (int64_t{cta} * kCtaThreads + threadIdx.x) / lanes);
+  if (problem.k.heads > 0) {  // which rows are divided by
+    append_head<Element>(problem, lanes, (int64_t{cta} * kCtaThreads + threadIdx.x) / lanes);
+  }
   if (cta == 0) write_lengths(problem);
 }
 

@@ -57,7 +57,7 @@ cache::Tokens tokens_of(Argument const& x, int64_t batch, std::optional<Tensor> 
     tokens.seqlen = static_cast<int>(x.size(1));
     total *= x.size(1);
   }
-  require(total <= kMost, x.name, " has 2^31 rows or more");
+  require(total < kRowsLimit, x.name, " has 2^31 - 2^10 rows or more");
   tokens.total = static_cast<int>(total);
   return tokens;
 }
@@ -173,7 +173,7 @@ std::tuple<Tensor, Tensor> append_kv(
   require(!stored || !(rotary_cos || k_scales || v_scales || rotation_seed),
           "rotary_cos, scales or rotation_seed are given with k of 8 bits");
   int64_t const batch = cache_seqlens.numel();
-  require(batch < kMost, "cache_seqlens has 2^31 elements or more");
+  require(batch < kRowsLimit, "cache_seqlens has 2^31 - 2^10 elements or more");
   cache::Fp8AppendProblem problem{};
   problem.tokens = tokens_of(k, batch, cu_seqlens_k_new);
   tokens_of(v, batch, cu_seqlens_k_new);

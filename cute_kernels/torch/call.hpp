@@ -16,7 +16,7 @@
 namespace cute_kernels::binding {
 
 constexpr int kElementBytes = 2;
-constexpr int64_t kRowsLimit = (int64_t{1} << 31) - (1 << 10);  // of q and k together
+constexpr int64_t kRowsLimit = (int64_t{1} << 31) - (1 << 10);  // of q and k together, of new rows
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxLatentDim = 512;  // of values that are keys too
 constexpr int kMaxRopeDim = 64;     // of the keys beside these

@@ -112,7 +112,10 @@ Fp8Rows prepare_rows(Argument const& x, SourceRows const& rows, bool smooth, boo
       tma_readable(x, 2),
       std::nullopt,
       std::nullopt};
-  if (sizes.is_empty()) return result;
+  if (sizes.is_empty()) {
+    torch::stable::zero_(result.shift);
+    return result;
+  }
   float* const shift = smooth ? static_cast<float*>(result.shift.data_ptr()) : nullptr;
   fp8::Source const from = source(x, rows, result.readable);
   result.problem = fp8::QuantizeRowsProblem{from,
@@ -131,6 +134,7 @@ Fp8Values prepare_values(Argument const& v, SourceRows const& rows) {
   Sizes const sizes(v, rows);
   int64_t const padded = rows.is_packed() ? attention::packed_value_keys(sizes.seqlen, sizes.batch)
                                           : blocks_of(sizes.seqlen, kKeyPadding) * kKeyPadding;
+  require(!rows.is_packed() || padded < kFp8Limit, v.name, "'s sequences have 2^30 keys or more");
   int64_t const shape[] = {sizes.batch, sizes.heads, sizes.head_dim, padded};
   int64_t const pairs = sizes.batch * sizes.heads;
   int const first = rows.is_packed() ? 1 : 0;

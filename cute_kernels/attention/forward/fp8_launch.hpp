@@ -18,7 +18,7 @@ struct Fp8ForwardParams : CommonParams {
   ScaleView q_scale;
   ScaleView k_scale;
   ScaleView v_scale;
-  int head_dim_v;
+  int head_dim_v;  // channels that have a scale
   bool out_float16;
 };
 
@@ -44,7 +44,8 @@ cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t st
   params.q_scale = problem.q_scale;
   params.k_scale = problem.k_scale;
   params.v_scale = problem.v_scale;
-  params.head_dim_v = problem.call.sizes.head_dim_v;
+  // Nobody has made scales of no keys, and O is multiplied by those that are read.
+  params.head_dim_v = tensor_rows_k(problem.call) > 0 ? problem.call.sizes.head_dim_v : 0;
   params.out_float16 = problem.out_float16;
   if constexpr (Traits::kAnyCall) {
     params.is_packed = problem.call.is_packed();

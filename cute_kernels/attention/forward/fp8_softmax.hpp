@@ -221,12 +221,17 @@ class ScaledSoftmax {
   static constexpr float kLinearBias = 7.f - 0.0563f;
   // Where rounding of scores or offsets to 24 bits could make P too large.
   static constexpr float kHuge = 0x1p20f;
+  // Offsets of int8 have kMagic times the factor in them, and so are rounded, another time for each
+  // factor and origin: keys' P would differ by it. Up to here by 2^-6 powers of two at most.
+  static constexpr float kLargestFactor = 0x1p-6f;
 
   /// kMagic times such a factor would cost the scores of int8 their precision.
   CUTLASS_DEVICE static bool has_huge_factor(float const (&scale)[kGroups]) {
     bool is_huge = false;
     CUTLASS_PRAGMA_UNROLL
-    for (int group = 0; group < kGroups; ++group) is_huge |= kInteger && scale[group] > 1.f;
+    for (int group = 0; group < kGroups; ++group) {
+      is_huge |= kInteger && scale[group] > kLargestFactor;
+    }
     return is_huge;
   }
 

@@ -6,6 +6,7 @@ that does not exist is neither read nor written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from cute_kernels.checks import (
     HEAD_DIM_MULTIPLE,
     MAX_HEAD_DIM,
     PACKED,
+    ROWS_LIMIT,
     check_alone,
     check_device,
     check_flag,
@@ -204,6 +206,8 @@ def check_append(
             )
     check_int32("cache_seqlens", cache_seqlens, k, like="k")
     batch = cache_seqlens.shape[0]
+    _check_rows("cache_seqlens", cache_seqlens, batch)
+    _check_rows("k", k, math.prod(k.shape[:-2]))
     if cu_seqlens_k_new is None:
         if k.shape[0] != batch:
             raise ValueError(f"k has batch {k.shape[0]}, must be {batch} like cache_seqlens")
@@ -240,6 +244,7 @@ def _check_queries(
     """Queries that are rotated beside k."""
     check_alone("q", q, DENSE if cu_seqlens_q is None else PACKED)
     check_like("q", q, k, "k")
+    _check_rows("q", q, math.prod(q.shape[:-2]))
     _check_head_dim("q", q)
     if rotary_cos is None or rotary_sin is None:
         raise ValueError("q is given, must be None without rotary_cos and rotary_sin")
@@ -248,6 +253,14 @@ def _check_queries(
         _check_starts("cu_seqlens_q", cu_seqlens_q, batch, q, "q")
     elif q.shape[0] != batch:
         raise ValueError(f"q has batch {q.shape[0]}, must be {batch} like cache_seqlens")
+
+
+def _check_rows(name: str, x: Tensor, rows: int) -> None:
+    """No more than kernels count, which add those of a CTA."""
+    if x.device.type == "cuda" and isinstance(rows, int) and rows >= ROWS_LIMIT:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, must have fewer rows than 2^31 - 2^10"
+        )
 
 
 def _refuse_other_eight_bits(name: str, tensor: Tensor) -> None:

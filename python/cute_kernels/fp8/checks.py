@@ -31,7 +31,7 @@ MAX_HEAD_DIM = 256
 
 GPU_FLOATS = (torch.float16, torch.bfloat16)
 FLOATS = (*GPU_FLOATS, torch.float32, torch.float64)
-_LIMIT = 2**30  # of each size, and of the tiles of a call
+SIZE_LIMIT = 2**30  # of each size, and of the tiles of a call
 
 
 def check_tensor(name: str, x: object, allows_quantised: bool = False) -> None:
@@ -270,7 +270,7 @@ def check_layout(name: str, x: Tensor) -> None:
         raise ValueError(
             f"{name} has strides {x.stride()}, its last dimension must be contiguous (stride 1)"
         )
-    if any(isinstance(size, int) and size >= _LIMIT for size in x.shape):
+    if any(isinstance(size, int) and size >= SIZE_LIMIT for size in x.shape):
         raise ValueError(f"{name} has shape {tuple(x.shape)}, each size must be below 2^30")
 
 
@@ -279,7 +279,7 @@ def check_tiles(q: Tensor) -> None:
     *batches, seqlen, heads, _ = q.shape
     batch = batches[0] if batches else 1
     tiles = batch * heads * ((seqlen + ROW_BLOCK - 1) // ROW_BLOCK)
-    if isinstance(tiles, int) and tiles >= _LIMIT:
+    if isinstance(tiles, int) and tiles >= SIZE_LIMIT:
         raise ValueError(
             f"q has shape {tuple(q.shape)}, batch * heads * blocks of {ROW_BLOCK} queries must be "
             "below 2^30"

@@ -70,7 +70,7 @@ def attention_cuda(
     v_data = _quantize_values(v.data)[0] if v.keys is None else v.data
     v_scale = v.scale if v.block is not None else v.scale.squeeze(2)
     inputs = (
-        *(q.data, k.data, v_data, q.scale, k.scale, v_scale),
+        *(q.data, k.data, v_data, *map(_dense_rows, (q.scale, k.scale, v_scale))),
         *(softmax_scale, causal, out_dtype == torch.float16, tile_config, sinks, score_offset),
     )
     options = {
@@ -176,6 +176,11 @@ def varlen_attention_e4m3(
     except RuntimeError as refusal:
         explain(refusal, check_varlen_forward, *inputs, **options)
     return out, lse
+
+
+def _dense_rows(scale: Tensor) -> Tensor:
+    """As kernels read it, also where it was expanded."""
+    return scale if scale.stride(2) == 1 or scale.shape[2] <= 1 else scale.contiguous()
 
 
 def _is_fusible(x: Tensor) -> bool:

@@ -10,6 +10,7 @@ from cute_kernels.fp8.checks import (
     FLOATS,
     GPU_FLOATS,
     PACKED_ORDER,
+    SIZE_LIMIT,
     check_device,
     check_dtype,
     check_elements,
@@ -30,6 +31,7 @@ def check_varlen_values(v: Tensor, cu_seqlens: Tensor, seqused: Tensor | None) -
     check_int32("cu_seqlens", cu_seqlens, v, like="v")
     if cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens has shape (0,), must be (batch + 1,)")
+    _check_value_keys(v, cu_seqlens.shape[0] - 1)
     if seqused is not None:
         check_int32("seqused", seqused, v, like="v")
         if seqused.shape[0] != cu_seqlens.shape[0] - 1:
@@ -73,6 +75,7 @@ def check_varlen_whole(
     _check_queries_and_keys(q, k)
     check_softmax_scale(softmax_scale)
     check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
+    _check_value_keys(v, cu_seqlens_k.shape[0] - 1)
     check_max_seqlens(max_seqlen_q, max_seqlen_k)
     check_variant(q, sinks, window_left, window_right)
     as_8_bits = q.new_empty((0, *q.shape[1:]), dtype=torch.int8 if to_int8 else E4M3)
@@ -147,6 +150,16 @@ def _check_input(name: str, x: Tensor, also: tuple[torch.dtype, ...] = ()) -> No
     check_dtype(name, x, ((GPU_FLOATS if x.device.type == "cuda" else FLOATS) + also))
     check_head_dim(name, x.shape[2])
     check_layout(name, x)
+
+
+def _check_value_keys(v: Tensor, batch: int) -> None:
+    """Of the transposed v, where each sequence has whole blocks to itself."""
+    keys = blocks_of_all(v.shape[0], batch, VALUE_KEYS) * VALUE_KEYS
+    if isinstance(keys, int) and keys >= SIZE_LIMIT:
+        raise ValueError(
+            f"v has total {v.shape[0]} of {batch} sequences, in whole blocks of {VALUE_KEYS} keys "
+            f"{keys}, must be below 2^30"
+        )
 
 
 def _check_queries_and_keys(q: Tensor, k: Tensor) -> None:
