@@ -129,7 +129,9 @@ def _of_one_dtype(module: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
     dtype, device = query.dtype, query.device.type
     if dtype == torch.float32:
         config: Any = getattr(module, "config", None)
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # Asked only where it may be False: the compilers of torch 2.10 and 2.11 do not trace it.
+        has_autocast = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+        if has_autocast and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         elif hasattr(config, "_is_quantized"):
             dtype = config.dtype
