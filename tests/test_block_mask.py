@@ -291,6 +291,12 @@ def test_compilers_and_fake_tensors():
     grads = torch.autograd.grad(compiled(q, k, v, None).sum(), (q, k, v))
     for a, b in zip(grads, torch.autograd.grad(expected.sum(), (q, k, v)), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+    moved = torch.compile(
+        lambda q: flash_attn_func(q, k, v, variant=bound, block_mask=given.to(q.device)),
+        backend="eager",
+        fullgraph=True,
+    )
+    assert torch.equal(moved(q), expected)
     with torch._subclasses.FakeTensorMode():
         fake = [torch.empty(x.shape) for x in (q, k, v)]
         counts = torch.ones(1, 1, 2, dtype=torch.int32)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from parity import plain_attention, random_qkv
 
-from cute_kernels import flash_attn_func
+from cute_kernels import flash_attn_func, tile_configs
 from cute_kernels.fp8 import (
     ROW_BLOCK,
     SATURATION,
@@ -19,6 +19,7 @@ from cute_kernels.fp8 import (
     random_signs,
     rotate,
     rotate_back,
+    uses_linear_exp,
 )
 
 HEAD_DIMS = [16, 48, 64, 80, 96, 128, 192, 240, 256]
@@ -356,6 +357,25 @@ def test_empty():
     assert flash_attn_fp8_func(q, k, v).shape == q.shape
     out, lse = flash_attn_fp8_func(k, q, q, return_lse=True)
     assert not out.any() and (lse == -math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, E4M3])
+def test_whose_exponentials_the_cpu_has(dtype):
+    """Of the rows with the smallest head dims that fit, the last one."""
+    name = "int8" if dtype == torch.int8 else "e4m3"
+    rows = [row for row in tile_configs("forward_fp8") if row["dtype"] == name]
+    rows = [row for row in rows if row["mask"] != "none"]
+    for head_dim in range(16, 273, 16):
+        for head_dim_v in (None, *range(16, 273, 16)):
+            least = (head_dim, head_dim_v or head_dim)
+            sizes = [(row["head_dim"], row["head_dim_v"]) for row in rows]
+            fitting = [sum(x) for x in sizes if x[0] >= least[0] and x[1] >= least[1]]
+            chosen = [
+                row["linear_exp"]
+                for row, x in zip(rows, sizes, strict=True)
+                if x[0] >= least[0] and x[1] >= least[1] and sum(x) == min(fitting)
+            ]
+            assert uses_linear_exp(dtype, head_dim, head_dim_v) == bool(chosen and chosen[-1])
 
 
 def test_error_study(tmp_path, capsys):

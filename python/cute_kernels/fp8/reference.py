@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,19 +117,16 @@ def uses_linear_exp(dtype: torch.dtype, head_dim: int, head_dim_v: int | None = 
     """Whether the kernel that is chosen for Q and K of this dtype does without exponentials: the
     last one of the smallest head dims that fit."""
     name = "int8" if dtype == torch.int8 else "e4m3"
-    rows = [
-        row
-        for row in reversed(tile_configs("forward_fp8"))
-        if row["dtype"] == name
-        and row["head_dim"] >= head_dim
-        and row["head_dim_v"] >= (head_dim_v or head_dim)
-        and row["mask"] != "none"
-    ]
-
-    def size(row: dict[str, Any]) -> int:
-        return int(row["head_dim"] + row["head_dim_v"])
-
-    return bool(rows) and bool(min(rows, key=size)["linear_exp"])
+    chosen, smallest = None, 0
+    for row in reversed(tile_configs("forward_fp8")):
+        fits = row["head_dim"] >= head_dim and row["head_dim_v"] >= (head_dim_v or head_dim)
+        size = row["head_dim"] + row["head_dim_v"]
+        # Not by `min`, whose `key` the compiler of torch 2.10 cannot trace.
+        if row["dtype"] != name or row["mask"] == "none" or not fits:
+            continue
+        if chosen is None or size < smallest:
+            chosen, smallest = row, size
+    return chosen is not None and bool(chosen["linear_exp"])
 
 
 def _lse_of(total: Tensor, base: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any, NamedTuple
 
@@ -157,7 +156,8 @@ class BlockMask:
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The same on another device."""
-        other = copy.copy(self)
+        other = object.__new__(type(self))  # torch 2.11 cannot trace copy.copy
+        other.block_size = self.block_size
         other.kinds = self.kinds.to(device)
         other.lists = BlockLists(*(x.to(device) for x in self.lists))
         return other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import numbers
 import re
@@ -204,8 +203,8 @@ class BoundVariant:
 
     def with_tensors(self, tensors: list[Tensor]) -> BoundVariant:
         """The same with other ones."""
-        other = copy.copy(self)
-        other.tensors = tensors
+        other = object.__new__(type(self))  # torch 2.11 cannot trace copy.copy
+        other.variant, other.tensors, other.numbers = self.variant, tensors, self.numbers
         return other
 
     def captured(self) -> dict[str, Any]:
