@@ -106,8 +106,9 @@ def run_below_autograd(
                 # In one frame, and without `strict=`: of a small call these are 5% each.
                 given = zip(keywords, inputs[positional:])  # noqa: B905
                 return run(*inputs[:positional], **dict(given))
-        except RuntimeError as refusal:
-            explain(refusal, check, *inputs)
+        except RuntimeError:
+            explain(check, *inputs)
+            raise
 
     return call
 

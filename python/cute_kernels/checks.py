@@ -10,7 +10,7 @@ import functools
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -45,16 +45,14 @@ _Call = TypeVar("_Call", bound=Callable[..., Any])
 _unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual
 
 
-def explain(
-    refusal: Exception, check: Callable[..., None], *inputs: Any, **keywords: Any
-) -> NoReturn:
-    """Raises what `check` raises for the inputs of a call that was refused, or if that is nothing
-    the refusal itself."""
+def explain(check: Callable[..., None], *inputs: Any, **keywords: Any) -> None:
+    """Raises what `check` raises for the inputs of a call that was refused, if it does. The caller
+    raises the refusal itself: the compilers of torch 2.10 and 2.11 cannot trace the `raise` of an
+    argument."""
     try:
         check(*inputs, **keywords)
     except (TypeError, ValueError, NotImplementedError) as exact:
         raise exact from None
-    raise refusal
 
 
 def outside_compilers(function: _Call) -> _Call:

@@ -199,8 +199,9 @@ def flash_attn_func(
             return (out, lse) if return_lse or return_attn_probs else out
     try:
         forward, softmax_scale = _choose(q, k, v, softmax_scale, sinks)
-    except (AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
-        explain(error, check_forward, q, k, v, 1.0, causal, tile_config, False, *options)
+    except (AttributeError, IndexError, ZeroDivisionError, RuntimeError):
+        explain(check_forward, q, k, v, 1.0, causal, tile_config, False, *options)
+        raise
     inputs = (q, k, v, softmax_scale, causal, tile_config, _always_deterministic() or deterministic)
     out, lse = forward(*inputs, *options)
     return (out, lse) if return_lse or return_attn_probs else out

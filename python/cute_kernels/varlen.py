@@ -225,8 +225,9 @@ def flash_attn_varlen_func(
         if _CHECK_CONTENTS and q.is_cuda and not _is_compiling():
             rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
             rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
-    except (AttributeError, IndexError, ZeroDivisionError, RuntimeError) as error:
-        explain(error, check_varlen_forward, q, k, v, *lengths, 1.0, causal, sinks)
+    except (AttributeError, IndexError, ZeroDivisionError, RuntimeError):
+        explain(check_varlen_forward, q, k, v, *lengths, 1.0, causal, sinks)
+        raise
     options: tuple[Any, ...] = (max_seqlen_q, max_seqlen_k)
     deterministic = _always_deterministic() or deterministic
     if hinted or deterministic or tile_config is not None:  # others cost a call time, too

@@ -117,7 +117,8 @@ def append_rows(
         inputs = (*inputs, *factors)
     try:
         results: tuple[Tensor, Tensor] = operators.append(k_cache, v_cache, *inputs)
-    except (AttributeError, IndexError) as error:
-        explain(error, check_append, k_cache, v_cache, *inputs)
+    except (AttributeError, IndexError):
+        explain(check_append, k_cache, v_cache, *inputs)
+        raise
     mark_written(k_cache, v_cache, *factors[2:4])
     return results

@@ -298,8 +298,9 @@ def attend(
             result: tuple[Tensor, Tensor] = operators.attention(*inputs)
             return result
         lse: Tensor = operators.attention_out(into, *inputs)
-    except (AttributeError, IndexError) as error:
-        explain(error, check_attention, *inputs)
+    except (AttributeError, IndexError):
+        explain(check_attention, *inputs)
+        raise
     mark_written(into)
     return into, lse
 

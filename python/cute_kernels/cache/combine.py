@@ -41,8 +41,9 @@ def flash_attn_combine(
         out_dtype = getattr(out, "dtype", None)
     try:
         result, lse = operators.combine(out_partial, lse_partial, out_dtype)
-    except (AttributeError, IndexError) as error:
-        explain(error, check_combine, out_partial, lse_partial, out_dtype)
+    except (AttributeError, IndexError):
+        explain(check_combine, out_partial, lse_partial, out_dtype)
+        raise
     if out is not None:
         check_output(out, result.shape, result)
         result = out.copy_(result)

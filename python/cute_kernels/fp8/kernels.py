@@ -42,8 +42,9 @@ def quantize_cuda(
     inputs = x, smooth, incoherent, signed(seed), dtype == torch.int8
     try:
         data, scale, shift = torch.ops.cute_kernels.quantize_fp8_rows(*inputs)
-    except RuntimeError as refusal:
-        explain(refusal, check_rows, *inputs)
+    except RuntimeError:
+        explain(check_rows, *inputs)
+        raise
     return FP8Tensor(data, scale, block, seed if incoherent else None, shift if smooth else None)
 
 
@@ -81,8 +82,9 @@ def attention_cuda(
     }
     try:
         out, lse = torch.ops.cute_kernels.flash_attn_fp8_forward(*inputs, **options)
-    except RuntimeError as refusal:
-        explain(refusal, check_forward, *inputs, **options)
+    except RuntimeError:
+        explain(check_forward, *inputs, **options)
+        raise
     return out, lse
 
 
@@ -122,8 +124,9 @@ def whole_attention_cuda(
     window = {"window_left": window_left, "window_right": window_right}
     try:
         out, lse, shift = torch.ops.cute_kernels.flash_attn_fp8(*inputs, **window)
-    except RuntimeError as refusal:
-        explain(refusal, check_whole, *inputs, **window)
+    except RuntimeError:
+        explain(check_whole, *inputs, **window)
+        raise
     return out, lse, shift if smooth_k else None
 
 
@@ -148,8 +151,9 @@ def varlen_attention(
     )
     try:
         out, lse = torch.ops.cute_kernels.flash_attn_fp8_varlen(*inputs, **options)
-    except RuntimeError as refusal:
-        explain(refusal, check_varlen_whole, *inputs, **options)
+    except RuntimeError:
+        explain(check_varlen_whole, *inputs, **options)
+        raise
     return out, lse
 
 
@@ -168,13 +172,15 @@ def varlen_attention_e4m3(
     values = (v, lengths[1], lengths[3])
     try:
         data, _ = torch.ops.cute_kernels.quantize_fp8_varlen_values(*values)
-    except RuntimeError as refusal:
-        explain(refusal, check_varlen_values, *values)
+    except RuntimeError:
+        explain(check_varlen_values, *values)
+        raise
     inputs = (q, k, data, *scales, *lengths, softmax_scale, causal, False, sinks)
     try:
         out, lse = torch.ops.cute_kernels.flash_attn_fp8_varlen_forward(*inputs, **options)
-    except RuntimeError as refusal:
-        explain(refusal, check_varlen_forward, *inputs, **options)
+    except RuntimeError:
+        explain(check_varlen_forward, *inputs, **options)
+        raise
     return out, lse
 
 
@@ -191,6 +197,7 @@ def _is_fusible(x: Tensor) -> bool:
 def _quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
     try:
         data, scale = torch.ops.cute_kernels.quantize_fp8_values(v)
-    except RuntimeError as refusal:
-        explain(refusal, check_values, v)
+    except RuntimeError:
+        explain(check_values, v)
+        raise
     return data, scale
