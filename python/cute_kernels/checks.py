@@ -48,7 +48,8 @@ _unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual
 
 def explain(check: Callable[..., None], *inputs: Any, **keywords: Any) -> None:
     """Raises what `check` raises for the inputs of a call that was refused, if it does. The caller
-    raises the refusal itself: torch 2.10's compiler does not trace `raise` of an argument."""
+    raises the refusal itself: the compilers of torch 2.10 and 2.11 cannot trace the `raise` of an
+    argument."""
     try:
         check(*inputs, **keywords)
     except (TypeError, ValueError, NotImplementedError) as exact:

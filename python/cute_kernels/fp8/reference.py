@@ -121,7 +121,7 @@ def uses_linear_exp(dtype: torch.dtype, head_dim: int, head_dim_v: int | None = 
     for row in reversed(tile_configs("forward_fp8")):
         fits = row["head_dim"] >= head_dim and row["head_dim_v"] >= (head_dim_v or head_dim)
         size = row["head_dim"] + row["head_dim_v"]
-        # Not by `min`, whose `key` torch 2.10's compiler does not trace.
+        # Not by `min`, whose `key` the compiler of torch 2.10 cannot trace.
         if row["dtype"] != name or row["mask"] == "none" or not fits:
             continue
         if chosen is None or size < smallest:

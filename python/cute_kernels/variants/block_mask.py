@@ -156,7 +156,7 @@ class BlockMask:
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The same on another device."""
-        other = object.__new__(type(self))  # torch 2.10's compiler does not trace copy.copy
+        other = object.__new__(type(self))  # torch 2.11 cannot trace copy.copy
         other.block_size = self.block_size
         other.kinds = self.kinds.to(device)
         other.lists = BlockLists(*(x.to(device) for x in self.lists))

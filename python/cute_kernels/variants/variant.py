@@ -203,7 +203,7 @@ class BoundVariant:
 
     def with_tensors(self, tensors: list[Tensor]) -> BoundVariant:
         """The same with other ones."""
-        other = object.__new__(type(self))  # torch 2.10's compiler does not trace copy.copy
+        other = object.__new__(type(self))  # torch 2.11 cannot trace copy.copy
         other.variant, other.tensors, other.numbers = self.variant, tensors, self.numbers
         return other
 
