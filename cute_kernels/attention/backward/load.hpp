@@ -30,13 +30,14 @@ class BackwardLoader {
   CUTLASS_DEVICE void load(KeyBlock const& coord) {
     using namespace cute;
     KeyBlockSteps<Traits, Params, Caller::kThread> const steps(params_, coord);
-    if constexpr (Traits::kPersistent) {
-      shared_.keys_empty.wait(keys_phase_);
-      keys_phase_ ^= 1;
-    }
     if (Traits::kAnyCall && !steps.any()) {
       sm90::wait_for_previous_kernel();  // so does every CTA, for the kernel behind this one
       return;
+    }
+    // Not of keys that nobody loads: consumers, who wait for none, could be a phase ahead of this.
+    if constexpr (Traits::kPersistent) {
+      shared_.keys_empty.wait(keys_phase_);
+      keys_phase_ ^= 1;
     }
     shared_.k_full.arrive_and_expect_tx(sizeof(shared_.k));
     load_keys(params_.tma_k, shared_.k.data(), typename Traits::LayoutK{}, coord,

@@ -257,10 +257,7 @@ class BackwardMainloop {
     hand_out_dv(params, coord, dv);
     hand_out_dk(params, coord, dk);
     Dq::announce(shared_, warpgroup_, 0, thread);
-    if (thread % cutlass::NumThreadsPerWarp == 0) {
-      shared_.keys_empty.arrive();
-      shared_.dv_full[warpgroup_].arrive();
-    }
+    if (thread % cutlass::NumThreadsPerWarp == 0) shared_.dv_full[warpgroup_].arrive();
     dq_phase_ ^= 1;
   }
 

@@ -104,8 +104,8 @@ class BackwardSplitProducts {
       if (is_seen) {
         Mainloop::template compute_dk<kCareful>(params, shared, pipeline_q, pipeline_grad_out,
                                                 coord, dk);
-        if constexpr (!kCareful) check_gradient<Traits>(params, dk);
       }
+      if constexpr (!kCareful) check_gradient<Traits>(params, dk);
       hand_out<Traits::kHeadDim>(params.tma_dk, params, params.grad_k, params.head_dim,
                                  shared.k.data(), coord, dk, params.softmax_scale);
     }
