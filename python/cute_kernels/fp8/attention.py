@@ -72,8 +72,9 @@ def flash_attn_fp8_func(
         out_dtype: float16 or bfloat16 (float32 on the CPU); q's dtype if None, bfloat16 if q comes
             quantised.
         return_lse: also return the natural logarithm of the softmax's denominator, (batch, heads,
-            seqlen_q), float32: to 1e-3 that of the quantised tensors, where Q and K are int8. Takes
-            some time up to head dim 128, where kernels do without exponentials otherwise.
+            seqlen_q), float32: to 1e-3 that of the quantised tensors, where Q and K are int8 (at
+            head dim 256 to 0.01, if scores are 10 times those of N(0, 1) or more). Takes some time
+            up to head dim 128, where kernels do without exponentials otherwise.
         tile_config: name of a row of ``cute_kernels.tile_configs("forward_fp8")`` to run, instead
             of the automatic choice; 16-bit tensors are then quantised by calls of their own. On the
             CPU it is only looked up.
