@@ -193,13 +193,13 @@ def assert_attention_right(
     assert not out[ends[-1] :].any()
 
 
-def attend(q, cu_seqlens_q, cache, **options):
-    """Output and LSE of a packed call."""
+def attend(q, cu_seqlens_q, cache, cache_seqlens=None, **options):
+    """Output and LSE of a packed call; `cache_seqlens` are the cache's if None."""
     return flash_attn_with_kvcache(
         q,
         cache.k_cache,
         cache.v_cache,
-        cache_seqlens=cache.seqlens(),
+        cache_seqlens=cache.seqlens() if cache_seqlens is None else cache_seqlens,
         cu_seqlens_q=cu_seqlens_q,
         return_softmax_lse=True,
         **cache.places,

@@ -112,17 +112,7 @@ def test_lengths_that_lie_outside(hopper, heads, page_size):
     lengths = cache.seqlens()
 
     def run():
-        return flash_attn_with_kvcache(
-            q,
-            cache.k_cache,
-            cache.v_cache,
-            qv=qv,
-            cache_seqlens=lengths,
-            cu_seqlens_q=starts,
-            causal=True,
-            return_softmax_lse=True,
-            **cache.places,
-        )
+        return attend(q, starts, cache, lengths, qv=qv, causal=True)
 
     right, good_lengths, good_starts = run(), lengths.clone(), starts.clone()
     for wrong in (2**31 - 1, -(2**31)):
@@ -194,16 +184,7 @@ def test_lengths_change_between_replays_of_a_graph(hopper):
     lengths = cache.seqlens()
 
     def call():
-        return flash_attn_with_kvcache(
-            q,
-            cache.k_cache,
-            cache.v_cache,
-            qv=qv,
-            cache_seqlens=lengths,
-            cu_seqlens_q=starts,
-            return_softmax_lse=True,
-            **cache.places,
-        )
+        return attend(q, starts, cache, lengths, qv=qv)
 
     call()
     graph = torch.cuda.CUDAGraph()

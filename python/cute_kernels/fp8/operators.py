@@ -18,10 +18,9 @@ from cute_kernels.fp8.tensor import (
     E4M3,
     KEY_PADDING,
     ROW_BLOCK,
-    VALUE_KEYS,
     FP8Tensor,
     Quantisation,
-    blocks_of_all,
+    packed_value_keys,
 )
 from cute_kernels.fp8.varlen_checks import (
     check_varlen_forward,
@@ -170,7 +169,7 @@ def _varlen_values_fake(
 ) -> tuple[Tensor, Tensor]:
     total, heads, head_dim = v.shape
     batch = cu_seqlens.shape[0] - 1
-    keys = blocks_of_all(total, batch, VALUE_KEYS) * VALUE_KEYS
+    keys = packed_value_keys(total, batch)
     channels = 0 if v.dtype == E4M3 else head_dim
     return (
         v.new_empty((heads, head_dim, keys), dtype=E4M3),

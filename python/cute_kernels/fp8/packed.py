@@ -18,9 +18,9 @@ from cute_kernels.fp8.tensor import (
     VALUE_KEYS,
     FP8Tensor,
     Quantisation,
-    blocks_of_all,
     first_block,
     in_key_order,
+    packed_value_keys,
 )
 from cute_kernels.reference import Mask, Sequence
 
@@ -46,7 +46,7 @@ def values_of(v: Tensor) -> tuple[Tensor, Tensor]:
 def values_of_sequences(v: Tensor, rows: list[slice]) -> tuple[Tensor, Tensor]:
     """The same of packed sequences: (heads, head_dim, keys of all), (batch, heads, head_dim)."""
     total, heads, head_dim = v.shape
-    keys = blocks_of_all(total, len(rows), VALUE_KEYS) * VALUE_KEYS
+    keys = packed_value_keys(total, len(rows))
     channels = 0 if v.dtype == E4M3 else head_dim
     data = v.new_zeros((heads, head_dim, keys), dtype=torch.uint8).view(E4M3)
     scale = v.new_zeros((len(rows), heads, channels), dtype=torch.float32)

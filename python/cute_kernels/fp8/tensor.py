@@ -35,6 +35,11 @@ def blocks_of_all(total: int, batch: int, rows: int) -> int:
     return total // rows + batch
 
 
+def packed_value_keys(total: int, batch: int) -> int:
+    """The transposed v's, of packed sequences: as attention/fp8_problem.hpp has it."""
+    return blocks_of_all(total, batch, VALUE_KEYS) * VALUE_KEYS
+
+
 @dataclass(frozen=True)
 class FP8Tensor:
     """A quantised tensor: `data` times `scale` is what it stands for, times M if there is a seed,

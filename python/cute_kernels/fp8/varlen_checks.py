@@ -21,7 +21,7 @@ from cute_kernels.fp8.checks import (
     check_tiles,
     check_variant,
 )
-from cute_kernels.fp8.tensor import E4M3, ROW_BLOCK, VALUE_KEYS, blocks_of_all
+from cute_kernels.fp8.tensor import E4M3, ROW_BLOCK, VALUE_KEYS, blocks_of_all, packed_value_keys
 from cute_kernels.tile_checks import check_tile_config
 from cute_kernels.varlen_checks import check_int32, check_lengths, check_max_seqlens
 
@@ -118,7 +118,7 @@ def check_varlen_forward(
     check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, diagonal)
     batch = cu_seqlens_q.shape[0] - 1
     (total_q, heads, _), (total_k, key_heads, _) = q.shape, k.shape
-    keys = blocks_of_all(total_k, batch, VALUE_KEYS) * VALUE_KEYS
+    keys = packed_value_keys(total_k, batch)
     wanted = (key_heads, v.shape[1], keys)
     if tuple(v.shape) != wanted or not v.is_contiguous():
         raise ValueError(
@@ -154,7 +154,7 @@ def _check_input(name: str, x: Tensor, also: tuple[torch.dtype, ...] = ()) -> No
 
 def _check_value_keys(v: Tensor, batch: int) -> None:
     """Of the transposed v, where each sequence has whole blocks to itself."""
-    keys = blocks_of_all(v.shape[0], batch, VALUE_KEYS) * VALUE_KEYS
+    keys = packed_value_keys(v.shape[0], batch)
     if isinstance(keys, int) and keys >= SIZE_LIMIT:
         raise ValueError(
             f"v has total {v.shape[0]} of {batch} sequences, in whole blocks of {VALUE_KEYS} keys "
