@@ -152,7 +152,7 @@ def test_used_rows_of_slots(device, options):
 
 
 def test_used_rows_with_descales(device):
-    """Of sequences: each has two parts then."""
+    """Of sequences, each of one or two blocks. The longest is given: 8 bits have two kernels."""
     if device == "cuda":
         from eight_bits import skip_unless_built
 
@@ -166,6 +166,7 @@ def test_used_rows_with_descales(device):
         "seqused_k": cache.seqlens(),
         "k_descale": descale,
         "v_descale": descale[:1].expand(5, 2),
+        "max_seqlen_q": max(USED),
         "causal": True,
         **cache.places,
     }
