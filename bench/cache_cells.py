@@ -188,9 +188,25 @@ def latent_grid(**more: Any) -> list[CacheCell]:
     ]
 
 
+def eight_bits_grid(**more: Any) -> list[CacheCell]:
+    """Caches of 8 bits, and where tokens are many the same of 16 beside them."""
+    k = 1024
+    bits = {"note": "8 bits", "element": "e4m3", **more}
+    both = ({"note": "16 bits", **more}, bits)
+    return [
+        *(_equal(batch, 1, keys, **bits) for batch in (1, 8) for keys in (k, 2 * k)),
+        *(_equal(32, n, 8 * k, **bits) for n in (2, 4)),
+        *(_equal(32, n, 8 * k, **of) for n in (5, 8, 16) for of in both),
+        *(_equal(32, 16, 8 * k, (16, 8, 256), **of) for of in both),
+        *(_equal(32, 16, 8 * k, (64, 8, 64), **of) for of in both),
+        *(_equal(4, 512, 16 * k, **of) for of in both),
+    ]
+
+
 GRIDS = {
     "decode": decode_grid,
     "prefill": prefill_grid,
     "short": short_grid,
     "latent": latent_grid,
+    "eight-bits": eight_bits_grid,
 }

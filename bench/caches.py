@@ -25,7 +25,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=GRIDS,
         default=["decode"],
-        help="one query token and a few; chunks of prompts; some dozen tokens; latent attention",
+        help="one query token and a few; chunks of prompts; some dozen tokens; latent attention; "
+        "8 bits",
     )
     vllm_library.add_option(parser)
     parser.add_argument(
