@@ -19,7 +19,7 @@ from bench.variant_rules import WINDOW
 @cute.jit
 def _alibi(score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
     slope = utils.scalar_to_ssa(aux_tensors[0][head[0]], cutlass.Float32)
-    return score + slope.broadcast_to(score.shape) * (kv_idx - q_idx).to(cutlass.Float32)
+    return score + slope * (kv_idx - q_idx).to(cutlass.Float32)
 
 
 @cute.jit
