@@ -81,6 +81,9 @@ class SeenKeys {
     end_alike_ = by_all.end >= tile.keys.end ? kNoKey : end_full_;
   }
 
+  CUTLASS_DEVICE int first_key(int block) const {
+    return walk_.tile().keys.begin + block * kTileN;
+  }
   /// Whether no row sees a key of a block that another one does not.
   CUTLASS_DEVICE bool are_alike(int block) const {
     return block >= begin_full_ && block < end_alike_;
@@ -95,7 +98,7 @@ class SeenKeys {
   template <class Scores>
   CUTLASS_DEVICE void mask(Scores& scores, int block) const {
     if (block >= begin_full_ && block < end_full_) return;
-    int const key = walk_.tile().keys.begin + block * kTileN;
+    int const key = first_key(block);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < cute::size<0>(scores); ++row) {
       mask_row(scores, row, seen_by(row), key);
@@ -169,13 +172,19 @@ class SeenKeys {
   /// Sets the scores of keys that a tree hides to -inf.
   template <class Scores>
   CUTLASS_DEVICE void mask_new(Scores& scores, int key) const {
-    int const first = key + first_accumulator_column() - first_new();
+    constexpr int kBits = 64;  // of keys at a time
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < cute::size<0>(scores); ++row) {
-      uint64_t const seen = new_keys_seen(row, first);
       CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < cute::size<1>(scores); ++col) {
-        if ((seen >> accumulator_column(col) & 1) == 0) scores(row, col) = -INFINITY;
+      for (int half = 0; half < kTileN; half += kBits) {
+        uint64_t const seen =
+            new_keys_seen(row, key + half + first_accumulator_column() - first_new());
+        CUTLASS_PRAGMA_UNROLL
+        for (int col = 0; col < cute::size<1>(scores); ++col) {
+          int const bit = accumulator_column(col) - half;
+          if (bit < 0 || bit >= kBits) continue;
+          if ((seen >> bit & 1) == 0) scores(row, col) = -INFINITY;
+        }
       }
     }
   }
