@@ -38,6 +38,12 @@ struct DecodeTraits {
   static_assert(kHeads == 1 || kHeads == kConsumers, "a head is a warpgroup's");
   static constexpr int kColumns = kHeads * kHeadDim;  // of a row of the tile's keys
 
+  // Whether each consumer warp's walk over the CTA's parts lies in shared memory: scores of 128 keys
+  // leave no registers for it.
+  static constexpr bool kWalksInMemory = kTileN == 128;
+  static constexpr int kWalks =
+      kWalksInMemory ? kConsumers * cutlass::NumWarpsPerWarpGroup : 0;
+
   static constexpr int kLookAhead = 2;  // blocks whose rows are looked up before they are copied
 
   // Registers of a thread after setmaxnreg, of what a multiprocessor has: with two CTAs 256 for two
@@ -103,6 +109,8 @@ struct DecodeTraits {
     Barrier q_full;
     Barrier q_empty;
     typename Dealer::Shared deal;
+    struct alignas(8) WalkMemory : cute::array<char, sizeof(WorkWalk<DecodeTraits>)> {};
+    cute::array<WalkMemory, kWalks> walks;  // of each consumer warp over the CTA's parts
     RowStatistics statistics[kConsumers][kWarpgroupM];  // of each warpgroup's blocks of a part
     int is_last;  // whether all parts of the consumers' item are there
   };
