@@ -13,6 +13,7 @@
 #include "cute_kernels/sm90/finite.hpp"
 #include "cute_kernels/sm90/mbarrier.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/opaque.hpp"
 #include "cute_kernels/sm90/uniform.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
@@ -257,7 +258,8 @@ class DecodeMainloop {
     using namespace cute;
     int const plane = Traits::kHeads > 1 ? stage * Traits::kHeads + warpgroup() : stage;
     Element* const data = shared_.v.data() + plane * Traits::kPlaneElements;
-    int const thread = threadIdx.x % kThreads;
+    // Not kept from block to block.
+    int const thread = sm90::opaque(threadIdx.x) % kThreads;
     // Each of the warpgroups that read the block looks at all of it.
     bool const is_alone = Traits::kHeads > 1 || part.takes_turns();
     int const all_threads = (is_alone ? 1 : Traits::kConsumers) * kThreads;
@@ -285,7 +287,7 @@ class DecodeMainloop {
         CUTLASS_PRAGMA_NO_UNROLL
         for (int i = 0; i < kBits; ++i) {
           Element const value =
-              values(first + i, first_accumulator_column() + accumulator_column(col));
+              values(first + i, first_accumulator_column(thread) + accumulator_column(col));
           if (sm90::is_finite(value)) continue;
           CUTLASS_PRAGMA_UNROLL
           for (int row = 0; row < kRows; ++row) {

@@ -7,6 +7,7 @@
 #include "cute_kernels/sm90/finite.hpp"
 #include "cute_kernels/sm90/math.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/opaque.hpp"
 
 namespace cute_kernels::attention {
 
@@ -30,7 +31,8 @@ CUTLASS_DEVICE void cap_scores(ScoreUnits const& units, Scores& scores) {
 
 /// The first of a thread's columns of an accumulator, and where the others are, seen from it: pairs
 /// of columns, 8 apart.
-CUTLASS_DEVICE int first_accumulator_column() { return threadIdx.x % 4 * 2; }
+CUTLASS_DEVICE int first_accumulator_column(int thread) { return thread % 4 * 2; }
+CUTLASS_DEVICE int first_accumulator_column() { return first_accumulator_column(threadIdx.x); }
 CUTLASS_DEVICE constexpr int accumulator_column(int col) { return 8 * (col / 2) + col % 2; }
 
 /// The first of a consumer thread's rows of its warpgroup's 64; the other one is 8 further.
@@ -45,15 +47,14 @@ struct AccumulatorPlace {
   int column;
 };
 
-/// Sets the scores of a row's unseen keys to -inf; the first column is key `key`.
+/// Sets the scores of a row's unseen keys to -inf; the first column, a thread's own, is key `key`.
 template <class Scores>
 CUTLASS_DEVICE void mask_row(Scores& scores, int row, KeySpan const& seen, int key) {
-  int const first = seen.begin - key - first_accumulator_column();
-  int const limit = seen.end - key - first_accumulator_column();
+  constexpr int kColumns = decltype(cute::size<1>(scores))::value;
+  uint32_t const shown = columns_between<kColumns>(seen.begin - key, seen.end - key);
   CUTLASS_PRAGMA_UNROLL
-  for (int col = 0; col < cute::size<1>(scores); ++col) {
-    int const offset = accumulator_column(col);
-    if (offset < first || offset >= limit) scores(row, col) = -INFINITY;
+  for (int col = 0; col < kColumns; ++col) {
+    if ((shown >> col & 1) == 0) scores(row, col) = -INFINITY;
   }
 }
 
@@ -99,11 +100,13 @@ class SeenKeys {
   CUTLASS_DEVICE void mask(Scores& scores, int block) const {
     if (block >= begin_full_ && block < end_full_) return;
     int const key = first_key(block);
+    // Not kept from block to block.
+    int const own = key + first_accumulator_column(sm90::opaque(threadIdx.x));
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < cute::size<0>(scores); ++row) {
-      mask_row(scores, row, seen_by(row), key);
+      mask_row(scores, row, seen_by(row), own);
     }
-    if (key + kTileN > first_new()) mask_new(scores, key);
+    if (key + kTileN > first_new()) mask_new(scores, own);
   }
 
   /// Keeps NaN and infinities of V out of rows that do not see them, where P is 0 but P V would
@@ -169,7 +172,7 @@ class SeenKeys {
     return first >= 0 ? bits >> first : bits << -first | ((uint64_t{1} << -first) - 1);
   }
 
-  /// Sets the scores of keys that a tree hides to -inf.
+  /// Sets the scores of keys that a tree hides to -inf; the thread's first column is key `key`.
   template <class Scores>
   CUTLASS_DEVICE void mask_new(Scores& scores, int key) const {
     constexpr int kBits = 64;  // of keys at a time
@@ -178,7 +181,7 @@ class SeenKeys {
       CUTLASS_PRAGMA_UNROLL
       for (int half = 0; half < kTileN; half += kBits) {
         uint64_t const seen =
-            new_keys_seen(row, key + half + first_accumulator_column() - first_new());
+            new_keys_seen(row, key + half - first_new());
         CUTLASS_PRAGMA_UNROLL
         for (int col = 0; col < cute::size<1>(scores); ++col) {
           int const bit = accumulator_column(col) - half;
