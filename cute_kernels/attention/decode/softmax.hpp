@@ -39,9 +39,15 @@ class RunningSoftmax {
     bool moves = false;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < size<0>(scores); ++row) {
-      float most = most_[row];
+      // Two chains, of the first and second columns of pairs: half as long. One begins with what is
+      // no NaN.
+      float most = most_[row], of_second = scores(row, 1);
       CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(scores); ++col) most = fmaxf(most, scores(row, col));
+      for (int col = 0; col < size<1>(scores); col += 2) {
+        most = fmaxf(most, scores(row, col));
+        if (col > 0) of_second = fmaxf(of_second, scores(row, col + 1));
+      }
+      most = fmaxf(most, of_second);
       most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
       most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
       // In a row that has seen no key, not by -inf - -inf, which is NaN.
