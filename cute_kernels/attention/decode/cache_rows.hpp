@@ -97,8 +97,8 @@ CUTLASS_DEVICE cutlass::Array<uint32_t, kPasses> found_by_lanes(uint32_t found, 
 }
 
 /// Copies blocks from `begin` up to before `end`, some: copy(row), where find(block) has found the
-/// row of a lane, among `pages` pages or nowhere. prepare() stands between the first look-ups and the
-/// first copy, or where it is `late` behind the first kAhead blocks, if there are more. Nothing
+/// row of a lane, among `pages` pages or nowhere. prepare() stands between the first look-ups and
+/// the first copy, or where it is `late` behind the first kAhead blocks, if there are more. Nothing
 /// depends on what find() reads until kAhead more blocks are on their way: it may queue behind all
 /// copies before.
 template <int kAhead, class Find, class Prepare, class Copy>

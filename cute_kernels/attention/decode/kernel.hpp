@@ -4,11 +4,11 @@
 
 #include "cute_kernels/attention/decode/epilogue.hpp"
 #include "cute_kernels/attention/decode/fp8_warps_mainloop.hpp"
-#include "cute_kernels/attention/decode/warp_walk.hpp"
 #include "cute_kernels/attention/decode/fp8_wide_load.hpp"
 #include "cute_kernels/attention/decode/load.hpp"
 #include "cute_kernels/attention/decode/mainloop.hpp"
 #include "cute_kernels/attention/decode/unused_rows.hpp"
+#include "cute_kernels/attention/decode/warp_walk.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/parameters.hpp"
 

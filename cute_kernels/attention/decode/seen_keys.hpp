@@ -82,9 +82,7 @@ class SeenKeys {
     end_alike_ = by_all.end >= tile.keys.end ? kNoKey : end_full_;
   }
 
-  CUTLASS_DEVICE int first_key(int block) const {
-    return walk_.tile().keys.begin + block * kTileN;
-  }
+  CUTLASS_DEVICE int first_key(int block) const { return walk_.tile().keys.begin + block * kTileN; }
   /// Whether no row sees a key of a block that another one does not.
   CUTLASS_DEVICE bool are_alike(int block) const {
     return block >= begin_full_ && block < end_alike_;
@@ -180,8 +178,7 @@ class SeenKeys {
     for (int row = 0; row < cute::size<0>(scores); ++row) {
       CUTLASS_PRAGMA_UNROLL
       for (int half = 0; half < kTileN; half += kBits) {
-        uint64_t const seen =
-            new_keys_seen(row, key + half - first_new());
+        uint64_t const seen = new_keys_seen(row, key + half - first_new());
         CUTLASS_PRAGMA_UNROLL
         for (int col = 0; col < cute::size<1>(scores); ++col) {
           int const bit = accumulator_column(col) - half;
