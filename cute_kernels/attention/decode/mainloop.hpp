@@ -38,7 +38,7 @@ class DecodeMainloop {
   static constexpr int kRows = 2;  // of a thread, 8 apart
 
  public:
-  using Softmax = RunningSoftmax<kRows>;
+  using Softmax = RunningSoftmax<kRows, 2>;
 
   CUTLASS_DEVICE DecodeMainloop(CachedCall const& call, CacheSource const& source,
                                 ScoreUnits const& units, typename Traits::Format const& format,
