@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     epilogue.begin(share);
     auto walk = [&] {
       if constexpr (Traits::kWalksInMemory) {
-        int const warp = cutlass::canonical_warp_idx() - cutlass::NumWarpsPerWarpGroup;
+        int const warp = cutlass::canonical_warp_idx_sync() - cutlass::NumWarpsPerWarpGroup;
         return WarpWalk<Traits>(first_part, shared.walks[warp]);
       } else {
         return first_part();

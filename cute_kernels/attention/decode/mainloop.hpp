@@ -167,7 +167,7 @@ class DecodeMainloop {
     };
     auto softmax_block = [&](int block, float (&factor)[kRows]) {
       if (units_.softcap > 0) cap_scores(units_, scores);
-      seen.mask(score_rows, block);
+      seen.mask_by_bits(score_rows, block);
       return softmax.update(score_rows, factor);
     };
     // What O is multiplied by before the next P V; whether it is more than the softmax says.

@@ -47,9 +47,22 @@ struct AccumulatorPlace {
   int column;
 };
 
-/// Sets the scores of a row's unseen keys to -inf; the first column, a thread's own, is key `key`.
+/// Sets the scores of a row's unseen keys to -inf; the first column is key `key`.
 template <class Scores>
 CUTLASS_DEVICE void mask_row(Scores& scores, int row, KeySpan const& seen, int key) {
+  int const first = seen.begin - key - first_accumulator_column();
+  int const limit = seen.end - key - first_accumulator_column();
+  CUTLASS_PRAGMA_UNROLL
+  for (int col = 0; col < cute::size<1>(scores); ++col) {
+    int const offset = accumulator_column(col);
+    if (offset < first || offset >= limit) scores(row, col) = -INFINITY;
+  }
+}
+
+/// The same where the thread's first column is key `key`: of many columns less is in registers at a
+/// time than with two comparisons for each.
+template <class Scores>
+CUTLASS_DEVICE void mask_row_by_bits(Scores& scores, int row, KeySpan const& seen, int key) {
   constexpr int kColumns = decltype(cute::size<1>(scores))::value;
   uint32_t const shown = columns_between<kColumns>(seen.begin - key, seen.end - key);
   CUTLASS_PRAGMA_UNROLL
@@ -98,11 +111,22 @@ class SeenKeys {
   CUTLASS_DEVICE void mask(Scores& scores, int block) const {
     if (block >= begin_full_ && block < end_full_) return;
     int const key = first_key(block);
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < cute::size<0>(scores); ++row) {
+      mask_row(scores, row, seen_by(row), key);
+    }
+    if (key + kTileN > first_new()) mask_new(scores, key + first_accumulator_column());
+  }
+  /// The same, where registers are scarce.
+  template <class Scores>
+  CUTLASS_DEVICE void mask_by_bits(Scores& scores, int block) const {
+    if (block >= begin_full_ && block < end_full_) return;
+    int const key = first_key(block);
     // Not kept from block to block.
     int const own = key + first_accumulator_column(sm90::opaque(threadIdx.x));
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < cute::size<0>(scores); ++row) {
-      mask_row(scores, row, seen_by(row), own);
+      mask_row_by_bits(scores, row, seen_by(row), own);
     }
     if (key + kTileN > first_new()) mask_new(scores, own);
   }
