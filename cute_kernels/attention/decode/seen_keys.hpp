@@ -79,6 +79,7 @@ class SeenKeys {
   using Element = typename Traits::Element;
   using Walk = WorkWalk<Traits>;
   static constexpr int kNoKey = 0x7fffffff;
+  static constexpr int kBitsOfTree = 64;
 
  public:
   static constexpr int kRows = 2;
@@ -115,7 +116,7 @@ class SeenKeys {
     for (int row = 0; row < cute::size<0>(scores); ++row) {
       mask_row(scores, row, seen_by(row), key);
     }
-    if (key + kTileN > first_new()) mask_new(scores, key + first_accumulator_column());
+    if (key + kTileN > first_new()) mask_new(scores, key);
   }
   /// The same, where registers are scarce.
   template <class Scores>
@@ -128,7 +129,10 @@ class SeenKeys {
     for (int row = 0; row < cute::size<0>(scores); ++row) {
       mask_row_by_bits(scores, row, seen_by(row), own);
     }
-    if (key + kTileN > first_new()) mask_new(scores, own);
+    CUTLASS_PRAGMA_UNROLL
+    for (int half = 0; half < kTileN; half += kBitsOfTree) {
+      if (key + half + kBitsOfTree > first_new()) mask_new_half(scores, half, own - first_new());
+    }
   }
 
   /// Keeps NaN and infinities of V out of rows that do not see them, where P is 0 but P V would
@@ -194,21 +198,31 @@ class SeenKeys {
     return first >= 0 ? bits >> first : bits << -first | ((uint64_t{1} << -first) - 1);
   }
 
-  /// Sets the scores of keys that a tree hides to -inf; the thread's first column is key `key`.
+  /// Sets the scores of keys that a tree hides to -inf.
   template <class Scores>
   CUTLASS_DEVICE void mask_new(Scores& scores, int key) const {
-    constexpr int kBits = 64;  // of keys at a time
+    int const first = key + first_accumulator_column() - first_new();
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < cute::size<0>(scores); ++row) {
+      uint64_t const seen = new_keys_seen(row, first);
       CUTLASS_PRAGMA_UNROLL
-      for (int half = 0; half < kTileN; half += kBits) {
-        uint64_t const seen = new_keys_seen(row, key + half - first_new());
-        CUTLASS_PRAGMA_UNROLL
-        for (int col = 0; col < cute::size<1>(scores); ++col) {
-          int const bit = accumulator_column(col) - half;
-          if (bit < 0 || bit >= kBits) continue;
-          if ((seen >> bit & 1) == 0) scores(row, col) = -INFINITY;
-        }
+      for (int col = 0; col < cute::size<1>(scores); ++col) {
+        if ((seen >> accumulator_column(col) & 1) == 0) scores(row, col) = -INFINITY;
+      }
+    }
+  }
+
+  /// The same of as many keys as a tree has bits, from key `half` of the block on; the thread's
+  /// first column is number `first` of the tree's.
+  template <class Scores>
+  CUTLASS_DEVICE void mask_new_half(Scores& scores, int half, int first) const {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < cute::size<0>(scores); ++row) {
+      uint64_t const seen = new_keys_seen(row, first + half);
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < cute::size<1>(scores); ++col) {
+        int const bit = accumulator_column(col) - half;
+        if (bit >= 0 && bit < kBitsOfTree && (seen >> bit & 1) == 0) scores(row, col) = -INFINITY;
       }
     }
   }
