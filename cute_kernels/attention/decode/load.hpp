@@ -105,16 +105,16 @@ class CacheLoader {
   CUTLASS_DEVICE static void drain() { sm90::wait_until_gathered(); }
 
  private:
-  CUTLASS_DEVICE static int lane(int thread = threadIdx.x) { return thread % kLanes; }
-  CUTLASS_DEVICE static int warp(int thread = threadIdx.x) { return thread / kLanes % kWarps; }
+  CUTLASS_DEVICE static int lane(uint32_t thread = threadIdx.x) { return thread % kLanes; }
+  CUTLASS_DEVICE static int warp(uint32_t thread = threadIdx.x) { return thread / kLanes % kWarps; }
 
   /// Rows of a tile go round the warps, kRowsAtOnce at a time: so a thread's place within a row of
   /// the swizzle's period is the same in most of its rows.
-  CUTLASS_DEVICE static int row_of(int pass, int part, int thread = threadIdx.x) {
+  CUTLASS_DEVICE static int row_of(int pass, int part, uint32_t thread = threadIdx.x) {
     return (pass * kWarps + warp(thread)) * kRowsAtOnce + part;
   }
   /// The one that this lane finds for its warp, of those that the tile has or behind them.
-  CUTLASS_DEVICE static int found_row(int thread) {
+  CUTLASS_DEVICE static int found_row(uint32_t thread) {
     return row_of(lane(thread) / kRowsAtOnce, lane(thread) % kRowsAtOnce, thread);
   }
   /// The same of keys, of one of several blocks.
@@ -132,7 +132,7 @@ class CacheLoader {
 
   CUTLASS_DEVICE void load_queries(Walk const& walk) {
     shared_.q_empty.wait(q_phase_ ^ 1);
-    int const thread = sm90::opaque(threadIdx.x);  // nothing is kept from part to part
+    uint32_t const thread = sm90::opaque(threadIdx.x);  // nothing is kept from part to part
     int const group = walk.sequence().group;
     int const found_row = CacheLoader::found_row(thread);
     CUTLASS_PRAGMA_UNROLL
@@ -212,7 +212,7 @@ class CacheLoader {
   CUTLASS_DEVICE static void copy_rows(Element* shared, SwizzledLayout const& swizzled,
                                        void const* global, int columns, int64_t head_stride,
                                        Places<kRows> const& from, int rows = kRows,
-                                       int thread = threadIdx.x) {
+                                       uint32_t thread = threadIdx.x) {
     int const part = lane(thread) / kLanesOfRow;
     int const column = lane(thread) % kLanesOfRow * kVector;
     int const of_head = column % Traits::kHeadDim;

@@ -259,7 +259,8 @@ class DecodeMainloop {
     int const plane = Traits::kHeads > 1 ? stage * Traits::kHeads + warpgroup() : stage;
     Element* const data = shared_.v.data() + plane * Traits::kPlaneElements;
     // Not kept from block to block.
-    int const thread = sm90::opaque(threadIdx.x) % kThreads;
+    uint32_t const of_cta = sm90::opaque(threadIdx.x);
+    int const thread = of_cta % kThreads;
     // Each of the warpgroups that read the block looks at all of it.
     bool const is_alone = Traits::kHeads > 1 || part.takes_turns();
     int const all_threads = (is_alone ? 1 : Traits::kConsumers) * kThreads;

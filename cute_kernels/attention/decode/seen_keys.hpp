@@ -31,7 +31,7 @@ CUTLASS_DEVICE void cap_scores(ScoreUnits const& units, Scores& scores) {
 
 /// The first of a thread's columns of an accumulator, and where the others are, seen from it: pairs
 /// of columns, 8 apart.
-CUTLASS_DEVICE int first_accumulator_column(int thread) { return thread % 4 * 2; }
+CUTLASS_DEVICE int first_accumulator_column(uint32_t thread) { return thread % 4 * 2; }
 CUTLASS_DEVICE int first_accumulator_column() { return first_accumulator_column(threadIdx.x); }
 CUTLASS_DEVICE constexpr int accumulator_column(int col) { return 8 * (col / 2) + col % 2; }
 
