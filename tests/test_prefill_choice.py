@@ -13,11 +13,13 @@ MAIN = """
 namespace cute_kernels::attention {
 namespace {
 constexpr auto kBf16 = ElementType::kBFloat16;
-constexpr DecodeKernel row(char const* name, int head_dim, int heads) {
-  return {{name, kBf16, head_dim, head_dim, false, false, nullptr, MaskClass::kAny, 128, 64, heads},
+constexpr DecodeKernel row(char const* name, int head_dim, int heads, int least_rows = 0) {
+  return {{name, kBf16, head_dim, head_dim, false, false, nullptr, MaskClass::kAny, 128, 64, heads,
+           least_rows},
           nullptr, nullptr};
 }
-DecodeKernel const kDecode[] = {row("d64", 64, 1), row("d64h2", 64, 2), row("d128", 128, 1)};
+DecodeKernel const kDecode[] = {row("d64", 64, 1), row("d64h2", 64, 2), row("d128", 128, 1),
+                                row("d128many", 128, 1, 65)};
 PrefillKernel const kPrefill[] = {
     {{"p64", kBf16, 64, 64, false, false, nullptr, MaskClass::kAny, 192, 64}, nullptr, nullptr},
     {{"p128", kBf16, 128, 128, false, false, nullptr, MaskClass::kAny, 192, 64}, nullptr, nullptr}};
@@ -30,7 +32,7 @@ Fp8DecodeKernel const kEightBits[] = {row8("many128", 128, 128), row8("few128", 
                                       row8("many64", 64, 128), row8("few256", 256, 32)};
 }  // namespace
 KernelTable<Fp8DecodeKernel> fp8_decode_kernels{kEightBits, 4};
-KernelTable<DecodeKernel> decode_kernels{kDecode, 3};
+KernelTable<DecodeKernel> decode_kernels{kDecode, 4};
 KernelTable<PrefillKernel> prefill_kernels{kPrefill, 2};
 }  // namespace cute_kernels::attention
 using namespace cute_kernels::attention;
@@ -105,6 +107,8 @@ int main() {
   show("unknown", cached(64, 4 * 512 + 60, 8, 8), {});
   show("one short chunk", cached(1, 64, 8, 8), 64);
   show("16 tokens", cached(32, 32 * 16, 8, 8), 16);
+  show("8 tokens", cached(32, 32 * 8, 8, 8), 8);
+  show("16 tokens, or one", cached(32, 32 * 2, 8, 8), 16);
   CachedCall capped = cached(4, 4 * 512, 8, 8);
   capped.softcap = 1.f;
   show("softcap", capped, 512);
@@ -129,16 +133,18 @@ def said(tmp_path_factory):
 
 
 def test_calls_to_a_cache(said):
-    assert said[:15] == [
+    assert said[:17] == [
         "decode: none d128",
         "chunks: p128 none",
         "mixed: p128 d128",
         "unknown: p128 d128",
-        "one short chunk: none d128",
-        "16 tokens: none d128",
-        "softcap: none d128",
+        "one short chunk: none d128many",
+        "16 tokens: none d128many",
+        "8 tokens: none d128",
+        "16 tokens, or one: none d128",
+        "softcap: none d128many",
         "pages of 528: p128 none",
-        "pages of 100: none d128",
+        "pages of 100: none d128many",
         "one token: none d64h2",
         "8 tokens: none d64h2",
         "9 tokens: none d64",
@@ -150,7 +156,7 @@ def test_calls_to_a_cache(said):
 
 def test_calls_to_a_cache_of_8_bits(said):
     """The smallest tile that holds all rows of the longest sequence, or the largest."""
-    assert said[15:] == [
+    assert said[17:] == [
         "one token: few128",
         "32 rows: few128",
         "33 rows: many128",

@@ -96,19 +96,21 @@ CUTLASS_DEVICE cutlass::Array<uint32_t, kPasses> found_by_lanes(uint32_t found, 
   return rows;
 }
 
-/// Copies blocks from `begin` up to before `end`: copy(row), where find(block) has found the row of
-/// a lane, among `pages` pages or nowhere. prepare() stands between the first look-ups and the
-/// first copy. Nothing depends on what find() reads until kAhead more blocks are on their way: it
-/// may queue behind all copies before.
+/// Copies blocks from `begin` up to before `end`, some: copy(row), where find(block) has found the
+/// row of a lane, among `pages` pages or nowhere. prepare() stands between the first look-ups and
+/// the first copy, or where it is `late` behind the first kAhead blocks, if there are more. Nothing
+/// depends on what find() reads until kAhead more blocks are on their way: it may queue behind all
+/// copies before.
 template <int kAhead, class Find, class Prepare, class Copy>
-CUTLASS_DEVICE void copy_blocks(int begin, int end, int pages, Find const& find,
+CUTLASS_DEVICE void copy_blocks(int begin, int end, int pages, Find const& find, bool late,
                                 Prepare const& prepare, Copy const& copy) {
   FoundRow found[kAhead];
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < kAhead; ++i) found[i] = find(begin + i);
-  prepare();
+  int const prepared = late && end - begin > kAhead ? begin + kAhead : begin;
   CUTLASS_PRAGMA_NO_UNROLL
   for (int block = begin;; block += kAhead) {
+    if (block == prepared) prepare();
     // Unrolled: a move from register to register would wait for what is being read.
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kAhead; ++i) {

@@ -45,7 +45,7 @@ class Fp8WideLoader {
       stage(walk.head(), row);
     };
     copy_blocks<Traits::kLookAhead>(
-        walk.begin_block(), walk.end_block(), source_.pages.pages, find, [] {}, copy);
+        walk.begin_block(), walk.end_block(), source_.pages.pages, find, false, [] {}, copy);
   }
 
   /// Converts the rest.

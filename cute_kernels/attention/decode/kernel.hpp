@@ -4,11 +4,11 @@
 
 #include "cute_kernels/attention/decode/epilogue.hpp"
 #include "cute_kernels/attention/decode/fp8_warps_mainloop.hpp"
-#include "cute_kernels/attention/decode/fp8_warps_walk.hpp"
 #include "cute_kernels/attention/decode/fp8_wide_load.hpp"
 #include "cute_kernels/attention/decode/load.hpp"
 #include "cute_kernels/attention/decode/mainloop.hpp"
 #include "cute_kernels/attention/decode/unused_rows.hpp"
+#include "cute_kernels/attention/decode/warp_walk.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/parameters.hpp"
 
@@ -81,8 +81,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
                                     params.units.log2_of_unit, shared);
     epilogue.begin(share);
     auto walk = [&] {
-      if constexpr (Traits::kByWarps) {
-        return WarpWalk<Traits>(first_part, shared.walks[Mainloop::warp()]);
+      if constexpr (Traits::kWalksInMemory) {
+        int const warp = cutlass::canonical_warp_idx_sync() - cutlass::NumWarpsPerWarpGroup;
+        return WarpWalk<Traits>(first_part, shared.walks[warp]);
       } else {
         return first_part();
       }

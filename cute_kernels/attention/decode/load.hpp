@@ -5,6 +5,7 @@
 #include "cute_kernels/attention/decode/cache_rows.hpp"
 #include "cute_kernels/attention/decode/traits.hpp"
 #include "cute_kernels/sm90/gather.hpp"
+#include "cute_kernels/sm90/opaque.hpp"
 #include "cute_kernels/sm90/uniform.hpp"
 
 namespace cute_kernels::attention {
@@ -80,7 +81,10 @@ class CacheLoader {
       if constexpr (!Traits::kEightBits) load_queries(walk);
     };
     int const turns = (end - begin + kBlocksAtOnce - 1) / kBlocksAtOnce;
-    copy_blocks<kTurnsAhead>(0, turns, source_.pages.pages, find, prepare, copy);
+    // Queries wait until the part before has its last scores. Until then memory would be idle: but
+    // for the first part, whose queries wait for nothing, some blocks go before them.
+    bool const queries_late = passed_ > 0;
+    copy_blocks<kTurnsAhead>(0, turns, source_.pages.pages, find, queries_late, prepare, copy);
     passed_ += end - begin;
   }
 
@@ -101,17 +105,17 @@ class CacheLoader {
   CUTLASS_DEVICE static void drain() { sm90::wait_until_gathered(); }
 
  private:
-  CUTLASS_DEVICE static int lane() { return threadIdx.x % kLanes; }
-  CUTLASS_DEVICE static int warp() { return threadIdx.x / kLanes % kWarps; }
+  CUTLASS_DEVICE static int lane(uint32_t thread = threadIdx.x) { return thread % kLanes; }
+  CUTLASS_DEVICE static int warp(uint32_t thread = threadIdx.x) { return thread / kLanes % kWarps; }
 
   /// Rows of a tile go round the warps, kRowsAtOnce at a time: so a thread's place within a row of
   /// the swizzle's period is the same in most of its rows.
-  CUTLASS_DEVICE static int row_of(int pass, int part) {
-    return (pass * kWarps + warp()) * kRowsAtOnce + part;
+  CUTLASS_DEVICE static int row_of(int pass, int part, uint32_t thread = threadIdx.x) {
+    return (pass * kWarps + warp(thread)) * kRowsAtOnce + part;
   }
   /// The one that this lane finds for its warp, of those that the tile has or behind them.
-  CUTLASS_DEVICE static int found_row() {
-    return row_of(lane() / kRowsAtOnce, lane() % kRowsAtOnce);
+  CUTLASS_DEVICE static int found_row(uint32_t thread) {
+    return row_of(lane(thread) / kRowsAtOnce, lane(thread) % kRowsAtOnce, thread);
   }
   /// The same of keys, of one of several blocks.
   CUTLASS_DEVICE static int found_block() { return lane() / kRowsOfWarp; }
@@ -128,14 +132,16 @@ class CacheLoader {
 
   CUTLASS_DEVICE void load_queries(Walk const& walk) {
     shared_.q_empty.wait(q_phase_ ^ 1);
+    uint32_t const thread = sm90::opaque(threadIdx.x);  // nothing is kept from part to part
     int const group = walk.sequence().group;
+    int const found_row = CacheLoader::found_row(thread);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < Traits::kConsumers / Traits::kHeads; ++i) {
-      int const number = i * Traits::kWarpgroupM + found_row();
+      int const number = i * Traits::kWarpgroupM + found_row;
       int const rows = walk.tile().rows - i * Traits::kWarpgroupM;
       if (rows <= 0) break;
       FoundRow row{-1, 0};
-      if (found_row() < Traits::kWarpgroupM && number < walk.tile().rows) {
+      if (found_row < Traits::kWarpgroupM && number < walk.tile().rows) {
         source_.group(row.major, row.minor, walk.tile().first_row + number);
         row.major += walk.sequence().row_q;
         row.minor += walk.head() * Traits::kHeads * group;
@@ -144,7 +150,7 @@ class CacheLoader {
                                      source_.q.data, call_.head_dim, group * source_.q.head_stride,
                                      places_of<Traits::kWarpgroupM>(row_place<kVector>(
                                          row, source_.q.seqlen_stride, source_.q.head_stride)),
-                                     rows);
+                                     rows, thread);
     }
     sm90::arrive_when_gathered(shared_.q_full);
     q_phase_ ^= 1;
@@ -205,9 +211,10 @@ class CacheLoader {
   template <int kRows, class SwizzledLayout>
   CUTLASS_DEVICE static void copy_rows(Element* shared, SwizzledLayout const& swizzled,
                                        void const* global, int columns, int64_t head_stride,
-                                       Places<kRows> const& from, int rows = kRows) {
-    int const part = lane() / kLanesOfRow;
-    int const column = lane() % kLanesOfRow * kVector;
+                                       Places<kRows> const& from, int rows = kRows,
+                                       uint32_t thread = threadIdx.x) {
+    int const part = lane(thread) / kLanesOfRow;
+    int const column = lane(thread) % kLanesOfRow * kVector;
     int const of_head = column % Traits::kHeadDim;
     // The swizzle's period is 8 rows: a thread's places repeat after as many passes, further on.
     constexpr int kPeriod = kRowsAtOnce * kWarps < 8 ? 8 / (kRowsAtOnce * kWarps) : 1;
@@ -220,7 +227,7 @@ class CacheLoader {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kPeriod; ++i) {
       places[i] = cute::cast_smem_ptr_to_uint(shared) +
-                  layout(row_of(i, part), column) * static_cast<int>(sizeof(Element));
+                  layout(row_of(i, part, thread), column) * static_cast<int>(sizeof(Element));
     }
     CUTLASS_PRAGMA_UNROLL
     for (int pass = 0; pass < kPasses<kRows>; ++pass) {

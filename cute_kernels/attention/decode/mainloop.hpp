@@ -13,6 +13,7 @@
 #include "cute_kernels/sm90/finite.hpp"
 #include "cute_kernels/sm90/mbarrier.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/opaque.hpp"
 #include "cute_kernels/sm90/uniform.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
@@ -35,10 +36,9 @@ class DecodeMainloop {
   static constexpr int kWarpgroupM = Traits::kWarpgroupM;
   static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
   static constexpr int kRows = 2;  // of a thread, 8 apart
-  static constexpr int kNoKey = 0x7fffffff;
 
  public:
-  using Softmax = RunningSoftmax<kRows>;
+  using Softmax = RunningSoftmax<kRows, 2>;
 
   CUTLASS_DEVICE DecodeMainloop(CachedCall const& call, CacheSource const& source,
                                 ScoreUnits const& units, typename Traits::Format const& format,
@@ -111,34 +111,6 @@ class DecodeMainloop {
   CUTLASS_DEVICE static bool has_turns(Walk const& walk) {
     return walk.end_block() - walk.begin_block() > 1;
   }
-  /// The query of a thread's row, of its kRows.
-  CUTLASS_DEVICE int query_of(Walk const& walk, Part const& part, int row) const {
-    return group_.div(walk.tile().first_row + part.first_row + first_accumulator_row() + 8 * row);
-  }
-
-  /// Worked out where it is needed, as few blocks do: registers are scarce.
-  CUTLASS_DEVICE KeySpan seen_by(Walk const& walk, Part const& part, int row) const {
-    return walk.sequence().seen_by(query_of(walk, part, row));
-  }
-
-  /// The first of the keys of which a tree says who sees them; where there is no tree none is.
-  CUTLASS_DEVICE int first_new(Walk const& walk) const {
-    WindowRanges const& ranges = walk.sequence().ranges;
-    return call_.tree_mask == nullptr ? kNoKey : ranges.seqlen_k - ranges.seqlen_q;
-  }
-
-  /// Which of these a row sees. Read where it is needed: few blocks have such keys.
-  CUTLASS_DEVICE uint64_t new_keys_seen(Walk const& walk, Part const& part, int row) const {
-    int const query = query_of(walk, part, row);
-    bool const there = call_.tree_mask != nullptr && query < walk.sequence().ranges.seqlen_q;
-    auto const* const bits = call_.tree_mask + walk.sequence().row_q + query;
-    return there ? static_cast<uint64_t>(__ldg(bits)) : 0;
-  }
-  /// Of key `number` of them, or a key before them.
-  CUTLASS_DEVICE static bool is_seen(uint64_t new_keys_seen, int number) {
-    return number < 0 || (number < 64 && (new_keys_seen >> number & 1) != 0);
-  }
-
   template <class Output>
   CUTLASS_DEVICE void compute_rows(Walk const& walk, Part const& part, Softmax& softmax,
                                    Output& out) {
@@ -168,10 +140,7 @@ class DecodeMainloop {
     auto score_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
     auto out_rows = sm90::rows_cols(out);
 
-    RowTile<Traits> const& tile = walk.tile();
-    KeySpan seen_by_all = walk.sequence().seen_by_all(tile.first_query, tile.last_query);
-    seen_by_all.end = min(seen_by_all.end, first_new(walk));
-    auto first_key = [&](int block) { return tile.keys.begin + block * kTileN; };
+    SeenKeys<Traits> const seen(call_, group_, walk, part.first_row + first_accumulator_row());
     if constexpr (Traits::kEightBits) {
       scales_.begin(walk, warpgroup(), part.first_row, first_accumulator_row(), shared_);
     }
@@ -184,11 +153,8 @@ class DecodeMainloop {
     auto wait_for_keys = [&] { shared_.k_full[k_stage.index].wait(k_stage.phase); };
     // NaN that some rows do not see is cleared then.
     auto wait_for_values = [&](int block) {
-      int const key = first_key(block);
       shared_.v_full[v_stage.index].wait(v_stage.phase);
-      if (key < seen_by_all.begin || min(key + kTileN, tile.keys.end) > seen_by_all.end) {
-        guard_values(walk, part, out_rows, key, v_stage.index);
-      }
+      if (!seen.are_alike(block)) guard_values(seen, part, out_rows, block, v_stage.index);
     };
     // S has been computed.
     auto release_keys = [&](int block) {
@@ -200,12 +166,8 @@ class DecodeMainloop {
       if (block >= last) release(shared_.q_empty);
     };
     auto softmax_block = [&](int block, float (&factor)[kRows]) {
-      int const key = first_key(block);
       if (units_.softcap > 0) cap_scores(units_, scores);
-      if (key < seen_by_all.begin || key + kTileN > seen_by_all.end) {
-        mask(score_rows, walk, part, key);
-        if (key + kTileN > first_new(walk)) mask_new(score_rows, walk, part, key);
-      }
+      seen.mask_by_bits(score_rows, block);
       return softmax.update(score_rows, factor);
     };
     // What O is multiplied by before the next P V; whether it is more than the softmax says.
@@ -255,11 +217,19 @@ class DecodeMainloop {
       warpgroup_fence_operand(scores);
       release_keys(block + part.turns);
       bool moves = softmax_block(block + part.turns, factor);
+      // A branch, which keeps the exponentials on this side of the wait.
+      if (!Traits::kEightBits && moves) {
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(out);
+        Softmax::scale_rows(out_rows, factor);
+      }
       sm90::warpgroup_wait_all();
       warpgroup_fence_operand(out);
       release_values();
-      moves |= scale_probabilities(factor);
-      if (moves) Softmax::scale_rows(out_rows, factor);
+      if constexpr (Traits::kEightBits) {
+        moves |= scale_probabilities(factor);
+        if (moves) Softmax::scale_rows(out_rows, factor);
+      }
       round_probabilities();
     }
 
@@ -279,38 +249,18 @@ class DecodeMainloop {
     if (cute::elect_one_sync()) sm90::arrive(barrier, count);
   }
 
-  /// Sets the scores of unseen keys to -inf; the first column is key `key`.
-  template <class Scores>
-  CUTLASS_DEVICE void mask(Scores& scores, Walk const& walk, Part const& part, int key) const {
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) mask_row(scores, row, seen_by(walk, part, row), key);
-  }
-
-  /// The same of keys that a tree hides.
-  template <class Scores>
-  CUTLASS_DEVICE void mask_new(Scores& scores, Walk const& walk, Part const& part, int key) const {
-    using namespace cute;
-    int const first = key + first_accumulator_column() - first_new(walk);
-    CUTLASS_PRAGMA_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      uint64_t const seen = new_keys_seen(walk, part, row);
-      CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(scores); ++col) {
-        if (!is_seen(seen, first + accumulator_column(col))) scores(row, col) = -INFINITY;
-      }
-    }
-  }
-
   /// Keeps NaN and infinities of V out of rows that do not see them: where P is 0, P V would still
   /// be NaN. They are cleared, and added to the rows that do see them. Of a block that some rows
   /// see in part, when V has landed.
   template <class Output>
-  CUTLASS_DEVICE void guard_values(Walk const& walk, Part const& part, Output& out, int key,
-                                   int stage) {
+  CUTLASS_DEVICE void guard_values(SeenKeys<Traits> const& seen, Part const& part, Output& out,
+                                   int block, int stage) {
     using namespace cute;
     int const plane = Traits::kHeads > 1 ? stage * Traits::kHeads + warpgroup() : stage;
     Element* const data = shared_.v.data() + plane * Traits::kPlaneElements;
-    int const thread = threadIdx.x % kThreads;
+    // Not kept from block to block.
+    uint32_t const of_cta = sm90::opaque(threadIdx.x);
+    int const thread = of_cta % kThreads;
     // Each of the warpgroups that read the block looks at all of it.
     bool const is_alone = Traits::kHeads > 1 || part.takes_turns();
     int const all_threads = (is_alone ? 1 : Traits::kConsumers) * kThreads;
@@ -326,15 +276,10 @@ class DecodeMainloop {
       uint32_t sees[kRows];  // of keys from `first` on
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < kRows; ++row) {
-        KeySpan const seen = seen_by(walk, part, row);
         sees[row] = 0;
         CUTLASS_PRAGMA_NO_UNROLL
         for (int i = 0; i < kBits; ++i) {
-          int const at = key + first + i;
-          bool const is_new = at >= first_new(walk);
-          bool const own =
-              at >= seen.begin && at < seen.end &&
-              (!is_new || is_seen(new_keys_seen(walk, part, row), at - first_new(walk)));
+          bool const own = seen.is_seen(row, seen.first_key(block) + first + i);
           sees[row] |= static_cast<uint32_t>(own) << i;
         }
       }
@@ -343,7 +288,7 @@ class DecodeMainloop {
         CUTLASS_PRAGMA_NO_UNROLL
         for (int i = 0; i < kBits; ++i) {
           Element const value =
-              values(first + i, first_accumulator_column() + accumulator_column(col));
+              values(first + i, first_accumulator_column(thread) + accumulator_column(col));
           if (sm90::is_finite(value)) continue;
           CUTLASS_PRAGMA_UNROLL
           for (int row = 0; row < kRows; ++row) {

@@ -7,6 +7,7 @@
 #include "cute_kernels/sm90/finite.hpp"
 #include "cute_kernels/sm90/math.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/opaque.hpp"
 
 namespace cute_kernels::attention {
 
@@ -30,7 +31,8 @@ CUTLASS_DEVICE void cap_scores(ScoreUnits const& units, Scores& scores) {
 
 /// The first of a thread's columns of an accumulator, and where the others are, seen from it: pairs
 /// of columns, 8 apart.
-CUTLASS_DEVICE int first_accumulator_column() { return threadIdx.x % 4 * 2; }
+CUTLASS_DEVICE int first_accumulator_column(uint32_t thread) { return thread % 4 * 2; }
+CUTLASS_DEVICE int first_accumulator_column() { return first_accumulator_column(threadIdx.x); }
 CUTLASS_DEVICE constexpr int accumulator_column(int col) { return 8 * (col / 2) + col % 2; }
 
 /// The first of a consumer thread's rows of its warpgroup's 64; the other one is 8 further.
@@ -57,6 +59,18 @@ CUTLASS_DEVICE void mask_row(Scores& scores, int row, KeySpan const& seen, int k
   }
 }
 
+/// The same where the thread's first column is key `key`: of many columns less is in registers at a
+/// time than with two comparisons for each.
+template <class Scores>
+CUTLASS_DEVICE void mask_row_by_bits(Scores& scores, int row, KeySpan const& seen, int key) {
+  constexpr int kColumns = decltype(cute::size<1>(scores))::value;
+  uint32_t const shown = columns_between<kColumns>(seen.begin - key, seen.end - key);
+  CUTLASS_PRAGMA_UNROLL
+  for (int col = 0; col < kColumns; ++col) {
+    if ((shown >> col & 1) == 0) scores(row, col) = -INFINITY;
+  }
+}
+
 /// Which keys of a part a consumer thread's rows of the tile see, and what is done about those that
 /// they do not, by blocks of kTileN keys. Of an accumulator a thread has two rows, 8 apart. What
 /// only few blocks need is worked out there: registers are scarce.
@@ -65,6 +79,7 @@ class SeenKeys {
   using Element = typename Traits::Element;
   using Walk = WorkWalk<Traits>;
   static constexpr int kNoKey = 0x7fffffff;
+  static constexpr int kBitsOfTree = 64;
 
  public:
   static constexpr int kRows = 2;
@@ -81,6 +96,7 @@ class SeenKeys {
     end_alike_ = by_all.end >= tile.keys.end ? kNoKey : end_full_;
   }
 
+  CUTLASS_DEVICE int first_key(int block) const { return walk_.tile().keys.begin + block * kTileN; }
   /// Whether no row sees a key of a block that another one does not.
   CUTLASS_DEVICE bool are_alike(int block) const {
     return block >= begin_full_ && block < end_alike_;
@@ -95,12 +111,28 @@ class SeenKeys {
   template <class Scores>
   CUTLASS_DEVICE void mask(Scores& scores, int block) const {
     if (block >= begin_full_ && block < end_full_) return;
-    int const key = walk_.tile().keys.begin + block * kTileN;
+    int const key = first_key(block);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < cute::size<0>(scores); ++row) {
       mask_row(scores, row, seen_by(row), key);
     }
     if (key + kTileN > first_new()) mask_new(scores, key);
+  }
+  /// The same, where registers are scarce.
+  template <class Scores>
+  CUTLASS_DEVICE void mask_by_bits(Scores& scores, int block) const {
+    if (block >= begin_full_ && block < end_full_) return;
+    int const key = first_key(block);
+    // Not kept from block to block.
+    int const own = key + first_accumulator_column(sm90::opaque(threadIdx.x));
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < cute::size<0>(scores); ++row) {
+      mask_row_by_bits(scores, row, seen_by(row), own);
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int half = 0; half < kTileN; half += kBitsOfTree) {
+      if (key + half + kBitsOfTree > first_new()) mask_new_half(scores, half, own - first_new());
+    }
   }
 
   /// Keeps NaN and infinities of V out of rows that do not see them, where P is 0 but P V would
@@ -176,6 +208,21 @@ class SeenKeys {
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < cute::size<1>(scores); ++col) {
         if ((seen >> accumulator_column(col) & 1) == 0) scores(row, col) = -INFINITY;
+      }
+    }
+  }
+
+  /// The same of as many keys as a tree has bits, from key `half` of the block on; the thread's
+  /// first column is number `first` of the tree's.
+  template <class Scores>
+  CUTLASS_DEVICE void mask_new_half(Scores& scores, int half, int first) const {
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < cute::size<0>(scores); ++row) {
+      uint64_t const seen = new_keys_seen(row, first + half);
+      CUTLASS_PRAGMA_UNROLL
+      for (int col = 0; col < cute::size<1>(scores); ++col) {
+        int const bit = accumulator_column(col) - half;
+        if (bit >= 0 && bit < kBitsOfTree && (seen >> bit & 1) == 0) scores(row, col) = -INFINITY;
       }
     }
   }

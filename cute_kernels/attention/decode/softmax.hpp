@@ -16,9 +16,12 @@ struct RowStatistics {
 /// (FlashAttention-2, arXiv 2307.08691, section 3.1). Each thread keeps kRows rows; the four
 /// threads of a quad share them. The exponent is scale * (score - maximum), subtracted first: it is
 /// never above 0, however large both are. The row sum stays one partial sum a thread until
-/// reduce_sums().
-template <int kRows>
+/// reduce_sums(). A row's maximum is one chain of comparisons, or two of half the length, which
+/// take a register more.
+template <int kRows, int kChains = 1>
 class RunningSoftmax {
+  static_assert(kChains == 1 || kChains == 2);
+
  public:
   /// exp(s) of the softmax is 2^(scale_log2 * s).
   CUTLASS_DEVICE explicit RunningSoftmax(float scale_log2) : scale_log2_(scale_log2) {
@@ -41,7 +44,15 @@ class RunningSoftmax {
     for (int row = 0; row < size<0>(scores); ++row) {
       float most = most_[row];
       CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(scores); ++col) most = fmaxf(most, scores(row, col));
+      for (int col = 0; col < size<1>(scores); col += kChains) most = fmaxf(most, scores(row, col));
+      if constexpr (kChains == 2) {
+        float of_others = scores(row, 1);  // NaN, if it is all that they are
+        CUTLASS_PRAGMA_UNROLL
+        for (int col = 3; col < size<1>(scores); col += 2) {
+          of_others = fmaxf(of_others, scores(row, col));
+        }
+        most = fmaxf(most, of_others);
+      }
       most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
       most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
       // In a row that has seen no key, not by -inf - -inf, which is NaN.

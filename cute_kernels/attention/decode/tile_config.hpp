@@ -10,9 +10,10 @@
 namespace cute_kernels::attention {
 
 struct DecodeTileConfig : RowConfig<ElementType> {
-  int tile_m;  // rows of a tile
-  int tile_n;  // keys of a block
-  int heads;   // key heads of a tile, which have as many of its rows each
+  int tile_m;      // rows of a tile
+  int tile_n;      // keys of a block
+  int heads;       // key heads of a tile, which have as many of its rows each
+  int least_rows;  // in the mean, of a call's sequences
 };
 
 struct DecodeKernel {
@@ -33,16 +34,25 @@ inline int64_t rows_of_longest(CachedCall const& call, std::optional<int64_t> lo
   return std::min<int64_t>(longest.value_or(alike), call.total_q) * call.group;
 }
 
+/// The rows of a sequence in the mean, of those that have any.
+inline int64_t mean_rows(CachedCall const& call) {
+  int64_t const batch = std::max(call.batch, 1);
+  return (int64_t{call.total_q} * call.group + batch - 1) / batch;
+}
+
 /// The last of the kernels with the smallest fitting head dim; null where there is none. One with
 /// several heads in a tile is for calls whose key heads it divides, none of whose sequences has
-/// more rows than it has of each: of more it would read keys once for each tile.
+/// more rows than it has of each: of more it would read keys once for each tile. `mean`: the rows
+/// of most of the sequences, by which one for few or many is chosen.
 inline DecodeKernel const* choose_decode(KernelTable<DecodeKernel> const& kernels,
-                                         ElementType dtype, CachedCall const& call, int64_t rows) {
+                                         ElementType dtype, CachedCall const& call, int64_t rows,
+                                         int64_t mean) {
   int const head_dim = std::max(call.head_dim, call.head_dim_v);
   DecodeKernel const* best = nullptr;
   for (DecodeKernel const& kernel : kernels) {
     DecodeTileConfig const& config = kernel.config;
     if (config.dtype != dtype || config.head_dim < head_dim) continue;
+    if (mean < config.least_rows) continue;
     if (config.heads > 1) {
       if (call.heads_kv % config.heads != 0 || rows > config.tile_m / config.heads) continue;
     }

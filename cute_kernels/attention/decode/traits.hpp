@@ -38,14 +38,19 @@ struct DecodeTraits {
   static_assert(kHeads == 1 || kHeads == kConsumers, "a head is a warpgroup's");
   static constexpr int kColumns = kHeads * kHeadDim;  // of a row of the tile's keys
 
+  // Whether each consumer warp's walk over the CTA's parts lies in shared memory: scores of 128
+  // keys, or O of 256 columns, leave no registers for it.
+  static constexpr bool kWalksInMemory = kTileN == 128 || kHeadDim == 256;
+  static constexpr int kWalks = kWalksInMemory ? kConsumers * cutlass::NumWarpsPerWarpGroup : 0;
+
   static constexpr int kLookAhead = 2;  // blocks whose rows are looked up before they are copied
 
   // Registers of a thread after setmaxnreg, of what a multiprocessor has: with two CTAs 256 for two
   // threads, with two consumer warpgroups 504 for three.
   static constexpr bool kReconfigureRegisters = kConsumers * kCtas == 2;
   // A producer thread knows more of two heads, and consumers have half as many scores.
-  static constexpr int kProducerRegisters = kHeads == 2 ? 104 : 72;
-  static constexpr int kConsumerRegisters = kHeads == 2 ? 200 : kConsumers == 2 ? 216 : 184;
+  static constexpr int kProducerRegisters = kHeads == 2 ? 104 : kConsumers == 2 ? 88 : 72;
+  static constexpr int kConsumerRegisters = kHeads == 2 ? 200 : kConsumers == 2 ? 208 : 184;
 
   // WGMMA atoms: S = Q K^T from shared memory, O += P V with P in registers.
   using MmaQk = decltype(cute::make_tiled_mma(
@@ -103,6 +108,8 @@ struct DecodeTraits {
     Barrier q_full;
     Barrier q_empty;
     typename Dealer::Shared deal;
+    struct alignas(8) WalkMemory : cute::array<char, sizeof(WorkWalk<DecodeTraits>)> {};
+    cute::array<WalkMemory, kWalks> walks;  // of each consumer warp over the CTA's parts
     RowStatistics statistics[kConsumers][kWarpgroupM];  // of each warpgroup's blocks of a part
     int is_last;  // whether all parts of the consumers' item are there
   };

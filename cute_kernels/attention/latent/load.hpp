@@ -48,7 +48,7 @@ class LatentLoader {
     };
     copy_blocks<Traits::kLookAhead>(
         walk.begin_block(), walk.end_block(), source_.cache.pages.pages,
-        [&](int block) { return find(walk, block); }, [] {}, copy);
+        [&](int block) { return find(walk, block); }, false, [] {}, copy);
   }
 
   /// Shared memory must outlive all copies.

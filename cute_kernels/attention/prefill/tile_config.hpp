@@ -65,8 +65,9 @@ inline CacheKernels choose_for_cache(ElementType dtype, DecodeProblem const& pro
   int const multiprocessors = problem.device.multiprocessors;
   constexpr double kPrefillSpeed = 1.75;
   int64_t const most = std::min<int64_t>(longest.value_or(call.total_q), call.total_q);
+  int64_t const rows_at_most = rows_of_longest(call, longest);
   DecodeKernel const* const decode =
-      choose_decode(decode_kernels, dtype, call, rows_of_longest(call, longest));
+      choose_decode(decode_kernels, dtype, call, rows_at_most, mean_rows(call));
   PrefillKernel const* const prefill =
       choose_prefill(dtype, std::max(call.head_dim, call.head_dim_v));
   bool const takes = call.softcap == 0 && call.chunk == 0 && call.tree_mask == nullptr;
@@ -79,7 +80,9 @@ inline CacheKernels choose_for_cache(ElementType dtype, DecodeProblem const& pro
   bool const pays = tiles * kPrefillSpeed > rounds * multiprocessors;
   if (!pays || !prefill_fits(rows, call.batch, call.heads_kv)) return {nullptr, decode};
   bool const all_are_long = most * call.batch <= call.total_q;
-  return {prefill, all_are_long ? nullptr : decode};
+  if (all_are_long) return {prefill, nullptr};
+  // Those that are not long have one token, mostly.
+  return {prefill, choose_decode(decode_kernels, dtype, call, rows_at_most, call.group)};
 }
 
 }  // namespace cute_kernels::attention

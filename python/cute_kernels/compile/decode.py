@@ -20,11 +20,13 @@ from .rows import (
 
 # What setmaxnreg leaves a consumer thread (decode/traits.hpp), by the numbers of a CTA's consumer
 # warpgroups and of CTAs, and where tiles have two heads
-DECODE_CONSUMER_REGISTERS = {(1, 1): 255, (1, 2): 184, (2, 1): 216}
+DECODE_CONSUMER_REGISTERS = {(1, 1): 255, (1, 2): 184, (2, 1): 208}
 DECODE_CONSUMER_REGISTERS_OF_TWO_HEADS = 200
 
 # Of each of four warps: two sums, the line of all work, the CTA's place there.
 WORK_BYTES_OF_WARPGROUP = 4 * (2 * 4 + 16 + 52)
+# Of a consumer warp's walk over the CTA's parts, where it lies in shared memory
+WALK_BYTES = 96
 
 DECODE_FIELDS = (
     *HEAD,
@@ -33,6 +35,7 @@ DECODE_FIELDS = (
     Field("stages", int, 2, "kStages"),
     Field("ctas", int, 1, "kCtas"),
     Field("heads", int, 1, "kHeads"),
+    Field("least_rows", int, 0),
     Field("why", str),
 )
 
@@ -48,10 +51,16 @@ def decode_shared_memory(row: Row) -> dict[str, int]:
             # flag; two statistics of each row
             "barriers and work": 2 * 8 * (2 * row["stages"] + 1)
             + (row["tile_m"] // WARPGROUP_M + 1) * WORK_BYTES_OF_WARPGROUP
+            + walk_bytes(row)
             + 4
             + 2 * 4 * row["tile_m"],
         }
     )
+
+
+def walk_bytes(row: Row) -> int:
+    in_memory = row["tile_n"] == 128 or row["head_dim"] == 256
+    return WALK_BYTES * 4 * row["tile_m"] // WARPGROUP_M if in_memory else 0
 
 
 def decode_registers(row: Row) -> dict[str, int]:
@@ -169,7 +178,7 @@ def fp8_warps_shared_memory(row: Row) -> dict[str, int]:
             # of rows of K, of V and of Q; every warp's walk; full and empty, of every stage of K
             # and of V; as of decode
             "factors, barriers and work": 4 * (2 * of_keys + warp_rows)
-            + FP8_WARPS * 96
+            + FP8_WARPS * WALK_BYTES
             + 2 * 8 * 2 * row["stages"]
             + 3 * WORK_BYTES_OF_WARPGROUP
             + 4
@@ -355,7 +364,7 @@ DECODE = Pass(
     fields=DECODE_FIELDS,
     dtypes=DTYPES,
     element="Element",
-    config=("tile_m", "tile_n", "heads"),
+    config=("tile_m", "tile_n", "heads", "least_rows"),
     shared_memory=decode_shared_memory,
     registers=decode_registers,
     problems=decode_problems,
