@@ -73,9 +73,9 @@ cudaError_t start_listing_work(ForwardProblem const& problem, cudaStream_t strea
         int const units = (sizes.seqlen_q + kMaskUnit - 1) / kMaskUnit;
         AskMask<Variant, Traits::kTileN> const ask{problem.call, *problem.variant, words, units,
                                                    lists.rows_of_batch == 0 ? 1 : sizes.batch};
-        return start_preparing<typename Traits::Tiling>(
-            listed, forward_work_list<Traits>(problem), ask, ask.ctas(), problem.device, stream,
-            independent);
+        return start_preparing<typename Traits::Tiling>(listed, forward_work_list<Traits>(problem),
+                                                        ask, ask.ctas(), problem.device, stream,
+                                                        independent);
       }
     }
     return start(listed);

@@ -97,14 +97,14 @@ template <class Tiling, class Call>
 cudaError_t start_preparing(Call const& call, WorkList const& list, UnusedRows const& unused,
                             Device const& device, cudaStream_t stream, bool independent = false) {
   PackedLengths const& packed = attention_call(call).packed;
-  ClearUnused const clear{
-      {packed.cu_seqlens_q, packed.seqused_q, packed.total_q, sequences(call)}, unused};
+  ClearUnused const clear{{packed.cu_seqlens_q, packed.seqused_q, packed.total_q, sequences(call)},
+                          unused};
   constexpr int kThreads = WorkListBuilder<Tiling, Call>::kThreads;
   int64_t const rows = attention_call(call).is_packed() ? packed.total_q : 0;
   int64_t const ctas = (rows + kThreads - 1) / kThreads;
-  return start_preparing<Tiling>(
-      call, list, clear, ctas < device.multiprocessors ? ctas : device.multiprocessors, device,
-      stream, independent);
+  return start_preparing<Tiling>(call, list, clear,
+                                 ctas < device.multiprocessors ? ctas : device.multiprocessors,
+                                 device, stream, independent);
 }
 
 }  // namespace cute_kernels::attention

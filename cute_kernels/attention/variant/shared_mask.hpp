@@ -14,9 +14,9 @@
 namespace cute_kernels::attention {
 
 /// A mask hook that does not ask for the head shows all heads the same. So it is asked once for all
-/// of them, by the kernel that lists the tiles, about the units at both ends of each list: there are
-/// the diagonal, a window's left end, and where documents begin. What it shows, and the call's own
-/// mask with it, is a bit for each element, in the order in which the threads of the attention
+/// of them, by the kernel that lists the tiles, about the units at both ends of each list: there
+/// are the diagonal, a window's left end, and where documents begin. What it shows, and the call's
+/// own mask with it, is a bit for each element, in the order in which the threads of the attention
 /// kernel hold a block's. About other units each tile asks for itself.
 template <int kTileN>
 struct SharedMask {
@@ -57,8 +57,9 @@ constexpr bool shares_mask() {
   }
 }
 
-/// Rows of lists, whose bits a call has memory for; 0: its tiles ask for themselves, as lists differ
-/// from head to head, batch entries have lists but no mask in common, or too few would share.
+/// Rows of lists, whose bits a call has memory for; 0: its tiles ask for themselves, as lists
+/// differ from head to head, batch entries have lists but no mask in common, or too few would
+/// share.
 template <class Variant>
 int64_t rows_of_shared_mask(AttentionCall const& call, BlockLists const& lists) {
   if constexpr (shares_mask<Variant>()) {
