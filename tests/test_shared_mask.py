@@ -1,5 +1,5 @@
-"""What a mask hook is asked once for all heads (attention/variant/shared_mask.hpp), by functions that
-run on the GPU: each bit beside the hook and the call's own mask. Nothing here needs a GPU."""
+"""What a mask hook is asked once for all heads (attention/variant/shared_mask.hpp), by functions of
+kernels: each bit beside the hook and the call's own mask. Nothing here needs a GPU."""
 
 import random
 from pathlib import Path
@@ -47,7 +47,7 @@ template <int kTileN>
 void check(AttentionCall const& call, VariantArguments variant) {
   using Bits = SharedMask<kTileN>;
   BlockLists const& lists = variant.blocks;
-  int64_t const rows = rows_of_shared_mask<Variant>(call, lists);
+  int64_t const rows = rows_of_shared_mask<Variant, kTileN>(call, lists);
   constexpr uint32_t kNoBits = 0xdeadbeef;  // which no thread here has, to be seen
   std::vector<uint32_t> words(rows * Bits::kWordsOfRow, kNoBits);
   int const units = (call.sizes.seqlen_q + kMaskUnit - 1) / kMaskUnit;

@@ -159,15 +159,15 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
   /// Of the block at a place, what all heads share.
   template <class Params, class Walk>
   CUTLASS_DEVICE static KnownMask<kTileN> known_mask(Params const& params, Walk const& walk,
-                                                     int place, int warpgroup) {
+                                                     int place) {
     using Bits = SharedMask<kTileN>;
     static_assert(Traits::kConsumers * cutlass::NumThreadsPerWarpGroup == Bits::kThreads);
     uint32_t const* const words = params.variant.shared_mask;
     int const slot =
         Bits::slot_of(place / Bits::kBlocksOfUnit, walk.places.end / Bits::kBlocksOfUnit);
     if (words == nullptr || sm90::uniform(slot) < 0) return {nullptr};
-    int const thread = warpgroup * cutlass::NumThreadsPerWarpGroup +
-                       sm90::opaque(threadIdx.x % cutlass::NumThreadsPerWarpGroup);
+    // Warpgroup 0 is the producer.
+    int const thread = sm90::opaque(threadIdx.x) - cutlass::NumThreadsPerWarpGroup;
     return {words + Bits::place(walk.row.number(), slot, place % Bits::kBlocksOfUnit, thread)};
   }
 
@@ -304,7 +304,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         BlockEntry const entry{sm90::uniform(walk.entry(place).packed)};
         int const block = walk.block(entry, place);
         if constexpr (shares_mask<Variant>()) {
-          auto const known = known_mask(params, walk, place, warpgroup);
+          auto const known = known_mask(params, walk, place);
           return cute::make_tuple(block, !entry.is_full(), shown(block, entry.is_full(), known));
         } else {
           return cute::make_tuple(block, !entry.is_full(), shown(block, entry.is_full()));

@@ -39,7 +39,7 @@ template <class Traits>
 int64_t shared_mask_bytes(ForwardProblem const& problem) {
   using Variant = typename Traits::Variant;
   if constexpr (!shares_mask<Variant>()) return 0;
-  return rows_of_shared_mask<Variant>(problem.call, problem.variant->blocks) *
+  return rows_of_shared_mask<Variant, Traits::kTileN>(problem.call, problem.variant->blocks) *
          SharedMask<Traits::kTileN>::kWordsOfRow * int64_t{sizeof(uint32_t)};
 }
 

@@ -41,10 +41,11 @@ struct SharedMask {
   }
 
   /// The words of a thread, of a block of an entry's unit.
-  static constexpr int64_t place(int row, int slot, int block, int thread) {
-    return int64_t{row} * kWordsOfRow +
-           ((slot * kBlocksOfUnit + block) * kThreads + thread) * kWords;
+  static constexpr int place(int row, int slot, int block, int thread) {
+    return ((((row * kSlots + slot) * kBlocksOfUnit + block) * kThreads) + thread) * kWords;
   }
+  /// Of these rows place() is an int.
+  static constexpr int64_t kMostRows = (int64_t{1} << 31) / kWordsOfRow;
 };
 
 /// Whether kernels of a variant may share what its mask hook says.
@@ -60,15 +61,19 @@ constexpr bool shares_mask() {
 /// Rows of lists, whose bits a call has memory for; 0: its tiles ask for themselves, as lists
 /// differ from head to head, batch entries have lists but no mask in common, or too few would
 /// share.
-template <class Variant>
+template <class Variant, int kTileN>
 int64_t rows_of_shared_mask(AttentionCall const& call, BlockLists const& lists) {
   if constexpr (shares_mask<Variant>()) {
     constexpr int kFewHeads = 2;
     CallSizes const& sizes = call.sizes;
-    if (lists.counts == nullptr || lists.rows_of_head != 0 || sizes.heads_q <= kFewHeads) return 0;
-    int64_t const units = (sizes.seqlen_q + kMaskUnit - 1) / kMaskUnit;
-    if (lists.rows_of_batch != 0) return int64_t{lists.rows_of_batch} * (sizes.batch - 1) + units;
-    return sizes.batch == 1 || !Variant::Hooks::kMaskAsksBatch ? units : 0;
+    int64_t rows = (sizes.seqlen_q + kMaskUnit - 1) / kMaskUnit;
+    bool shares = lists.counts != nullptr && lists.rows_of_head == 0 && sizes.heads_q > kFewHeads;
+    if (lists.rows_of_batch != 0) {
+      rows += int64_t{lists.rows_of_batch} * (sizes.batch - 1);
+    } else {
+      shares &= sizes.batch == 1 || !Variant::Hooks::kMaskAsksBatch;
+    }
+    return shares && rows <= SharedMask<kTileN>::kMostRows ? rows : 0;
   } else {
     return 0;
   }
