@@ -304,7 +304,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         BlockEntry const entry{sm90::uniform(walk.entry(place).packed)};
         int const block = walk.block(entry, place);
         if constexpr (shares_mask<Variant>()) {
-          auto const known = known_mask(params, walk, place);
+          auto const known = [&](auto& words) { return known_mask(params, walk, place)(words); };
           return cute::make_tuple(block, !entry.is_full(), shown(block, entry.is_full(), known));
         } else {
           return cute::make_tuple(block, !entry.is_full(), shown(block, entry.is_full()));
