@@ -104,11 +104,15 @@ def test_without_keys_or_queries(hopper, kernels, lengths):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_many_blocks(hopper, kernels, deterministic):
-    """More tiles and key blocks than CTAs: those that wait for one another's dQ must all run."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_many_blocks(hopper, kernels, deterministic, shared):
+    """More tiles and key blocks than CTAs: those that wait for one another's dQ must all run. With
+    `shared` lists heads share what the mask says, too, of lists that are longer than that."""
     torch.manual_seed(0)
     batch, heads, length = 2, 8, 4096
-    kinds = random_kinds((batch, heads, blocks(length), blocks(length)), 7).to(hopper)
+    kinds = random_kinds((batch, 1 if shared else heads, blocks(length), blocks(length)), 7).to(
+        hopper
+    )
     q, k, v = random_qkv(hopper, torch.bfloat16, batch, length, length, heads, heads // 2, 128)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     ids = torch.randint(0, 2, (batch, length), device=hopper).int()

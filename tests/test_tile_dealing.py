@@ -45,9 +45,9 @@ void deal(typename Scheduler::Params const& params, int ctas, Print const& print
   std::cout << '\\n';
 }}
 
-template <int kNeighbours>
+template <int kNeighbours, bool kMovesOn>
 void deal_listed(int count, int heads, int ctas) {{
-  using Scheduler = ListScheduler<kNeighbours>;
+  using Scheduler = ListScheduler<kNeighbours, kMovesOn>;
   WorkList list{{&count, nullptr, nullptr, count}};
   deal<Scheduler>(Scheduler::make_params(list, heads), ctas, [](ListedTile const& tile) {{
     std::cout << tile.entry << ' ' << tile.head << ' ';
@@ -58,10 +58,13 @@ int main() {{
   int neighbours;
   while (std::cin >> neighbours) {{
     if (neighbours > 0) {{
-      int count, heads, ctas;
-      std::cin >> count >> heads >> ctas;
-      if (neighbours == {NEIGHBOURS[0]}) deal_listed<{NEIGHBOURS[0]}>(count, heads, ctas);
-      if (neighbours == {NEIGHBOURS[1]}) deal_listed<{NEIGHBOURS[1]}>(count, heads, ctas);
+      int moves_on, count, heads, ctas;
+      std::cin >> moves_on >> count >> heads >> ctas;
+      auto deal_listed = [&](auto on) {{
+        if (neighbours == {NEIGHBOURS[0]}) ::deal_listed<{NEIGHBOURS[0]}, on()>(count, heads, ctas);
+        if (neighbours == {NEIGHBOURS[1]}) ::deal_listed<{NEIGHBOURS[1]}, on()>(count, heads, ctas);
+      }};
+      moves_on ? deal_listed(std::true_type()) : deal_listed(std::false_type());
     }} else {{
       CallSizes sizes{{}};
       bool causal;
@@ -108,11 +111,12 @@ def check(ctas, expected):
     assert max(counts) - min(counts) <= 1
 
 
+@pytest.mark.parametrize("moves_on", [0, 1])
 @pytest.mark.parametrize("neighbours", NEIGHBOURS)
-def test_every_listed_tile_and_head_once(program, neighbours):
+def test_every_listed_tile_and_head_once(program, neighbours, moves_on):
     """Whatever part of a group of neighbours the last ones are."""
     cases = list(itertools.product(range(15), range(1, 8), (1, 2, 3, 4, 5, 7, 8, 13)))
-    lines = program([(neighbours, *case) for case in cases])
+    lines = program([(neighbours, moves_on, *case) for case in cases])
     for (count, heads, number), line in zip(cases, lines, strict=True):
         ctas = of_ctas(line, 2)
         assert len(ctas) == number

@@ -39,9 +39,9 @@ struct DenseCalls {
 };
 
 /// All calls: a tile stands in the work list, where it is read again rather than kept.
-template <int kNeighbours>
+template <int kNeighbours, bool kMovesOn = true>
 struct AnyCalls {
-  using Scheduler = ListScheduler<kNeighbours>;
+  using Scheduler = ListScheduler<kNeighbours, kMovesOn>;
   using Tile = ListedTile;
   static constexpr bool kHasLeftEnd = WindowMask::kHasLeftEnd;
 

@@ -12,7 +12,8 @@ namespace cute_kernels::attention {
 
 template <class Tile>
 int64_t forward_workspace_bytes(ForwardProblem const& problem) {
-  return work_bytes<ForwardTraits<Tile>>(problem);
+  using Traits = ForwardTraits<Tile>;
+  return work_bytes<Traits>(problem) + shared_mask_bytes<Traits>(problem);
 }
 
 /// Starts the forward kernel of a tile on `stream`: TMA descriptors, grid, launch; before it, where
@@ -23,7 +24,10 @@ cudaError_t launch_forward(ForwardProblem const& problem, cudaStream_t stream) {
   AttentionCall const& call = problem.call;
   if (Traits::Variant::kHasBlockMask && !has_block_lists(problem)) return cudaErrorInvalidValue;
   float const scale_log2 = scale_of_scores(Traits::Variant::unit(call)) * sm90::kLog2e;
-  auto const params = forward_params<Traits>(problem, scale_log2);
+  auto params = forward_params<Traits>(problem, scale_log2);
+  if constexpr (shares_mask<typename Traits::Variant>()) {
+    params.variant.shared_mask = shared_mask_of<Traits>(problem);
+  }
   if constexpr (Traits::kAnyCall) {
     cudaError_t const status = start_listing_work<Traits>(problem, stream);
     if (status != cudaSuccess) return status;

@@ -7,9 +7,11 @@
 #include "cute_kernels/attention/forward/softmax.hpp"
 #include "cute_kernels/attention/forward/value_guard.hpp"
 #include "cute_kernels/attention/ranges.hpp"
+#include "cute_kernels/attention/variant/shared_mask.hpp"
 #include "cute_kernels/attention/variant/variant.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/opaque.hpp"
+#include "cute_kernels/sm90/uniform.hpp"
 #include "cute_kernels/sm90/warp_gemm.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
@@ -154,6 +156,21 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     return finite;
   }
 
+  /// Of the block at a place, what all heads share.
+  template <class Params, class Walk>
+  CUTLASS_DEVICE static KnownMask<kTileN> known_mask(Params const& params, Walk const& walk,
+                                                     int place) {
+    using Bits = SharedMask<kTileN>;
+    static_assert(Traits::kConsumers * cutlass::NumThreadsPerWarpGroup == Bits::kThreads);
+    uint32_t const* const words = params.variant.shared_mask;
+    int const slot =
+        Bits::slot_of(place / Bits::kBlocksOfUnit, walk.places.end / Bits::kBlocksOfUnit);
+    if (words == nullptr || sm90::uniform(slot) < 0) return {nullptr};
+    // Warpgroup 0 is the producer.
+    int const thread = sm90::opaque(threadIdx.x) - cutlass::NumThreadsPerWarpGroup;
+    return {words + Bits::place(walk.row.number(), slot, place % Bits::kBlocksOfUnit, thread)};
+  }
+
   /// Computes softmax(scale Q K^T) V, not yet divided by the row sums, of 64 queries into `out`.
   template <class Params, class Output>
   CUTLASS_DEVICE static void compute(Params const& params, SharedStorage& shared,
@@ -225,6 +242,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     auto softmax_block = [&](int block, bool seek, auto const& shown, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       auto mask = [&] {
+        if (shown.is_known()) return;
         int const lane = sm90::opaque(thread);  // not kept from step to step
         auto const again = params.forgotten(coord);
         auto const& mask = params.mask_of(again);
@@ -277,14 +295,20 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
     // What there is to say of the block at a place before its scores are there: with hooks its
     // number, whether rows may see the first of their keys there, and what hooks show of it.
     auto ask = [&](int place) {
-      auto shown = [&](int block, bool is_full) {
+      auto shown = [&](int block, bool is_full, auto const&... known) {
         auto const rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
-        return shown_elements<Variant>(params, rows, [&] { return place_in(block); }, is_full);
+        return shown_elements<Variant>(
+            params, rows, [&] { return place_in(block); }, is_full, known...);
       };
       if constexpr (kHasBlockMask) {
         BlockEntry const entry{sm90::uniform(walk.entry(place).packed)};
         int const block = walk.block(entry, place);
-        return cute::make_tuple(block, !entry.is_full(), shown(block, entry.is_full()));
+        if constexpr (shares_mask<Variant>()) {
+          auto const known = [&](auto& words) { return known_mask(params, walk, place)(words); };
+          return cute::make_tuple(block, !entry.is_full(), shown(block, entry.is_full(), known));
+        } else {
+          return cute::make_tuple(block, !entry.is_full(), shown(block, entry.is_full()));
+        }
       } else if constexpr (Variant::kHides) {
         return cute::make_tuple(place, false, shown(place, false));
       } else {

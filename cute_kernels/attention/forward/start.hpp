@@ -10,6 +10,7 @@
 #include "cute_kernels/attention/problem.hpp"
 #include "cute_kernels/attention/schedule/prepare.hpp"
 #include "cute_kernels/attention/variant/listed_call.hpp"
+#include "cute_kernels/attention/variant/shared_mask.hpp"
 #include "cute_kernels/sm90/launch.hpp"
 
 // What the launches of 16-bit and FP8 forward kernels have in common.
@@ -26,11 +27,28 @@ WorkList forward_work_list(ForwardProblem const& problem) {
   return work_list_at(problem.workspace, problem.call.sizes.batch, most_work<Traits>(problem.call));
 }
 
-/// The memory that a launch needs: that of the work list.
+/// The memory of the work list that a launch needs.
 template <class Traits>
 int64_t work_bytes(ForwardProblem const& problem) {
   if constexpr (!Traits::kAnyCall) return 0;
   return work_list_bytes(problem.call.sizes.batch, most_work<Traits>(problem.call));
+}
+
+/// That of what a mask hook shows all heads, behind it.
+template <class Traits>
+int64_t shared_mask_bytes(ForwardProblem const& problem) {
+  using Variant = typename Traits::Variant;
+  if constexpr (!shares_mask<Variant>()) return 0;
+  return rows_of_shared_mask<Variant, Traits::kTileN>(problem.call, problem.variant->blocks) *
+         SharedMask<Traits::kTileN>::kWordsOfRow * int64_t{sizeof(uint32_t)};
+}
+
+/// Null: tiles ask for themselves.
+template <class Traits>
+uint32_t* shared_mask_of(ForwardProblem const& problem) {
+  if (shared_mask_bytes<Traits>(problem) == 0) return nullptr;
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(problem.workspace) +
+                                     work_bytes<Traits>(problem));
 }
 
 /// Starts the kernel that runs before one that takes any call; `independent`: see start_preparing.
@@ -46,8 +64,21 @@ cudaError_t start_listing_work(ForwardProblem const& problem, cudaStream_t strea
     return start_preparing<typename Traits::Tiling>(call, forward_work_list<Traits>(problem),
                                                     unused, problem.device, stream, independent);
   };
-  if constexpr (Traits::Variant::kHasBlockMask) {
-    return start(listed_call(problem.call, problem.variant->blocks));
+  using Variant = typename Traits::Variant;
+  if constexpr (Variant::kHasBlockMask) {
+    BlockLists const& lists = problem.variant->blocks;
+    ListedCall const listed = listed_call(problem.call, lists);
+    if constexpr (shares_mask<Variant>()) {
+      if (uint32_t* const words = shared_mask_of<Traits>(problem)) {
+        int const units = (sizes.seqlen_q + kMaskUnit - 1) / kMaskUnit;
+        AskMask<Variant, Traits::kTileN> const ask{problem.call, *problem.variant, words, units,
+                                                   lists.rows_of_batch == 0 ? 1 : sizes.batch};
+        return start_preparing<typename Traits::Tiling>(listed, forward_work_list<Traits>(problem),
+                                                        ask, ask.ctas(), problem.device, stream,
+                                                        independent);
+      }
+    }
+    return start(listed);
   } else {
     return start(problem.call);
   }

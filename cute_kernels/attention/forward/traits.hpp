@@ -34,6 +34,8 @@ struct ForwardTraits : ForwardTileTraits<Tile, Tile::kAnyCall> {
   using Variant = typename Tile::Variant;
   using Tiling = std::conditional_t<Variant::kHasBlockMask, ListedTiling<Common::kTileM, kTileN>,
                                     typename Common::Tiling>;
+  using Calls = std::conditional_t<Variant::kHasBlockMask, AnyCalls<Tiling::kNeighbours, false>,
+                                   typename Common::Calls>;
   // A loader that walks a list needs more registers.
   static constexpr int kOfList = Variant::kHasBlockMask && kConsumers == 2 ? 8 : 0;
   static constexpr int kProducerRegisters = Common::kProducerRegisters + 2 * kOfList;

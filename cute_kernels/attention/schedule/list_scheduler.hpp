@@ -8,8 +8,9 @@
 namespace cute_kernels::attention {
 
 /// The order of a work list's tiles, with all heads of each. CTAs move on, as in an order of
-/// bands: classes of length, each of which ends in the same places.
-template <int kNeighbours>
+/// bands: classes of length, each of which ends in the same places. Not where kMovesOn is false:
+/// in an order in which length falls all along, two rounds, there and back, are even as they are.
+template <int kNeighbours, bool kMovesOn = true>
 class ListScheduler : public CtaRounds {
  public:
   struct Params {
@@ -29,7 +30,7 @@ class ListScheduler : public CtaRounds {
 
   CUTLASS_DEVICE bool valid() const { return number() < count_ * params_.heads; }
 
-  CUTLASS_DEVICE void advance() { next_round(gridDim.x / 4); }
+  CUTLASS_DEVICE void advance() { next_round(kMovesOn ? gridDim.x / 4 : 0); }
 
   CUTLASS_DEVICE ListedTile coord() const {
     return listed_tile<kNeighbours>(number(), count_, params_.group);

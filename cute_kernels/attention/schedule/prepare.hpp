@@ -43,13 +43,23 @@ CUTLASS_DEVICE void clear_unused_slots(QuerySlots const& slots, UnusedRows const
   }
 }
 
-/// The first CTA builds the list, the others clear unused rows of Q's results. Its end is that of
-/// the kernel before it, too: whoever waits for it waits for both. Unless it is `independent` of
+/// Clears unused rows of Q's results.
+struct ClearUnused {
+  QuerySlots slots;
+  UnusedRows unused;
+
+  CUTLASS_DEVICE void operator()(int cta, int ctas, int threads) const {
+    clear_unused_slots(slots, unused, cta, ctas, threads);
+  }
+};
+
+/// The first CTA builds the list, the others do the rest, rest(cta, ctas, threads). Its end is that
+/// of the kernel before it, too: whoever waits for it waits for both. Unless it is `independent` of
 /// what that kernel reads and writes, it begins with this.
-template <class Tiling, class Call>
+template <class Tiling, class Call, class Rest>
 __global__ void __launch_bounds__(WorkListBuilder<Tiling, Call>::kThreads)
     prepare_kernel(CUTE_GRID_CONSTANT Call const call, CUTE_GRID_CONSTANT WorkList const list,
-                   CUTE_GRID_CONSTANT UnusedRows const unused, bool independent) {
+                   CUTE_GRID_CONSTANT Rest const rest, bool independent) {
   using Builder = WorkListBuilder<Tiling, Call>;
   sm90::let_next_kernel_start();
   if (!independent) sm90::wait_for_previous_kernel();
@@ -63,27 +73,38 @@ __global__ void __launch_bounds__(WorkListBuilder<Tiling, Call>::kThreads)
     sm90::wait_for_previous_kernel();
     return;
   }
-  PackedLengths const& packed = attention_call(call).packed;
-  QuerySlots const slots{packed.cu_seqlens_q, packed.seqused_q, packed.total_q, sequences(call)};
-  clear_unused_slots(slots, unused, blockIdx.x - 1, gridDim.x - 1, Builder::kThreads);
+  rest(blockIdx.x - 1, gridDim.x - 1, Builder::kThreads);
 }
 
-/// Starts it, early if it may. So does the next kernel, and then waits for this one itself.
-/// `independent`: what the kernel before it writes is neither read nor written here.
-template <class Tiling, class Call>
-cudaError_t start_preparing(Call const& call, WorkList const& list, UnusedRows const& unused,
+/// Starts it with `ctas` for the rest, early if it may. So does the next kernel, and then waits for
+/// this one itself. `independent`: what the kernel before it writes is neither read nor written
+/// here.
+template <class Tiling, class Call, class Rest>
+cudaError_t start_preparing(Call const& call, WorkList const& list, Rest const& rest, int64_t ctas,
                             Device const& device, cudaStream_t stream, bool independent = false) {
   sm90::Launch how{};
   how.threads = WorkListBuilder<Tiling, Call>::kThreads;
-  AttentionCall const& lengths = attention_call(call);
-  int64_t const rows = lengths.is_packed() ? lengths.packed.total_q : 0;
-  int64_t const ctas = (rows + how.threads - 1) / how.threads;
-  how.grid = dim3(
-      1 + static_cast<unsigned>(ctas < device.multiprocessors ? ctas : device.multiprocessors));
+  how.grid = dim3(1 + static_cast<unsigned>(ctas));
   how.stream = stream;
   how.device = device.index;
   how.early = may_start_early(device);
-  return sm90::launch_kernel<prepare_kernel<Tiling, Call>>(how, call, list, unused, independent);
+  return sm90::launch_kernel<prepare_kernel<Tiling, Call, Rest>>(how, call, list, rest,
+                                                                 independent);
+}
+
+/// The rest is to clear unused rows.
+template <class Tiling, class Call>
+cudaError_t start_preparing(Call const& call, WorkList const& list, UnusedRows const& unused,
+                            Device const& device, cudaStream_t stream, bool independent = false) {
+  PackedLengths const& packed = attention_call(call).packed;
+  ClearUnused const clear{{packed.cu_seqlens_q, packed.seqused_q, packed.total_q, sequences(call)},
+                          unused};
+  constexpr int kThreads = WorkListBuilder<Tiling, Call>::kThreads;
+  int64_t const rows = attention_call(call).is_packed() ? packed.total_q : 0;
+  int64_t const ctas = (rows + kThreads - 1) / kThreads;
+  return start_preparing<Tiling>(call, list, clear,
+                                 ctas < device.multiprocessors ? ctas : device.multiprocessors,
+                                 device, stream, independent);
 }
 
 }  // namespace cute_kernels::attention

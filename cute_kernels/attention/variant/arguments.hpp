@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 // What a call hands to the hooks of a user's variant. Plain structs: nothing here needs a CUDA
 // compiler.
 namespace cute_kernels::attention {
@@ -54,6 +56,9 @@ struct VariantArguments {
   int const* cu_seqlens_k;
   int sequences;
   BlockLists blocks;  // of kernels with a block mask
+  // Forward, what a mask hook shows all heads (variant/shared_mask.hpp), or null. The launch says
+  // where.
+  uint32_t const* shared_mask;
 };
 
 }  // namespace cute_kernels::attention

@@ -28,6 +28,8 @@ class BlockRow {
   CUTLASS_DEVICE BlockRow(BlockLists const& lists, int batch, int head, int unit)
       : lists_(lists), row_(lists.rows_of_batch * batch + lists.rows_of_head * head + unit) {}
 
+  /// Of the row, among all lists.
+  CUTLASS_DEVICE int number() const { return row_; }
   CUTLASS_DEVICE int count() const { return __ldg(lists_.counts + row_); }
   CUTLASS_DEVICE BlockEntry entry(int i) const { return {__ldg(lists_.entries + at(i))}; }
   /// Backward: how many smaller units of keys the queries of an entry see.

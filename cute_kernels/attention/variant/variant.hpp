@@ -31,10 +31,14 @@ namespace cute_kernels::attention {
 template <int kRows, int kColumns>
 class ShownElements {
  public:
-  /// shows(row, column), which is not asked of a full block.
-  template <class Shows>
-  CUTLASS_DEVICE ShownElements(bool is_full, Shows const& shows) : is_full_(is_full), words_{} {
+  /// shows(row, column), which is not asked of a full block, nor where known(words) says that it
+  /// has filled in the bits.
+  template <class Shows, class Known>
+  CUTLASS_DEVICE ShownElements(bool is_full, Shows const& shows, Known const& known)
+      : is_full_(is_full), words_{} {
     if (is_full) return;
+    is_known_ = known(words_);
+    if (is_known_) return;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
       CUTLASS_PRAGMA_UNROLL
@@ -46,6 +50,9 @@ class ShownElements {
     CUTLASS_PRAGMA_UNROLL
     for (uint32_t& word : words_) asm volatile("" : "+r"(word));  // not asked again later
   }
+
+  /// Whether the bits were filled in, which then know the call's own mask, too.
+  CUTLASS_DEVICE bool is_known() const { return is_known_; }
 
   template <class Scores>
   CUTLASS_DEVICE void hide_others(Scores& scores, float hidden) const {
@@ -62,26 +69,38 @@ class ShownElements {
 
  private:
   bool is_full_;
+  bool is_known_ = false;
   uint32_t words_[(kRows * kColumns + 31) / 32];
 };
 
 /// All, where no hook hides any.
 struct AllShown {
+  static constexpr bool is_known() { return false; }
+
   template <class Scores>
   CUTLASS_DEVICE void hide_others(Scores&, float) const {}
 };
 
+/// Of what nothing is known before hooks are asked.
+struct NothingKnown {
+  template <class Words>
+  CUTLASS_DEVICE bool operator()(Words&) const {
+    return false;
+  }
+};
+
 /// Of a block of (row, column) scores, which need not be there yet. places() is a function that
 /// tells where an element stands.
-template <class Variant, class Params, class Scores, class Places>
+template <class Variant, class Params, class Scores, class Places, class Known = NothingKnown>
 CUTLASS_DEVICE auto shown_elements(Params const& params, Scores const& scores, Places const& places,
-                                   bool is_full) {
+                                   bool is_full, Known const& known = {}) {
   if constexpr (Variant::kHides) {
     using cute::size;
     auto const place = places();
     return ShownElements<decltype(size<0>(scores))::value, decltype(size<1>(scores))::value>(
         is_full,
-        [&](int row, int col) { return Variant::Hooks::mask(place(row, col), params.variant); });
+        [&](int row, int col) { return Variant::Hooks::mask(place(row, col), params.variant); },
+        known);
   } else {
     return AllShown{};
   }

@@ -101,6 +101,9 @@ def hooks_source(hooks: Hooks, gradients: Sequence[str]) -> str:
         "kMask": hooks.mask is not None,
         "kWeight": hooks.weight is not None,
         "kScoreGradient": hooks.score_gradient is not None,
+        # What heads or batch entries share: the same for all that the mask does not ask for.
+        "kMaskAsksHead": hooks.mask is not None and _is_used("head", hooks.mask),
+        "kMaskAsksBatch": hooks.mask is not None and _is_used("batch", hooks.mask),
         "kIndexesQueries": bool(axes & {"query", "query_row"}),
         "kIndexesKeys": bool(axes & {"key", "key_row"}),
         "kHasBlockMask": hooks.block_mask,

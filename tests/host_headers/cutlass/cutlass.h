@@ -25,6 +25,10 @@ template <class T>
 T __ldg(T const* element) {
   return *element;
 }
+template <class T>
+T __ldcg(T const* element) {
+  return *element;
+}
 inline uint32_t __umulhi(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
 }
