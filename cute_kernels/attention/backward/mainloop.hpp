@@ -241,14 +241,13 @@ class BackwardMainloop {
       ds_phase_ ^= ds_buffer_;
       ds_buffer_ ^= 1;
     }
+    // Only dK is in flight, whose operands are dS in registers and Q: no warp reads K or V again.
+    if (thread % cutlass::NumThreadsPerWarp == 0) shared_.keys_empty.arrive();
     if constexpr (kCareful) restore_dv<Traits>(params, shared_, coord, key, column, dv);
     // The last key block's dV has left: the first dQ of this one waited for it.
     hand_out_dv(params, coord, dv);
     Dq::announce(shared_, warpgroup_, 0, thread);
-    if (thread % cutlass::NumThreadsPerWarp == 0) {
-      shared_.keys_empty.arrive();
-      shared_.dv_full[warpgroup_].arrive();
-    }
+    if (thread % cutlass::NumThreadsPerWarp == 0) shared_.dv_full[warpgroup_].arrive();
     warpgroup_wait<0>();
     release(pipeline_q_, read_by_dk);
     if constexpr (!kCareful) check_gradient<Traits>(params, dk);
