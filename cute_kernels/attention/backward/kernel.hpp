@@ -6,6 +6,7 @@
 #include <cute/tensor.hpp>
 
 #include "cute_kernels/attention/backward/ahead_mainloop.hpp"
+#include "cute_kernels/attention/backward/clear.hpp"
 #include "cute_kernels/attention/backward/load.hpp"
 #include "cute_kernels/attention/backward/mainloop.hpp"
 #include "cute_kernels/attention/backward/send.hpp"
@@ -42,7 +43,8 @@ struct BackwardParams {
   float softmax_scale;
   int heads;
   int heads_per_kv;
-  bool dq_in_order;  // deterministic mode, or faster so (adds_in_order)
+  bool dq_in_order;   // deterministic mode, or faster so (adds_in_order)
+  bool clears_ahead;  // dQ, of all groups of heads but the first (clear.hpp)
   typename Traits::Masks masks;
   int clusters;  // of CTAs, for one KV head of one batch entry, or of all packed sequences
   int pairs;     // of batch entries and KV heads
@@ -70,7 +72,8 @@ CUTLASS_DEVICE void meet() {
 /// for both loops.
 ///
 /// Warpgroup 0 moves data (warp 0 loads, warp 1 + i sends what consumer warpgroup i hands out, warp
-/// 3, where dQ is in order, lets others add to it), the others compute.
+/// 3, where dQ is in order, lets others add to it, else it clears dQ of the next heads), the others
+/// compute.
 template <class Traits, bool kCareful, class Params>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(CUTE_GRID_CONSTANT Params const params) {
@@ -104,7 +107,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     shared.v_full.init(1);
     shared.keys_empty.init(Traits::kConsumerWarps);
     shared.number_full.init(1);
-    shared.number_empty.init(Traits::kConsumerWarps + Traits::kConsumers + params.dq_in_order);
+    bool const last_warp_reads = params.dq_in_order || params.clears_ahead;
+    shared.number_empty.init(Traits::kConsumerWarps + Traits::kConsumers + last_warp_reads);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < 2; ++i) shared.ds_full[i].init(Traits::kDsWriters);
     shared.p_full.init(cutlass::NumWarpsPerWarpGroup);
@@ -181,6 +185,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         for_each_key_block<Traits, Caller::kThread>(params, shared, number,
                                                     [&](auto const& coord) { turns.pass(coord); });
       }
+    } else if (Traits::kPersistent && !kCareful && warp_in_group == Traits::kConsumers + 1 &&
+               params.clears_ahead) {
+      sm90::wait_for_previous_kernel();  // it clears the counts
+      for_each_key_block<Traits, Caller::kWarp>(params, shared, number, [&](auto const& coord) {
+        clear_next_group<Traits>(params, coord);
+      });
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();

@@ -33,6 +33,8 @@ struct KeyBlockCoord {
   int kv_head;
   int batch;
 
+  CUTLASS_DEVICE int batch_entry() const { return batch; }
+
   template <class Params>
   CUTLASS_DEVICE Mask const& mask(Params const& params) const {
     return params.masks;
@@ -74,6 +76,8 @@ struct SequenceKeyBlock {
   BlockRange queries;  // blocks that the cluster takes; some of them need no mask for these keys
   bool has_keys;       // the cluster's CTAs; there are numbers without
   BackwardSequence sequence;
+
+  CUTLASS_DEVICE int batch_entry() const { return sequence.batch; }  // of a dense call
 
   template <class Params>
   CUTLASS_DEVICE WindowMask mask(Params const&) const {

@@ -41,6 +41,22 @@ int heads_at_a_time(AttentionCall const& call, BackwardWorkspace const& workspac
   return heads;
 }
 
+/// Of batch entries and KV heads.
+inline int pairs_of(AttentionCall const& call) { return call.sizes.heads_kv * tensor_batch(call); }
+
+template <class Traits>
+int group_of_pairs(AttentionCall const& call, BackwardWorkspace const& workspace) {
+  return std::min(pairs_of(call), heads_at_a_time<Traits>(call, workspace));
+}
+
+/// Whether the main kernel clears dQ of all groups of heads but the first. Of packed sequences some
+/// numbers of key blocks have no keys, and nobody who clears.
+template <class Traits>
+bool clears_ahead(AttentionCall const& call, BackwardWorkspace const& workspace) {
+  return Traits::kPersistent && workspace.turns == nullptr && !call.is_packed() &&
+         tensor_rows_k(call) > 0 && group_of_pairs<Traits>(call, workspace) < pairs_of(call);
+}
+
 /// How many of the main kernel's CTAs are launched at a time. Those that do not stay are launched
 /// all at once, but where other work has multiprocessors of its own: then as many as may run. The
 /// careful kernel's have nothing to do in most calls.
@@ -88,7 +104,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
                            typename Traits::LayoutDv{});
   constexpr int kClusterKeys = Traits::kTileN * Traits::kCluster;
   int const clusters = key_block_numbers(call, kClusterKeys);
-  int const pairs = sizes.heads_kv * tensor_batch(call);
+  int const pairs = pairs_of(call);
   using Params =
       BackwardParams<Traits, std::decay_t<decltype(tma_q)>, std::decay_t<decltype(tma_grad_out)>,
                      std::decay_t<decltype(tma_k)>, std::decay_t<decltype(tma_v)>,
@@ -123,7 +139,8 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   }
   params.clusters = clusters;
   params.pairs = pairs;
-  params.group = std::min(pairs, heads_at_a_time<Traits>(call, workspace));
+  params.group = group_of_pairs<Traits>(call, workspace);
+  params.clears_ahead = clears_ahead<Traits>(call, workspace);
   params.heads_kv = cutlass::FastDivmod(sizes.heads_kv);
 
   constexpr int kSharedBytes = sizeof(typename Traits::SharedStorage);
@@ -169,13 +186,18 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
 
   // Changed scores meet the lse in powers of two.
   float const unit_of_lse = Traits::kChanges ? sm90::kLn2 : scale_of_scores(call.scale);
+  int const rows = tensor_batch(call) * sizes.heads_q;
+  int const rows_to_clear =
+      clears_ahead<Traits>(call, workspace)
+          ? group_of_pairs<Traits>(call, workspace) * (sizes.heads_q / sizes.heads_kv)
+          : rows;
   of_queries.threads = kPreprocessThreads;
   cudaError_t status = sm90::launch_kernel<preprocess_kernel<Traits>>(
       of_queries,
       PreprocessParams<Traits>{problem.q, problem.out, problem.grad_out, problem.lse,
                                problem.grad_lse, problem.sinks, tensor_rows_q(call),
                                cutlass::FastDivmod(sizes.heads_q), sizes.head_dim, sizes.head_dim_v,
-                               unit_of_lse, call_number, workspace, of_sequences});
+                               unit_of_lse, rows_to_clear, call_number, workspace, of_sequences});
   if (status != cudaSuccess) return status;
 
   if (tensor_rows_k(call) > 0) {  // otherwise dQ = 0

@@ -36,6 +36,7 @@ class BackwardLoader {
     }
     // Not of keys that nobody loads: consumers, who wait for none, could be a phase ahead of this.
     if constexpr (Traits::kPersistent) {
+      prefetch_keys(coord);
       shared_.keys_empty.wait(keys_phase_);
       keys_phase_ ^= 1;
     }
@@ -66,6 +67,27 @@ class BackwardLoader {
   }
 
  private:
+  /// K and V to L2, while consumers are still at the last key block's steps: all CTAs of one length
+  /// end together, and then wait for memory together.
+  CUTLASS_DEVICE void prefetch_keys(KeyBlock const& coord) {
+    using namespace cute;
+    constexpr int kParts = Traits::kTileN / Traits::kWarpgroupN;
+    auto prefetch_rows = [&](auto const& tma, auto layout, auto const& where) {
+      auto keys = local_tile(rows_of_head(tma, params_.shape_k, coord.kv_head, coord.tma_k()),
+                             make_shape(size<0>(layout), size<1>(layout)), where);
+      auto tile = make_tensor(make_smem_ptr(shared_.k.data()), layout);  // not written
+      auto [from, to] = tma_partition(tma, _0{}, cute::Layout<_1>{}, group_modes<0, 2>(tile),
+                                      group_modes<0, 2>(keys));
+      prefetch(tma, from);
+    };
+    prefetch_rows(params_.tma_k, typename Traits::LayoutK{}, make_coord(coord.n_block, _0{}));
+    CUTLASS_PRAGMA_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      prefetch_rows(params_.tma_v, typename Traits::LayoutV{},
+                    make_coord(coord.n_block * kParts + part, _0{}));
+    }
+  }
+
   CUTLASS_DEVICE void load_v(KeyBlock const& coord) {
     using namespace cute;
     constexpr int kParts = Traits::kTileN / Traits::kWarpgroupN;

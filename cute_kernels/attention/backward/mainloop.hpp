@@ -42,6 +42,7 @@ class BackwardMainloop {
   using Variant = typename Traits::Variant;
 
   using OperandLayout = typename Traits::ScoresAsOperand;
+  using ScoreRows = decltype(sm90::accumulator_rows_cols(Scores::accumulator().layout()));
 
   static constexpr int kTileM = Traits::kTileM;
   static constexpr bool kStatisticsByProduct = Traits::kStatisticsByProduct;
@@ -128,11 +129,21 @@ class BackwardMainloop {
     await_queries();
     auto const of_sequence = places_of<Traits, Caller::kWarp>(params, coord);
     auto step = steps.first();
+    // Which elements of a step hooks show: they are asked a step ahead, under the last one's dQ and
+    // dK, since what they load would come too late under the products of scores.
+    auto ask = [&] {
+      auto const places = of_sequence.of_head(step.head());
+      int const query = step.block() * kTileM + column;
+      return shown_elements<Variant>(
+          params, ScoreRows{}, [&] { return transposed_places<Traits>(places, key, query); },
+          kCareful || step.is_full());
+    };
+    auto shown = ask();
     for (bool more = step.valid(); more;) {
       // S^T and dP^T, back to back.
       auto scores = Scores::accumulator();
       auto gradients = Scores::accumulator();
-      auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
+      auto p_rows = make_tensor(scores.data(), ScoreRows{});
       if constexpr (!Traits::kScoresBehindDk) finish_last_step(_0{});
       Scores::template issue<Statistic::kLse>(shared_, product_s, read_q_.index(), thread, scores);
       if constexpr (Traits::kScoresBehindDk) finish_last_step(_1{});
@@ -147,7 +158,6 @@ class BackwardMainloop {
       auto p = make_tensor<Element>(OperandLayout{});
       ChangedProbabilities<Element, OperandLayout, Variant> changed;
       auto const& statistics = shared_.statistics[read_q_.index()];
-      auto const shown = shown_elements<Variant>(params, p_rows, place, kCareful || step.is_full());
       warpgroup_wait<1>();
       if constexpr (Traits::kChanges) Variant::prepare(params, scores);
       if constexpr (!kCareful) {
@@ -220,7 +230,10 @@ class BackwardMainloop {
           captured_gradients.finish_head(params, coord, places, consumer_warp(warpgroup_));
         }
       }
-      if (more) await_queries();
+      if (more) {
+        shown = ask();
+        await_queries();
+      }
       shared_.dq_empty[warpgroup_].wait(dq_phase_ ^ 1);
       warpgroup_wait<1>();  // dQ
       Dq::write(shared_, warpgroup_, 0, thread, dq);
@@ -228,14 +241,13 @@ class BackwardMainloop {
       ds_phase_ ^= ds_buffer_;
       ds_buffer_ ^= 1;
     }
+    // Only dK is in flight, whose operands are dS in registers and Q: no warp reads K or V again.
+    if (thread % cutlass::NumThreadsPerWarp == 0) shared_.keys_empty.arrive();
     if constexpr (kCareful) restore_dv<Traits>(params, shared_, coord, key, column, dv);
     // The last key block's dV has left: the first dQ of this one waited for it.
     hand_out_dv(params, coord, dv);
     Dq::announce(shared_, warpgroup_, 0, thread);
-    if (thread % cutlass::NumThreadsPerWarp == 0) {
-      shared_.keys_empty.arrive();
-      shared_.dv_full[warpgroup_].arrive();
-    }
+    if (thread % cutlass::NumThreadsPerWarp == 0) shared_.dv_full[warpgroup_].arrive();
     warpgroup_wait<0>();
     release(pipeline_q_, read_by_dk);
     if constexpr (!kCareful) check_gradient<Traits>(params, dk);

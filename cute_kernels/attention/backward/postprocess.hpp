@@ -81,9 +81,10 @@ __global__ void __launch_bounds__(128 * Traits::kDqSlices)
 
   int const warpgroup = threadIdx.x / 128;
   int const thread = threadIdx.x % 128;
-  int64_t const block_index = blockIdx.x;
+  // From the last block to the first: what the main kernel has written last is still in L2.
+  int const block_index = gridDim.x - 1 - blockIdx.x;
   int block, head, batch;
-  params.heads(batch, head, params.workspace.m_blocks.divmod(block, blockIdx.x));
+  params.heads(batch, head, params.workspace.m_blocks.divmod(block, block_index));
   Slot const slot = [&] {
     if constexpr (Traits::kAnyCall) {
       return slot_of_queries(params.call, block, Traits::kTileM);
@@ -98,9 +99,10 @@ __global__ void __launch_bounds__(128 * Traits::kDqSlices)
   typename Traits::MmaDq mma;
   auto dq = partition_fragment_C(mma, Shape<Int<Traits::kSliceM>, Int<Traits::kSliceN>>{});
   auto const* slice = reinterpret_cast<float4 const*>(
-      params.workspace.dq + (block_index * Traits::kDqSlices + warpgroup) * Traits::kSliceFloats);
+      params.workspace.dq +
+      (int64_t{block_index} * Traits::kDqSlices + warpgroup) * Traits::kSliceFloats);
   // In order, no one has written what no key sees.
-  bool const seen = turns == nullptr || turns[block_index * Traits::kCluster] > 0;
+  bool const seen = turns == nullptr || turns[int64_t{block_index} * Traits::kCluster] > 0;
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(dq) / 4; ++i) {
     float4 const part = seen ? slice[i * 128 + thread] : make_float4(0.f, 0.f, 0.f, 0.f);

@@ -24,6 +24,7 @@ struct PreprocessParams {
   int head_dim;
   int head_dim_v;
   float unit_of_lse;
+  int rows_to_clear;  // of heads: those of the others' dQ the main kernel clears (clear.hpp)
   uint64_t call_number;
   BackwardWorkspace workspace;
   typename Traits::CallOfSequences call;
@@ -53,9 +54,10 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   using Vector = cutlass::AlignedArray<Element, kVector>;
 
   sm90::let_next_kernel_start();
-  int64_t const block_index = blockIdx.x;
+  // From the last block to the first: what the main kernel begins with is still in L2.
+  int64_t const block_index = gridDim.x - 1 - blockIdx.x;
   int block, head, batch;
-  int const row_of_heads = params.workspace.m_blocks.divmod(block, blockIdx.x);
+  int const row_of_heads = params.workspace.m_blocks.divmod(block, static_cast<int>(block_index));
   params.heads(batch, head, row_of_heads);
   Slot const slot = [&] {
     if constexpr (Traits::kAnyCall) {
@@ -148,7 +150,10 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     params.workspace.careful_turns[at] = 0;
     if (params.workspace.turns != nullptr) params.workspace.turns[at] = 0;
   }
-  if (params.workspace.turns != nullptr) return;
+  if (threadIdx.x == 0 && block_index % params.workspace.m_blocks.divisor == 0) {
+    params.workspace.cleared[row_of_heads] = 0;
+  }
+  if (params.workspace.turns != nullptr || row_of_heads >= params.rows_to_clear) return;
   constexpr int kFloat4s = Traits::kTileM * Traits::kHeadDim / 4;
   auto* dq = reinterpret_cast<float4*>(params.workspace.dq) + block_index * kFloat4s;
   for (int i = threadIdx.x; i < kFloat4s; i += kPreprocessThreads) {

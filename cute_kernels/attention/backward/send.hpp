@@ -2,6 +2,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/backward/clear.hpp"
 #include "cute_kernels/attention/backward/dq.hpp"
 #include "cute_kernels/attention/backward/epilogue.hpp"
 #include "cute_kernels/attention/backward/steps.hpp"
@@ -26,6 +27,7 @@ class BackwardSender {
   /// a slice of dQ writes it.
   template <class Release>
   CUTLASS_DEVICE void send(KeyBlock const& coord, Release const& release) {
+    if constexpr (Traits::kPersistent) wait_until_cleared(params_, coord);
     for (QuerySteps<Traits, Params> step(params_, coord); step.valid(); step.advance()) {
       if (params_.dq_in_order) sm90::semaphore_wait(step.turns(), step.turn());
       wait_for_consumers();

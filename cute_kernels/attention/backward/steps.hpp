@@ -266,6 +266,14 @@ class ListedStepsOfWarp : public ListPlace<Traits, Params> {
 
   CUTLASS_DEVICE bool valid() const { return left_ > 0; }
 
+  /// The same from its first step on. What ends a loop has to be uniform to the compiler right
+  /// before it: behind waits for barriers it no longer is.
+  CUTLASS_DEVICE ListedStepsOfWarp begin() const {
+    ListedStepsOfWarp steps = *this;
+    steps.left_ = sm90::uniform(left_);
+    return steps;
+  }
+
   CUTLASS_DEVICE void advance() {
     --left_;
     ++number_;
@@ -329,7 +337,9 @@ class KeyBlockSteps {
 
   CUTLASS_DEVICE bool any() const { return first().valid(); }
   CUTLASS_DEVICE Steps first() const {
-    if constexpr (kIsListed) {
+    if constexpr (kIsListed && kCaller == Caller::kWarp) {
+      return steps_.begin();
+    } else if constexpr (kIsListed) {
       return steps_;
     } else {
       return Steps(steps_.params, steps_.coord);

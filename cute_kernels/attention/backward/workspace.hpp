@@ -25,6 +25,7 @@ struct BackwardWorkspace {
   uint64_t* alarm;     // the call's number if a query is alarming, anything else if none is
   int* drawn;          // how many key blocks CTAs have drawn
   int* careful_drawn;
+  int* cleared;  // of each group of heads, how many shares of dQ are cleared (clear.hpp)
   float* sinks;  // [rows][m_blocks], what the queries add to the sink's gradient, or null
   int64_t bytes;
 };
@@ -67,6 +68,7 @@ BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
   carve(result.alarm, 1, sizeof(uint64_t));
   carve(result.drawn, 1, sizeof(int));
   carve(result.careful_drawn, 1, sizeof(int));
+  carve(result.cleared, int64_t{tensor_batch(call)} * call.sizes.heads_q, sizeof(int));
   carve(result.careful_turns, blocks * Traits::kCluster, sizeof(int));
   result.turns = nullptr;
   if (adds_in_order<Traits>(problem)) carve(result.turns, blocks * Traits::kCluster, sizeof(int));

@@ -40,7 +40,8 @@ _BACKWARD: dict[int, dict[str, Any]] = {
 }
 # What leaves no registers for keys, and no second way from one warpgroup to the other
 _LARGEST_WITH_MORE = 128
-# Hooks that read captured tensors for each query or key need registers for addresses.
+# Scores that read captured tensors for each query or key need registers for addresses. Masks read
+# them where those of scores are free.
 _BESIDE_READS = {128: {"key_blocks_in_registers": 1}}
 
 
@@ -144,7 +145,9 @@ def _row(
         columns |= {"statistics_by_product": True}
         if gradients or KNOWN[key].weight is not None:
             columns["key_blocks_in_registers"] = 0
-        elif not all(tensor.is_of_rows for tensor in KNOWN[key].tensors):
+        elif KNOWN[key].score is not None and not all(
+            tensor.is_of_rows for tensor in KNOWN[key].tensors
+        ):
             columns |= _BESIDE_READS.get(fitting, {})
     config = TileConfig(
         of_pass,
