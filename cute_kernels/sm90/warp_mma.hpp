@@ -35,4 +35,12 @@ CUTLASS_DEVICE void multiply_add(float (&c)[4], uint4 const& a, uint32_t b0, uin
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
+/// The same, 16 x 8 x 8: of A and B what is first there.
+CUTLASS_DEVICE void multiply_add(float (&c)[4], uint2 const& a, uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a.x), "r"(a.y), "r"(b));
+}
+
 }  // namespace cute_kernels::sm90

@@ -22,7 +22,6 @@ class Fp8Queries {
   static constexpr int kVector = 8;
   static constexpr int kLanesOfRow = Traits::kHeadDim / kVector;
   static constexpr int kRowsAtOnce = kLanes / kLanesOfRow;  // of a warp
-  static constexpr int kPassesAtOnce = 4;                   // whose loads are on their way together
 
   CUTLASS_DEVICE Fp8Queries(CachedCall const& call, CacheSource const& source,
                             EightBits const& format)
@@ -31,63 +30,100 @@ class Fp8Queries {
   CUTLASS_DEVICE static int lane() { return threadIdx.x % kLanes; }
   CUTLASS_DEVICE static int column() { return lane() % kLanesOfRow * kVector; }
 
-  /// This lane's elements of a row of the tile, as they are.
-  CUTLASS_DEVICE uint4 raw_row(Walk const& walk, int row) const {
-    int query, head;
-    source_.group(query, head, walk.tile().first_row + row);
-    int64_t const offset = (int64_t{walk.sequence().row_q} + query) * source_.q.seqlen_stride +
-                           (walk.head() * walk.sequence().group + head) * source_.q.head_stride +
-                           column();
+  /// This lane's elements of kCount rows of the tile, as they are in memory, numbers of 8 bits in
+  /// the first half: nothing waits for one of them before all are on their way. What is not there,
+  /// rows behind the tile's last one and columns behind the last one, is read as what is.
+  template <int kCount, class RowOf>
+  CUTLASS_DEVICE void read_rows(Walk const& walk, RowOf const& row_of, uint4 (&raw)[kCount]) const {
+    int64_t place[kCount];
+    int const last = walk.tile().rows - 1;
+    int const first_head = walk.head() * walk.sequence().group;
+    int const own_column = column() < call_.head_dim ? column() : 0;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      int query, head;
+      source_.group(query, head, walk.tile().first_row + min(row_of(i), last));
+      place[i] = (int64_t{walk.sequence().row_q} + query) * source_.q.seqlen_stride +
+                 (first_head + head) * source_.q.head_stride + own_column;
+    }
     if (format_.q_type == QueryType::kE4m3) {
       auto const* const data = static_cast<uint8_t const*>(source_.q.data);
-      uint2 const bytes = __ldg(reinterpret_cast<uint2 const*>(data + offset));
-      return halves_of_run<false>(bytes);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        uint2 const bytes = __ldg(reinterpret_cast<uint2 const*>(data + place[i]));
+        raw[i].x = bytes.x;
+        raw[i].y = bytes.y;
+      }
+    } else {
+      auto const* const data = static_cast<uint16_t const*>(source_.q.data);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        raw[i] = __ldg(reinterpret_cast<uint4 const*>(data + place[i]));
+      }
     }
-    auto const* const data = static_cast<uint16_t const*>(source_.q.data);
-    return __ldg(reinterpret_cast<uint4 const*>(data + offset));
   }
 
-  /// The same of row `row` of `rows` from `first_row` on; 0 of others, and of columns behind the
-  /// last one.
-  CUTLASS_DEVICE uint4 raw_row_or_zero(Walk const& walk, int first_row, int row, int rows) const {
-    return row < rows && column() < call_.head_dim ? raw_row(walk, first_row + row) : uint4{};
-  }
-
-  /// What is stored of a row, and what its elements are multiples of.
-  CUTLASS_DEVICE float halves_of_row(uint4 const& raw, uint32_t (&halves)[kVector / 2]) const {
+  /// What is stored of these, 0 of rows from number `rows` on and of columns behind the last one,
+  /// and what the rows' elements are multiples of. Rows are converted side by side: each is a chain
+  /// of exchanges between lanes.
+  template <int kCount, class RowOf>
+  CUTLASS_DEVICE void halves_of_rows(uint4 const (&raw)[kCount], RowOf const& row_of, int rows,
+                                     uint32_t (&halves)[kCount][kVector / 2],
+                                     float (&unit)[kCount]) const {
     bool const is_bfloat16 = format_.q_type == QueryType::kBFloat16;
-    uint32_t const words[4] = {raw.x, raw.y, raw.z, raw.w};
-    float x[kVector];
+    bool const has_column = column() < call_.head_dim;
+    float x[kCount][kVector];
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      float2 const pair = is_bfloat16 ? fp8::unpack<cutlass::bfloat16_t>(words[i])
-                                      : fp8::unpack<cutlass::half_t>(words[i]);
-      x[2 * i] = pair.x;
-      x[2 * i + 1] = pair.y;
+    for (int i = 0; i < kCount; ++i) {
+      uint4 words = raw[i];
+      if (format_.q_type == QueryType::kE4m3) {
+        words = halves_of_run<false>(uint2{words.x, words.y});
+      }
+      if (!has_column || row_of(i) >= rows) words = uint4{};
+      uint32_t const of_row[4] = {words.x, words.y, words.z, words.w};
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < kVector / 2; ++j) {
+        float2 const pair = is_bfloat16 ? fp8::unpack<cutlass::bfloat16_t>(of_row[j])
+                                        : fp8::unpack<cutlass::half_t>(of_row[j]);
+        x[i][2 * j] = pair.x;
+        x[i][2 * j + 1] = pair.y;
+      }
     }
     if (format_.rotated) {
-      fp8::flip_signs(x, format_.signs, column());
-      fp8::hadamard_transform(x, call_.head_dim / kVector);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        fp8::flip_signs(x[i], format_.signs, column());
+        fp8::hadamard_transform(x[i], call_.head_dim / kVector);
+      }
     }
-    float most = 0.f;
+    float most[kCount] = {};
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kVector; ++i) most = fmaxf(most, fabsf(x[i]));
+    for (int i = 0; i < kCount; ++i) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < kVector; ++j) most[i] = fmaxf(most[i], fabsf(x[i][j]));
+    }
     CUTLASS_PRAGMA_UNROLL
     for (int lanes = 1; lanes < kLanesOfRow; lanes *= 2) {
-      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, lanes));
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        most[i] = fmaxf(most[i], __shfl_xor_sync(0xffffffff, most[i], lanes));
+      }
     }
-    // 2^n with most 2^n from 2^14 to below 2^15, as far as n and -n are exponents.
-    int const exponent = static_cast<int>(__float_as_uint(most) >> 23);
-    int const raised = min(max(2 * 127 + 14 - exponent, 1), 253);
-    float const factor = __uint_as_float(static_cast<uint32_t>(raised) << 23);
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      __half2 const pair = __floats2half2_rn(x[2 * i] * factor, x[2 * i + 1] * factor);
-      halves[i] = reinterpret_cast<uint32_t const&>(pair);
-    }
-    float const unit = __uint_as_float(static_cast<uint32_t>(2 * 127 - raised) << 23);
     // 1 / sqrt(head_dim) makes the rotation orthogonal.
-    return format_.rotated ? unit * rsqrtf(static_cast<float>(call_.head_dim)) : unit;
+    float const of_rotation = format_.rotated ? rsqrtf(static_cast<float>(call_.head_dim)) : 1.f;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      // 2^n with most 2^n from 2^14 to below 2^15, as far as n and -n are exponents.
+      int const exponent = static_cast<int>(__float_as_uint(most[i]) >> 23);
+      int const raised = min(max(2 * 127 + 14 - exponent, 1), 253);
+      float const factor = __uint_as_float(static_cast<uint32_t>(raised) << 23);
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < kVector / 2; ++j) {
+        __half2 const pair = __floats2half2_rn(x[i][2 * j] * factor, x[i][2 * j + 1] * factor);
+        halves[i][j] = reinterpret_cast<uint32_t const&>(pair);
+      }
+      unit[i] = __uint_as_float(static_cast<uint32_t>(2 * 127 - raised) << 23) * of_rotation;
+    }
   }
 
   CachedCall const& call_;

@@ -22,7 +22,6 @@ class Fp8Scales {
   using Queries =
       std::conditional_t<Traits::kByWarps, Fp8WarpsQueries<Traits>, Fp8WideQueries<Traits>>;
   static constexpr int kRows = 2;
-  static constexpr int kColumns = Traits::kKeysAtOnce / 4;
   // Exponents, biased, between which a power of 2 and its inverse are normal.
   static constexpr uint32_t kLeast = 1u << 23;
   static constexpr uint32_t kMost = 253u << 23;
@@ -37,12 +36,22 @@ class Fp8Scales {
   /// from it.
   CUTLASS_DEVICE void begin(Walk const& walk, int group, int first_row, int row_of_group,
                             SharedStorage& shared) {
-    float unit =
-        of_sequence(format_.q_of_sequence, walk) * of_sequence(format_.k_of_sequence, walk);
+    float of_values = 1.f;
+    auto const unit = [&] {
+      float const of_queries = of_sequence(format_.q_of_sequence, walk);
+      float const of_keys = of_sequence(format_.k_of_sequence, walk);
+      if constexpr (Traits::kByWarps) {
+        of_values = of_sequence(format_.v_of_sequence, walk);
+        if (format_.is_int8) return of_queries * of_keys * (1.f / kRaisedUnit);
+      }
+      return of_queries * of_keys;
+    };
     if constexpr (Traits::kByWarps) {
-      if (format_.is_int8) unit *= 1.f / kRaisedUnit;
+      queries_.load(walk, group, first_row, unit, shared);
+      shared.value_unit[group] = of_values;  // by each thread, which reads it itself
+    } else {
+      queries_.load(walk, group, first_row, unit(), shared);
     }
-    queries_.load(walk, group, first_row, unit, shared);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
       unit_[row] = shared.query_unit[group][row_of_group + 8 * row];
@@ -56,7 +65,7 @@ class Fp8Scales {
   CUTLASS_DEVICE void apply_to_scores(Scores& scores, int column, int stage,
                                       SharedStorage const& shared) const {
     using namespace cute;
-    static_assert(decltype(size<1>(scores))::value == kColumns);
+    constexpr int kColumns = decltype(size<1>(scores))::value;
     if (format_.k_of_row.data == nullptr) {
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < size<0>(scores); ++row) {
@@ -91,9 +100,16 @@ class Fp8Scales {
                  : apply_factors<false>(p, column, factors, factor_of_output);
   }
 
+  /// Ends a part of `group`.
   template <class Output>
-  CUTLASS_DEVICE void apply_to_output(Output& out, Walk const& walk) const {
-    float const factor = of_sequence(format_.v_of_sequence, walk);
+  CUTLASS_DEVICE void apply_to_output(Output& out, Walk const& walk, [[maybe_unused]] int group,
+                                      [[maybe_unused]] SharedStorage const& shared) const {
+    float const factor = [&] {
+      if constexpr (Traits::kByWarps)
+        return shared.value_unit[group];
+      else
+        return of_sequence(format_.v_of_sequence, walk);
+    }();
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < cute::size(out); ++i) {
       int const row = i / 2 % kRows;  // pairs of columns
@@ -117,6 +133,7 @@ class Fp8Scales {
                                     float const (&factors)[Traits::kTileN],
                                     float (&factor_of_output)[kRows]) {
     constexpr int kOwnRows = decltype(cute::size<0>(p))::value;
+    constexpr int kColumns = decltype(cute::size<1>(p))::value;
     float most[kOwnRows] = {};
     CUTLASS_PRAGMA_UNROLL
     for (int col = 0; col < kColumns; col += 2) {

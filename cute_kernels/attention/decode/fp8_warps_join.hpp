@@ -8,9 +8,9 @@
 
 namespace cute_kernels::attention {
 
-/// The end of a part. Where several warps had a share of the keys each, each of them adds up some
-/// chunks of O's columns: what it has of the others' it hands over through the memory of its
-/// queries, which no one else uses, one of a thread's two rows at a time.
+/// The end of a part. Of the warps that had a share of the same rows' keys each, each adds up some
+/// chunks of O's columns, of all of them in their order: O stands in the memory of the warps'
+/// queries, one of a thread's two rows at a time. All that a thread reads there it reads at a time.
 template <class Traits>
 class Fp8WarpsJoin {
   using SharedStorage = typename Traits::SharedStorage;
@@ -22,6 +22,9 @@ class Fp8WarpsJoin {
   static constexpr int kChunks = Traits::kChunks;
   static constexpr int kAllThreads = Traits::kWarps * kLanes;
   static constexpr int kOfChunk = 8;  // a thread's elements of O, in the order of registers
+  // Warps that share rows, at least; chunks of one of them, at most.
+  static constexpr int kLeastStep = Traits::kWarps * Part::kRows / Traits::kTileRows;
+  static constexpr int kMostOwn = (kChunks + kLeastStep - 1) / kLeastStep;
 
  public:
   /// `rows`: the tile's.
@@ -32,25 +35,29 @@ class Fp8WarpsJoin {
   /// (row, column). `place` is that of the thread's first column of all. The softmax becomes that
   /// of all keys.
   template <class Softmax, class Output, class Results>
-  CUTLASS_DEVICE void join(Softmax& softmax, Output& out, AccumulatorPlace const& place,
+  CUTLASS_DEVICE void join(Softmax& softmax, Output const& out, AccumulatorPlace const& place,
                            Results const& results) const {
-    if (part_.step > 1) {
-      write_statistics(softmax);
-      exchange(softmax, out, 0);
-      if (has_second_rows_) exchange(softmax, out, 1);
+    float sums[kMostOwn][kOfChunk] = {};
+    write_statistics(softmax);
+    add_up(softmax, out, 0, sums);
+    if (has_second_rows_) {
+      meet();  // before anyone writes there again
+      add_up(softmax, out, 1, sums);
     }
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int own = part_.slice; own < kChunks; own += part_.step) {
+    for (int own = 0; part_.slice + own * part_.step < kChunks; ++own) {
       auto columns = cute::make_tensor<float>(cute::Layout<cute::Int<kOfChunk>>{});
       CUTLASS_PRAGMA_UNROLL
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        if (chunk != own) continue;
+      for (int i = 0; i < kMostOwn; ++i) {
+        if (i > 0 && i != own) continue;
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kOfChunk; ++i) columns(i) = out(kOfChunk * chunk + i);
+        for (int j = 0; j < kOfChunk; ++j) columns(j) = sums[i][j];
       }
+      int const chunk = part_.slice + own * part_.step;
       results(Operands::template columns_of<1>(columns.data()),
-              AccumulatorPlace{place.row, place.column + own * Traits::kChunk});
+              AccumulatorPlace{place.row, place.column + chunk * Traits::kChunk});
     }
+    meet();  // before anyone writes there again
   }
 
  private:
@@ -70,8 +77,9 @@ class Fp8WarpsJoin {
 
   /// Of row i of a thread's.
   template <class Softmax, class Output>
-  CUTLASS_DEVICE void exchange(Softmax& softmax, Output& out, int i) const {
-    auto rows = Operands::template output_rows<2>(out);
+  CUTLASS_DEVICE void add_up(Softmax& softmax, Output const& out, int i,
+                             float (&sums)[kMostOwn][kOfChunk]) const {
+    auto const rows = Operands::template output_rows<2>(out);
     auto* const own = reinterpret_cast<float4*>(shared_.q[warp_]) + lane();
     CUTLASS_PRAGMA_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -79,24 +87,42 @@ class Fp8WarpsJoin {
       own[chunk * kLanes] = {x(0), x(1), x(2), x(3)};
     }
     meet();
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int further = 1; further < part_.step; ++further) {
-      int const other = part_.first_warp() + (part_.slice + further) % part_.step;
-      auto const* const theirs = reinterpret_cast<float4 const*>(shared_.q[other]) + lane();
-      float factor, factor_of_theirs;
-      softmax.join(i, shared_.statistics[other][row_of_warp(i)], factor, factor_of_theirs);
+    int const first = warp_ - part_.slice;
+    RowStatistics all{-INFINITY, 0.f}, of_warp[Traits::kWarps];
+    CUTLASS_PRAGMA_UNROLL
+    for (int w = 0; w < Traits::kWarps; ++w) {
+      of_warp[w] = {-INFINITY, 0.f};
+      if (w < part_.step) of_warp[w] = shared_.statistics[first + w][row_of_warp(i)];
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int w = 0; w < Traits::kWarps; ++w) all.most = fmaxf(all.most, of_warp[w].most);
+    float weight[Traits::kWarps];
+    CUTLASS_PRAGMA_UNROLL
+    for (int w = 0; w < Traits::kWarps; ++w) {
+      weight[w] = w < part_.step ? softmax.weight(of_warp[w].most, all.most) : 0.f;
+      all.sum += of_warp[w].sum * weight[w];
+    }
+    softmax.become(i, all);
+    CUTLASS_PRAGMA_UNROLL
+    for (int j = 0; j < kMostOwn; ++j) {
+      int const chunk = part_.slice + j * part_.step;
+      if (chunk >= kChunks) break;
+      float4 x[Traits::kWarps];
       CUTLASS_PRAGMA_UNROLL
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        if (chunk % part_.step != part_.slice) continue;
-        float4 const x = theirs[chunk * kLanes];
-        auto add = [&](int j, float value) {
-          float& sum = rows(i, 4 * chunk + j);
-          sum = sum * factor + value * factor_of_theirs;
+      for (int w = 0; w < Traits::kWarps; ++w) {
+        x[w] = {0.f, 0.f, 0.f, 0.f};
+        if (w >= part_.step) continue;
+        auto const* const theirs = reinterpret_cast<float4 const*>(shared_.q[first + w]) + lane();
+        x[w] = theirs[chunk * kLanes];
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int w = 0; w < Traits::kWarps; ++w) {
+        auto add = [&](int column, float value) {
+          sums[j][2 * i + column % 2 * 4 + column / 2] += value * weight[w];
         };
-        add(0, x.x), add(1, x.y), add(2, x.z), add(3, x.w);
+        add(0, x[w].x), add(1, x[w].y), add(2, x[w].z), add(3, x[w].w);
       }
     }
-    meet();  // before anyone writes there again
   }
 
   Part const& part_;

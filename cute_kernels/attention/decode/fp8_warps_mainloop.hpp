@@ -25,11 +25,11 @@ class Fp8WarpsMainloop {
   using Stage = RingStage<Traits::kStages>;
   using Walk = WorkWalk<Traits>;
   using Part = typename Traits::Part;
+  using FewKeysPart = typename Traits::FewKeysPart;
   using Operands = Fp8WarpsOperands<Traits>;
 
   static constexpr int kRows = 2;  // of a thread
   static constexpr int kRowsApart = 8;
-  static constexpr int kKeys = Part::kKeys;
 
  public:
   using Softmax = RunningSoftmax<kRows>;
@@ -60,17 +60,13 @@ class Fp8WarpsMainloop {
   CUTLASS_DEVICE void compute(Walk const& walk, Softmax& softmax, Output& out) {
     int const blocks = sm90::uniform(walk.end_block() - walk.begin_block());
     Part const part = part_of(walk);
-    if (Part::block(part.slice) < blocks) {
+    // Of such a part each warp has the same rows, and the same number among those that share keys.
+    bool const is_few =
+        sm90::uniform(walk.tile().rows) <= kRowsApart && blocks <= Traits::kFewBlocks;
+    if ((is_few ? FewKeysPart::block(part.slice) : Part::block(part.slice)) < blocks) {
       scales_.begin(walk, warp(), part.first_row, row_of_warp(), shared_);
-      int const slices = blocks * Part::kSlices;
-      bool const has_second_rows = sm90::uniform(walk.tile().rows) - part.first_row > kRowsApart;
-      if (format_.is_int8) {
-        has_second_rows ? compute_rows<true, 2>(walk, part, slices, softmax, out)
-                        : compute_rows<true, 1>(walk, part, slices, softmax, out);
-      } else {
-        has_second_rows ? compute_rows<false, 2>(walk, part, slices, softmax, out)
-                        : compute_rows<false, 1>(walk, part, slices, softmax, out);
-      }
+      format_.is_int8 ? compute_part<true>(walk, part, blocks, is_few, softmax, out)
+                      : compute_part<false>(walk, part, blocks, is_few, softmax, out);
     }
     passed_ += blocks;
   }
@@ -92,11 +88,28 @@ class Fp8WarpsMainloop {
   }
   CUTLASS_DEVICE static int row_of_warp() { return threadIdx.x % Traits::kLanes / 4; }
 
+  template <bool kInt8, class Output>
+  CUTLASS_DEVICE void compute_part(Walk const& walk, Part const& part, int blocks, bool is_few,
+                                   Softmax& softmax, Output& out) {
+    if (is_few) {
+      FewKeysPart const few(kRowsApart, warp());
+      compute_rows<kInt8, 1>(walk, few, blocks, softmax, out);
+    } else if (sm90::uniform(walk.tile().rows) - part.first_row > kRowsApart) {
+      compute_rows<kInt8, 2>(walk, part, blocks, softmax, out);
+    } else {
+      compute_rows<kInt8, 1>(walk, part, blocks, softmax, out);
+    }
+  }
+
   /// Of kOwnRows of each thread's rows; others are none of the tile's.
-  template <bool kInt8, int kOwnRows, class Output>
-  CUTLASS_DEVICE void compute_rows(Walk const& walk, Part const& part, int slices, Softmax& softmax,
+  template <bool kInt8, int kOwnRows, class Part, class Output>
+  CUTLASS_DEVICE void compute_rows(Walk const& walk, Part const& part, int blocks, Softmax& softmax,
                                    Output& out) {
     using namespace cute;
+    using Operands = Fp8WarpsOperands<Traits, Part::kKeys>;
+    constexpr int kKeys = Part::kKeys;
+    constexpr bool kFew = std::is_same_v<Part, FewKeysPart>;
+    int const slices = blocks * Part::kSlices;
     auto scores = make_tensor<float>(typename Operands::LayoutScores{});
     auto score_rows = Operands::template score_rows<kOwnRows>(scores);
     auto out_rows = Operands::template output_rows<kOwnRows>(out);
@@ -130,6 +143,7 @@ class Fp8WarpsMainloop {
         moves |= scales_.apply_to_probabilities(score_rows, column, stage.index, shared_, factor,
                                                 seen.are_alike(number));
       }
+      if (kFew && slice == part.slice) moves = false;  // O is 0
       if (moves) Softmax::scale_rows(out_rows, factor);
       if (!kInt8 && !seen.are_alike(number) && values.has_nan()) {
         add_nan(seen, values, walk.tile().keys.begin + number * kKeys, out_rows);
@@ -142,7 +156,7 @@ class Fp8WarpsMainloop {
         stage.advance(Part::block(slice + part.step) - Part::block(slice));
       }
     }
-    scales_.apply_to_output(out, walk);
+    scales_.apply_to_output(out, walk, warp(), shared_);
     softmax.reduce_sums();
   }
 
@@ -154,10 +168,10 @@ class Fp8WarpsMainloop {
 
   /// Keeps NaN of V out of rows that do not see it: where P is 0, P V would still be NaN. It is
   /// left out there, and here added to the rows that do see it. `key`: the slice's first.
-  template <class Seen, class Rows>
-  CUTLASS_DEVICE static void add_nan(Seen const& seen, Operands const& values, int key, Rows& out) {
+  template <class Seen, class Values, class Rows>
+  CUTLASS_DEVICE static void add_nan(Seen const& seen, Values const& values, int key, Rows& out) {
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int i = 0; i < kKeys; ++i) {
+    for (int i = 0; i < Values::kKeys; ++i) {
       constexpr int kOwnRows = decltype(cute::size<0>(out))::value;
       bool sees[kOwnRows];
       CUTLASS_PRAGMA_UNROLL

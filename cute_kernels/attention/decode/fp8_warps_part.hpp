@@ -6,15 +6,16 @@
 // host. Nothing here needs a CUDA compiler.
 namespace cute_kernels::attention {
 
-/// What one of kWarps warps computes of a part: kRows of the tile's rows, and of their keys one
-/// slice of kKeys in `step`. Slices are counted from the part's first key on; a block has kSlices.
-/// As many warps share a tile's keys as its rows leave, so one token has all warps on its keys.
-template <int kWarps, int kTileN>
+/// What one of kWarps warps, a power of 2, computes of a part: kRows of the tile's rows, and of
+/// their keys one slice of kKeysOfSlice in `step`. Slices are counted from the part's first key on;
+/// a block has kSlices. As many warps share a tile's keys as its rows leave, so one token has all
+/// warps on its keys.
+template <int kWarps, int kTileN, int kKeysOfSlice = 32>
 struct WarpPart {
   static constexpr int kRows = 16;
-  static constexpr int kKeys = 32;
+  static constexpr int kKeys = kKeysOfSlice;
   static constexpr int kSlices = kTileN / kKeys;
-  static_assert(kTileN % kKeys == 0);
+  static_assert(kTileN % kKeys == 0 && (kWarps & (kWarps - 1)) == 0);
   // Blocks from one of a warp's to its next one, at most.
   static constexpr int kMostTurns = kWarps > kSlices ? kWarps / kSlices : 1;
 
@@ -24,9 +25,10 @@ struct WarpPart {
   int arrivals;   // of the kWarps that free a stage, those for a warp that reads it
 
   constexpr WarpPart(int rows, int warp) : first_row(0), step(kWarps), slice(0), arrivals(1) {
-    while (kWarps / step * kRows < rows) step /= 2;
-    first_row = warp / step * kRows;
-    slice = warp % step;
+    int groups = 1;  // of rows
+    for (; groups * kRows < rows; groups *= 2) step /= 2;
+    first_row = warp * groups / kWarps * kRows;
+    slice = warp & (step - 1);
     arrivals = step > kSlices ? step / kSlices : 1;
   }
 

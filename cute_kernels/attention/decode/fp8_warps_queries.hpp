@@ -14,13 +14,14 @@ class Fp8WarpsQueries : Fp8Queries<Traits> {
   using Base::column;
   using Base::kLanes;
   using Base::kLanesOfRow;
-  using Base::kPassesAtOnce;
   using Base::kRowsAtOnce;
   using Base::kVector;
   using Base::lane;
 
-  static constexpr int kPasses = Traits::Part::kRows / kRowsAtOnce;
-  static_assert(kPasses % kPassesAtOnce == 0);
+  // Rows of a thread are 8 apart: most tiles have rows of the first half alone.
+  static constexpr int kRowsOfHalf = Traits::Part::kRows / 2;
+  static constexpr int kPassesOfHalf = kRowsOfHalf / kRowsAtOnce;
+  static_assert(kRowsOfHalf % kRowsAtOnce == 0);
 
  public:
   CUTLASS_DEVICE Fp8WarpsQueries(CachedCall const& call, CacheSource const& source,
@@ -28,34 +29,36 @@ class Fp8WarpsQueries : Fp8Queries<Traits> {
       : Base(call, source, format) {}
 
   /// By a whole warp, which has rows of the tile from `first_row` on; rows behind the tile's last
-  /// one become 0. `unit`: what the sequence's products of numbers are multiplied by.
-  CUTLASS_DEVICE void load(Walk const& walk, int warp, int first_row, float unit,
+  /// one become 0, or are left as they are where the thread's second rows are none of the tile's.
+  /// unit(): what the sequence's products of numbers are multiplied by, which is read behind rows.
+  template <class Unit>
+  CUTLASS_DEVICE void load(Walk const& walk, int warp, int first_row, Unit const& unit,
                            SharedStorage& shared) const {
-    int const rows = walk.tile().rows - first_row;
+    int const rows = min(walk.tile().rows - first_row, Traits::Part::kRows);
     auto* const words = reinterpret_cast<uint32_t*>(shared.q[warp]);
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int pass = 0; pass < kPasses; pass += kPassesAtOnce) {
-      uint4 raw[kPassesAtOnce];
+    for (int first = 0; first < rows; first += kRowsOfHalf) {
+      auto const row_of = [&](int pass) {
+        return first + pass * kRowsAtOnce + lane() / kLanesOfRow;
+      };
+      uint4 raw[kPassesOfHalf];
+      uint32_t halves[kPassesOfHalf][kVector / 2];
+      float unit_of_row[kPassesOfHalf];
+      this->read_rows(walk, [&](int pass) { return first_row + row_of(pass); }, raw);
+      float const unit_of_all = unit();
+      this->halves_of_rows(raw, row_of, rows, halves, unit_of_row);
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kPassesAtOnce; ++i) {
-        raw[i] = this->raw_row_or_zero(walk, first_row, row_of(pass + i), rows);
-      }
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kPassesAtOnce; ++i) {
-        int const row = row_of(pass + i);
-        uint32_t halves[kVector / 2] = {};
-        float unit_of_row = 0.f;
-        if ((pass + i) * kRowsAtOnce < rows) unit_of_row = this->halves_of_row(raw[i], halves);
-        store(halves, row, words);
-        if (column() == 0) shared.query_unit[warp][row] = unit_of_row * unit;
+      for (int pass = 0; pass < kPassesOfHalf; ++pass) {
+        store(halves[pass], row_of(pass), words);
+        if (column() == 0) {
+          shared.query_unit[warp][row_of(pass)] = unit_of_row[pass] * unit_of_all;
+        }
       }
     }
     __syncwarp();
   }
 
  private:
-  CUTLASS_DEVICE static int row_of(int pass) { return pass * kRowsAtOnce + lane() / kLanesOfRow; }
-
   /// As A operands. Of a chunk's columns a lane of the product has four that follow one another, as
   /// it has of a row of K: the first two in the operand's first half, the others in the second.
   CUTLASS_DEVICE static void store(uint32_t const (&halves)[kVector / 2], int row,

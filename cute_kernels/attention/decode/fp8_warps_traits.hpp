@@ -28,9 +28,13 @@ struct Fp8WarpsTraits : DecodeTraits<Tile_> {
   static constexpr int kTileRows = Tile::kTileM;
   static constexpr int kWarps = Base::kConsumers * cutlass::NumWarpsPerWarpGroup;
   using Part = WarpPart<kWarps, kTileN>;
-  static constexpr int kKeysAtOnce = Part::kKeys;  // whose scores a thread has
+  // Of parts of so few keys all warps have a share of each: then it is the time of one slice, and
+  // of what is not in the instruction cache yet, that counts.
+  using FewKeysPart = WarpPart<kWarps, kTileN, 8>;
+  static constexpr int kFewBlocks = 2 * kWarps * FewKeysPart::kKeys / kTileN;
   static_assert(kTileRows % Part::kRows == 0 && kTileRows <= kWarps * Part::kRows);
-  static_assert(Part::kMostTurns <= kStages, "warps take turns with the stages");
+  static_assert(Part::kMostTurns <= kStages && FewKeysPart::kMostTurns <= kStages,
+                "warps take turns with the stages");
 
   // K and V are in shared memory as they are in the cache.
   using CacheElement = uint8_t;
@@ -63,6 +67,7 @@ struct Fp8WarpsTraits : DecodeTraits<Tile_> {
     float value_factors[kStages][kTileN];
     alignas(8) char walks[kWarps][sizeof(WorkWalk<Base>)];  // of each warp over the CTA's parts
     float query_unit[kWarps][Part::kRows];                  // what queries are multiples of
+    float value_unit[kWarps];                               // and values
 
     // As of DecodeTraits.
     Barrier k_full[kStages];

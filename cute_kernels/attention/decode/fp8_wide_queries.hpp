@@ -13,7 +13,6 @@ class Fp8WideQueries : Fp8Queries<Traits> {
   using Base::column;
   using Base::kLanes;
   using Base::kLanesOfRow;
-  using Base::kPassesAtOnce;
   using Base::kRowsAtOnce;
   using Base::kVector;
   using Base::lane;
@@ -21,6 +20,7 @@ class Fp8WideQueries : Fp8Queries<Traits> {
 
   static constexpr int kWarps = cutlass::NumWarpsPerWarpGroup;
   static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
+  static constexpr int kPassesAtOnce = 4;  // whose loads are on their way together
   static constexpr int kPasses = Traits::kWarpgroupM / (kRowsAtOnce * kWarps);
   static_assert(kPasses % kPassesAtOnce == 0);
 
@@ -38,19 +38,18 @@ class Fp8WideQueries : Fp8Queries<Traits> {
     sm90::barrier_sync(sm90::NamedBarrier::kQueriesWritten, warpgroup, kThreads);
     CUTLASS_PRAGMA_NO_UNROLL
     for (int pass = 0; pass < kPasses && row_of(pass, 0) < rows; pass += kPassesAtOnce) {
+      auto const own_row = [&](int i) { return row_of(pass + i, part()); };
       uint4 raw[kPassesAtOnce];
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kPassesAtOnce; ++i) {
-        raw[i] = this->raw_row_or_zero(walk, first_row, row_of(pass + i, part()), rows);
-      }
+      uint32_t halves[kPassesAtOnce][kVector / 2];
+      float unit_of_row[kPassesAtOnce];
+      this->read_rows(walk, [&](int i) { return first_row + own_row(i); }, raw);
+      this->halves_of_rows(raw, own_row, rows, halves, unit_of_row);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kPassesAtOnce; ++i) {
         if (row_of(pass + i, 0) >= rows) break;  // the whole warp
-        int const row = row_of(pass + i, part());
-        uint32_t halves[kVector / 2];
-        float const unit_of_row = this->halves_of_row(raw[i], halves);
-        *place(shared, warpgroup, row) = {halves[0], halves[1], halves[2], halves[3]};
-        if (column() == 0) shared.query_unit[warpgroup][row] = unit_of_row * unit;
+        auto const& x = halves[i];
+        *place(shared, warpgroup, own_row(i)) = {x[0], x[1], x[2], x[3]};
+        if (column() == 0) shared.query_unit[warpgroup][own_row(i)] = unit_of_row[i] * unit;
       }
     }
     cutlass::arch::fence_view_async_shared();

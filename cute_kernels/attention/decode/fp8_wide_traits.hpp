@@ -23,9 +23,8 @@ struct Fp8WideTraits : DecodeTraits<Tile_> {
   static constexpr int kProducerRegisters = 88;
   static constexpr int kConsumerRegisters = 208;
 
-  static constexpr int kKeysAtOnce = Base::kTileN;  // whose scores a thread has
-  static constexpr int kLookAhead = 1;              // code that converts, too, would be repeated
-  static constexpr int kStaged = Tile::kStaged;     // blocks of 8 bits on their way
+  static constexpr int kLookAhead = 1;           // code that converts, too, would be repeated
+  static constexpr int kStaged = Tile::kStaged;  // blocks of 8 bits on their way
   static constexpr int kPieceBytes = 16;
   static constexpr int kProducerThreads = cutlass::NumThreadsPerWarpGroup;
   // Of K in a block, and as many of V: what one thread copies and converts.

@@ -108,6 +108,18 @@ class RunningSoftmax {
     most_[row] = most;
   }
 
+  /// The same of all keys' maximum `most`: what P V of keys with maximum `of_some` is to be
+  /// multiplied by.
+  CUTLASS_DEVICE float weight(float of_some, float most) const {
+    float const origin = most == -INFINITY ? 0.f : most;
+    return sm90::exp2_mufu((of_some - origin) * scale_log2_);
+  }
+  /// A row's keys become those of `all`, reduced.
+  CUTLASS_DEVICE void become(int row, RowStatistics const& all) {
+    most_[row] = all.most;
+    sum_[row] = all.sum;
+  }
+
   /// That of keys whose maximum is the same, reduced.
   CUTLASS_DEVICE void add_sum(int row, float sum) { sum_[row] += sum; }
 

@@ -175,9 +175,9 @@ def fp8_warps_shared_memory(row: Row) -> dict[str, int]:
             "K": row["stages"] * stage,
             "V": row["stages"] * stage,
             "Q": warp_rows * row["head_dim"] * ELEMENT_BYTES,
-            # of rows of K, of V and of Q; every warp's walk; full and empty, of every stage of K
-            # and of V; as of decode
-            "factors, barriers and work": 4 * (2 * of_keys + warp_rows)
+            # of rows of K, of V and of Q, and of a sequence's V; every warp's walk; full and
+            # empty, of every stage of K and of V; as of decode
+            "factors, barriers and work": 4 * (2 * of_keys + warp_rows + FP8_WARPS)
             + FP8_WARPS * WALK_BYTES
             + 2 * 8 * 2 * row["stages"]
             + 3 * WORK_BYTES_OF_WARPGROUP
