@@ -70,15 +70,29 @@ class DecodeEpilogue {
   /// parts of less than an item are of the one in which its share begins, and of the one that
   /// begins in it last.
   CUTLASS_DEVICE void begin(typename Traits::Dealer::Share const& share) const {
-    if (consumer_thread() != 0 || share.place.block >= share.line.blocks) return;
+    open_counters(find_counters(share));
+  }
+  /// The same in two steps, between which there is something else to do than to wait for memory.
+  struct Counters {
+    uint64_t* of_item[2] = {nullptr, nullptr};
+    uint64_t found[2];
+  };
+  CUTLASS_DEVICE Counters find_counters(typename Traits::Dealer::Share const& share) const {
+    Counters counters;
+    if (consumer_thread() != 0 || share.place.block >= share.line.blocks) return counters;
     int const first = quotient(share.place.item, share.line.share);
-    uint64_t* const counters[] = {counter(first), counter(blockIdx.x)};
-    uint64_t const found[] = {load_relaxed(counters[0]), load_relaxed(counters[1])};
+    counters.of_item[0] = counter(first), counters.of_item[1] = counter(blockIdx.x);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < 2; ++i) counters.found[i] = load_relaxed(counters.of_item[i]);
+    return counters;
+  }
+  CUTLASS_DEVICE void open_counters(Counters const& counters) const {
+    if (counters.of_item[0] == nullptr) return;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < 2; ++i) {
       // If another part has been faster, the counter is the call's, and stays as it is.
-      if ((found[i] ^ no_parts()) >> kCountBits != 0) {
-        exchange_if_equal(counters[i], found[i], no_parts());
+      if ((counters.found[i] ^ no_parts()) >> kCountBits != 0) {
+        exchange_if_equal(counters.of_item[i], counters.found[i], no_parts());
       }
     }
   }
@@ -194,10 +208,15 @@ class DecodeEpilogue {
           results_.partial_out + (slot * PartRows::kCount + row) * kHeadDim + first.column;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(rows); col += kRun) {
-        cutlass::AlignedArray<float, kRun> run;
-        CUTLASS_PRAGMA_UNROLL
-        for (int j = 0; j < kRun; ++j) run[j] = rows(i, col + j);
-        *reinterpret_cast<cutlass::AlignedArray<float, kRun>*>(out + 4 * col) = run;
+        if constexpr (kRun == 4) {
+          *reinterpret_cast<float4*>(out + 4 * col) = {rows(i, col), rows(i, col + 1),
+                                                       rows(i, col + 2), rows(i, col + 3)};
+        } else {
+          cutlass::AlignedArray<float, kRun> run;
+          CUTLASS_PRAGMA_UNROLL
+          for (int j = 0; j < kRun; ++j) run[j] = rows(i, col + j);
+          *reinterpret_cast<cutlass::AlignedArray<float, kRun>*>(out + 4 * col) = run;
+        }
       }
     }
   }

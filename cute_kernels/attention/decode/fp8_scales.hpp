@@ -100,20 +100,16 @@ class Fp8Scales {
                  : apply_factors<false>(p, column, factors, factor_of_output);
   }
 
-  /// Ends a part of `group`.
+  /// What a row of O is a multiple of at a part's end, with the sequence's factor of values.
+  CUTLASS_DEVICE float unit_of_output(int row, float of_sequence) const {
+    return are_values_scaled() ? of_sequence * value_top_[row] : of_sequence;
+  }
   template <class Output>
-  CUTLASS_DEVICE void apply_to_output(Output& out, Walk const& walk, [[maybe_unused]] int group,
-                                      [[maybe_unused]] SharedStorage const& shared) const {
-    float const factor = [&] {
-      if constexpr (Traits::kByWarps)
-        return shared.value_unit[group];
-      else
-        return of_sequence(format_.v_of_sequence, walk);
-    }();
+  CUTLASS_DEVICE void apply_to_output(Output& out, Walk const& walk) const {
+    float const factor = of_sequence(format_.v_of_sequence, walk);
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < cute::size(out); ++i) {
-      int const row = i / 2 % kRows;  // pairs of columns
-      out(i) *= are_values_scaled() ? factor * value_top_[row] : factor;
+      out(i) *= unit_of_output(i / 2 % kRows, factor);  // pairs of columns
     }
   }
 

@@ -21,7 +21,8 @@ class Fp8WarpsJoin {
   static constexpr int kLanes = Traits::kLanes;
   static constexpr int kChunks = Traits::kChunks;
   static constexpr int kAllThreads = Traits::kWarps * kLanes;
-  static constexpr int kOfChunk = 8;  // a thread's elements of O, in the order of registers
+  static constexpr int kOfChunk = 8;      // a thread's elements of O, in the order of registers
+  static constexpr int kWarpsAtOnce = 4;  // whose O is read
   // Warps that share rows, at least; chunks of one of them, at most.
   static constexpr int kLeastStep = Traits::kWarps * Part::kRows / Traits::kTileRows;
   static constexpr int kMostOwn = (kChunks + kLeastStep - 1) / kLeastStep;
@@ -35,10 +36,10 @@ class Fp8WarpsJoin {
   /// (row, column). `place` is that of the thread's first column of all. The softmax becomes that
   /// of all keys.
   template <class Softmax, class Output, class Results>
-  CUTLASS_DEVICE void join(Softmax& softmax, Output const& out, AccumulatorPlace const& place,
-                           Results const& results) const {
+  CUTLASS_DEVICE void join(Softmax& softmax, float const (&unit)[kRows], Output const& out,
+                           AccumulatorPlace const& place, Results const& results) const {
     float sums[kMostOwn][kOfChunk] = {};
-    write_statistics(softmax);
+    write_statistics(softmax, unit);
     add_up(softmax, out, 0, sums);
     if (has_second_rows_) {
       meet();  // before anyone writes there again
@@ -68,10 +69,11 @@ class Fp8WarpsJoin {
   CUTLASS_DEVICE static int row_of_warp(int i) { return lane() / 4 + 8 * i; }
 
   template <class Softmax>
-  CUTLASS_DEVICE void write_statistics(Softmax const& softmax) const {
+  CUTLASS_DEVICE void write_statistics(Softmax const& softmax, float const (&unit)[kRows]) const {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      if (lane() % 4 == 0) shared_.statistics[warp_][row_of_warp(i)] = softmax.statistics(i);
+      if (lane() % 4 == 0)
+        shared_.statistics[warp_][row_of_warp(i)] = {softmax.statistics(i), unit[i]};
     }
   }
 
@@ -88,39 +90,45 @@ class Fp8WarpsJoin {
     }
     meet();
     int const first = warp_ - part_.slice;
-    RowStatistics all{-INFINITY, 0.f}, of_warp[Traits::kWarps];
+    RowStatistics all{-INFINITY, 0.f};
+    typename SharedStorage::OfWarp of_warp[Traits::kWarps];
     CUTLASS_PRAGMA_UNROLL
     for (int w = 0; w < Traits::kWarps; ++w) {
-      of_warp[w] = {-INFINITY, 0.f};
+      of_warp[w] = {{-INFINITY, 0.f}, 0.f};
       if (w < part_.step) of_warp[w] = shared_.statistics[first + w][row_of_warp(i)];
     }
     CUTLASS_PRAGMA_UNROLL
-    for (int w = 0; w < Traits::kWarps; ++w) all.most = fmaxf(all.most, of_warp[w].most);
-    float weight[Traits::kWarps];
+    for (int w = 0; w < Traits::kWarps; ++w) all.most = fmaxf(all.most, of_warp[w].keys.most);
+    float weight[Traits::kWarps];  // of a warp's O
     CUTLASS_PRAGMA_UNROLL
     for (int w = 0; w < Traits::kWarps; ++w) {
-      weight[w] = w < part_.step ? softmax.weight(of_warp[w].most, all.most) : 0.f;
-      all.sum += of_warp[w].sum * weight[w];
+      float const of_keys = w < part_.step ? softmax.weight(of_warp[w].keys.most, all.most) : 0.f;
+      all.sum += of_warp[w].keys.sum * of_keys;
+      weight[w] = of_warp[w].unit * of_keys;
     }
     softmax.become(i, all);
     CUTLASS_PRAGMA_UNROLL
     for (int j = 0; j < kMostOwn; ++j) {
       int const chunk = part_.slice + j * part_.step;
       if (chunk >= kChunks) break;
-      float4 x[Traits::kWarps];
       CUTLASS_PRAGMA_UNROLL
-      for (int w = 0; w < Traits::kWarps; ++w) {
-        x[w] = {0.f, 0.f, 0.f, 0.f};
-        if (w >= part_.step) continue;
-        auto const* const theirs = reinterpret_cast<float4 const*>(shared_.q[first + w]) + lane();
-        x[w] = theirs[chunk * kLanes];
-      }
-      CUTLASS_PRAGMA_UNROLL
-      for (int w = 0; w < Traits::kWarps; ++w) {
-        auto add = [&](int column, float value) {
-          sums[j][2 * i + column % 2 * 4 + column / 2] += value * weight[w];
-        };
-        add(0, x[w].x), add(1, x[w].y), add(2, x[w].z), add(3, x[w].w);
+      for (int w = 0; w < Traits::kWarps; w += kWarpsAtOnce) {
+        float4 x[kWarpsAtOnce];
+        CUTLASS_PRAGMA_UNROLL
+        for (int k = 0; k < kWarpsAtOnce; ++k) {
+          x[k] = {0.f, 0.f, 0.f, 0.f};
+          if (w + k >= part_.step) continue;
+          auto const* const theirs =
+              reinterpret_cast<float4 const*>(shared_.q[first + w + k]) + lane();
+          x[k] = theirs[chunk * kLanes];
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int k = 0; k < kWarpsAtOnce; ++k) {
+          auto add = [&](int column, float value) {
+            sums[j][2 * i + column % 2 * 4 + column / 2] += value * weight[w + k];
+          };
+          add(0, x[k].x), add(1, x[k].y), add(2, x[k].z), add(3, x[k].w);
+        }
       }
     }
   }

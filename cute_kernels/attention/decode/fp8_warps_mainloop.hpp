@@ -15,7 +15,8 @@
 namespace cute_kernels::attention {
 
 /// The consumers of a cache of 8 bits: each warp for itself computes softmax(scale Q K^T) V of 16
-/// rows of a part, of its slices of their keys, not divided by the row sums. No warp waits for
+/// rows of a part, of its slices of their keys, not divided by the row sums; a row of O is a
+/// multiple of unit_of_output_ until the warps' are added up. No warp waits for
 /// another one but at a part's end. That no phase of a full barrier is taken for the one before
 /// holds as copies land in order: when a block's turn comes, its warp knows of a later one than was
 /// in its stage before, of its own or where warps have met at the end of the part before.
@@ -60,6 +61,8 @@ class Fp8WarpsMainloop {
   CUTLASS_DEVICE void compute(Walk const& walk, Softmax& softmax, Output& out) {
     int const blocks = sm90::uniform(walk.end_block() - walk.begin_block());
     Part const part = part_of(walk);
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) unit_of_output_[row] = 1.f;
     // Of such a part each warp has the same rows, and the same number among those that share keys.
     bool const is_few =
         sm90::uniform(walk.tile().rows) <= kRowsApart && blocks <= Traits::kFewBlocks;
@@ -79,7 +82,7 @@ class Fp8WarpsMainloop {
     Part const part = part_of(walk);
     AccumulatorPlace const place{part.first_row + row_of_warp(), Operands::first_output_column()};
     Fp8WarpsJoin<Traits>(part, warp(), walk.tile().rows, shared_)
-        .join(softmax, out, place, results);
+        .join(softmax, unit_of_output_, out, place, results);
   }
 
  private:
@@ -156,7 +159,10 @@ class Fp8WarpsMainloop {
         stage.advance(Part::block(slice + part.step) - Part::block(slice));
       }
     }
-    scales_.apply_to_output(out, walk, warp(), shared_);
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      unit_of_output_[row] = scales_.unit_of_output(row, shared_.value_unit[warp()]);
+    }
     softmax.reduce_sums();
   }
 
@@ -197,7 +203,8 @@ class Fp8WarpsMainloop {
   EightBits const& format_;
   Fp8Scales<Traits> scales_;
   SharedStorage& shared_;
-  uint32_t passed_ = 0;  // blocks of the parts so far
+  uint32_t passed_ = 0;          // blocks of the parts so far
+  float unit_of_output_[kRows];  // of the part
 };
 
 }  // namespace cute_kernels::attention

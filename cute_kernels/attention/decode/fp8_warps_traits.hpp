@@ -75,7 +75,11 @@ struct Fp8WarpsTraits : DecodeTraits<Tile_> {
     Barrier v_full[kStages];
     Barrier v_empty[kStages];
     typename Dealer::Shared deal;
-    RowStatistics statistics[kWarps][Part::kRows];  // of each warp's keys of a part
+    // Of each warp's keys of a part, and what its O is a multiple of.
+    struct alignas(16) OfWarp {
+      RowStatistics keys;
+      float unit;
+    } statistics[kWarps][Part::kRows];
     int is_last;  // whether all parts of the consumers' item are there
   };
 };

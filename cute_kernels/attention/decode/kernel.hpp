@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     Mainloop mainloop(params.call, params.source, params.units, params.format, shared);
     DecodeEpilogue<Traits> epilogue(params.call, params.results, params.source.group,
                                     params.units.log2_of_unit, shared);
-    epilogue.begin(share);
+    auto const counters = epilogue.find_counters(share);
+    if constexpr (!Traits::kByWarps) epilogue.open_counters(counters);
     auto walk = [&] {
       if constexpr (Traits::kWalksInMemory) {
         int const warp = cutlass::canonical_warp_idx_sync() - cutlass::NumWarpsPerWarpGroup;
@@ -88,6 +89,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
         return first_part();
       }
     }();
+    // Warps that read queries themselves do not wait for the counters before.
+    if constexpr (Traits::kByWarps) epilogue.open_counters(counters);
     for (; walk.valid(); walk.advance()) {
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();

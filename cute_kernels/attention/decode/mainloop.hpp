@@ -240,7 +240,7 @@ class DecodeMainloop {
     warpgroup_wait<0>();
     warpgroup_fence_operand(out);
     if (!part.takes_turns() || !has_turns(walk)) release_values();
-    if constexpr (Traits::kEightBits) scales_.apply_to_output(out, walk, warpgroup(), shared_);
+    if constexpr (Traits::kEightBits) scales_.apply_to_output(out, walk);
     softmax.reduce_sums();
   }
 

@@ -182,7 +182,7 @@ def fp8_warps_shared_memory(row: Row) -> dict[str, int]:
             + 2 * 8 * 2 * row["stages"]
             + 3 * WORK_BYTES_OF_WARPGROUP
             + 4
-            + 2 * 4 * warp_rows,
+            + 4 * 4 * warp_rows,
         }
     )
 
