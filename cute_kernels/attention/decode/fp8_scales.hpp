@@ -31,27 +31,30 @@ class Fp8Scales {
                            EightBits const& format)
       : queries_(call, source, format), format_(format) {}
 
-  /// Begins a part: queries go to shared memory, by each `group` of threads for itself, a warp or
-  /// a warpgroup. `first_row` is the group's, of the tile, and `row_of_group` the thread's, seen
-  /// from it.
-  CUTLASS_DEVICE void begin(Walk const& walk, int group, int first_row, int row_of_group,
-                            SharedStorage& shared) {
-    float of_values = 1.f;
-    auto const unit = [&] {
+  /// Queries of a part go to shared memory, by each `group` of threads for itself, a warpgroup.
+  /// `first_row` is the group's, of the tile.
+  CUTLASS_DEVICE void load_queries(Walk const& walk, int group, int first_row,
+                                   SharedStorage& shared) const {
+    float const unit =
+        of_sequence(format_.q_of_sequence, walk) * of_sequence(format_.k_of_sequence, walk);
+    queries_.load(walk, group, first_row, unit, shared);
+  }
+  /// The same by warps that share rows' keys.
+  template <class Part>
+  CUTLASS_DEVICE void load_queries(Walk const& walk, Part const& part,
+                                   SharedStorage& shared) const {
+    auto const factors = [&] {
       float const of_queries = of_sequence(format_.q_of_sequence, walk);
       float const of_keys = of_sequence(format_.k_of_sequence, walk);
-      if constexpr (Traits::kByWarps) {
-        of_values = of_sequence(format_.v_of_sequence, walk);
-        if (format_.is_int8) return of_queries * of_keys * (1.f / kRaisedUnit);
-      }
-      return of_queries * of_keys;
+      float const of_values = of_sequence(format_.v_of_sequence, walk);
+      float const raised = format_.is_int8 ? 1.f / kRaisedUnit : 1.f;
+      return float2{of_queries * of_keys * raised, of_values};
     };
-    if constexpr (Traits::kByWarps) {
-      queries_.load(walk, group, first_row, unit, shared);
-      shared.value_unit[group] = of_values;  // by each thread, which reads it itself
-    } else {
-      queries_.load(walk, group, first_row, unit(), shared);
-    }
+    queries_.load(walk, part, factors, shared);
+  }
+
+  /// Begins a part, when queries are there. `row_of_group`: the thread's, seen from the group's.
+  CUTLASS_DEVICE void begin(int group, int row_of_group, SharedStorage const& shared) {
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
       unit_[row] = shared.query_unit[group][row_of_group + 8 * row];

@@ -9,8 +9,8 @@
 namespace cute_kernels::attention {
 
 /// The end of a part. Of the warps that had a share of the same rows' keys each, each adds up some
-/// chunks of O's columns, of all of them in their order: O stands in the memory of the warps'
-/// queries, one of a thread's two rows at a time. All that a thread reads there it reads at a time.
+/// chunks of O's columns, of all of them in their order: O stands in shared memory, one of a
+/// thread's two rows at a time. All that a thread reads there it reads at a time.
 template <class Traits>
 class Fp8WarpsJoin {
   using SharedStorage = typename Traits::SharedStorage;
@@ -32,6 +32,12 @@ class Fp8WarpsJoin {
   CUTLASS_DEVICE Fp8WarpsJoin(Part const& part, int warp, int rows, SharedStorage& shared)
       : part_(part), warp_(warp), has_second_rows_(rows > 8), shared_(shared) {}
 
+  /// All consumers. Also behind the writing of a part's queries: who comes there has read all of O
+  /// of the part before.
+  CUTLASS_DEVICE static void meet() {
+    sm90::barrier_sync_memory(sm90::NamedBarrier::kTurnsEnded, 0, kAllThreads);
+  }
+
   /// results(columns, place) for each of the warp's chunks, in which it then has all keys, as
   /// (row, column). `place` is that of the thread's first column of all. The softmax becomes that
   /// of all keys.
@@ -39,6 +45,7 @@ class Fp8WarpsJoin {
   CUTLASS_DEVICE void join(Softmax& softmax, float const (&unit)[kRows], Output const& out,
                            AccumulatorPlace const& place, Results const& results) const {
     float sums[kMostOwn][kOfChunk] = {};
+    if constexpr (!Traits::kQueriesApart) meet();  // queries have been read, which lie there
     write_statistics(softmax, unit);
     add_up(softmax, out, 0, sums);
     if (has_second_rows_) {
@@ -58,14 +65,11 @@ class Fp8WarpsJoin {
       results(Operands::template columns_of<1>(columns.data()),
               AccumulatorPlace{place.row, place.column + chunk * Traits::kChunk});
     }
-    meet();  // before anyone writes there again
+    if constexpr (!Traits::kQueriesApart) meet();  // before queries are written there
   }
 
  private:
   CUTLASS_DEVICE static int lane() { return threadIdx.x % kLanes; }
-  CUTLASS_DEVICE static void meet() {
-    sm90::barrier_sync_memory(sm90::NamedBarrier::kTurnsEnded, 0, kAllThreads);
-  }
   CUTLASS_DEVICE static int row_of_warp(int i) { return lane() / 4 + 8 * i; }
 
   template <class Softmax>
@@ -82,7 +86,7 @@ class Fp8WarpsJoin {
   CUTLASS_DEVICE void add_up(Softmax& softmax, Output const& out, int i,
                              float (&sums)[kMostOwn][kOfChunk]) const {
     auto const rows = Operands::template output_rows<2>(out);
-    auto* const own = reinterpret_cast<float4*>(shared_.q[warp_]) + lane();
+    float4* const own = &shared_.out[warp_][0][lane()];
     CUTLASS_PRAGMA_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       auto x = [&](int j) { return rows(i, 4 * chunk + j); };
@@ -118,9 +122,7 @@ class Fp8WarpsJoin {
         for (int k = 0; k < kWarpsAtOnce; ++k) {
           x[k] = {0.f, 0.f, 0.f, 0.f};
           if (w + k >= part_.step) continue;
-          auto const* const theirs =
-              reinterpret_cast<float4 const*>(shared_.q[first + w + k]) + lane();
-          x[k] = theirs[chunk * kLanes];
+          x[k] = shared_.out[first + w + k][chunk][lane()];
         }
         CUTLASS_PRAGMA_UNROLL
         for (int k = 0; k < kWarpsAtOnce; ++k) {

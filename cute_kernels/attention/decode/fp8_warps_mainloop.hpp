@@ -66,8 +66,10 @@ class Fp8WarpsMainloop {
     // Of such a part each warp has the same rows, and the same number among those that share keys.
     bool const is_few =
         sm90::uniform(walk.tile().rows) <= kRowsApart && blocks <= Traits::kFewBlocks;
+    if (blocks > 0) scales_.load_queries(walk, part, shared_);
+    Fp8WarpsJoin<Traits>::meet();  // queries are there, and no one reads O of the part before
     if ((is_few ? FewKeysPart::block(part.slice) : Part::block(part.slice)) < blocks) {
-      scales_.begin(walk, warp(), part.first_row, row_of_warp(), shared_);
+      scales_.begin(part.first_row / Part::kRows, row_of_warp(), shared_);
       format_.is_int8 ? compute_part<true>(walk, part, blocks, is_few, softmax, out)
                       : compute_part<false>(walk, part, blocks, is_few, softmax, out);
     }
@@ -118,7 +120,7 @@ class Fp8WarpsMainloop {
     auto out_rows = Operands::template output_rows<kOwnRows>(out);
     SeenKeys<Traits, kKeys> const seen(call_, source_.group, walk, part.first_row + row_of_warp());
     int const first_slice = sm90::uniform(walk.begin_block()) * Part::kSlices;
-    typename Operands::Queries const queries(shared_.q[warp()]);
+    typename Operands::Queries const queries(Traits::queries(shared_, part.first_row));
     Stage stage = Stage::of(passed_ + Part::block(part.slice));
     float products[4] = {};  // what they begin with
     if constexpr (kInt8) Operands::begin_products(queries, products);
@@ -161,7 +163,7 @@ class Fp8WarpsMainloop {
     }
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      unit_of_output_[row] = scales_.unit_of_output(row, shared_.value_unit[warp()]);
+      unit_of_output_[row] = scales_.unit_of_output(row, shared_.value_unit);
     }
     softmax.reduce_sums();
   }

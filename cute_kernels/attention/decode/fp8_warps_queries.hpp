@@ -18,9 +18,7 @@ class Fp8WarpsQueries : Fp8Queries<Traits> {
   using Base::kVector;
   using Base::lane;
 
-  // Rows of a thread are 8 apart: most tiles have rows of the first half alone.
   static constexpr int kRowsOfHalf = Traits::Part::kRows / 2;
-  static constexpr int kPassesOfHalf = kRowsOfHalf / kRowsAtOnce;
   static_assert(kRowsOfHalf % kRowsAtOnce == 0);
 
  public:
@@ -28,34 +26,29 @@ class Fp8WarpsQueries : Fp8Queries<Traits> {
                                  EightBits const& format)
       : Base(call, source, format) {}
 
-  /// By a whole warp, which has rows of the tile from `first_row` on; rows behind the tile's last
+  /// By each of the warps that share rows' keys, some of these rows; rows behind the tile's last
   /// one become 0, or are left as they are where the thread's second rows are none of the tile's.
-  /// unit(): what the sequence's products of numbers are multiplied by, which is read behind rows.
-  template <class Unit>
-  CUTLASS_DEVICE void load(Walk const& walk, int warp, int first_row, Unit const& unit,
-                           SharedStorage& shared) const {
-    int const rows = min(walk.tile().rows - first_row, Traits::Part::kRows);
-    auto* const words = reinterpret_cast<uint32_t*>(shared.q[warp]);
+  /// factors(): of the sequence's queries times keys, and of values, which are read behind rows.
+  template <class Factors>
+  CUTLASS_DEVICE void load(Walk const& walk, typename Traits::Part const& part,
+                           Factors const& factors, SharedStorage& shared) const {
+    int const rows = walk.tile().rows - part.first_row;
+    int const rows_of_threads = rows > kRowsOfHalf ? 2 * kRowsOfHalf : kRowsOfHalf;
+    int const group = part.first_row / Traits::Part::kRows;
+    auto* const words = reinterpret_cast<uint32_t*>(Traits::queries(shared, part.first_row));
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int first = 0; first < rows; first += kRowsOfHalf) {
-      auto const row_of = [&](int pass) {
-        return first + pass * kRowsAtOnce + lane() / kLanesOfRow;
-      };
-      uint4 raw[kPassesOfHalf];
-      uint32_t halves[kPassesOfHalf][kVector / 2];
-      float unit_of_row[kPassesOfHalf];
-      this->read_rows(walk, [&](int pass) { return first_row + row_of(pass); }, raw);
-      float const unit_of_all = unit();
-      this->halves_of_rows(raw, row_of, rows, halves, unit_of_row);
-      CUTLASS_PRAGMA_UNROLL
-      for (int pass = 0; pass < kPassesOfHalf; ++pass) {
-        store(halves[pass], row_of(pass), words);
-        if (column() == 0) {
-          shared.query_unit[warp][row_of(pass)] = unit_of_row[pass] * unit_of_all;
-        }
-      }
+    for (int pass = part.slice; pass * kRowsAtOnce < rows_of_threads; pass += part.step) {
+      int const row = pass * kRowsAtOnce + lane() / kLanesOfRow;
+      uint4 raw[1];
+      uint32_t halves[1][kVector / 2];
+      float unit[1];
+      this->read_rows(walk, [&](int) { return part.first_row + row; }, raw);
+      float2 const of_sequence = factors();
+      this->halves_of_rows(raw, [&](int) { return row; }, rows, halves, unit);
+      store(halves[0], row, words);
+      if (column() == 0) shared.query_unit[group][row] = unit[0] * of_sequence.x;
+      if (pass == 0) shared.value_unit = of_sequence.y;
     }
-    __syncwarp();
   }
 
  private:

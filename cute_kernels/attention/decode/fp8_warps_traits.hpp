@@ -52,6 +52,10 @@ struct Fp8WarpsTraits : DecodeTraits<Tile_> {
   static constexpr int kLanes = cutlass::NumThreadsPerWarp;
   // Queries stay in registers where O leaves room for them.
   static constexpr bool kQueriesInRegisters = kHeadDim <= 128;
+  // Queries have memory of their own where there is some. Otherwise they lie where O of the first
+  // one of their warps lies at a part's end, and warps meet before and behind that.
+  static constexpr bool kQueriesApart = kHeadDim == 128;
+  static constexpr int kGroups = kTileRows / Part::kRows;  // of rows
 
   using Dealer = WorkDealer<Fp8WarpsTraits>;
 
@@ -60,14 +64,16 @@ struct Fp8WarpsTraits : DecodeTraits<Tile_> {
 
     alignas(1024) cute::array<CacheElement, kStages * Base::kStageElements> k;
     alignas(1024) cute::array<CacheElement, kStages * Base::kStageElements> v;
-    // A warp's own: its queries, each lane's A operands of a chunk's product; at a part's end O.
-    uint4 q[kWarps][kChunks][kLanes];
+    // Queries of 16 rows, each lane's A operands of a chunk's product.
+    uint4 q[kQueriesApart ? kGroups : 0][kChunks][kLanes];
+    // At a part's end what a warp has of O, of one of a thread's rows.
+    float4 out[kWarps][kChunks][kLanes];
     // Of the rows of K and of V in a stage, filled and freed with it.
     float key_factors[kStages][kTileN];
     float value_factors[kStages][kTileN];
     alignas(8) char walks[kWarps][sizeof(WorkWalk<Base>)];  // of each warp over the CTA's parts
-    float query_unit[kWarps][Part::kRows];                  // what queries are multiples of
-    float value_unit[kWarps];                               // and values
+    float query_unit[kGroups][Part::kRows];                 // what queries are multiples of
+    float value_unit;                                       // and values
 
     // As of DecodeTraits.
     Barrier k_full[kStages];
@@ -82,6 +88,17 @@ struct Fp8WarpsTraits : DecodeTraits<Tile_> {
     } statistics[kWarps][Part::kRows];
     int is_last;  // whether all parts of the consumers' item are there
   };
+
+  /// Of the rows from `first_row` on.
+  CUTLASS_DEVICE static auto& queries(SharedStorage& shared, int first_row) {
+    using Queries = uint4[kChunks][kLanes];
+    int const group = first_row / Part::kRows;
+    if constexpr (kQueriesApart) {
+      return shared.q[group];
+    } else {
+      return reinterpret_cast<Queries&>(shared.out[group * kWarps / kGroups]);
+    }
+  }
 };
 
 }  // namespace cute_kernels::attention

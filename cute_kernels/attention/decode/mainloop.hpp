@@ -142,7 +142,8 @@ class DecodeMainloop {
 
     SeenKeys<Traits> const seen(call_, group_, walk, part.first_row + first_accumulator_row());
     if constexpr (Traits::kEightBits) {
-      scales_.begin(walk, warpgroup(), part.first_row, first_accumulator_row(), shared_);
+      scales_.load_queries(walk, warpgroup(), part.first_row, shared_);
+      scales_.begin(warpgroup(), first_accumulator_row(), shared_);
     }
     Stage k_stage = Stage::of(sm90::uniform(passed_ + (part.begin - walk.begin_block())));
     Stage v_stage = k_stage;

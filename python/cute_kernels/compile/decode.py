@@ -166,7 +166,7 @@ def fp8_decode_shared_memory(row: Row) -> dict[str, int]:
 
 
 def fp8_warps_shared_memory(row: Row) -> dict[str, int]:
-    """K and V as they are in the cache; Q is every warp's own."""
+    """K and V as they are in the cache; O is every warp's own, Q lies there or apart."""
     stage = row["tile_n"] * row["head_dim"]
     warp_rows = FP8_WARPS * FP8_WARP_ROWS
     of_keys = row["stages"] * row["tile_n"]
@@ -174,10 +174,11 @@ def fp8_warps_shared_memory(row: Row) -> dict[str, int]:
         {
             "K": row["stages"] * stage,
             "V": row["stages"] * stage,
-            "Q": warp_rows * row["head_dim"] * ELEMENT_BYTES,
+            "Q": FP8_FEW_ROWS * row["head_dim"] * ELEMENT_BYTES if row["head_dim"] == 128 else 0,
+            "O": warp_rows * row["head_dim"] * ELEMENT_BYTES,
             # of rows of K, of V and of Q, and of a sequence's V; every warp's walk; full and
             # empty, of every stage of K and of V; as of decode
-            "factors, barriers and work": 4 * (2 * of_keys + warp_rows + FP8_WARPS)
+            "factors, barriers and work": 4 * (2 * of_keys + FP8_FEW_ROWS + 1)
             + FP8_WARPS * WALK_BYTES
             + 2 * 8 * 2 * row["stages"]
             + 3 * WORK_BYTES_OF_WARPGROUP
