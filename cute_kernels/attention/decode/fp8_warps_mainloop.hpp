@@ -63,11 +63,11 @@ class Fp8WarpsMainloop {
     Part const part = part_of(walk);
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) unit_of_output_[row] = 1.f;
+    if (blocks > 0) scales_.load_queries(walk, part, shared_);
+    Fp8WarpsJoin<Traits>::meet();  // queries are there, and no one reads O of the part before
     // Of such a part each warp has the same rows, and the same number among those that share keys.
     bool const is_few =
         sm90::uniform(walk.tile().rows) <= kRowsApart && blocks <= Traits::kFewBlocks;
-    if (blocks > 0) scales_.load_queries(walk, part, shared_);
-    Fp8WarpsJoin<Traits>::meet();  // queries are there, and no one reads O of the part before
     if ((is_few ? FewKeysPart::block(part.slice) : Part::block(part.slice)) < blocks) {
       scales_.begin(part.first_row / Part::kRows, row_of_warp(), shared_);
       format_.is_int8 ? compute_part<true>(walk, part, blocks, is_few, softmax, out)

@@ -86,6 +86,7 @@ struct Fp8WarpsTraits : DecodeTraits<Tile_> {
       RowStatistics keys;
       float unit;
     } statistics[kWarps][Part::kRows];
+    alignas(8) char parts[kWarps][sizeof(WorkParts)];  // of the warp's item
     int is_last;  // whether all parts of the consumers' item are there
   };
 

@@ -91,11 +91,26 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     }();
     // Warps that read queries themselves do not wait for the counters before.
     if constexpr (Traits::kByWarps) epilogue.open_counters(counters);
+    // Where queries are converted meanwhile, what the part's end needs is worked out before keys
+    // are there, and kept in shared memory: each thread reads what it has written.
+    [[maybe_unused]] auto const parts_kept = [&]() -> WorkParts& {
+      int const warp = cutlass::canonical_warp_idx_sync() - cutlass::NumWarpsPerWarpGroup;
+      return reinterpret_cast<WorkParts&>(shared.parts[warp]);
+    };
+    auto const parts_of = [&]() -> WorkParts {
+      if constexpr (Traits::kByWarps)
+        return parts_kept();
+      else
+        return static_cast<WorkWalk<Traits> const&>(walk).parts();
+    };
     for (; walk.valid(); walk.advance()) {
+      if constexpr (Traits::kByWarps) {
+        parts_kept() = static_cast<WorkWalk<Traits> const&>(walk).parts();
+      }
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();
       mainloop.compute(walk, softmax, out);
-      WorkParts const parts = static_cast<WorkWalk<Traits> const&>(walk).parts();
+      WorkParts const parts = parts_of();
       mainloop.finish(walk, softmax, out, [&](auto const& rows, AccumulatorPlace const& place) {
         epilogue.store(walk, parts, softmax, rows, place);
       });

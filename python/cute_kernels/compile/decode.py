@@ -183,6 +183,7 @@ def fp8_warps_shared_memory(row: Row) -> dict[str, int]:
             + 2 * 8 * 2 * row["stages"]
             + 3 * WORK_BYTES_OF_WARPGROUP
             + 4
+            + 8 * FP8_WARPS
             + 4 * 4 * warp_rows,
         }
     )
