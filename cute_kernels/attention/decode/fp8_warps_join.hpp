@@ -21,11 +21,11 @@ class Fp8WarpsJoin {
   static constexpr int kLanes = Traits::kLanes;
   static constexpr int kChunks = Traits::kChunks;
   static constexpr int kAllThreads = Traits::kWarps * kLanes;
-  static constexpr int kOfChunk = 8;      // a thread's elements of O, in the order of registers
-  static constexpr int kWarpsAtOnce = 4;  // whose O is read
+  static constexpr int kOfChunk = 8;  // a thread's elements of O, in the order of registers
   // Warps that share rows, at least; chunks of one of them, at most.
   static constexpr int kLeastStep = Traits::kWarps * Part::kRows / Traits::kTileRows;
   static constexpr int kMostOwn = (kChunks + kLeastStep - 1) / kLeastStep;
+  static constexpr int kWarpsAtOnce = kLeastStep < 4 ? kLeastStep : 4;  // whose O is read
 
  public:
   /// `rows`: the tile's.
@@ -94,20 +94,22 @@ class Fp8WarpsJoin {
     }
     meet();
     int const first = warp_ - part_.slice;
+    // Where fewer warps share the rows their statistics are read twice, and count once.
+    auto const counts = [&](int w) { return w < kLeastStep || w < part_.step; };
     RowStatistics all{-INFINITY, 0.f};
     typename SharedStorage::OfWarp of_warp[Traits::kWarps];
     CUTLASS_PRAGMA_UNROLL
     for (int w = 0; w < Traits::kWarps; ++w) {
-      of_warp[w] = {{-INFINITY, 0.f}, 0.f};
-      if (w < part_.step) of_warp[w] = shared_.statistics[first + w][row_of_warp(i)];
+      int const in_group = w < kLeastStep ? w : w & (part_.step - 1);
+      of_warp[w] = shared_.statistics[first + in_group][row_of_warp(i)];
     }
     CUTLASS_PRAGMA_UNROLL
     for (int w = 0; w < Traits::kWarps; ++w) all.most = fmaxf(all.most, of_warp[w].keys.most);
     float weight[Traits::kWarps];  // of a warp's O
     CUTLASS_PRAGMA_UNROLL
     for (int w = 0; w < Traits::kWarps; ++w) {
-      float const of_keys = w < part_.step ? softmax.weight(of_warp[w].keys.most, all.most) : 0.f;
-      all.sum += of_warp[w].keys.sum * of_keys;
+      float const of_keys = softmax.weight(of_warp[w].keys.most, all.most);
+      all.sum += counts(w) ? of_warp[w].keys.sum * of_keys : 0.f;
       weight[w] = of_warp[w].unit * of_keys;
     }
     softmax.become(i, all);
@@ -117,13 +119,10 @@ class Fp8WarpsJoin {
       if (chunk >= kChunks) break;
       CUTLASS_PRAGMA_UNROLL
       for (int w = 0; w < Traits::kWarps; w += kWarpsAtOnce) {
+        if (!counts(w)) break;
         float4 x[kWarpsAtOnce];
         CUTLASS_PRAGMA_UNROLL
-        for (int k = 0; k < kWarpsAtOnce; ++k) {
-          x[k] = {0.f, 0.f, 0.f, 0.f};
-          if (w + k >= part_.step) continue;
-          x[k] = shared_.out[first + w + k][chunk][lane()];
-        }
+        for (int k = 0; k < kWarpsAtOnce; ++k) x[k] = shared_.out[first + w + k][chunk][lane()];
         CUTLASS_PRAGMA_UNROLL
         for (int k = 0; k < kWarpsAtOnce; ++k) {
           auto add = [&](int column, float value) {
