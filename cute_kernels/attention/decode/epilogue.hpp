@@ -202,15 +202,18 @@ class DecodeEpilogue {
     for (int i = 0; i < size<0>(rows); ++i) {
       int const row = first.row + 8 * i;
       if (PartRows::in_tile(row) >= walk.tile().rows) continue;
-      if (first.column == 0)
-        results_.statistics[slot * PartRows::kCount + row] = softmax.statistics(i);
+      if (first.column == 0) {
+        RowStatistics const own = softmax.statistics(i);
+        __stcg(reinterpret_cast<float2*>(results_.statistics + slot * PartRows::kCount + row),
+               float2{own.most, own.sum});
+      }
       float* const out =
           results_.partial_out + (slot * PartRows::kCount + row) * kHeadDim + first.column;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(rows); col += kRun) {
         if constexpr (kRun == 4) {
-          *reinterpret_cast<float4*>(out + 4 * col) = {rows(i, col), rows(i, col + 1),
-                                                       rows(i, col + 2), rows(i, col + 3)};
+          __stcg(reinterpret_cast<float4*>(out + 4 * col),
+                 float4{rows(i, col), rows(i, col + 1), rows(i, col + 2), rows(i, col + 3)});
         } else {
           cutlass::AlignedArray<float, kRun> run;
           CUTLASS_PRAGMA_UNROLL
