@@ -8,15 +8,16 @@ from host_program import CHECKED, host_program, needs_cxx
 
 pytestmark = needs_cxx
 
-WARPS, ROWS, KEYS = 8, 16, 32
+WARPS, ROWS = 8, 16
+KEYS = (32, 8)  # of a slice; the fewer where a part has few
 MAIN = f"""
 #include <iostream>
 #include "cute_kernels/attention/decode/fp8_warps_part.hpp"
 using namespace cute_kernels::attention;
 
-template <int kTileN>
+template <int kTileN, int kKeys>
 void share(int rows, int blocks) {{
-  using Part = WarpPart<{WARPS}, kTileN>;
+  using Part = WarpPart<{WARPS}, kTileN, kKeys>;
   std::cout << Part::kMostTurns;
   for (int warp = 0; warp < {WARPS}; ++warp) {{
     Part const part(rows, warp);
@@ -29,26 +30,35 @@ void share(int rows, int blocks) {{
   std::cout << '\\n';
 }}
 
+template <int kTileN>
+void share(int keys, int rows, int blocks) {{
+  if (keys == {KEYS[0]}) share<kTileN, {KEYS[0]}>(rows, blocks);
+  if (keys == {KEYS[1]}) share<kTileN, {KEYS[1]}>(rows, blocks);
+}}
+
 int main() {{
-  int tile_n, rows, blocks;
-  while (std::cin >> tile_n >> rows >> blocks) {{
-    if (tile_n == 32) share<32>(rows, blocks);
-    if (tile_n == 64) share<64>(rows, blocks);
-    if (tile_n == 128) share<128>(rows, blocks);
+  int tile_n, keys, rows, blocks;
+  while (std::cin >> tile_n >> keys >> rows >> blocks) {{
+    if (tile_n == 32) share<32>(keys, rows, blocks);
+    if (tile_n == 64) share<64>(keys, rows, blocks);
+    if (tile_n == 128) share<128>(keys, rows, blocks);
   }}
 }}
 """
 
 
+@pytest.mark.parametrize("keys", KEYS)
 @pytest.mark.parametrize("tile_n", [32, 64, 128])
-def test_every_row_and_slice_is_one_warps(tmp_path, tile_n):
+def test_every_row_and_slice_is_one_warps(tmp_path, tile_n, keys):
     """And every block is freed by as many arrivals as there are warps, in turns as long as said."""
     cases = [
-        (tile_n, rows, blocks) for rows in range(1, WARPS * ROWS + 1) for blocks in (1, 2, 5, 19)
+        (tile_n, keys, rows, blocks)
+        for rows in range(1, WARPS * ROWS + 1)
+        for blocks in (1, 2, 5, 19)
     ]
     answers = host_program(tmp_path, MAIN, "-O1", *CHECKED)(cases)
-    for (_, rows, blocks), (most_turns, *values) in zip(cases, answers, strict=True):
-        slices = tile_n // KEYS
+    for (*_, rows, blocks), (most_turns, *values) in zip(cases, answers, strict=True):
+        slices = tile_n // keys
         covered, freed, last = Counter(), Counter(), {}
         for i in range(0, len(values), 6):
             warp, first_row, first_warp, own, number, arrivals = values[i : i + 6]
