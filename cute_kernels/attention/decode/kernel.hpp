@@ -93,24 +93,25 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     if constexpr (Traits::kByWarps) epilogue.open_counters(counters);
     // Where queries are converted meanwhile, what the part's end needs is worked out before keys
     // are there, and kept in shared memory: each thread reads what it has written.
-    [[maybe_unused]] auto const parts_kept = [&]() -> WorkParts& {
+    auto const kept_parts = [&](auto& shared) -> WorkParts& {
       int const warp = cutlass::canonical_warp_idx_sync() - cutlass::NumWarpsPerWarpGroup;
       return reinterpret_cast<WorkParts&>(shared.parts[warp]);
     };
-    auto const parts_of = [&]() -> WorkParts {
-      if constexpr (Traits::kByWarps)
-        return parts_kept();
-      else
-        return static_cast<WorkWalk<Traits> const&>(walk).parts();
-    };
+    auto const parts_of = [&](WorkWalk<Traits> const& walk) { return walk.parts(); };
     for (; walk.valid(); walk.advance()) {
       if constexpr (Traits::kByWarps) {
-        parts_kept() = static_cast<WorkWalk<Traits> const&>(walk).parts();
+        kept_parts(shared) = parts_of(walk);
       }
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();
       mainloop.compute(walk, softmax, out);
-      WorkParts const parts = parts_of();
+      WorkParts const parts = [&] {
+        if constexpr (Traits::kByWarps) {
+          return kept_parts(shared);
+        } else {
+          return parts_of(walk);
+        }
+      }();
       mainloop.finish(walk, softmax, out, [&](auto const& rows, AccumulatorPlace const& place) {
         epilogue.store(walk, parts, softmax, rows, place);
       });
