@@ -100,6 +100,8 @@ int main() {
   AttentionCall call{};
   CallSizes& sizes = call.sizes;
   VariantArguments variant{};
+  // Kernels that share nothing have tiles that are no part of a unit.
+  if (bytes_of_shared_mask<NoVariant, 96>(call, nullptr) != 0) return 1;
   int left, right, rows_of_batch, count, capacity;
   while (std::cin >> sizes.batch >> sizes.heads_q >> sizes.seqlen_q >> sizes.seqlen_k >> left >>
          right >> rows_of_batch >> variant.blocks.rows_of_head >> count >> capacity) {

@@ -37,10 +37,8 @@ int64_t work_bytes(ForwardProblem const& problem) {
 /// That of what a mask hook shows all heads, behind it.
 template <class Traits>
 int64_t shared_mask_bytes(ForwardProblem const& problem) {
-  using Variant = typename Traits::Variant;
-  if constexpr (!shares_mask<Variant>()) return 0;
-  return rows_of_shared_mask<Variant, Traits::kTileN>(problem.call, problem.variant->blocks) *
-         SharedMask<Traits::kTileN>::kWordsOfRow * int64_t{sizeof(uint32_t)};
+  return bytes_of_shared_mask<typename Traits::Variant, Traits::kTileN>(problem.call,
+                                                                        problem.variant);
 }
 
 /// Null: tiles ask for themselves.
