@@ -1,6 +1,6 @@
-"""Backward: dQ of the next group of heads is cleared beside the work on a group (attention/backward/
-clear.hpp). CTAs and their warps at random speed, in memory full of NaN: nobody may add to what is
-not cleared, nobody may wait forever. Nothing here needs a GPU."""
+"""Backward: dQ of the next group of heads is cleared beside the work on a group
+(attention/backward/clear.hpp). CTAs and their warps at random speed, in memory full of NaN: nobody
+may add to what is not cleared, nobody may wait forever. Nothing here needs a GPU."""
 
 import random
 from pathlib import Path

@@ -68,6 +68,8 @@ cudaError_t start_listing_work(ForwardProblem const& problem, cudaStream_t strea
     ListedCall const listed = listed_call(problem.call, lists);
     if constexpr (shares_mask<Variant>()) {
       if (uint32_t* const words = shared_mask_of<Traits>(problem)) {
+        using Builder = WorkListBuilder<typename Traits::Tiling, ListedCall>;
+        static_assert(SharedMask<Traits::kTileN>::kThreads == Builder::kThreads);
         int const units = (sizes.seqlen_q + kMaskUnit - 1) / kMaskUnit;
         AskMask<Variant, Traits::kTileN> const ask{problem.call, *problem.variant, words, units,
                                                    lists.rows_of_batch == 0 ? 1 : sizes.batch};
