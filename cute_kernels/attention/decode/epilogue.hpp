@@ -223,18 +223,42 @@ class DecodeEpilogue {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size<0>(rows); ++i) {
       int const row = first.row + 8 * i;
-      if (PartRows::in_tile(row) >= walk.tile().rows) continue;
-      if (first.column == 0)
+      bool const is_there = PartRows::in_tile(row) < walk.tile().rows;
+      if (kChangesColumns ? !__any_sync(0xffffffff, is_there) : !is_there) continue;
+      if (is_there && first.column == 0)
         results_.statistics[slot * PartRows::kCount + row] = softmax.statistics(i);
       float* const out =
           results_.partial_out + (slot * PartRows::kCount + row) * kHeadDim + first.column;
-      CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(rows); col += kRun) {
-        cutlass::AlignedArray<float, kRun> run;
+      if constexpr (kChangesColumns) {
+        store_vectors(is_there, rows(i, _), out);
+      } else {
         CUTLASS_PRAGMA_UNROLL
-        for (int j = 0; j < kRun; ++j) run[j] = rows(i, col + j);
-        *reinterpret_cast<cutlass::AlignedArray<float, kRun>*>(out + 4 * col) = run;
+        for (int col = 0; col < size<1>(rows); col += kRun) {
+          cutlass::AlignedArray<float, kRun> run;
+          CUTLASS_PRAGMA_UNROLL
+          for (int j = 0; j < kRun; ++j) run[j] = rows(i, col + j);
+          *reinterpret_cast<cutlass::AlignedArray<float, kRun>*>(out + 4 * col) = run;
+        }
       }
+    }
+  }
+
+  /// A row's columns as above, as they are. Two neighbouring threads have 4 columns each of 8.
+  template <class Row>
+  CUTLASS_DEVICE static void store_vectors(bool is_there, Row const& row, float* out) {
+    constexpr int kPairs = decltype(cute::size(row))::value / 2;
+    bool const is_second = threadIdx.x % 2 != 0;
+    CUTLASS_PRAGMA_UNROLL
+    for (int col = 0; col < 2 * kPairs; col += 4) {
+      auto const changed = [&](float of_first, float of_second) {
+        return __shfl_xor_sync(0xffffffff, is_second ? of_second : of_first, 1);
+      };
+      float const x = changed(row(col + 2), row(col));
+      float const y = changed(row(col + 3), row(col + 1));
+      if (!is_there) continue;
+      *reinterpret_cast<float4*>(out + 4 * col + (is_second ? 6 : 0)) =
+          is_second ? float4{x, y, row(col + 2), row(col + 3)}
+                    : float4{row(col), row(col + 1), x, y};
     }
   }
 
