@@ -20,6 +20,8 @@ struct Fp8WarpsTraits : DecodeTraits<Tile_> {
   using Base::kTileN;
   static constexpr bool kEightBits = true;
   static constexpr bool kByWarps = true;
+  static constexpr bool kSharesWalks = true;
+  static constexpr int kWarpsWithoutWalk = cutlass::NumWarpsPerWarpGroup;  // producers
   using Format = EightBits;
   static_assert(std::is_same_v<typename Base::Element, cutlass::half_t>);
   static_assert(Base::kConsumers == 2 && Base::kCtas == 1);

@@ -4,11 +4,11 @@
 
 #include "cute_kernels/attention/decode/epilogue.hpp"
 #include "cute_kernels/attention/decode/fp8_warps_mainloop.hpp"
-#include "cute_kernels/attention/decode/fp8_warps_walk.hpp"
 #include "cute_kernels/attention/decode/fp8_wide_load.hpp"
 #include "cute_kernels/attention/decode/load.hpp"
 #include "cute_kernels/attention/decode/mainloop.hpp"
 #include "cute_kernels/attention/decode/unused_rows.hpp"
+#include "cute_kernels/attention/decode/warp_walk.hpp"
 #include "cute_kernels/sm90/dependent_launch.hpp"
 #include "cute_kernels/sm90/parameters.hpp"
 
@@ -25,21 +25,21 @@ struct DecodeParams {
   typename Traits::Format format;
 };
 
-/// Warpgroup 0 moves data, the others compute. All walk the same parts in the same order, so
-/// that the barriers' phases are all they need to share.
+/// The first warpgroup moves data, or the first two do, the others compute. All walk the same parts
+/// in the same order, so that the barriers' phases are all they need to share.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     decode_kernel(CUTE_GRID_CONSTANT DecodeParams<Traits> const params) {
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   constexpr int kConsumerWarps = Traits::kConsumers * cutlass::NumWarpsPerWarpGroup;
-  bool const is_producer = cutlass::canonical_warp_group_idx() == 0;
+  int const warpgroup = cutlass::canonical_warp_group_idx();
 
   if (threadIdx.x == 0) {
     CUTLASS_PRAGMA_UNROLL
     for (int stage = 0; stage < Traits::kStages; ++stage) {
-      shared.k_full[stage].init(cutlass::NumThreadsPerWarpGroup);
-      shared.v_full[stage].init(cutlass::NumThreadsPerWarpGroup);
+      shared.k_full[stage].init(Traits::kArrivalsOfFull);
+      shared.v_full[stage].init(Traits::kArrivalsOfFull);
       shared.k_empty[stage].init(kConsumerWarps);
       shared.v_empty[stage].init(kConsumerWarps);
     }
@@ -57,19 +57,44 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
   auto const first_part = [&] {
     return WorkWalk<Traits>(params.call, share.line, share.place, blockIdx.x);
   };
+  // Of a warp, in shared memory or in its threads' registers.
+  auto const walk_of_warp = [&]([[maybe_unused]] int number) {
+    if constexpr (Traits::kSharesWalks) {
+      return WarpWalk<Traits>(first_part, shared.walks[number]);
+    } else {
+      return first_part();
+    }
+  };
 
-  if (is_producer) {
+  if (warpgroup < Traits::kProducers) {
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     }
-    using Loader = std::conditional_t<Traits::kEightBits && !Traits::kByWarps,
-                                      Fp8WideLoader<Traits>, CacheLoader<Traits>>;
-    Loader loader(params.call, params.source, params.format, shared);
-    for (auto walk = first_part(); walk.valid(); walk.advance()) loader.load(walk);
-    loader.finish();
-    sm90::let_next_kernel_start();
-    clear_unused_rows<typename Traits::Element>(params.call, params.results);
-    loader.drain();
+    auto const walk_of_producer = [&] {
+      if constexpr (Traits::kConverts) {
+        return walk_of_warp(cutlass::canonical_warp_idx_sync());
+      } else {
+        return first_part();
+      }
+    };
+    auto const produce = [&](auto loader) {
+      for (auto walk = walk_of_producer(); walk.valid(); walk.advance()) loader.load(walk);
+      loader.finish();
+      sm90::let_next_kernel_start();
+      if (warpgroup == 0) {
+        clear_unused_rows<typename Traits::Element>(params.call, params.results);
+      }
+      loader.drain();
+    };
+    if constexpr (Traits::kConverts) {
+      if (warpgroup == 0) {
+        produce(Fp8WideLoader<Traits, false>(params.call, params.source, params.format, shared));
+      } else {
+        produce(Fp8WideLoader<Traits, true>(params.call, params.source, params.format, shared));
+      }
+    } else {
+      produce(CacheLoader<Traits>(params.call, params.source, params.format, shared));
+    }
   } else {
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
@@ -80,13 +105,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     DecodeEpilogue<Traits> epilogue(params.call, params.results, params.source.group,
                                     params.units.log2_of_unit, shared);
     epilogue.begin(share);
-    auto walk = [&] {
-      if constexpr (Traits::kByWarps) {
-        return WarpWalk<Traits>(first_part, shared.walks[Mainloop::warp()]);
-      } else {
-        return first_part();
-      }
-    }();
+    auto walk = walk_of_warp(cutlass::canonical_warp_idx_sync() - Traits::kWarpsWithoutWalk);
     for (; walk.valid(); walk.advance()) {
       typename Mainloop::Softmax softmax(params.units.log2_of_unit);
       auto out = Mainloop::empty_output();

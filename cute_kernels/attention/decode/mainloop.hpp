@@ -106,7 +106,9 @@ class DecodeMainloop {
   }
 
  private:
-  CUTLASS_DEVICE static int warpgroup() { return cutlass::canonical_warp_group_idx() - 1; }
+  CUTLASS_DEVICE static int warpgroup() {
+    return cutlass::canonical_warp_group_idx() - Traits::kProducers;
+  }
   /// Whether a second warpgroup, too, has blocks of a part where they take turns.
   CUTLASS_DEVICE static bool has_turns(Walk const& walk) {
     return walk.end_block() - walk.begin_block() > 1;
@@ -169,9 +171,11 @@ class DecodeMainloop {
     auto out_rows = sm90::rows_cols(out);
 
     RowTile<Traits> const& tile = walk.tile();
+    // Copies: a walk may be in shared memory.
+    KeySpan const tile_keys = tile.keys;
     KeySpan seen_by_all = walk.sequence().seen_by_all(tile.first_query, tile.last_query);
     seen_by_all.end = min(seen_by_all.end, first_new(walk));
-    auto first_key = [&](int block) { return tile.keys.begin + block * kTileN; };
+    auto first_key = [&](int block) { return tile_keys.begin + block * kTileN; };
     if constexpr (Traits::kEightBits) {
       scales_.begin(walk, warpgroup(), part.first_row, first_accumulator_row(), shared_);
     }
@@ -186,7 +190,7 @@ class DecodeMainloop {
     auto wait_for_values = [&](int block) {
       int const key = first_key(block);
       shared_.v_full[v_stage.index].wait(v_stage.phase);
-      if (key < seen_by_all.begin || min(key + kTileN, tile.keys.end) > seen_by_all.end) {
+      if (key < seen_by_all.begin || min(key + kTileN, tile_keys.end) > seen_by_all.end) {
         guard_values(walk, part, out_rows, key, v_stage.index);
       }
     };

@@ -10,15 +10,19 @@
 namespace cute_kernels::attention {
 
 /// Everything about a kernel that attends to a cache that is known when it is compiled, from one
-/// row of tile_configs.toml: a producer warpgroup that gathers rows, one or two consumer warpgroups
-/// with 64 rows each, or in turn with all 64. Where a tile has two key heads, side by side, each
-/// warpgroup has the rows of one of them.
-template <class Tile>
+/// row of tile_configs.toml: a producer warpgroup that gathers rows (or one for K, one for V), one
+/// or two consumer warpgroups with 64 rows each, or in turn with all 64. Where a tile has two key
+/// heads, side by side, each warpgroup has the rows of one of them.
+template <class Tile, int kProducerWarpgroups = 1>
 struct DecodeTraits {
   using Element = typename Tile::Element;
   using CacheElement = Element;
   static constexpr bool kEightBits = false;        // of a number of the cache
   static constexpr bool kByWarps = false;          // consumers that multiply, or warpgroups
+  static constexpr bool kConverts = false;         // producers that make numbers float16
+  // Whether warps' walks are in shared memory, and how many of the first have none there.
+  static constexpr bool kSharesWalks = false;
+  static constexpr int kWarpsWithoutWalk = 0;
   struct Format {};                                // what its type does not say
   static constexpr int kHeadDim = Tile::kHeadDim;  // of K and of V
   static constexpr int kConsumers = Tile::kConsumerWarpgroups;
@@ -28,7 +32,10 @@ struct DecodeTraits {
   static constexpr int kTileN = Tile::kTileN;
   static constexpr int kStages = Tile::kStages;
   static constexpr int kCtas = Tile::kCtas;  // of a multiprocessor, at a time
-  static constexpr int kThreads = (1 + kConsumers) * cutlass::NumThreadsPerWarpGroup;
+  static constexpr int kProducers = kProducerWarpgroups;  // come first
+  static constexpr int kThreads = (kProducers + kConsumers) * cutlass::NumThreadsPerWarpGroup;
+  // What completes a full barrier of K or of V.
+  static constexpr int kArrivalsOfFull = cutlass::NumThreadsPerWarpGroup;
 
   static_assert(kConsumers * kCtas <= 2);
   static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256,

@@ -37,7 +37,8 @@ DECODE_FIELDS = (
 )
 
 
-def decode_shared_memory(row: Row) -> dict[str, int]:
+def decode_shared_memory(row: Row, producers: int = 1) -> dict[str, int]:
+    """`producers`: warpgroups, beside those of consumers."""
     stage = row["tile_n"] * row["heads"] * row["head_dim"] * ELEMENT_BYTES
     return aligned(
         {
@@ -47,7 +48,7 @@ def decode_shared_memory(row: Row) -> dict[str, int]:
             # full and empty, of every stage of K and V and of Q; what warps know of the work, a
             # flag; two statistics of each row
             "barriers and work": 2 * 8 * (2 * row["stages"] + 1)
-            + (row["tile_m"] // WARPGROUP_M + 1) * WORK_BYTES_OF_WARPGROUP
+            + (row["tile_m"] // WARPGROUP_M + producers) * WORK_BYTES_OF_WARPGROUP
             + 4
             + 2 * 4 * row["tile_m"],
         }
@@ -133,7 +134,8 @@ FP8_CONSUMERS = 2
 FP8_FEW_ROWS, FP8_MANY_ROWS = 32, FP8_CONSUMERS * WARPGROUP_M
 FP8_WARPS = 4 * FP8_CONSUMERS
 FP8_WARP_ROWS, FP8_WARP_KEYS = 16, 32  # at a time (decode/fp8_warps_part.hpp)
-FP8_WIDE_REGISTERS = 208  # of a consumer thread, after setmaxnreg
+FP8_WIDE_REGISTERS = 200  # of a consumer thread, after setmaxnreg
+FP8_WIDE_PRODUCERS = 2  # warpgroups, one of K and one of V
 FP8_DECODE_FIELDS = (
     *HEAD,
     Field("tile_m", int, REQUIRED, "kTileM"),
@@ -182,10 +184,14 @@ def fp8_wide_shared_memory(row: Row) -> dict[str, int]:
     """As decode_shared_memory, and what is on its way."""
     staged = {
         "K and V of 8 bits": row["staged"] * 2 * row["tile_n"] * row["head_dim"],
-        # of rows of K and V, staged and in stages, and of queries
+        # of rows of K and V, staged and in stages, and of queries; every warp's walk
         "factors": 4 * 2 * (row["staged"] + row["stages"]) * row["tile_n"] + 4 * row["tile_m"],
+        "walks": 4 * (FP8_WIDE_PRODUCERS + FP8_CONSUMERS) * 96,
     }
-    return {**decode_shared_memory(row), **aligned({"staged and factors": sum(staged.values())})}
+    return {
+        **decode_shared_memory(row, FP8_WIDE_PRODUCERS),
+        **aligned({"staged and factors": sum(staged.values())}),
+    }
 
 
 def fp8_decode_registers(row: Row) -> dict[str, int]:
