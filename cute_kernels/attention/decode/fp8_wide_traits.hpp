@@ -24,8 +24,8 @@ struct Fp8WideTraits : DecodeTraits<Tile_, 2> {
   static_assert(Base::kTileRows == Tile::kTileM);
 
   // A multiprocessor has 512 for four threads.
-  static constexpr int kProducerRegisters = 56;
-  static constexpr int kConsumerRegisters = 200;
+  static constexpr int kProducerRegisters = 48;
+  static constexpr int kConsumerRegisters = 208;
   static constexpr int kArrivalsOfFull = cutlass::NumWarpsPerWarpGroup;
 
   static constexpr int kKeysAtOnce = Base::kTileN;  // whose scores a thread has

@@ -59,10 +59,12 @@ struct DecodeTraits {
       cute::GMMA::ss_op_selector<
           Element, Element, float,
           cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kTileN>, cute::Int<kHeadDim>>>()));
+  // ptxas wants the registers of one instruction to be less than a thread begins with.
+  static constexpr int kColumnsAtOnce = kThreads > 384 && kHeadDim > 128 ? 128 : kHeadDim;
   using MmaPv = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<
           Element, Element, float,
-          cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDim>, cute::Int<kTileN>>,
+          cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kColumnsAtOnce>, cute::Int<kTileN>>,
           cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
 
   static constexpr int kSwizzleBytes = 128;  // of a row
