@@ -114,9 +114,9 @@ class Fp8WideLoader {
   CUTLASS_DEVICE static int found_row() {
     return row_of(lane() / kRowsAtOnce, lane() % kRowsAtOnce);
   }
-  /// Of a row's pieces four lanes that follow one another have four, and so their stores 64 bytes of
-  /// every other 16. The next four have those of the next row, which the swizzle puts between them:
-  /// eight lanes meet in no bank.
+  /// Of a row's pieces four lanes that follow one another have four, and so their stores 64 bytes
+  /// of every other 16. The next four have those of the next row, which the swizzle puts between
+  /// them: eight lanes meet in no bank.
   CUTLASS_DEVICE static int part() {
     int const pair = lane() / 8;
     return pair / kFours * 2 + lane() / 4 % 2;

@@ -17,9 +17,9 @@ template <class Tile, int kProducerWarpgroups = 1>
 struct DecodeTraits {
   using Element = typename Tile::Element;
   using CacheElement = Element;
-  static constexpr bool kEightBits = false;        // of a number of the cache
-  static constexpr bool kByWarps = false;          // consumers that multiply, or warpgroups
-  static constexpr bool kConverts = false;         // producers that make numbers float16
+  static constexpr bool kEightBits = false;  // of a number of the cache
+  static constexpr bool kByWarps = false;    // consumers that multiply, or warpgroups
+  static constexpr bool kConverts = false;   // producers that make numbers float16
   // Whether warps' walks are in shared memory, and how many of the first have none there.
   static constexpr bool kSharesWalks = false;
   static constexpr int kWarpsWithoutWalk = 0;
@@ -31,7 +31,7 @@ struct DecodeTraits {
   static constexpr int kTileRows = kWarpgroupM * kConsumers / kHeads;  // of each
   static constexpr int kTileN = Tile::kTileN;
   static constexpr int kStages = Tile::kStages;
-  static constexpr int kCtas = Tile::kCtas;  // of a multiprocessor, at a time
+  static constexpr int kCtas = Tile::kCtas;               // of a multiprocessor, at a time
   static constexpr int kProducers = kProducerWarpgroups;  // come first
   static constexpr int kThreads = (kProducers + kConsumers) * cutlass::NumThreadsPerWarpGroup;
   // What completes a full barrier of K or of V.
