@@ -134,7 +134,7 @@ FP8_CONSUMERS = 2
 FP8_FEW_ROWS, FP8_MANY_ROWS = 32, FP8_CONSUMERS * WARPGROUP_M
 FP8_WARPS = 4 * FP8_CONSUMERS
 FP8_WARP_ROWS, FP8_WARP_KEYS = 16, 32  # at a time (decode/fp8_warps_part.hpp)
-FP8_WIDE_REGISTERS = 200  # of a consumer thread, after setmaxnreg
+FP8_WIDE_REGISTERS = 208  # of a consumer thread, after setmaxnreg
 FP8_WIDE_PRODUCERS = 2  # warpgroups, one of K and one of V
 FP8_DECODE_FIELDS = (
     *HEAD,
