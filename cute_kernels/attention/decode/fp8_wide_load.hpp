@@ -12,7 +12,7 @@
 namespace cute_kernels::attention {
 
 /// A producer warpgroup of a cache of 8 bits, that of K or, if kOfValues, that of V: copies rows to
-/// shared memory as they are, kStaged blocks ahead, whatever part they are of, and what has landed
+/// shared memory as they are, kStaged slots ahead, whatever part they are of, and what has landed
 /// it makes float16 where WGMMA reads it. A thread converts what it has copied itself: no other one
 /// waits for its copies. The two warpgroups know nothing of each other: each has barriers and
 /// memory of its own, and comes to all stages in their order. Rows that are no keys of the tile's
@@ -30,9 +30,12 @@ class Fp8WideLoader {
   static constexpr int kRowsAtOnce = kLanes / kLanesOfRow;  // of a warp
   static constexpr int kFours = kLanesOfRow / 4;
   static constexpr int kPieces = Traits::kPieces;
+  static constexpr int kPiecesOfSlot = Traits::kPiecesOfSlot;
+  static constexpr int kSlots = kPieces / kPiecesOfSlot;  // of a block
   static constexpr int kStaged = Traits::kStaged;
   // The rows of a thread's pieces are multiples of the swizzle's period of 8 rows apart.
   static constexpr int kBytesToNextPiece = kRowsAtOnce * kWarps * Traits::kSwizzleBytes;
+  static constexpr int kElementsToNextPiece = kBytesToNextPiece / sizeof(cutlass::half_t);
   static_assert(kRowsAtOnce * kWarps % 8 == 0 && kPieces * kRowsAtOnce <= kLanes);
 
  public:
@@ -54,12 +57,16 @@ class Fp8WideLoader {
       return there ? row_of_key(source_, entry, key) : FoundRow{-1, 0};
     };
     auto const copy = [&](FoundRow const& row) {
-      if (staged_ == kStaged) convert_oldest();
-      copy_rows(row_place<kVector>(row, view(), head));
-      copy_factors(head, row);
-      cute::cp_async_fence();
-      next_ = behind(next_);
-      ++staged_;
+      uint32_t const place = row_place<kVector>(row, view(), head);
+      CUTLASS_PRAGMA_NO_UNROLL
+      for (int slot = 0; slot < kSlots; ++slot) {
+        if (staged_ == kStaged) convert_oldest();
+        copy_rows(place, slot);
+        if (slot == 0) copy_factors(head, row);
+        cute::cp_async_fence();
+        next_ = behind(next_);
+        ++staged_;
+      }
     };
     copy_blocks<Traits::kLookAhead>(begin, end, source_.pages.pages, find, [] {}, copy);
   }
@@ -78,7 +85,7 @@ class Fp8WideLoader {
   CUTLASS_DEVICE static void drain() {}
 
  private:
-  using Slot = uint4[kPieces][Traits::kProducerThreads];
+  using Slot = uint4[kPiecesOfSlot][Traits::kProducerThreads];
 
   CUTLASS_DEVICE static int lane() { return threadIdx.x % kLanes; }
   CUTLASS_DEVICE static int warp() { return threadIdx.x / kLanes % kWarps; }
@@ -124,13 +131,15 @@ class Fp8WideLoader {
   CUTLASS_DEVICE static int column() { return (lane() / 8 % kFours * 4 + lane() % 4) * kVector; }
   CUTLASS_DEVICE static int behind(int slot) { return slot + 1 == kStaged ? 0 : slot + 1; }
 
-  CUTLASS_DEVICE void copy_rows(uint32_t found) const {
-    auto const places = found_by_lanes<kPieces>(found, part(), kRowsAtOnce);
+  /// Number `slot` of a block's.
+  CUTLASS_DEVICE void copy_rows(uint32_t found, int slot) const {
+    auto const places = found_by_lanes<kPiecesOfSlot>(
+        found, part() + slot * kPiecesOfSlot * kRowsAtOnce, kRowsAtOnce);
     auto const first = reinterpret_cast<uint64_t>(view().data) + column();
     bool const has_column = column() < columns();
     uint32_t const to = cute::cast_smem_ptr_to_uint(&staged(next_)[0][thread()]);
     CUTLASS_PRAGMA_UNROLL
-    for (int piece = 0; piece < kPieces; ++piece) {
+    for (int piece = 0; piece < kPiecesOfSlot; ++piece) {
       bool const there = places[piece] != kNowhere && has_column;
       sm90::gather_or_clear(to + piece * Traits::kProducerThreads * kVector,
                             vector_at(first, places[piece]), there);
@@ -150,26 +159,32 @@ class Fp8WideLoader {
   /// here might wait for copies.
   CUTLASS_DEVICE void convert_oldest() {
     sm90::wait_until_gathered_but<kStaged - 1>();
-    uint4 bytes[kPieces];
+    uint4 bytes[kPiecesOfSlot];
     CUTLASS_PRAGMA_UNROLL
-    for (int piece = 0; piece < kPieces; ++piece) bytes[piece] = staged(oldest_)[piece][thread()];
-    float const factor = finds_factor() ? staged_factor(oldest_) : 0.f;
+    for (int piece = 0; piece < kPiecesOfSlot; ++piece) {
+      bytes[piece] = staged(oldest_)[piece][thread()];
+    }
+    bool const moves_factor = oldest_of_block_ == 0 && finds_factor();
+    float const factor = moves_factor ? staged_factor(oldest_) : 0.f;
     int const stage = stage_.index;
-    sm90::wait_memory(empty()[stage], stage_.phase ^ 1);
-    if (finds_factor()) factor_in_stage(stage) = factor;
-    auto* const to = stages() + stage * Traits::kStageElements;
+    if (oldest_of_block_ == 0) sm90::wait_memory(empty()[stage], stage_.phase ^ 1);
+    if (moves_factor) factor_in_stage(stage) = factor;
+    auto* const to = stages() + stage * Traits::kStageElements +
+                     oldest_of_block_ * kPiecesOfSlot * kElementsToNextPiece;
     format_.is_int8 ? convert<true>(bytes, to) : convert<false>(bytes, to);
+    oldest_ = behind(oldest_);
+    --staged_;
+    if (kSlots > 1 && ++oldest_of_block_ < kSlots) return;
     // A barrier's arrival of a warp: one for what all of its lanes have written.
     __syncwarp();
     if (lane() == 0) full()[stage].arrive();
     stage_.advance();
-    oldest_ = behind(oldest_);
-    --staged_;
+    oldest_of_block_ = 0;
   }
 
   /// A piece is two runs of 16 bytes then, neighbours but for the swizzle.
   template <bool kInt8>
-  CUTLASS_DEVICE static void convert(uint4 const (&bytes)[kPieces], cutlass::half_t* to) {
+  CUTLASS_DEVICE static void convert(uint4 const (&bytes)[kPiecesOfSlot], cutlass::half_t* to) {
     auto const layout = cute::as_position_independent_swizzle_layout(typename Traits::LayoutRows{});
     auto place = [&](int column) {
       return reinterpret_cast<char*>(to + layout(row_of(0, part()), column));
@@ -177,7 +192,7 @@ class Fp8WideLoader {
     char* const first_to = place(column());
     char* const second_to = place(column() + kVector / 2);
     CUTLASS_PRAGMA_UNROLL
-    for (int piece = 0; piece < kPieces; ++piece) {
+    for (int piece = 0; piece < kPiecesOfSlot; ++piece) {
       uint4 const& x = bytes[piece];
       int const further = piece * kBytesToNextPiece;
       *reinterpret_cast<uint4*>(first_to + further) = halves_of_run<kInt8>({x.x, x.y});
@@ -190,9 +205,10 @@ class Fp8WideLoader {
   EightBits const& format_;
   SharedStorage& shared_;
   RingStage<Traits::kStages> stage_;
-  int next_ = 0;    // of the staged blocks, to be written
-  int oldest_ = 0;  // and to be read
-  int staged_ = 0;  // how many there are
+  int oldest_of_block_ = 0;  // which of its block's slots the oldest one is
+  int next_ = 0;             // of the staged slots, to be written
+  int oldest_ = 0;           // and to be read
+  int staged_ = 0;           // how many there are
 };
 
 }  // namespace cute_kernels::attention

@@ -30,15 +30,18 @@ struct Fp8WideTraits : DecodeTraits<Tile_, 2> {
 
   static constexpr int kKeysAtOnce = Base::kTileN;  // whose scores a thread has
   static constexpr int kLookAhead = 1;              // code that converts, too, would be repeated
-  static constexpr int kStaged = Tile::kStaged;     // blocks of 8 bits on their way
+  static constexpr int kStaged = Tile::kStaged;     // slots of 8 bits on their way
   static constexpr int kPieceBytes = 16;
   static constexpr int kProducerThreads = cutlass::NumThreadsPerWarpGroup;
-  // Of K or of V in a block: what one thread copies and converts.
+  // Of K or of V in a block: what one thread copies and converts, and so many at a time, a slot.
   static constexpr int kPieces = Base::kTileN * Base::kHeadDim / kPieceBytes / kProducerThreads;
+  static constexpr int kPiecesOfSlot = kPieces % 4 == 0 ? 4 : 3;
+  static_assert(kPieces % kPiecesOfSlot == 0);
 
   struct SharedStorage : Base::SharedStorage {
     // A producer thread's own: of K or of V. What it has copied it alone reads.
-    alignas(1024) uint4 staged[2][kStaged][kPieces][kProducerThreads];
+    alignas(1024) uint4 staged[2][kStaged][kPiecesOfSlot][kProducerThreads];
+    // Of a block, in its first slot's place.
     float staged_factors[2][kStaged][Base::kTileN];
     // Of the rows of K and of V in a stage, filled and freed with it.
     float key_factors[Base::kStages][Base::kTileN];

@@ -136,6 +136,7 @@ FP8_WARPS = 4 * FP8_CONSUMERS
 FP8_WARP_ROWS, FP8_WARP_KEYS = 16, 32  # at a time (decode/fp8_warps_part.hpp)
 FP8_WIDE_REGISTERS = 208  # of a consumer thread, after setmaxnreg
 FP8_WIDE_PRODUCERS = 2  # warpgroups, one of K and one of V
+FP8_PIECE_BYTES = 16  # of a row, which one thread copies and converts
 FP8_DECODE_FIELDS = (
     *HEAD,
     Field("tile_m", int, REQUIRED, "kTileM"),
@@ -182,8 +183,10 @@ def fp8_warps_shared_memory(row: Row) -> dict[str, int]:
 
 def fp8_wide_shared_memory(row: Row) -> dict[str, int]:
     """As decode_shared_memory, and what is on its way."""
+    pieces = row["tile_n"] * row["head_dim"] // (WARPGROUP_THREADS * FP8_PIECE_BYTES)
+    slot = (4 if pieces % 4 == 0 else 3) * WARPGROUP_THREADS * FP8_PIECE_BYTES
     staged = {
-        "K and V of 8 bits": row["staged"] * 2 * row["tile_n"] * row["head_dim"],
+        "K and V of 8 bits": row["staged"] * 2 * slot,
         # of rows of K and V, staged and in stages, and of queries; every warp's walk
         "factors": 4 * 2 * (row["staged"] + row["stages"]) * row["tile_n"] + 4 * row["tile_m"],
         "walks": 4 * (FP8_WIDE_PRODUCERS + FP8_CONSUMERS) * 96,
