@@ -35,8 +35,10 @@ struct Fp8WideTraits : DecodeTraits<Tile_, 2> {
   static constexpr int kProducerThreads = cutlass::NumThreadsPerWarpGroup;
   // Of K or of V in a block: what one thread copies and converts, and so many at a time, a slot.
   static constexpr int kPieces = Base::kTileN * Base::kHeadDim / kPieceBytes / kProducerThreads;
-  static constexpr int kPiecesOfSlot = kPieces % 4 == 0 ? 4 : 3;
-  static_assert(kPieces % kPiecesOfSlot == 0);
+  static constexpr int kPiecesOfSlot = kPieces % 4 == 0   ? 4
+                                       : kPieces % 3 == 0 ? 3
+                                       : kPieces % 2 == 0 ? 2
+                                                          : 1;
 
   struct SharedStorage : Base::SharedStorage {
     // A producer thread's own: of K or of V. What it has copied it alone reads.

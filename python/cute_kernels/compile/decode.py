@@ -184,7 +184,8 @@ def fp8_warps_shared_memory(row: Row) -> dict[str, int]:
 def fp8_wide_shared_memory(row: Row) -> dict[str, int]:
     """As decode_shared_memory, and what is on its way."""
     pieces = row["tile_n"] * row["head_dim"] // (WARPGROUP_THREADS * FP8_PIECE_BYTES)
-    slot = (4 if pieces % 4 == 0 else 3) * WARPGROUP_THREADS * FP8_PIECE_BYTES
+    of_slot = next(count for count in (4, 3, 2, 1) if pieces % count == 0)
+    slot = of_slot * WARPGROUP_THREADS * FP8_PIECE_BYTES
     staged = {
         "K and V of 8 bits": row["staged"] * 2 * slot,
         # of rows of K and V, staged and in stages, and of queries; every warp's walk
