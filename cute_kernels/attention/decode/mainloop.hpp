@@ -67,7 +67,9 @@ class DecodeMainloop {
     }
     Part part(walk, warpgroup());
     part.begin = sm90::uniform(part.begin);
-    if constexpr (Traits::kHeads == 1) part.turns = sm90::uniform(part.turns);
+    if constexpr (Traits::kHeads == 1 && Traits::kConsumers < 3) {
+      part.turns = sm90::uniform(part.turns);
+    }
     if (part.begin < walk.end_block()) {
       compute_rows(walk, part, softmax, out);
     } else {
@@ -171,8 +173,8 @@ class DecodeMainloop {
     auto out_rows = sm90::rows_cols(out);
 
     RowTile<Traits> const& tile = walk.tile();
-    // Copies: a walk may be in shared memory.
-    KeySpan const tile_keys = tile.keys;
+    // A copy where the walk is in shared memory.
+    std::conditional_t<Traits::kSharesWalks, KeySpan const, KeySpan const&> tile_keys = tile.keys;
     KeySpan seen_by_all = walk.sequence().seen_by_all(tile.first_query, tile.last_query);
     seen_by_all.end = min(seen_by_all.end, first_new(walk));
     auto first_key = [&](int block) { return tile_keys.begin + block * kTileN; };
