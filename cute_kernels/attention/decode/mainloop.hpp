@@ -13,6 +13,7 @@
 #include "cute_kernels/sm90/finite.hpp"
 #include "cute_kernels/sm90/mbarrier.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/opaque.hpp"
 #include "cute_kernels/sm90/uniform.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
@@ -327,7 +328,7 @@ class DecodeMainloop {
     if (sm90::barrier_all(cleared, first_reader, all_threads, own)) return;
     auto const values = make_tensor(make_smem_ptr(data), typename Traits::LayoutRows{});
     constexpr int kBits = 32;
-    CUTLASS_PRAGMA_UNROLL
+    CUTLASS_PRAGMA_NO_UNROLL
     for (int first = 0; first < kTileN; first += kBits) {
       uint32_t sees[kRows];  // of keys from `first` on
       CUTLASS_PRAGMA_UNROLL
@@ -346,10 +347,12 @@ class DecodeMainloop {
       }
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(out); ++col) {
+        // Worked out for each column anew: what would be kept of all of them takes registers from
+        // blocks that are not guarded.
+        int const column = sm90::opaque(first_accumulator_column()) + accumulator_column(col);
         CUTLASS_PRAGMA_NO_UNROLL
         for (int i = 0; i < kBits; ++i) {
-          Element const value =
-              values(first + i, first_accumulator_column() + accumulator_column(col));
+          Element const value = values(first + i, column);
           if (sm90::is_finite(value)) continue;
           CUTLASS_PRAGMA_UNROLL
           for (int row = 0; row < kRows; ++row) {
