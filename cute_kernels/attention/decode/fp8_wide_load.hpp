@@ -45,6 +45,12 @@ class Fp8WideLoader {
 
   /// Starts the copies of one part, and converts what has landed of what came before.
   CUTLASS_DEVICE void load(Walk const& walk) {
+    find_and_copy(source_, walk, [&](FoundRow const& row, int head) { copy(row, head); });
+  }
+  /// copy(row, head) for each block of a part, with the row that this lane has found.
+  template <class Copy>
+  CUTLASS_DEVICE static void find_and_copy(CacheSource const& source, Walk const& walk,
+                                           Copy const& copy) {
     int const begin = walk.begin_block(), end = walk.end_block();
     if (begin == end) return;
     // Copies: a walk is in shared memory.
@@ -54,31 +60,40 @@ class Fp8WideLoader {
     auto const find = [&](int block) {
       int const key = own + block * Traits::kTileN;
       bool const there = found_row() < Traits::kTileN && key < keys.end;
-      return there ? row_of_key(source_, entry, key) : FoundRow{-1, 0};
+      return there ? row_of_key(source, entry, key) : FoundRow{-1, 0};
     };
-    auto const copy = [&](FoundRow const& row) {
-      uint32_t const place = row_place<kVector>(row, view(), head);
-      CUTLASS_PRAGMA_NO_UNROLL
-      for (int slot = 0; slot < kSlots; ++slot) {
-        if (staged_ == kStaged) convert_oldest();
-        copy_rows(place, slot);
-        if (slot == 0) copy_factors(head, row);
-        cute::cp_async_fence();
-        next_ = behind(next_);
-        ++staged_;
-      }
-    };
-    copy_blocks<Traits::kLookAhead>(begin, end, source_.pages.pages, find, [] {}, copy);
+    copy_blocks<Traits::kLookAhead>(
+        begin, end, source.pages.pages, find, [] {}, [&](FoundRow const& row) { copy(row, head); });
+  }
+
+  /// Starts the copies of a block, and converts the oldest slots where there is no room for it.
+  CUTLASS_DEVICE void copy(FoundRow const& row, int head) {
+    uint32_t const place = row_place<kVector>(row, view(), head);
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (staged_ == kStaged) convert_oldest();
+      copy_rows(place, slot);
+      if (slot == 0) copy_factors(head, row);
+      cute::cp_async_fence();
+      next_ = behind(next_);
+      ++staged_;
+    }
   }
 
   /// Converts the rest.
   CUTLASS_DEVICE void finish() {
-    for (int i = staged_; i < kStaged; ++i) cute::cp_async_fence();
+    fill_groups();
     CUTLASS_PRAGMA_NO_UNROLL
-    while (staged_ > 0) {
-      convert_oldest();
-      cute::cp_async_fence();
-    }
+    while (has_staged()) convert_next();
+  }
+  CUTLASS_DEVICE bool has_staged() const { return staged_ > 0; }
+  /// As if as many blocks were on their way as can be.
+  CUTLASS_DEVICE void fill_groups() const {
+    for (int i = staged_; i < kStaged; ++i) cute::cp_async_fence();
+  }
+  CUTLASS_DEVICE void convert_next() {
+    convert_oldest();
+    cute::cp_async_fence();
   }
 
   /// What is converted has landed.
@@ -158,7 +173,9 @@ class Fp8WideLoader {
   /// Consumers put the fence between these writes and WGMMA's reads, behind the barrier: a fence
   /// here might wait for copies.
   CUTLASS_DEVICE void convert_oldest() {
-    sm90::wait_until_gathered_but<kStaged - 1>();
+    // Of one warpgroup K and V take turns.
+    static_assert(Traits::kProducers == 2 || kSlots == 1);
+    sm90::wait_until_gathered_but<(Traits::kProducers == 1 ? 2 : 1) * kStaged - 1>();
     uint4 bytes[kPiecesOfSlot];
     CUTLASS_PRAGMA_UNROLL
     for (int piece = 0; piece < kPiecesOfSlot; ++piece) {
@@ -209,6 +226,42 @@ class Fp8WideLoader {
   int next_ = 0;             // of the staged slots, to be written
   int oldest_ = 0;           // and to be read
   int staged_ = 0;           // how many there are
+};
+
+/// The one producer warpgroup of K and of V.
+template <class Traits>
+class Fp8WidePairLoader {
+  using Keys = Fp8WideLoader<Traits, false>;
+  using Values = Fp8WideLoader<Traits, true>;
+
+ public:
+  CUTLASS_DEVICE Fp8WidePairLoader(CachedCall const& call, CacheSource const& source,
+                                   EightBits const& format, typename Traits::SharedStorage& shared)
+      : source_(source),
+        keys_(call, source, format, shared),
+        values_(call, source, format, shared) {}
+
+  CUTLASS_DEVICE void load(WorkWalk<Traits> const& walk) {
+    Keys::find_and_copy(source_, walk, [&](FoundRow const& row, int head) {
+      keys_.copy(row, head);
+      values_.copy(row, head);
+    });
+  }
+  CUTLASS_DEVICE void finish() {
+    keys_.fill_groups();
+    values_.fill_groups();
+    CUTLASS_PRAGMA_NO_UNROLL
+    while (keys_.has_staged()) {
+      keys_.convert_next();
+      values_.convert_next();
+    }
+  }
+  CUTLASS_DEVICE static void drain() {}
+
+ private:
+  CacheSource const& source_;
+  Keys keys_;
+  Values values_;
 };
 
 }  // namespace cute_kernels::attention

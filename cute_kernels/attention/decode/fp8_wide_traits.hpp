@@ -8,24 +8,25 @@
 namespace cute_kernels::attention {
 
 /// The kernel for a cache of 8 bits and many rows: producers make its numbers float16 in shared
-/// memory, once for all rows, and products are WGMMA's, as of a cache of 16 bits. Producer
-/// warpgroup 0 has K, 1 has V: what binds is not what a warp does but what it waits for, and so
-/// each scheduler has two of them.
+/// memory, once for all rows, and products are WGMMA's, as of a cache of 16 bits. With two consumer
+/// warpgroups producer warpgroup 0 has K, 1 has V: what binds is not what a warp does but what it
+/// waits for, and so each scheduler has two of them. With three there is one for both: products
+/// take half as long again.
 template <class Tile_>
-struct Fp8WideTraits : DecodeTraits<Tile_, 2> {
+struct Fp8WideTraits : DecodeTraits<Tile_, 4 - Tile_::kConsumerWarpgroups> {
   using Tile = Tile_;
-  using Base = DecodeTraits<Tile, 2>;
+  using Base = DecodeTraits<Tile, 4 - Tile_::kConsumerWarpgroups>;
   static constexpr bool kEightBits = true;
   static constexpr bool kConverts = true;
   static constexpr bool kSharesWalks = true;
   using Format = EightBits;
   static_assert(std::is_same_v<typename Base::Element, cutlass::half_t>);
-  static_assert(Base::kConsumers == 2 && Base::kCtas == 1);
+  static_assert((Base::kConsumers == 2 || Base::kConsumers == 3) && Base::kCtas == 1);
   static_assert(Base::kTileRows == Tile::kTileM);
 
   // A multiprocessor has 512 for four threads.
-  static constexpr int kProducerRegisters = 48;
-  static constexpr int kConsumerRegisters = 208;
+  static constexpr int kProducerRegisters = Base::kProducers == 2 ? 48 : 56;
+  static constexpr int kConsumerRegisters = Base::kProducers == 2 ? 208 : 152;
   static constexpr int kArrivalsOfFull = cutlass::NumWarpsPerWarpGroup;
 
   static constexpr int kKeysAtOnce = Base::kTileN;  // whose scores a thread has

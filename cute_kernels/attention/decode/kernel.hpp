@@ -86,7 +86,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
       }
       loader.drain();
     };
-    if constexpr (Traits::kConverts) {
+    if constexpr (Traits::kConverts && Traits::kProducers == 1) {
+      produce(Fp8WidePairLoader<Traits>(params.call, params.source, params.format, shared));
+    } else if constexpr (Traits::kConverts) {
       if (warpgroup == 0) {
         produce(Fp8WideLoader<Traits, false>(params.call, params.source, params.format, shared));
       } else {

@@ -68,7 +68,9 @@ class DecodeMainloop {
     }
     Part part(walk, warpgroup());
     part.begin = sm90::uniform(part.begin);
-    if constexpr (Traits::kHeads == 1) part.turns = sm90::uniform(part.turns);
+    if constexpr (Traits::kHeads == 1 && Traits::kConsumers < 3) {
+      part.turns = sm90::uniform(part.turns);
+    }
     if (part.begin < walk.end_block()) {
       compute_rows(walk, part, softmax, out);
     } else {

@@ -37,7 +37,7 @@ struct DecodeTraits {
   // What completes a full barrier of K or of V.
   static constexpr int kArrivalsOfFull = cutlass::NumThreadsPerWarpGroup;
 
-  static_assert(kConsumers * kCtas <= 2);
+  static_assert(kConsumers * kCtas <= 3);
   static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256,
                 "the lanes of a warp share rows of 16-byte pieces evenly");
   static_assert(kTileN % 32 == 0 && kTileN <= 128, "a lane finds one of its warp's rows");
@@ -49,7 +49,7 @@ struct DecodeTraits {
 
   // Registers of a thread after setmaxnreg, of what a multiprocessor has: with two CTAs 256 for two
   // threads, with two consumer warpgroups 504 for three.
-  static constexpr bool kReconfigureRegisters = kConsumers * kCtas == 2;
+  static constexpr bool kReconfigureRegisters = kConsumers * kCtas >= 2;
   // A producer thread knows more of two heads, and consumers have half as many scores.
   static constexpr int kProducerRegisters = kHeads == 2 ? 104 : 72;
   static constexpr int kConsumerRegisters = kHeads == 2 ? 200 : kConsumers == 2 ? 216 : 184;

@@ -131,11 +131,13 @@ def decode_problems(row: Row) -> list[str]:
 # are warps' own (decode/fp8_warps_traits.hpp), those of many warpgroups' (fp8_wide_traits.hpp).
 FP8_CACHE = "fp8"
 FP8_CONSUMERS = 2
-FP8_FEW_ROWS, FP8_MANY_ROWS = 32, FP8_CONSUMERS * WARPGROUP_M
+FP8_FEW_ROWS = 32
+FP8_MANY_ROWS = {2 * WARPGROUP_M: 2, 3 * WARPGROUP_M: 3}  # and their consumer warpgroups
 FP8_WARPS = 4 * FP8_CONSUMERS
 FP8_WARP_ROWS, FP8_WARP_KEYS = 16, 32  # at a time (decode/fp8_warps_part.hpp)
-FP8_WIDE_REGISTERS = 208  # of a consumer thread, after setmaxnreg
-FP8_WIDE_PRODUCERS = 2  # warpgroups, one of K and one of V
+# By the consumer warpgroups of many rows: registers of a consumer thread, after setmaxnreg
+FP8_WIDE_REGISTERS = {2: 208, 3: 152}
+FP8_WIDE_WARPGROUPS = 4  # with those of producers
 FP8_PIECE_BYTES = 16  # of a row, which one thread copies and converts
 FP8_DECODE_FIELDS = (
     *HEAD,
@@ -190,10 +192,10 @@ def fp8_wide_shared_memory(row: Row) -> dict[str, int]:
         "K and V of 8 bits": row["staged"] * 2 * slot,
         # of rows of K and V, staged and in stages, and of queries; every warp's walk
         "factors": 4 * 2 * (row["staged"] + row["stages"]) * row["tile_n"] + 4 * row["tile_m"],
-        "walks": 4 * (FP8_WIDE_PRODUCERS + FP8_CONSUMERS) * 96,
+        "walks": 4 * FP8_WIDE_WARPGROUPS * 96,
     }
     return {
-        **decode_shared_memory(row, FP8_WIDE_PRODUCERS),
+        **decode_shared_memory(row, FP8_WIDE_WARPGROUPS - row["consumer_warpgroups"]),
         **aligned({"staged and factors": sum(staged.values())}),
     }
 
@@ -214,12 +216,13 @@ def fp8_decode_registers(row: Row) -> dict[str, int]:
 
 def fp8_decode_problems(row: Row) -> list[str]:
     found = decode_rows_problems(row)
-    if row["tile_m"] not in (FP8_FEW_ROWS, FP8_MANY_ROWS):
-        found.append(f"tile_m = {row['tile_m']} must be {FP8_FEW_ROWS} or {FP8_MANY_ROWS}")
-    if (row["ctas"], row["consumer_warpgroups"]) != (1, FP8_CONSUMERS):
+    if row["tile_m"] not in (FP8_FEW_ROWS, *FP8_MANY_ROWS):
+        found.append(f"tile_m = {row['tile_m']} must be 32, 128 or 192")
+        return found
+    if (row["ctas"], row["consumer_warpgroups"]) != (1, FP8_MANY_ROWS.get(row["tile_m"], 2)):
         found.append(
             f"ctas = {row['ctas']} and consumer_warpgroups = {row['consumer_warpgroups']} must be "
-            f"1 and {FP8_CONSUMERS}"
+            f"1 and {FP8_MANY_ROWS.get(row['tile_m'], 2)}"
         )
     if row["heads"] != 1:
         found.append(f"heads = {row['heads']} must be 1")
@@ -231,7 +234,7 @@ def fp8_decode_problems(row: Row) -> list[str]:
         row,
         fp8_decode_shared_memory(row),
         fp8_decode_registers(row),
-        budget if has_few_rows(row) else FP8_WIDE_REGISTERS,
+        budget if has_few_rows(row) else FP8_WIDE_REGISTERS[row["consumer_warpgroups"]],
     )
 
 
@@ -253,9 +256,9 @@ def fp8_warps_problems(row: Row) -> list[str]:
 
 def fp8_wide_problems(row: Row) -> list[str]:
     found = []
-    if row["stages"] < FP8_CONSUMERS:
+    if row["stages"] < row["consumer_warpgroups"]:
         found.append(
-            f"stages = {row['stages']} must be at least {FP8_CONSUMERS}: consumer warpgroups take "
+            f"stages = {row['stages']} must be at least {row['consumer_warpgroups']}: consumer warpgroups take "
             f"turns with them"
         )
     if row["staged"] < 1:
