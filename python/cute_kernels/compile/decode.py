@@ -258,8 +258,8 @@ def fp8_wide_problems(row: Row) -> list[str]:
     found = []
     if row["stages"] < row["consumer_warpgroups"]:
         found.append(
-            f"stages = {row['stages']} must be at least {row['consumer_warpgroups']}: consumer warpgroups take "
-            f"turns with them"
+            f"stages = {row['stages']} must be at least {row['consumer_warpgroups']}: consumer "
+            f"warpgroups take turns with them"
         )
     if row["staged"] < 1:
         found.append(
