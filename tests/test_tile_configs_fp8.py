@@ -85,7 +85,7 @@ def test_rows_of_caches_become_kernels(tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tile_m": 64}, "tile_m = 64 must be 32 or 128"),
+        ({"tile_m": 64}, "tile_m = 64 must be 32, 128 or 192"),
         ({"ctas": 2}, "ctas = 2 and consumer_warpgroups = 2 must be 1 and 2"),
         ({"consumer_warpgroups": 1}, "consumer_warpgroups = 1 must be"),
         ({"heads": 2}, "heads = 2 must be 1"),
