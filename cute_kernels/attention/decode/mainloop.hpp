@@ -39,7 +39,7 @@ class DecodeMainloop {
   static constexpr int kMostTurns = Traits::kConsumers == 2 ? 2 : 1;
 
  public:
-  using Softmax = RunningSoftmax<kRows, 2>;
+  using Softmax = RunningSoftmax<kRows, 2, Traits::kEightBits>;
 
   CUTLASS_DEVICE DecodeMainloop(CachedCall const& call, CacheSource const& source,
                                 ScoreUnits const& units, typename Traits::Format const& format,
@@ -148,6 +148,7 @@ class DecodeMainloop {
     SeenKeys<Traits> const seen(call_, group_, walk, part.first_row + first_accumulator_row());
     if constexpr (Traits::kEightBits) {
       scales_.begin(walk, warpgroup(), part.first_row, first_accumulator_row(), shared_);
+      scales_.begin_units(units_, softmax);
     }
     Stage k_stage = Stage::of(sm90::uniform(passed_ + (part.begin - walk.begin_block())));
     Stage v_stage = k_stage;
@@ -254,7 +255,10 @@ class DecodeMainloop {
     warpgroup_wait<0>();
     warpgroup_fence_operand(out);
     if (!part.takes_turns() || !has_turns(walk)) release_values();
-    if constexpr (Traits::kEightBits) scales_.apply_to_output(out, walk);
+    if constexpr (Traits::kEightBits) {
+      scales_.apply_to_output(out, walk);
+      scales_.end_units(units_, softmax);
+    }
     softmax.reduce_sums();
   }
 
