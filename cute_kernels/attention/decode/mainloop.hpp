@@ -36,7 +36,8 @@ class DecodeMainloop {
   static constexpr int kWarpgroupM = Traits::kWarpgroupM;
   static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
   static constexpr int kRows = 2;  // of a thread, 8 apart
-  static constexpr int kMostTurns = Traits::kConsumers == 2 ? 2 : 1;
+  // Whether a warpgroup's next V, whose factors P is multiplied by, may land while it reads one.
+  static constexpr bool kKnowsNext = Traits::kStages > (Traits::kConsumers == 2 ? 2 : 1);
 
  public:
   using Softmax = RunningSoftmax<kRows, 2, Traits::kEightBits>;
@@ -196,15 +197,6 @@ class DecodeMainloop {
       v_stage.advance(part.turns);
     };
 
-    // O has been computed.
-    auto end_values = [&] {
-      sm90::warpgroup_wait_all();
-      warpgroup_fence_operand(out);
-      release_values();
-    };
-    // Whether the next V, whose factors P is multiplied by, may land while this one is read.
-    bool const knows_next = Traits::kStages > kMostTurns || part.turns < Traits::kStages;
-
     // Prologue: the first block's P, nothing to overlap with yet.
     int block = part.begin;
     float factor[kRows];
@@ -232,10 +224,9 @@ class DecodeMainloop {
       warpgroup_fence_operand(scores);
       release_keys(block + part.turns);
       bool moves = softmax_block(block + part.turns, factor);
-      if constexpr (Traits::kEightBits) {
+      if constexpr (kKnowsNext) {
         Stage next = v_stage;
         next.advance(part.turns);
-        if (!knows_next) end_values();
         moves |= scale_probabilities(next, factor);
       }
       // A branch, which keeps the exponentials on this side of the wait.
@@ -244,7 +235,13 @@ class DecodeMainloop {
         warpgroup_fence_operand(out);
         Softmax::scale_rows(out_rows, factor);
       }
-      if (knows_next) end_values();
+      sm90::warpgroup_wait_all();
+      warpgroup_fence_operand(out);
+      release_values();
+      if constexpr (!kKnowsNext) {
+        float growth[kRows] = {1.f, 1.f};
+        if (scale_probabilities(v_stage, growth)) Softmax::scale_rows(out_rows, growth);
+      }
       round_probabilities();
     }
 

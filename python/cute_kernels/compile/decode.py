@@ -40,9 +40,7 @@ DECODE_FIELDS = (
 )
 
 
-def decode_shared_memory(
-    row: Row, producers: int = 1, walks: int | None = None
-) -> dict[str, int]:
+def decode_shared_memory(row: Row, producers: int = 1, walks: int | None = None) -> dict[str, int]:
     """`producers`: warpgroups, beside those of consumers. `walks`: of how many warps the walk over
     the CTA's parts lies in shared memory, if other than of consumers where registers are scarce."""
     if walks is None:
@@ -194,11 +192,15 @@ def fp8_warps_shared_memory(row: Row) -> dict[str, int]:
     )
 
 
+def fp8_pieces(row: Row) -> tuple[int, int]:
+    """Of a producer thread, of K in a block and in a slot (decode/fp8_wide_traits.hpp)."""
+    pieces = row["tile_n"] * row["head_dim"] // (WARPGROUP_THREADS * FP8_PIECE_BYTES)
+    return pieces, next(count for count in (4, 3, 2, 1) if pieces % count == 0)
+
+
 def fp8_wide_shared_memory(row: Row) -> dict[str, int]:
     """As decode_shared_memory, and what is on its way."""
-    pieces = row["tile_n"] * row["head_dim"] // (WARPGROUP_THREADS * FP8_PIECE_BYTES)
-    of_slot = next(count for count in (4, 3, 2, 1) if pieces % count == 0)
-    slot = of_slot * WARPGROUP_THREADS * FP8_PIECE_BYTES
+    slot = fp8_pieces(row)[1] * WARPGROUP_THREADS * FP8_PIECE_BYTES
     staged = {
         "K and V of 8 bits": row["staged"] * 2 * slot,
         # of rows of K and V, staged and in stages, and of queries
@@ -277,6 +279,12 @@ def fp8_wide_problems(row: Row) -> list[str]:
         found.append(
             f"staged = {row['staged']} must be at least 1 with tile_m = {row['tile_m']}: blocks of "
             f"8 bits are on their way before they become float16"
+        )
+    pieces, of_slot = fp8_pieces(row)
+    if row["consumer_warpgroups"] == 3 and pieces > of_slot:
+        found.append(
+            f"tile_n = {row['tile_n']} with tile_m = {row['tile_m']}: a block must be one slot "
+            f"where one producer warpgroup has K and V"
         )
     return found
 
