@@ -36,11 +36,13 @@ class DecodeMainloop {
   static constexpr int kWarpgroupM = Traits::kWarpgroupM;
   static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
   static constexpr int kRows = 2;  // of a thread, 8 apart
+  // Whether what a row's scores are multiples of may be in the softmax's scale: two registers more.
+  static constexpr bool kOfUnits = Traits::kEightBits && Traits::kHeadDim < 256;
   // Whether a warpgroup's next V, whose factors P is multiplied by, may land while it reads one.
   static constexpr bool kKnowsNext = Traits::kStages > (Traits::kConsumers == 2 ? 2 : 1);
 
  public:
-  using Softmax = RunningSoftmax<kRows, 2, Traits::kEightBits>;
+  using Softmax = RunningSoftmax<kRows, 2, kOfUnits>;
 
   CUTLASS_DEVICE DecodeMainloop(CachedCall const& call, CacheSource const& source,
                                 ScoreUnits const& units, typename Traits::Format const& format,
@@ -149,7 +151,7 @@ class DecodeMainloop {
     SeenKeys<Traits> const seen(call_, group_, walk, part.first_row + first_accumulator_row());
     if constexpr (Traits::kEightBits) {
       scales_.begin(walk, warpgroup(), part.first_row, first_accumulator_row(), shared_);
-      scales_.begin_units(units_, softmax);
+      if constexpr (kOfUnits) scales_.begin_units(units_, softmax);
     }
     Stage k_stage = Stage::of(sm90::uniform(passed_ + (part.begin - walk.begin_block())));
     Stage v_stage = k_stage;
@@ -254,7 +256,7 @@ class DecodeMainloop {
     if (!part.takes_turns() || !has_turns(walk)) release_values();
     if constexpr (Traits::kEightBits) {
       scales_.apply_to_output(out, walk);
-      scales_.end_units(units_, softmax);
+      if constexpr (kOfUnits) scales_.end_units(units_, softmax);
     }
     softmax.reduce_sums();
   }
