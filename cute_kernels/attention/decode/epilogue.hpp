@@ -105,7 +105,7 @@ class DecodeEpilogue {
 
  private:
   CUTLASS_DEVICE static int consumer_thread() {
-    return threadIdx.x - cutlass::NumThreadsPerWarpGroup;
+    return threadIdx.x - Traits::kProducers * cutlass::NumThreadsPerWarpGroup;
   }
 
   /// A row of the item in the tensors.
