@@ -98,6 +98,10 @@ def test_rows_of_caches_become_kernels(tmp_path, change):
         ({**MANY_ROWS, "head_dim": 256, "tile_n": 128}, "registers of a consumer thread"),
         ({"head_dim": 192}, "head_dim = 192 must be 64, 128 or 256"),
         ({"tile_n": 96, "stages": 5}, "tile_n = 96 must be 32, 64 or 128: the lanes of a warp"),
+        (
+            {"tile_m": 192, "tile_n": 96, "stages": 3, "staged": 1, "consumer_warpgroups": 3},
+            r"tile_n \* head_dim = 12288 must be at most 8192 with tile_m = 192",
+        ),
     ],
 )
 def test_rows_of_caches_that_cannot_fit_are_refused(change, message):

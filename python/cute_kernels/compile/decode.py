@@ -285,6 +285,12 @@ def fp8_wide_problems(row: Row) -> list[str]:
             f"staged = {row['staged']} must be at least 1 with tile_m = {row['tile_m']}: blocks of "
             f"8 bits are on their way before they become float16"
         )
+    pieces = row["tile_n"] * row["head_dim"] // (WARPGROUP_THREADS * FP8_PIECE_BYTES)
+    if row["consumer_warpgroups"] == 3 and pieces > 4:
+        found.append(
+            f"tile_n * head_dim = {row['tile_n'] * row['head_dim']} must be at most 8192 with "
+            f"tile_m = {row['tile_m']}: the one producer warpgroup has a block of K or V in a slot"
+        )
     return found
 
 
