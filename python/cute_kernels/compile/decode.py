@@ -40,9 +40,7 @@ DECODE_FIELDS = (
 )
 
 
-def decode_shared_memory(
-    row: Row, producers: int = 1, walks: int | None = None
-) -> dict[str, int]:
+def decode_shared_memory(row: Row, producers: int = 1, walks: int | None = None) -> dict[str, int]:
     """`producers`: warpgroups, beside those of consumers. `walks`: of how many warps the walk over
     the CTA's parts lies in shared memory, if other than of consumers where registers are scarce."""
     if walks is None:
