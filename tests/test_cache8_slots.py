@@ -1,7 +1,7 @@
 """Who waits for whom in the kernels of caches of 8 bits and many rows (mainloop.hpp, turns.hpp and
-fp8_wide_load.hpp in attention/decode), as test_cache8_protocol.py, where blocks are in slots, copies
-land when they like, factors of the next V are asked for before this one is read, consumers are
-three warpgroups and meet for NaN of V. Nothing here needs a GPU."""
+fp8_wide_load.hpp in attention/decode), as test_cache8_protocol.py, where blocks are in slots, what
+is copied lands at any time, factors of the next V are asked for before this one is read, and
+consumers are three warpgroups and meet for NaN of V. Nothing here needs a GPU."""
 
 import random
 from collections import deque
