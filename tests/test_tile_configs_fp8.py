@@ -102,6 +102,11 @@ def test_rows_of_caches_become_kernels(tmp_path, change):
         ({**MOST_ROWS, "consumer_warpgroups": 2}, "must be 1 and 3"),
         ({**MANY_ROWS, "head_dim": 256, "tile_n": 128}, "registers of a consumer thread"),
         ({"head_dim": 192}, "head_dim = 192 must be 64, 128 or 256"),
+        ({"tile_n": 96, "stages": 5}, "tile_n = 96 must be 32, 64 or 128: the lanes of a warp"),
+        (
+            {"tile_m": 192, "tile_n": 96, "stages": 3, "staged": 1, "consumer_warpgroups": 3},
+            r"tile_n = 96 with tile_m = 192: a block must be one slot",
+        ),
     ],
 )
 def test_rows_of_caches_that_cannot_fit_are_refused(change, message):

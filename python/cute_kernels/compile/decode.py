@@ -89,6 +89,13 @@ def decode_rows_problems(row: Row) -> list[str]:
     return found
 
 
+def decode_lanes_problems(row: Row) -> list[str]:
+    """Of rows that a producer's warps find and copy as they are (decode/load.hpp)."""
+    if row["tile_n"] != 96:
+        return []
+    return ["tile_n = 96 must be 32, 64 or 128: the lanes of a warp find the rows of whole blocks"]
+
+
 def decode_room_problems(
     row: Row, parts: dict[str, int], registers: dict[str, int], budget: int
 ) -> list[str]:
@@ -105,7 +112,7 @@ def decode_room_problems(
 
 
 def decode_problems(row: Row) -> list[str]:
-    found = decode_rows_problems(row)
+    found = decode_rows_problems(row) + decode_lanes_problems(row)
     if row["stages"] * WARPGROUP_M < row["tile_m"]:
         found.append(
             f"stages = {row['stages']} must be at least {row['tile_m'] // WARPGROUP_M}: consumer "
@@ -253,7 +260,7 @@ def fp8_decode_problems(row: Row) -> list[str]:
 
 
 def fp8_warps_problems(row: Row) -> list[str]:
-    found = []
+    found = decode_lanes_problems(row)
     turns = FP8_WARPS * FP8_WARP_KEYS // row["tile_n"]
     if row["stages"] < turns:
         found.append(
