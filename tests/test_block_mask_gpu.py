@@ -152,10 +152,11 @@ def test_many_blocks(hopper, kernels, deterministic, shared):
             assert_gradients(of_part, exact, grad_out, grads[1][rows])
 
 
-def test_nan_in_hidden_blocks(hopper, kernels):
+@pytest.mark.parametrize("heads", [2, 4])  # of four, that the mask is asked once for
+def test_nan_in_hidden_blocks(hopper, kernels, heads):
     """In no row that does not see it, and in all that do, of hidden blocks and of partial ones."""
     torch.manual_seed(0)
-    q, k, v = random_qkv(hopper, torch.bfloat16, 1, 384, 384, 2, 2, 64)
+    q, k, v = random_qkv(hopper, torch.bfloat16, 1, 384, 384, heads, heads, 64)
     ids = (torch.arange(384, device=hopper)[None] // 100).int()
     k[:, 120], v[:, 110], v[:, 350] = math.nan, math.inf, math.nan
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -187,6 +188,62 @@ def test_without_a_variant_and_in_a_graph(hopper, kernels):
         captured = flash_attn_func(q, k, v, block_mask=block_mask)
     graph.replay()
     assert torch.equal(captured, out)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (1700, 40)}])
+@pytest.mark.parametrize("name", ["document", "mixed"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_asked_once_or_for_each_head(hopper, kernels, head_dim, name, options):
+    """The same bits, of long lists and of units that end behind the last query or key."""
+    torch.manual_seed(0)
+    for batch, lengths in [(1, (200, 300)), (2, (1000, 4133))]:
+        q, k, v = random_qkv(hopper, torch.bfloat16, batch, *lengths, 6, 2, head_dim)
+        case = CASES[name](random.Random(0), hopper, batch, 6, *lengths)
+        kinds = random_kinds((batch, 1, *map(blocks, lengths)), 3).to(hopper)
+        results = [
+            flash_attn_func(
+                q, k, v, variant=case.bound, block_mask=mask_of(x), return_lse=True, **options
+            )
+            for x in (kinds, kinds.expand(-1, 6, -1, -1))
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_a_graph_reads_may_change(hopper, kernels):
+    """Which keys are listed, what the mask says to all heads; and dQ is cleared each time, of more
+    heads than are worked on together."""
+    torch.manual_seed(0)
+    heads, length = 6, 1500
+    q, k, v = random_qkv(hopper, torch.bfloat16, 1, length, length, heads, heads, 128)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    grad = torch.randn_like(q)
+    place = torch.arange(length, device=hopper)[None]
+    ids = (place // 300).int()
+    bound = variants.document(ids)
+    block_mask = BlockMask.from_mask(bound, 1, heads, length, length)
+
+    def run():
+        out = flash_attn_func(*inputs, variant=bound, block_mask=block_mask)
+        return out.detach(), *torch.autograd.grad(out, inputs, grad)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for width in (300, 70, 1500, 300):
+        ids.copy_(place // width)
+        lists = BlockMask.from_mask(bound, 1, heads, length, length).lists
+        for old, new in zip(block_mask.lists, lists, strict=True):
+            old.copy_(new)
+        graph.replay()
+        out, grad_q, *others = run()
+        assert torch.equal(captured[0], out)
+        assert all(torch.equal(a, b) for a, b in zip(captured[2:], others, strict=True))
+        torch.testing.assert_close(captured[1], grad_q, rtol=2e-2, atol=2e-3)
 
 
 def test_as_without_a_block_mask(hopper, kernels):

@@ -251,24 +251,29 @@ def test_a_long_prompt(hopper):
 
 @pytest.mark.parametrize(("head_dim", "key_heads"), [(64, 1), (64, 2), (128, 1), (256, 1)])
 @pytest.mark.parametrize("num_splits", [0, 1, 3])
-def test_few_blocks(hopper, head_dim, key_heads, num_splits):
+@pytest.mark.parametrize("many_rows", [False, True])
+def test_few_blocks(hopper, head_dim, key_heads, num_splits, many_rows):
     """Warpgroups take turns with the blocks of 64 rows or fewer (8 tokens), and share those of
     more, or have a key head each: parts of any few blocks come behind one another, wherever in the
-    ring they begin."""
+    ring they begin. With more than 64 rows in the mean blocks may have other numbers of keys."""
     skip_unless_built(torch.bfloat16, head_dim)
     chance = random.Random(head_dim)
-    block = 8192 // head_dim
+    block = 8192 // head_dim * (2 if many_rows and head_dim == 128 else 1)
+    queries = [1, 8, 9, 16, 16, 17] if many_rows else [1, 1, 1, 8, 9, 16]
     lengths = [max(1, blocks * block + more) for blocks in range(8) for more in (-1, 0, 1)] * 20
     chance.shuffle(lengths)
     cache = random_cache(
         chance,
         lengths,
-        [chance.choice([1, 1, 1, 8, 9, 16]) for _ in lengths],
+        [chance.choice(queries) for _ in lengths],
         head_dims=(head_dim, head_dim),
         heads=(8 * key_heads, key_heads),
         page_size=16,
     )
+    # Fewer multiprocessors than sequences, or each has one part
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     assert_right(run(cache, num_splits=num_splits), cache)
+    assert_right(run(cache, num_splits=num_splits, sm_margin=multiprocessors - 7), cache)
 
 
 def spoil(cache, sequence, keys, head):
@@ -318,6 +323,42 @@ def test_values_that_some_queries_do_not_see_in_turn(hopper, head_dim):
         spoil(cache, i, torch.arange(n - chance.randint(1, 8), n, device="cuda"), 0)
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     assert_right(run(cache, max_seqlen_q=9, sm_margin=multiprocessors - 1), cache)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES.values()))
+@pytest.mark.parametrize(
+    ("page_size", "window_size"), [(1, (150, 0)), (48, (-1, 70)), (256, (0, 3))]
+)
+def test_many_rows(hopper, dtype, page_size, window_size):
+    """More than 64 rows in the mean, and sequences of one row and of none: windows end anywhere in
+    blocks, rows of a block see none of its keys, and NaN is where some rows do not look."""
+    skip_unless_built(dtype, 128)
+    chance = random.Random(page_size)
+    queries = [16, 0, 1, 33, 9, 8, 17, 16, 16, 40]
+    lengths = [2000, 100, 129, 777, 128, 127, 0, 1, 256, 30]
+    cache = random_cache(
+        chance, lengths, queries, dtype, (128, 128), heads=(8, 1), page_size=page_size, leftpad=True
+    )
+    sinks = torch.randn(8, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    options = {"causal": False, "window_size": window_size, "sinks": sinks}
+    assert_right(run(cache, **options), cache, **options)
+    assert_right(run(cache, **options, num_splits=3), cache, **options)
+    first = run(cache, **options)
+    for again, right in zip(run(cache, **options), first, strict=True):
+        assert torch.equal(again, right)
+
+
+@pytest.mark.parametrize("queries", [9, 16])
+def test_values_that_some_queries_do_not_see_in_any_word(hopper, queries):
+    """Of blocks of 128 keys, wherever in them the NaN is."""
+    skip_unless_built(torch.bfloat16, 128)
+    for length in (256 - 5, 256, 256 + 7, 256 + 31, 256 + 40, 256 + 64 + 5, 256 + 100):
+        cache = random_cache(random.Random(length), [length], [queries], heads=(8, 1), page_size=16)
+        spoil(cache, 0, torch.arange(length - 6, length - 2, device="cuda"), 0)
+        out, lse = run(cache)
+        seen = Attention(*cache.sequences[0], 0.125, True)
+        assert torch.equal(out.isfinite(), seen.out[0].isfinite())
+        assert_right((out, lse), cache)
 
 
 def test_rows_that_no_sequence_uses(hopper):

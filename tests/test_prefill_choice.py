@@ -24,14 +24,17 @@ PrefillKernel const kPrefill[] = {
     {{"p64", kBf16, 64, 64, false, false, nullptr, MaskClass::kAny, 192, 64}, nullptr, nullptr},
     {{"p128", kBf16, 128, 128, false, false, nullptr, MaskClass::kAny, 192, 64}, nullptr, nullptr}};
 constexpr auto kFp8 = CacheType::kEightBits;
-constexpr Fp8DecodeKernel row8(char const* name, int head_dim, int tile_m) {
-  return {{name, kFp8, head_dim, head_dim, false, false, nullptr, MaskClass::kAny, tile_m, 64},
+constexpr Fp8DecodeKernel row8(char const* name, int head_dim, int tile_m, int least_rows = 0) {
+  return {{name, kFp8, head_dim, head_dim, false, false, nullptr, MaskClass::kAny, tile_m, 64,
+           least_rows},
           nullptr, nullptr};
 }
 Fp8DecodeKernel const kEightBits[] = {row8("many128", 128, 128), row8("few128", 128, 32),
-                                      row8("many64", 64, 128), row8("few256", 256, 32)};
+                                      row8("many64", 64, 128), row8("few256", 256, 32),
+                                      row8("more128", 128, 128, 65),
+                                      row8("chunks128", 128, 192, 129)};
 }  // namespace
-KernelTable<Fp8DecodeKernel> fp8_decode_kernels{kEightBits, 4};
+KernelTable<Fp8DecodeKernel> fp8_decode_kernels{kEightBits, 6};
 KernelTable<DecodeKernel> decode_kernels{kDecode, 4};
 KernelTable<PrefillKernel> prefill_kernels{kPrefill, 2};
 }  // namespace cute_kernels::attention
@@ -73,7 +76,8 @@ void show64(char const* what, CachedCall call, std::optional<int64_t> longest = 
 
 void show8(char const* what, CachedCall const& call, std::optional<int64_t> longest = {}) {
   int64_t const rows = rows_of_longest(call, longest);
-  std::printf("%s: %s\\n", what, name_of(choose_fp8_decode(fp8_decode_kernels, call, rows)));
+  std::printf("%s: %s\\n", what, name_of(choose_fp8_decode(fp8_decode_kernels, call, rows,
+                                                               mean_rows(call))));
 }
 
 void show_all8() {
@@ -85,7 +89,12 @@ void show_all8() {
   show8("one token", cached(32, 32, 8, 8), 1);
   show8("32 rows", cached(32, 32 * 4, 8, 8), 4);
   show8("33 rows", cached(32, 32 * 33, 8, 1), 33);
+  show8("65 rows", cached(32, 32 * 65, 8, 1), 65);
+  show8("128 rows", cached(32, 32 * 16, 8, 8), 16);
+  show8("65 rows, or one", cached(32, 32 * 2, 8, 1), 65);
+  show8("129 rows", cached(32, 32 * 129, 8, 1), 129);
   show8("a chunk", cached(2, 513, 8, 8), 512);
+  show8("a chunk of 32", cached(32, 512 + 31, 8, 4), 512);
   show8("padded length", cached(1, 4, 8, 8), 512);
   show8("unknown, alike", cached(32, 32, 8, 8));
   show8("unknown, 5 of 32 queries", cached(32, 32 * 5 - 31, 8, 8));
@@ -155,12 +164,18 @@ def test_calls_to_a_cache(said):
 
 
 def test_calls_to_a_cache_of_8_bits(said):
-    """The smallest tile that holds all rows of the longest sequence, or the largest."""
+    """The smallest tile that holds all rows of the longest sequence, or the largest, of rows for
+    as many in the mean."""
     assert said[17:] == [
         "one token: few128",
         "32 rows: few128",
         "33 rows: many128",
-        "a chunk: many128",
+        "65 rows: more128",
+        "128 rows: more128",
+        "65 rows, or one: many128",
+        "129 rows: chunks128",
+        "a chunk: chunks128",
+        "a chunk of 32: more128",
         "padded length: few128",
         "unknown, alike: few128",
         "unknown, 5 of 32 queries: many128",
@@ -170,5 +185,5 @@ def test_calls_to_a_cache_of_8_bits(said):
         "none: none",
         "added: mine32",
         "added, 64 rows: mine64",
-        "added, 65 rows: many128",
+        "added, 65 rows: more128",
     ]

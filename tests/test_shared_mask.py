@@ -100,6 +100,8 @@ int main() {
   AttentionCall call{};
   CallSizes& sizes = call.sizes;
   VariantArguments variant{};
+  // Kernels that share nothing have tiles that are no part of a unit.
+  if (bytes_of_shared_mask<NoVariant, 96>(call, nullptr) != 0) return 1;
   int left, right, rows_of_batch, count, capacity;
   while (std::cin >> sizes.batch >> sizes.heads_q >> sizes.seqlen_q >> sizes.seqlen_k >> left >>
          right >> rows_of_batch >> variant.blocks.rows_of_head >> count >> capacity) {
@@ -136,10 +138,12 @@ def program(tmp_path_factory):
     return host_program(folder, MAIN % hooks_source(SAME, ()), "-O1", "-I", headers, *CHECKED)
 
 
-def case(rng, batch, heads, *, batches=None, of_heads=1):
-    """A call's numbers, its kinds of units, and the rows of bits that it should have."""
+def case(rng, batch, heads, *, batches=None, of_heads=1, beyond=0):
+    """A call's numbers, its kinds of units, and the units of its queries. Lists may be for units
+    `beyond` the last query and key, as those of a mask of larger blocks."""
     units_q, units_k = rng.randint(1, 3), rng.choice([1, 3, 20])
     seqlen_q, seqlen_k = (n * UNIT - rng.randrange(UNIT) for n in (units_q, units_k))
+    own_units, units_q, units_k = units_q, units_q + beyond, units_k + beyond
     kinds = torch.randint(0, 3, (batches or batch, of_heads, units_q, units_k))
     lists = block_lists(kinds.to(torch.int8))
     left, right = rng.choice([(-1, -1), (-1, 0), (rng.randrange(400), rng.randrange(50))])
@@ -153,22 +157,23 @@ def case(rng, batch, heads, *, batches=None, of_heads=1):
         *lists.keys.flatten().tolist(),
         *(x for values in ids for x in values),
     ]
-    return numbers, kinds, units_q
+    return numbers, kinds, own_units
 
 
 def test_every_bit_is_what_the_hook_and_the_mask_say(program):
     rng = random.Random(0)
     torch.manual_seed(0)
-    cases = [case(rng, rng.randint(1, 2), 4) for _ in range(12)]
+    cases = [case(rng, rng.randint(1, 2), 4, beyond=i % 2) for i in range(16)]
     answers = program([numbers for numbers, _, _ in cases])
     of_tiles = (answers[::2], answers[1::2])
     for i, (numbers, kinds, units) in enumerate(cases):
         batch = numbers[0]
-        listed = (kinds != HIDDEN).sum(-1)
+        listed = (kinds[:, :, :units] != HIDDEN).sum(-1)
         without = int((listed - 2 * END).clamp(min=0).sum())
         for of_unit, answer in zip((1, 2), (answers_of[i] for answers_of in of_tiles), strict=True):
             rows, blocks, wrong, beside, unknown = answer
-            assert (rows, wrong, beside, unknown) == (batch * units, 0, 0, without)
+            most = (batch - 1) * kinds.shape[2] + units
+            assert (rows, wrong, beside, unknown) == (most, 0, 0, without)
             assert blocks % of_unit == 0
             assert blocks > 0 or (kinds != 1).any()
 
@@ -194,6 +199,11 @@ def test_what_is_not_shared_has_no_memory(program, batch, heads, options):
         ("return ids[batch][key] < 3;", False, True),
         ("return key % (head + 2) == 0;", True, False),
         ("return key < heads[0];", False, False),
+        (
+            "auto const [b, h, q, k, i, j, p, sq, sk] = here;\nreturn k % (h + 2) == 0;",
+            True,
+            True,
+        ),
     ],
 )
 def test_who_shares_is_seen_in_the_hook(mask, head, batch):

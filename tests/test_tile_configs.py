@@ -171,6 +171,13 @@ def test_rows_of_several_heads_that_cannot_be_are_refused(change):
         generator.read_table(table({**TWO_HEADS, **change}, of_pass="decode"))
 
 
+def test_rows_of_a_cache_that_lanes_do_not_share_are_refused():
+    with pytest.raises(generator.TableError, match="tile_n = 96 must be 32, 64 or 128"):
+        generator.read_table(
+            table({**TWO_HEADS, "heads": 1, "tile_n": 96, "stages": 3}, of_pass="decode")
+        )
+
+
 def test_the_projects_own_table_is_right_and_serves_every_call():
     rows = generator.read_table(TABLE.read_text())
     for dtype in passes.DTYPES:

@@ -71,21 +71,23 @@ CACHE_ROW = {
     "why": "measured",
 }
 MANY_ROWS = {"tile_m": 128, "stages": 3, "staged": 5}
+MOST_ROWS = {"tile_m": 192, "stages": 3, "staged": 4, "consumer_warpgroups": 3, "least_rows": 129}
 
 
-@pytest.mark.parametrize("change", [{}, MANY_ROWS])
+@pytest.mark.parametrize("change", [{}, MANY_ROWS, MOST_ROWS])
 def test_rows_of_caches_become_kernels(tmp_path, change):
     rows = generator.read_table(table({**CACHE_ROW, **change}, of_pass="decode_fp8"))
     assert [row["name"] for row in rows] == ["fp8_cache"]
     write_sources(rows, tmp_path)
     text = (tmp_path / "fp8_cache.cu").read_text()
-    assert f"kTileM = {rows[0]['tile_m']};" in text and "kConsumerWarpgroups = 2;" in text
+    assert f"kTileM = {rows[0]['tile_m']};" in text
+    assert f"kConsumerWarpgroups = {rows[0]['consumer_warpgroups']};" in text
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tile_m": 64}, "tile_m = 64 must be 32 or 128"),
+        ({"tile_m": 64}, "tile_m = 64 must be 32, 128 or 192"),
         ({"ctas": 2}, "ctas = 2 and consumer_warpgroups = 2 must be 1 and 2"),
         ({"consumer_warpgroups": 1}, "consumer_warpgroups = 1 must be"),
         ({"heads": 2}, "heads = 2 must be 1"),
@@ -95,8 +97,16 @@ def test_rows_of_caches_become_kernels(tmp_path, change):
         ({**MANY_ROWS, "stages": 1}, "stages = 1 must be at least 2: consumer warpgroups"),
         ({**MANY_ROWS, "staged": 0}, "staged = 0 must be at least 1 with tile_m = 128"),
         ({**MANY_ROWS, "staged": 9}, "shared memory"),
+        ({**MOST_ROWS, "stages": 2}, "stages = 2 must be at least 3: consumer warpgroups"),
+        ({**MOST_ROWS, "tile_n": 96}, "a block must be one slot"),
+        ({**MOST_ROWS, "consumer_warpgroups": 2}, "must be 1 and 3"),
         ({**MANY_ROWS, "head_dim": 256, "tile_n": 128}, "registers of a consumer thread"),
         ({"head_dim": 192}, "head_dim = 192 must be 64, 128 or 256"),
+        ({"tile_n": 96, "stages": 5}, "tile_n = 96 must be 32, 64 or 128: the lanes of a warp"),
+        (
+            {"tile_m": 192, "tile_n": 96, "stages": 3, "staged": 1, "consumer_warpgroups": 3},
+            r"tile_n = 96 with tile_m = 192: a block must be one slot",
+        ),
     ],
 )
 def test_rows_of_caches_that_cannot_fit_are_refused(change, message):

@@ -106,6 +106,30 @@ def test_nan_of_an_unseen_token_stays_there(device):
     assert out[[1, 3]].isnan().all() and lse[:, [1, 3]].isnan().all()
 
 
+@pytest.mark.parametrize("tokens", [12, 64])
+def test_trees_of_many_rows(device, tokens):
+    """The first token is anywhere in a block of keys; NaN of one is in those that see it."""
+    skip_unless_16_bits_built(device, torch.bfloat16, (128, 128))
+    chance = random.Random(tokens)
+    before = [0, 1, 37, 63, 64, 65, 100, 120, 127, 128, 200]
+    lengths = [n + tokens for n in before]
+    cache = random_cache(chance, device, torch.bfloat16, lengths, None, 1, [128, 128])
+    q, starts = random_queries(chance, device, torch.bfloat16, [tokens] * len(before), 8, 128)
+    problem = problem_of(chance, device, cache, q, starts, (False, None, None))
+    trees = [random_tree(chance, tokens) for _ in before]
+    bits = torch.cat([bits_of(tree) for tree in trees]).to(device)
+    mask = {"softmax_scale": 0.05}
+    found = attend(q, starts, cache, tree_mask=bits, **problem.options, **mask)
+    seen = [seen_keys(tree, n).to(device) for tree, n in zip(trees, lengths, strict=True)]
+    problem.assert_right(*found, **mask, seen=seen)
+    for i, n in enumerate(before):
+        cache.v_cache[i, n + 1] = torch.nan
+    out, _ = attend(q, starts, cache, tree_mask=bits, **problem.options, **mask)
+    spoiled = torch.cat([tree[:, 1] for tree in trees]).to(device)
+    assert torch.equal(out.isnan().all(-1).all(-1), spoiled)
+    assert out[~spoiled].isfinite().all()
+
+
 def test_refusals():
     chance = random.Random(0)
     cache = random_cache(chance, "cpu", torch.bfloat16, [70], 16, 1, [64, 64])

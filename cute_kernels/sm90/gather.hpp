@@ -50,4 +50,11 @@ CUTLASS_DEVICE void arrive_when_gathered(cutlass::arch::ClusterBarrier const& ba
 /// Waits until all that the thread has gathered has landed.
 CUTLASS_DEVICE void wait_until_gathered() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+/// The same, but for what it has gathered since the last kGroups times that it has put a fence
+/// (cute::cp_async_fence()) behind it.
+template <int kGroups>
+CUTLASS_DEVICE void wait_until_gathered_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
 }  // namespace cute_kernels::sm90

@@ -184,7 +184,8 @@ void launch_eight_bits(ScalarType dtype, Fp8DecodeProblem& problem,
 #ifdef CUTE_KERNELS_FP8
   auto const& kernels = attention::fp8_decode_kernels;
   int64_t const rows = attention::rows_of_longest(problem.call, longest);
-  auto const* const kernel = attention::choose_fp8_decode(kernels, problem.call, rows);
+  auto const* const kernel =
+      attention::choose_fp8_decode(kernels, problem.call, rows, attention::mean_rows(problem.call));
   if (kernel == nullptr) fail_without_kernel(kernels, dtype, problem.call);
   check_blocks(*kernel, problem.call);
   launch(*kernel, problem);

@@ -50,11 +50,17 @@ int group_of_pairs(AttentionCall const& call, BackwardWorkspace const& workspace
 }
 
 /// Whether the main kernel clears dQ of all groups of heads but the first. Of packed sequences some
-/// numbers of key blocks have no keys, and nobody who clears.
+/// numbers of key blocks have no keys, and nobody who clears. Nor where so many queries are beside
+/// so few keys that a few warps would clear what preprocess clears with the whole GPU.
 template <class Traits>
 bool clears_ahead(AttentionCall const& call, BackwardWorkspace const& workspace) {
-  return Traits::kPersistent && workspace.turns == nullptr && !call.is_packed() &&
-         tensor_rows_k(call) > 0 && group_of_pairs<Traits>(call, workspace) < pairs_of(call);
+  constexpr int kMostBlocks = 256;  // of a share
+  if (!Traits::kPersistent || workspace.turns != nullptr || call.is_packed()) return false;
+  int64_t const clusters = key_block_numbers(call, Traits::kTileN * Traits::kCluster);
+  int64_t const blocks =
+      int64_t{workspace.m_blocks.divisor} * (call.sizes.heads_q / call.sizes.heads_kv);
+  return clusters > 0 && blocks <= kMostBlocks * clusters &&
+         group_of_pairs<Traits>(call, workspace) < pairs_of(call);
 }
 
 /// How many of the main kernel's CTAs are launched at a time. Those that do not stay are launched

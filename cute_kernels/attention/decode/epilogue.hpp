@@ -8,6 +8,7 @@
 #include "cute_kernels/attention/decode/softmax.hpp"
 #include "cute_kernels/attention/decode/work.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
+#include "cute_kernels/sm90/quad.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
 
 namespace cute_kernels::attention {
@@ -59,6 +60,9 @@ class DecodeEpilogue {
   static constexpr int kCountBits = 16;  // of a counter
   // A thread's columns are so many next to one another, and as many again four times as far on.
   static constexpr int kRun = Traits::kByWarps ? 4 : 2;
+  // Whether the four threads of a row change columns with one another, so that each stores 16
+  // bytes: long rows otherwise are as many stores of 4.
+  static constexpr bool kChangesColumns = kHeadDim > 256;
 
  public:
   CUTLASS_DEVICE DecodeEpilogue(CachedCall const& call, DecodeResults const& results,
@@ -115,7 +119,7 @@ class DecodeEpilogue {
 
  private:
   CUTLASS_DEVICE static int consumer_thread() {
-    return threadIdx.x - cutlass::NumThreadsPerWarpGroup;
+    return threadIdx.x - Traits::kProducers * cutlass::NumThreadsPerWarpGroup;
   }
 
   /// A row of the item in the tensors.
@@ -163,18 +167,50 @@ class DecodeEpilogue {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size<0>(rows); ++i) {
       int const row = first.row + 8 * i;
-      if (PartRows::in_tile(row) >= walk.tile().rows) continue;
+      bool const is_there = PartRows::in_tile(row) < walk.tile().rows;
+      if (kChangesColumns ? !__any_sync(0xffffffff, is_there) : !is_there) continue;
       Place const place = place_of_row(walk, row);
       RowResult const result = result_of(place, softmax.statistics(i));
-      if (first.column == 0) store_lse(place, result.lse);
+      if (is_there && first.column == 0) store_lse(place, result.lse);
       Element* const out = out_row(place) + first.column;
-      CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(rows); col += kRun) {
-        if (first.column + 4 * col >= call_.head_dim_v) break;
-        cutlass::Array<float, kRun> run;
+      if constexpr (kChangesColumns) {
+        store_vectors(is_there, rows(i, _), result.factor, out, first.column);
+      } else {
         CUTLASS_PRAGMA_UNROLL
-        for (int j = 0; j < kRun; ++j) run[j] = rows(i, col + j) * result.factor;
-        store_rounded(run, out + 4 * col);
+        for (int col = 0; col < size<1>(rows); col += kRun) {
+          if (first.column + 4 * col >= call_.head_dim_v) break;
+          cutlass::Array<float, kRun> run;
+          CUTLASS_PRAGMA_UNROLL
+          for (int j = 0; j < kRun; ++j) run[j] = rows(i, col + j) * result.factor;
+          store_rounded(run, out + 4 * col);
+        }
+      }
+    }
+  }
+
+  /// A row's columns times `factor`, of which a thread has pairs 8 apart, from number `column` on,
+  /// for `out`. By all four threads of the row, which then have 8 columns each of 32.
+  template <class Row>
+  CUTLASS_DEVICE void store_vectors(bool is_there, Row const& row, float factor, Element* out,
+                                    int column) const {
+    constexpr int kQuad = 4;
+    constexpr int kPairs = decltype(cute::size(row))::value / 2;
+    static_assert(kPairs % kQuad == 0);
+    int const moves_by = threadIdx.x % kQuad * 6;  // from its pairs to its vectors
+    CUTLASS_PRAGMA_UNROLL
+    for (int pair = 0; pair < kPairs; pair += kQuad) {
+      uint32_t own[kQuad];
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < kQuad; ++j) {
+        int const col = 2 * (pair + j);
+        cutlass::Array<float, 2> const scaled{row(col) * factor, row(col + 1) * factor};
+        auto const rounded = cutlass::NumericArrayConverter<Element, float, 2>{}(scaled);
+        own[j] = reinterpret_cast<uint32_t const&>(rounded);
+      }
+      sm90::transpose_among_quad(own);
+      int const at = 8 * pair + moves_by;
+      if (is_there && column + at < call_.head_dim_v) {
+        *reinterpret_cast<uint4*>(out + at) = uint4{own[0], own[1], own[2], own[3]};
       }
     }
   }
@@ -201,26 +237,50 @@ class DecodeEpilogue {
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < size<0>(rows); ++i) {
       int const row = first.row + 8 * i;
-      if (PartRows::in_tile(row) >= walk.tile().rows) continue;
-      if (first.column == 0) {
+      bool const is_there = PartRows::in_tile(row) < walk.tile().rows;
+      if (kChangesColumns ? !__any_sync(0xffffffff, is_there) : !is_there) continue;
+      if (is_there && first.column == 0) {
         RowStatistics const own = softmax.statistics(i);
         __stcg(reinterpret_cast<float2*>(results_.statistics + slot * PartRows::kCount + row),
                float2{own.most, own.sum});
       }
       float* const out =
           results_.partial_out + (slot * PartRows::kCount + row) * kHeadDim + first.column;
-      CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(rows); col += kRun) {
-        if constexpr (kRun == 4) {
-          __stcg(reinterpret_cast<float4*>(out + 4 * col),
-                 float4{rows(i, col), rows(i, col + 1), rows(i, col + 2), rows(i, col + 3)});
-        } else {
-          cutlass::AlignedArray<float, kRun> run;
-          CUTLASS_PRAGMA_UNROLL
-          for (int j = 0; j < kRun; ++j) run[j] = rows(i, col + j);
-          *reinterpret_cast<cutlass::AlignedArray<float, kRun>*>(out + 4 * col) = run;
+      if constexpr (kChangesColumns) {
+        store_vectors(is_there, rows(i, _), out);
+      } else {
+        CUTLASS_PRAGMA_UNROLL
+        for (int col = 0; col < size<1>(rows); col += kRun) {
+          if constexpr (kRun == 4) {
+            __stcg(reinterpret_cast<float4*>(out + 4 * col),
+                   float4{rows(i, col), rows(i, col + 1), rows(i, col + 2), rows(i, col + 3)});
+          } else {
+            cutlass::AlignedArray<float, kRun> run;
+            CUTLASS_PRAGMA_UNROLL
+            for (int j = 0; j < kRun; ++j) run[j] = rows(i, col + j);
+            *reinterpret_cast<cutlass::AlignedArray<float, kRun>*>(out + 4 * col) = run;
+          }
         }
       }
+    }
+  }
+
+  /// A row's columns as above, as they are. Two neighbouring threads have 4 columns each of 8.
+  template <class Row>
+  CUTLASS_DEVICE static void store_vectors(bool is_there, Row const& row, float* out) {
+    constexpr int kPairs = decltype(cute::size(row))::value / 2;
+    bool const is_second = threadIdx.x % 2 != 0;
+    CUTLASS_PRAGMA_UNROLL
+    for (int col = 0; col < 2 * kPairs; col += 4) {
+      auto const changed = [&](float of_first, float of_second) {
+        return __shfl_xor_sync(0xffffffff, is_second ? of_second : of_first, 1);
+      };
+      float const x = changed(row(col + 2), row(col));
+      float const y = changed(row(col + 3), row(col + 1));
+      if (!is_there) continue;
+      *reinterpret_cast<float4*>(out + 4 * col + (is_second ? 6 : 0)) =
+          is_second ? float4{x, y, row(col + 2), row(col + 3)}
+                    : float4{row(col), row(col + 1), x, y};
     }
   }
 

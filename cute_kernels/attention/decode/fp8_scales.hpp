@@ -2,6 +2,9 @@
 
 #include "cute_kernels/attention/decode/fp8_warps_queries.hpp"
 #include "cute_kernels/attention/decode/fp8_wide_queries.hpp"
+#include "cute_kernels/attention/decode/seen_keys.hpp"
+#include "cute_kernels/sm90/math.hpp"
+#include "cute_kernels/sm90/opaque.hpp"
 
 namespace cute_kernels::attention {
 
@@ -25,6 +28,7 @@ class Fp8Scales {
   // Exponents, biased, between which a power of 2 and its inverse are normal.
   static constexpr uint32_t kLeast = 1u << 23;
   static constexpr uint32_t kMost = 253u << 23;
+  static constexpr float kMostScale = 0x1p64f;  // which makes no infinity of a product
 
  public:
   CUTLASS_DEVICE Fp8Scales(CachedCall const& call, CacheSource const& source,
@@ -53,14 +57,35 @@ class Fp8Scales {
     queries_.load(walk, part, factors, shared);
   }
 
-  /// Begins a part, when queries are there. `row_of_group`: the thread's, seen from the group's.
-  CUTLASS_DEVICE void begin(int group, int row_of_group, SharedStorage const& shared) {
+  /// Begins a part, when queries are there. `first_row` is the group's, of the tile, and
+  /// `row_of_group` the thread's, seen from it.
+  CUTLASS_DEVICE void begin(Walk const& walk, int group, int first_row, int row_of_group,
+                            SharedStorage const& shared) {
+    // Of the tile's rows: of others nothing is written.
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      unit_[row] = shared.query_unit[group][row_of_group + 8 * row];
+      int const own = row_of_group + 8 * row;
+      unit_[row] = first_row + own < walk.tile().rows ? shared.query_unit[group][own] : 1.f;
     }
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) value_top_[row] = __uint_as_float(kLeast);
+  }
+
+  /// Where nothing but the softmax looks at scores, products of queries and keys are its scores as
+  /// they are, multiples of the units: one multiplication of each less.
+  template <class Softmax>
+  CUTLASS_DEVICE void begin_units(ScoreUnits const& units, Softmax& softmax) {
+    bool fits = format_.k_of_row.data == nullptr && units.softcap == 0 && units.log2_of_unit > 0.f;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      fits = fits && unit_[row] >= 0.f && units.log2_of_unit * unit_[row] <= kMostScale;
+    }
+    are_products_scores_ = __all_sync(0xffffffff, fits);
+    if (are_products_scores_) softmax.begin_units(unit_);
+  }
+  template <class Softmax>
+  CUTLASS_DEVICE void end_units(ScoreUnits const& units, Softmax& softmax) const {
+    if (are_products_scores_) softmax.end_units(unit_, units.log2_of_unit);
   }
 
   /// Products become scores. `column` is the thread's first, of the block in the stage.
@@ -69,6 +94,7 @@ class Fp8Scales {
                                       SharedStorage const& shared) const {
     using namespace cute;
     constexpr int kColumns = decltype(size<1>(scores))::value;
+    if (are_products_scores_) return;
     if (format_.k_of_row.data == nullptr) {
       CUTLASS_PRAGMA_UNROLL
       for (int row = 0; row < size<0>(scores); ++row) {
@@ -99,6 +125,9 @@ class Fp8Scales {
                                              SharedStorage const& shared,
                                              float (&factor_of_output)[kRows], bool alike = false) {
     float const(&factors)[Traits::kTileN] = shared.value_factors[stage];
+    if constexpr (!Traits::kByWarps) {
+      if (apply_small_factors(p, column, factors)) return false;
+    }
     return alike ? apply_factors<true>(p, column, factors, factor_of_output)
                  : apply_factors<false>(p, column, factors, factor_of_output);
   }
@@ -126,6 +155,38 @@ class Fp8Scales {
                                        int col) {
     return *reinterpret_cast<float2 const*>(&factors[column + 4 * col]);
   }
+  /// Where no factor of the block is above any row's top, nor NaN, whatever rows see: most blocks,
+  /// for which one comparison of each factor is enough. By a whole warp, which is told whether it
+  /// is so.
+  template <class Probabilities>
+  CUTLASS_DEVICE bool apply_small_factors(Probabilities& p, int column,
+                                          float const (&factors)[Traits::kTileN]) const {
+    float most = 0.f;
+    CUTLASS_PRAGMA_UNROLL
+    for (int col = 0; col < kColumns; col += 2) {
+      float2 const factor = pair_of(factors, column, col);
+      most = sm90::max_nan(most, sm90::max_nan(fabsf(factor.x), fabsf(factor.y)));
+    }
+    bool small = true;
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) small = small && most <= value_top_[row];
+    if (!__all_sync(0xffffffff, small)) return false;
+    column = sm90::opaque(column);  // read again: they are too many to be kept
+    float inverse_top[kRows];
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) inverse_top[row] = inverse(value_top_[row]);
+    CUTLASS_PRAGMA_UNROLL
+    for (int col = 0; col < kColumns; col += 2) {
+      float2 const factor = pair_of(factors, column, col);
+      CUTLASS_PRAGMA_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        p(row, col) *= factor.x * inverse_top[row];
+        p(row, col + 1) *= factor.y * inverse_top[row];
+      }
+    }
+    return true;
+  }
+
   /// The same, of rows that are alike or not.
   template <bool kAlike, class Probabilities>
   CUTLASS_DEVICE bool apply_factors(Probabilities& p, int column,
@@ -191,6 +252,7 @@ class Fp8Scales {
   Queries queries_;
   EightBits const& format_;
   float unit_[kRows];
+  bool are_products_scores_ = false;
   float value_top_[kRows];  // what rows of O are multiples of
 };
 

@@ -108,7 +108,7 @@ class Fp8WarpsJoin {
     float weight[Traits::kWarps];  // of a warp's O
     CUTLASS_PRAGMA_UNROLL
     for (int w = 0; w < Traits::kWarps; ++w) {
-      float const of_keys = softmax.weight(of_warp[w].keys.most, all.most);
+      float const of_keys = softmax.weight(i, of_warp[w].keys.most, all.most);
       all.sum += counts(w) ? of_warp[w].keys.sum * of_keys : 0.f;
       weight[w] = of_warp[w].unit * of_keys;
     }

@@ -69,7 +69,7 @@ class Fp8WarpsMainloop {
     bool const is_few =
         sm90::uniform(walk.tile().rows) <= kRowsApart && blocks <= Traits::kFewBlocks;
     if ((is_few ? FewKeysPart::block(part.slice) : Part::block(part.slice)) < blocks) {
-      scales_.begin(part.first_row / Part::kRows, row_of_warp(), shared_);
+      scales_.begin(walk, part.first_row / Part::kRows, part.first_row, row_of_warp(), shared_);
       format_.is_int8 ? compute_part<true>(walk, part, blocks, is_few, softmax, out)
                       : compute_part<false>(walk, part, blocks, is_few, softmax, out);
     }

@@ -20,13 +20,14 @@ struct Fp8WarpsTraits : DecodeTraits<Tile_> {
   using Base::kTileN;
   static constexpr bool kEightBits = true;
   static constexpr bool kByWarps = true;
-  static constexpr bool kWalksInMemory = true;
   using Format = EightBits;
   static_assert(std::is_same_v<typename Base::Element, cutlass::half_t>);
   static_assert(Base::kConsumers == 2 && Base::kCtas == 1);
 
   static constexpr int kTileRows = Tile::kTileM;
   static constexpr int kWarps = Base::kConsumers * cutlass::NumWarpsPerWarpGroup;
+  static constexpr bool kWalksInMemory = true;
+  static constexpr int kWalks = kWarps;
   using Part = WarpPart<kWarps, kTileN>;
   // Of parts of so few keys all warps have a share of each: then it is the time of one slice, and
   // of what is not in the instruction cache yet, that counts.
@@ -71,9 +72,9 @@ struct Fp8WarpsTraits : DecodeTraits<Tile_> {
     // Of the rows of K and of V in a stage, filled and freed with it.
     float key_factors[kStages][kTileN];
     float value_factors[kStages][kTileN];
-    alignas(8) char walks[kWarps][sizeof(WorkWalk<Base>)];  // of each warp over the CTA's parts
-    float query_unit[kGroups][Part::kRows];                 // what queries are multiples of
-    float value_unit;                                       // and values
+    typename WarpWalk<Base>::Memory walks[kWalks];  // of each warp over the CTA's parts
+    float query_unit[kGroups][Part::kRows];         // what queries are multiples of
+    float value_unit;                               // and values
 
     // As of DecodeTraits.
     Barrier k_full[kStages];

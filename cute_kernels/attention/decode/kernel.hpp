@@ -25,21 +25,21 @@ struct DecodeParams {
   typename Traits::Format format;
 };
 
-/// Warpgroup 0 moves data, the others compute. All walk the same parts in the same order, so
-/// that the barriers' phases are all they need to share.
+/// The first warpgroup moves data, or the first two do, the others compute. All walk the same parts
+/// in the same order, so that the barriers' phases are all they need to share.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     decode_kernel(CUTE_GRID_CONSTANT DecodeParams<Traits> const params) {
   extern __shared__ char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   constexpr int kConsumerWarps = Traits::kConsumers * cutlass::NumWarpsPerWarpGroup;
-  bool const is_producer = cutlass::canonical_warp_group_idx() == 0;
+  int const warpgroup = cutlass::canonical_warp_group_idx();
 
   if (threadIdx.x == 0) {
     CUTLASS_PRAGMA_UNROLL
     for (int stage = 0; stage < Traits::kStages; ++stage) {
-      shared.k_full[stage].init(cutlass::NumThreadsPerWarpGroup);
-      shared.v_full[stage].init(cutlass::NumThreadsPerWarpGroup);
+      shared.k_full[stage].init(Traits::kArrivalsOfFull);
+      shared.v_full[stage].init(Traits::kArrivalsOfFull);
       shared.k_empty[stage].init(kConsumerWarps);
       shared.v_empty[stage].init(kConsumerWarps);
     }
@@ -57,19 +57,43 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
   auto const first_part = [&] {
     return WorkWalk<Traits>(params.call, share.line, share.place, blockIdx.x);
   };
+  // The last warps of the CTA have one.
+  auto const walk_in_memory = [&] {
+    constexpr int kFirst = Traits::kThreads / cutlass::NumThreadsPerWarp - Traits::kWalks;
+    return WarpWalk<Traits>(first_part, shared.walks[cutlass::canonical_warp_idx_sync() - kFirst]);
+  };
 
-  if (is_producer) {
+  if (warpgroup < Traits::kProducers) {
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
     }
-    using Loader = std::conditional_t<Traits::kEightBits && !Traits::kByWarps,
-                                      Fp8WideLoader<Traits>, CacheLoader<Traits>>;
-    Loader loader(params.call, params.source, params.format, shared);
-    for (auto walk = first_part(); walk.valid(); walk.advance()) loader.load(walk);
-    loader.finish();
-    sm90::let_next_kernel_start();
-    clear_unused_rows<typename Traits::Element>(params.call, params.results);
-    loader.drain();
+    auto const walk_of_producer = [&] {
+      if constexpr (Traits::kConverts) {
+        return walk_in_memory();
+      } else {
+        return first_part();
+      }
+    };
+    auto const produce = [&](auto loader) {
+      for (auto walk = walk_of_producer(); walk.valid(); walk.advance()) loader.load(walk);
+      loader.finish();
+      sm90::let_next_kernel_start();
+      if (warpgroup == 0) {
+        clear_unused_rows<typename Traits::Element>(params.call, params.results);
+      }
+      loader.drain();
+    };
+    if constexpr (Traits::kConverts && Traits::kProducers == 1) {
+      produce(Fp8WidePairLoader<Traits>(params.call, params.source, params.format, shared));
+    } else if constexpr (Traits::kConverts) {
+      if (warpgroup == 0) {
+        produce(Fp8WideLoader<Traits, false>(params.call, params.source, params.format, shared));
+      } else {
+        produce(Fp8WideLoader<Traits, true>(params.call, params.source, params.format, shared));
+      }
+    } else {
+      produce(CacheLoader<Traits>(params.call, params.source, params.format, shared));
+    }
   } else {
     if constexpr (Traits::kReconfigureRegisters) {
       cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
@@ -83,8 +107,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
     if constexpr (!Traits::kByWarps) epilogue.open_counters(counters);
     auto walk = [&] {
       if constexpr (Traits::kWalksInMemory) {
-        int const warp = cutlass::canonical_warp_idx_sync() - cutlass::NumWarpsPerWarpGroup;
-        return WarpWalk<Traits>(first_part, shared.walks[warp]);
+        return walk_in_memory();
       } else {
         return first_part();
       }

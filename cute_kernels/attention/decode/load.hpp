@@ -29,6 +29,9 @@ class CacheLoader {
   static constexpr int kTurnsAhead =
       Traits::kLookAhead > kBlocksAtOnce ? Traits::kLookAhead / kBlocksAtOnce : 1;
   static_assert(kRowsOfWarp % kRowsAtOnce == 0 && kLanes % kRowsOfWarp == 0);
+  // Blocks that come before a part's queries are not read until these are there: all of them have
+  // a stage, or the producer would wait for one, and consumers for the queries behind it.
+  static constexpr bool kQueriesMayBeLate = kTurnsAhead * kBlocksAtOnce <= Traits::kStages;
   using Stage = RingStage<Traits::kStages>;
 
  public:
@@ -83,7 +86,7 @@ class CacheLoader {
     int const turns = (end - begin + kBlocksAtOnce - 1) / kBlocksAtOnce;
     // Queries wait until the part before has its last scores. Until then memory would be idle: but
     // for the first part, whose queries wait for nothing, some blocks go before them.
-    bool const queries_late = passed_ > 0;
+    bool const queries_late = kQueriesMayBeLate && passed_ > 0;
     copy_blocks<kTurnsAhead>(0, turns, source_.pages.pages, find, queries_late, prepare, copy);
     passed_ += end - begin;
   }

@@ -36,9 +36,13 @@ class DecodeMainloop {
   static constexpr int kWarpgroupM = Traits::kWarpgroupM;
   static constexpr int kThreads = cutlass::NumThreadsPerWarpGroup;
   static constexpr int kRows = 2;  // of a thread, 8 apart
+  // Whether what a row's scores are multiples of may be in the softmax's scale: two registers more.
+  static constexpr bool kOfUnits = Traits::kEightBits && Traits::kHeadDim < 256;
+  // Whether a warpgroup's next V, whose factors P is multiplied by, may land while it reads one.
+  static constexpr bool kKnowsNext = Traits::kStages > (Traits::kConsumers == 2 ? 2 : 1);
 
  public:
-  using Softmax = RunningSoftmax<kRows, 2>;
+  using Softmax = RunningSoftmax<kRows, 2, kOfUnits>;
 
   CUTLASS_DEVICE DecodeMainloop(CachedCall const& call, CacheSource const& source,
                                 ScoreUnits const& units, typename Traits::Format const& format,
@@ -67,7 +71,9 @@ class DecodeMainloop {
     }
     Part part(walk, warpgroup());
     part.begin = sm90::uniform(part.begin);
-    if constexpr (Traits::kHeads == 1) part.turns = sm90::uniform(part.turns);
+    if constexpr (Traits::kHeads == 1 && Traits::kConsumers < 3) {
+      part.turns = sm90::uniform(part.turns);
+    }
     if (part.begin < walk.end_block()) {
       compute_rows(walk, part, softmax, out);
     } else {
@@ -106,7 +112,9 @@ class DecodeMainloop {
   }
 
  private:
-  CUTLASS_DEVICE static int warpgroup() { return cutlass::canonical_warp_group_idx() - 1; }
+  CUTLASS_DEVICE static int warpgroup() {
+    return cutlass::canonical_warp_group_idx() - Traits::kProducers;
+  }
   /// Whether a second warpgroup, too, has blocks of a part where they take turns.
   CUTLASS_DEVICE static bool has_turns(Walk const& walk) {
     return walk.end_block() - walk.begin_block() > 1;
@@ -143,7 +151,8 @@ class DecodeMainloop {
     SeenKeys<Traits> const seen(call_, group_, walk, part.first_row + first_accumulator_row());
     if constexpr (Traits::kEightBits) {
       scales_.load_queries(walk, warpgroup(), part.first_row, shared_);
-      scales_.begin(warpgroup(), first_accumulator_row(), shared_);
+      scales_.begin(walk, warpgroup(), part.first_row, first_accumulator_row(), shared_);
+      if constexpr (kOfUnits) scales_.begin_units(units_, softmax);
     }
     Stage k_stage = Stage::of(sm90::uniform(passed_ + (part.begin - walk.begin_block())));
     Stage v_stage = k_stage;
@@ -172,12 +181,12 @@ class DecodeMainloop {
       return softmax.update(score_rows, factor);
     };
     // What O is multiplied by before the next P V; whether it is more than the softmax says.
-    auto scale_probabilities = [&](float (&factor)[kRows]) {
+    auto scale_probabilities = [&](Stage const& stage, float (&factor)[kRows]) {
       if constexpr (Traits::kEightBits) {
         if (scales_.are_values_scaled()) {
-          shared_.v_full[v_stage.index].wait(v_stage.phase);
-          return scales_.apply_to_probabilities(score_rows, first_accumulator_column(),
-                                                v_stage.index, shared_, factor);
+          shared_.v_full[stage.index].wait(stage.phase);
+          return scales_.apply_to_probabilities(score_rows, first_accumulator_column(), stage.index,
+                                                shared_, factor);
         }
       }
       return false;
@@ -202,7 +211,7 @@ class DecodeMainloop {
     warpgroup_fence_operand(scores);
     release_keys(block);
     softmax_block(block, factor);
-    scale_probabilities(factor);
+    scale_probabilities(v_stage, factor);
     round_probabilities();
 
     // Steady state: the softmax of a block runs while P V of the one before is in flight. Values
@@ -218,8 +227,13 @@ class DecodeMainloop {
       warpgroup_fence_operand(scores);
       release_keys(block + part.turns);
       bool moves = softmax_block(block + part.turns, factor);
+      if constexpr (kKnowsNext) {
+        Stage next = v_stage;
+        next.advance(part.turns);
+        moves |= scale_probabilities(next, factor);
+      }
       // A branch, which keeps the exponentials on this side of the wait.
-      if (!Traits::kEightBits && moves) {
+      if (moves) {
         warpgroup_wait<0>();
         warpgroup_fence_operand(out);
         Softmax::scale_rows(out_rows, factor);
@@ -227,9 +241,9 @@ class DecodeMainloop {
       sm90::warpgroup_wait_all();
       warpgroup_fence_operand(out);
       release_values();
-      if constexpr (Traits::kEightBits) {
-        moves |= scale_probabilities(factor);
-        if (moves) Softmax::scale_rows(out_rows, factor);
+      if constexpr (!kKnowsNext) {
+        float growth[kRows] = {1.f, 1.f};
+        if (scale_probabilities(v_stage, growth)) Softmax::scale_rows(out_rows, growth);
       }
       round_probabilities();
     }
@@ -241,7 +255,10 @@ class DecodeMainloop {
     warpgroup_wait<0>();
     warpgroup_fence_operand(out);
     if (!part.takes_turns() || !has_turns(walk)) release_values();
-    if constexpr (Traits::kEightBits) scales_.apply_to_output(out, walk);
+    if constexpr (Traits::kEightBits) {
+      scales_.apply_to_output(out, walk);
+      if constexpr (kOfUnits) scales_.end_units(units_, softmax);
+    }
     softmax.reduce_sums();
   }
 
@@ -272,7 +289,7 @@ class DecodeMainloop {
     if (sm90::barrier_all(cleared, first_reader, all_threads, own)) return;
     auto const values = make_tensor(make_smem_ptr(data), typename Traits::LayoutRows{});
     constexpr int kBits = 32;
-    CUTLASS_PRAGMA_UNROLL
+    CUTLASS_PRAGMA_NO_UNROLL
     for (int first = 0; first < kTileN; first += kBits) {
       uint32_t sees[kRows];  // of keys from `first` on
       CUTLASS_PRAGMA_UNROLL
@@ -286,10 +303,12 @@ class DecodeMainloop {
       }
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(out); ++col) {
+        // Worked out for each column anew: what would be kept of all of them takes registers from
+        // blocks that are not guarded.
+        int const column = first_accumulator_column(sm90::opaque(thread)) + accumulator_column(col);
         CUTLASS_PRAGMA_NO_UNROLL
         for (int i = 0; i < kBits; ++i) {
-          Element const value =
-              values(first + i, first_accumulator_column(thread) + accumulator_column(col));
+          Element const value = values(first + i, column);
           if (sm90::is_finite(value)) continue;
           CUTLASS_PRAGMA_UNROLL
           for (int row = 0; row < kRows; ++row) {

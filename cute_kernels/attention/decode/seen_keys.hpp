@@ -110,6 +110,7 @@ class SeenKeys {
   /// Sets the scores of a block's unseen keys to -inf. Of all rows or of the first one.
   template <class Scores>
   CUTLASS_DEVICE void mask(Scores& scores, int block) const {
+    static_assert(kTileN <= kBitsOfTree, "mask_by_bits() takes as many bits at a time");
     if (block >= begin_full_ && block < end_full_) return;
     int const key = first_key(block);
     CUTLASS_PRAGMA_UNROLL

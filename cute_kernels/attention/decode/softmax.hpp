@@ -17,18 +17,42 @@ struct RowStatistics {
 /// threads of a quad share them. The exponent is scale * (score - maximum), subtracted first: it is
 /// never above 0, however large both are. The row sum stays one partial sum a thread until
 /// reduce_sums(). A row's maximum is one chain of comparisons, or two of half the length, which
-/// take a register more.
-template <int kRows, int kChains = 1>
+/// take a register more. If kOfUnits, each row's scores may be multiples of a unit for a while.
+template <int kRows, int kChains = 1, bool kOfUnits = false>
 class RunningSoftmax {
   static_assert(kChains == 1 || kChains == 2);
+  static constexpr float kMostUnits = 0x1p32f;
+  static constexpr float kLeastScale = 0x1p-96f;
 
  public:
   /// exp(s) of the softmax is 2^(scale_log2 * s).
-  CUTLASS_DEVICE explicit RunningSoftmax(float scale_log2) : scale_log2_(scale_log2) {
+  CUTLASS_DEVICE explicit RunningSoftmax(float scale_log2) {
+    CUTLASS_PRAGMA_UNROLL
+    for (float& scale : scale_log2_) scale = scale_log2;
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < kRows; ++row) {
       most_[row] = -INFINITY;
       sum_[row] = 0.f;
+    }
+  }
+
+  /// Before the first scores, which are below kMostUnits: those of a row are multiples of `unit`,
+  /// which is not negative, and finite as its product with the scale, which is above 0. Until
+  /// end_units(), behind the last ones.
+  CUTLASS_DEVICE void begin_units(float const (&unit)[kRows]) {
+    static_assert(kOfUnits);
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      // Of less all that are seen are alike, and those that are not stay at -inf.
+      scale_log2_[row] = fmaxf(scale_log2_[row] * unit[row], kLeastScale);
+    }
+  }
+  CUTLASS_DEVICE void end_units(float const (&unit)[kRows], float scale_log2) {
+    static_assert(kOfUnits);
+    CUTLASS_PRAGMA_UNROLL
+    for (int row = 0; row < kRows; ++row) {
+      if (most_[row] != -INFINITY) most_[row] *= unit[row];
+      scale_log2_[row] = scale_log2;
     }
   }
 
@@ -57,12 +81,12 @@ class RunningSoftmax {
       most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
       // In a row that has seen no key, not by -inf - -inf, which is NaN.
       float const origin = most == -INFINITY ? 0.f : most;
-      factor[row] = sm90::exp2_mufu((most_[row] - origin) * scale_log2_);
+      factor[row] = sm90::exp2_mufu((most_[row] - origin) * scale_log2(row));
       moves |= most != most_[row];
       float sum = 0.f;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(scores); ++col) {
-        float const p = sm90::exp2_mufu((scores(row, col) - origin) * scale_log2_);
+        float const p = sm90::exp2_mufu((scores(row, col) - origin) * scale_log2(row));
         scores(row, col) = p;
         sum += p;
       }
@@ -102,17 +126,17 @@ class RunningSoftmax {
   CUTLASS_DEVICE void join(int row, RowStatistics const& other, float& own, float& others) {
     float const most = fmaxf(most_[row], other.most);
     float const origin = most == -INFINITY ? 0.f : most;
-    own = sm90::exp2_mufu((most_[row] - origin) * scale_log2_);
-    others = sm90::exp2_mufu((other.most - origin) * scale_log2_);
+    own = sm90::exp2_mufu((most_[row] - origin) * scale_log2(row));
+    others = sm90::exp2_mufu((other.most - origin) * scale_log2(row));
     sum_[row] = sum_[row] * own + other.sum * others;
     most_[row] = most;
   }
 
-  /// The same of all keys' maximum `most`: what P V of keys with maximum `of_some` is to be
-  /// multiplied by.
-  CUTLASS_DEVICE float weight(float of_some, float most) const {
+  /// Of a row whose maximum of all keys is `most`: what P V of keys whose maximum is `of_some` is
+  /// to be multiplied by.
+  CUTLASS_DEVICE float weight(int row, float of_some, float most) const {
     float const origin = most == -INFINITY ? 0.f : most;
-    return sm90::exp2_mufu((of_some - origin) * scale_log2_);
+    return sm90::exp2_mufu((of_some - origin) * scale_log2(row));
   }
   /// A row's keys become those of `all`, reduced.
   CUTLASS_DEVICE void become(int row, RowStatistics const& all) {
@@ -130,9 +154,11 @@ class RunningSoftmax {
   CUTLASS_DEVICE float sum(int row) const { return sum_[row]; }
 
  private:
+  CUTLASS_DEVICE float scale_log2(int row) const { return scale_log2_[kOfUnits ? row : 0]; }
+
   float most_[kRows];
   float sum_[kRows];
-  float scale_log2_;
+  float scale_log2_[kOfUnits ? kRows : 1];
 };
 
 /// What the sum of a row's P V is multiplied by to become its output, and the row's LSE, with a

@@ -6,19 +6,22 @@
 #include "cute_kernels/attention/decode/deal.hpp"
 #include "cute_kernels/attention/decode/ring_stage.hpp"
 #include "cute_kernels/attention/decode/softmax.hpp"
+#include "cute_kernels/attention/decode/warp_walk.hpp"
 
 namespace cute_kernels::attention {
 
 /// Everything about a kernel that attends to a cache that is known when it is compiled, from one
 /// row of tile_configs.toml: a producer warpgroup that gathers rows, one or two consumer warpgroups
-/// with 64 rows each, or in turn with all 64. Where a tile has two key heads, side by side, each
-/// warpgroup has the rows of one of them.
-template <class Tile>
+/// with 64 rows each, or in turn with all 64. Where producers convert a CTA has four warpgroups.
+/// Where a tile has two key heads, side by side, each warpgroup has the rows of one of them.
+template <class Tile, bool kConverts_ = false>
 struct DecodeTraits {
   using Element = typename Tile::Element;
   using CacheElement = Element;
-  static constexpr bool kEightBits = false;        // of a number of the cache
-  static constexpr bool kByWarps = false;          // consumers that multiply, or warpgroups
+  static constexpr bool kEightBits = false;  // of a number of the cache
+  static constexpr bool kByWarps = false;    // consumers that multiply, or warpgroups
+  // Producers make numbers float16.
+  static constexpr bool kConverts = kConverts_;
   struct Format {};                                // what its type does not say
   static constexpr int kHeadDim = Tile::kHeadDim;  // of K and of V
   static constexpr int kConsumers = Tile::kConsumerWarpgroups;
@@ -28,9 +31,12 @@ struct DecodeTraits {
   static constexpr int kTileN = Tile::kTileN;
   static constexpr int kStages = Tile::kStages;
   static constexpr int kCtas = Tile::kCtas;  // of a multiprocessor, at a time
-  static constexpr int kThreads = (1 + kConsumers) * cutlass::NumThreadsPerWarpGroup;
+  static constexpr int kProducers = kConverts ? 4 - kConsumers : 1;  // come first
+  static constexpr int kThreads = (kProducers + kConsumers) * cutlass::NumThreadsPerWarpGroup;
+  // What completes a full barrier of K or of V.
+  static constexpr int kArrivalsOfFull = cutlass::NumThreadsPerWarpGroup;
 
-  static_assert(kConsumers * kCtas <= 2);
+  static_assert(kConsumers * kCtas <= 3);
   static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256,
                 "the lanes of a warp share rows of 16-byte pieces evenly");
   static_assert(kTileN % 32 == 0 && kTileN <= 128, "a lane finds one of its warp's rows");
@@ -39,15 +45,17 @@ struct DecodeTraits {
   static constexpr int kColumns = kHeads * kHeadDim;  // of a row of the tile's keys
 
   // Whether each consumer warp's walk over the CTA's parts lies in shared memory: scores of 128
-  // keys, or O of 256 columns, leave no registers for it.
-  static constexpr bool kWalksInMemory = kTileN == 128 || kHeadDim == 256;
-  static constexpr int kWalks = kWalksInMemory ? kConsumers * cutlass::NumWarpsPerWarpGroup : 0;
+  // keys, or O of 256 columns, leave no registers for it. Where producers convert theirs do, too.
+  static constexpr bool kWalksInMemory = kConverts || kTileN == 128 || kHeadDim == 256;
+  static constexpr int kWalks = !kWalksInMemory ? 0
+                                : kConverts     ? kThreads / cutlass::NumThreadsPerWarp
+                                                : kConsumers * cutlass::NumWarpsPerWarpGroup;
 
   static constexpr int kLookAhead = 2;  // blocks whose rows are looked up before they are copied
 
   // Registers of a thread after setmaxnreg, of what a multiprocessor has: with two CTAs 256 for two
   // threads, with two consumer warpgroups 504 for three.
-  static constexpr bool kReconfigureRegisters = kConsumers * kCtas == 2;
+  static constexpr bool kReconfigureRegisters = kConsumers * kCtas >= 2;
   // A producer thread knows more of two heads, and consumers have half as many scores.
   static constexpr int kProducerRegisters = kHeads == 2 ? 104 : kConsumers == 2 ? 88 : 72;
   static constexpr int kConsumerRegisters = kHeads == 2 ? 200 : kConsumers == 2 ? 208 : 184;
@@ -57,10 +65,12 @@ struct DecodeTraits {
       cute::GMMA::ss_op_selector<
           Element, Element, float,
           cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kTileN>, cute::Int<kHeadDim>>>()));
+  // ptxas wants the registers of one instruction to be less than a thread begins with.
+  static constexpr int kColumnsAtOnce = kThreads > 384 && kHeadDim > 128 ? 128 : kHeadDim;
   using MmaPv = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<
           Element, Element, float,
-          cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kHeadDim>, cute::Int<kTileN>>,
+          cute::Shape<cute::Int<kWarpgroupM>, cute::Int<kColumnsAtOnce>, cute::Int<kTileN>>,
           cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
 
   static constexpr int kSwizzleBytes = 128;  // of a row
@@ -108,8 +118,7 @@ struct DecodeTraits {
     Barrier q_full;
     Barrier q_empty;
     typename Dealer::Shared deal;
-    struct alignas(8) WalkMemory : cute::array<char, sizeof(WorkWalk<DecodeTraits>)> {};
-    cute::array<WalkMemory, kWalks> walks;  // of each consumer warp over the CTA's parts
+    cute::array<typename WarpWalk<DecodeTraits>::Memory, kWalks> walks;  // over the CTA's parts
     RowStatistics statistics[kConsumers][kWarpgroupM];  // of each warpgroup's blocks of a part
     int is_last;  // whether all parts of the consumers' item are there
   };

@@ -13,11 +13,15 @@ class WarpWalk {
   using Walk = WorkWalk<Traits>;
 
  public:
+  struct alignas(8) Memory {
+    char bytes[sizeof(Walk)];
+  };
+
   /// `first_part` makes the walk, which takes the place of `memory`.
-  template <class FirstPart, class Memory>
-  CUTLASS_DEVICE WarpWalk(FirstPart const& first_part, Memory& memory)
+  template <class FirstPart, class AnyMemory>
+  CUTLASS_DEVICE WarpWalk(FirstPart const& first_part, AnyMemory& memory)
       : walk_(reinterpret_cast<Walk&>(memory)) {
-    static_assert(sizeof(Memory) == sizeof(Walk));
+    static_assert(sizeof(AnyMemory) == sizeof(Walk));
     if (is_walker()) new (&walk_) Walk(first_part());
     __syncwarp();
   }

@@ -304,7 +304,7 @@ class WorkWalk {
 #undef CUTE_KERNELS_FEW_ROUNDS
 
 /// What a consumer warpgroup computes of a part: 64 of the tile's rows, or those of one of its key
-/// heads, of all blocks; where there are no more rows than 64, warpgroups take turns with the
+/// heads, of all blocks; where there are no more rows than 64, two warpgroups take turns with the
 /// blocks.
 template <class Tiling>
 struct WarpgroupPart {
@@ -315,7 +315,7 @@ struct WarpgroupPart {
   constexpr WarpgroupPart(WorkWalk<Tiling> const& walk, int warpgroup)
       : first_row(0), begin(walk.begin_block()), turns(1) {
     if (Tiling::kHeads > 1) return;
-    if (walk.tile().rows > Tiling::kWarpgroupM) {
+    if (Tiling::kConsumers > 2 || walk.tile().rows > Tiling::kWarpgroupM) {
       first_row = warpgroup * Tiling::kWarpgroupM;
     } else {
       begin += warpgroup;

@@ -37,10 +37,8 @@ int64_t work_bytes(ForwardProblem const& problem) {
 /// That of what a mask hook shows all heads, behind it.
 template <class Traits>
 int64_t shared_mask_bytes(ForwardProblem const& problem) {
-  using Variant = typename Traits::Variant;
-  if constexpr (!shares_mask<Variant>()) return 0;
-  return rows_of_shared_mask<Variant, Traits::kTileN>(problem.call, problem.variant->blocks) *
-         SharedMask<Traits::kTileN>::kWordsOfRow * int64_t{sizeof(uint32_t)};
+  return bytes_of_shared_mask<typename Traits::Variant, Traits::kTileN>(problem.call,
+                                                                        problem.variant);
 }
 
 /// Null: tiles ask for themselves.
@@ -70,6 +68,8 @@ cudaError_t start_listing_work(ForwardProblem const& problem, cudaStream_t strea
     ListedCall const listed = listed_call(problem.call, lists);
     if constexpr (shares_mask<Variant>()) {
       if (uint32_t* const words = shared_mask_of<Traits>(problem)) {
+        using Builder = WorkListBuilder<typename Traits::Tiling, ListedCall>;
+        static_assert(SharedMask<Traits::kTileN>::kThreads == Builder::kThreads);
         int const units = (sizes.seqlen_q + kMaskUnit - 1) / kMaskUnit;
         AskMask<Variant, Traits::kTileN> const ask{problem.call, *problem.variant, words, units,
                                                    lists.rows_of_batch == 0 ? 1 : sizes.batch};

@@ -154,8 +154,7 @@ class LatentMainloop {
       bool const moves = softmax.update(score_rows, factor);
       auto p = make_tensor(scores.data(), sm90::accumulator_as_operand_a(scores.layout()));
       sm90::convert_fragment<Element>(p, probabilities);
-      tell_probabilities<kOwn>(make_tensor(probabilities.data(), score_rows.layout()), softmax,
-                               factor);
+      tell_probabilities<kOwn>(probabilities, softmax, factor);
       return moves;
     };
     // O += P V of the next block, in flight.
@@ -266,20 +265,13 @@ class LatentMainloop {
   CUTLASS_DEVICE void tell_probabilities(Probabilities const& p, Softmax const& softmax,
                                          float const (&factor)[kRows]) const {
     using namespace cute;
-    auto const shared_p =
-        as_position_independent_swizzle_tensor(as_tensor<kTileN>(probabilities_of(kOwn)));
-    int const first_key = first_accumulator_column();
     // All of the warpgroup's products with the rope columns have been made.
     sm90::barrier_sync(sm90::NamedBarrier::kRopesRead, kOwn, kThreads);
+    write_probabilities(p, probabilities_of(kOwn));
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kRows; ++i) {
       int const row = first_accumulator_row() + 8 * i;
-      CUTLASS_PRAGMA_UNROLL
-      for (int col = 0; col < size<1>(p); col += 2) {
-        auto const pair = reinterpret_cast<uint32_t const&>(p(i, col));
-        reinterpret_cast<uint32_t&>(shared_p(row, first_key + accumulator_column(col))) = pair;
-      }
-      if (first_key == 0) {
+      if (first_accumulator_column() == 0) {
         shared_.most[row] = softmax.most(i);
         shared_.factor[row] = factor[i];
       }
@@ -287,6 +279,27 @@ class LatentMainloop {
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
     release(shared_.p_full[kOwn]);
+  }
+
+  /// P as operand A, of the warp's 16 rows: a store writes 16 columns, of which lane i knows where
+  /// row i % 16 of their half i / 16 is.
+  template <class Probabilities>
+  CUTLASS_DEVICE static void write_probabilities(Probabilities const& p, Element* to) {
+    using namespace cute;
+    constexpr int kRowsOfWarp = 16;
+    constexpr int kVectorBytes = 16;
+    static_assert(kTileN * sizeof(Element) == Traits::kSwizzleBytes);
+    int const lane = threadIdx.x % cutlass::NumThreadsPerWarp;
+    int const row = threadIdx.x % kThreads / cutlass::NumThreadsPerWarp * kRowsOfWarp + lane % 16;
+    int const vector = (lane / kRowsOfWarp) ^ (row % 8);  // as the swizzle has it
+    auto* const of_row = reinterpret_cast<char*>(to) + row * Traits::kSwizzleBytes;
+    auto const words = recast<uint32_t>(p);
+    CUTLASS_PRAGMA_UNROLL
+    for (int k = 0; k < kTileN / kMmaK; ++k) {
+      auto* const place = of_row + ((vector ^ 2 * k) * kVectorBytes);
+      SM90_U32x4_STSM_N::copy(words(4 * k), words(4 * k + 1), words(4 * k + 2), words(4 * k + 3),
+                              *reinterpret_cast<uint128_t*>(place));
+    }
   }
 
   /// Waits for P of the block that is added next, warpgroup kOther's, and reads what comes with it;

@@ -28,7 +28,8 @@ struct LatentTraits {
   static constexpr int kTileN = Tile::kTileN;
   static constexpr int kStages = Tile::kStages;
   static constexpr int kCtas = 1;
-  static constexpr int kThreads = (1 + kConsumers) * cutlass::NumThreadsPerWarpGroup;
+  static constexpr int kProducers = 1;
+  static constexpr int kThreads = (kProducers + kConsumers) * cutlass::NumThreadsPerWarpGroup;
 
   static_assert(kStages == 2 && kConsumers == 2, "a stage's scores are one warpgroup's");
   static constexpr int kHalf = kHeadDim / kConsumers;  // columns of O of a warpgroup

@@ -79,6 +79,18 @@ int64_t rows_of_shared_mask(AttentionCall const& call, BlockLists const& lists) 
   }
 }
 
+/// The memory of these bits. Of other variants `variant` is null, and tiles need not be parts of a
+/// unit.
+template <class Variant, int kTileN>
+int64_t bytes_of_shared_mask(AttentionCall const& call, VariantArguments const* variant) {
+  if constexpr (shares_mask<Variant>()) {
+    return rows_of_shared_mask<Variant, kTileN>(call, variant->blocks) *
+           SharedMask<kTileN>::kWordsOfRow * int64_t{sizeof(uint32_t)};
+  } else {
+    return 0;
+  }
+}
+
 /// Asks for all heads: the work of some CTAs, each of which looks at a few slots of a list.
 template <class Variant, int kTileN>
 class AskMask {

@@ -25,7 +25,7 @@ DECODE_CONSUMER_REGISTERS_OF_TWO_HEADS = 200
 
 # Of each of four warps: two sums, the line of all work, the CTA's place there.
 WORK_BYTES_OF_WARPGROUP = 4 * (2 * 4 + 16 + 52)
-# Of a consumer warp's walk over the CTA's parts, where it lies in shared memory
+# Of a warp's walk over the CTA's parts, where it lies in shared memory
 WALK_BYTES = 96
 
 DECODE_FIELDS = (
@@ -40,7 +40,12 @@ DECODE_FIELDS = (
 )
 
 
-def decode_shared_memory(row: Row) -> dict[str, int]:
+def decode_shared_memory(row: Row, producers: int = 1, walks: int | None = None) -> dict[str, int]:
+    """`producers`: warpgroups, beside those of consumers. `walks`: of how many warps the walk over
+    the CTA's parts lies in shared memory, if other than of consumers where registers are scarce."""
+    if walks is None:
+        in_memory = row["tile_n"] == 128 or row["head_dim"] == 256
+        walks = 4 * row["tile_m"] // WARPGROUP_M if in_memory else 0
     stage = row["tile_n"] * row["heads"] * row["head_dim"] * ELEMENT_BYTES
     return aligned(
         {
@@ -50,17 +55,12 @@ def decode_shared_memory(row: Row) -> dict[str, int]:
             # full and empty, of every stage of K and V and of Q; what warps know of the work, a
             # flag; two statistics of each row
             "barriers and work": 2 * 8 * (2 * row["stages"] + 1)
-            + (row["tile_m"] // WARPGROUP_M + 1) * WORK_BYTES_OF_WARPGROUP
-            + walk_bytes(row)
+            + (row["tile_m"] // WARPGROUP_M + producers) * WORK_BYTES_OF_WARPGROUP
+            + walks * WALK_BYTES
             + 4
             + 2 * 4 * row["tile_m"],
         }
     )
-
-
-def walk_bytes(row: Row) -> int:
-    in_memory = row["tile_n"] == 128 or row["head_dim"] == 256
-    return WALK_BYTES * 4 * row["tile_m"] // WARPGROUP_M if in_memory else 0
 
 
 def decode_registers(row: Row) -> dict[str, int]:
@@ -89,6 +89,13 @@ def decode_rows_problems(row: Row) -> list[str]:
     return found
 
 
+def decode_lanes_problems(row: Row) -> list[str]:
+    """Of rows that a producer's warps find and copy as they are (decode/load.hpp)."""
+    if row["tile_n"] != 96:
+        return []
+    return ["tile_n = 96 must be 32, 64 or 128: the lanes of a warp find the rows of whole blocks"]
+
+
 def decode_room_problems(
     row: Row, parts: dict[str, int], registers: dict[str, int], budget: int
 ) -> list[str]:
@@ -105,7 +112,7 @@ def decode_room_problems(
 
 
 def decode_problems(row: Row) -> list[str]:
-    found = decode_rows_problems(row)
+    found = decode_rows_problems(row) + decode_lanes_problems(row)
     if row["stages"] * WARPGROUP_M < row["tile_m"]:
         found.append(
             f"stages = {row['stages']} must be at least {row['tile_m'] // WARPGROUP_M}: consumer "
@@ -139,10 +146,14 @@ def decode_problems(row: Row) -> list[str]:
 # are warps' own (decode/fp8_warps_traits.hpp), those of many warpgroups' (fp8_wide_traits.hpp).
 FP8_CACHE = "fp8"
 FP8_CONSUMERS = 2
-FP8_FEW_ROWS, FP8_MANY_ROWS = 32, FP8_CONSUMERS * WARPGROUP_M
+FP8_FEW_ROWS = 32
+FP8_MANY_ROWS = {2 * WARPGROUP_M: 2, 3 * WARPGROUP_M: 3}  # and their consumer warpgroups
 FP8_WARPS = 4 * FP8_CONSUMERS
 FP8_WARP_ROWS, FP8_WARP_KEYS = 16, 32  # at a time (decode/fp8_warps_part.hpp)
-FP8_WIDE_REGISTERS = 208  # of a consumer thread, after setmaxnreg
+# By the consumer warpgroups of many rows: registers of a consumer thread, after setmaxnreg
+FP8_WIDE_REGISTERS = {2: 208, 3: 152}
+FP8_WIDE_WARPGROUPS = 4  # with those of producers
+FP8_PIECE_BYTES = 16  # of a row, which one thread copies and converts
 FP8_DECODE_FIELDS = (
     *HEAD,
     Field("tile_m", int, REQUIRED, "kTileM"),
@@ -152,6 +163,7 @@ FP8_DECODE_FIELDS = (
     Field("ctas", int, 1, "kCtas"),
     Field("heads", int, 1, "kHeads"),
     Field("consumer_warpgroups", int, FP8_CONSUMERS, "kConsumerWarpgroups"),
+    Field("least_rows", int, 0),
     Field("why", str),
 )
 
@@ -189,14 +201,26 @@ def fp8_warps_shared_memory(row: Row) -> dict[str, int]:
     )
 
 
+def fp8_pieces(row: Row) -> tuple[int, int]:
+    """Of a producer thread, of K in a block and in a slot (decode/fp8_wide_traits.hpp)."""
+    pieces = row["tile_n"] * row["head_dim"] // (WARPGROUP_THREADS * FP8_PIECE_BYTES)
+    return pieces, next(count for count in (4, 3, 2, 1) if pieces % count == 0)
+
+
 def fp8_wide_shared_memory(row: Row) -> dict[str, int]:
     """As decode_shared_memory, and what is on its way."""
+    slot = fp8_pieces(row)[1] * WARPGROUP_THREADS * FP8_PIECE_BYTES
     staged = {
-        "K and V of 8 bits": row["staged"] * 2 * row["tile_n"] * row["head_dim"],
+        "K and V of 8 bits": row["staged"] * 2 * slot,
         # of rows of K and V, staged and in stages, and of queries
         "factors": 4 * 2 * (row["staged"] + row["stages"]) * row["tile_n"] + 4 * row["tile_m"],
     }
-    return {**decode_shared_memory(row), **aligned({"staged and factors": sum(staged.values())})}
+    return {
+        **decode_shared_memory(
+            row, FP8_WIDE_WARPGROUPS - row["consumer_warpgroups"], 4 * FP8_WIDE_WARPGROUPS
+        ),
+        **aligned({"staged and factors": sum(staged.values())}),
+    }
 
 
 def fp8_decode_registers(row: Row) -> dict[str, int]:
@@ -215,12 +239,13 @@ def fp8_decode_registers(row: Row) -> dict[str, int]:
 
 def fp8_decode_problems(row: Row) -> list[str]:
     found = decode_rows_problems(row)
-    if row["tile_m"] not in (FP8_FEW_ROWS, FP8_MANY_ROWS):
-        found.append(f"tile_m = {row['tile_m']} must be {FP8_FEW_ROWS} or {FP8_MANY_ROWS}")
-    if (row["ctas"], row["consumer_warpgroups"]) != (1, FP8_CONSUMERS):
+    if row["tile_m"] not in (FP8_FEW_ROWS, *FP8_MANY_ROWS):
+        found.append(f"tile_m = {row['tile_m']} must be 32, 128 or 192")
+        return found
+    if (row["ctas"], row["consumer_warpgroups"]) != (1, FP8_MANY_ROWS.get(row["tile_m"], 2)):
         found.append(
             f"ctas = {row['ctas']} and consumer_warpgroups = {row['consumer_warpgroups']} must be "
-            f"1 and {FP8_CONSUMERS}"
+            f"1 and {FP8_MANY_ROWS.get(row['tile_m'], 2)}"
         )
     if row["heads"] != 1:
         found.append(f"heads = {row['heads']} must be 1")
@@ -232,12 +257,12 @@ def fp8_decode_problems(row: Row) -> list[str]:
         row,
         fp8_decode_shared_memory(row),
         fp8_decode_registers(row),
-        budget if has_few_rows(row) else FP8_WIDE_REGISTERS,
+        budget if has_few_rows(row) else FP8_WIDE_REGISTERS[row["consumer_warpgroups"]],
     )
 
 
 def fp8_warps_problems(row: Row) -> list[str]:
-    found = []
+    found = decode_lanes_problems(row)
     turns = FP8_WARPS * FP8_WARP_KEYS // row["tile_n"]
     if row["stages"] < turns:
         found.append(
@@ -254,15 +279,21 @@ def fp8_warps_problems(row: Row) -> list[str]:
 
 def fp8_wide_problems(row: Row) -> list[str]:
     found = []
-    if row["stages"] < FP8_CONSUMERS:
+    if row["stages"] < row["consumer_warpgroups"]:
         found.append(
-            f"stages = {row['stages']} must be at least {FP8_CONSUMERS}: consumer warpgroups take "
-            f"turns with them"
+            f"stages = {row['stages']} must be at least {row['consumer_warpgroups']}: consumer "
+            f"warpgroups take turns with them"
         )
     if row["staged"] < 1:
         found.append(
             f"staged = {row['staged']} must be at least 1 with tile_m = {row['tile_m']}: blocks of "
             f"8 bits are on their way before they become float16"
+        )
+    pieces, of_slot = fp8_pieces(row)
+    if row["consumer_warpgroups"] == 3 and pieces > of_slot:
+        found.append(
+            f"tile_n = {row['tile_n']} with tile_m = {row['tile_m']}: a block must be one slot "
+            f"where one producer warpgroup has K and V"
         )
     return found
 
@@ -351,7 +382,7 @@ FP8_DECODE = Pass(
     fields=FP8_DECODE_FIELDS,
     dtypes={FP8_CACHE: ("cutlass::half_t", "CacheType::kEightBits")},
     element="Element",
-    config=("tile_m", "tile_n"),
+    config=("tile_m", "tile_n", "least_rows"),
     shared_memory=fp8_decode_shared_memory,
     registers=fp8_decode_registers,
     problems=fp8_decode_problems,

@@ -102,8 +102,8 @@ def hooks_source(hooks: Hooks, gradients: Sequence[str]) -> str:
         "kWeight": hooks.weight is not None,
         "kScoreGradient": hooks.score_gradient is not None,
         # What heads or batch entries share: the same for all that the mask does not ask for.
-        "kMaskAsksHead": hooks.mask is not None and _is_used("head", hooks.mask),
-        "kMaskAsksBatch": hooks.mask is not None and _is_used("batch", hooks.mask),
+        "kMaskAsksHead": hooks.mask is not None and _may_ask("head", hooks.mask),
+        "kMaskAsksBatch": hooks.mask is not None and _may_ask("batch", hooks.mask),
         "kIndexesQueries": bool(axes & {"query", "query_row"}),
         "kIndexesKeys": bool(axes & {"key", "key_row"}),
         "kHasBlockMask": hooks.block_mask,
@@ -168,6 +168,11 @@ def _function(hooks: Hooks, hook: str, body: str, gradients: Sequence[str]) -> s
         '#line 1 "hooks.py"\n'
         "  }\n"
     )
+
+
+def _may_ask(coordinate: str, body: str) -> bool:
+    """By its name, or of the place as a whole: `auto [b, h, q, k, ...] = here;`."""
+    return _is_used(coordinate, body) or _is_used("here", body)
 
 
 def _is_used(name: str, body: str) -> bool:
