@@ -161,6 +161,7 @@ class Fp8Scales {
   template <class Probabilities>
   CUTLASS_DEVICE bool apply_small_factors(Probabilities& p, int column,
                                           float const (&factors)[Traits::kTileN]) const {
+    constexpr int kColumns = decltype(cute::size<1>(p))::value;
     float most = 0.f;
     CUTLASS_PRAGMA_UNROLL
     for (int col = 0; col < kColumns; col += 2) {
