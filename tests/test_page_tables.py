@@ -14,6 +14,7 @@ from caches import (
     random_queries,
     skip_unless_attended,
 )
+from eight_bits import Exact, skip_unless_built
 from packed import starts
 
 from cute_kernels import append_kv, flash_attn_varlen_func
@@ -152,34 +153,32 @@ def test_used_rows_of_slots(device, options):
 
 
 def test_used_rows_with_descales(device):
-    """Of sequences, each of one or two blocks. The longest is given: 8 bits have two kernels."""
-    if device == "cuda":
-        from eight_bits import skip_unless_built
-
-        skip_unless_built(device, (64, 64))
+    """Factors are of sequences, whichever rows these use."""
+    skip_unless_built(device, (64, 64))
     chance = random.Random(2)
     cache = random_cache(chance, device, torch.float8_e4m3fn, KEYS, 16, 2, [64, 64])
     q, cu_seqlens_q = random_queries(chance, device, torch.bfloat16, SLOTS, 4, 64)
     descale = torch.linspace(0.5, 2.0, 10, device=device).view(5, 2)
-    used = torch.tensor(USED, dtype=torch.int32, device=device)
-    given = {
-        "seqused_k": cache.seqlens(),
-        "k_descale": descale,
-        "v_descale": descale[:1].expand(5, 2),
-        "max_seqlen_q": max(USED),
-        "causal": True,
+    out, lse = flash_attn_varlen_func(
+        q,
+        cache.k_cache,
+        cache.v_cache,
+        cu_seqlens_q,
+        seqused_q=torch.tensor(USED, dtype=torch.int32, device=device),
+        seqused_k=cache.seqlens(),
+        k_descale=descale,
+        v_descale=descale[:1].expand(5, 2),
+        causal=True,
+        return_lse=True,
         **cache.places,
-    }
-    caches = (cache.k_cache, cache.v_cache)
-    out = flash_attn_varlen_func(q, *caches, cu_seqlens_q, seqused_q=used, **given)
+    )
+    wide = descale.double()[..., None]
     for i, (start, count) in enumerate(zip(cu_seqlens_q.tolist()[:-1], USED, strict=True)):
-        alone = {
-            name: x[i : i + 1] if isinstance(x, torch.Tensor) else x for name, x in given.items()
-        }
-        ends = torch.tensor([0, count], dtype=torch.int32, device=device)
-        rows = q[start : start + count]
-        right = flash_attn_varlen_func(rows, *caches, ends, **alone)
-        assert torch.equal(out[start : start + count], right)
+        rows = slice(start, start + count)
+        keys, values = cache.k[i].double() * wide[i], cache.v[i].double() * wide[0]
+        exact = Exact(q[rows].double(), keys, values, 64**-0.5, torch.bfloat16, causal=True)
+        exact.assert_right(out[None, rows], lse[None, :, rows])
+        assert not out[start + count : start + SLOTS[i]].any()
 
 
 def test_both_in_one_graph():
