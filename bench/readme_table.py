@@ -200,7 +200,8 @@ def packed_section(data: dict[str, Any]) -> str:
 
 def caches_section(data: dict[str, Any]) -> str:
     latent = data["grid"] == "latent"
-    what = {"decode": "a few queries", "latent": "latent attention"}.get(data["grid"], data["grid"])
+    names = {"decode": "a few queries", "latent": "latent attention", "eight-bits": "8 bits"}
+    what = names.get(data["grid"], data["grid"])
     if only := data["settings"].get("only"):
         what = f"{what}, {only}"
     rows = (
@@ -255,9 +256,10 @@ def variants_section(data: dict[str, Any]) -> str:
     arguments = [cell["mask"].startswith(("softcap", "sinks")) for cell in data["cells"]]
     subjects = ["variants", "block masks"] if not all(arguments) else []
     subjects += ["softcap", "sinks"] if any(arguments) else []
+    peer = " beside FlashAttention-4" if data["settings"]["peers"] == ["fa4"] else ""
     return section(
         data,
-        ", ".join(subjects).capitalize(),
+        ", ".join(subjects).capitalize() + peer,
         "TFLOP/s of the pairs that are seen; then the speed of ours over the peer's, and over "
         "others of ours: packed sequences (packed), without softcap, sinks or hook (without), no "
         "hook but the same attention (library), hooks with a block mask where the call needs none "
