@@ -1,4 +1,4 @@
-"""Which keys consumers of attention to a cache take to be seen, by blocks or by slices of these, and
+"""Which keys consumers of attention to a cache take to be seen, by blocks or slices of these, and
 which of their scores they hide (attention/decode/seen_keys.hpp), compiled for the host: every
 thread's columns beside what windows, chunks and trees say. Nothing here needs a GPU."""
 
