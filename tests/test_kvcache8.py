@@ -81,12 +81,13 @@ def test_long_calls(hopper, seed, head_dim):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("tokens", [1, 5, 9])
 def test_a_cta_of_many_sequences(hopper, head_dim, tokens):
-    """Sequences of one block, of which only some warps have any, and of more blocks in turn: the
-    stages that come round are the right ones."""
+    """Sequences without keys, of one block, of which only some warps have any, and of more blocks
+    in turn: the stages that come round are the right ones."""
     skip_unless_built(hopper, (head_dim, head_dim))
     chance = random.Random(head_dim + tokens)
     lengths = [chance.choice([12, 20, 31, 65, 130, 300]) for _ in range(40)]
     lengths[:12] = [20] * 12
+    lengths[14:24] = [0, 300, 0, 0, 1, 129, 1, 0, 64, 2]
     cache = random_cache(chance, hopper, E4M3, lengths, 16, 2, [head_dim, head_dim])
     q, starts = random_queries(
         chance, hopper, torch.bfloat16, [tokens] * len(lengths), 16, head_dim
