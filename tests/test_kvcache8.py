@@ -81,12 +81,13 @@ def test_long_calls(hopper, seed, head_dim):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("tokens", [1, 5, 9])
 def test_a_cta_of_many_sequences(hopper, head_dim, tokens):
-    """Sequences of one block, of which only some warps have any, and of more blocks in turn: the
-    stages that come round are the right ones."""
+    """Sequences without keys, of one block, of which only some warps have any, and of more blocks
+    in turn: the stages that come round are the right ones."""
     skip_unless_built(hopper, (head_dim, head_dim))
     chance = random.Random(head_dim + tokens)
     lengths = [chance.choice([12, 20, 31, 65, 130, 300]) for _ in range(40)]
     lengths[:12] = [20] * 12
+    lengths[14:24] = [0, 300, 0, 0, 1, 129, 1, 0, 64, 2]
     cache = random_cache(chance, hopper, E4M3, lengths, 16, 2, [head_dim, head_dim])
     q, starts = random_queries(
         chance, hopper, torch.bfloat16, [tokens] * len(lengths), 16, head_dim
@@ -164,14 +165,15 @@ def test_values_of_all_magnitudes(device, factor):
     check(problem, {"causal": True})
 
 
-@pytest.mark.parametrize("tokens", [5, 9])  # few rows and many
+# Rows whose keys are dealt to warps by slices of 8, few and many rows
+@pytest.mark.parametrize(("tokens", "heads"), [(4, 2), (5, 4), (9, 4)])
 @pytest.mark.parametrize("factor", [math.nan, math.inf, 2.0**30])
-def test_factors_of_unseen_rows_may_be_anything(device, tokens, factor):
+def test_factors_of_unseen_rows_may_be_anything(device, tokens, heads, factor):
     """Of rows that some queries of a tile see, and others do not, which lose no precision."""
     skip_unless_built(device, (64, 64))
     chance = random.Random(3)
     cache = random_cache(chance, device, torch.int8, [90], 16, 1, [64, 64])
-    q, starts = random_queries(chance, device, torch.bfloat16, [tokens], 4, 64)
+    q, starts = random_queries(chance, device, torch.bfloat16, [tokens], heads, 64)
     problem = problem_of(chance, device, cache, q, starts, (False, "row", "row"))
     last, others = cache.rows(0, 88, 90), tokens - 2
     problem.options["v_descale"][last] = factor
@@ -186,6 +188,39 @@ def test_factors_of_unseen_rows_may_be_anything(device, tokens, factor):
     short.q, short.wide_q = q[:others], problem.wide_q[:others]
     short.starts = torch.tensor([0, others])
     short.assert_right(out[:others], lse[:, :others], causal=True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("heads", [2, 6, 16])  # 8 rows, whose slices have 8 keys; 24 and 64
+def test_nan_stays_with_those_who_see_it(device, head_dim, heads):
+    """Of one column of V, of a key that some rows of a tile see, and of a row of queries."""
+    skip_unless_built(device, (head_dim, head_dim))
+    chance = random.Random(heads)
+    lengths, tokens, column = [4, 9, 12, 61, 64, 67, 100, 128, 300], 4, 5
+    cache = random_cache(chance, device, E4M3, lengths, 16, 1, [head_dim, head_dim])
+    q, starts = random_queries(
+        chance, device, torch.bfloat16, [tokens] * len(lengths), heads, head_dim
+    )
+    problem = problem_of(chance, device, cache, q, starts, (False, "row", "row"))
+    options = {"causal": True, "max_seqlen_q": tokens, **problem.options}
+    right, right_lse = check(problem, {"causal": True}, max_seqlen_q=tokens)
+    assert right.isfinite().all()
+
+    spoiled_q = q.clone()
+    spoiled_q[9, 1, 3] = math.nan
+    out, lse = attend(spoiled_q, starts, cache, **options)
+    assert out[9, 1].isnan().all() and lse[1, 9].isnan()
+    out[9, 1], lse[1, 9] = right[9, 1], right_lse[1, 9]
+    assert torch.equal(out, right) and torch.equal(lse, right_lse)
+
+    for i, n in enumerate(lengths):
+        page, row = cache.rows(i, n - 2, n - 1)  # the third token's
+        cache.v_cache.view(torch.uint8)[page, row, 0, column] = 0x7F
+    out, lse = attend(q, starts, cache, **options)
+    spoiled = torch.zeros_like(out, dtype=torch.bool)
+    spoiled.view(len(lengths), tokens, heads, head_dim)[:, 2:, :, column] = True
+    assert torch.equal(out.isnan(), spoiled)
+    assert torch.equal(out[~spoiled], right[~spoiled]) and torch.equal(lse, right_lse)
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
