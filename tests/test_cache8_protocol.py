@@ -5,27 +5,7 @@ has them, of whose phase a bit is known. Nothing here needs a GPU."""
 import random
 
 import pytest
-
-WARPS = 4  # of a warpgroup
-IDLE = object()
-
-
-class Barrier:
-    """An mbarrier."""
-
-    def __init__(self, arrivals):
-        self.arrivals = self.pending = arrivals
-        self.phase = 0
-
-    def arrive(self, count=1):
-        self.pending -= count
-        assert self.pending >= 0, "more arrivals than a phase has"
-        if self.pending == 0:
-            self.pending, self.phase = self.arrivals, self.phase + 1
-
-    def has_ended(self, phase):
-        """What a wait for the phase's parity sees."""
-        return (self.phase - 1) % 2 == phase % 2
+from warp_models import IDLE, WARPS, Barrier, run_warps
 
 
 class Shared:
@@ -161,28 +141,6 @@ def consumer(shared, warpgroup, warp, parts, has_factors):
         passed += blocks
 
 
-def run(processes, chance):
-    """Some are slow for a while."""
-    waits = {}
-    live = dict(enumerate(processes))
-    weights = {}
-    while live:
-        if not weights or chance.random() < 0.02:
-            weights = {i: chance.choice((0.01, 1, 1, 4)) for i in live}
-        ready = [i for i in live if i not in waits or waits[i]()]
-        assert ready, "all wait"
-        (i,) = chance.choices(ready, [weights[i] for i in ready])
-        waits.pop(i, None)
-        try:
-            waited_for = next(live[i])
-        except StopIteration:
-            del live[i]
-            weights.pop(i, None)
-            continue
-        if waited_for is not IDLE:
-            waits[i] = waited_for
-
-
 def simulate(seed, fault=None):
     chance = random.Random(seed)
     stages = {"alternate": 3, "early": 2}.get(fault) or chance.choice((2, 3, 4))
@@ -208,7 +166,7 @@ def simulate(seed, fault=None):
         for warpgroup in range(consumers)
         for warp in range(WARPS)
     ]
-    run(processes, chance)
+    run_warps(dict(enumerate(processes)), chance)
 
 
 @pytest.mark.parametrize("seed", range(300))

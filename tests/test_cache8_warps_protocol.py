@@ -7,8 +7,8 @@ from collections import deque
 from dataclasses import dataclass
 
 import pytest
-from test_decode_protocol import IDLE, Barrier, NamedBarriers, Place
-from test_decode_protocol import WARPS as PRODUCERS
+from warp_models import IDLE, Barrier, NamedBarriers, Place, run_warps
+from warp_models import WARPS as PRODUCERS
 
 WARPS = 8  # of consumers
 ROWS = 16  # of a warp
@@ -175,26 +175,7 @@ class Model:
         """Some are slow for a while, copies too."""
         live = {("p", w): self.producer(w) for w in range(PRODUCERS)}
         live |= {("c", w): self.consumer(w) for w in range(WARPS)}
-        waits, weights = {}, {}
-        while live or any(self.copies):
-            if not weights or chance.random() < 0.02:
-                names = [*live, *(("copy", w) for w in range(PRODUCERS))]
-                weights = {name: chance.choice((0.01, 1, 1, 4)) for name in names}
-            ready = [name for name in live if name not in waits or waits[name]()]
-            ready += [("copy", w) for w in range(PRODUCERS) if self.copies[w]]
-            assert ready, "all wait for one another"
-            (name,) = chance.choices(ready, [weights[x] for x in ready])
-            if name[0] == "copy":
-                self.land(name[1])
-                continue
-            waits.pop(name, None)
-            try:
-                waited_for = next(live[name])
-            except StopIteration:
-                del live[name]
-                continue
-            if waited_for is not IDLE:
-                waits[name] = waited_for
+        run_warps(live, chance, self.copies, self.land)
         assert self.answers == len(self.parts) * WARPS
 
 
