@@ -9,6 +9,7 @@ import struct
 import pytest
 import torch
 from host_program import host_program, needs_cxx
+from softmax_headers import STAND_INS
 
 pytestmark = needs_cxx
 
@@ -25,29 +26,7 @@ bool __any_sync(unsigned, bool);
 float __shfl_xor_sync(unsigned, float, int);
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 """,
-    "cute/tensor.hpp": """
-#pragma once
-#include <type_traits>
-#include <cutlass/cutlass.h>
-namespace cute {
-template <int kMode, class Fragment>
-constexpr std::integral_constant<int, kMode == 0 ? Fragment::kRows : Fragment::kColumns> size(
-    Fragment const&) {
-  return {};
-}
-}
-""",
-    "cute_kernels/sm90/math.hpp": """
-#pragma once
-#include <cutlass/cutlass.h>
-namespace cute_kernels::sm90 {
-inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-inline float exp2_mufu(float x) {
-  float const y = std::exp2(x);
-  return std::fabs(y) < 0x1p-126f ? 0.f : y;
-}
-}
-""",
+    **STAND_INS,
 }
 MAIN = (
     f"""
