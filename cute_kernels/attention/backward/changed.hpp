@@ -4,6 +4,7 @@
 #include <cutlass/numeric_conversion.h>
 #include <cute/tensor.hpp>
 
+#include "cute_kernels/attention/backward/hidden.hpp"
 #include "cute_kernels/attention/backward/statistics.hpp"
 #include "cute_kernels/attention/variant/variant.hpp"
 #include "cute_kernels/sm90/math.hpp"
@@ -18,6 +19,7 @@ namespace cute_kernels::attention {
 template <class Variant>
 struct RawScore {
   static constexpr float kLargest = INFINITY;
+  static constexpr float kTooLarge = INFINITY;
   static constexpr float kHidden = Variant::kHidden;
 };
 
@@ -42,7 +44,7 @@ struct ChangedProbabilities {
 /// P = 2^(scale_log2 * score - lse_log2) of every score of a block, of raw ones or what prepare()
 /// made of them, kHidden where hidden, which without kHidesSome none is. place(row, column) is
 /// where one stands; `statistics` are the block's, the thread's first query is `column`. Careful, P
-/// is never above 1, as rounding of a large lse would have it.
+/// is hardly above 1, as rounding of a large lse would have it.
 template <bool kCareful, bool kHidesSome, class Variant, class Params, class Rows, class Place,
           class Statistics, class Probabilities>
 CUTLASS_DEVICE void changed_probabilities(Params const& params, Rows const& rows,
@@ -60,7 +62,7 @@ CUTLASS_DEVICE void changed_probabilities(Params const& params, Rows const& rows
     float exponent = __fmaf_rn(changed.value, params.scale_log2, minus_lse);
     // Hidden by a hook, or careful also where lse is NaN.
     if ((Variant::kHasHooks || kCareful) && changed.hidden) return 0.f;
-    if constexpr (kCareful) exponent = sm90::min_nan(exponent, 0.f);
+    if (kCareful && exponent > Exponent::kTooLarge) exponent = Exponent::kLargest;
     return sm90::exp2_mufu(exponent);
   };
   auto element = [&](int row, int col) {
