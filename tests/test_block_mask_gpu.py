@@ -209,6 +209,26 @@ def test_asked_once_or_for_each_head(hopper, kernels, head_dim, name, options):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (70, 90)}], ids=str)
+@pytest.mark.parametrize("name", ["document", "prefix_lm"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_asked_once_or_for_each_head(hopper, kernels, head_dim, name, options):
+    """Likewise."""
+    torch.manual_seed(0)
+    for batch, lengths in [(1, (200, 300)), (2, (4133, 1000))]:
+        case = CASES[name](random.Random(0), hopper, batch, 6, *lengths)
+        kinds = random_kinds((batch, 1, *map(blocks, lengths)), 3).to(hopper)
+        inputs = random_qkv(hopper, torch.bfloat16, batch, *lengths, 6, 2, head_dim)
+        inputs = [x.requires_grad_() for x in inputs]
+        grad_out = torch.randn_like(inputs[0])
+        results = []
+        for own in (kinds, kinds.expand(-1, 6, -1, -1)):
+            mask = {"variant": case.bound, "block_mask": mask_of(own)}
+            out = flash_attn_func(*inputs, **mask, deterministic=True, **options)
+            results.append(torch.autograd.grad(out, inputs, grad_out))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_what_a_graph_reads_may_change(hopper, kernels):
     """Which keys are listed, what the mask says to all heads; and dQ is cleared each time, of more
     heads than are worked on together."""

@@ -2,6 +2,7 @@
 compiled for this machine: every listed block is walked once, in order. Nothing here needs a GPU."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,15 +18,13 @@ LANES = 4  # of a warp, fewer than there are so that lists are longer than it
 # What the headers have of CUDA
 STUB = """
 #pragma once
+#include_next <cutlass/cutlass.h>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
 #include <type_traits>
-#define CUTLASS_DEVICE inline
-#define CUTLASS_HOST_DEVICE inline
 namespace cutlass { constexpr int NumThreadsPerWarp = %(lanes)d; }
 inline thread_local struct { int x = 0; } threadIdx;
-template <class T> T __ldg(T const* p) { return *p; }
 
 // A warp's lanes are threads here, which wait for each other.
 class Warp {
@@ -63,8 +62,9 @@ MAIN = """
 #include <sstream>
 #include <thread>
 #include <vector>
-#include "cutlass/cutlass.h"
+#include <cutlass/cutlass.h>
 #include "cute_kernels/attention/forward/key_walk.hpp"
+#include "cute_kernels/attention/variant/shared_mask.hpp"
 namespace cute_kernels::attention {
 enum class Caller { kWarp, kThread };
 template <Caller> int of_caller(int value) { return value; }
@@ -84,7 +84,10 @@ struct KeyBlock {
 };
 template <int kTileN_>
 struct Traits {
-  struct Variant { static constexpr bool kHasBlockMask = true, kHides = true; };
+  struct Variant {
+    static constexpr bool kHasBlockMask = true, kHides = true;
+    struct Hooks { static constexpr bool kMaskAsksHead = false, kMaskAsksBatch = false; };
+  };
   using KeyBlock = ::KeyBlock;
   static constexpr bool kAnyCall = true;
   static constexpr int kTileM = 64, kTileN = kTileN_, kCluster = kMaskUnit / kTileN;
@@ -92,7 +95,7 @@ struct Traits {
 struct Params {
   int heads, heads_per_kv;
   struct { struct { int divisor; } m_blocks; } workspace;
-  struct { BlockLists blocks; } variant;
+  struct { BlockLists blocks; uint32_t const* shared_mask; } variant;
 };
 
 // As kernels ask, who begin with whether there is a step.
@@ -125,7 +128,10 @@ void print_steps(Params const& params, KeyBlock const& keys) {
     lanes.emplace_back([&, lane] {
       threadIdx.x = lane;
       print(of_lanes[lane], first_step<kTileN, Caller::kWarp>(params, keys),
-            [](auto const&) { return -1; });
+            [&](auto const& step) {  // where its words are
+              uint32_t const* const words = step.shared_words(0);
+              return words == nullptr ? -1 : words - params.variant.shared_mask;
+            });
     });
   }
   for (std::thread& lane : lanes) lane.join();
@@ -170,7 +176,9 @@ int main() {
         }
       }
     }
-    Params const params{heads, group, {{m_blocks}}, {backward}};
+    std::vector<uint32_t> const words(batches * of_heads * keys * SharedMask<64>::kWordsOfRow);
+    uint32_t const* const shared_mask = of_heads == 1 ? words.data() : nullptr;
+    Params const params{heads, group, {{m_blocks}}, {backward, shared_mask}};
     for (int entry = 0; entry < batch; ++entry) {
       for (int kv_head = 0; kv_head < heads / group; ++kv_head) {
         for (int unit = 0; unit < keys; ++unit) {
@@ -187,20 +195,31 @@ int main() {
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
+    headers = str(Path(__file__).parent / "host_headers")
     folder = tmp_path_factory.mktemp("walk")
     (folder / "cutlass").mkdir()
     (folder / "cutlass" / "cutlass.h").write_text(STUB % {"lanes": LANES})
     lines = (ROOT / STEPS).read_text().splitlines()
     without_includes = [line for line in lines if not line.startswith("#include")]
     (folder / "steps.hpp").write_text("\n".join(without_includes))
-    return host_program(folder, MAIN, "-I", folder, "-pthread", *CHECKED)
+    return host_program(folder, MAIN, "-I", folder, "-I", headers, "-pthread", *CHECKED)
+
+
+def words_of(row, shown, block, shares):
+    """Where the first thread's word of a block of 64 queries is: of a list, a unit of keys, the
+    first 8 and the last 8 units that it shows have places."""
+    place, count = int(shown[: block // 2].sum()), int(shown.sum())
+    slot = place if place < 8 else 16 - (count - place)
+    if not shares or slot < 8 <= place:
+        return -1
+    return ((row * 16 + slot) * 2 + block % 2) * 256
 
 
 def test_every_listed_block_is_walked_once(program):
     for seed in range(40):
         chance = random.Random(seed)
         batch, group = chance.choice([1, 2]), chance.choice([1, 2, 3])
-        heads, queries, keys = group * chance.choice([1, 2]), chance.choice([1, 5, 9]), 4
+        heads, queries, keys = group * chance.choice([1, 2]), chance.choice([1, 5, 9, 20]), 4
         shape = (chance.choice([1, batch]), chance.choice([1, heads]), queries, keys)
         kinds = random_kinds(shape, seed)
         beyond = chance.choice([0, 1, 2, 3])  # the last block of the mask may, which has some units
@@ -234,7 +253,12 @@ def test_every_listed_block_is_walked_once(program):
                                 masked, is_full = block not in full, kind == 2
                                 hides = masked or not is_full
                                 expected.append([head, block, masked, is_full, hides, turn, index])
-                    by_lane = [[*step[:5], -1, step[6]] for step in expected]
+                    rows = [kinds[entry, head, :, j] > 0 for head in range(heads)]
+                    row = (entry if shape[0] > 1 else 0) * keys + j
+                    words = [words_of(row, rows[s[0]], s[1], shape[1] == 1) for s in expected]
+                    by_lane = [
+                        [*step[:5], at, step[6]] for step, at in zip(expected, words, strict=True)
+                    ]
                     for _ in range(3):
                         assert next(lines) == [n for step in expected for n in step]
                         for _ in range(LANES):

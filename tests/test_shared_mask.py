@@ -43,16 +43,16 @@ using namespace hook_math;
 using Variant = HookedVariant<Hooks>;
 
 // How many blocks have bits, how many of them are wrong, how many words are written beside them.
-template <int kTileN>
+template <int kTileN, MaskRows kRows>
 void check(AttentionCall const& call, VariantArguments variant) {
+  constexpr bool kByKeys = kRows == MaskRows::kKeys;
   using Bits = SharedMask<kTileN>;
   BlockLists const& lists = variant.blocks;
-  int64_t const rows = rows_of_shared_mask<Variant, kTileN>(call, lists);
+  int64_t const rows = rows_of_shared_mask<Variant, kTileN, kRows>(call, lists);
   constexpr uint32_t kNoBits = 0xdeadbeef;  // which no thread here has, to be seen
   std::vector<uint32_t> words(rows * Bits::kWordsOfRow, kNoBits);
-  int const units = (call.sizes.seqlen_q + kMaskUnit - 1) / kMaskUnit;
-  AskMask<Variant, kTileN> const ask{call, variant, words.data(), units,
-                                     lists.rows_of_batch == 0 ? 1 : call.sizes.batch};
+  int const units = mask_units<kRows>(call.sizes);
+  AskMask<Variant, kTileN, kRows> const ask(call, variant, words.data());
   for (int cta = 0; rows > 0 && cta < ask.ctas(); ++cta) {
     for (threadIdx.x = 0; threadIdx.x < Bits::kThreads; ++threadIdx.x) {
       ask(cta, ask.ctas(), Bits::kThreads);
@@ -79,13 +79,15 @@ void check(AttentionCall const& call, VariantArguments variant) {
               beside += known[0] != kNoBits;
               continue;
             }
-            int const query = unit * kMaskUnit + thread / 32 * 16 + thread %% 32 / 4;
-            int const key = entry.unit() * kMaskUnit + block * kTileN + thread %% 4 * 2;
+            int const row = unit * kMaskUnit + thread / 32 * 16 + thread %% 32 / 4;
+            int const column = entry.unit() * kMaskUnit + block * kTileN + thread %% 4 * 2;
             for (int bit = 0; bit < 2 * Bits::kColumns; ++bit) {
-              int const col = bit %% Bits::kColumns, own = query + 8 * (bit / Bits::kColumns);
-              int const at = key + col / 2 * 8 + col %% 2;
-              bool const seen = at >= mask.first_key(own) && at < mask.end_key(own);
-              bool const shown = Hooks::mask(places.template at<Variant>(own, at), variant);
+              int const col = bit %% Bits::kColumns, own = row + 8 * (bit / Bits::kColumns);
+              int const at = column + col / 2 * 8 + col %% 2;
+              bool const seen = kByKeys || (at >= mask.first_key(own) && at < mask.end_key(own));
+              bool const shown = Hooks::mask(kByKeys ? places.template at<Variant>(at, own)
+                                                     : places.template at<Variant>(own, at),
+                                             variant);
               wrong += (known[bit / 32] >> bit %% 32 & 1) != (seen && shown);
             }
           }
@@ -124,8 +126,14 @@ int main() {
     variant.blocks.entries = entries.data();
     variant.blocks.rows_of_batch = rows_of_batch;
     variant.blocks.capacity = capacity;
-    check<128>(call, variant);
-    check<64>(call, variant);
+    check<128, MaskRows::kQueries>(call, variant);
+    check<64, MaskRows::kQueries>(call, variant);
+    // Backward's lists are of units of keys, and the call's own mask is applied apart.
+    std::swap(sizes.seqlen_q, sizes.seqlen_k);
+    std::swap(variant.most_queries, variant.most_keys);
+    std::swap(variant.tensors[0], variant.tensors[1]);
+    check<128, MaskRows::kKeys>(call, variant);
+    check<64, MaskRows::kKeys>(call, variant);
   }
 }
 """
@@ -165,12 +173,13 @@ def test_every_bit_is_what_the_hook_and_the_mask_say(program):
     torch.manual_seed(0)
     cases = [case(rng, rng.randint(1, 2), 4, beyond=i % 2) for i in range(16)]
     answers = program([numbers for numbers, _, _ in cases])
-    of_tiles = (answers[::2], answers[1::2])
+    of_tiles = [answers[i::4] for i in range(4)]  # of 128 and 64, of queries and of keys
     for i, (numbers, kinds, units) in enumerate(cases):
         batch = numbers[0]
         listed = (kinds[:, :, :units] != HIDDEN).sum(-1)
         without = int((listed - 2 * END).clamp(min=0).sum())
-        for of_unit, answer in zip((1, 2), (answers_of[i] for answers_of in of_tiles), strict=True):
+        of_case = (answers_of[i] for answers_of in of_tiles)
+        for of_unit, answer in zip((1, 2, 1, 2), of_case, strict=True):
             rows, blocks, wrong, beside, unknown = answer
             most = (batch - 1) * kinds.shape[2] + units
             assert (rows, wrong, beside, unknown) == (most, 0, 0, without)
@@ -189,7 +198,7 @@ def test_every_bit_is_what_the_hook_and_the_mask_say(program):
 def test_what_is_not_shared_has_no_memory(program, batch, heads, options):
     torch.manual_seed(1)
     numbers, _, _ = case(random.Random(1), batch, heads, **options)
-    assert program([numbers]) == [[0] * 5, [0] * 5]
+    assert program([numbers]) == [[0] * 5] * 4
 
 
 @pytest.mark.parametrize(

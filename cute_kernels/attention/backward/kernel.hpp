@@ -202,6 +202,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
           params, shared, pipeline_q, pipeline_grad_out,
           key_block<Traits>(params, shared, number, 0), consumer);
     } else {
+      if constexpr (Traits::kSharesMask) sm90::wait_for_previous_kernel();  // it asks hooks
       BackwardMainloop<Traits> mainloop(shared, pipeline_q, pipeline_grad_out, consumer);
       for_each_key_block<Traits, Caller::kWarp>(params, shared, number, [&](auto const& coord) {
         mainloop.template compute<kCareful>(params, coord);

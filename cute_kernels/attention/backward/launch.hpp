@@ -132,6 +132,7 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   params.call_number = call_number;
   params.scale_log2 = scale_of_scores(Traits::Variant::unit(call)) * sm90::kLog2e;
   params.variant = Traits::Variant::arguments_of(problem);
+  if constexpr (Traits::kSharesMask) params.variant.shared_mask = workspace.shared_mask;
   params.softmax_scale = problem.call.scale;
   params.heads = sizes.heads_q;
   params.head_dim = sizes.head_dim;
@@ -173,6 +174,30 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   return status;
 }
 
+template <class Ask>
+__global__ void __launch_bounds__(256) ask_mask_kernel(CUTE_GRID_CONSTANT Ask const ask) {
+  sm90::let_next_kernel_start();
+  ask(blockIdx.x, gridDim.x, blockDim.x);
+}
+
+/// Starts the kernel that asks a mask hook for all heads, if the call has memory for what it says.
+template <class Traits>
+cudaError_t start_asking(BackwardProblem const& problem, BackwardWorkspace const& workspace,
+                         cudaStream_t stream) {
+  if constexpr (Traits::kSharesMask) {
+    if (workspace.shared_mask == nullptr) return cudaSuccess;
+    using Ask = AskMask<typename Traits::Variant, Traits::kTileM, MaskRows::kKeys>;
+    Ask const ask(problem.call, *problem.variant, workspace.shared_mask);
+    sm90::Launch how{};
+    how.grid = dim3(static_cast<unsigned>(ask.ctas()));
+    how.threads = SharedMask<Traits::kTileM>::kThreads;
+    how.stream = stream;
+    how.device = problem.device.index;
+    return sm90::launch_kernel<ask_mask_kernel<Ask>>(how, ask);
+  }
+  return cudaSuccess;
+}
+
 /// Starts the backward kernels of a tile on `stream`: rows' statistics, gradients, dQ's rounding.
 /// Asynchronous.
 template <class Tile>
@@ -197,8 +222,11 @@ cudaError_t launch_backward(BackwardProblem const& problem, cudaStream_t stream)
       clears_ahead<Traits>(call, workspace)
           ? group_of_pairs<Traits>(call, workspace) * (sizes.heads_q / sizes.heads_kv)
           : rows;
+  cudaError_t status = start_asking<Traits>(problem, workspace, stream);
+  if (status != cudaSuccess) return status;
   of_queries.threads = kPreprocessThreads;
-  cudaError_t status = sm90::launch_kernel<preprocess_kernel<Traits>>(
+  of_queries.early = workspace.shared_mask != nullptr && may_start_early(problem.device);
+  status = sm90::launch_kernel<preprocess_kernel<Traits>>(
       of_queries,
       PreprocessParams<Traits>{problem.q, problem.out, problem.grad_out, problem.lse,
                                problem.grad_lse, problem.sinks, tensor_rows_q(call),

@@ -134,9 +134,17 @@ class BackwardMainloop {
     auto ask = [&] {
       auto const places = of_sequence.of_head(step.head());
       int const query = step.block() * kTileM + column;
+      auto const known = [&] {
+        if constexpr (Traits::kSharesMask) {
+          return KnownMask<kTileM>{
+              step.shared_words(threadIdx.x - cutlass::NumThreadsPerWarpGroup)};
+        } else {
+          return NothingKnown{};
+        }
+      };
       return shown_elements<Variant>(
           params, ScoreRows{}, [&] { return transposed_places<Traits>(places, key, query); },
-          kCareful || step.is_full());
+          kCareful || step.is_full(), known());
     };
     auto shown = ask();
     for (bool more = step.valid(); more;) {

@@ -138,6 +138,9 @@ __global__ void __launch_bounds__(kPreprocessThreads)
     if (threadIdx.x == 0) params.workspace.sinks[block_index] = of_block;
   }
   if (alarming) *params.workspace.alarm = params.call_number;
+  if constexpr (Traits::kSharesMask) {
+    sm90::wait_for_previous_kernel();  // the main kernel waits for this one, and so for both
+  }
   int first_number = 0;
   if constexpr (Traits::kAnyCall) {
     if (blockIdx.x == 0 && has_reversed_sequence(params.call)) first_number = kNoMoreKeyBlocks;

@@ -8,6 +8,7 @@
 #include "cute_kernels/attention/backward/key_blocks.hpp"
 #include "cute_kernels/attention/mask.hpp"
 #include "cute_kernels/attention/variant/block_lists.hpp"
+#include "cute_kernels/attention/variant/shared_mask.hpp"
 #include "cute_kernels/sm90/uniform.hpp"
 
 namespace cute_kernels::attention {
@@ -250,7 +251,9 @@ class ListedSteps : public ListPlace<Traits, Params> {
 template <class Traits, class Params>
 class ListedStepsOfWarp : public ListPlace<Traits, Params> {
   using Place = ListPlace<Traits, Params>;
+  using Bits = SharedMask<Traits::kTileM>;
   static constexpr int kLanes = cutlass::NumThreadsPerWarp;
+  static constexpr int kPlaces = 2 * Bits::kSlots;  // more than slots, a power of 2
 
  public:
   CUTLASS_DEVICE ListedStepsOfWarp(Params const& params, typename Traits::KeyBlock const& coord)
@@ -265,6 +268,14 @@ class ListedStepsOfWarp : public ListPlace<Traits, Params> {
   }
 
   CUTLASS_DEVICE bool valid() const { return left_ > 0; }
+
+  /// The words of the step's block that a thread has of SharedMask, or null.
+  CUTLASS_DEVICE uint32_t const* shared_words(int thread) const {
+    uint32_t const* const words = this->params_.variant.shared_mask;
+    if (words == nullptr || slot_ < 0) return nullptr;
+    return words +
+           Bits::place(this->row_of(0).number(), slot_, this->block_ % Bits::kBlocksOfUnit, thread);
+  }
 
   /// The same from its first step on. What ends a loop has to be uniform to the compiler right
   /// before it: behind waits for barriers it no longer is.
@@ -292,7 +303,7 @@ class ListedStepsOfWarp : public ListPlace<Traits, Params> {
         BlockEntry const entry = row.entry(place / Place::kBlocksOfUnit);
         int const block = Place::block_at(entry, place);
         auto const found = this->found(entry, block);
-        own_head_ = head;
+        own_head_ = head * kPlaces + Bits::slot_of(place / Place::kBlocksOfUnit, row.count()) + 1;
         own_block_ = 4 * block + 2 * found.masked + found.full;
       }
       before = -place - 1;
@@ -301,14 +312,17 @@ class ListedStepsOfWarp : public ListPlace<Traits, Params> {
 
   CUTLASS_DEVICE void read() {
     int const packed = __shfl_sync(0xffffffff, own_block_, number_ % kLanes);
-    this->head_in_group_ = __shfl_sync(0xffffffff, own_head_, number_ % kLanes);
+    int const head_and_slot = __shfl_sync(0xffffffff, own_head_, number_ % kLanes);
+    this->head_in_group_ = head_and_slot / kPlaces;
+    slot_ = head_and_slot % kPlaces - 1;
     this->block_ = packed / 4;
     this->found_ = {(packed & 2) != 0, (packed & 1) != 0};
   }
 
   int left_;
   int number_ = 0;
-  int own_head_ = 0;
+  int slot_;           // of SharedMask, or -1
+  int own_head_ = 0;   // times kPlaces, + 1 + the slot
   int own_block_ = 0;  // times 4, + 2 if masked, + 1 if full
 };
 

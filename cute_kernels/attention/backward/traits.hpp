@@ -11,6 +11,7 @@
 #include "cute_kernels/attention/backward/key_blocks.hpp"
 #include "cute_kernels/attention/backward/softmax.hpp"
 #include "cute_kernels/attention/backward/statistics.hpp"
+#include "cute_kernels/attention/variant/shared_mask.hpp"
 #include "cute_kernels/attention/variant/variant.hpp"
 #include "cute_kernels/sm90/tma_pipeline.hpp"
 #include "cute_kernels/sm90/warpgroup_gemm.hpp"
@@ -129,6 +130,8 @@ struct BackwardTraits {
   using MmaStatistic = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<cutlass::bfloat16_t, cutlass::bfloat16_t, float,
                                  MnkShape<kWarpgroupN, kTileM, 16>>()));
+  // What a mask hook shows all heads is asked before.
+  static constexpr bool kSharesMask = !kSplitProducts && shares_mask<Variant>();
   static_assert(!kChanges || kStatisticsByProduct, "in parts, which threads add up");
   static_assert(!(kChanges || Variant::kHides) || kAnyCall, "hooks are told of sequences");
   static constexpr bool is_by_product(Statistic statistic) {

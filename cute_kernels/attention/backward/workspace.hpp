@@ -7,6 +7,7 @@
 
 #include "cute_kernels/attention/backward/slots.hpp"
 #include "cute_kernels/attention/problem.hpp"
+#include "cute_kernels/attention/variant/shared_mask.hpp"
 
 namespace cute_kernels::attention {
 
@@ -25,8 +26,9 @@ struct BackwardWorkspace {
   uint64_t* alarm;     // the call's number if a query is alarming, anything else if none is
   int* drawn;          // how many key blocks CTAs have drawn
   int* careful_drawn;
-  int* cleared;  // of each group of heads, how many shares of dQ are cleared (clear.hpp)
-  float* sinks;  // [rows][m_blocks], what the queries add to the sink's gradient, or null
+  int* cleared;           // of each group of heads, how many shares of dQ are cleared (clear.hpp)
+  float* sinks;           // [rows][m_blocks], what the queries add to the sink's gradient, or null
+  uint32_t* shared_mask;  // what a mask hook shows all heads (variant/shared_mask.hpp), or null
   int64_t bytes;
 };
 
@@ -74,6 +76,13 @@ BackwardWorkspace backward_workspace(BackwardProblem const& problem) {
   if (adds_in_order<Traits>(problem)) carve(result.turns, blocks * Traits::kCluster, sizeof(int));
   result.sinks = nullptr;
   if (problem.sinks != nullptr) carve(result.sinks, blocks, sizeof(float));
+  result.shared_mask = nullptr;
+  if constexpr (Traits::kSharesMask) {
+    int64_t const bytes =
+        bytes_of_shared_mask<typename Traits::Variant, Traits::kTileM, MaskRows::kKeys>(
+            call, problem.variant);
+    if (bytes > 0) carve(result.shared_mask, bytes, 1);
+  }
   result.bytes = next - static_cast<char*>(problem.workspace);
   return result;
 }

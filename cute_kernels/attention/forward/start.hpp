@@ -70,9 +70,7 @@ cudaError_t start_listing_work(ForwardProblem const& problem, cudaStream_t strea
       if (uint32_t* const words = shared_mask_of<Traits>(problem)) {
         using Builder = WorkListBuilder<typename Traits::Tiling, ListedCall>;
         static_assert(SharedMask<Traits::kTileN>::kThreads == Builder::kThreads);
-        int const units = (sizes.seqlen_q + kMaskUnit - 1) / kMaskUnit;
-        AskMask<Variant, Traits::kTileN> const ask{problem.call, *problem.variant, words, units,
-                                                   lists.rows_of_batch == 0 ? 1 : sizes.batch};
+        AskMask<Variant, Traits::kTileN> const ask(problem.call, *problem.variant, words);
         return start_preparing<typename Traits::Tiling>(listed, forward_work_list<Traits>(problem),
                                                         ask, ask.ctas(), problem.device, stream,
                                                         independent);

@@ -56,8 +56,7 @@ struct VariantArguments {
   int const* cu_seqlens_k;
   int sequences;
   BlockLists blocks;  // of kernels with a block mask
-  // Forward, what a mask hook shows all heads (variant/shared_mask.hpp), or null. The launch says
-  // where.
+  // What a mask hook shows all heads (variant/shared_mask.hpp), or null. The launch says where.
   uint32_t const* shared_mask;
 };
 

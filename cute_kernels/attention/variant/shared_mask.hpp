@@ -14,15 +14,18 @@
 namespace cute_kernels::attention {
 
 /// A mask hook that does not ask for the head shows all heads the same. So it is asked once for all
-/// of them, by the kernel that lists the tiles, about the units at both ends of each list: there
-/// are the diagonal, a window's left end, and where documents begin. What it shows, and the call's
-/// own mask with it, is a bit for each element, in the order in which the threads of the attention
-/// kernel hold a block's. About other units each tile asks for itself.
+/// of them, before the attention kernel, about the units at both ends of each list: there are the
+/// diagonal, a window's left end, and where documents begin. What it shows is a bit for each
+/// element, in the order in which the threads of the attention kernel hold a block's: a list's unit
+/// has rows, of queries, or backward of keys, and an entry's unit blocks of kTileN columns. About
+/// other units each tile asks for itself.
+enum class MaskRows { kQueries, kKeys };
+
 template <int kTileN>
 struct SharedMask {
   static constexpr int kEnd = 8;  // entries of a list at each end
   static constexpr int kSlots = 2 * kEnd;
-  static constexpr int kThreads = 256;  // that hold a block: two warpgroups of 64 queries
+  static constexpr int kThreads = 256;  // that hold a block: two warpgroups of 64 rows
   static constexpr int kColumns = kTileN / 4;
   static constexpr int kWords = (2 * kColumns + 31) / 32;  // of a thread's part
   static constexpr int kBlocksOfUnit = kMaskUnit / kTileN;
@@ -58,15 +61,22 @@ constexpr bool shares_mask() {
   }
 }
 
+/// Units of a batch entry's rows.
+template <MaskRows kRows>
+constexpr int mask_units(CallSizes const& sizes) {
+  return ((kRows == MaskRows::kQueries ? sizes.seqlen_q : sizes.seqlen_k) + kMaskUnit - 1) /
+         kMaskUnit;
+}
+
 /// Rows of lists, whose bits a call has memory for; 0: its tiles ask for themselves, as lists
 /// differ from head to head, batch entries have lists but no mask in common, or too few would
 /// share.
-template <class Variant, int kTileN>
+template <class Variant, int kTileN, MaskRows kRows = MaskRows::kQueries>
 int64_t rows_of_shared_mask(AttentionCall const& call, BlockLists const& lists) {
   if constexpr (shares_mask<Variant>()) {
     constexpr int kFewHeads = 2;
     CallSizes const& sizes = call.sizes;
-    int64_t rows = (sizes.seqlen_q + kMaskUnit - 1) / kMaskUnit;
+    int64_t rows = mask_units<kRows>(sizes);
     bool shares = lists.counts != nullptr && lists.rows_of_head == 0 && sizes.heads_q > kFewHeads;
     if (lists.rows_of_batch != 0) {
       rows += int64_t{lists.rows_of_batch} * (sizes.batch - 1);
@@ -81,18 +91,19 @@ int64_t rows_of_shared_mask(AttentionCall const& call, BlockLists const& lists) 
 
 /// The memory of these bits. Of other variants `variant` is null, and tiles need not be parts of a
 /// unit.
-template <class Variant, int kTileN>
+template <class Variant, int kTileN, MaskRows kRows = MaskRows::kQueries>
 int64_t bytes_of_shared_mask(AttentionCall const& call, VariantArguments const* variant) {
   if constexpr (shares_mask<Variant>()) {
-    return rows_of_shared_mask<Variant, kTileN>(call, variant->blocks) *
+    return rows_of_shared_mask<Variant, kTileN, kRows>(call, variant->blocks) *
            SharedMask<kTileN>::kWordsOfRow * int64_t{sizeof(uint32_t)};
   } else {
     return 0;
   }
 }
 
-/// Asks for all heads: the work of some CTAs, each of which looks at a few slots of a list.
-template <class Variant, int kTileN>
+/// Asks for all heads: the work of some CTAs, each of which looks at a few slots of a list. Forward
+/// the bits know the call's own mask, too.
+template <class Variant, int kTileN, MaskRows kRows = MaskRows::kQueries>
 class AskMask {
   using Bits = SharedMask<kTileN>;
 
@@ -102,8 +113,15 @@ class AskMask {
   AttentionCall call;
   VariantArguments variant;
   uint32_t* words;
-  int units;    // of a batch entry's queries
+  int units;    // of a batch entry's rows
   int entries;  // of the batch: 1 where all have the same
+
+  AskMask(AttentionCall const& call, VariantArguments const& variant, uint32_t* words)
+      : call(call),
+        variant(variant),
+        words(words),
+        units(mask_units<kRows>(call.sizes)),
+        entries(variant.blocks.rows_of_batch == 0 ? 1 : call.sizes.batch) {}
 
   int64_t ctas() const { return int64_t{units} * entries * kParts; }
 
@@ -114,7 +132,7 @@ class AskMask {
     WindowMask const mask(ranges_of(call, sequence, batch));
     SequencePlace const places(variant, batch, 0, sequence);
     int const count = list.count(), thread = threadIdx.x, lane = thread % 32;
-    int const query = unit * kMaskUnit + thread / 32 * 16 + lane / 4;
+    int const row = unit * kMaskUnit + thread / 32 * 16 + lane / 4;
     CUTLASS_PRAGMA_NO_UNROLL
     for (int slot = part; slot < Bits::kSlots; slot += kParts) {
       int const i = Bits::entry_of(slot, count);
@@ -123,25 +141,29 @@ class AskMask {
       if (entry.is_full()) continue;
       CUTLASS_PRAGMA_NO_UNROLL
       for (int block = 0; block < Bits::kBlocksOfUnit; ++block) {
-        int const key = entry.unit() * kMaskUnit + block * kTileN + lane % 4 * 2;
-        ask(places, mask, query, key, words + Bits::place(list.number(), slot, block, thread));
+        int const column = entry.unit() * kMaskUnit + block * kTileN + lane % 4 * 2;
+        ask(places, mask, row, column, words + Bits::place(list.number(), slot, block, thread));
       }
     }
   }
 
  private:
-  CUTLASS_DEVICE void ask(SequencePlace const& places, WindowMask const& mask, int query, int key,
-                          uint32_t* to) const {
+  CUTLASS_DEVICE void ask(SequencePlace const& places, WindowMask const& mask, int first_row,
+                          int first_column, uint32_t* to) const {
     uint32_t shown[Bits::kWords] = {};
     CUTLASS_PRAGMA_UNROLL
     for (int row = 0; row < 2; ++row) {
-      int const own = query + 8 * row;
-      uint32_t const seen =
-          columns_between<Bits::kColumns>(mask.first_key(own) - key, mask.end_key(own) - key);
+      int const own = first_row + 8 * row;
+      uint32_t const seen = kRows == MaskRows::kKeys ? ~uint32_t{0}
+                                                     : columns_between<Bits::kColumns>(
+                                                           mask.first_key(own) - first_column,
+                                                           mask.end_key(own) - first_column);
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < Bits::kColumns; ++col) {
         int const i = row * Bits::kColumns + col;
-        auto const here = places.template at<Variant>(own, key + 8 * (col / 2) + col % 2);
+        int const other = first_column + 8 * (col / 2) + col % 2;
+        auto const here = kRows == MaskRows::kKeys ? places.template at<Variant>(other, own)
+                                                   : places.template at<Variant>(own, other);
         if (Variant::Hooks::mask(here, variant)) {
           shown[i / 32] |= (seen >> col & 1) << i % 32;
         }
