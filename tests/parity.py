@@ -257,6 +257,7 @@ def skip_unless_answered(
     for of_pass in passes if device == "cuda" else ():
         if not any(
             row["any_call"]
+            and "variant" not in row
             and row["softcap"] == softcap
             and DTYPES[row["dtype"]] == dtype
             and row["head_dim"] >= head_dim
@@ -277,7 +278,7 @@ def skip_unless_built(dtype, head_dim, causal, of_pass="forward"):
             DTYPES[row["dtype"]] == dtype
             and common_head_dim(row) >= head_dim
             and row["mask"] in ("any", mask)
-            and not (row["softcap"] or row.get("grouped"))
+            and not (row["softcap"] or row.get("grouped") or "variant" in row)
         ):
             return
     pytest.skip(f"this build has no {of_pass} kernel for {dtype}, head dim {head_dim}, {mask}")

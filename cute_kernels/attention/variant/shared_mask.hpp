@@ -19,8 +19,6 @@ namespace cute_kernels::attention {
 /// element, in the order in which the threads of the attention kernel hold a block's: a list's unit
 /// has rows, of queries, or backward of keys, and an entry's unit blocks of kTileN columns. About
 /// other units each tile asks for itself.
-enum class MaskRows { kQueries, kKeys };
-
 template <int kTileN>
 struct SharedMask {
   static constexpr int kEnd = 8;  // entries of a list at each end
@@ -60,6 +58,8 @@ constexpr bool shares_mask() {
     return false;
   }
 }
+
+enum class MaskRows { kQueries, kKeys };
 
 /// Units of a batch entry's rows.
 template <MaskRows kRows>
