@@ -256,7 +256,9 @@ def variants_section(data: dict[str, Any]) -> str:
     arguments = [cell["mask"].startswith(("softcap", "sinks")) for cell in data["cells"]]
     subjects = ["variants", "block masks"] if not all(arguments) else []
     subjects += ["softcap", "sinks"] if any(arguments) else []
-    peer = " beside FlashAttention-4" if data["settings"]["peers"] == ["fa4"] else ""
+    settings = data["settings"]
+    subjects += ["gradients"] if settings["backward"] and not settings["forward"] else []
+    peer = " beside FlashAttention-4" if settings["peers"] == ["fa4"] else ""
     return section(
         data,
         ", ".join(subjects).capitalize() + peer,
