@@ -104,6 +104,11 @@ int main() {
   VariantArguments variant{};
   // Kernels that share nothing have tiles that are no part of a unit.
   if (bytes_of_shared_mask<NoVariant, 96>(call, nullptr) != 0) return 1;
+  // Nor is there anything to ask about where there are no rows, whatever lists say.
+  int const listed = 1;
+  sizes = {2, 128, 0, 4, 4, 64, 64};
+  BlockLists const beyond{&listed, &listed, &listed, 3, 0, 1};
+  if (rows_of_shared_mask<Variant, 64, MaskRows::kKeys>(call, beyond) != 0) return 2;
   int left, right, rows_of_batch, count, capacity;
   while (std::cin >> sizes.batch >> sizes.heads_q >> sizes.seqlen_q >> sizes.seqlen_k >> left >>
          right >> rows_of_batch >> variant.blocks.rows_of_head >> count >> capacity) {

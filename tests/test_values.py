@@ -190,6 +190,23 @@ def test_gradients_of_tokens_that_are_all_alike(kernel):
             assert ((grad_v - right).abs() <= 0.05 * right.abs()).all(), (seqlen_q, seqlen_k)
 
 
+@pytest.mark.parametrize("scale", [1e6, 1e7, 1e8])
+@pytest.mark.parametrize("kernel", BACKWARD_KERNELS, indirect=True)
+def test_no_probability_is_above_1_at_large_scales(kernel, scale):
+    """One fp32 LSE does not tell scores of 1e8 apart: P may be anything from 0 to 1."""
+    for seqlen_q, seqlen_k in SEQLENS:
+        q, k, v = drawn(kernel, seqlen_q, seqlen_k)
+        grad_out, _, _ = drawn(kernel, seqlen_q, 0, seed=1)
+        out, lse = flash_attn_func(
+            q, k, v, softmax_scale=scale, causal=kernel.causal, return_lse=True
+        )
+        grad_v = kernel.backward(grad_out, None, q, k, v, out, lse, scale)[2].double()
+        group = q.shape[2] // k.shape[2]
+        most = grad_out.double().abs().unflatten(2, (-1, group)).sum((1, 3))
+        assert grad_v.isfinite().all(), (seqlen_q, seqlen_k)
+        assert (grad_v.abs() <= 1.01 * most[:, None]).all(), (seqlen_q, seqlen_k)
+
+
 @pytest.mark.parametrize("kernel", BACKWARD_KERNELS, indirect=True)
 def test_gradients_of_other_sizes(kernel):
     """Zeros; tiny and huge V and dO; one huge score."""

@@ -92,7 +92,8 @@ class BackwardAheadMainloop : public BackwardSplitProducts<Traits> {
       auto p_rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
       if constexpr (kCareful) {
         HiddenStep<Traits> const hidden(shared, step.masked(), 0);
-        hidden.template restrict<Exponent>(p_rows, coord.mask(params), key, query);
+        hidden.template restrict<Exponent>(p_rows, coord.mask(params), key, query,
+                                           params.scale_log2);
         pipeline_grad_out.consumer_wait(read);
         hidden.clear_queries(shared, read.index());
       } else if (step.masked()) {

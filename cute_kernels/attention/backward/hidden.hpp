@@ -150,9 +150,9 @@ CUTLASS_DEVICE void clear_own_keys(Params const& params, typename Traits::KeyBlo
   note_spoilt_keys<Traits>(shared, warpgroup, spoilt);
 }
 
-/// P, or what P is 2 to the power of, in whatever unit: the largest value there is, what is too
-/// much of it, and the value of what is not seen. A little more than the largest is what the usual
-/// kernel has, too, and calls that raise no alarm have no more: so both have the same bits.
+/// P, or what P is 2 to the power of: the largest value there is, what is too much of it, and the
+/// value of what is not seen. A little more than the largest is what the usual kernel has, too, and
+/// calls that raise no alarm have no more: so both have the same bits.
 struct Probability {
   static constexpr float kLargest = 1.f;
   static constexpr float kTooLarge = 1.f + 0x1p-8f;
@@ -174,9 +174,11 @@ class HiddenStep {
       : masked_(masked), spoilt_keys_(shared.spoilt_keys[consumer_warp(warpgroup)]) {}
 
   /// P hardly above 1, as rounding of a large lse would have it; NaN for a key that is not finite;
-  /// 0 where a query does not see the key. Values is Probability or Exponent.
+  /// 0 where a query does not see the key. Values is Probability or Exponent; `values` times
+  /// `unit` are of that.
   template <class Values, class Fragment, class Mask>
-  CUTLASS_DEVICE void restrict(Fragment& values, Mask const& mask, int key, int query) const {
+  CUTLASS_DEVICE void restrict(Fragment& values, Mask const& mask, int key, int query,
+                               float unit = 1.f) const {
     using namespace cute;
     int const row_in_warp = threadIdx.x % 32 / 4;
     CUTLASS_PRAGMA_UNROLL
@@ -185,7 +187,7 @@ class HiddenStep {
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(values); ++col) {
         float const x = values(row, col);
-        values(row, col) = spoilt ? NAN : x > Values::kTooLarge ? Values::kLargest : x;
+        values(row, col) = spoilt ? NAN : x * unit > Values::kTooLarge ? Values::kLargest : x;
       }
     }
     if (masked_) mask.apply_transposed(values, key, query, Values::kHidden);

@@ -97,8 +97,9 @@ class BackwardSplitMainloop : public BackwardSplitProducts<Traits> {
       if constexpr (Traits::kChanges) Variant::prepare(params, scores);
       if constexpr (kCareful) {
         HiddenStep<Traits> const hidden(shared, step.hides_some(), 0);
-        hidden.template restrict<Score>(
-            p_rows, mask_of_step<Traits>(params, coord, places, step.is_full()), key, query);
+        hidden.template restrict<Score>(p_rows,
+                                        mask_of_step<Traits>(params, coord, places, step.is_full()),
+                                        key, query, params.scale_log2);
         pipeline_grad_out.consumer_wait(read);
         hidden.clear_queries(shared, read.index());
       } else {

@@ -77,7 +77,8 @@ int64_t rows_of_shared_mask(AttentionCall const& call, BlockLists const& lists) 
     constexpr int kFewHeads = 2;
     CallSizes const& sizes = call.sizes;
     int64_t rows = mask_units<kRows>(sizes);
-    bool shares = lists.counts != nullptr && lists.rows_of_head == 0 && sizes.heads_q > kFewHeads;
+    bool shares =
+        rows > 0 && lists.counts != nullptr && lists.rows_of_head == 0 && sizes.heads_q > kFewHeads;
     if (lists.rows_of_batch != 0) {
       rows += int64_t{lists.rows_of_batch} * (sizes.batch - 1);
     } else {
