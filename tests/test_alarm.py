@@ -54,7 +54,9 @@ def test_care_alone_changes_no_bit(hopper, row, size):
     q, k, v = random_qkv(hopper, dtype, 32, 60 + BLIND, 60, 4, 2, head_dim)
     q = q * (size * (128 / head_dim) ** 0.5)
     out, lse = flash_attn_forward(q, k, v, 0.1, True, diagonal=diagonal)
-    assert lse[lse.isfinite()].abs().max() < 4096  # which would raise the alarm by itself
+    largest = lse[lse.isfinite()].abs().max()
+    assert largest < 4096  # which would raise the alarm by itself
+    assert size == 1 or largest > 1000
     for _ in range(10):
         grad_out = torch.randn_like(q)
         results = []

@@ -213,7 +213,7 @@ def test_asked_once_or_for_each_head(hopper, kernels, head_dim, name, options):
 @pytest.mark.parametrize("name", ["document", "prefix_lm"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_gradients_asked_once_or_for_each_head(hopper, kernels, head_dim, name, options):
-    """Likewise."""
+    """The same bits, in an order, of lists longer than what is asked once."""
     torch.manual_seed(0)
     for batch, lengths in [(1, (200, 300)), (2, (4133, 1000))]:
         case = CASES[name](random.Random(0), hopper, batch, 6, *lengths)

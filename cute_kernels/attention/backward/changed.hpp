@@ -62,7 +62,7 @@ CUTLASS_DEVICE void changed_probabilities(Params const& params, Rows const& rows
     float exponent = __fmaf_rn(changed.value, params.scale_log2, minus_lse);
     // Hidden by a hook, or careful also where lse is NaN.
     if ((Variant::kHasHooks || kCareful) && changed.hidden) return 0.f;
-    if (kCareful && exponent > Exponent::kTooLarge) exponent = Exponent::kLargest;
+    if constexpr (kCareful) exponent = not_too_large<Exponent>(exponent);
     return sm90::exp2_mufu(exponent);
   };
   auto element = [&](int row, int col) {

@@ -164,6 +164,12 @@ struct Exponent {
   static constexpr float kHidden = -INFINITY;
 };
 
+/// A value, which times `unit` is of Values, or the largest where it is too much.
+template <class Values>
+CUTLASS_DEVICE float not_too_large(float value, float unit = 1.f) {
+  return value * unit > Values::kTooLarge ? Values::kLargest : value;
+}
+
 /// What a careful step does.
 template <class Traits>
 class HiddenStep {
@@ -186,8 +192,7 @@ class HiddenStep {
       bool const spoilt = spoilt_keys_ >> 2 * (row_in_warp + 8 * row) & 1;
       CUTLASS_PRAGMA_UNROLL
       for (int col = 0; col < size<1>(values); ++col) {
-        float const x = values(row, col);
-        values(row, col) = spoilt ? NAN : x * unit > Values::kTooLarge ? Values::kLargest : x;
+        values(row, col) = spoilt ? NAN : not_too_large<Values>(values(row, col), unit);
       }
     }
     if (masked_) mask.apply_transposed(values, key, query, Values::kHidden);

@@ -174,8 +174,9 @@ cudaError_t launch_backward_main(BackwardProblem const& problem, BackwardWorkspa
   return status;
 }
 
+/// All CTAs of an AskMask.
 template <class Ask>
-__global__ void __launch_bounds__(256) ask_mask_kernel(CUTE_GRID_CONSTANT Ask const ask) {
+__global__ void __launch_bounds__(Ask::kThreads) ask_mask_kernel(CUTE_GRID_CONSTANT Ask const ask) {
   sm90::let_next_kernel_start();
   ask(blockIdx.x, gridDim.x, blockDim.x);
 }
@@ -190,7 +191,7 @@ cudaError_t start_asking(BackwardProblem const& problem, BackwardWorkspace const
     Ask const ask(problem.call, *problem.variant, workspace.shared_mask);
     sm90::Launch how{};
     how.grid = dim3(static_cast<unsigned>(ask.ctas()));
-    how.threads = SharedMask<Traits::kTileM>::kThreads;
+    how.threads = Ask::kThreads;
     how.stream = stream;
     how.device = problem.device.index;
     return sm90::launch_kernel<ask_mask_kernel<Ask>>(how, ask);

@@ -110,6 +110,7 @@ class AskMask {
 
  public:
   static constexpr int kParts = 4;  // CTAs of a list
+  static constexpr int kThreads = Bits::kThreads;
 
   AttentionCall call;
   VariantArguments variant;
