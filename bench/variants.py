@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from bench import comparison, report, session, vllm_library
-from bench.cells import cell_name
+from bench.cells import cell_name, on_data
 from bench.variant_cells import BACKWARD, CASES, FORWARD, SEQLEN
 
 PEER_NAMES = ("flex-attention", "fa3-vllm", "fa4")
@@ -27,6 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=SEQLEN)
     parser.add_argument("--forward", action="store_true", help="the forward pass alone")
     parser.add_argument("--backward", action="store_true", help="the backward pass alone")
+    session.add_data_option(parser)
     vllm_library.add_option(parser)
     parser.add_argument(
         "--only-compile", action="store_true", help="fill the cache of kernels: no GPU is needed"
@@ -60,6 +61,7 @@ def compile_all(arguments: argparse.Namespace, rules: dict[str, Any]) -> dict[st
 
 def run(arguments: argparse.Namespace, device: str = "cuda") -> dict[str, Any]:
     from bench import measure, providers, variant_problems
+    from bench.distributions import chosen
 
     suffix = "" if len(passes(arguments)) == 2 else f"_{passes(arguments)[0]}"
     path = arguments.out / f"variants_{arguments.dtype}{suffix}.json"
@@ -84,7 +86,6 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> dict[str, Any]:
     data["machine"]["cublas_bf16"] = measure.time_cublas(session.query_gpu)
     todo = [(case, of_pass) for case in cases for of_pass in passes(arguments)]
     for number, (case, of_pass) in enumerate(todo, start=1):
-        begin = time.perf_counter()
         if case.rule:
             rule = rules[case.name]
             given = (arguments.seqlen, device, arguments.peers, loaded[variant_problems.FA4])
@@ -94,9 +95,11 @@ def run(arguments: argparse.Namespace, device: str = "cuda") -> dict[str, Any]:
                 case, arguments.seqlen, device, *loaded.values()
             )
         cell = case.cell(arguments.dtype, arguments.seqlen, problem.pairs, of_pass)
-        entry = record.add(cell, time_problem(problem, cell, arguments, data))
-        comparison.progress(number, len(todo), entry, cell, report.peers_of(data))
-        session.say(f"    {time.perf_counter() - begin:.0f} s with checks and compiling")
+        for on in on_data([cell], chosen(arguments.data)):
+            begin = time.perf_counter()
+            entry = record.add(on, time_problem(problem, on, arguments, data))
+            comparison.progress(number, len(todo), entry, on, report.peers_of(data))
+            session.say(f"    {time.perf_counter() - begin:.0f} s with checks and compiling")
     session.say(f"wrote {record.path}")
     return data
 

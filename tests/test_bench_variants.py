@@ -97,6 +97,17 @@ def test_one_pass_of_some_cases(on_the_cpu, tmp_path):
     assert json.loads((tmp_path / "variants_bf16_forward.json").read_text()) == data
 
 
+def test_other_data(on_the_cpu, tmp_path):
+    options = f"--seqlen {SEQLEN} --out {tmp_path} --commit abc --forward --peers"
+    options += " --cases document sinks --data normal sd6"
+    data = variants.run(variants.parse(options.split()), "cpu")
+    assert not comparison.failed(data)
+    found = [(cell["mask"], cell.get("data")) for cell in data["cells"]]
+    assert found == list(itertools.product(("document", "sinks"), (None, "sd6")))
+    lines = [line[0] for line in variants.table(data)[1]]
+    assert lines[:2] == ["D=128 document S=160", "D=128 document S=160 sd6"]
+
+
 def test_passes():
     assert variants.passes(variants.parse([])) == [FORWARD, BACKWARD]
     assert variants.passes(variants.parse(["--forward", "--backward"])) == [FORWARD, BACKWARD]
