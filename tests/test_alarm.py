@@ -44,19 +44,26 @@ def test_what_a_blind_query_holds_has_no_part(kernel, spoilt):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("size", [1.0, 500.0], ids=["lse of 5", "lse of 2700"])
+@pytest.mark.parametrize("size", [1.0, 500.0, None], ids=["lse of 5", "lse of 2700", "of 3900"])
 @pytest.mark.parametrize("row", GRADIENTS)
 def test_care_alone_changes_no_bit(hopper, row, size):
     """Of queries that see one key P is 1 and dS 0, both but for rounding. What is left of dS is
-    often halfway between two numbers of float16: the least difference of P tells which it is."""
+    often halfway between two numbers of float16: the least difference of P tells which it is.
+    Without a size that key is the query: then all products are positive, and P rounds up the most.
+    """
     head_dim, dtype = common_head_dim(row), DTYPES[row["dtype"]]
     diagonal = -BLIND if row["any_call"] else None
     q, k, v = random_qkv(hopper, dtype, 32, 60 + BLIND, 60, 4, 2, head_dim)
-    q = q * (size * (128 / head_dim) ** 0.5)
+    if size is None:
+        first = torch.nn.functional.normalize(k[:, 0].float(), dim=-1)
+        k[:, 0] = first * head_dim**0.5
+        q[:, BLIND] = (first * (3900 / 0.1 / head_dim**0.5)).repeat_interleave(2, 1)
+    else:
+        q = q * (size * (128 / head_dim) ** 0.5)
     out, lse = flash_attn_forward(q, k, v, 0.1, True, diagonal=diagonal)
     largest = lse[lse.isfinite()].abs().max()
     assert largest < 4096  # which would raise the alarm by itself
-    assert size == 1 or largest > 1000
+    assert size == 1 or largest > (1000 if size else 3800)
     for _ in range(10):
         grad_out = torch.randn_like(q)
         results = []

@@ -373,6 +373,21 @@ def test_rows_that_no_sequence_uses(hopper):
         assert (lse[:, rows] == -math.inf).all()
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_a_scale_that_leaves_one_key(hopper, head_dim, page_size):
+    """Scaled scores beyond a float, some of them the largest of a row and negative."""
+    skip_unless_built(torch.bfloat16, head_dim)
+    sizes = [1, 1, 1, 17, 1000, 300], [1, 1, 1, 2, 16, 300]
+    for options in ({}, {"num_splits": 3}, {"sinks": torch.full((8,), -math.inf, device=hopper)}):
+        cache = random_cache(
+            random.Random(7), *sizes, head_dims=(head_dim, head_dim), page_size=page_size
+        )
+        out, _ = run(cache, softmax_scale=3e38, **options)
+        exact = [Attention(*qkv, 3e38, causal=True).out[0] for qkv in cache.sequences]
+        assert torch.equal(out.double(), torch.cat(exact))
+
+
 def test_lengths_that_lie_outside(hopper):
     """Nothing is read that is not there."""
     skip_unless_built(torch.bfloat16, 64)

@@ -151,11 +151,13 @@ def program(tmp_path_factory):
     return host_program(folder, MAIN % hooks_source(SAME, ()), "-O1", "-I", headers, *CHECKED)
 
 
-def case(rng, batch, heads, *, batches=None, of_heads=1, beyond=0):
+def case(rng, batch, heads, *, batches=None, of_heads=1, beyond=0, seqlen=None):
     """A call's numbers, its kinds of units, and the units of its queries. Lists may be for units
     `beyond` the last query and key, as those of a mask of larger blocks."""
     units_q, units_k = rng.randint(1, 3), rng.choice([1, 3, 20])
     seqlen_q, seqlen_k = (n * UNIT - rng.randrange(UNIT) for n in (units_q, units_k))
+    if seqlen:
+        seqlen_q, seqlen_k, units_q, units_k = seqlen, seqlen, 1, 1
     own_units, units_q, units_k = units_q, units_q + beyond, units_k + beyond
     kinds = torch.randint(0, 3, (batches or batch, of_heads, units_q, units_k))
     lists = block_lists(kinds.to(torch.int8))
@@ -176,7 +178,7 @@ def case(rng, batch, heads, *, batches=None, of_heads=1, beyond=0):
 def test_every_bit_is_what_the_hook_and_the_mask_say(program):
     rng = random.Random(0)
     torch.manual_seed(0)
-    cases = [case(rng, rng.randint(1, 2), 4, beyond=i % 2) for i in range(16)]
+    cases = [case(rng, rng.randint(1, 2), 512, beyond=i % 2) for i in range(16)]
     answers = program([numbers for numbers, _, _ in cases])
     of_tiles = [answers[i::4] for i in range(4)]  # of 128 and 64, of queries and of keys
     for i, (numbers, kinds, units) in enumerate(cases):
@@ -198,6 +200,7 @@ def test_every_bit_is_what_the_hook_and_the_mask_say(program):
         (2, 4, {"batches": 1}),  # the hook asks for the batch entry
         (1, 4, {"of_heads": 4}),
         (1, 2, {}),  # too few share
+        (50, 4, {"seqlen": 63}),  # Q has 512 bytes a row, its bits 32 KB a sequence
     ],
 )
 def test_what_is_not_shared_has_no_memory(program, batch, heads, options):

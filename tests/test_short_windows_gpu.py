@@ -250,6 +250,9 @@ def test_scores_and_scales_at_the_ends_of_a_float(hopper, row):
     for scale in (5e-39, 2.0**-100):
         results = packed.run(**options, softmax_scale=scale)
         assert_packed_right(results, packed, softmax_scale=scale, window_size=(60, 3))
+    # Beyond a float, scaled scores of either sign
+    out, _ = packed.run(window_size=(0, 0), tile_config=row["name"], softmax_scale=3e38)
+    assert torch.equal(out, packed.v.repeat_interleave(group, 1))
     alike = [torch.full_like(x, 30000.0) for x in packed.qkv]
     out, lse = dataclasses.replace(packed, q=alike[0], k=alike[1], v=alike[2]).run(**options)
     assert (out == 30000.0).all()

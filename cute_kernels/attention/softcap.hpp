@@ -46,12 +46,6 @@ struct SquareBound {
   }
 };
 
-/// What products of Q and K are multiplied by before tanh: scale / softcap, of which no product
-/// with 0 is NaN.
-inline float softcap_factor(float scale, float softcap) {
-  return static_cast<float>(std::min(double{scale} / double{softcap}, 0x1p120));
-}
-
 /// tanh(factor * score) of scores that may be anywhere, in place.
 template <class Scores>
 CUTLASS_DEVICE void apply_tanh(Scores& scores, float factor) {

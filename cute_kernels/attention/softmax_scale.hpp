@@ -11,4 +11,10 @@ inline float scale_of_scores(float softmax_scale) {
   return std::min(std::max(softmax_scale, 0x1p-100f), 0x1p127f);
 }
 
+/// What products of Q and K are multiplied by before tanh: scale / softcap, of which no product
+/// with 0 is NaN.
+inline float softcap_factor(float scale, float softcap) {
+  return static_cast<float>(std::min(double{scale} / double{softcap}, 0x1p120));
+}
+
 }  // namespace cute_kernels::attention

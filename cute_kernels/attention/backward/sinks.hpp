@@ -16,11 +16,11 @@
 // over a query block, a kernel behind the others over the blocks: always in one order.
 namespace cute_kernels::attention {
 
-/// What a row adds. A sink is no larger than the lse that it is a part of; where both are -inf, it
-/// is all of it.
+/// What a row adds. A sink is no larger than the lse that it is a part of, but for rounding of
+/// large ones; where both are -inf, it is all of it.
 CUTLASS_DEVICE float gradient_of_sink(float sink, float lse, float minus_delta) {
   float const share = lse == -INFINITY ? 1.f : sm90::exp2_mufu((sink - lse) * sm90::kLog2e);
-  return share * minus_delta;
+  return sm90::min_nan(share, 1.f) * minus_delta;
 }
 
 /// The sum over the kThreads threads of a CTA, valid in thread 0.

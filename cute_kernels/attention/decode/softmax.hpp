@@ -177,8 +177,12 @@ struct RowResult {
     float const most_log2 = row.most * scale_log2;
     bool const sink_leads = sink_log2 > most_log2;
     float const top = sink_leads ? sink_log2 : most_log2;
-    float const weight = sm90::exp2_mufu(most_log2 - top);
-    float const sum = row.sum * weight + (sink_leads ? 1.f : sm90::exp2_mufu(sink_log2 - top));
+    // Where a scaled score is beyond a float, top is not finite: nothing is subtracted from itself.
+    float const weight = sink_leads ? sm90::exp2_mufu(most_log2 - top) : 1.f;
+    float const of_sink = sink_leads          ? 1.f
+                          : sink == -INFINITY ? 0.f
+                                              : sm90::exp2_mufu(sink_log2 - top);
+    float const sum = row.sum * weight + of_sink;
     factor = weight / sum;
     lse = (top + log2f(sum)) * sm90::kLn2;
   }

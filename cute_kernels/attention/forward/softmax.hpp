@@ -144,9 +144,10 @@ class OnlineSoftmax {
   }
 
   /// In powers of two, of a row that saw a key. Not by keys(): where offset and sink are large, the
-  /// first difference is exact.
+  /// first difference is exact. An offset beyond a float is finite here: without a sink there is
+  /// nothing above it, either.
   CUTLASS_DEVICE float sink_above_keys(int row, float sink) const {
-    return sink * sm90::kLog2e - offset_of(origin_[row]) - log2f(sum_[row]);
+    return sink * sm90::kLog2e - fmaxf(offset_of(origin_[row]), kNeverSmall) - log2f(sum_[row]);
   }
 
   template <class Output, class Denominator>

@@ -69,8 +69,9 @@ constexpr int mask_units(CallSizes const& sizes) {
 }
 
 /// Rows of lists, whose bits a call has memory for; 0: its tiles ask for themselves, as lists
-/// differ from head to head, batch entries have lists but no mask in common, or too few would
-/// share.
+/// differ from head to head, batch entries have lists but no mask in common, too few would share,
+/// or the bits would be more than Q is, or backward as many rows of keys: each short sequence has a
+/// whole unit.
 template <class Variant, int kTileN, MaskRows kRows = MaskRows::kQueries>
 int64_t rows_of_shared_mask(AttentionCall const& call, BlockLists const& lists) {
   if constexpr (shares_mask<Variant>()) {
@@ -84,6 +85,10 @@ int64_t rows_of_shared_mask(AttentionCall const& call, BlockLists const& lists) 
     } else {
       shares &= sizes.batch == 1 || !Variant::Hooks::kMaskAsksBatch;
     }
+    int64_t const own_rows =
+        int64_t{sizes.batch} * (kRows == MaskRows::kQueries ? sizes.seqlen_q : sizes.seqlen_k);
+    int64_t const own_words = own_rows * sizes.heads_q * sizes.head_dim / 2;  // of 16 bits
+    shares &= rows * SharedMask<kTileN>::kWordsOfRow <= own_words;
     return shares && rows <= SharedMask<kTileN>::kMostRows ? rows : 0;
   } else {
     return 0;
