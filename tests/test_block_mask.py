@@ -3,6 +3,7 @@ lists that kernels walk."""
 
 import math
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -88,6 +89,13 @@ def test_blocks_and_results_are_flex_attentions(name):
     for block_mask in (ours, made):
         out = flash_attn_func(q, k, v, variant=bound, block_mask=block_mask)
         assert torch.allclose(out.transpose(1, 2), expected, atol=1e-5)
+
+
+def test_torchs_lists_without_room_for_all_blocks():
+    counts, indices = torch.ones(1, 1, 3).int(), torch.tensor([0, 2, 1]).int().view(1, 1, 3, 1)
+    lengths = {"seq_lengths": (384, 384), "compute_q_blocks": False}
+    theirs = flex.BlockMask.from_kv_blocks(counts, indices, **lengths)
+    assert BlockMask.from_torch(theirs).kinds.tolist() == [[[[1, 0, 0], [0, 0, 1], [0, 1, 0]]]]
 
 
 def test_what_torchs_block_mask_slices_into():
@@ -335,15 +343,22 @@ def test_what_the_operators_have_of_a_block_mask(monkeypatch):
     """Shapes and gradients of the operators on CUDA, whose kernels are not asked."""
     monkeypatch.setattr(attention, "_kernels_of", lambda *_: Names("forward", "backward"))
     monkeypatch.setitem(ROWS["backward"], "backward", {"tile_n": 128})
+    unpacked = Counter()
     with torch._subclasses.FakeTensorMode():
         q, k, v = qkv(2, 300, 400, dtype=torch.bfloat16)
         slopes = torch.empty(4, requires_grad=True)
         counts, indices = torch.ones(1, 1, 3).int(), torch.zeros(1, 1, 3, 4).int()
         call = (q, k, v, None, 0.25, False, None, None, None, False, None, 0)
         for blocks in (None, BlockMask(counts, indices)):
-            out, lse = attention._on_cuda(variants.alibi(slopes), *call, blocks)
+            unpacked.clear()
+            # Checkpointing allows no second time.
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: x, lambda x: unpacked.update([id(x)]) or x
+            ):
+                out, lse = attention._on_cuda(variants.alibi(slopes), ["slopes"], *call, blocks)
             assert (out.shape, lse.shape) == (q.shape, (2, 4, 300))
             grads = torch.autograd.grad(out.float().sum() + lse.sum(), (q, k, v, slopes))
+            assert max(unpacked.values()) == 1
             assert [x.shape for x in grads] == [x.shape for x in (q, k, v, slopes)]
 
 

@@ -323,6 +323,15 @@ def test_refusals(device, changes, error, message):
         flash_attn_fp8_varlen_func(**call(device, **moved))
 
 
+def test_messages_name_what_was_given():
+    q, k, v = (torch.zeros(8, 2, 64).to(torch.float8_e4m3fn) for _ in "qkv")
+    starts, wrong = torch.tensor([0, 8]).int(), torch.tensor([0, 9]).int()
+    with pytest.raises(ValueError, match=r"cu_seqlens_k\[1\] is 9, must be at most 8"):
+        flash_attn_varlen_func(q, k, v, starts, wrong)
+    with pytest.raises(ValueError, match="softcap is nan"):
+        flash_attn_varlen_func(q, k, v, starts, starts, softcap=math.nan)
+
+
 def test_derivatives_are_refused(device):
     arguments = call(device)
     arguments["q"].requires_grad_()

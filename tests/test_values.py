@@ -141,6 +141,10 @@ def test_a_scale_that_leaves_one_key(kernel):
     out, _ = kernel.forward(q, k, v, softmax_scale=3e38)
     exact = Attention(q, k, v, 3e38, **kernel.mask)
     assert torch.equal(out.double(), exact.out)
+    without = torch.full((q.shape[2],), -math.inf, device=q.device)
+    call = {"causal": kernel.causal, "window_size": kernel.window_size, "sinks": without}
+    out = flash_attn_func(q, k, v, softmax_scale=3e38, **call)
+    assert torch.equal(out.double(), exact.out)
 
 
 def backward(kernel, q, k, v, grad_out, scale):

@@ -158,6 +158,79 @@ def test_what_a_hook_hides_has_no_part_in_captured_tensors():
         assert torch.allclose(with_hidden, without, rtol=1e-5, atol=1e-6)
 
 
+def test_what_hidden_pairs_make_of_captured_tensors_has_no_part():
+    """The derivative at hidden pairs is infinite, or there is nothing to read."""
+    q, k, v = qkv(2, 140, 140)
+    kerple = {
+        "score_python": lambda score, head, position, key, rate: (
+            score - rate[head] * torch.log1p((position - key).to(score.dtype))
+        ),
+        "tensors": {"rate": ("float32", "head")},
+    }
+    clamped = {
+        **kerple,
+        "score_python": lambda score, head, position, key, rate: (
+            score - rate[head] * torch.log1p((position - key).clamp(min=0).to(score.dtype))
+        ),
+    }
+    rate = torch.rand(4, requires_grad=True)
+    results = []
+    for name, hooks in (("kerple", kerple), ("clamped", clamped)):
+        variant = Variant(name, score="return score;", **hooks)(rate=rate)
+        out = flash_attn_func(q, k, v, causal=True, variant=variant)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, rate))))
+    for own, right in zip(*results, strict=True):
+        torch.testing.assert_close(own, right)
+    table = torch.rand(5, requires_grad=True)
+    relative = Variant(
+        "relative",
+        score="return score + table[key - position + 2];",
+        score_python=lambda score, key, position, table: score + table[key - position + 2],
+        tensors={"table": ("float32", 5)},
+    )
+    out = flash_attn_func(q, k, v, window_size=(2, 2), variant=relative(table=table))
+    assert torch.autograd.grad(out.square().sum(), table)[0].isfinite().all()
+    hidden = Variant(
+        "hidden_all",
+        score_python=lambda score, head, rate: score + (rate - rate.detach()).sqrt()[head],
+        mask_python=lambda key: key < 0,
+        tensors={"rate": ("float32", "head")},
+    )
+    out = flash_attn_func(q, k, v, variant=hidden(rate=rate))
+    assert not torch.autograd.grad(out.sum(), rate)[0].any()
+
+
+def test_gradients_of_what_has_no_part():
+    """Of inputs that no hook uses, of no sequences at all, and of what only a mask reads."""
+    q, k, v = qkv(1, 6, 8)
+    flat = Variant("flat", score_python=lambda key: 0.0 * key)
+    grads = torch.autograd.grad(flash_attn_func(q, k, v, variant=flat).sum(), (q, k, v))
+    assert not grads[0].any() and not grads[1].any() and grads[2].any()
+    none = [torch.randn(0, 2, 16, requires_grad=True) for _ in "qkv"]
+    starts = torch.zeros(1, dtype=torch.int32)
+    out = flash_attn_varlen_func(*none, starts, starts, variant=flat)
+    assert all(x.shape[0] == 0 for x in torch.autograd.grad(out.sum(), none))
+    gate = torch.rand(8, requires_grad=True)
+    gated = Variant(
+        "gated", mask_python=lambda key, gate: gate[key] > 0.5, tensors={"gate": ("float32", "key")}
+    )
+    frozen = [x.detach() for x in (q, k, v)]
+    assert not flash_attn_func(*frozen, variant=gated(gate=gate)).requires_grad
+
+
+def test_sinks_and_numbers_at_the_ends_of_a_float():
+    q, k, v = (x.detach() for x in qkv(1, 6, 8))
+    sinks = torch.tensor([math.inf, -math.inf, 0.0, 1e30])
+    own = flash_attn_func(q, k, v, sinks=sinks, return_lse=True, variant=variants.dilated(8, 1))
+    right = flash_attn_func(q, k, v, sinks=sinks, return_lse=True, window_size=(7, 0))
+    for a, b in zip(own, right, strict=True):
+        torch.testing.assert_close(a, b)
+    scaled = Variant("scaled", score_python=lambda score, by: score * by, numbers={"by": float})
+    for number in (1e-50, -1e300):
+        with pytest.raises(ValueError, match=re.escape(f"by is {number}, must be 0 or")):
+            scaled(by=number)
+
+
 def test_a_row_that_sees_nothing_is_0():
     q, k, v = qkv(1, 6, 8)
     nothing = Variant("nothing", mask_python=lambda key: key < 0)
@@ -210,6 +283,9 @@ def test_random_numbers_are_even_and_their_own():
         ({"tensors": {"head": ("float32",)}}, ValueError, "'head' cannot name a captured value"),
         ({"tensors": {"for": ("float32",)}}, ValueError, "'for' cannot name a captured value"),
         ({"numbers": {"captured": int}}, ValueError, "'captured' cannot name a captured value"),
+        ({"tensors": {"bitand": ("int8",)}}, ValueError, "'bitand' cannot name a captured value"),
+        ({"tensors": ["x"]}, TypeError, "tensors is a list"),
+        ({"numbers": ["x"]}, TypeError, "numbers is a list"),
         ({"tensors": {"x": "float32"}}, TypeError, "tensors['x'] is 'float32'"),
         ({"tensors": {"x": ("float64",)}}, ValueError, "has dtype 'float64'"),
         ({"tensors": {"x": ("float32", "row")}}, ValueError, "has the axis 'row'"),
@@ -218,6 +294,7 @@ def test_random_numbers_are_even_and_their_own():
         ({"numbers": {"x": bool}}, TypeError, "must be int or float"),
         ({"numbers": {"x": int}, "tensors": {"x": ("int8",)}}, ValueError, "it is taken"),
         ({"score_python": 1}, TypeError, "score_python is 1"),
+        ({"score_python": torch.tanh}, TypeError, "whose parameters Python does not know"),
         ({"score_python": lambda scores: scores}, ValueError, "the parameter 'scores'"),
         ({"mask_python": lambda score: score}, ValueError, "the parameter 'score'"),
         (
@@ -244,6 +321,7 @@ def test_definitions_that_are_refused(arguments, error, words):
         ({"shift": torch.zeros(4, 1)}, ValueError, "must have 1 dimensions: (head)"),
         ({"shift": torch.zeros(4).half()}, TypeError, "must be torch.float32"),
         ({"shift": torch.zeros(4, device="meta")}, ValueError, "shift is on meta"),
+        ({"shift": torch.zeros(4).to_sparse()}, TypeError, "shift has layout torch.sparse_coo"),
     ],
 )
 def test_captured_tensors_that_are_refused(captured, error, words):
@@ -259,6 +337,8 @@ def test_calls_that_are_refused():
         ({"variant": "alibi"}, TypeError, "variant is a str"),
         ({"variant": SHIFTED}, TypeError, "needs shift"),
         ({"variant": shifted, "softcap": 1.0}, NotImplementedError, "softcap"),
+        ({"variant": shifted, "softcap": -1.0}, ValueError, "softcap is -1.0"),
+        ({"variant": shifted, "softcap": math.nan}, ValueError, "softcap is nan"),
         ({"variant": shifted, "attention_chunk": 8}, NotImplementedError, "attention_chunk"),
         ({"variant": shifted, "tile_config": "none"}, ValueError, "forward kernel of variant"),
         ({"variant": Variant("gpu", mask="return true;")}, NotImplementedError, "no mask_python"),

@@ -243,6 +243,40 @@ def test_compiled(hopper, kernels):
         assert torch.allclose(result.float(), right.float(), rtol=2e-2, atol=2e-2)
 
 
+def test_checkpointed_and_compiled_for_any_size(hopper, kernels):
+    q, k, v = random_qkv(hopper, torch.bfloat16, 2, 200, 200, 4, 2, 64)
+    q.requires_grad_()
+    slopes = torch.rand(4, device=hopper, requires_grad=True)
+
+    def call(q, k, v, slopes):
+        return flash_attn_func(q, k, v, causal=True, variant=variants.alibi(slopes))
+
+    def checkpointed(*inputs):
+        return torch.utils.checkpoint.checkpoint(call, *inputs, use_reentrant=False)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True)
+    right, *others = (
+        torch.autograd.grad(function(q, k, v, slopes).square().sum(), (q, slopes))
+        for function in (call, checkpointed, compiled)
+    )
+    for grads in others:
+        for grad, expected in zip(grads, right, strict=True):
+            assert torch.allclose(grad.float(), expected.float(), rtol=2e-2, atol=2e-2)
+    with pytest.raises(NotImplementedError, match=r"no torch\.func transforms on CUDA"):
+        torch.func.grad(lambda q: call(q, k, v, slopes).sum())(q)
+
+
+def test_a_mask_has_no_gradient_and_a_weight_none_here(hopper):
+    q, k, v = random_qkv(hopper, torch.bfloat16, 1, 64, 64, 2, 2, 64)
+    gate = torch.rand(64, device=hopper, requires_grad=True)
+    tensors = {"gate": ("float32", "key")}
+    shown = Variant("shown_by", mask="return gate[key] > 0.5f;", tensors=tensors)
+    assert not flash_attn_func(q, k, v, variant=shown(gate=gate)).requires_grad
+    weighed = Variant("weighed_by", weight="return gate[key];", tensors=tensors)
+    with pytest.raises(NotImplementedError, match="no gradient of gate on CUDA"):
+        flash_attn_func(q, k, v, variant=weighed(gate=gate))
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.25])
 def test_dropout_alibi_and_softcap_of_flash_attention_2(hopper, rate):
     """In one kernel, which compiles here; V shows P."""

@@ -139,8 +139,7 @@ def flash_attn_func(
             )
         check_hints(num_splits, pack_gqa, sm_margin)
         causal, left, right = window_of(window_size, causal)
-        if not isinstance(softcap, (int, float)):  # the operator would read a tensor, and wait
-            check_softcap(softcap)
+        check_softcap(softcap)  # of a tensor, the operator would read it, and wait
         check_chunk(attention_chunk)
         options = (sinks, left, right, None, softcap, sm_margin) if hinted else (sinks,)
         descales = (q_descale, k_descale, v_descale)

@@ -204,10 +204,13 @@ def attention_forward(
         accumulator /= total.masked_fill(total == 0, 1.0)
         row_lse = maximum * blocks.unit + total.log()
         if sinks is not None:
-            of_keys = row_lse
-            row_lse = torch.logaddexp(of_keys, blocks.head_values(sinks, queries))
-            # -inf - -inf would be NaN: a row that has seen no key is 0 already.
-            accumulator *= (of_keys - row_lse.masked_fill(of_keys == -math.inf, 0.0)).exp_()
+            of_sinks = blocks.head_values(sinks, queries)
+            # Infinite minus infinite would be NaN: a row that has seen no key is 0 already, and
+            # scaled scores may be beyond a float.
+            limits = torch.finfo(row_lse.dtype)
+            of_keys = row_lse.clamp(limits.min, limits.max)
+            accumulator *= (of_keys - torch.logaddexp(of_keys, of_sinks)).exp_()
+            row_lse = torch.logaddexp(row_lse, of_sinks)
         out[:, queries] = blocks.from_rows(accumulator)
         lse[:, :, queries] = row_lse.view(q.shape[0], blocks.heads, -1)
     return out, lse

@@ -24,6 +24,7 @@ from cute_kernels.fp8 import flash_attn_varlen_e4m3
 from cute_kernels.variants.attention import Packed, attend
 from cute_kernels.variants.variant import BoundVariant, Variant
 from cute_kernels.varlen_checks import (
+    check_lengths,
     check_max_seqlens,
     check_varlen_forward,
     rows_of_sequences,
@@ -141,8 +142,7 @@ def flash_attn_varlen_func(
             raise ValueError("tree_mask is given, must be None without page_table")
         check_hints(num_splits, pack_gqa, sm_margin)
         causal, *window = window_of(window_size, causal)
-        if not isinstance(softcap, (int, float)):  # as max_seqlen below
-            check_softcap(softcap)
+        check_softcap(softcap)  # of a tensor as max_seqlen below
         check_chunk(attention_chunk)
     if variant is not None:
         refuse_with_variant(
@@ -185,6 +185,11 @@ def flash_attn_varlen_func(
         return (out, lse) if return_lse or return_attn_probs else out
     if cu_seqlens_k is None:
         raise TypeError("cu_seqlens_k is a NoneType, must be a torch.Tensor")
+    checks_contents = _CHECK_CONTENTS and q.is_cuda and not _is_compiling()
+    if checks_contents and (is_fp8 or variant is not None):
+        check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
+        rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
+        rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
     if is_fp8:
         if tile_config is not None:
             raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
@@ -222,7 +227,7 @@ def flash_attn_varlen_func(
         lengths = in_chunks(attention_chunk, k.shape[0], max_seqlen_k, *lengths[:4])
     try:
         forward, softmax_scale = varlen.choose(q, k, v, softmax_scale, sinks)
-        if _CHECK_CONTENTS and q.is_cuda and not _is_compiling():
+        if checks_contents:
             rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
             rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
     except (AttributeError, IndexError, ZeroDivisionError, RuntimeError):

@@ -49,6 +49,8 @@ _WORDS = """
     static_assert static_cast struct switch template this throw true try typedef typeid typename
     union unsigned using virtual void volatile wchar_t while xor score mask weight here captured_
     captured Score Plain Variable Axis std cutlass
+    and_eq bitand bitor char8_t char16_t char32_t compl concept consteval constinit co_await
+    co_return co_yield not_eq or_eq requires thread_local xor_eq NAN INFINITY NULL
     uniform exp exp2 log log2 sqrt rsqrt sin cos tanh sigmoid abs max min
 """
 RESERVED = {*_WORDS.split(), *COORDINATES, *FACTS}

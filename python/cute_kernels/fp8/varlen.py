@@ -198,11 +198,11 @@ def _lengths(
     """Those of the operators, whose sequences may be chunks."""
     check_chunk(attention_chunk)
     check_max_seqlens(*longest)
-    if attention_chunk == 0:
-        return (*given, None)
     check_lengths(q, *given, None)
     if not q.is_cuda and not torch.compiler.is_compiling() and type(given[0]) is Tensor:
-        # Not of the chunks, as the operator would: of what the caller gave.
+        # Here, by the names that the caller gave: operators have chunks, and V's sequences.
         rows_of_sequences("q", q, given[0], given[2], longest[0])
         rows_of_sequences("k", k, given[1], given[3], longest[1])
+    if attention_chunk == 0:
+        return (*given, None)
     return in_chunks(attention_chunk, k.shape[0], longest[1], *given)

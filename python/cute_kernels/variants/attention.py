@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,7 +11,11 @@ from torch import Tensor
 
 from cute_kernels.checks import check_forward, refuse_tangents
 from cute_kernels.reference import Sequence, mask_of, without_autocast
-from cute_kernels.torch_private import called_while_tracing, in_forward_mode
+from cute_kernels.torch_private import (
+    called_while_tracing,
+    in_forward_mode,
+    surely_in_transform,
+)
 from cute_kernels.variants.block_mask import BlockMask, check_block_mask
 from cute_kernels.variants.checks import (
     check_captured,
@@ -19,6 +24,7 @@ from cute_kernels.variants.checks import (
     expanded,
     sizes_of,
     with_gradient,
+    without_other_gradients,
 )
 from cute_kernels.variants.kernels import Names, kernels_of
 from cute_kernels.variants.operators import variant_forward
@@ -79,13 +85,20 @@ def attend(
     check_captured(given, q, sizes)
     _check_hooks(given, q)
     check_tile(given, tile_config, blocks is not None)
+    on_cuda = q.device.type == "cuda"
     if in_forward_mode():
         refuse_tangents(q, k, v, sinks, *given.tensors)
+    if on_cuda and not torch.compiler.is_compiling() and surely_in_transform():
+        raise NotImplementedError(
+            "attention with a variant or a block mask has no torch.func transforms on CUDA"
+        )
+    names = with_gradient(given, on_cuda)
+    given = without_other_gradients(given, names)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     call = (q, k, v, lengths, softmax_scale, causal, sinks, window_left, window_right)
-    if q.device.type == "cuda":
-        return _on_cuda(given, *call, deterministic, tile_config, sm_margin, blocks)
+    if on_cuda:
+        return _on_cuda(given, names, *call, deterministic, tile_config, sm_margin, blocks)
     return _in_python(given, *call, blocks)
 
 
@@ -106,6 +119,7 @@ def _check_hooks(given: BoundVariant, q: Tensor) -> None:
 
 def _on_cuda(
     given: BoundVariant,
+    names: list[str],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -120,14 +134,14 @@ def _on_cuda(
     sm_margin: int,
     blocks: BlockMask | None,
 ) -> tuple[Tensor, Tensor]:
+    """`names`: the captured tensors whose gradients there are to be."""
     hooks = given.variant.hooks_of(blocks is not None)
-    names = with_gradient(given)
     check_gradients(given, names, lengths is not None)
     inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
     has_gradient = torch.is_grad_enabled() and (bool(names) or any(x.requires_grad for x in inputs))
-    kernels = _kernels_of(
-        hooks.key, q.dtype, q.shape[-1], v.shape[-1], has_gradient, tuple(names), tile_config
-    )
+    # A compiler's constants, also where it knows no other number of this size.
+    head_dims = operator.index(q.shape[-1]), operator.index(v.shape[-1])
+    kernels = _kernels_of(hooks.key, q.dtype, *head_dims, has_gradient, tuple(names), tile_config)
     gradients_of = [i for i, tensor in enumerate(hooks.tensors) if tensor.name in names]
     where = lengths or (None,) * 6
     out, lse = variant_forward(
@@ -170,10 +184,20 @@ def _in_python(
     mask = mask_of(causal, window_left, window_right)
     if lengths is None:
         with without_autocast(q):
-            return variant_attention(given, q, k, v, softmax_scale, mask, sinks, blocks)
+            out, lse = variant_attention(given, q, k, v, softmax_scale, mask, sinks, blocks)
+        return _of_inputs(out, q, k, v), lse
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k = lengths
     queries = rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
     keys = rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
     sequences = [Sequence(a, b, None) for a, b in zip(queries, keys, strict=True)]
     with without_autocast(q):
-        return packed_variant_attention(given, q, k, v, sequences, softmax_scale, mask, sinks)
+        out, lse = packed_variant_attention(given, q, k, v, sequences, softmax_scale, mask, sinks)
+    return _of_inputs(out, q, k, v), lse
+
+
+def _of_inputs(out: Tensor, *inputs: Tensor) -> Tensor:
+    """The same, with a gradient of each input, if of zeros: a hook may use no score, and packed
+    sequences may be none."""
+    for x in inputs:
+        out = out + x[..., :0].sum()
+    return out

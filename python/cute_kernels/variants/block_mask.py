@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cute_kernels.checks import INTS, check_device, check_int, check_tensor
 from cute_kernels.variants.kinds import FULL, HIDDEN, PARTIAL, kinds_of
@@ -104,9 +105,15 @@ class BlockMask:
                 "torch.nn.attention.flex_attention"
             )
         lists = [getattr(block_mask, name) for name in names]
+        seqlens = getattr(block_mask, "seq_lengths", None)
         for i, x in enumerate(lists):
-            if x is not None:  # sliced ones may have fewer dimensions
-                lists[i] = x[(None,) * (3 + i % 2 - x.dim())]
+            if x is None:
+                continue
+            x = x[(None,) * (3 + i % 2 - x.dim())]  # sliced ones may have fewer dimensions
+            if i % 2 and seqlens is not None:  # lists may have no room for blocks that none has
+                blocks = -(-seqlens[1] // block_mask.BLOCK_SIZE[1])
+                x = pad(x, (0, max(0, blocks - x.shape[-1])))
+            lists[i] = x
         return cls(*lists, block_size=block_mask.BLOCK_SIZE)
 
     @classmethod

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cute_kernels.checks import check_device
+from cute_kernels.checks import check_device, check_tensor
 from cute_kernels.compile.hooks import COORDINATES, FLOATING
 from cute_kernels.compile.hooks import Tensor as Declared
 from cute_kernels.tiles import ROWS
@@ -46,9 +47,11 @@ def sizes_of(
 
 
 def expanded(variant: BoundVariant, sizes: Sizes) -> list[Tensor]:
-    """The captured tensors; a size of 1 of what a coordinate indexes is the same for all of it."""
+    """The captured tensors; a size of 1 of what a coordinate indexes is the same for all of it.
+    Raises TypeError if one is not strided."""
     tensors = []
     for declared, tensor in zip(variant.variant.hooks.tensors, variant.tensors, strict=True):
+        check_tensor(declared.name, tensor)
         shape = [
             getattr(sizes, axis) if size == 1 and axis in COORDINATES else size
             for axis, size in zip(declared.axes, tensor.shape, strict=False)
@@ -98,17 +101,30 @@ def _check_tensor(declared: Declared, tensor: Tensor, q: Tensor, sizes: Sizes) -
             )
 
 
-def with_gradient(variant: BoundVariant) -> list[str]:
+def with_gradient(variant: BoundVariant, on_cuda: bool = True) -> list[str]:
     """The captured tensors whose gradients a call is to have: that require one, and are read by
-    the score."""
-    hooks = variant.variant.hooks
+    the score or the weight."""
+    hooks, python = variant.variant.hooks, variant.variant.python
     if not torch.is_grad_enabled():
         return []
+
+    def is_read(name: str) -> bool:
+        if on_cuda:
+            return any(re.search(rf"\b{name}\b", x or "") for x in (hooks.score, hooks.weight))
+        functions = (python["score"], python["weight"])
+        return any(f is not None and name in inspect.signature(f).parameters for f in functions)
+
     return [
         declared.name
         for declared, tensor in zip(hooks.tensors, variant.tensors, strict=True)
-        if tensor.requires_grad and re.search(rf"\b{declared.name}\b", hooks.score or "")
+        if tensor.requires_grad and is_read(declared.name)
     ]
+
+
+def without_other_gradients(variant: BoundVariant, names: list[str]) -> BoundVariant:
+    """Of captured tensors only these have a gradient: a mask that reads one has none."""
+    of_each = zip(variant.variant.hooks.tensors, variant.tensors, strict=True)
+    return variant.with_tensors([x if of.name in names else x.detach() for of, x in of_each])
 
 
 def check_gradients(variant: BoundVariant, names: list[str], packed: bool) -> None:

@@ -81,9 +81,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, *lengths, sinks = ctx.saved_tensors[:10]
+    saved = ctx.saved_tensors  # which checkpointing gives once
+    q, k, v, out, lse, *lengths, sinks = saved[:10]
     end = 10 + ctx.captured
-    captured, block_lists = list(ctx.saved_tensors[10:end]), list(ctx.saved_tensors[end:])
+    captured, block_lists = list(saved[10:end]), list(saved[end:])
     numbers, variant, backward, scale, causal, rest = ctx.options
     if grad_out is None:
         grad_out = torch.zeros_like(out)

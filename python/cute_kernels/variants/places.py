@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cute_kernels.compile.hooks import COORDINATES
 from cute_kernels.reference import Mask
 from cute_kernels.variants.variant import BoundVariant
 
@@ -38,13 +39,45 @@ def places(
     }
 
 
-def ask(variant: BoundVariant, hook: str, names: dict[str, Any]) -> Tensor:
-    """What a hook says, with the values of its parameters."""
+def ask(
+    variant: BoundVariant, hook: str, names: dict[str, Any], seen: Tensor | None = None
+) -> Tensor:
+    """What a hook says, with the values of its parameters; about pairs that are `seen` only,
+    (batch, heads, queries, keys): of others it may say anything."""
     function = variant.variant.python[hook]
     assert function is not None
-    result = function(**{name: names[name] for name in inspect.signature(function).parameters})
+    asked = {name: names[name] for name in inspect.signature(function).parameters}
+    if seen is not None:
+        asked = _about_seen(asked, seen)
+    result = function(**asked)
     answer = torch.as_tensor(result, device=names["key"].device)
     return answer.bool() if hook == "mask" else answer  # any number but 0 shows, as in C++
+
+
+def _about_seen(names: dict[str, Any], seen: Tensor) -> dict[str, Any]:
+    """The names, where for pairs that are not seen everything is that of a pair that is: so what a
+    hook says of them and its derivatives, which are multiplied by 0, are finite if they are so of
+    that one, and no index leaves its axis."""
+    if seen.numel() == 0:
+        return names
+    first = seen.flatten().to(torch.uint8).argmax().view(1)
+    place: list[Tensor] = []
+    sizes = seen.shape
+    for size in reversed(sizes):
+        place.insert(0, first % size)
+        first = first // size
+    any_seen = seen.any()
+    told = {}
+    for name, x in names.items():
+        if name in (*COORDINATES, "position", "score"):
+            x = x.expand(sizes)
+            one = x.detach()[tuple(place)]
+            told[name] = torch.where(seen, x, torch.where(any_seen, one, torch.zeros_like(one)))
+        elif isinstance(x, Tensor) and x.is_floating_point():
+            told[name] = torch.where(any_seen, x, x.detach())
+        else:
+            told[name] = x
+    return told
 
 
 def seen_by(mask: Mask, position: Tensor, key: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def _attention(
         seen = seen_by(mask, names["position"], key).expand(shape)
         shown = None
         if variant.variant.python["mask"] is not None:
-            shown = ask(variant, "mask", names)
+            shown = ask(variant, "mask", names).expand(shape)
         if block_mask is not None:
             kinds = kinds_at(block_mask, query[:, 0], key)
             shown = (
@@ -106,8 +106,8 @@ def _attention(
             seen = seen & shown
         scores = _products(rows, all_k, seen) * softmax_scale
         if variant.variant.python["score"] is not None:
-            # What hides a key hides also what its score would be: the hook is asked about 0.
-            scores = ask(variant, "score", {**names, "score": scores.masked_fill(~seen, 0.0)})
+            # What hides a key hides also what its score would be.
+            scores = ask(variant, "score", {**names, "score": scores}, seen)
         scores = scores.to(dtype).expand_as(seen).masked_fill(~seen, -math.inf)
         if sinks is not None:
             of_sinks = sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
@@ -115,7 +115,7 @@ def _attention(
         p, lse = _softmax(scores)
         p = p[..., :seqlen_k].masked_fill(~seen, 0.0)  # also where the LSE is NaN
         if variant.variant.python["weight"] is not None:
-            weight = ask(variant, "weight", names).to(dtype)
+            weight = ask(variant, "weight", names, seen).to(dtype)
             p = (p * weight).masked_fill(~seen, 0.0)
         outs.append(_weighted_sum(p, all_v, seen))
         lses.append(lse)
@@ -134,7 +134,8 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     if scores.shape[-1] == 0:
         return scores, scores.new_full(scores.shape[:-1], -math.inf)
     origin = scores.detach().amax(-1, keepdim=True)
-    origin = origin.masked_fill(origin == -math.inf, 0.0)
+    # Infinite minus infinite would be NaN. A sink may be infinite; scores that are show.
+    origin = origin.masked_fill(origin == -math.inf, 0.0).clamp(max=torch.finfo(scores.dtype).max)
     p = (scores - origin).exp()
     total = p.sum(-1, keepdim=True)
     empty = total == 0

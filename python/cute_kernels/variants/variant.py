@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -199,6 +200,8 @@ class BoundVariant:
                 raise TypeError(f"{name} is {value!r}, must be {kind}")
             if dtype == "int32" and not -(2**31) <= value < 2**31:
                 raise ValueError(f"{name} is {value}, must be an int of 32 bits")
+            if dtype == "float32" and type(value) is float:
+                _check_float32(name, value)
             self.numbers.append(int(value) if dtype == "int32" else float(value))
 
     def with_tensors(self, tensors: list[Tensor]) -> BoundVariant:
@@ -229,6 +232,14 @@ def bound(variant: object) -> BoundVariant:
     return variant
 
 
+def _check_float32(name: str, value: float) -> None:
+    limits = torch.finfo(torch.float32)
+    if math.isfinite(value) and value != 0 and not limits.tiny <= abs(value) <= limits.max:
+        raise ValueError(
+            f"{name} is {value}, must be 0 or, but for its sign, from {limits.tiny} to {limits.max}"
+        )
+
+
 def _listed(names: list[str]) -> str:
     return ", ".join(names) or "neither tensors nor numbers"
 
@@ -241,6 +252,8 @@ def _check_identifier(what: str, name: object, pattern: str) -> None:
 
 
 def _declared_tensors(tensors: Mapping[str, Declaration]) -> tuple[Declared, ...]:
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"tensors is a {type(tensors).__name__}, must be a dict or None")
     if len(tensors) > MOST_CAPTURED:
         raise ValueError(f"there are {len(tensors)} tensors, must be at most {MOST_CAPTURED}")
     return tuple(_declared(name, declaration) for name, declaration in tensors.items())
@@ -268,6 +281,8 @@ def _declared(name: str, declaration: Declaration) -> Declared:
 
 
 def _declared_numbers(numbers: Mapping[str, type]) -> tuple[tuple[str, str], ...]:
+    if not isinstance(numbers, Mapping):
+        raise TypeError(f"numbers is a {type(numbers).__name__}, must be a dict or None")
     if len(numbers) > MOST_CAPTURED:
         raise ValueError(f"there are {len(numbers)} numbers, must be at most {MOST_CAPTURED}")
     for name, kind in numbers.items():
@@ -281,8 +296,15 @@ def _check_function(name: str, function: Any, captured: list[str], has_score: bo
         return
     if not callable(function):
         raise TypeError(f"{name} is {function!r}, must be a function or None")
+    try:
+        parameters = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} is {function!r}, whose parameters Python does not know: give a function that "
+            "calls it"
+        ) from None
     known = {*COORDINATES, *FACTS, *captured, *(("score",) if has_score else ())}
-    if unknown := [p for p in inspect.signature(function).parameters if p not in known]:
+    if unknown := [p for p in parameters if p not in known]:
         raise ValueError(
             f"{name} has the parameter {unknown[0]!r}, must be of {', '.join(sorted(known))}"
         )
