@@ -429,6 +429,8 @@ def test_softcap_is_a_tanh(tmp_path):
             continue
         right = math.tanh(score * scale / softcap)
         assert found[:3] == pytest.approx([right] * 3, rel=0, abs=3e-7)
+        # A second look at a large softcap's scores: to a part of themselves
+        assert found[1] == pytest.approx(right, rel=2e-6, abs=1e-36)
         # An exponent's last bit is worth more where its unit is small.
         unit = max(softcap, 2.0**-40) * math.log2(math.e)
         assert abs(found[3] - right) <= 3e-7 + 2**-23 / unit

@@ -373,6 +373,18 @@ def test_rows_that_no_sequence_uses(hopper):
         assert (lse[:, rows] == -math.inf).all()
 
 
+@pytest.mark.parametrize("softcap", [1e-40, 1e4, 1e7, 1e30, 3e38])
+def test_softcaps_of_every_size(hopper, softcap):
+    """From all scores alike to none changed, however small the scores are beside it; keys of 0."""
+    skip_unless_built(torch.bfloat16, 128)
+    cache = random_cache(random.Random(8), [1, 70, 1000], [1, 2, 16])
+    cache.k_cache[:, 0] = 0.0
+    for _, k, _ in cache.sequences:
+        k[:, 0] = 0.0
+    results = run(cache, softcap=softcap)
+    assert_right(results, cache, softcap=softcap)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_a_scale_that_leaves_one_key(hopper, head_dim, page_size):

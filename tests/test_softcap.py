@@ -129,15 +129,14 @@ def test_every_backward_row(hopper, row, deterministic):
 @pytest.mark.parametrize("softcap", [1e-30, 1e-3, 1.0, 1e4, 1e30, 3e38])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 40.0])
 def test_softcaps_of_every_size(device, softcap, size):
-    """From all scores alike to none changed. With the largest tanh is the score itself but for
-    rounding, which a large softcap makes large: then only that it is finite is asked for."""
-    q, k, v = random_qkv(device, on(device), 1, 70, 90, 4)
+    """From all scores alike to none changed, however small these are beside it. One far above the
+    others has a block looked at again."""
+    q, k, v = random_qkv(device, on(device), 1, 300, 700, 4)
     q = (q * size).to(q.dtype)
-    if softcap <= 1e4:
+    check(q, k, v, softcap)
+    if size <= 1:
+        k[:, 5] *= 20
         check(q, k, v, softcap)
-    else:
-        out, lse = flash_attn_func(q, k, v, softcap=softcap, return_lse=True)
-        assert out.isfinite().all() and lse.isfinite().all()
 
 
 def test_lse_is_near(device):

@@ -10,6 +10,7 @@
 #include "cute_kernels/attention/softmax_scale.hpp"
 #include "cute_kernels/attention/variant/variant.hpp"
 #include "cute_kernels/sm90/math.hpp"
+#include "cute_kernels/sm90/tanh.hpp"
 
 // tanh takes two results of the special function unit where softmax takes one. tanh.approx, which
 // takes one, is off by 5e-4, or 0.025 of a softcap of 50. So where all of a warp's scores are near
@@ -49,12 +50,8 @@ struct SquareBound {
 /// tanh(factor * score) of scores that may be anywhere, in place.
 template <class Scores>
 CUTLASS_DEVICE void apply_tanh(Scores& scores, float factor) {
-  float const to_power = 2.f * sm90::kLog2e * factor;
   CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < cute::size(scores); ++i) {
-    float const power = sm90::exp2_mufu(scores(i) * to_power);
-    scores(i) = __fmaf_rn(-2.f, sm90::reciprocal_mufu(1.f + power), 1.f);
-  }
+  for (int i = 0; i < cute::size(scores); ++i) scores(i) = sm90::tanh_mufu(scores(i) * factor);
 }
 
 /// Scores become tanh(factor * score) in place: softcap * tanh(scale * score / softcap) in units of
@@ -147,7 +144,9 @@ struct Softcap {
     return arguments_of(problem.call.scale, problem.call.softcap);
   }
   /// Scores between -2^-40 and 2^-40 may be anywhere there, and a hidden one is far below.
-  static float unit(float softcap) { return std::max(softcap, 0x1p-40f); }
+  static float unit(float softcap) {
+    return std::min(std::max(softcap, 0x1p-40f), kLargestSoftcap);
+  }
   static float unit(AttentionCall const& call) { return unit(call.softcap); }
 
   template <class Params, class Scores, class PlaceOf>

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "cute_kernels/attention/softmax_scale.hpp"
 #include "cute_kernels/fp8/quantize_launch.hpp"
 #include "cute_kernels/torch/call.hpp"
 #include "cute_kernels/torch/device.hpp"
@@ -159,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_whole(AttentionCall call, Argument con
     offset = empty(static_cast<int>(sizes.size()), sizes.data(), ScalarType::Float, q.device);
     problem.score_offset = fp8::ScoreOffsetProblem{
         *q_rows.problem, k_rows.key_center->result, call.sizes.heads_q / call.sizes.heads_kv,
-        call.scale, static_cast<float*>(offset->data_ptr())};
+        attention::scale_of_fp8_scores(call.scale), static_cast<float*>(offset->data_ptr())};
   }
   float* const data = offset ? static_cast<float*>(offset->data_ptr()) : nullptr;
   cudaStream_t const stream = current_stream(q.device);

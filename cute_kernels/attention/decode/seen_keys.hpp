@@ -5,9 +5,9 @@
 
 #include "cute_kernels/attention/decode/work.hpp"
 #include "cute_kernels/sm90/finite.hpp"
-#include "cute_kernels/sm90/math.hpp"
 #include "cute_kernels/sm90/named_barrier.hpp"
 #include "cute_kernels/sm90/opaque.hpp"
+#include "cute_kernels/sm90/tanh.hpp"
 
 namespace cute_kernels::attention {
 
@@ -18,14 +18,11 @@ struct ScoreUnits {
   float log2_of_unit;  // log2(e), times the softmax scale where that is not in s already
 };
 
-/// c tanh(x) = c (1 - 2 / (1 + exp(2x))), exact at both ends.
 template <class Scores>
 CUTLASS_DEVICE void cap_scores(ScoreUnits const& units, Scores& scores) {
-  float const exponent = 2 * sm90::kLog2e * units.cap_scale;
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < cute::size(scores); ++i) {
-    float const grown = 1.f + sm90::exp2_mufu(scores(i) * exponent);
-    scores(i) = units.softcap * (1.f - __fdividef(2.f, grown));
+    scores(i) = units.softcap * sm90::tanh_mufu(scores(i) * units.cap_scale);
   }
 }
 

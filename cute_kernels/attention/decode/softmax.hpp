@@ -174,17 +174,15 @@ struct RowResult {
       lse = sink;
       return;
     }
+    constexpr float kLargest = 3e38f;
     float const most_log2 = row.most * scale_log2;
-    bool const sink_leads = sink_log2 > most_log2;
-    float const top = sink_leads ? sink_log2 : most_log2;
-    // Where a scaled score is beyond a float, top is not finite: nothing is subtracted from itself.
-    float const weight = sink_leads ? sm90::exp2_mufu(most_log2 - top) : 1.f;
-    float const of_sink = sink_leads          ? 1.f
-                          : sink == -INFINITY ? 0.f
-                                              : sm90::exp2_mufu(sink_log2 - top);
-    float const sum = row.sum * weight + of_sink;
+    // Both may be beyond a float: no infinity is subtracted from itself.
+    float const sink_above = sink_log2 - fminf(fmaxf(most_log2, -kLargest), kLargest);
+    bool const sink_leads = sink_above > 0.f;
+    float const weight = sink_leads ? sm90::exp2_mufu(-sink_above) : 1.f;
+    float const sum = row.sum * weight + (sink_leads ? 1.f : sm90::exp2_mufu(sink_above));
     factor = weight / sum;
-    lse = (top + log2f(sum)) * sm90::kLn2;
+    lse = ((sink_leads ? sink_log2 : most_log2) + log2f(sum)) * sm90::kLn2;
   }
 };
 

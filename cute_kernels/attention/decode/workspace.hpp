@@ -47,7 +47,8 @@ struct DecodeWorkspace {
 inline ScoreUnits score_units(CachedCall const& call) {
   float const scale = scale_of_scores(call.scale);
   if (call.softcap <= 0) return {0.f, 0.f, scale * sm90::kLog2e};
-  return {softcap_factor(scale, call.softcap), call.softcap, sm90::kLog2e};
+  return {softcap_factor(scale, call.softcap), std::min(call.softcap, kLargestSoftcap),
+          sm90::kLog2e};
 }
 
 inline CacheSource cache_source(DecodeProblem const& problem) {

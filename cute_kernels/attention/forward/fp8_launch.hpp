@@ -8,6 +8,7 @@
 #include "cute_kernels/attention/forward/fp8_traits.hpp"
 #include "cute_kernels/attention/forward/start.hpp"
 #include "cute_kernels/attention/fp8_problem.hpp"
+#include "cute_kernels/attention/softmax_scale.hpp"
 
 namespace cute_kernels::attention {
 
@@ -22,10 +23,6 @@ struct Fp8ForwardParams : CommonParams {
   bool out_float16;
 };
 
-/// A softmax scale beyond it does as well as that: the largest score has all the weight, and scores
-/// stay finite.
-inline constexpr float kLargestScale = 0x1p64f;
-
 /// The memory that a launch needs.
 template <class Tile>
 int64_t fp8_forward_workspace_bytes(Fp8ForwardProblem const& problem) {
@@ -37,7 +34,7 @@ int64_t fp8_forward_workspace_bytes(Fp8ForwardProblem const& problem) {
 template <class Tile>
 cudaError_t launch_fp8_forward(Fp8ForwardProblem const& problem, cudaStream_t stream) {
   using Traits = Fp8ForwardTraits<Tile>;
-  float const scale_log2 = std::min(problem.call.scale, kLargestScale) * sm90::kLog2e;
+  float const scale_log2 = scale_of_fp8_scores(problem.call.scale) * sm90::kLog2e;
   using CommonParams = decltype(forward_params<Traits>(problem, scale_log2));
   Fp8ForwardParams<CommonParams> params{};
   static_cast<CommonParams&>(params) = forward_params<Traits>(problem, scale_log2);
