@@ -385,11 +385,17 @@ struct Params {
 std::pair<float, bool> by_exponent(Params const& params, float product, float softcap) {
   One score{product};
   float const to_log2 = Softcap::unit(softcap) * sm90::kLog2e;
-  if (!Softcap::gives_exponents(params, score)) {
+  bool is_near = true;
+  auto const how = Softcap::gives_exponents(params, score, is_near);
+  if (how == Exponents::kNone) {
     Softcap::change(params, score, 0);
     return {score.value, false};
   }
-  return {(Softcap::exponent(params)(product, 1.f) + 1.f) / to_log2, true};
+  float found = 0.f;
+  Softcap::exponents(params, how, [&](auto const& exponent) {
+    found = (exponent(product, 1.f) + 1.f) / to_log2;
+  });
+  return {found, true};
 }
 
 int main() {
@@ -435,10 +441,10 @@ def test_softcap_is_a_tanh(tmp_path):
         unit = max(softcap, 2.0**-40) * math.log2(math.e)
         assert abs(found[3] - right) <= 3e-7 + 2**-23 / unit
         assert abs(found[4] - (1 - right**2)) <= 1e-6
-        assert not found[5] or abs(right) < 0.3
+        assert not found[5] or abs(right) < 0.605
     # Straight from the products where they are near 0, at every softcap in use.
     assert all(
-        found[5] or abs(score) * scale > 0.299 * softcap or not 1e-4 <= softcap <= 1e6
+        found[5] or abs(score) * scale > 0.699 * softcap or not 1e-4 <= softcap <= 1e6
         for (score, scale, softcap), found in zip(cases, answers, strict=False)
     )
 

@@ -79,41 +79,69 @@ CUTLASS_DEVICE void apply_softcap(Scores& scores, float factor) {
   }
 }
 
-/// unit * tanh(factor * product) up to a tanh of 0.29, off by 1.7e-7 of the unit: a polynomial in
-/// the squares of products that SquareBound shifts, whose coefficients have all factors in them.
+/// The polynomials of tanh(x) / x in x^2 that give tanh(x), for x up to kEnd, with the least
+/// largest error: 1.7e-7, 1.8e-7 and 0.9e-7.
 struct TanhNearZero {
-  static constexpr double kNear = 0.3;
+  static constexpr double kEnd = 0.3;
+  static constexpr double kCoefficients[] = {0.99999601038880, -0.33297479713407, 0.12522591053093};
+};
+struct TanhFurther {
+  static constexpr double kEnd = 0.52;
+  static constexpr double kCoefficients[] = {0.99999688277747, -0.33317581336404, 0.13116635752665,
+                                             -0.04263884530330};
+};
+
+struct TanhFar {
+  static constexpr double kEnd = 0.7;
+  static constexpr double kCoefficients[] = {0.99999849546365, -0.33326973091226, 0.13257454864960,
+                                             -0.05019525755330, 0.01319418664807};
+};
+
+/// unit * tanh(factor * product): one of these in the squares of products that SquareBound shifts,
+/// with coefficients that have all factors in them.
+template <class Polynomial>
+struct TanhOfProduct {
+  static constexpr int kTerms = sizeof(Polynomial::kCoefficients) / sizeof(double);
 
   float origin;
-  float coefficients[3];
+  float coefficients[kTerms];
 
-  static TanhNearZero of(double factor, double unit, float origin) {
-    constexpr double kCoefficients[] = {0.99999601038880, -0.33297479713407, 0.12522591053093};
-    double const square = factor * factor;
-    double const shift = origin * square;
-    double const shifted[] = {
-        kCoefficients[0] + shift * (kCoefficients[2] * shift - kCoefficients[1]),
-        (kCoefficients[1] - 2 * kCoefficients[2] * shift) * square,
-        kCoefficients[2] * square * square};
-    TanhNearZero tanh{};
+  static TanhOfProduct of(double factor, double unit, float origin) {
+    double const square = factor * factor, shift = origin * square;
+    double shifted[kTerms];
+    std::copy_n(Polynomial::kCoefficients, kTerms, shifted);
+    for (int first = 0; first < kTerms - 1; ++first) {  // of x^2 = y - shift, by Horner's rule
+      for (int i = kTerms - 2; i >= first; --i) shifted[i] -= shift * shifted[i + 1];
+    }
+    TanhOfProduct tanh{};
     tanh.origin = origin;
-    for (int i = 0; i < 3; ++i) {
-      tanh.coefficients[i] = static_cast<float>(unit * factor * shifted[i]);
+    double power = unit * factor;
+    for (int i = 0; i < kTerms; ++i, power *= square) {
+      tanh.coefficients[i] = static_cast<float>(shifted[i] * power);
     }
     return tanh;
   }
   bool is_normal() const {
-    return std::isnormal(origin) &&
-           std::all_of(coefficients, coefficients + 3, [](float x) { return std::isnormal(x); });
+    return std::isnormal(origin) && std::all_of(coefficients, coefficients + kTerms,
+                                                [](float x) { return std::isnormal(x); });
   }
 
   /// What a product is to be multiplied by.
   CUTLASS_DEVICE float over(float product) const {
     float const square = SquareBound::shifted(product, origin);
-    float const sum = __fmaf_rn(square, coefficients[2], coefficients[1]);
-    return __fmaf_rn(sum, square, coefficients[0]);
+    float sum = coefficients[kTerms - 1];
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = kTerms - 2; i >= 0; --i) sum = __fmaf_rn(sum, square, coefficients[i]);
+    return sum;
   }
 };
+
+/// The products that such a polynomial is for; none where that overflows.
+template <class Polynomial>
+SquareBound products_of(double factor) {
+  double const last = Polynomial::kEnd / factor;
+  return SquareBound::below(last * last);
+}
 
 /// Scores are tanh(factor * product), in units of the softcap. A row of the library's own.
 struct Softcap {
@@ -122,22 +150,35 @@ struct Softcap {
   static constexpr bool kHasHooks = false;
   static constexpr bool kHasBlockMask = false;
   static constexpr float kHidden = -0x1p60f;  // whose square is finite
+  /// P of products up to a polynomial's end.
+  template <class Polynomial>
+  struct Exponent {
+    SquareBound products;  // or of none
+    TanhOfProduct<Polynomial> tanh;
+
+    static Exponent of(double factor, double unit) {
+      auto const products = products_of<Polynomial>(factor);
+      auto const tanh = TanhOfProduct<Polynomial>::of(factor, unit, products.origin);
+      bool const normal = tanh.is_normal() && std::isnormal(products.end);
+      return {normal ? products : SquareBound{}, tanh};
+    }
+  };
   struct Arguments {
     float factor;
-    SquareBound near;       // of products, for what follows; of none where that overflows
-    TanhNearZero tanh;      // in units of softcap
-    TanhNearZero exponent;  // of P
+    TanhOfProduct<TanhNearZero> tanh;  // in units of softcap, where `near` is
+    Exponent<TanhNearZero> near;
+    Exponent<TanhFurther> further;
+    Exponent<TanhFar> far;
   };
 
   static Arguments arguments_of(float scale, float softcap) {
     float const factor = softcap_factor(scale, softcap);
-    double const nearest = TanhNearZero::kNear / factor;
-    SquareBound const near = SquareBound::below(nearest * nearest);
-    double const to_exponent = scale_of_scores(unit(softcap)) * sm90::kLog2e;
-    auto const tanh = TanhNearZero::of(factor, 1., near.origin);
-    auto const exponent = TanhNearZero::of(factor, to_exponent, near.origin);
-    bool const normal = tanh.is_normal() && exponent.is_normal() && std::isnormal(near.end);
-    return {factor, normal ? near : SquareBound{}, tanh, exponent};
+    double const unit_log2 = scale_of_scores(unit(softcap)) * sm90::kLog2e;
+    auto near = Exponent<TanhNearZero>::of(factor, unit_log2);
+    auto const tanh = TanhOfProduct<TanhNearZero>::of(factor, 1., near.tanh.origin);
+    if (!tanh.is_normal()) near.products = {};
+    return {factor, tanh, near, Exponent<TanhFurther>::of(factor, unit_log2),
+            Exponent<TanhFar>::of(factor, unit_log2)};
   }
   template <class Problem>
   static Arguments arguments_of(Problem const& problem) {
@@ -159,23 +200,37 @@ struct Softcap {
   }
 
   template <class Params, class Scores>
-  CUTLASS_DEVICE static bool gives_exponents(Params const& params, Scores const& scores) {
-    return params.variant.near.contains(scores);
+  CUTLASS_DEVICE static Exponents gives_exponents(Params const& params, Scores const& scores,
+                                                  bool& is_near) {
+    if (is_near && params.variant.near.products.contains(scores)) return Exponents::kNear;
+    is_near = false;
+    if (params.variant.further.products.contains(scores)) return Exponents::kFurther;
+    return params.variant.far.products.contains(scores) ? Exponents::kFar : Exponents::kNone;
   }
-  template <class Params>
-  CUTLASS_DEVICE static auto exponent(Params const& params) {
-    TanhNearZero near = params.variant.exponent;
-    near.origin = params.variant.near.origin;  // the squares are there already
-    return [near](float product, float offset) {
-      return __fmaf_rn(product, near.over(product), -offset);
+  template <class Params, class Exponentiate>
+  CUTLASS_DEVICE static void exponents(Params const& params, Exponents which,
+                                       Exponentiate const& exponentiate) {
+    auto by = [&](auto const& exponent) {
+      auto tanh = exponent.tanh;
+      tanh.origin = exponent.products.origin;  // the squares are there already
+      exponentiate([tanh](float product, float offset) {
+        return __fmaf_rn(product, tanh.over(product), -offset);
+      });
     };
+    if (which == Exponents::kNear) {
+      by(params.variant.near);
+    } else if (which == Exponents::kFurther) {
+      by(params.variant.further);
+    } else {
+      by(params.variant.far);
+    }
   }
 
   template <class Params, class Scores>
   CUTLASS_DEVICE static void prepare(Params const& params, Scores& scores) {
-    if (params.variant.near.contains(scores)) {
+    if (params.variant.near.products.contains(scores)) {
       // Of another origin to the compiler, which has no registers to keep the squares.
-      TanhNearZero const& near = params.variant.tanh;
+      auto const& near = params.variant.tanh;
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < cute::size(scores); ++i) scores(i) *= near.over(scores(i));
     } else {

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+import cute_kernels.parts.operators  # noqa: F401  programs that were exported may call them
 from cute_kernels.autotune import Tuned, tune, use_tuned
 from cute_kernels.cache import (
     append_kv,

@@ -46,8 +46,9 @@ struct DecodeWorkspace {
 
 inline ScoreUnits score_units(CachedCall const& call) {
   float const scale = scale_of_scores(call.scale);
+  constexpr float kLeast = 0x1p-100f;  // a denormal number would be none
   if (call.softcap <= 0) return {0.f, 0.f, scale * sm90::kLog2e};
-  return {softcap_factor(scale, call.softcap), std::min(call.softcap, kLargestSoftcap),
+  return {softcap_factor(scale, call.softcap), std::clamp(call.softcap, kLeast, kLargestSoftcap),
           sm90::kLog2e};
 }
 

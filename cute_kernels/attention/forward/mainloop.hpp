@@ -238,6 +238,7 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         return places.template at<Variant>(query + 8 * row, key + 8 * (col / 2) + col % 2);
       };
     };
+    bool is_near = true;  // as gives_exponents() keeps it, of the tile
     // Scores -> P in place. Q and K must still be there.
     auto softmax_block = [&](int block, bool seek, auto const& shown, auto const& on_move) {
       auto rows = make_tensor(scores.data(), sm90::accumulator_rows_cols(scores.layout()));
@@ -275,17 +276,19 @@ class ForwardMainloop : public ForwardProtocol<Traits> {
         return first_end(params.forgotten(coord)) - kKeysOfOrigin < block * kTileN;
       };
       // Whether exponents come straight from the scores, none of which need be known then.
-      bool straight = false;
+      auto straight = Exponents::kNone;
       if constexpr (Variant::kHasExponents) {
-        straight = !seek && Variant::gives_exponents(params, rows);
+        if (!seek) straight = Variant::gives_exponents(params, rows, is_near);
       }
       if constexpr (Variant::kScores) {
-        if (!straight) Variant::change(params, rows, place_in(block));
+        if (straight == Exponents::kNone) Variant::change(params, rows, place_in(block));
       }
       shown.hide_others(rows, -INFINITY);
       auto exponents = [&](auto const& exponentiate) {
         if constexpr (Variant::kHasExponents) {
-          if (straight) return exponentiate(Variant::exponent(params));
+          if (straight != Exponents::kNone) {
+            return Variant::exponents(params, straight, exponentiate);
+          }
         }
         exponentiate();
       };

@@ -19,8 +19,10 @@
 // - change(params, scores, place): of a block, in place, forward. place(row, column) is where an
 //   element stands. change_again() the same, where the scores are anything. What hides keys is
 //   asked before, by shown_elements().
-// - gives_exponents(params, scores): whether P of a block of a warp can do without change(). Then
-//   exponent(params)(score, offset) is what change(), scale and offset make of a score.
+// - gives_exponents(params, scores, is_near): whether P of a block of a warp can do without
+//   change(), and how. Then exponents(params, how, use) gives use() a function of score and offset:
+//   what change(), scale and offset make of them. `is_near` is true before a tile's first block,
+//   and kept from block to block.
 // - prepare(params, scores): of a block, in place, backward; then of each of its scores, or of
 //   kHidden instead of it, element(params, score, hidden, place).
 namespace cute_kernels::attention {
@@ -105,6 +107,9 @@ CUTLASS_DEVICE auto shown_elements(Params const& params, Scores const& scores, P
     return AllShown{};
   }
 }
+
+/// How P comes straight from a block's scores, without change(): see gives_exponents() above.
+enum class Exponents { kNone, kNear, kFurther, kFar };
 
 /// The attention that everybody means.
 struct NoVariant {

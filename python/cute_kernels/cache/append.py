@@ -14,6 +14,7 @@ from cute_kernels.cache.tables import table_of_batch
 from cute_kernels.checks import check_flag, check_seed, explain, refuse_derivatives
 from cute_kernels.fp8.rotation import signed
 from cute_kernels.registration import mark_written
+from cute_kernels.varlen_checks import check_int32
 
 
 def append_kv(
@@ -92,7 +93,9 @@ def append_kv(
     refuse_derivatives("append_kv", k, v, k_cache, v_cache, rotary_cos, rotary_sin, *factors)
     check_flag("rotary_interleaved", rotary_interleaved)
     if cache_batch_idx is not None and page_table is not None:
-        page_table = table_of_batch(page_table, cache_batch_idx, k_cache)
+        check_int32("cache_seqlens", cache_seqlens, k_cache, like="k_cache")
+        batch = cache_seqlens.shape[0]
+        page_table = table_of_batch(page_table, cache_batch_idx, k_cache, batch)
         cache_batch_idx = None
     places = (cu_seqlens_k_new, page_table, cache_batch_idx)
     rotary = (rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
@@ -154,6 +157,8 @@ def _append_turned(
     *places, cos, sin, seqlens, interleaved, q, starts, moves = inputs
     *descales, k_scales, v_scales, rotation = factors
     dtype = k.dtype
+    if isinstance(q, Tensor) and q.dtype != dtype:
+        raise TypeError(f"q has dtype {q.dtype}, must be {dtype} like k with rotary_cos")
     alike = all(
         getattr(x, "dtype", None) == dtype for x in (k_cache, v_cache, v, k if q is None else q)
     )

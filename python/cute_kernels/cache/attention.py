@@ -92,7 +92,8 @@ def flash_attn_with_kvcache(
             the page table only what a sequence's rows need is looked at: the rest may be -1 or
             anything.
         k, v, cu_seqlens_k_new, rotary_seqlens: as of `append_kv`. If given, they are appended
-            first, in place, and attended to. k and v of 8 bits go with queries of any dtype.
+            first, in place, and attended to. k and v of 8 bits go with queries of any
+            dtype, with rotary of theirs.
         rotary_cos, rotary_sin, rotary_interleaved: as of `append_kv`, only with k and v. Queries
             are rotated too: with `causal`, a window or chunks query i of a sequence by the angles
             of position ``cache_seqlens + i``, otherwise all by those of ``cache_seqlens``.

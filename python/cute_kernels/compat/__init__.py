@@ -52,6 +52,8 @@ def install(versions: Iterable[int] = (2, 3)) -> None:
         ValueError: a version is neither 2 nor 3.
     """
     global _finder
+    if isinstance(versions, int):
+        raise TypeError(f"versions is {versions}, must be several of 2 and 3, such as (2,)")
     versions = tuple(versions)
     for version in versions:
         if version not in _MODULES:

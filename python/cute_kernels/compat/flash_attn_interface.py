@@ -20,6 +20,7 @@ from torch import Tensor
 
 import cute_kernels
 from cute_kernels.cache.checks import check_output
+from cute_kernels.cache.metadata import check_metadata
 from cute_kernels.compat.operators import (
     Sequences,
     backward,
@@ -73,6 +74,7 @@ def _with_sinks(
     signature = inspect.signature(function)
     names, parameters = list(signature.parameters), list(signature.parameters.values())
     parameters.append(inspect.Parameter("s_aux", inspect.Parameter.KEYWORD_ONLY, default=None))
+    call.__module__ = __name__  # where pickle finds it
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return call
 
@@ -176,11 +178,14 @@ def _flash_attn_forward(
         "page_table": page_table,
         "cu_seqlens_k_new": cu_seqlens_k_new,
         "rotary_seqlens": seqlens_rotary,
-        "scheduler_metadata": scheduler_metadata,
     }
+    if scheduler_metadata is not None:  # which changes nothing
+        check_metadata(scheduler_metadata)
     is_packed = cu_seqlens_q is not None and cu_seqlens_k is not None
     is_batch = cu_seqlens_q is None and cu_seqlens_k is None
     asked = [name for name, x in of_cache.items() if x is not None]
+    if asked and cu_seqlens_k is not None:
+        raise ValueError(f"cu_seqlens_k is given, must be None with {asked[0]}: seqused_k counts")
     if seqused_q is not None and asked == ["page_table"] and cu_seqlens_q is not None:
         result, lse = without_gradient(
             flash_attn_varlen_func,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cute_kernels.arguments import window_of
+from cute_kernels.checks import check_tensor
 from cute_kernels.fp8.checks import DENSE_ORDER, check_rank
 from cute_kernels.operators import flash_attn_backward, flash_attn_varlen_backward
 
@@ -107,9 +108,13 @@ def backward(
     Raises:
         ValueError: one of `grads` is None, or not of the shape of its tensor.
     """
+    of_forward = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": softmax_lse}
+    for name, tensor in of_forward.items():
+        check_tensor(name, tensor)
     for name, grad, x in zip(("dq", "dk", "dv"), grads, (q, k, v), strict=True):
         if grad is None:
             raise ValueError(f"{name} is None, must be a tensor that the gradient is written to")
+        check_tensor(name, grad)
         if grad.shape != x.shape:
             raise ValueError(
                 f"{name} has shape {tuple(grad.shape)}, must be {tuple(x.shape)} like {name[1]}"

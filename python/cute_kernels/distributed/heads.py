@@ -18,15 +18,19 @@ from cute_kernels.distributed.operators import group_of
 from cute_kernels.operators import NAMESPACE
 
 _NAME = f"{NAMESPACE}::all_to_all_rows"
-torch.library.define(_NAME, "(Tensor x, str group, str call) -> Tensor")
+torch.library.define(
+    _NAME,
+    "(Tensor x, str group, bool is_call=False, str layout='', float softmax_scale=1.0, "
+    "bool causal=False, SymInt? left=None, SymInt? right=None, float softcap=0.0) -> Tensor",
+)
 _all_to_all = getattr(torch.ops, NAMESPACE).all_to_all_rows.default
 
 
-def _exchange(x: Tensor, group: str, call: str) -> Tensor:
-    """`call`: what must be the same on all ranks beside the shape."""
+def _exchange(x: Tensor, group: str, is_call: bool = False, *call: Any) -> Tensor:
+    """`call`: what must be the same on all ranks beside the shape, if it `is_call`."""
     x = x.contiguous()
     ranks = Ranks.of(group_of(group))
-    if call:
+    if is_call:
         rows, *others = x.shape[1:]
         agree(
             ranks,
@@ -34,7 +38,7 @@ def _exchange(x: Tensor, group: str, call: str) -> Tensor:
                 "the number of rows": rows,
                 "the batch with the channels of q, k and v for each rank": tuple(others),
                 "the dtype": x.dtype,
-                "the call": call,
+                "the layout, softmax_scale, causal, both sides of the window and softcap": call,
             },
         )
     result = torch.empty_like(x)
@@ -43,11 +47,11 @@ def _exchange(x: Tensor, group: str, call: str) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.group = inputs[1]
+    ctx.group, ctx.inputs = inputs[1], len(inputs)
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return _all_to_all(grad, ctx.group, ""), None, None
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _all_to_all(grad, ctx.group), *[None] * (ctx.inputs - 1)
 
 
 for _device in ("cpu", "cuda"):
@@ -70,16 +74,16 @@ def check_heads(q: Tensor, k: Tensor, ranks: int) -> None:
 
 
 def to_heads(
-    q: Tensor, k: Tensor, v: Tensor, call: str, group: str, ranks: int, layout: str
+    q: Tensor, k: Tensor, v: Tensor, call: tuple[Any, ...], group: str, ranks: int, layout: str
 ) -> tuple[Tensor, ...]:
     """This rank's rows, (batch, rows, heads, head_dim), to all ranks' rows of its share of the
     heads, (batch, rows * ranks, heads / ranks, head_dim), in the order of the sequence; or the same
     without batch. One message goes to each rank, and the results are views of what comes. `call`:
-    what must be the same on all ranks."""
+    what must be the same on all ranks beside the layout, as the operator has it."""
     parts = [torch.unflatten(_rows_first(x), -2, (ranks, -1)).flatten(-2) for x in (q, k, v)]
     sizes = [x.shape[-1] for x in parts]
     # (rows, batch, ranks, channels) to (ranks, rows, batch, channels)
-    received = _all_to_all(torch.cat(parts, dim=-1).movedim(-2, 0), group, call)
+    received = _all_to_all(torch.cat(parts, dim=-1).movedim(-2, 0), group, True, layout, *call)
     if layout == "contiguous":
         rows = received.flatten(0, 1)
     else:
@@ -98,7 +102,7 @@ def from_heads(out: Tensor, group: str, ranks: int, layout: str) -> Tensor:
     else:
         sent = torch.stack([part_of(rows, 0, layout, rank, ranks) for rank in range(ranks)])
     # (ranks, rows, batch, heads / ranks, head_dim) to (rows, batch, heads, head_dim)
-    received = _all_to_all(sent, group, "").movedim(0, -3).flatten(-3, -2)
+    received = _all_to_all(sent, group).movedim(0, -3).flatten(-3, -2)
     return _rows_first(received).contiguous()
 
 

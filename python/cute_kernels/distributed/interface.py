@@ -23,7 +23,7 @@ from cute_kernels.distributed.heads import (
 from cute_kernels.distributed.layouts import check_layout, check_tokens
 from cute_kernels.distributed.operators import context_attention
 from cute_kernels.interface import flash_attn_func
-from cute_kernels.torch_private import in_forward_mode
+from cute_kernels.torch_private import in_forward_mode, surely_in_transform
 from cute_kernels.varlen import flash_attn_varlen_func
 
 Documents = Sequence[int] | Tensor | None
@@ -176,12 +176,11 @@ def ulysses_attn_func(
     if not torch.compiler.is_compiling():  # operators refuse the same then
         call = (scale, causal, left, right, softcap, deterministic, sinks, packed)
         check_shard(q, k, v, *call)
-        _refuse_forward_mode(q, k, v, sinks)
+        _refuse_transforms(q, k, v, sinks)
     check_heads(q, k, ranks.size)
     way = (of_heads.group_name, ranks.size, layout if ring is None else "contiguous")
     check_tokens(q.shape[-3] * ranks.size, way[2], ranks.size)
-    note = f"{causal=}, {left=}, {right=}, {softcap=}, softmax_scale={scale}, {way[2]}"
-    q, k, v = to_heads(q, k, v, note, *way)
+    q, k, v = to_heads(q, k, v, (scale, causal, left, right, softcap), *way)
     options: dict[str, Any] = {
         "softmax_scale": scale,
         "causal": causal,
@@ -222,8 +221,10 @@ def _scale_of(q: Tensor, softmax_scale: float | None) -> float:
     return float(softmax_scale)
 
 
-def _refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Operators would drop tangents in silence."""
+def _refuse_transforms(*tensors: Tensor | None) -> None:
+    """Operators have no rules for torch.func, and would drop tangents in silence."""
+    if surely_in_transform():
+        raise NotImplementedError("attention over several ranks has no torch.func transforms")
     if in_forward_mode():
         refuse_tangents(*tensors)
 
@@ -257,7 +258,7 @@ def _attend(
     if not torch.compiler.is_compiling():  # operators refuse the same then
         call = (scale, causal, left, right, softcap, deterministic, sinks, packed)
         check_shard(q, k, v, *call)
-        _refuse_forward_mode(q, k, v, sinks)
+        _refuse_transforms(q, k, v, sinks)
     ranks = Ranks.of(of_ranks)
     tokens = q.shape[-3] * ranks.size
     check_tokens(tokens, layout, ranks.size)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cute_kernels.checks import check_int, check_tensor
 from cute_kernels.distributed.checks import Group, documents_of, groups_of
 from cute_kernels.distributed.exchange import Ranks
 from cute_kernels.distributed.layouts import check_layout, check_tokens, part_of, whole_of
@@ -38,6 +39,10 @@ def shard(x: Tensor, group: Group = None, dim: int = 1, layout: str = "zigzag") 
         ValueError, TypeError: the rows cannot be shared evenly (the message says what to pad to),
             or another argument is not as described.
     """
+    check_tensor("x", x)
+    check_int("dim", dim, least=-x.dim(), none="")
+    if dim >= x.dim():
+        raise ValueError(f"dim is {dim}, must be below {x.dim()}, the dimensions of x")
     for ranks, of_layout in _levels(group, layout):
         check_tokens(x.shape[dim], of_layout, ranks.size)
         x = part_of(x, dim, of_layout, ranks.rank, ranks.size)
@@ -71,6 +76,7 @@ def positions(
 ) -> Tensor:
     """(rows,), int64: where in the whole sequence of `tokens` tokens this rank's rows are, for
     embeddings and rotations of positions; with `cu_seqlens` where in their document."""
+    check_int("tokens", tokens, least=0, none="")
     at = torch.arange(tokens, device="cpu")
     if cu_seqlens is not None:
         starts = torch.tensor(documents_of(cu_seqlens, tokens), device="cpu")

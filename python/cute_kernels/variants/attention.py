@@ -135,14 +135,16 @@ def _on_cuda(
     blocks: BlockMask | None,
 ) -> tuple[Tensor, Tensor]:
     """`names`: the captured tensors whose gradients there are to be."""
-    hooks = given.variant.hooks_of(blocks is not None)
+    key = given.variant.key_of(blocks is not None)
     check_gradients(given, names, lengths is not None)
     inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
     has_gradient = torch.is_grad_enabled() and (bool(names) or any(x.requires_grad for x in inputs))
     # A compiler's constants, also where it knows no other number of this size.
     head_dims = operator.index(q.shape[-1]), operator.index(v.shape[-1])
-    kernels = _kernels_of(hooks.key, q.dtype, *head_dims, has_gradient, tuple(names), tile_config)
-    gradients_of = [i for i, tensor in enumerate(hooks.tensors) if tensor.name in names]
+    kernels = _kernels_of(key, q.dtype, *head_dims, has_gradient, tuple(names), tile_config)
+    gradients_of = [
+        i for i, tensor in enumerate(given.variant.hooks.tensors) if tensor.name in names
+    ]
     where = lengths or (None,) * 6
     out, lse = variant_forward(
         q,
@@ -152,7 +154,7 @@ def _on_cuda(
         given.tensors,
         [] if blocks is None else list(blocks.lists),
         [float(number) for number in given.numbers],
-        hooks.key,
+        key,
         kernels.forward,
         kernels.backward,
         gradients_of,

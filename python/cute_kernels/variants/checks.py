@@ -156,7 +156,7 @@ def check_tile(variant: BoundVariant, tile_config: str | None, block_mask: bool)
         return
     if not isinstance(tile_config, str):
         raise TypeError(f"tile_config is {tile_config!r}, must be a str or None")
-    key = variant.variant.hooks_of(block_mask).key
+    key = variant.variant.key_of(block_mask)
     own = [row["name"] for row in ROWS["forward"].values() if row.get("variant") == key]
     if tile_config not in own:
         beside = " with a block mask" if block_mask else ""

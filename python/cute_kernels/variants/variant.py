@@ -105,9 +105,11 @@ class Variant:
         self._make_known()
 
     def _make_known(self) -> None:
-        for block_mask in (False, True):
-            hooks = self.hooks_of(block_mask)
-            KNOWN.setdefault(hooks.key, hooks)
+        of_both = [self.hooks_of(block_mask) for block_mask in (False, True)]
+        # Compilers do not trace how a key is made.
+        self._keys = [hooks.key for hooks in of_both]
+        for key, hooks in zip(self._keys, of_both, strict=True):
+            KNOWN.setdefault(key, hooks)
 
     @property
     def name(self) -> str:
@@ -116,6 +118,10 @@ class Variant:
     def hooks_of(self, block_mask: bool) -> Hooks:
         """Those of the kernels of calls with or without a block mask."""
         return self.hooks._replace(block_mask=block_mask)
+
+    def key_of(self, block_mask: bool) -> str:
+        """That of these hooks."""
+        return self._keys[1 if block_mask else 0]
 
     def __call__(self, **captured: Tensor | float) -> BoundVariant:
         """The variant with what its hooks read, as calls take it.
@@ -159,7 +165,7 @@ class Variant:
         declared = [tensor.name for tensor in self.hooks.tensors]
         if wrong := [name for name in of if name not in declared]:
             raise ValueError(f"of has {wrong[0]!r}, must be of {_listed(declared)}")
-        rows = rows_of(self.hooks_of(block_mask).key, dtype, head_dim, gradient, of)
+        rows = rows_of(self.key_of(block_mask), dtype, head_dim, gradient, of)
         load(rows)
         return [row["name"] for row in rows]
 

@@ -25,6 +25,7 @@ from cute_kernels.compat.operators import (
     without_gradient,
 )
 from cute_kernels.compat.variants import variant_of
+from cute_kernels.varlen_checks import check_int32
 
 Window = tuple[int, int]
 _MULTIPLE = 8  # of head dims; others are padded, as FlashAttention-2 does
@@ -105,8 +106,11 @@ def flash_attn_varlen_func(
         block_table: (batch, pages), of k and v in pages, (pages, page size, key heads, head_dim).
     """
     inputs = _padded(q, k, v)
-    variant = variant_of(q, dropout_p, alibi_slopes, softcap)
     is_paged = block_table is not None
+    if is_paged:
+        _refuse("flash_attn_varlen_func with block_table", dropout_p, alibi_slopes)
+        check_int32("cu_seqlens_k", cu_seqlens_k, q)
+    variant = variant_of(q, dropout_p, alibi_slopes, softcap)
     attend: Callable[..., Any] = cute_kernels.flash_attn_varlen_func
     out, lse = (partial(without_gradient, attend) if is_paged else attend)(
         *inputs,
@@ -176,8 +180,9 @@ def flash_attn_with_kvcache(
     """`cute_kernels.flash_attn_with_kvcache` with FlashAttention-2's arguments. Caches whose head
     dim is no multiple of 8 are copied, there and back."""
     _refuse("flash_attn_with_kvcache", 0.0, alibi_slopes)
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        check_tensor(name, x)
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
+        if x is not None or name not in "kv":
+            _check_rows(name, x)
     caches = _wide(k_cache), _wide(v_cache)
     places = rows_contiguous(cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     cache_seqlens, cache_batch_idx, cache_leftpad, block_table = places
@@ -261,6 +266,7 @@ def _flash_attn_varlen_forward(
     inputs = _padded(q, k, v)
     is_paged = block_table is not None
     if is_paged and seqused_k is None:
+        check_int32("cu_seqlens_k", cu_seqlens_k, q)
         seqused_k = cu_seqlens_k.diff()
     with torch.no_grad():
         out, lse = cute_kernels.flash_attn_varlen_func(
@@ -368,9 +374,16 @@ def _refuse(function: str, dropout_p: float, alibi_slopes: Tensor | None) -> Non
 def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors with head dims that the kernels take."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, x)
+        _check_rows(name, x)
     q, k, v = rows_contiguous(q, k, v)
     return _wide(q), _wide(k), _wide(v)
+
+
+def _check_rows(name: str, x: object) -> None:
+    check_tensor(name, x)
+    assert isinstance(x, Tensor)
+    if x.dim() == 0:
+        raise ValueError(f"{name} has shape (), must have a head_dim")
 
 
 def _wide(x: Tensor) -> Tensor:
