@@ -218,6 +218,30 @@ def test_errors_have_its_names(case):
         fa2.flash_attn_kvpacked_func(x, [x, x])
 
 
+def test_errors_of_pages_and_gradients_have_its_names():
+    q, k = torch.randn(2, 4, 4, 16), torch.randn(2, 4, 2, 16)
+    starts = torch.tensor([0, 4, 8], dtype=torch.int32)
+    table = torch.tensor([[0], [1]], dtype=torch.int32)
+    paged = (q.flatten(0, 1), k, k, starts)
+    with pytest.raises(NotImplementedError, match="with block_table: alibi_slopes is given"):
+        fa2.flash_attn_varlen_func(
+            *paged, starts, 4, 4, block_table=table, alibi_slopes=torch.rand(4)
+        )
+    with pytest.raises(TypeError, match=r"^cu_seqlens_k is a NoneType"):
+        fa2.flash_attn_varlen_func(*paged, None, 4, 4, block_table=table)
+    with pytest.raises(TypeError, match=r"^k is a list"):
+        fa2.flash_attn_with_kvcache(q, k, k, [1], k, cache_seqlens=0)
+    with pytest.raises(ValueError, match=r"^q has shape \(\)"):
+        fa2.flash_attn_func(torch.tensor(1.0), k, k)
+    grads = [torch.empty_like(x) for x in (q, k, k)]
+    with pytest.raises(TypeError, match=r"^softmax_lse is a str"):
+        fa2_interface._flash_attn_backward(q, q, k, k, q, "x", *grads, 0.0, 0.3, False)
+    with pytest.raises(TypeError, match=r"^dq is a list"):
+        fa2_interface._flash_attn_backward(
+            q, q, k, k, q, torch.ones(2, 4, 4), [1], *grads[1:], 0.0, 0.3, False
+        )
+
+
 @pytest.mark.parametrize("softcap", [0.0, 0.7])
 @pytest.mark.parametrize("by_alibi", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])

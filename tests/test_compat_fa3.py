@@ -1,6 +1,8 @@
 """FlashAttention-3's functions below the public ones, as other libraries call them: Transformer
 Engine's context parallelism, Megatron's inference."""
 
+import pickle
+
 import pytest
 import torch
 from flash_attention_calls import MASKS, SCALE, inputs_of, like, packed_of
@@ -273,3 +275,33 @@ def test_sinks_have_one_name_at_a_time():
     x, sinks = torch.randn(1, 5, 4, 16), torch.zeros(4)
     with pytest.raises(ValueError, match=r"^s_aux is given, must be None with sinks"):
         fa3.flash_attn_func(x, x, x, s_aux=sinks, sinks=sinks)
+
+
+def test_metadata_changes_nothing():
+    metadata = torch.empty(0, dtype=torch.int32)
+    q, starts = torch.randn(6, 4, 16), torch.tensor([0, 2, 6], dtype=torch.int32)
+    packed = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 4, "max_seqlen_k": 4}
+    dense = torch.randn(2, 3, 4, 16)
+    used = {"seqused_q": torch.tensor([1, 2], dtype=torch.int32)}
+    for x, options in ((q, packed), (dense, used), (dense, {})):
+        x = x.clone().requires_grad_()
+        results = [
+            fa3._flash_attn_forward(x, x, x, **options, **more)[0]
+            for more in ({}, {"scheduler_metadata": metadata})
+        ]
+        assert torch.equal(*results)
+        assert torch.equal(*(torch.autograd.grad(out.sum(), x)[0] for out in results))
+
+
+def test_lengths_of_keys_do_not_go_with_pages():
+    q, pages = torch.randn(3, 2, 16), torch.randn(4, 2, 2, 16)
+    starts, keys = (torch.tensor([0, n], dtype=torch.int32) for n in (3, 1))
+    of_pages = {"page_table": torch.tensor([[0, 1]], dtype=torch.int32), "cu_seqlens_q": starts}
+    for used in ({}, {"seqused_q": starts[1:], "seqused_k": starts[1:]}):
+        with pytest.raises(ValueError, match=r"^cu_seqlens_k is given, must be None with page_tab"):
+            fa3._flash_attn_forward(q, pages, pages, **of_pages, cu_seqlens_k=keys, **used)
+
+
+def test_functions_can_be_pickled():
+    for name in fa3.__all__:
+        assert pickle.loads(pickle.dumps(getattr(fa3, name))) is getattr(fa3, name)

@@ -58,6 +58,8 @@ def test_uninstall_leaves_nothing_behind(installed):
         importlib.metadata.version("flash-attn")
     compat.uninstall()
     compat.uninstall()
+    with pytest.raises(TypeError, match="versions is 3, must be several"):
+        compat.install(3)
     for name in NAMES:
         assert name not in sys.modules
     with pytest.raises(importlib.metadata.PackageNotFoundError):

@@ -120,6 +120,36 @@ def test_forward_mode_is_refused(alone, form):
         torch.func.jvp(lambda x: FORMS[form](x, k, v), (q,), (q,))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_for_any_size(alone, form):
+    """Head dims and windows whose numbers compilers do not know."""
+    compiled = torch.compile(
+        lambda q, left: FORMS[form](q, q, q, window_size=(left, 0)),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for head_dim, left in ((8, 2), (16, 3)):
+        q = torch.randn(1, 8, 4, head_dim)
+        right = FORMS[form](q, q, q, window_size=(left, 0))
+        assert torch.equal(compiled(q, left), right)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: distributed.shard(x, dim=5), ValueError, "dim is 5, must be below 2"),
+        (lambda x: distributed.shard(x, dim=-3), ValueError, "dim is -3, must be at least -2"),
+        (lambda x: distributed.shard(x, dim="a"), TypeError, "dim is 'a', must be an int"),
+        (lambda x: distributed.shard([1, 2], dim=0), TypeError, "x is a list"),
+        (lambda x: distributed.positions(-4), ValueError, "tokens is -4, must be at least 0"),
+    ],
+)
+def test_shards_that_are_refused(alone, call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.arange(12).view(2, 6))
+
+
 def test_shards_of_one(alone):
     x = torch.arange(12).view(2, 6)
     assert torch.equal(distributed.shard(x), x)

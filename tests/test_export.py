@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cute_kernels import flash_attn_func, flash_attn_varlen_func
+from cute_kernels.parts import merge_parts
 
 
 class Block(nn.Module):
@@ -63,6 +64,25 @@ def test_export(tmp_path, strict):
     assert_same(program.module(), model, *SHAPES)
     torch.export.save(program, tmp_path / "block.pt2")
     assert_same(torch.export.load(tmp_path / "block.pt2").module(), model, *SHAPES)
+
+
+class Merged(nn.Module):
+    def forward(self, *parts):
+        return merge_parts(*parts)
+
+
+def test_a_program_needs_no_more_than_the_package(tmp_path):
+    """Of what another process runs that imports nothing else: parts that are merged."""
+    out, lse = torch.randn(1, 2, 4, 8), torch.randn(1, 4, 2)
+    program = torch.export.export(Merged(), (out, lse, out, lse))
+    torch.export.save(program, tmp_path / "merged.pt2")
+    run = (
+        "import sys, torch, cute_kernels\n"
+        "out, lse = torch.randn(1, 2, 4, 8), torch.randn(1, 4, 2)\n"
+        "program = torch.export.load(sys.argv[1]).module()\n"
+        "assert torch.allclose(program(out, lse, out, lse)[0], out, atol=1e-6)\n"
+    )
+    subprocess.run([sys.executable, "-c", run, tmp_path / "merged.pt2"], check=True)
 
 
 def test_an_exported_program_can_be_trained():

@@ -82,6 +82,9 @@ def test_a_row_that_is_not_there(device):
         message = r"^cache_batch_idx\[1\] is 4, must be from 0 to below 4, page_table's batch$"
         with pytest.raises(ValueError, match=message):
             append_kv(cache.k_cache, cache.v_cache, *new, cache.seqlens(), **places)
+        too_few = {**cache.places, "cache_batch_idx": rows[:1]}
+        with pytest.raises(ValueError, match=r"^cache_batch_idx has shape \(1,\), must be"):
+            append_kv(cache.k_cache, cache.v_cache, *new, cache.seqlens(), **too_few)
         assert torch.equal(before.view(torch.int16), cache.k_cache.view(torch.int16))
         return
     append_kv(cache.k_cache, cache.v_cache, *new, cache.seqlens(), **places)
