@@ -8,6 +8,7 @@ import pytest
 import ranks as processes
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 
 from cute_kernels import distributed
 from cute_kernels.distributed.exchange import is_nccl
@@ -118,6 +119,8 @@ def test_forward_mode_is_refused(alone, form):
     q, k, v = qkv()
     with pytest.raises(NotImplementedError, match=r"no torch\.func transforms"):
         torch.func.jvp(lambda x: FORMS[form](x, k, v), (q,), (q,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode deriv"):
+        FORMS[form](forward_ad.make_dual(q, q), k, v)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -199,7 +199,7 @@ def test_every_bit_is_what_the_hook_and_the_mask_say(program):
     [
         (2, 4, {"batches": 1}),  # the hook asks for the batch entry
         (1, 4, {"of_heads": 4}),
-        (1, 2, {}),  # too few share
+        (1, 2, {"seqlen": 128}),  # too few share
         (50, 4, {"seqlen": 63}),  # Q has 512 bytes a row, its bits 32 KB a sequence
     ],
 )

@@ -18,7 +18,7 @@ from cute_kernels.arguments import (
 )
 from cute_kernels.autograd import varlen
 from cute_kernels.cache.pages import attend_pages
-from cute_kernels.checks import check_softcap, explain
+from cute_kernels.checks import check_softcap, check_tensor, explain
 from cute_kernels.chunks import Lengths, check_chunk, in_chunks
 from cute_kernels.fp8 import flash_attn_varlen_e4m3
 from cute_kernels.variants.attention import Packed, attend
@@ -185,8 +185,9 @@ def flash_attn_varlen_func(
         return (out, lse) if return_lse or return_attn_probs else out
     if cu_seqlens_k is None:
         raise TypeError("cu_seqlens_k is a NoneType, must be a torch.Tensor")
-    checks_contents = _CHECK_CONTENTS and q.is_cuda and not _is_compiling()
+    checks_contents = _CHECK_CONTENTS and not _is_compiling() and getattr(q, "is_cuda", False)
     if checks_contents and (is_fp8 or variant is not None):
+        check_tensor("k", k)
         check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
         rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
         rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)

@@ -11,7 +11,7 @@ from cute_kernels.cache import operators
 from cute_kernels.cache.checks import check_append
 from cute_kernels.cache.eight_bits import DTYPES, E4M3
 from cute_kernels.cache.tables import table_of_batch
-from cute_kernels.checks import check_flag, check_seed, explain, refuse_derivatives
+from cute_kernels.checks import check_flag, check_seed, check_tensor, explain, refuse_derivatives
 from cute_kernels.fp8.rotation import signed
 from cute_kernels.registration import mark_written
 from cute_kernels.varlen_checks import check_int32
@@ -93,6 +93,7 @@ def append_kv(
     refuse_derivatives("append_kv", k, v, k_cache, v_cache, rotary_cos, rotary_sin, *factors)
     check_flag("rotary_interleaved", rotary_interleaved)
     if cache_batch_idx is not None and page_table is not None:
+        check_tensor("k_cache", k_cache)
         check_int32("cache_seqlens", cache_seqlens, k_cache, like="k_cache")
         batch = cache_seqlens.shape[0]
         page_table = table_of_batch(page_table, cache_batch_idx, k_cache, batch)

@@ -100,7 +100,7 @@ def variant_of(
             )
         captured["slopes"] = alibi_slopes.detach().view(-1, alibi_slopes.shape[-1])
     if softcap > 0:
-        captured["cap"] = float(softcap)
+        captured["cap"] = max(float(softcap), torch.finfo(torch.float32).tiny)
     elif weights is not None and alibi_slopes is None:
         return weights
     of_weights = weights.variant if weights else None

@@ -103,7 +103,8 @@ def _check_tensor(declared: Declared, tensor: Tensor, q: Tensor, sizes: Sizes) -
 
 def with_gradient(variant: BoundVariant, on_cuda: bool = True) -> list[str]:
     """The captured tensors whose gradients a call is to have: that require one, and are read by
-    the score or the weight."""
+    the score or the weight. On the CPU all that are read: what is mapped (`torch.func.vmap`) does
+    not say that it requires one."""
     hooks, python = variant.variant.hooks, variant.variant.python
     if not torch.is_grad_enabled():
         return []
@@ -117,7 +118,7 @@ def with_gradient(variant: BoundVariant, on_cuda: bool = True) -> list[str]:
     return [
         declared.name
         for declared, tensor in zip(hooks.tensors, variant.tensors, strict=True)
-        if tensor.requires_grad and is_read(declared.name)
+        if (tensor.requires_grad or not on_cuda) and is_read(declared.name)
     ]
 
 

@@ -164,7 +164,7 @@ def softcap(cap: float) -> BoundVariant:
     check_softcap(cap)
     if cap == 0:
         raise ValueError("cap is 0, must be above 0")
-    return _CAP(cap=cap)
+    return _CAP(cap=max(cap, torch.finfo(torch.float32).tiny))  # a smaller one is 0 on a GPU
 
 
 def dropout(rate: float, state: Tensor) -> BoundVariant:

@@ -85,6 +85,8 @@ def _attention(
         name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
         for name, x in variant.captured().items()
     }
+    hides = block_mask is not None or variant.variant.python["mask"] is not None
+    hides |= mask.left is not None or mask.right is not None
     outs, lses = [], []
     for start in range(0, max(1, seqlen_q), QUERY_BLOCK):
         rows = q[:, start : start + QUERY_BLOCK].to(dtype).transpose(1, 2)
@@ -104,10 +106,12 @@ def _attention(
             )
         if shown is not None:
             seen = seen & shown
+        told = seen if hides and captured else None
         scores = _products(rows, all_k, seen) * softmax_scale
         if variant.variant.python["score"] is not None:
             # What hides a key hides also what its score would be.
-            scores = ask(variant, "score", {**names, "score": scores}, seen)
+            known = scores if told is not None else scores.masked_fill(~seen, 0.0)
+            scores = ask(variant, "score", {**names, "score": known}, told)
         scores = scores.to(dtype).expand_as(seen).masked_fill(~seen, -math.inf)
         if sinks is not None:
             of_sinks = sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
@@ -115,7 +119,7 @@ def _attention(
         p, lse = _softmax(scores)
         p = p[..., :seqlen_k].masked_fill(~seen, 0.0)  # also where the LSE is NaN
         if variant.variant.python["weight"] is not None:
-            weight = ask(variant, "weight", names, seen).to(dtype)
+            weight = ask(variant, "weight", names, told).to(dtype)
             p = (p * weight).masked_fill(~seen, 0.0)
         outs.append(_weighted_sum(p, all_v, seen))
         lses.append(lse)

@@ -6,6 +6,7 @@ import inspect
 import math
 import numbers
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -206,9 +207,7 @@ class BoundVariant:
                 raise TypeError(f"{name} is {value!r}, must be {kind}")
             if dtype == "int32" and not -(2**31) <= value < 2**31:
                 raise ValueError(f"{name} is {value}, must be an int of 32 bits")
-            if dtype == "float32" and type(value) is float:
-                _check_float32(name, value)
-            self.numbers.append(int(value) if dtype == "int32" else float(value))
+            self.numbers.append(int(value) if dtype == "int32" else _float32(name, value))
 
     def with_tensors(self, tensors: list[Tensor]) -> BoundVariant:
         """The same with other ones."""
@@ -238,12 +237,17 @@ def bound(variant: object) -> BoundVariant:
     return variant
 
 
-def _check_float32(name: str, value: float) -> None:
-    limits = torch.finfo(torch.float32)
-    if math.isfinite(value) and value != 0 and not limits.tiny <= abs(value) <= limits.max:
-        raise ValueError(
-            f"{name} is {value}, must be 0 or, but for its sign, from {limits.tiny} to {limits.max}"
-        )
+def _float32(name: str, value: Any) -> float:
+    """The number, or while compilers trace what stands for it. Raises ValueError if a float of 32
+    bits cannot be as large."""
+    largest = torch.finfo(torch.float32).max
+    try:
+        number = float(value)
+    except OverflowError:
+        number = sys.float_info.max  # of either sign
+    if type(number) is float and math.isfinite(number) and abs(number) > largest:
+        raise ValueError(f"{name} is {value}, must be from {-largest} to {largest}")
+    return number
 
 
 def _listed(names: list[str]) -> str:

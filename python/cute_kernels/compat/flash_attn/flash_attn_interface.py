@@ -109,6 +109,7 @@ def flash_attn_varlen_func(
     is_paged = block_table is not None
     if is_paged:
         _refuse("flash_attn_varlen_func with block_table", dropout_p, alibi_slopes)
+        (cu_seqlens_k,) = rows_contiguous(cu_seqlens_k)
         check_int32("cu_seqlens_k", cu_seqlens_k, q)
     variant = variant_of(q, dropout_p, alibi_slopes, softcap)
     attend: Callable[..., Any] = cute_kernels.flash_attn_varlen_func
@@ -266,6 +267,7 @@ def _flash_attn_varlen_forward(
     inputs = _padded(q, k, v)
     is_paged = block_table is not None
     if is_paged and seqused_k is None:
+        (cu_seqlens_k,) = rows_contiguous(cu_seqlens_k)
         check_int32("cu_seqlens_k", cu_seqlens_k, q)
         seqused_k = cu_seqlens_k.diff()
     with torch.no_grad():
