@@ -47,13 +47,6 @@ struct SquareBound {
   }
 };
 
-/// tanh(factor * score) of scores that may be anywhere, in place.
-template <class Scores>
-CUTLASS_DEVICE void apply_tanh(Scores& scores, float factor) {
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < cute::size(scores); ++i) scores(i) = sm90::tanh_mufu(scores(i) * factor);
-}
-
 /// Scores become tanh(factor * score) in place: softcap * tanh(scale * score / softcap) in units of
 /// softcap. Off by 3e-7. Of a whole warp.
 template <class Scores>
@@ -63,7 +56,8 @@ CUTLASS_DEVICE void apply_softcap(Scores& scores, float factor) {
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < size(scores); ++i) scores(i) *= factor;
   if (!kNear.contains(scores)) {
-    apply_tanh(scores, 1.f);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(scores); ++i) scores(i) = sm90::tanh_by_exponential(scores(i));
     return;
   }
   constexpr float kCoefficients[] = {0.999997228f, -0.333230764f, 0.132260914f, -0.0492804412f,
@@ -196,7 +190,11 @@ struct Softcap {
   }
   template <class Params, class Scores, class PlaceOf>
   CUTLASS_DEVICE static void change_again(Params const& params, Scores& scores, PlaceOf const&) {
-    apply_tanh(scores, params.variant.factor);
+    // Small ones, too, to a part of themselves: a softcap may be large.
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < cute::size(scores); ++i) {
+      scores(i) = sm90::tanh_mufu(scores(i) * params.variant.factor);
+    }
   }
 
   template <class Params, class Scores>
