@@ -24,10 +24,10 @@ from cute_kernels.fp8 import flash_attn_varlen_e4m3
 from cute_kernels.variants.attention import Packed, attend
 from cute_kernels.variants.variant import BoundVariant, Variant
 from cute_kernels.varlen_checks import (
+    check_contents,
     check_lengths,
     check_max_seqlens,
     check_varlen_forward,
-    rows_of_sequences,
 )
 
 _is_compiling = torch.compiler.is_compiling
@@ -185,12 +185,12 @@ def flash_attn_varlen_func(
         return (out, lse) if return_lse or return_attn_probs else out
     if cu_seqlens_k is None:
         raise TypeError("cu_seqlens_k is a NoneType, must be a torch.Tensor")
+    lengths: Lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
     checks_contents = _CHECK_CONTENTS and not _is_compiling() and getattr(q, "is_cuda", False)
     if checks_contents and (is_fp8 or variant is not None):
         check_tensor("k", k)
-        check_lengths(q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
-        rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
-        rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
+        check_lengths(q, *lengths)
+        check_contents(q, k, *lengths[:4], max_seqlen_q, max_seqlen_k)
     if is_fp8:
         if tile_config is not None:
             raise ValueError(f"tile_config is {tile_config!r}, must be None for float8_e4m3fn")
@@ -218,19 +218,17 @@ def flash_attn_varlen_func(
         call = (q, k, v, of_call, softmax_scale, causal, sinks, window[0], window[1])
         out, lse = attend(variant, *call, deterministic, tile_config, sm_margin)
         return (out, lse) if return_lse or return_attn_probs else out
-    lengths: Lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None)
     if unusual and attention_chunk > 0:
         check_varlen_forward(q, k, v, *lengths, 1.0, causal, sinks)
         if not q.is_cuda and not _is_compiling() and type(cu_seqlens_q) is Tensor:
             # Not of the chunks, as the operator would: of what the caller gave.
-            rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
-            rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
+            check_contents(q, k, *lengths[:4], max_seqlen_q, max_seqlen_k)
         lengths = in_chunks(attention_chunk, k.shape[0], max_seqlen_k, *lengths[:4])
     try:
         forward, softmax_scale = varlen.choose(q, k, v, softmax_scale, sinks)
         if checks_contents:
-            rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
-            rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
+            given = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)  # lengths may be of chunks
+            check_contents(q, k, *given, max_seqlen_q, max_seqlen_k)
     except (AttributeError, IndexError, ZeroDivisionError, RuntimeError):
         explain(check_varlen_forward, q, k, v, *lengths, 1.0, causal, sinks)
         raise

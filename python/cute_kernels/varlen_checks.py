@@ -174,3 +174,18 @@ def rows_of_sequences(
             )
         rows.append(slice(start, start + count))
     return rows
+
+
+def check_contents(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> None:
+    """Raises ValueError as `rows_of_sequences` of q and of k."""
+    rows_of_sequences("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
+    rows_of_sequences("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)

@@ -28,7 +28,7 @@ from cute_kernels.fp8.varlen_checks import (
 )
 from cute_kernels.operators import packed_sequences
 from cute_kernels.reference import without_autocast
-from cute_kernels.varlen_checks import check_lengths, check_max_seqlens, rows_of_sequences
+from cute_kernels.varlen_checks import check_contents, check_lengths, check_max_seqlens
 
 Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # cu_seqlens and seqused
 
@@ -201,8 +201,7 @@ def _lengths(
     check_lengths(q, *given, None)
     if not q.is_cuda and not torch.compiler.is_compiling() and type(given[0]) is Tensor:
         # Here, by the names that the caller gave: operators have chunks, and V's sequences.
-        rows_of_sequences("q", q, given[0], given[2], longest[0])
-        rows_of_sequences("k", k, given[1], given[3], longest[1])
+        check_contents(q, k, *given, *longest)
     if attention_chunk == 0:
         return (*given, None)
     return in_chunks(attention_chunk, k.shape[0], longest[1], *given)

@@ -109,8 +109,6 @@ def flash_attn_varlen_func(
     is_paged = block_table is not None
     if is_paged:
         _refuse("flash_attn_varlen_func with block_table", dropout_p, alibi_slopes)
-        (cu_seqlens_k,) = rows_contiguous(cu_seqlens_k)
-        check_int32("cu_seqlens_k", cu_seqlens_k, q)
     variant = variant_of(q, dropout_p, alibi_slopes, softcap)
     attend: Callable[..., Any] = cute_kernels.flash_attn_varlen_func
     out, lse = (partial(without_gradient, attend) if is_paged else attend)(
@@ -124,7 +122,7 @@ def flash_attn_varlen_func(
         window_size=window_size,
         softcap=0.0 if variant else softcap,
         deterministic=deterministic,
-        seqused_k=cu_seqlens_k.diff() if is_paged else None,
+        seqused_k=_keys_of_pages(cu_seqlens_k, q) if is_paged else None,
         page_table=block_table,
         variant=variant,
         return_lse=True,
@@ -267,9 +265,7 @@ def _flash_attn_varlen_forward(
     inputs = _padded(q, k, v)
     is_paged = block_table is not None
     if is_paged and seqused_k is None:
-        (cu_seqlens_k,) = rows_contiguous(cu_seqlens_k)
-        check_int32("cu_seqlens_k", cu_seqlens_k, q)
-        seqused_k = cu_seqlens_k.diff()
+        seqused_k = _keys_of_pages(cu_seqlens_k, q)
     with torch.no_grad():
         out, lse = cute_kernels.flash_attn_varlen_func(
             *inputs,
@@ -379,6 +375,14 @@ def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _check_rows(name, x)
     q, k, v = rows_contiguous(q, k, v)
     return _wide(q), _wide(k), _wide(v)
+
+
+def _keys_of_pages(cu_seqlens_k: Tensor, q: Tensor) -> Tensor:
+    """How many a sequence has in pages, where FlashAttention-2 has its cu_seqlens, too."""
+    (starts,) = rows_contiguous(cu_seqlens_k)
+    check_int32("cu_seqlens_k", starts, q)
+    counts: Tensor = starts.diff()
+    return counts
 
 
 def _check_rows(name: str, x: object) -> None:
